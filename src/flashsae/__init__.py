@@ -1,0 +1,1 @@
+"""FlashSAE: exact, sparse-aware training of sparse autoencoders."""

@@ -1,0 +1,1 @@
+"""Activations: sources, text, language models, the cache on disk, shuffling."""

@@ -1,0 +1,254 @@
+"""From a source to shuffled batches, with bounded memory and a state that resumes bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from flashsae.data.sources import Chunk, Cursor, RowSource, StreamSource, check_finite
+from flashsae.errors import CheckpointError, ConfigError, DataError
+
+State: TypeAlias = tuple[dict[str, Any], dict[str, Tensor]]
+"""What resumes a shuffle: a part for JSON and a part for tensors."""
+
+
+class Batches(Protocol):
+    """An endless sequence of shuffled batches."""
+
+    def next_batch(self) -> Tensor:
+        """Return the next [batch_tokens, d_in] activations, dtype and device of the source."""
+
+    def sample(self, tokens: int) -> Tensor:
+        """Return up to `tokens` training rows, [n, d_in], without moving on: to initialise from."""
+
+    def state(self) -> State:
+        """Return what `restore` needs to go on exactly here."""
+
+    def restore(self, state: State) -> None:
+        """Go on where `state` was taken."""
+
+
+def shuffled(source: StreamSource | RowSource, batch_tokens: int, *, seed: int, buffer_tokens: int) -> Batches:
+    """Return shuffled batches of the train split of a source.
+
+    Args:
+        source: a RowSource is read in random order, any other through a shuffle buffer.
+        batch_tokens: rows in a batch.
+        seed: of the order.
+        buffer_tokens: rows that are mixed with each other.
+    """
+    if isinstance(source, RowSource):
+        return RowShuffle(source, batch_tokens, seed=seed, window_rows=buffer_tokens)
+    return BufferShuffle(source, batch_tokens, seed=seed, buffer_tokens=buffer_tokens)
+
+
+class RowShuffle:
+    """Every row once an epoch, in an order that is a function of the seed: the state is three numbers.
+
+    Blocks of neighbouring rows are permuted, some of them together make a window, and the rows of a window are
+    permuted: reads from a disk stay in blocks, memory in one window.
+
+    Args:
+        source: read at random rows.
+        batch_tokens: rows in a batch; may be more than the source has.
+        seed: of the order.
+        window_rows: rows permuted together. If the source has no more, every order of all rows is possible.
+        block_rows: neighbouring rows read together.
+    """
+
+    def __init__(
+        self, source: RowSource, batch_tokens: int, *, seed: int, window_rows: int = 1 << 18, block_rows: int = 64
+    ) -> None:
+        self._source = source
+        self._batch_tokens = batch_tokens
+        self._seed = seed
+        self._rows = source.split_rows("train")
+        if len(self._rows) == 0:
+            raise DataError(f"{source.name}: no row is left for training. Give more data or a smaller held_out.")
+        self._block_rows = block_rows if len(self._rows) > window_rows else 1
+        self._blocks_per_window = max(1, window_rows // self._block_rows)
+        self._epoch, self._window, self._offset = 0, 0, 0
+        self._order = self._window_rows()
+
+    def _window_rows(self) -> Tensor:
+        """Return the row numbers of the current window in order: [n], int64."""
+        n_blocks = -(-len(self._rows) // self._block_rows)
+        blocks = torch.randperm(n_blocks, generator=_generator(self._seed, self._epoch))
+        blocks = blocks[self._window * self._blocks_per_window :][: self._blocks_per_window]
+        places = (blocks[:, None] * self._block_rows + torch.arange(self._block_rows)).flatten()
+        places = places[places < len(self._rows)]
+        mixed = torch.randperm(len(places), generator=_generator(self._seed, self._epoch, self._window))
+        return self._rows[places[mixed]]
+
+    def _advance(self) -> None:
+        self._window, self._offset = self._window + 1, 0
+        if self._window * self._blocks_per_window * self._block_rows >= len(self._rows):
+            self._epoch, self._window = self._epoch + 1, 0
+        self._order = self._window_rows()
+
+    def next_batch(self) -> Tensor:
+        """Return the next batch; an epoch ends inside a batch if it must."""
+        pieces, missing = [], self._batch_tokens
+        while missing:
+            if self._offset == len(self._order):
+                self._advance()
+            piece = self._order[self._offset : self._offset + missing]
+            self._offset += len(piece)
+            missing -= len(piece)
+            pieces.append(piece)
+        index = torch.cat(pieces)
+        batch = self._source.rows(index)
+        _check_rows(batch, index, self._source.name)
+        return batch
+
+    def sample(self, tokens: int) -> Tensor:
+        """Return up to `tokens` training rows at equal distances."""
+        stride = max(1, len(self._rows) // tokens)
+        index = self._rows[::stride][:tokens]
+        rows = self._source.rows(index)
+        _check_rows(rows, index, self._source.name)
+        return rows
+
+    def state(self) -> State:
+        """Return the place in the order."""
+        place = {"epoch": self._epoch, "window": self._window, "offset": self._offset, "rows": len(self._rows)}
+        return place, {}
+
+    def restore(self, state: State) -> None:
+        """Go on at a place; raises CheckpointError if the source has another number of rows now."""
+        place = state[0]
+        if place["rows"] != len(self._rows):
+            raise CheckpointError(
+                f"{self._source.name} has {len(self._rows)} training rows now, {place['rows']} when the checkpoint was "
+                "written. Resume with the same data, or start a new run."
+            )
+        self._epoch, self._window, self._offset = place["epoch"], place["window"], place["offset"]
+        self._order = self._window_rows()
+
+
+class BufferShuffle:
+    """Rows of a stream, mixed in a buffer that is refilled and permuted whenever half of it is used up.
+
+    Args:
+        source: read forwards; from the start again when an epoch ends.
+        batch_tokens: rows in a batch.
+        seed: of the order.
+        buffer_tokens: rows in the buffer, at least twice a batch. Memory: this many rows and one chunk.
+    """
+
+    def __init__(self, source: StreamSource, batch_tokens: int, *, seed: int, buffer_tokens: int) -> None:
+        if buffer_tokens < 2 * batch_tokens:
+            raise ConfigError(
+                f"shuffle_tokens: expected at least two batches ({2 * batch_tokens} tokens), got {buffer_tokens}."
+            )
+        self._source = source
+        self._batch_tokens = batch_tokens
+        self._capacity = buffer_tokens
+        self._generator = _generator(seed)
+        self._epoch = 0
+        self._cursor: Cursor | None = None
+        self._chunks: Iterator[tuple[Chunk, Cursor]] | None = None
+        self._buffer: Tensor | None = None  # [capacity, d_in]; made when the first chunk shows dtype and device
+        self._order = torch.zeros(0, dtype=torch.int64)  # rows of the buffer still to be given out
+        self._rest: Tensor | None = None  # of the last chunk, what the buffer had no room for
+
+    def next_batch(self) -> Tensor:
+        """Return the next batch. Raises DataError when a source that can be read only once has ended."""
+        if len(self._order) < max(self._batch_tokens, self._capacity // 2):
+            self._refill()
+        if self._buffer is None or len(self._order) < self._batch_tokens:
+            raise DataError(
+                f"{self._source.name} ended: {len(self._order)} rows are left, fewer than a batch of "
+                f"{self._batch_tokens}. Give more data, or set tokens to what there is."
+            )
+        batch = self._buffer[self._order[: self._batch_tokens].to(self._buffer.device)]
+        self._order = self._order[self._batch_tokens :]
+        return batch
+
+    def sample(self, tokens: int) -> Tensor:
+        """Return up to `tokens` rows of the buffer."""
+        if self._buffer is None:
+            self._refill()
+        if self._buffer is None:
+            raise DataError(f"{self._source.name} is empty: expected at least one row of activations.")
+        return self._buffer[self._order[:tokens].to(self._buffer.device)]
+
+    def _refill(self) -> None:
+        if self._buffer is not None:
+            left = self._buffer[self._order.to(self._buffer.device)]
+            self._buffer[: len(left)] = left
+        filled = len(self._order)
+        while filled < self._capacity:
+            rows = self._next_rows()
+            if rows is None:
+                break
+            if self._buffer is None:
+                self._buffer = rows.new_empty(self._capacity, rows.shape[1])
+            room = self._capacity - filled
+            self._buffer[filled : filled + len(rows[:room])] = rows[:room]
+            filled += len(rows[:room])
+            self._rest = rows[room:].clone() if len(rows) > room else None
+        self._order = torch.randperm(filled, generator=self._generator)
+
+    def _next_rows(self) -> Tensor | None:
+        """Return more rows of the stream, beginning a new epoch where one ends; None if there are none for ever."""
+        if self._rest is not None:
+            return self._rest
+        for _ in range(2):  # the rest of this epoch, or the next one; an epoch without rows is the end
+            if self._chunks is None:
+                self._chunks = self._source.chunks("train", self._cursor)
+            for chunk, cursor in self._chunks:
+                self._cursor = cursor
+                if len(chunk.acts):
+                    check_finite(chunk.acts, f"{self._source.name}, groups {_span(chunk.group)}")
+                    return chunk.acts
+            self._chunks, self._cursor = None, None
+            self._epoch += 1
+        return None
+
+    def state(self) -> State:
+        """Return the cursor and the contents of the buffer, in the order in which they would be given out."""
+        tensors = {"generator": self._generator.get_state()}
+        if self._buffer is not None:
+            tensors["buffer"] = self._buffer[self._order.to(self._buffer.device)].cpu()
+        if self._rest is not None:
+            tensors["rest"] = self._rest.cpu()
+        device = None if self._buffer is None else str(self._buffer.device)
+        return {"epoch": self._epoch, "cursor": self._cursor, "device": device}, tensors
+
+    def restore(self, state: State) -> None:
+        """Go on where the state was taken."""
+        place, tensors = state
+        self._epoch, self._cursor, self._chunks = place["epoch"], place["cursor"], None
+        self._generator.set_state(tensors["generator"])
+        if "buffer" in tensors:
+            rows = tensors["buffer"].to(place["device"])
+            self._buffer = rows.new_empty(self._capacity, rows.shape[1])
+            self._buffer[: len(rows)] = rows
+            self._order = torch.arange(len(rows))
+        self._rest = tensors["rest"].to(place["device"]) if "rest" in tensors else None
+
+
+def _check_rows(batch: Tensor, index: Tensor, name: str) -> None:
+    """Raise DataError naming the row of the source that holds NaN or Inf."""
+    finite = torch.isfinite(batch).all(dim=1)
+    if not bool(finite.all()):
+        bad = index[(~finite).cpu()]
+        raise DataError(
+            f"{name}: row {int(bad[0])} holds NaN or Inf ({len(bad)} such rows in this batch). "
+            "Find out where they come from, or drop those rows, and start again; checkpoints are intact."
+        )
+
+
+def _span(group: Tensor) -> str:
+    return f"{int(group.min())} to {int(group.max())}"
+
+
+def _generator(*numbers: int) -> torch.Generator:
+    """Return a generator whose seed depends on all of the numbers."""
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -1,0 +1,264 @@
+"""Where activations come from: the two interfaces every source has, the held-out split, and plain arrays.
+
+A source yields `Chunk`s in its own order and knows nothing of shuffling or batches (`data/shuffle.py`).
+A `StreamSource` can only be read forwards and resumed at a cursor; a `RowSource` can also be read at any row.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal, Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flashsae.errors import ConfigError, DataError, DtypeError, ShapeError
+
+Split = Literal["train", "held_out"]
+Cursor: TypeAlias = dict[str, int]
+"""A place in a stream, as JSON: opaque to everyone but the source that made it."""
+
+FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_ARRAY_CHUNK_ROWS = 8192
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive rows of activations with what is known of each.
+
+    Args:
+        acts: [n, d_in], any float dtype.
+        group: [n], int64. The unit of the held-out split: the document of a token, the number of a plain row.
+        token_ids: [n], int32, or None where there is no text.
+        position: [n], int32, place of the token in its model input, or None where there is no text. Neighbours
+            in a text are neighbouring rows of one group whose positions ascend.
+    """
+
+    acts: Tensor
+    group: Tensor
+    token_ids: Tensor | None = None
+    position: Tensor | None = None
+
+    def select(self, keep: Tensor) -> Chunk:
+        """Return the rows that `keep` ([n], bool, or indices) picks."""
+        return Chunk(
+            self.acts[keep],
+            self.group[keep],
+            None if self.token_ids is None else self.token_ids[keep],
+            None if self.position is None else self.position[keep],
+        )
+
+
+class StreamSource(Protocol):
+    """Activations that come in one order, such as a language model reading text."""
+
+    name: str
+    """For messages: what the reader would call it."""
+
+    @property
+    def d_in(self) -> int:
+        """Width of the activations."""
+
+    def chunks(self, split: Split, cursor: Cursor | None = None) -> Iterator[tuple[Chunk, Cursor]]:
+        """Yield one epoch of a split in source order, each chunk with the cursor of the place behind it.
+
+        Args:
+            split: "train" or "held_out".
+            cursor: start there; None is the beginning.
+        """
+
+
+@runtime_checkable
+class RowSource(Protocol):
+    """Activations that lie in memory or on disk and can be read at any row. Also a `StreamSource`."""
+
+    name: str
+
+    @property
+    def d_in(self) -> int:
+        """Width of the activations."""
+
+    def chunks(self, split: Split, cursor: Cursor | None = None) -> Iterator[tuple[Chunk, Cursor]]:
+        """As `StreamSource.chunks`."""
+
+    def split_rows(self, split: Split) -> Tensor:
+        """Return the row numbers of a split: [n], int64, ascending."""
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Return rows by number: index [n], int64, in any order -> [n, d_in]."""
+
+
+Source: TypeAlias = StreamSource | RowSource
+
+
+def check_held_out(fraction: float) -> float:
+    """Return `fraction` if it can be a held-out fraction, else raise ConfigError."""
+    if not 0.0 <= fraction < 1.0:
+        raise ConfigError(f"held_out is a fraction of the data: expected 0 <= held_out < 1, got {fraction}.")
+    return fraction
+
+
+def split_mask(group: Tensor, held_out: float, split: Split) -> Tensor:
+    """Tell which rows belong to a split. A group is in one split for ever, whatever the order or the seed.
+
+    Args:
+        group: [n], int64.
+        held_out: fraction of the groups that training never sees.
+        split: "train" or "held_out".
+    Returns:
+        [n], bool.
+    Source: the finaliser of splitmix64 (Steele, Lea and Flood 2014) turns a group number into a uniform one.
+    """
+    h = group.to(torch.int64) + 0x1E3779B97F4A7C15
+    h = (h ^ _shift(h, 30)) * -0x40A7B892E31B1A47
+    h = (h ^ _shift(h, 27)) * -0x6B2FB644ECCEEE15
+    uniform = _shift(h ^ _shift(h, 31), 11).to(torch.float64) / 2**53
+    is_held_out = uniform < held_out
+    return is_held_out if split == "held_out" else ~is_held_out
+
+
+def _shift(h: Tensor, bits: int) -> Tensor:
+    """Shift right without copies of the sign bit, which torch lacks for int64."""
+    return (h >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def check_finite(acts: Tensor, where: str) -> None:
+    """Raise DataError if `acts` ([n, d_in]) holds NaN or Inf; the message says how many rows and which first."""
+    if bool(torch.isfinite(acts).all()):
+        return
+    bad = ~torch.isfinite(acts).all(dim=1)
+    first = int(bad.nonzero()[0])
+    raise DataError(
+        f"{where}: {int(bad.sum())} of {len(acts)} rows hold NaN or Inf (first: row {first}). "
+        "Find out where they come from, or drop those rows, and start again; checkpoints are intact."
+    )
+
+
+def check_acts(x: Tensor, what: str) -> Tensor:
+    """Return x if it is [tokens, d_in] of a float dtype and not empty, else say what is wrong."""
+    if x.dim() != 2 or x.shape[1] == 0:
+        raise ShapeError(f"{what}: expected the shape [tokens, d_in], got {list(x.shape)}.")
+    if x.dtype not in FLOAT_DTYPES:
+        raise DtypeError(
+            f"{what}: expected float32, float64, bfloat16 or float16, got {x.dtype}. Convert it: x.float()."
+        )
+    return x
+
+
+class ArraySource:
+    """Activations in one tensor, numpy array or memory-mapped array; each row is its own group.
+
+    Args:
+        x: [tokens, d_in], float. Not copied; a memory-mapped array is read a few rows at a time.
+        held_out: fraction of the rows that training never sees.
+    Raises:
+        ShapeError, DtypeError, DataError: x is not [tokens, d_in], not float, or empty.
+    """
+
+    def __init__(self, x: Tensor | np.ndarray, *, held_out: float = 0.0, name: str = "x") -> None:
+        self.name = name
+        self._x = check_acts(x if isinstance(x, Tensor) else _as_tensor(x), name)
+        self._held_out = check_held_out(held_out)
+        if len(self._x) == 0:
+            raise DataError(f"{name} is empty: expected at least one row of activations.")
+
+    @property
+    def d_in(self) -> int:
+        """Width of the activations."""
+        return int(self._x.shape[1])
+
+    def split_rows(self, split: Split) -> Tensor:
+        """Return the row numbers of a split: [n], int64, ascending."""
+        return split_mask(torch.arange(len(self._x)), self._held_out, split).nonzero()[:, 0]
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Return rows by number: index [n], int64 -> [n, d_in], a copy."""
+        return self._x[index.to(self._x.device)]
+
+    def chunks(self, split: Split, cursor: Cursor | None = None) -> Iterator[tuple[Chunk, Cursor]]:
+        """Yield one epoch of a split in order."""
+        first = (cursor or {"row": 0})["row"]
+        for start in range(first, len(self._x), _ARRAY_CHUNK_ROWS):
+            stop = min(start + _ARRAY_CHUNK_ROWS, len(self._x))
+            group = torch.arange(start, stop)
+            chunk = Chunk(self._x[start:stop], group).select(split_mask(group, self._held_out, split))
+            yield chunk, {"row": stop}
+
+
+def _as_tensor(x: np.ndarray) -> Tensor:
+    if not isinstance(x, np.ndarray):
+        raise DtypeError(f"x: expected a tensor, a numpy array or an iterable of such, got {type(x).__name__}.")
+    if x.dtype.kind != "f" or x.dtype.itemsize > 8:
+        raise DtypeError(f"x: expected a float array, got {x.dtype}. Convert it: x.astype('float32').")
+    return torch.from_numpy(x) if x.flags.writeable else _read_only_tensor(x)
+
+
+def _read_only_tensor(x: np.ndarray) -> Tensor:
+    """Share memory with an array that must not be written; torch warns of it, and nothing here writes."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*not writable.*")
+        return torch.from_numpy(x)
+
+
+class IterableSource:
+    """Activations from any iterable of [tokens, d_in] batches: a generator, a DataLoader, a list of tensors.
+
+    Args:
+        batches: read once if it is an iterator, once an epoch otherwise.
+    Raises:
+        ShapeError, DtypeError: a batch is not [tokens, d_in] or not float, or the width changes.
+    """
+
+    def __init__(self, batches: Iterable[Tensor | np.ndarray], *, name: str = "the iterable x") -> None:
+        self.name = name
+        self._batches = batches
+        self._ahead: Tensor | None = None
+        self._iterator: Iterator[Tensor | np.ndarray] | None = None
+        self._d_in = self._first_width()
+
+    def _first_width(self) -> int:
+        """Read the first batch for its width and keep it, so that a generator loses nothing."""
+        self._iterator = iter(self._batches)
+        self._ahead = next((self._tensor(batch) for batch in self._iterator), None)
+        if self._ahead is None:
+            raise DataError(f"{self.name} is empty: expected at least one [tokens, d_in] batch.")
+        return int(self._ahead.shape[1])
+
+    @property
+    def d_in(self) -> int:
+        """Width of the activations."""
+        return self._d_in
+
+    def _tensor(self, batch: Tensor | np.ndarray) -> Tensor:
+        return check_acts(batch if isinstance(batch, Tensor) else _as_tensor(batch), f"a batch of {self.name}")
+
+    def _epoch(self) -> Iterator[Tensor]:
+        iterator, self._iterator = self._iterator, None
+        if iterator is None:
+            if isinstance(self._batches, Iterator):
+                return  # read once, and it has been
+            iterator = iter(self._batches)
+        if self._ahead is not None:
+            yield self._ahead
+            self._ahead = None
+        for batch in iterator:
+            yield self._tensor(batch)
+
+    def chunks(self, split: Split, cursor: Cursor | None = None) -> Iterator[tuple[Chunk, Cursor]]:
+        """Yield one epoch. There is no held-out split: evaluate on other data instead."""
+        if split == "held_out":
+            return
+        skip = (cursor or {"batch": 0})["batch"]
+        row = 0
+        for number, acts in enumerate(self._epoch()):
+            if acts.shape[1] != self._d_in:
+                raise ShapeError(
+                    f"batch {number} of {self.name}: expected [tokens, {self._d_in}], got {list(acts.shape)}."
+                )
+            group = torch.arange(row, row + len(acts))
+            row += len(acts)
+            if number >= skip:
+                yield Chunk(acts, group), {"batch": number + 1}

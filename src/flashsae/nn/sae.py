@@ -1,0 +1,253 @@
+"""The TopK sparse autoencoder as a module built from `flashsae.ops`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib import metadata as packages
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flashsae import files, ops
+from flashsae.errors import CheckpointError, ConfigError, ShapeError
+from flashsae.ops.validate import check_float, check_k
+
+FORMAT = "flashsae.sae"
+FORMAT_VERSION = 1
+_CONFIG_FILE = "flashsae.json"
+_WEIGHTS_FILE = "flashsae.safetensors"
+
+
+@dataclass(frozen=True)
+class SAEConfig:
+    """What defines a TopK SAE besides its weights.
+
+    Args:
+        d_in: width of the activations.
+        d_sae: number of latents.
+        k: latents kept for each token.
+    Raises:
+        ConfigError: a size is not positive, or k > d_sae.
+    """
+
+    d_in: int
+    d_sae: int
+    k: int
+
+    def __post_init__(self) -> None:
+        for name in ("d_in", "d_sae"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: expected a positive int, got {getattr(self, name)}.")
+        check_k(self.k, self.d_sae)
+
+
+class SparseCode(NamedTuple):
+    """The code of some tokens: which latents are active, and how much.
+
+    Args:
+        top_acts: [..., k], float32 or float64, >= 0.
+        top_indices: [..., k], int64, ascending within a token.
+        d_sae: number of latents.
+    """
+
+    top_acts: Tensor
+    top_indices: Tensor
+    d_sae: int
+
+    def to_dense(self) -> Tensor:
+        """Return latent_acts, [..., d_sae]: d_sae / k times the memory of the code."""
+        dense = self.top_acts.new_zeros(*self.top_acts.shape[:-1], self.d_sae)
+        return dense.scatter_add(-1, self.top_indices.long(), self.top_acts)
+
+
+class SAE(nn.Module):
+    """TopK sparse autoencoder.
+
+        top_acts = relu(the k largest of (x − b_dec) @ W_enc + b_enc)
+        x_hat = Σ top_acts · their rows of W_dec + b_dec
+
+    The rows of W_dec start as random unit vectors and W_enc as its transpose; both biases start at 0. Leading
+    dimensions of x are free: [..., d_in].
+
+    Args:
+        config: sizes.
+        seed: of the initial weights; None leaves W_enc_T and W_dec without values, to be loaded.
+        dtype: of the parameters.
+    Source: Gao et al. 2024, section 2.3 and appendix A.1.
+    """
+
+    def __init__(self, config: SAEConfig, *, seed: int | None = 0, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.config = config
+        rows = torch.empty(config.d_sae, config.d_in, dtype=dtype)
+        if seed is not None:
+            rows.normal_(generator=torch.Generator().manual_seed(seed))
+            rows = F.normalize(rows, dim=1)
+        self.W_enc_T = nn.Parameter(rows.clone())
+        self.b_enc = nn.Parameter(torch.zeros(config.d_sae, dtype=dtype))
+        self.W_dec = nn.Parameter(rows)
+        self.b_dec = nn.Parameter(torch.zeros(config.d_in, dtype=dtype))
+
+    @property
+    def W_enc(self) -> Tensor:
+        """The encoder as the field writes it: [d_in, d_sae], a view of W_enc_T."""
+        return self.W_enc_T.T
+
+    def encode(self, x: Tensor, *, k: int | None = None, latents: Tensor | None = None) -> SparseCode:
+        """Return the code of some tokens.
+
+        Args:
+            x: [..., d_in], float; converted to the dtype of the parameters.
+            k: latents to keep; None is the k of the configuration.
+            latents: [m], int64, ascending: choose among these only. None: all.
+        Returns:
+            a code of shape [..., k].
+        Raises:
+            ShapeError, DtypeError, ConfigError: x or k does not fit.
+        """
+        flat = self._flat(x)
+        top_acts, top_indices = ops.encode_topk(
+            flat,
+            self.W_enc_T,
+            self.b_enc,
+            self.config.k if k is None else k,
+            b_dec=self.b_dec,
+            latents=latents,
+        )
+        shape = (*x.shape[:-1], top_acts.shape[-1])
+        return SparseCode(top_acts.view(shape), top_indices.view(shape), self.config.d_sae)
+
+    def decode(self, code: SparseCode, *, bias: bool = True) -> Tensor:
+        """Return the reconstruction [..., d_in] of a code of shape [..., k]; without b_dec if `bias` is False."""
+        k = code.top_acts.shape[-1]
+        x_hat = ops.decode_sparse(
+            code.top_acts.reshape(-1, k),
+            code.top_indices.reshape(-1, k),
+            self.W_dec,
+            self.b_dec if bias else None,
+        )
+        return x_hat.view(*code.top_acts.shape[:-1], self.config.d_in)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the reconstruction of x: [..., d_in] -> [..., d_in]."""
+        return self.decode(self.encode(x))
+
+    def _flat(self, x: Tensor) -> Tensor:
+        if x.dim() == 0 or x.shape[-1] != self.config.d_in:
+            raise ShapeError(f"x: expected the shape [..., {self.config.d_in}], got {list(x.shape)}.")
+        check_float("x", x)
+        return x.reshape(-1, self.config.d_in).to(self.W_enc_T.dtype)
+
+    @torch.no_grad()
+    def initialize_from(self, x: Tensor) -> None:
+        """Set b_dec to the mean of some activations, and scale the encoder so that x_hat has the length that fits best.
+
+        With random directions the first reconstruction points the right way but may be far too long or too short;
+        one number, the least-squares fit over these tokens, puts that right.
+
+        Args:
+            x: [tokens, d_in], float; some thousands of training tokens.
+        """
+        self.b_dec.copy_(x.mean(0, dtype=torch.float64))
+        x_hat = self.decode(self.encode(x), bias=False).double()
+        centered = x.double() - self.b_dec.double()
+        scale = (centered * x_hat).sum() / x_hat.square().sum().clamp_min(1e-300)
+        if scale > 0:
+            self.W_enc_T.mul_(scale.to(self.W_enc_T.dtype))
+
+    @torch.no_grad()
+    def project_decoder_grad(self) -> None:
+        """Remove from the gradient of each decoder row the part along the row, which only changes its norm."""
+        grad = self.W_dec.grad
+        if grad is not None:
+            grad.addcmul_((grad * self.W_dec).sum(1, keepdim=True), self.W_dec, value=-1)
+
+    @torch.no_grad()
+    def normalize_decoder(self) -> None:
+        """Scale each row of W_dec to unit norm."""
+        self.W_dec.div_(torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True).clamp_min(1e-30))
+
+    def save(
+        self, directory: str | Path, *, metadata: Mapping[str, Any] | None = None, overwrite: bool = False
+    ) -> None:
+        """Write the SAE to a folder, all or nothing: flashsae.json and flashsae.safetensors.
+
+        Args:
+            directory: must not exist, unless `overwrite`.
+            metadata: anything JSON can hold: model, hookpoint, data set, metrics.
+            overwrite: replace the folder.
+        Raises:
+            StorageError: the folder exists or cannot be written.
+        """
+        description = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "flashsae_version": packages.version("flashsae"),
+            "architecture": "topk",
+            "dtype": str(self.W_dec.dtype).removeprefix("torch."),
+            **asdict(self.config),
+            "metadata": dict(metadata or {}),
+        }
+        with files.atomic_directory(Path(directory), overwrite=overwrite) as folder:
+            files.save_tensors(folder / _WEIGHTS_FILE, self.state_dict())
+            (folder / _CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n", "utf-8")
+
+    @classmethod
+    def load(cls, directory: str | Path, *, device: torch.device | str = "cpu") -> SAE:
+        """Read an SAE that `save` wrote.
+
+        Raises:
+            CheckpointError: the folder holds no FlashSAE SAE, a damaged one, or one of a newer format.
+        """
+        folder = Path(directory)
+        description = read_description(folder)
+        config = SAEConfig(description["d_in"], description["d_sae"], description["k"])
+        tensors = files.load_tensors(folder / _WEIGHTS_FILE)
+        with torch.device("meta"):
+            sae = cls(config, seed=None, dtype=getattr(torch, description["dtype"]))
+        expected = {name: tensor.shape for name, tensor in sae.state_dict().items()}
+        found = {name: tensor.shape for name, tensor in tensors.items()}
+        if expected != found:
+            raise CheckpointError(
+                f"{folder / _WEIGHTS_FILE} does not fit {_CONFIG_FILE}: expected tensors "
+                f"{_shapes(expected)}, got {_shapes(found)}. Save the SAE again."
+            )
+        sae.load_state_dict(tensors, assign=True)
+        return sae.to(device)
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """Return the checked flashsae.json of a folder.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, foreign, or of a newer format.
+    """
+    path = folder / _CONFIG_FILE
+    if not path.exists():
+        found = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) if folder.is_dir() else "no such folder"
+        raise CheckpointError(
+            f"{folder} holds no FlashSAE SAE: expected {_CONFIG_FILE} in it, found {found or 'nothing'}."
+        )
+    description = files.load_json(path)
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        raise CheckpointError(f"{path} was not written by FlashSAE: expected the format {FORMAT!r} in it.")
+    if description.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {description.get('format_version')}, this FlashSAE reads {FORMAT_VERSION}. "
+            "Install the version of FlashSAE that wrote it."
+        )
+    if description.get("architecture") != "topk":
+        raise CheckpointError(f"{path}: expected the architecture 'topk', got {description.get('architecture')!r}.")
+    missing = [key for key in ("d_in", "d_sae", "k", "dtype") if key not in description]
+    if missing:
+        raise CheckpointError(f"{path} is damaged: {', '.join(missing)} missing. Save the SAE again.")
+    return description
+
+
+def _shapes(shapes: Mapping[str, torch.Size]) -> str:
+    return ", ".join(f"{name} {list(shape)}" for name, shape in sorted(shapes.items()))

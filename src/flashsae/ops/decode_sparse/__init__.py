@@ -1,0 +1,3 @@
+"""decode_sparse: `op.py` is the operation, `reference.py` what it means."""
+
+from flashsae.ops.decode_sparse.op import decode_sparse as decode_sparse

@@ -1,0 +1,56 @@
+"""Encode and select, in plain PyTorch, a bounded number of rows at a time."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flashsae.ops.validate import compute_dtype
+
+WORKSPACE_BYTES = 512 << 20
+_PASSES = 3  # pre-activations, and at worst two more of their size while ties are settled
+
+
+def encode_topk(
+    x: Tensor, W_enc_T: Tensor, b_enc: Tensor, k: int, b_dec: Tensor | None, workspace_bytes: int
+) -> tuple[Tensor, Tensor]:
+    """Return the k largest of relu((x - b_dec) @ W_enc_T.T + b_enc) and their indices, both [B, k]."""
+    dtype = compute_dtype(W_enc_T.dtype)
+    weights, bias = W_enc_T.to(dtype), b_enc.to(dtype)
+    top_acts = torch.empty(len(x), k, dtype=dtype, device=x.device)
+    top_indices = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
+    step = max(1, workspace_bytes // (_PASSES * len(weights) * dtype.itemsize))
+    for start in range(0, len(x), step):
+        part = slice(start, start + step)
+        pre_acts = F.linear(center(x[part], b_dec), weights, bias)
+        top_indices[part] = select_topk(pre_acts, k)
+        top_acts[part] = pre_acts.gather(1, top_indices[part]).relu_()
+    return top_acts, top_indices
+
+
+def center(x: Tensor, b_dec: Tensor | None) -> Tensor:
+    """Return x - b_dec in the compute dtype: [B, d_in]."""
+    dtype = compute_dtype(x.dtype)
+    return x.to(dtype) if b_dec is None else x.to(dtype) - b_dec.to(dtype)
+
+
+def select_topk(pre_acts: Tensor, k: int) -> Tensor:
+    """Return the indices of the k largest of each row, ascending; of equal values the lowest index wins: [B, k]."""
+    n = pre_acts.shape[1]
+    # one more than asked for: if it equals the k-th, the choice between them is ours to make, not topk's
+    values, indices = pre_acts.topk(min(k + 1, n), dim=1)
+    indices = indices[:, :k].clone()
+    if k < n:
+        tied = (values[:, k - 1] == values[:, k]).nonzero()[:, 0]
+        if len(tied):
+            indices[tied] = _lowest_of_ties(pre_acts[tied], values[tied, k - 1 : k], k)
+    return indices.sort(dim=1).values
+
+
+def _lowest_of_ties(pre_acts: Tensor, kth: Tensor, k: int) -> Tensor:
+    above = pre_acts > kth
+    equal = pre_acts == kth
+    room = k - above.sum(1, keepdim=True)
+    chosen = above | (equal & (equal.cumsum(1, dtype=torch.int32) <= room))
+    return chosen.nonzero()[:, 1].view(len(pre_acts), k)

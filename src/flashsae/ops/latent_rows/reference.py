@@ -1,0 +1,40 @@
+"""Segment sums over the index, in plain PyTorch: a sparse matrix times a dense one is an embedding bag."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flashsae.ops.index import LatentIndex
+from flashsae.ops.validate import compute_dtype
+
+RUN = 256
+"""Entries summed in one go. Longer runs are cut and their sums added in order: short sums round less."""
+
+
+def latent_rows(index: LatentIndex, coeffs: Tensor, rows: Tensor) -> Tensor:
+    """Sum coeffs * rows over the entries of each latent: [B, k], [B, d] -> [d_sae, d], compute dtype."""
+    dtype = compute_dtype(rows.dtype)
+    weights = coeffs.to(dtype).flatten()[index.entries]
+    pieces = (index.offsets.diff() + RUN - 1) // RUN  # of each latent
+    first_piece = F.pad(pieces.cumsum(0), (1, 0))
+    n_pieces = int(first_piece[-1])
+    latent = torch.repeat_interleave(pieces, output_size=n_pieces)
+    number = torch.arange(n_pieces, device=rows.device) - first_piece[latent]
+    starts = index.offsets[latent] + RUN * number
+    sums = _bags(index.tokens, rows.to(dtype), starts, weights)
+    ones = torch.ones(n_pieces, dtype=dtype, device=rows.device)
+    return _bags(torch.arange(n_pieces, device=rows.device), sums, first_piece[:-1], ones)
+
+
+def latent_sums(index: LatentIndex, coeffs: Tensor) -> Tensor:
+    """Sum coeffs over the entries of each latent: [B, k] -> [d_sae], in the compute dtype."""
+    return latent_rows(index, coeffs, coeffs.new_ones(coeffs.shape[0], 1))[:, 0]
+
+
+def _bags(members: Tensor, rows: Tensor, starts: Tensor, weights: Tensor) -> Tensor:
+    """Sum weighted rows of each bag; bag i begins at starts[i] and ends where the next one begins."""
+    if len(members) == 0:
+        return rows.new_zeros(len(starts), rows.shape[1])
+    return F.embedding_bag(members, rows, starts, mode="sum", per_sample_weights=weights)

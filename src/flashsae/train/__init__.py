@@ -1,0 +1,7 @@
+"""Training: settings, the loop, dead latents, callbacks, and `fit` for arrays."""
+
+from flashsae.train.config import TrainConfig
+from flashsae.train.fit import fit
+from flashsae.train.loop import TrainState, init_state, train, train_step
+
+__all__ = ["TrainConfig", "TrainState", "fit", "init_state", "train", "train_step"]

@@ -1,0 +1,200 @@
+"""Who hears of a run's progress: the JSONL log, a progress bar, TensorBoard, wandb. One small interface."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+from typing_extensions import Self
+
+from flashsae import files
+from flashsae.errors import CheckpointError, ConfigError, require
+
+LOG_FILE = "metrics.jsonl"
+
+
+class Callback:
+    """Does nothing; override what you need. Used as a context manager around the training."""
+
+    def on_start(self, step: int, steps: int) -> None:
+        """Training begins at `step` of `steps`; `step` > 0 when it is resumed."""
+
+    def on_step(self, step: int) -> None:
+        """A step is done; nothing is read from the device for this call."""
+
+    def on_log(self, record: Mapping[str, float]) -> None:
+        """A line of the log: step, tokens, loss, fvu, l0, dead_latents, lr, tokens_per_second, ..."""
+
+    def close(self) -> None:
+        """Training has ended, or failed."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class JsonlLog(Callback):
+    """Append every record to RUN/metrics.jsonl. When resumed, drop the lines behind the checkpoint first."""
+
+    def __init__(self, run: Path) -> None:
+        self._path = run / LOG_FILE
+        self._file: TextIO | None = None
+
+    def on_start(self, step: int, steps: int) -> None:
+        """Open the log and cut it to what the checkpoint knows of."""
+        kept = [json.dumps(record) for record in read_log(self._path) if record["step"] <= step]
+        files.write_atomic(self._path, "".join(line + "\n" for line in kept))
+        with files.storage_errors(self._path):
+            self._file = self._path.open("a", encoding="utf-8")
+
+    def on_log(self, record: Mapping[str, float]) -> None:
+        """Write a line, at once."""
+        if self._file is not None:
+            with files.storage_errors(self._path):
+                self._file.write(json.dumps(dict(record)) + "\n")
+                self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a log; a last line that a kill cut short is left out.
+
+    Raises:
+        CheckpointError: another line is damaged.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_text("utf-8").splitlines()
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise CheckpointError(f"{path}, line {number} is damaged. Remove that line, or the file.") from error
+    return records
+
+
+class ProgressBar(Callback):
+    """A bar with rate and remaining time on the terminal; where there is none, a line a tenth of the way."""
+
+    def __init__(self, console: Console, what: str = "training") -> None:
+        self._console = console
+        self._what = what
+        self._progress = progress_bar(console, "steps")
+        self._steps = 0
+
+    def on_start(self, step: int, steps: int) -> None:
+        """Show the bar."""
+        self._steps = steps
+        self._task = self._progress.add_task(self._what, total=steps, completed=step, note="")
+        if self._console.is_terminal:
+            self._progress.start()
+
+    def on_step(self, step: int) -> None:
+        """Move the bar."""
+        self._progress.update(self._task, completed=step)
+
+    def on_log(self, record: Mapping[str, float]) -> None:
+        """Show the newest figures."""
+        note = f"FVU {record['fvu']:.3f}  dead {record['dead_latents']:.0f}"
+        self._progress.update(self._task, note=note)
+        step = int(record["step"])
+        if not self._console.is_terminal and step % max(1, self._steps // 10) == 0:
+            self._console.print(f"{self._what}: step {step} of {self._steps}, {note}")
+
+    def close(self) -> None:
+        """Take the bar away."""
+        self._progress.stop()
+
+
+def progress_bar(console: Console, unit: str) -> Progress:
+    """Return a rich progress bar in the style of the product: what, bar, done of total, remaining time, a note."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        _Rate(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
+class _Rate(TextColumn):
+    def __init__(self) -> None:
+        super().__init__("")
+
+    def render(self, task: Any) -> Any:
+        """Return the rate of a task, such as 14/s."""
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:,.0f}/s" if speed >= 10 else f"{speed:.1f}/s", style="cyan")
+
+
+class TensorBoardLog(Callback):
+    """Write every record as TensorBoard scalars under RUN/tensorboard."""
+
+    def __init__(self, run: Path) -> None:
+        require("tensorboard", "tensorboard")
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(run / "tensorboard"))
+
+    def on_log(self, record: Mapping[str, float]) -> None:
+        """Write a scalar for each entry."""
+        for name, value in record.items():
+            if name != "step":
+                self._writer.add_scalar(name, value, int(record["step"]))
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._writer.close()
+
+
+class WandbLog(Callback):
+    """Send every record to Weights & Biases, as the run's folder name."""
+
+    def __init__(self, run: Path, config: Mapping[str, Any]) -> None:
+        wandb = require("wandb", "wandb")
+        self._run = wandb.init(project="flashsae", name=run.name, dir=str(run), config=dict(config), resume="allow")
+
+    def on_log(self, record: Mapping[str, float]) -> None:
+        """Send a record."""
+        self._run.log(dict(record), step=int(record["step"]))
+
+    def close(self) -> None:
+        """Finish the run."""
+        self._run.finish()
+
+
+LOGGERS = ("tensorboard", "wandb")
+
+
+def build_logger(name: str, run: Path, config: Mapping[str, Any]) -> Callback:
+    """Return an opt-in logger by name.
+
+    Raises:
+        ConfigError: there is no logger of that name.
+        MissingExtraError: its package is not installed.
+    """
+    if name == "tensorboard":
+        return TensorBoardLog(run)
+    if name == "wandb":
+        return WandbLog(run, config)
+    raise ConfigError(f"logger: expected one of {', '.join(LOGGERS)}, got {name!r}.")
