@@ -115,6 +115,15 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
         safetensors.torch.save_file(contiguous, path, dict(metadata or {}))
 
 
+def save_tensors_atomic(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Replace a safetensors file; for small ones, since it is put together in memory.
+
+    Raises:
+        StorageError: the file system refused; `path` is as it was.
+    """
+    write_atomic(path, safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+
+
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file into memory.
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flashsae.shapes import Activations, TopActs, TopIndices
+
 
 class FVU:
     """Fraction of variance unexplained, Σ‖x − x_hat‖² / Σ‖x − mean x‖², means over the whole set.
@@ -19,7 +21,7 @@ class FVU:
         self._sum = torch.zeros(0, dtype=torch.float64)
         self._square = 0.0
 
-    def update(self, x: Tensor, x_hat: Tensor) -> None:
+    def update(self, x: Activations, x_hat: Activations) -> None:
         """Add a batch: x and x_hat, both [B, d_in]."""
         if len(x) == 0:
             return
@@ -56,7 +58,7 @@ class LatentActivity:
         self._fired = torch.zeros(d_sae, dtype=torch.int64, device=device)
         self._tokens = 0
 
-    def update(self, top_acts: Tensor, top_indices: Tensor) -> None:
+    def update(self, top_acts: TopActs, top_indices: TopIndices) -> None:
         """Add the codes of a batch: both [B, k]."""
         fired = (top_acts > 0).flatten().long()
         self._fired.scatter_add_(0, top_indices.flatten().long(), fired)

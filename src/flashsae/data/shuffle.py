@@ -54,7 +54,7 @@ class RowShuffle:
 
     Args:
         source: read at random rows.
-        batch_tokens: rows in a batch; may be more than the source has.
+        batch_tokens: rows in a batch.
         seed: of the order.
         window_rows: rows permuted together. If the source has no more, every order of all rows is possible.
         block_rows: neighbouring rows read together.
@@ -69,6 +69,11 @@ class RowShuffle:
         self._rows = source.split_rows("train")
         if len(self._rows) == 0:
             raise DataError(f"{source.name}: no row is left for training. Give more data or a smaller held_out.")
+        if len(self._rows) < batch_tokens:
+            raise DataError(
+                f"{source.name} has {len(self._rows)} rows for training, fewer than a batch of {batch_tokens}. "
+                "Give more data or a smaller batch_tokens."
+            )
         self._block_rows = block_rows if len(self._rows) > window_rows else 1
         self._blocks_per_window = max(1, window_rows // self._block_rows)
         self._epoch, self._window, self._offset = 0, 0, 0

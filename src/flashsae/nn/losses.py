@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from jaxtyping import Float
 from torch import Tensor
 
+from flashsae.shapes import Activations
 
-def fvu_loss(x: Tensor, x_hat: Tensor) -> Tensor:
+
+def fvu_loss(x: Activations, x_hat: Activations) -> Float[Tensor, ""]:
     """Compute the squared error of a batch as a fraction of its variance.
 
         Σ‖x − x_hat‖² / Σ‖x − mean_B x‖²
@@ -19,7 +22,7 @@ def fvu_loss(x: Tensor, x_hat: Tensor) -> Tensor:
     return (x - x_hat).square().sum() / _variance(x)
 
 
-def auxk_loss(residual: Tensor, residual_hat: Tensor) -> Tensor:
+def auxk_loss(residual: Activations, residual_hat: Activations) -> Float[Tensor, ""]:
     """Compute how badly dead latents explain what the living ones left over.
 
         Σ‖residual − residual_hat‖² / Σ‖residual − mean_B residual‖²
@@ -37,7 +40,7 @@ def auxk_loss(residual: Tensor, residual_hat: Tensor) -> Tensor:
     return (target - residual_hat).square().sum() / _variance(target)
 
 
-def _variance(x: Tensor) -> Tensor:
+def _variance(x: Activations) -> Float[Tensor, ""]:
     """Return Σ‖x − mean_B x‖², at least the smallest normal number, so that a constant batch gives no NaN."""
     x = x.detach()
     return (x - x.mean(0)).square().sum().clamp_min(1e-30)

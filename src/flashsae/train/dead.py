@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flashsae.shapes import TopActs, TopIndices
+
 
 class DeadLatents:
     """Count for each latent the tokens since it was last active. Selected with the value 0 does not count as active.
@@ -20,7 +22,7 @@ class DeadLatents:
         """[d_sae], int64."""
         self._after_tokens = after_tokens
 
-    def update(self, top_acts: Tensor, top_indices: Tensor) -> None:
+    def update(self, top_acts: TopActs, top_indices: TopIndices) -> None:
         """Count the tokens of a step: both [B, k]. Exact to the batch; no wait for the device."""
         is_active = (top_acts > 0).flatten().to(torch.int64)
         fired = torch.zeros_like(self.tokens_since_fired).scatter_add_(0, top_indices.flatten().long(), is_active)

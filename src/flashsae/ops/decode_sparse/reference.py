@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from flashsae.ops.validate import compute_dtype
+from flashsae.shapes import Activations, InputBias, TopActs, TopIndices, Weights
 
 _GATHER_ELEMENTS = 1 << 19  # decoder rows gathered at once; about the size of a CPU core's cache
 
 
-def decode_sparse(top_acts: Tensor, top_indices: Tensor, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
+def decode_sparse(top_acts: TopActs, top_indices: TopIndices, W_dec: Weights, b_dec: InputBias | None) -> Activations:
     """Weighted sum of decoder rows: [B, k], [B, k], [d_sae, d_in], [d_in] -> [B, d_in], in the compute dtype."""
     dtype = compute_dtype(W_dec.dtype)
     if len(top_indices) == 0:
@@ -21,7 +21,7 @@ def decode_sparse(top_acts: Tensor, top_indices: Tensor, W_dec: Tensor, b_dec: T
     return x_hat if b_dec is None else x_hat + b_dec.to(dtype)
 
 
-def decode_sparse_grad_acts(grad_x_hat: Tensor, top_indices: Tensor, W_dec: Tensor) -> Tensor:
+def decode_sparse_grad_acts(grad_x_hat: Activations, top_indices: TopIndices, W_dec: Weights) -> TopActs:
     """Dot product of each selected decoder row with its token's gradient: -> [B, k], in the compute dtype."""
     dtype = compute_dtype(W_dec.dtype)
     (B, k), d_in = top_indices.shape, W_dec.shape[1]

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 
 from flashsae.ops.validate import compute_dtype
+from flashsae.shapes import Activations, InputBias, LatentActs, LatentBias, TopActs, TopIndices, Weights
 
 WORKSPACE_BYTES = 512 << 20
 _PASSES = 3  # pre-activations, and at worst two more of their size while ties are settled
 
 
 def encode_topk(
-    x: Tensor, W_enc_T: Tensor, b_enc: Tensor, k: int, b_dec: Tensor | None, workspace_bytes: int
-) -> tuple[Tensor, Tensor]:
+    x: Activations, W_enc_T: Weights, b_enc: LatentBias, k: int, b_dec: InputBias | None, workspace_bytes: int
+) -> tuple[TopActs, TopIndices]:
     """Return the k largest of relu((x - b_dec) @ W_enc_T.T + b_enc) and their indices, both [B, k]."""
     dtype = compute_dtype(W_enc_T.dtype)
     weights, bias = W_enc_T.to(dtype), b_enc.to(dtype)
@@ -29,13 +31,13 @@ def encode_topk(
     return top_acts, top_indices
 
 
-def center(x: Tensor, b_dec: Tensor | None) -> Tensor:
+def center(x: Activations, b_dec: InputBias | None) -> Activations:
     """Return x - b_dec in the compute dtype: [B, d_in]."""
     dtype = compute_dtype(x.dtype)
     return x.to(dtype) if b_dec is None else x.to(dtype) - b_dec.to(dtype)
 
 
-def select_topk(pre_acts: Tensor, k: int) -> Tensor:
+def select_topk(pre_acts: LatentActs, k: int) -> TopIndices:
     """Return the indices of the k largest of each row, ascending; of equal values the lowest index wins: [B, k]."""
     n = pre_acts.shape[1]
     # one more than asked for: if it equals the k-th, the choice between them is ours to make, not topk's
@@ -48,7 +50,7 @@ def select_topk(pre_acts: Tensor, k: int) -> Tensor:
     return indices.sort(dim=1).values
 
 
-def _lowest_of_ties(pre_acts: Tensor, kth: Tensor, k: int) -> Tensor:
+def _lowest_of_ties(pre_acts: LatentActs, kth: Float[Tensor, "B 1"], k: int) -> TopIndices:
     above = pre_acts > kth
     equal = pre_acts == kth
     room = k - above.sum(1, keepdim=True)

@@ -8,12 +8,13 @@ from torch import Tensor
 
 from flashsae.ops.index import LatentIndex
 from flashsae.ops.validate import compute_dtype
+from flashsae.shapes import Activations, LatentBias, TopActs, Weights
 
 RUN = 256
 """Entries summed in one go. Longer runs are cut and their sums added in order: short sums round less."""
 
 
-def latent_rows(index: LatentIndex, coeffs: Tensor, rows: Tensor) -> Tensor:
+def latent_rows(index: LatentIndex, coeffs: TopActs, rows: Activations) -> Weights:
     """Sum coeffs * rows over the entries of each latent: [B, k], [B, d] -> [d_sae, d], compute dtype."""
     dtype = compute_dtype(rows.dtype)
     weights = coeffs.to(dtype).flatten()[index.entries]
@@ -28,7 +29,7 @@ def latent_rows(index: LatentIndex, coeffs: Tensor, rows: Tensor) -> Tensor:
     return _bags(torch.arange(n_pieces, device=rows.device), sums, first_piece[:-1], ones)
 
 
-def latent_sums(index: LatentIndex, coeffs: Tensor) -> Tensor:
+def latent_sums(index: LatentIndex, coeffs: TopActs) -> LatentBias:
     """Sum coeffs over the entries of each latent: [B, k] -> [d_sae], in the compute dtype."""
     return latent_rows(index, coeffs, coeffs.new_ones(coeffs.shape[0], 1))[:, 0]
 

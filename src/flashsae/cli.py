@@ -1,0 +1,141 @@
+"""The command line: parses and calls."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, Group, Parameter
+from cyclopts.config import Toml
+from rich.console import Console
+from rich.table import Table
+
+from flashsae import __version__, backend
+from flashsae.data.open import ActivationsConfig, cache_activations
+from flashsae.errors import ConfigError, FlashSAEError
+from flashsae.report.render import render_report
+from flashsae.run import RunConfig, execute, new_run
+from flashsae.train.callbacks import progress_bar
+from flashsae.train.config import TrainConfig
+
+app = App(
+    name="flashsae",
+    help="Train sparse autoencoders: exact, sparse-aware, on any machine. Every option also comes from a TOML file.",
+    version=__version__,
+    default_parameter=Parameter(negative_iterable=()),
+)
+app.meta.group_parameters = Group("Everywhere")
+
+Activations = Annotated[ActivationsConfig, Parameter(name="*", group="Activations")]
+Training = Annotated[TrainConfig, Parameter(name="*", group=Group("Training", sort_key=2))]
+
+
+@app.command
+def train(
+    activations: Activations = ActivationsConfig(),  # noqa: B008 - frozen
+    *,
+    training: Training = TrainConfig(),  # noqa: B008 - frozen
+    run: Path | None = None,
+    resume: Path | None = None,
+    logger: tuple[str, ...] = (),
+    report: bool = True,
+) -> None:
+    """Train a sparse autoencoder on the activations of a language model, measure it and draw a report.
+
+    Without arguments: a TopK SAE on a small transformer that reads the documentation of Python, in a few minutes.
+
+    Args:
+        run: Folder of the run; must not exist. Default: a new one under runs/.
+        resume: Go on with the run in this folder, exactly where its newest checkpoint left it. Takes its settings
+            from there.
+        logger: tensorboard or wandb, beside metrics.jsonl. May be repeated.
+        report: End with report.html.
+    """
+    console = Console(stderr=False)
+    if resume is None:
+        resume = new_run(RunConfig(activations, training, logger, report), run)
+    elif run is not None or activations != ActivationsConfig() or training != TrainConfig() or logger:
+        raise ConfigError("resume: expected no other setting beside it; a run is gone on with as it was begun.")
+    try:
+        execute(resume, console)
+    except KeyboardInterrupt:
+        console.print(f"\nStopped. Go on with: flashsae train --resume {resume}", highlight=False)
+        raise SystemExit(130) from None
+    except FlashSAEError as error:
+        raise type(error)(f"{error}\nThe run is in {resume}; go on with: flashsae train --resume {resume}") from error
+
+
+@app.command
+def cache(
+    activations: Activations = ActivationsConfig(),  # noqa: B008 - frozen
+    *,
+    out: Path,
+    max_tokens: int | None = None,
+    device: str = "auto",
+) -> None:
+    """Write the activations of a language model to disk, to train on them with flashsae train --activations.
+
+    A cache that was interrupted is gone on with; one of other settings is refused.
+
+    Args:
+        out: Folder of the cache.
+        max_tokens: Stop after so many tokens. Default: all of the data set.
+        device: auto, cpu, cuda, cuda:1 ...
+    """
+    console = Console()
+    with progress_bar(console, "tokens") as bar:
+        task = bar.add_task("activations", total=max_tokens, note="")
+        cache_activations(
+            activations,
+            out,
+            max_tokens=max_tokens,
+            device=str(backend.resolve_device(device)),
+            on_progress=lambda rows: bar.update(task, completed=rows),
+        )
+    console.print(f"Activations are in {out}. Train on them: flashsae train --activations {out}", highlight=False)
+
+
+@app.command
+def report(run: Path) -> None:
+    """Draw the report of a finished run again.
+
+    Args:
+        run: Folder of the run.
+    """
+    Console().print(str(render_report(run).resolve()), highlight=False, soft_wrap=True)
+
+
+@app.command
+def doctor() -> None:
+    """Print versions, devices, and which backends work here and why not."""
+    console = Console()
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in backend.describe().items():
+        table.add_row(name, value)
+    console.print(table)
+    console.print()
+    for each in backend.backends():
+        mark = "[green]works[/]" if each.works else "[yellow]does not work[/]"
+        console.print(f"backend {each.name}: {mark}: {each.reason}", highlight=False)
+
+
+@app.meta.default
+def _with_config(
+    *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
+    config: Annotated[
+        Path | None, Parameter(help="TOML file with settings by their names here, such as k = 64.")
+    ] = None,
+) -> None:
+    if config is not None:
+        app.config = (Toml(config, must_exist=True, use_commands_as_keys=False),)
+    app(tokens)
+
+
+def main() -> None:
+    """Run the command line; an expected error is one message on standard error and exit code 1."""
+    try:
+        app.meta()
+    except FlashSAEError as error:
+        print(f"flashsae: {error}", file=sys.stderr)
+        raise SystemExit(1) from None

@@ -1,0 +1,217 @@
+"""From settings to a source of activations: a cache that exists, a cache to be written now, or a model that streams."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from flashsae.data.cache import ActivationCache, write_cache
+from flashsae.data.language_model import MINILM, LanguageModelConfig, LanguageModelSource, match_hookpoints
+from flashsae.data.sources import Chunk, Source, check_held_out
+from flashsae.data.text import PYTHON_DOCS, TextDataset, open_text
+from flashsae.errors import ConfigError, DataError
+
+LARGEST_DEFAULT_CACHE = 8 * 10**9
+DEFAULT_HOOKPOINT = "encoder.layer.2"
+DEFAULT_CONTEXT_LENGTH = 256
+MODEL_BATCH_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class ActivationsConfig:
+    """Which activations to train on.
+
+    Args:
+        model: Model to read: a name on the Hugging Face hub, a folder, or minilm, which needs no download.
+            Default: minilm.
+        dataset: Text to read: a name on the Hugging Face hub, a .txt, .jsonl or .parquet file, a folder of such, or
+            python-docs, which ships with Python. Default: python-docs.
+        hookpoint: Module path in the model whose output is taken, such as layers.6 or h.3.mlp. A * stands for
+            anything but a dot and trains one SAE for each match. Default: encoder.layer.2, for minilm.
+        activations: Cache of activations, as written by flashsae cache. Written first if there is none.
+            Default: a cache beside the run, or no cache if it would exceed 8 GB.
+        stream: Run the model beside the training and write no cache; --no-stream always writes one.
+        held_out: Fraction of the documents that training never sees; the final figures are measured on them.
+        context_length: Tokens in one input of the model. Default: 256.
+        mask_special: Leave out special tokens. Default: yes.
+        max_norm_ratio: Leave out tokens whose norm exceeds so many times the median. Default: keep all.
+        text_column: Column of the data set that holds the text.
+        text_split: Split of a hub data set.
+        text_subset: Subset (configuration) of a hub data set.
+    """
+
+    model: str | None = None
+    dataset: str | None = None
+    hookpoint: str | None = field(default=None, kw_only=True)
+    activations: Path | None = field(default=None, kw_only=True)
+    stream: bool | None = field(default=None, kw_only=True)
+    held_out: float = field(default=0.05, kw_only=True)
+    context_length: int | None = field(default=None, kw_only=True)
+    mask_special: bool | None = field(default=None, kw_only=True)
+    max_norm_ratio: float | None = field(default=None, kw_only=True)
+    text_column: str = field(default="text", kw_only=True)
+    text_split: str = field(default="train", kw_only=True)
+    text_subset: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_held_out(self.held_out)
+        if self.stream and self.activations is not None:
+            raise ConfigError("stream: expected no --activations beside --stream, which writes and reads no cache.")
+        if self.hookpoint is None and self.model not in (None, MINILM):
+            raise ConfigError(
+                f"hookpoint: expected a module path of {self.model}, such as --hookpoint layers.6, got nothing."
+            )
+
+    def filled(self) -> ActivationsConfig:
+        """Return the settings with every default that is fixed filled in."""
+        return replace(
+            self,
+            model=self.model or MINILM,
+            dataset=self.dataset or PYTHON_DOCS,
+            hookpoint=self.hookpoint or DEFAULT_HOOKPOINT,
+            context_length=self.context_length or DEFAULT_CONTEXT_LENGTH,
+            mask_special=self.mask_special is not False,
+        )
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Activations that are ready to be read.
+
+    Args:
+        sources: by hookpoint.
+        config: the settings that led here, filled in.
+        how: for the plan, how they come.
+        tokenizer: that of the model; called, because loading it takes a moment.
+    """
+
+    sources: dict[str, Source]
+    config: ActivationsConfig
+    how: str
+    tokenizer: Callable[[], Any]
+
+    def text_chunks(self, hookpoint: str) -> Iterator[Chunk]:
+        """Yield chunks with token ids of both splits, that of training first."""
+        source = self.sources[hookpoint]
+        return (chunk for chunk, _ in chain(source.chunks("train"), source.chunks("held_out")))
+
+
+Progress = Callable[[int], None]
+
+
+def open_activations(
+    config: ActivationsConfig, *, tokens: int, folder: Path, device: str, on_progress: Progress | None = None
+) -> Opened:
+    """Open the activations that settings ask for; write the cache first where there is to be one.
+
+    Args:
+        config: what to read.
+        tokens: tokens that will be trained on; no more than these, and the held-out ones beside them, are cached.
+        folder: where a cache goes if the settings name no place.
+        device: for the model.
+        on_progress: called with the rows cached so far.
+    Raises:
+        ConfigError: no such model or hookpoint, or settings that exclude each other.
+        DataError: the text is missing, empty or too small, or the cache holds something else than is asked for.
+        CheckpointError: the cache is incomplete or damaged.
+    """
+    if config.activations is not None and ActivationCache.is_complete(config.activations):
+        return _open_cache(_check_asked(config, config.activations), config.activations)
+    config = config.filled()
+    text = _open_text(config)
+    rows = int(tokens / (1 - config.held_out))
+    place = config.activations or folder / _cache_name(config, text, rows)
+    if not config.stream and ActivationCache.is_complete(place):
+        return _open_cache(config, place)
+    source = LanguageModelSource(_language_model_config(config, device), text, held_out=config.held_out)
+    size = 2 * rows * sum(source.widths.values())
+    is_too_large = config.stream is None and config.activations is None and size > LARGEST_DEFAULT_CACHE
+    if config.stream or is_too_large:
+        if len(source.hookpoints) > 1:
+            raise ConfigError(
+                f"hookpoint: expected one module for a stream, got {', '.join(source.hookpoints)}. For several SAEs at "
+                f"once write a cache: --activations FOLDER (about {size / 1e9:.0f} GB)."
+            )
+        how = f"{source.name}, streamed"
+        return Opened({source.hookpoints[0]: source}, config, how, lambda: source.tokenizer)
+    write_cache(place, source, max_tokens=rows, on_progress=on_progress)
+    return _open_cache(config, place)
+
+
+def cache_activations(
+    config: ActivationsConfig, place: Path, *, max_tokens: int | None, device: str, on_progress: Progress | None = None
+) -> None:
+    """Write a cache, or go on with one: see `write_cache`. Arguments as for `open_activations`."""
+    config = config.filled()
+    source = LanguageModelSource(_language_model_config(config, device), _open_text(config), held_out=0.0)
+    write_cache(place, source, max_tokens=max_tokens, on_progress=on_progress)
+
+
+def _open_text(config: ActivationsConfig) -> TextDataset:
+    assert config.dataset is not None
+    return open_text(config.dataset, split=config.text_split, column=config.text_column, subset=config.text_subset)
+
+
+def _language_model_config(config: ActivationsConfig, device: str) -> LanguageModelConfig:
+    assert config.model is not None
+    assert config.hookpoint is not None
+    assert config.context_length is not None
+    return LanguageModelConfig(
+        config.model,
+        (config.hookpoint,),
+        context_length=config.context_length,
+        batch_tokens=max(MODEL_BATCH_TOKENS, config.context_length),
+        mask_special=config.mask_special is not False,
+        max_norm_ratio=config.max_norm_ratio,
+        device=device,
+    )
+
+
+def _cache_name(config: ActivationsConfig, text: TextDataset, rows: int) -> str:
+    """Return a folder name that differs wherever the cached bytes would."""
+    settings = (config.model, config.hookpoint, config.context_length, config.mask_special, config.max_norm_ratio)
+    digest = hashlib.sha256(repr((*settings, text.name, rows)).encode()).hexdigest()[:8]
+    return f"{run_name(config)}-{digest}"
+
+
+def run_name(config: ActivationsConfig) -> str:
+    """Return a readable name for what is trained on, fit for a folder."""
+    filled = config.filled()
+    return f"{Path(filled.model or '').name}-{filled.hookpoint}".replace("*", "all")
+
+
+def _open_cache(config: ActivationsConfig, place: Path) -> Opened:
+    names = list(ActivationCache.read_settings(place)["hookpoints"])
+    if config.hookpoint is not None:
+        names = match_hookpoints(config.hookpoint, names) or [config.hookpoint]  # the cache says what it holds instead
+    caches = {name: ActivationCache(place, name, config.held_out) for name in names}
+    first = next(iter(caches.values()))
+    return Opened(dict(caches), config, f"{first.n_rows:,} tokens cached in {place}", first.read_tokenizer)
+
+
+def _check_asked(config: ActivationsConfig, place: Path) -> ActivationsConfig:
+    """Return the settings with those of a cache filled in; raise DataError where others were given."""
+    held = ActivationCache.read_settings(place)
+    asked = {
+        "model": config.model,
+        "dataset": None if config.dataset is None else _open_text(config).name,
+        "context_length": config.context_length,
+        "mask_special": config.mask_special,
+        "max_norm_ratio": config.max_norm_ratio,
+    }
+    differences = [
+        f"{name} is {held[name]!r} there, {value!r} was asked for"
+        for name, value in asked.items()
+        if value is not None and held[name] != value
+    ]
+    if differences:
+        raise DataError(
+            f"the cache {place} holds other activations: {'; '.join(differences)}. Leave these settings out, or name "
+            "another folder."
+        )
+    hookpoint = config.hookpoint or next(iter(held["hookpoints"]))
+    return replace(config, model=held["model"], hookpoint=hookpoint, context_length=held["context_length"])

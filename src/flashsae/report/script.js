@@ -1,0 +1,112 @@
+"use strict";
+(() => {
+  const query = document.getElementById("query");
+  if (!query) return;
+  const cards = document.getElementById("cards");
+  const sort = document.getElementById("sort");
+  const count = document.getElementById("count");
+  const empty = document.getElementById("empty");
+  const tools = query.form;
+  const opened = []; // by the search, to be closed again after it
+  tools.hidden = false;
+
+  const fold = (text) => text.toLowerCase().replace(/\s+/g, " ");
+  const latents = [...cards.children].map((card) => ({
+    card,
+    texts: [...card.querySelectorAll(".text, .tokens li")].map((node) => [node, fold(node.textContent)]),
+  }));
+
+  // Ranges of a needle in a paragraph, across the spans that it is cut into.
+  const ranges = (node, needle) => {
+    const walker = document.createTreeWalker(node, NodeFilter.SHOW_TEXT);
+    const parts = [];
+    let text = "";
+    while (walker.nextNode()) {
+      parts.push([text.length, walker.currentNode]);
+      text += walker.currentNode.data;
+    }
+    const place = (at) => {
+      const [from, part] = parts.filter(([start]) => start <= at).at(-1);
+      return [part, at - from];
+    };
+    const found = [];
+    const lower = text.toLowerCase();
+    if (lower.length !== text.length) return found;
+    for (let at = lower.indexOf(needle); at >= 0; at = lower.indexOf(needle, at + needle.length)) {
+      const range = new Range();
+      const [last, offset] = place(at + needle.length - 1);
+      range.setStart(...place(at));
+      range.setEnd(last, offset + 1);
+      found.push(range);
+    }
+    return found;
+  };
+
+  const filter = () => {
+    const needle = fold(query.value.trim());
+    const number = needle.replace(/^#/, "");
+    const marks = [];
+    let shown = 0;
+    for (const details of opened.splice(0)) details.open = false;
+    for (const { card, texts } of latents) {
+      const hits = needle ? texts.filter(([, text]) => text.includes(needle)) : [];
+      const byNumber = /^\d+$/.test(number) && card.dataset.index.startsWith(number);
+      card.hidden = needle !== "" && !hits.length && !byNumber;
+      if (card.hidden) continue;
+      shown += 1;
+      for (const [node] of hits) {
+        marks.push(...ranges(node, needle));
+        const details = node.closest("details");
+        if (details && !details.open) {
+          details.open = true;
+          opened.push(details);
+        }
+      }
+    }
+    if (window.Highlight && CSS.highlights) CSS.highlights.set("found", new Highlight(...marks));
+    const total = latents.length;
+    count.textContent = needle ? `${shown} of ${total} latents` : `${total} latents`;
+    empty.hidden = shown > 0;
+    empty.querySelector("q").textContent = query.value.trim();
+  };
+
+  const order = () => {
+    const key = sort.value;
+    const sign = key === "index" ? 1 : -1;
+    latents.sort((a, b) => sign * (a.card.dataset[key] - b.card.dataset[key]) || a.card.dataset.index - b.card.dataset.index);
+    cards.append(...latents.map(({ card }) => card));
+  };
+
+  const clear = () => {
+    query.value = "";
+    filter();
+    query.focus();
+  };
+
+  query.addEventListener("input", () => {
+    filter();
+    // The list may now end above the window.
+    if (tools.getBoundingClientRect().top <= 0) cards.scrollIntoView({ behavior: "instant" });
+  });
+  query.addEventListener("keydown", (event) => event.key === "Escape" && clear());
+  sort.addEventListener("change", order);
+  tools.addEventListener("submit", (event) => event.preventDefault());
+  document.getElementById("clear").addEventListener("click", clear);
+  document.addEventListener("keydown", (event) => {
+    const typing = /^(INPUT|SELECT|TEXTAREA)$/.test(document.activeElement.tagName);
+    if (event.key !== "/" || typing || event.ctrlKey || event.metaKey || event.altKey) return;
+    event.preventDefault();
+    tools.scrollIntoView({ behavior: "instant" });
+    query.focus({ preventScroll: true });
+    query.select();
+  });
+  // A dot on the map leads to its card even while a search hides it.
+  window.addEventListener("hashchange", () => {
+    const card = document.getElementById(location.hash.slice(1));
+    if (!card || !card.hidden) return;
+    clear();
+    card.scrollIntoView();
+  });
+  order();
+  filter();
+})();

@@ -1,0 +1,45 @@
+"""What a training will need, worked out before it starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from flashsae.ops.encode_topk.reference import WORKSPACE_BYTES
+from flashsae.train.config import ResolvedConfig
+
+_PROCESS_BYTES = 600 << 20  # Python, torch and what they load, in the memory of the host
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The size of a training.
+
+    Args:
+        parameters: of the SAE.
+        steps: of Adam.
+        peak_bytes: estimate of the largest memory in use while training, on `device`; without the language model.
+    """
+
+    parameters: int
+    steps: int
+    peak_bytes: int
+
+
+def make_plan(config: ResolvedConfig, device: torch.device, buffer_bytes: int = 0) -> Plan:
+    """Work out the size of a training.
+
+    Args:
+        config: settings.
+        device: of the training.
+        buffer_bytes: memory of the shuffle buffer, if there is one.
+    """
+    matrix = 4 * config.d_sae * config.d_in
+    weights, gradients, moments = 2 * matrix, 2 * matrix, 4 * matrix
+    projection = matrix  # grad · W_dec while the decoder's gradient is projected
+    workspace = min(WORKSPACE_BYTES, 12 * config.batch_tokens * config.d_sae)
+    batch = 4 * config.batch_tokens * (8 * config.d_in + 8 * config.k)
+    base = _PROCESS_BYTES if device.type == "cpu" else 0
+    peak = base + weights + gradients + moments + max(projection, workspace) + batch + buffer_bytes
+    return Plan(2 * config.d_sae * config.d_in + config.d_sae + config.d_in, config.steps, peak)

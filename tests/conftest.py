@@ -1,0 +1,21 @@
+"""Shapes and types of the public functions are checked at run time in tests, and only there."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a hub
+
+from jaxtyping import install_import_hook
+
+# the public operations check shapes themselves, with better messages; what they call relies on these annotations
+REFERENCES = [f"flashsae.ops.{op}.reference" for op in ("encode_topk", "decode_sparse", "latent_rows")]
+install_import_hook([*REFERENCES, "flashsae.nn.losses", "flashsae.metrics", "flashsae.train.dead"], "beartype.beartype")
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)

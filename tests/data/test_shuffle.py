@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from flashsae.data.shuffle import Batches, BufferShuffle, RowShuffle, shuffled
+from flashsae.data.sources import ArraySource, IterableSource
+from flashsae.errors import CheckpointError, ConfigError, DataError
+
+N = 1000
+
+
+def _x(n: int = N) -> Tensor:
+    return torch.arange(n, dtype=torch.float32)[:, None].expand(n, 2).contiguous()
+
+
+def _rows(batch_tokens: int = 30, **options: int) -> RowShuffle:
+    return RowShuffle(ArraySource(_x(), held_out=0.1), batch_tokens, seed=3, **options)
+
+
+def _buffer(batch_tokens: int = 30, buffer_tokens: int = 300) -> BufferShuffle:
+    return BufferShuffle(IterableSource(list(_x().split(77))), batch_tokens, seed=3, buffer_tokens=buffer_tokens)
+
+
+def _draw(batches: Batches, n: int) -> Tensor:
+    return torch.cat([torch.zeros(0), *(batches.next_batch()[:, 0] for _ in range(n))])
+
+
+@pytest.mark.parametrize("options", [{}, {"window_rows": 100, "block_rows": 8}, {"window_rows": 128, "block_rows": 1}])
+def test_rows_come_once_an_epoch_in_a_new_order(options: dict[str, int]) -> None:
+    batches = _rows(1, **options)
+    train = ArraySource(_x(), held_out=0.1).split_rows("train")
+    first, second = _draw(batches, len(train)), _draw(batches, len(train))
+    assert torch.equal(first.sort().values.long(), train)
+    assert torch.equal(second.sort().values.long(), train)
+    assert not torch.equal(first, second)
+    assert (first.diff() == 1).double().mean() < 0.3
+
+
+def test_small_data_is_mixed_completely() -> None:
+    places = torch.stack([_draw(RowShuffle(ArraySource(_x(50)), 50, seed=seed), 1) for seed in range(200)])
+    spread = places.mean(0)
+    assert (spread - 24.5).abs().max() < 5 * (50**2 / 12 / 200) ** 0.5  # every place sees every row equally often
+
+
+def test_the_buffer_gives_out_every_row_and_mixes_far() -> None:
+    batches = _buffer()
+    drawn = _draw(batches, 66)  # two epochs, less what is in the buffer
+    counts = torch.bincount(drawn.long(), minlength=N)
+    assert counts.max() <= 3
+    assert (counts == 0).sum() <= 300
+    steps = drawn.diff().abs()
+    assert steps.median() > 50
+
+
+@pytest.mark.parametrize("make", [_rows, lambda: _rows(window_rows=100, block_rows=8), _buffer])
+@pytest.mark.parametrize("done", [0, 1, 7, 40])
+def test_a_restored_state_goes_on_bit_for_bit(make: Callable[[], Batches], done: int) -> None:
+    uninterrupted = make()
+    uninterrupted.sample(10)
+    _draw(uninterrupted, done)
+    place, tensors = uninterrupted.state()
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    expected = _draw(uninterrupted, 60)
+    resumed = make()
+    resumed.restore((place, tensors))
+    assert torch.equal(_draw(resumed, 60), expected)
+    assert resumed.state()[0] == uninterrupted.state()[0]
+
+
+def test_sampling_changes_no_batch() -> None:
+    for make in (_rows, _buffer):
+        plain, sampled = make(), make()
+        assert sampled.sample(64).shape == (64, 2)
+        assert torch.equal(_draw(plain, 20), _draw(sampled, 20))
+
+
+def test_the_seed_decides_the_order() -> None:
+    source = ArraySource(_x())
+    a, b, c = (_draw(RowShuffle(source, 30, seed=seed), 5) for seed in (1, 1, 2))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+
+
+def test_a_generator_that_ends_says_so() -> None:
+    batches = BufferShuffle(IterableSource(iter(_x().split(77))), 30, seed=0, buffer_tokens=300)
+    assert len(_draw(batches, N // 30).unique()) == N // 30 * 30
+    with pytest.raises(DataError, match="the iterable x ended: 10 rows are left, fewer than a batch of 30"):
+        batches.next_batch()
+
+
+def test_nan_is_traced_to_its_row() -> None:
+    x = _x()
+    x[123, 1] = torch.nan
+    with pytest.raises(DataError, match=r"x: row 123 holds NaN or Inf"):
+        _draw(RowShuffle(ArraySource(x), 100, seed=0), 10)
+    with pytest.raises(DataError, match=r"the iterable x, groups 77 to 153: 1 of 77 rows hold NaN or Inf"):
+        _draw(BufferShuffle(IterableSource(list(x.split(77))), 30, seed=0, buffer_tokens=300), 10)
+
+
+def test_too_little_data_and_too_small_buffers_are_refused() -> None:
+    with pytest.raises(DataError, match="x: no row is left for training"):
+        RowShuffle(ArraySource(_x(2), held_out=0.999), 4, seed=0)
+    with pytest.raises(DataError, match=r"x has 20 rows for training, fewer than a batch of 30"):
+        RowShuffle(ArraySource(_x(20)), 30, seed=0)
+    with pytest.raises(ConfigError, match=r"shuffle_tokens: expected at least two batches \(60 tokens\), got 59"):
+        _buffer(30, 59)
+
+
+def test_other_data_cannot_be_gone_on_with() -> None:
+    batches = RowShuffle(ArraySource(_x(900)), 30, seed=3)
+    with pytest.raises(CheckpointError, match=r"x has 900 training rows now, 1000 when the checkpoint was written"):
+        batches.restore(RowShuffle(ArraySource(_x()), 30, seed=3).state())
+
+
+def test_the_kind_of_source_decides_the_kind_of_shuffle() -> None:
+    assert isinstance(shuffled(ArraySource(_x()), 10, seed=0, buffer_tokens=100), RowShuffle)
+    assert isinstance(shuffled(IterableSource([_x()]), 10, seed=0, buffer_tokens=100), BufferShuffle)

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from flashsae import SAE, SAEConfig, SparseCode
+from flashsae.errors import CheckpointError, ConfigError, DtypeError, ShapeError, StorageError
+
+
+@pytest.fixture
+def sae() -> SAE:
+    sae = SAE(SAEConfig(d_in=12, d_sae=40, k=5), seed=1)
+    torch.nn.init.normal_(sae.b_enc, std=0.1)
+    torch.nn.init.normal_(sae.b_dec, std=0.1)
+    return sae
+
+
+def test_forward_is_the_dense_formula(sae: SAE, generator: torch.Generator) -> None:
+    x = torch.randn(30, 12, generator=generator)
+    latent_acts = torch.relu((x - sae.b_dec) @ sae.W_enc + sae.b_enc)
+    kept = torch.zeros_like(latent_acts).scatter(1, latent_acts.topk(5).indices, 1.0) * latent_acts
+    torch.testing.assert_close(sae.encode(x).to_dense(), kept)
+    torch.testing.assert_close(sae(x), kept @ sae.W_dec + sae.b_dec)
+
+
+@pytest.mark.parametrize("shape", [(12,), (3, 12), (2, 3, 4, 12), (0, 12), (2, 0, 12)])
+def test_leading_dimensions_are_free(sae: SAE, shape: tuple[int, ...], generator: torch.Generator) -> None:
+    x = torch.randn(*shape, generator=generator)
+    code = sae.encode(x)
+    assert code.top_acts.shape == code.top_indices.shape == (*shape[:-1], 5)
+    assert code.to_dense().shape == (*shape[:-1], 40)
+    assert sae(x).shape == x.shape
+    torch.testing.assert_close(sae(x).reshape(-1, 12), sae(x.reshape(-1, 12)))
+
+
+def test_it_starts_tied_and_with_unit_rows() -> None:
+    sae = SAE(SAEConfig(8, 20, 3), seed=4)
+    assert torch.equal(sae.W_enc_T, sae.W_dec)
+    assert sae.W_enc_T.data_ptr() != sae.W_dec.data_ptr()
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(20))
+    assert torch.equal(SAE(SAEConfig(8, 20, 3), seed=4).W_dec, sae.W_dec)
+    assert not torch.equal(SAE(SAEConfig(8, 20, 3), seed=5).W_dec, sae.W_dec)
+
+
+def test_initialize_from_takes_the_mean_and_the_best_length(generator: torch.Generator) -> None:
+    x = 100 + 7 * torch.randn(500, 12, generator=generator)
+    sae = SAE(SAEConfig(12, 40, 10))
+    sae.initialize_from(x)
+    torch.testing.assert_close(sae.b_dec.detach(), x.mean(0))
+    part = sae(x) - sae.b_dec
+    residual = x - sae(x)
+    assert abs((residual * part).sum() / part.square().sum()).item() < 1e-4  # no other length fits better
+    assert (residual.square().sum() / (x - x.mean(0)).square().sum()).item() < 0.6
+
+
+def test_decoder_gradient_is_projected_and_rows_stay_unit(sae: SAE, generator: torch.Generator) -> None:
+    sae(torch.randn(64, 12, generator=generator)).square().sum().backward()
+    assert sae.W_dec.grad is not None
+    before = sae.W_dec.grad.clone()
+    sae.project_decoder_grad()
+    along = (sae.W_dec.grad * sae.W_dec).sum(1)
+    assert along.abs().max() < 1e-4 * before.abs().max()
+    removed = before - sae.W_dec.grad
+    torch.testing.assert_close(removed, (before * sae.W_dec).sum(1, keepdim=True) * sae.W_dec, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        sae.W_dec.mul_(3)
+    sae.normalize_decoder()
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(40))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_save_and_load_give_the_same_bits(dtype: torch.dtype, tmp_path: Path, generator: torch.Generator) -> None:
+    sae = SAE(SAEConfig(12, 40, 5), dtype=dtype)
+    sae.save(tmp_path / "sae", metadata={"hookpoint": "layers.3"})
+    loaded = SAE.load(tmp_path / "sae")
+    assert loaded.config == sae.config
+    for name, tensor in sae.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+        assert loaded.state_dict()[name].dtype == dtype
+    x = torch.randn(9, 12, generator=generator)
+    assert torch.equal(loaded(x), sae(x))
+    assert loaded.W_dec.requires_grad
+    description = json.loads((tmp_path / "sae" / "flashsae.json").read_text())
+    assert description["architecture"] == "topk"
+    assert description["metadata"] == {"hookpoint": "layers.3"}
+
+
+def test_saving_overwrites_only_when_asked(sae: SAE, tmp_path: Path) -> None:
+    sae.save(tmp_path / "sae")
+    with pytest.raises(StorageError, match="exists already and is not overwritten"):
+        sae.save(tmp_path / "sae")
+    sae.save(tmp_path / "sae", overwrite=True)
+
+
+def _edit(folder: Path, **changes: object) -> None:
+    path = folder / "flashsae.json"
+    description = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({k: v for k, v in description.items() if v is not None}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": "other"}, "was not written by FlashSAE"),
+        ({"format_version": 99}, "has format version 99, this FlashSAE reads 1"),
+        ({"architecture": "relu"}, "expected the architecture 'topk', got 'relu'"),
+        ({"k": None}, "is damaged: k missing"),
+        ({"d_sae": 41}, r"does not fit flashsae.json: expected tensors W_dec \[41, 12\]"),
+    ],
+)
+def test_a_foreign_or_damaged_folder_is_refused(
+    sae: SAE, tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    sae.save(tmp_path / "sae")
+    _edit(tmp_path / "sae", **changes)
+    with pytest.raises(CheckpointError, match=message):
+        SAE.load(tmp_path / "sae")
+
+
+def test_truncated_weights_and_other_folders_are_refused(sae: SAE, tmp_path: Path) -> None:
+    sae.save(tmp_path / "sae")
+    weights = tmp_path / "sae" / "flashsae.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(CheckpointError, match=r"flashsae\.safetensors: it is damaged"):
+        SAE.load(tmp_path / "sae")
+    with pytest.raises(CheckpointError, match=r"expected flashsae\.json in it, found sae"):
+        SAE.load(tmp_path)
+    with pytest.raises(CheckpointError, match="no such folder"):
+        SAE.load(tmp_path / "none")
+
+
+def test_bad_input_is_named(sae: SAE) -> None:
+    with pytest.raises(ShapeError, match=r"x: expected the shape \[\.\.\., 12\], got \[3, 11\]"):
+        sae(torch.zeros(3, 11))
+    with pytest.raises(DtypeError, match=r"x: expected a float tensor, got torch\.int64"):
+        sae(torch.zeros(3, 12, dtype=torch.int64))
+    with pytest.raises(ConfigError, match="k: expected 1 <= k <= 4"):
+        SAEConfig(d_in=3, d_sae=4, k=5)
+    with pytest.raises(ConfigError, match="d_in: expected a positive int, got 0"):
+        SAEConfig(d_in=0, d_sae=4, k=2)
+
+
+def test_code_to_dense_adds_repeats() -> None:
+    code = SparseCode(torch.tensor([[1.0, 2.0]]), torch.tensor([[1, 1]]), 3)
+    assert code.to_dense().tolist() == [[0.0, 3.0, 0.0]]

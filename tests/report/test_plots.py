@@ -1,0 +1,154 @@
+import re
+import sys
+import xml.etree.ElementTree as ElementTree
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flashsae.errors import MissingExtraError
+from flashsae.report.plots import Plot, latent_map, latent_plots, training_plots
+
+pytest.importorskip("matplotlib")
+
+EVALUATION = {"steps": 100, "fvu": 0.2}
+
+
+def metrics() -> list[dict[str, Any]]:
+    return [
+        {"step": step, "fvu": 1 / (1 + step), "l0": 8.0, "dead_latents": 3, "lr": 1e-4} for step in range(0, 100, 5)
+    ]
+
+
+def arrays(d_sae: int = 300) -> dict[str, Any]:
+    random = np.random.default_rng(0)
+    return {
+        "latent_density": np.where(np.arange(d_sae) < 20, 0.0, 10 ** random.normal(-3, 0.5, d_sae)),
+        "decoder_norm": np.ones(d_sae),
+        "encoder_decoder_cosine": random.uniform(-0.2, 0.9, d_sae),
+        "nearest_decoder_cosine": np.where(np.arange(d_sae) < 7, 0.95, 0.3),
+    }
+
+
+def every_plot() -> list[Plot]:
+    return [*training_plots(metrics(), EVALUATION), *latent_plots(arrays()), latent_map(arrays(), [30, 41])]
+
+
+def texts(svg: str) -> list[str]:
+    return [
+        "".join(node.itertext()).strip() for node in ElementTree.fromstring(svg).iter() if node.tag.endswith("text")
+    ]
+
+
+def by_name(plots: list[Plot], name: str) -> Plot:
+    return next(plot for plot in plots if plot.name == name)
+
+
+def path(svg: str, colour: str) -> list[tuple[float, float]]:
+    """The vertices of the curve drawn in a colour; only curves are clipped, samples in the legend are not."""
+    (line,) = re.findall(rf'<path d="([^"]*)" clip-path=[^>]*style="fill: none; stroke: var\({colour}\)', svg)
+    return [(float(x), float(y)) for x, y in re.findall(r"[ML] ([\d.]+) ([\d.]+)", line)]
+
+
+def test_drawing_twice_gives_the_same_bytes() -> None:
+    assert every_plot() == every_plot()
+
+
+def test_ids_are_unique_and_references_resolve_across_figures() -> None:
+    ids: list[str] = []
+    for plot in every_plot():
+        own = re.findall(r'\bid="([^"]+)"', plot.svg)
+        ids += own
+        references = re.findall(r'(?:url\(#|xlink:href="#)([^")]+)', plot.svg)
+        assert set(references) <= set(own)
+    assert len(ids) == len(set(ids)) > 100
+
+
+def test_figures_stand_alone_and_follow_the_page_colours() -> None:
+    for plot in every_plot():
+        assert plot.svg.startswith("<svg")
+        assert "<style" not in plot.svg
+        assert "<metadata" not in plot.svg
+        assert "var(--accent)" in plot.svg
+        assert not re.findall(r"#[0-9a-f]{6}\b", plot.svg)
+        assert "width=" not in plot.svg.split(">")[0]
+
+
+def test_user_settings_of_matplotlib_neither_matter_nor_change() -> None:
+    import matplotlib
+
+    expected = every_plot()
+    with matplotlib.rc_context({"font.size": 20, "axes.labelsize": 30, "xtick.major.width": 9}):
+        assert every_plot() == expected
+        assert matplotlib.rcParams["font.size"] == 20
+
+
+def test_a_quantity_that_was_not_logged_has_no_figure() -> None:
+    logged = [{"step": 0, "fvu": 1.0, "l0": None, "lr": float("nan")}, {"step": 5, "fvu": 0.5, "dead_latents": "x"}]
+    assert [plot.name for plot in training_plots(logged, EVALUATION)] == ["fvu"]
+    assert training_plots([], EVALUATION) == []
+
+
+def test_held_out_curve_ends_at_the_final_evaluation() -> None:
+    logged = [*metrics(), {"step": 50, "held_out_fvu": 0.4}]
+    svg = by_name(training_plots(logged, EVALUATION), "fvu").svg
+    assert {"training", "held out"} <= set(texts(svg))
+    held_out = path(svg, "--accent")
+    training = path(svg, "--muted")
+    assert len(held_out) == 2
+    assert held_out[1][0] > training[-1][0]
+    again = [*logged, {"step": 100, "held_out_fvu": 0.3}]
+    assert len(path(by_name(training_plots(again, EVALUATION), "fvu").svg, "--accent")) == 2
+
+
+def test_the_later_record_of_a_step_counts() -> None:
+    logged = [{"step": 0, "l0": 5.0}, {"step": 1, "l0": 9.0}, {"step": 1, "l0": 5.0}]
+    (start, end) = path(by_name(training_plots(logged, EVALUATION), "l0").svg, "--accent")
+    assert start[1] == end[1]
+
+
+def test_long_runs_are_thinned_but_keep_both_ends() -> None:
+    noise = np.random.default_rng(0).uniform(7, 9, 20_000)
+    logged = [{"step": step, "l0": float(value)} for step, value in enumerate(noise)]
+    curve = path(by_name(training_plots(logged, EVALUATION), "l0").svg, "--accent")
+    short = path(by_name(training_plots([logged[0], logged[-1]], EVALUATION), "l0").svg, "--accent")
+    assert 500 < len(curve) <= 1200
+    assert [curve[0][0], curve[-1][0]] == pytest.approx([short[0][0], short[1][0]])
+
+
+def test_captions_count_the_dead_and_the_twins() -> None:
+    plots = latent_plots(arrays())
+    assert "20 of 300 never fired" in by_name(plots, "density").caption
+    assert "7 of 300 latents have a neighbour above 0.9" in by_name(plots, "nearest").caption
+    assert "median 0.3" in texts(by_name(plots, "nearest").svg)
+
+
+def test_log_axis_is_labelled_with_what_it_stands_for() -> None:
+    labels = texts(by_name(latent_plots(arrays()), "density").svg)
+    assert {"10⁻⁴", "0.001", "0.01"} <= set(labels)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, float("nan"), 1e-9])
+def test_odd_dictionaries_can_be_drawn(value: float) -> None:
+    odd = {name: np.full(5, value) for name in arrays()}
+    for plot in [*latent_plots(odd), latent_map(odd, [0, 4, 77])]:
+        ElementTree.fromstring(plot.svg)
+        assert "nan" not in plot.svg
+
+
+def test_dots_of_shown_latents_link_to_their_cards() -> None:
+    dead = 3
+    svg = latent_map(arrays(), [dead, 30, 41]).svg
+    assert re.findall(r'<a href="([^"]*)"', svg) == ["#latent-30", "#latent-41"]
+    assert re.findall(r'<a href="([^"]*)"', latent_map(arrays(), [30]).svg) == ["#latent-30"]
+    assert "latent:" not in svg
+
+
+def test_large_dictionaries_stay_small_on_the_page() -> None:
+    assert len(latent_map(arrays(100_000), []).svg) < 600_000
+
+
+def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(MissingExtraError, match=r"flashsae\[report\]"):
+        latent_plots(arrays())

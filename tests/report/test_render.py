@@ -1,0 +1,220 @@
+import json
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from flashsae.errors import CheckpointError, MissingExtraError
+from flashsae.report.render import printable, render_report
+from flashsae.report.snippets import LatentSnippets, Snippet, Snippets, write_snippets
+
+
+class Page(HTMLParser):
+    """What a browser would see: the elements with their attributes, and all text outside of style and script."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self._within = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        self._within = tag
+
+    def handle_endtag(self, tag: str) -> None:
+        self._within = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._within not in {"style", "script"}:
+            self.text += data
+
+    def count(self, tag: str) -> int:
+        return sum(name == tag for name, _ in self.elements)
+
+    def classed(self, name: str) -> list[dict[str, str | None]]:
+        return [attrs for _, attrs in self.elements if name in (attrs.get("class") or "").split()]
+
+
+def render(run: Path) -> Page:
+    return Page(render_report(run).read_text("utf-8"))
+
+
+def test_report_shows_what_the_run_holds(run: Path) -> None:
+    path = render_report(run)
+    assert path == run / "report.html"
+    page = Page(path.read_text("utf-8"))
+    for expected in (
+        "org/tiny-model", "layers.3", "org/<b>texts</b>", "0.1234", "87.7 % of variance explained", "3.97",
+        "6.2 % of 96", "512k", "65.4k", "16 → 96 latents, k = 4", "500 steps in 1 min 23 s", "4 latents, spread",
+        "512,000", "true", "violin",
+    ):  # fmt: skip
+        assert expected in page.text, expected
+    assert len(page.classed("card")) == 4
+    assert [attrs["id"] for tag, attrs in page.elements if tag == "figure"] == [
+        f"figure-{name}"
+        for name in ("fvu", "l0", "dead_latents", "lr", "density", "norm", "alignment", "nearest", "map")
+    ]
+    assert page.text.count("2 more") == 1
+
+
+def test_tokens_are_shaded_by_their_share_of_the_largest_value(run: Path) -> None:
+    snippet = Snippet(["a", " b", " c", "d"], [0.0, 4.0, 1.0, 0.0], 1)
+    write_snippets(run / "snippets.json", Snippets(4, [LatentSnippets(3, 0.5, 8.0, 2.5, [], [2], [snippet])]))
+    page = render(run)
+    assert [(act["style"], act["title"], act["class"]) for act in page.classed("act")] == [
+        ("--a:0.5", "4", "act peak"),
+        ("--a:0.12", "1", "act"),
+    ]
+    assert "a b cd" in page.text
+
+
+def test_report_needs_no_network(run: Path) -> None:
+    page = render(run)
+    for tag, attrs in page.elements:
+        assert tag not in {"link", "img", "iframe", "object", "embed", "image"}, tag
+        for name in ("src", "href", "xlink:href", "action", "srcset"):
+            assert (attrs.get(name) or "#").startswith("#")
+    text = (run / "report.html").read_text("utf-8")
+    assert set(re.findall(r"https?://[^\"' <)]+", text)) == {"http://www.w3.org/1999/xlink"}
+    assert "@import" not in text
+    assert len(text) < 3_000_000
+
+
+def test_text_of_the_data_set_is_never_markup(run: Path, payloads: list[str]) -> None:
+    text = render_report(run).read_text("utf-8")
+    page = Page(text)
+    assert page.count("script") == 1
+    assert page.count("img") == page.count("b") == 0
+    assert all(payload in page.text for payload in payloads)
+    assert "\u2028" not in text
+    assert "<!--" not in text
+    assert not [name for _, attrs in page.elements for name in attrs if name.startswith("on")]
+
+
+def test_only_the_script_of_the_report_may_run(run: Path) -> None:
+    import base64
+    import hashlib
+
+    text = render_report(run).read_text("utf-8")
+    (script,) = re.findall(r"<script>(.*?)</script>", text, flags=re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    (policy,) = [a["content"] for _, a in Page(text).elements if a.get("http-equiv") == "Content-Security-Policy"]
+    assert policy is not None
+    assert f"script-src 'sha256-{digest}'" in policy
+    assert "default-src 'none'" in policy
+
+
+def test_ids_are_unique(run: Path) -> None:
+    ids = [attrs["id"] for _, attrs in render(run).elements if "id" in attrs]
+    assert len(ids) == len(set(ids))
+
+
+def test_rendering_twice_gives_the_same_bytes(run: Path) -> None:
+    first = render_report(run).read_bytes()
+    assert render_report(run).read_bytes() == first
+    assert sorted(file.name for file in run.iterdir()) == [
+        "config.toml", "evaluation.json", "latents.safetensors", "metrics.jsonl", "report.html", "snippets.json",
+    ]  # fmt: skip
+
+
+def test_run_on_plain_arrays_says_so(run: Path) -> None:
+    (run / "snippets.json").unlink()
+    (run / "config.toml").write_text("d_sae = 96\n", "utf-8")
+    page = render(run)
+    assert "trained on plain arrays" in page.text
+    assert "Sparse autoencoder" in page.text
+    assert not page.classed("card")
+    assert not [1 for _, attrs in page.elements if attrs.get("id") == "query"]
+
+
+def test_run_without_logged_metrics_or_firing_latents_says_so(run: Path) -> None:
+    (run / "metrics.jsonl").write_text("", "utf-8")
+    write_snippets(run / "snippets.json", Snippets(2000, []))
+    page = render(run)
+    assert "No metrics were logged" in page.text
+    assert "No latent fired on the 2k" in page.text
+
+
+def test_last_line_of_the_log_may_be_cut_short(run: Path) -> None:
+    whole = render_report(run).read_bytes()
+    with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"step": 510, "fv')
+    assert render_report(run).read_bytes() == whole
+
+
+def test_damage_within_the_log_is_named_with_its_line(run: Path) -> None:
+    lines = (run / "metrics.jsonl").read_text("utf-8").splitlines()
+    lines[3] = lines[3][:-5]
+    (run / "metrics.jsonl").write_text("\n".join(lines), "utf-8")
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl is damaged in line 4"):
+        render_report(run)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "evaluation.json", "latents.safetensors", "snippets.json"])
+def test_unfinished_run_says_how_to_finish_it(run: Path, name: str) -> None:
+    (run / name).unlink()
+    with pytest.raises(CheckpointError, match=f"has no {name}.*flashsae train --resume") as error:
+        render_report(run)
+    assert str(run) in str(error.value)
+    assert not (run / "report.html").exists()
+
+
+def test_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"not the folder of a training run.*config\.toml"):
+        render_report(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", ["config.toml", "evaluation.json", "latents.safetensors", "snippets.json"])
+def test_damaged_file_is_named(run: Path, name: str) -> None:
+    (run / name).write_bytes(b"\xff{not this")
+    with pytest.raises(CheckpointError, match=re.escape(name)):
+        render_report(run)
+
+
+@pytest.mark.parametrize("value", [None, "0.1", [0.1], True])
+def test_evaluation_without_a_number_is_named(run: Path, value: object) -> None:
+    stored = json.loads((run / "evaluation.json").read_text("utf-8"))
+    (run / "evaluation.json").write_text(json.dumps(stored | {"fvu": value}), "utf-8")
+    with pytest.raises(CheckpointError, match="a number named 'fvu'"):
+        render_report(run)
+
+
+def test_array_that_is_missing_or_of_another_shape_is_named(run: Path) -> None:
+    path = run / "latents.safetensors"
+    arrays = load_file(path)
+    save_file(arrays | {"decoder_norm": arrays["decoder_norm"][:5]}, path)
+    with pytest.raises(CheckpointError, match=r"'decoder_norm' of shape \[d_sae\], got \[5\]"):
+        render_report(run)
+    del arrays["latent_density"]
+    save_file(arrays, path)
+    with pytest.raises(CheckpointError, match=r"'latent_density' .* got nothing"):
+        render_report(run)
+
+
+def test_optional_numbers_may_be_absent_or_not_finite(run: Path) -> None:
+    stored = json.loads((run / "evaluation.json").read_text("utf-8"))
+    for name in ("k", "tokens_per_second", "train_seconds"):
+        del stored[name]
+    (run / "evaluation.json").write_text(json.dumps(stored | {"fvu": float("nan")}), "utf-8")
+    page = render(run)
+    assert "not finite" in page.text
+    assert "Throughput" not in page.text
+    assert "k =" not in page.text
+
+
+@pytest.mark.parametrize("module", ["jinja2", "matplotlib"])
+def test_missing_extra_is_named(run: Path, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingExtraError, match=rf"'{module}'.*flashsae\[report\]"):
+        render_report(run)
+
+
+def test_printable_text_keeps_letters_and_marks_what_would_break_a_line() -> None:
+    assert printable("é 日本 🙂") == "é 日本 🙂"
+    assert printable("a\nb\tc") == "a↵ b c"
+    assert printable("\x00\x1b\u202e\u2028\ud800") == "\ufffd" * 5

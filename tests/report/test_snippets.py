@@ -1,0 +1,240 @@
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from flashsae.data.sources import Chunk
+from flashsae.errors import CheckpointError, ConfigError, DataError
+from flashsae.report import snippets as module
+from flashsae.report.snippets import collect_snippets, read_snippets, token_strings, write_snippets
+
+Code = tuple[Tensor, Tensor]
+
+
+def words(ids: list[int]) -> list[str]:
+    return [f" w{token}" for token in ids]
+
+
+def of_dense(dense: Tensor, k: int) -> Callable[[Tensor], Code]:
+    """An encoder whose inputs are row numbers and whose outputs are the k largest of those rows of `dense`."""
+
+    def encode(x: Tensor) -> Code:
+        top = dense[x[:, 0].long()].topk(k, dim=1)
+        return top.values, top.indices
+
+    return encode
+
+
+def one_chunk(ids: list[int], group: list[int], position: list[int], first: int = 0) -> Chunk:
+    rows = torch.arange(first, first + len(ids), dtype=torch.float32)[:, None]
+    return Chunk(
+        rows,
+        torch.tensor(group),
+        torch.tensor(ids, dtype=torch.int32),
+        torch.tensor(position, dtype=torch.int32),
+    )
+
+
+def documents(lengths: list[int], vocabulary: int = 50) -> Iterator[Chunk]:
+    generator = torch.Generator().manual_seed(1)
+    first = 0
+    for number, length in enumerate(lengths):
+        ids = torch.randint(0, vocabulary, (length,), generator=generator).tolist()
+        yield one_chunk(ids, [number] * length, list(range(length)), first)
+        first += length
+
+
+def test_every_number_equals_what_the_dense_code_says() -> None:
+    lengths = [40, 3, 25, 60, 17, 55]
+    tokens, d_sae, k = sum(lengths), 30, 4
+    dense = torch.rand(tokens, d_sae, generator=torch.Generator().manual_seed(2)) - 0.85
+    code = torch.zeros_like(dense)
+    top = dense.topk(k, dim=1)
+    code.scatter_(1, top.indices, top.values.clamp(min=0))
+    found = collect_snippets(of_dense(dense, k), documents(lengths), words, n_latents=99, per_latent=3, context=5)
+
+    assert found.tokens == tokens
+    assert [latent.index for latent in found.latents] == (
+        (code > 0).sum(0) >= module.MIN_FIRED
+    ).nonzero().flatten().tolist()
+    ids = torch.cat([chunk.token_ids for chunk in documents(lengths)])  # type: ignore[misc]
+    group = torch.cat([chunk.group for chunk in documents(lengths)])
+    for latent in found.latents:
+        column = code[:, latent.index]
+        fired = column[column > 0]
+        assert latent.density == len(fired) / tokens
+        assert latent.max_act == pytest.approx(float(fired.max()), rel=1e-3)
+        assert latent.mean_act == pytest.approx(float(fired.mean()), rel=1e-3)
+        assert sum(latent.histogram) == len(fired)
+        best = sorted((float(column[group == g].max()) for g in range(len(lengths))), reverse=True)[:3]
+        peaks = [snippet.acts[snippet.peak] for snippet in latent.snippets]
+        assert peaks == pytest.approx([peak for peak in best if peak > 0], rel=1e-3)
+        total = torch.zeros(50).index_add_(0, ids.long(), column)
+        assert latent.top_tokens[0] == f"w{int(total.argmax())}"
+        row = int(column.argmax())
+        inside = [r for r in range(row - 5, row + 6) if 0 <= r < tokens and group[r] == group[row]]
+        assert latent.snippets[0].tokens == words(ids[inside].tolist())
+        assert latent.snippets[0].acts == pytest.approx(column[inside].tolist(), rel=1e-3)
+
+
+def test_windows_of_one_document_are_texts_of_their_own() -> None:
+    """Positions that start again are another window: a snippet never runs across, and a document counts once."""
+    dense = torch.tensor([[0.1], [0.2], [0.9], [1.0], [0.3], [0.4]])
+    chunk = one_chunk([1, 2, 3, 4, 5, 6], [8] * 6, [0, 1, 2, 0, 1, 2])
+    (latent,) = collect_snippets(of_dense(dense, 1), iter([chunk]), words, context=9).latents
+    (snippet,) = latent.snippets
+    assert snippet.tokens == [" w4", " w5", " w6"]
+    assert snippet.peak == 0
+
+
+def test_a_text_is_shown_once_and_ties_go_to_the_earlier() -> None:
+    dense = torch.tensor([[0.5], [0.0], [0.5], [0.0], [0.7], [0.0], [0.5], [0.0]])
+    chunk = one_chunk([1, 2, 1, 2, 3, 4, 5, 6], [0, 0, 1, 1, 2, 2, 3, 3], [0, 1] * 4)
+    (latent,) = collect_snippets(of_dense(dense, 1), iter([chunk]), words).latents
+    assert [snippet.tokens for snippet in latent.snippets] == [[" w3", " w4"], [" w1", " w2"], [" w5", " w6"]]
+
+
+def test_chosen_latents_spread_over_the_ranks_of_density() -> None:
+    tokens, d_sae = 400, 40
+    fired = torch.arange(tokens)[:, None] < torch.arange(d_sae)[None, :] * 10  # latent j fires 10 j times
+    dense = torch.where(fired, 1.0, 0.0)
+    chunk = one_chunk(list(range(tokens)), list(range(tokens)), [0] * tokens)
+    found = collect_snippets(of_dense(dense, d_sae), iter([chunk]), words, n_latents=4, per_latent=1)
+    assert [latent.index for latent in found.latents] == [5, 15, 25, 35]
+
+
+def test_rare_latents_are_shown_only_if_there_are_no_others() -> None:
+    tokens = 30
+    dense = torch.zeros(tokens, 3)
+    dense[:3, 2] = 1.0
+    chunk = one_chunk(list(range(tokens)), list(range(tokens)), [0] * tokens)
+    alone = collect_snippets(of_dense(dense, 3), iter([chunk]), words).latents
+    dense[: module.MIN_FIRED, 0] = 1.0
+    beside = collect_snippets(of_dense(dense, 3), iter([chunk]), words).latents
+    assert [[latent.index for latent in latents] for latents in (alone, beside)] == [[2], [0]]
+
+
+def test_nothing_that_fires_gives_no_latents() -> None:
+    found = collect_snippets(of_dense(torch.zeros(4, 3), 2), iter([one_chunk([1] * 4, [0] * 4, [0, 1, 2, 3])]), words)
+    assert found == module.Snippets(4, [])
+
+
+def test_reading_stops_at_max_tokens() -> None:
+    def chunks() -> Iterator[Chunk]:
+        yield one_chunk([1] * 6, [0] * 6, list(range(6)))
+        yield one_chunk([2] * 6, [1] * 6, list(range(6)), first=6)
+        raise AssertionError("read on behind the last token that is needed")
+
+    found = collect_snippets(of_dense(torch.ones(12, 1), 1), chunks(), words, max_tokens=8, context=20)
+    assert found.tokens == 8
+    assert sorted(len(snippet.tokens) for snippet in found.latents[0].snippets) == [2, 6]
+
+
+def test_plain_arrays_and_no_tokens_are_refused() -> None:
+    plain = Chunk(torch.zeros(2, 1), torch.arange(2))
+    with pytest.raises(DataError, match="token_ids"):
+        collect_snippets(of_dense(torch.ones(2, 1), 1), iter([plain]), words)
+    with pytest.raises(DataError, match="no token"):
+        collect_snippets(of_dense(torch.ones(2, 1), 1), iter([]), words)
+
+
+@pytest.mark.parametrize("setting", [{"n_latents": 0}, {"per_latent": 0}, {"context": -1}, {"max_tokens": 0}])
+def test_counts_below_the_least_are_refused(setting: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(setting))):
+        collect_snippets(of_dense(torch.ones(1, 1), 1), iter([]), words, **setting)  # type: ignore[arg-type]
+
+
+def test_json_gives_back_what_was_written(tmp_path: Path) -> None:
+    found = collect_snippets(of_dense(torch.rand(90, 6), 3), documents([30, 60]), words)
+    assert found.latents
+    write_snippets(tmp_path / "snippets.json", found)
+    assert read_snippets(tmp_path / "snippets.json") == found
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"format": 1, "tok', "damaged"),
+        ("[]", "format 1"),
+        ('{"format": 2, "tokens": 1, "latents": []}', "format 1"),
+        ('{"format": 1, "tokens": 1}', "latents"),
+        ('{"format": 1, "tokens": 1, "latents": [3]}', "damaged"),
+    ],
+)
+def test_damaged_json_is_named(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "snippets.json"
+    path.write_text(content, "utf-8")
+    with pytest.raises(CheckpointError, match=message) as error:
+        read_snippets(path)
+    assert str(path) in str(error.value)
+
+
+def test_a_snippet_whose_lists_disagree_is_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "snippets.json"
+    write_snippets(path, collect_snippets(of_dense(torch.rand(20, 2), 2), documents([20]), words))
+    stored = json.loads(path.read_text("utf-8"))
+    stored["latents"][0]["snippets"][0]["acts"].pop()
+    path.write_text(json.dumps(stored), "utf-8")
+    with pytest.raises(CheckpointError, match="a snippet has"):
+        read_snippets(path)
+
+
+def fast(model: object, decoder: object, pre_tokenizer: object = None) -> object:
+    tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
+    raw = tokenizers.Tokenizer(model)
+    raw.decoder = decoder
+    if pre_tokenizer is not None:
+        raw.pre_tokenizer = pre_tokenizer
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=raw)
+
+
+def test_word_pieces_read_as_text() -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    spaced = "un ##believ ##able , don ' t ( really ) cost $ 3 . 50 ! it ’ s a well - known x _ y"
+    pieces = spaced.split(" ")
+    vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(["[UNK]", *pieces]))}
+    tokenizer = fast(tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]"), tokenizers.decoders.WordPiece())
+    strings = token_strings(tokenizer, [vocabulary[piece] for piece in pieces])
+    assert len(strings) == len(pieces)
+    assert "".join(strings) == "unbelievable, don't (really) cost $3.50! it’s a well-known x_y"
+    assert strings[:3] == ["un", "believ", "able"]
+
+
+def test_byte_level_tokens_read_as_text() -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: i for i, letter in enumerate(alphabet)} | {"Ġt": 256, "Ġth": 257}
+    model = tokenizers.models.BPE(vocabulary, [("Ġ", "t"), ("Ġt", "h")])
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = fast(model, tokenizers.decoders.ByteLevel(), byte_level)
+    text = "in that\ncafé, 日本 🙂"
+    ids = tokenizer(text)["input_ids"]  # type: ignore[operator]
+    strings = token_strings(tokenizer, ids)
+    assert len(strings) == len(ids)
+    assert "".join(strings) == text
+    assert " th" in strings
+    assert strings[-4:] == ["", "", "", "🙂"]
+
+
+def test_sentence_pieces_read_as_text() -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    pieces = ["▁the", "▁ca", "f", "<0xC3>", "<0xA9>", "<0x0A>", "▁", "x"]
+    vocabulary = {piece: i for i, piece in enumerate(["<unk>", *pieces])}
+    decoders = tokenizers.decoders
+    decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer = fast(tokenizers.models.BPE(vocabulary, [], byte_fallback=True, unk_token="<unk>"), decoder)
+    strings = token_strings(tokenizer, list(range(1, 9)))
+    assert strings == [" the", " ca", "f", "", "é", "\n", " ", "x"]
+
+
+def test_a_character_cut_off_at_the_end_is_marked() -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    vocabulary = {letter: i for i, letter in enumerate(sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = fast(tokenizers.models.BPE(vocabulary, []), tokenizers.decoders.ByteLevel())
+    assert token_strings(tokenizer, [vocabulary["a"], vocabulary["Ã"]]) == ["a", "\ufffd"]
+    assert token_strings(tokenizer, []) == []

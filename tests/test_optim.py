@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flashsae.optim import build_adam, default_lr, lr_factor
+
+
+def test_the_schedule_rises_stays_and_falls() -> None:
+    factors = [lr_factor(step, 100, 10, 20) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[9:80] == [1.0] * 71
+    assert factors[90] == pytest.approx(0.5)
+    assert factors[99] == pytest.approx(0.05)
+    assert [lr_factor(step, 3, 0, 0) for step in range(3)] == [1.0] * 3
+
+
+def test_default_lr_scales_with_the_root_of_the_number_of_latents() -> None:
+    assert default_lr(4096) == pytest.approx(2 * default_lr(16384))
+
+
+def test_adam_is_adam(generator: torch.Generator) -> None:
+    layer, twin = torch.nn.Linear(3, 4), torch.nn.Linear(3, 4)
+    twin.load_state_dict(layer.state_dict())
+    ours = build_adam(layer, 1e-2)
+    theirs = torch.optim.Adam(twin.parameters(), lr=1e-2, eps=6.25e-10, foreach=False)
+    for _ in range(5):
+        x = torch.randn(8, 3, generator=generator)
+        for module, optimizer in ((layer, ours), (twin, theirs)):
+            optimizer.zero_grad()
+            module(x).square().sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(layer.weight, twin.weight, rtol=1e-6, atol=1e-7)
