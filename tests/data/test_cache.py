@@ -107,7 +107,8 @@ def test_it_is_a_row_source_whose_splits_are_by_document(written: Path) -> None:
         assert split_mask(torch.cat([chunk.group for chunk in chunks]), 0.3, split).all()
 
 
-def test_chunks_go_on_at_a_cursor(written: Path) -> None:
+def test_chunks_go_on_at_a_cursor(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flashsae.data.cache._CHUNK_ROWS", 40)  # several in a shard
     cache = ActivationCache(written, "h.0")
     whole = list(cache.chunks("train"))
     assert len(whole) > 2

@@ -17,7 +17,7 @@ class TrainConfig:
         k: Latents active for each token.
         tokens: Tokens to train on, repeats counted.
         batch_tokens: Tokens in a step.
-        lr: Peak learning rate of Adam. Default: 2e-4 / sqrt(d_sae / 16384).
+        lr: Peak learning rate of Adam. Default: 8e-4 / sqrt(d_sae / 16384).
         warmup_steps: Steps of linear rise of the learning rate. Default: 5 % of the steps, 1000 at most.
         decay_fraction: Last fraction of the steps, in which the learning rate falls linearly to 0.
         clip_norm: Largest global norm of the gradient. Default: no clipping.

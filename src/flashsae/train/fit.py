@@ -51,20 +51,19 @@ def fit(
         DataError: x is empty, holds NaN or Inf, or ended early.
         StorageError, CheckpointError: `run` exists, or cannot be written or resumed.
     """
-    is_array = isinstance(x, Tensor | np.ndarray)
+    if resume and run is None:
+        raise ConfigError("resume: expected run=FOLDER beside it, the folder to go on in.")
     source = ArraySource(x) if isinstance(x, Tensor | np.ndarray) else IterableSource(x)
     if tokens is None and config is None:
-        if not is_array:
+        if not isinstance(source, ArraySource):
             raise ConfigError(
                 "tokens: expected a number, because the length of an iterable is not known. Give tokens=."
             )
-        tokens = 10 * len(source.split_rows("train")) if isinstance(source, ArraySource) else None
+        tokens = 10 * len(source.split_rows("train"))
     base = config or TrainConfig()
     settings = replace(base, d_sae=d_sae, k=k, tokens=base.tokens if tokens is None else tokens).resolve(source.d_in)
     device = resolve_device(settings.device)
     batches = shuffled(source, settings.batch_tokens, seed=settings.seed, buffer_tokens=settings.shuffle_tokens)
-    if run is None and resume:
-        raise ConfigError("resume: expected run=FOLDER beside it, the folder to go on in.")
     folder = None if run is None else Path(run)
     if folder is not None:
         if folder.exists() and not resume:

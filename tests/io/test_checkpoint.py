@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from flashsae.errors import CheckpointError
+from flashsae.io.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+
+
+def _checkpoint(step: int) -> Checkpoint:
+    return Checkpoint(step, {"data": {"epoch": 1}}, {"a": torch.arange(6).view(2, 3), "b": torch.randn(4)})
+
+
+def test_round_trip_and_only_the_newest_is_kept(tmp_path: Path) -> None:
+    for step in (5, 100, 20_000_000, 300_000_000):
+        saved = _checkpoint(step)
+        path = save_checkpoint(tmp_path, saved)
+    assert list_checkpoints(tmp_path) == [path]
+    loaded = load_checkpoint(path)
+    assert (loaded.step, loaded.state) == (300_000_000, saved.state)
+    assert all(torch.equal(loaded.tensors[name], tensor) for name, tensor in saved.tensors.items())
+
+
+def test_leftovers_of_a_kill_are_neither_found_nor_kept(tmp_path: Path) -> None:
+    (tmp_path / ".step-00000007.x.partial").mkdir()
+    save_checkpoint(tmp_path, _checkpoint(3))
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
+
+
+@pytest.mark.parametrize("name", ["tensors.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_any_damage_is_found(name: str, damage: str, tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, _checkpoint(3)) / name
+    content = path.read_bytes()
+    if damage == "flip":
+        middle = len(content) // 2
+        path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    elif damage == "truncate":
+        path.write_bytes(content[:-3])
+    else:
+        path.unlink()
+    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+        load_checkpoint(path.parent)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"format": "x"}, "is not a FlashSAE checkpoint"), ({"format_version": 9}, "has format version 9, .* reads 1")],
+)
+def test_foreign_checkpoints_are_refused(changes: dict[str, object], message: str, tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, _checkpoint(3))
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps({**manifest, **changes}))
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(path)

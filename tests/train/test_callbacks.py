@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import builtins
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from flashsae.errors import CheckpointError, ConfigError, MissingExtraError, StorageError
+from flashsae.train.callbacks import JsonlLog, ProgressBar, build_logger, read_log
+
+RECORD = {"step": 3, "tokens": 30, "loss": 0.5, "fvu": 0.5, "dead_latents": 2.0, "lr": 1e-3}
+
+
+def test_the_log_is_cut_to_the_checkpoint_and_gone_on_with(tmp_path: Path) -> None:
+    with JsonlLog(tmp_path) as log:
+        log.on_start(0, 10)
+        for step in (1, 2, 3, 4):
+            log.on_log({**RECORD, "step": step})
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 5, "tok')  # a kill in the middle of a line
+    assert [record["step"] for record in read_log(path)] == [1, 2, 3, 4]
+    with JsonlLog(tmp_path) as log:
+        log.on_start(2, 10)
+        log.on_log(RECORD)
+        assert json.loads(path.read_text().splitlines()[-1]) == RECORD  # at once, not at the end
+    assert [record["step"] for record in read_log(path)] == [1, 2, 3]
+
+
+def test_damage_inside_the_log_is_named(tmp_path: Path) -> None:
+    (tmp_path / "m").write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
+    with pytest.raises(CheckpointError, match=r"m, line 2 is damaged"):
+        read_log(tmp_path / "m")
+
+
+def test_a_full_disk_under_the_log_is_one_sentence(tmp_path: Path) -> None:
+    with JsonlLog(tmp_path) as log:
+        log.on_start(0, 10)
+        assert log._file is not None
+        log._file.close()
+        log._file = io.TextIOWrapper(open("/dev/full", "ab", buffering=0), write_through=True)  # noqa: SIM115
+        with pytest.raises(StorageError, match=r"could not write .*metrics\.jsonl: No space left on device"):
+            log.on_log(RECORD)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_bar_shows_figures_on_terminals_and_lines_elsewhere(terminal: bool) -> None:
+    out = io.StringIO()
+    with ProgressBar(Console(file=out, force_terminal=terminal, width=120)) as bar:
+        bar.on_start(0, 30)
+        bar.on_step(3)
+        bar.on_log(RECORD)
+        bar.on_step(30)
+    text = out.getvalue()
+    assert "FVU 0.500" in text
+    assert ("step 3 of 30" in text) is not terminal
+
+
+def test_tensorboard_receives_every_figure(tmp_path: Path) -> None:
+    with build_logger("tensorboard", tmp_path, {}) as logger:
+        logger.on_log(RECORD)
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == RECORD.keys() - {"step"}
+    assert [(e.step, e.value) for e in events.Scalars("fvu")] == [(3, 0.5)]
+
+
+def test_wandb_receives_every_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[object] = []
+
+    class Run:
+        def log(self, record: dict[str, float], step: int) -> None:
+            calls.append((record, step))
+
+        def finish(self) -> None:
+            calls.append("finished")
+
+    class Wandb:
+        @staticmethod
+        def init(**options: object) -> Run:
+            calls.append(options["config"])
+            return Run()
+
+    monkeypatch.setitem(__import__("sys").modules, "wandb", Wandb)
+    with build_logger("wandb", tmp_path, {"k": 4}) as logger:
+        logger.on_log(RECORD)
+    assert calls == [{"k": 4}, (RECORD, 3), "finished"]
+
+
+def test_a_logger_that_is_not_there_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = builtins.__import__
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)  # as if it were not installed
+    assert original is builtins.__import__
+    with pytest.raises(MissingExtraError, match=r"pip install 'flashsae\[wandb\]'"):
+        build_logger("wandb", tmp_path, {})
+    with pytest.raises(ConfigError, match="logger: expected one of tensorboard, wandb, got 'mlflow'"):
+        build_logger("mlflow", tmp_path, {})
