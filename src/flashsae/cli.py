@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -14,8 +15,7 @@ from rich.table import Table
 from flashsae import __version__, backend
 from flashsae.data.open import ActivationsConfig, cache_activations
 from flashsae.errors import ConfigError, FlashSAEError
-from flashsae.report.render import render_report
-from flashsae.run import RunConfig, execute, new_run
+from flashsae.run import RunConfig, check_toml, draw_report, execute, new_run
 from flashsae.train.callbacks import progress_bar
 from flashsae.train.config import TrainConfig
 
@@ -60,7 +60,7 @@ def train(
     try:
         execute(resume, console)
     except KeyboardInterrupt:
-        console.print(f"\nStopped. Go on with: flashsae train --resume {resume}", highlight=False)
+        console.print(f"\nStopped. Go on with: flashsae train --resume {resume}", highlight=False, soft_wrap=True)
         raise SystemExit(130) from None
     except FlashSAEError as error:
         raise type(error)(f"{error}\nThe run is in {resume}; go on with: flashsae train --resume {resume}") from error
@@ -93,7 +93,7 @@ def cache(
             device=str(backend.resolve_device(device)),
             on_progress=lambda rows: bar.update(task, completed=rows),
         )
-    console.print(f"Activations are in {out}. Train on them: flashsae train --activations {out}", highlight=False)
+    console.print(f"Train on them: flashsae train --activations {out}", highlight=False, soft_wrap=True)
 
 
 @app.command
@@ -103,7 +103,9 @@ def report(run: Path) -> None:
     Args:
         run: Folder of the run.
     """
-    Console().print(str(render_report(run).resolve()), highlight=False, soft_wrap=True)
+    console = Console()
+    for path in draw_report(run, console):
+        console.print(str(path.resolve()), highlight=False, soft_wrap=True)
 
 
 @app.command
@@ -128,14 +130,20 @@ def _with_config(
     ] = None,
 ) -> None:
     if config is not None:
-        app.config = (Toml(config, must_exist=True, use_commands_as_keys=False),)
+        check_toml(config)
+        app.config = (Toml(config, use_commands_as_keys=False),)
     app(tokens)
 
 
-def main() -> None:
-    """Run the command line; an expected error is one message on standard error and exit code 1."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; an expected error is one message on standard error and exit code 1.
+
+    Args:
+        arguments: behind the name of the program; None takes those of the process.
+    """
+    app.config = ()
     try:
-        app.meta()
+        app.meta(sys.argv[1:] if arguments is None else arguments)
     except FlashSAEError as error:
         print(f"flashsae: {error}", file=sys.stderr)
         raise SystemExit(1) from None

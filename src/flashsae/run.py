@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import chain, count
 from pathlib import Path
@@ -29,7 +30,7 @@ from flashsae.backend import resolve_device
 from flashsae.data.open import ActivationsConfig, Opened, open_activations, run_name
 from flashsae.data.shuffle import shuffled
 from flashsae.data.sources import Source
-from flashsae.errors import CheckpointError, StorageError, require
+from flashsae.errors import CheckpointError, ConfigError, DataError, StorageError, require
 from flashsae.evaluate import evaluate, held_out_batches, latent_geometry
 from flashsae.metrics import LatentActivity
 from flashsae.nn.sae import SAE
@@ -58,18 +59,18 @@ class RunConfig:
     Args:
         activations: what to train on.
         train: the SAE and its training.
-        loggers: opt-in loggers beside metrics.jsonl: tensorboard, wandb.
+        logger: opt-in loggers beside metrics.jsonl: tensorboard, wandb.
         report: whether to end with snippets and report.html.
     """
 
     activations: ActivationsConfig = field(default_factory=ActivationsConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    loggers: tuple[str, ...] = ()
+    logger: tuple[str, ...] = ()
     report: bool = True
 
     def to_toml(self) -> str:
         """Return the settings as TOML, one flat table; what is None is left out."""
-        flat = {**asdict(self.activations), **asdict(self.train), "loggers": list(self.loggers), "report": self.report}
+        flat = {**asdict(self.activations), **asdict(self.train), "logger": list(self.logger), "report": self.report}
         return tomli_w.dumps(
             {
                 name: str(value) if isinstance(value, Path) else value
@@ -91,12 +92,20 @@ class RunConfig:
                 flat["activations"] = Path(flat["activations"])
             activations = {f.name: flat.pop(f.name) for f in fields(ActivationsConfig) if f.name in flat}
             settings = {f.name: flat.pop(f.name) for f in fields(TrainConfig) if f.name in flat}
-            loggers = tuple(flat.pop("loggers", ()))
-            return cls(ActivationsConfig(**activations), TrainConfig(**settings), loggers, **flat)
+            logger = tuple(flat.pop("logger", ()))
+            return cls(ActivationsConfig(**activations), TrainConfig(**settings), logger, **flat)
         except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(
                 f"cannot read the settings of the run from {path}: {error}. Name a folder that flashsae train made."
             ) from error
+
+
+def check_toml(path: Path) -> None:
+    """Raise ConfigError if a file of settings is missing or is not TOML."""
+    try:
+        tomllib.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"config: cannot read {path} as TOML: {error}.") from error
 
 
 def new_run(config: RunConfig, run: Path | None = None) -> Path:
@@ -134,15 +143,7 @@ def execute(run: Path, console: Console) -> None:
     if config.report:
         for package in ("jinja2", "matplotlib"):
             require(package, "report")  # now, not after hours of training
-    with progress_bar(console, "tokens") as bar:
-        task = bar.add_task("activations", total=config.train.tokens, note="", visible=False)
-        opened = open_activations(
-            config.activations,
-            tokens=config.train.tokens,
-            folder=run.parent / "activations",
-            device=str(resolve_device(config.train.device)),
-            on_progress=lambda rows: bar.update(task, completed=rows, visible=True),
-        )
+    opened = _open(config, run, console)
     if len(opened.sources) == 1:
         ((hookpoint, source),) = opened.sources.items()
         _execute_one(run, config, hookpoint, source, opened, console)
@@ -156,6 +157,39 @@ def execute(run: Path, console: Console) -> None:
         _execute_one(part, one, hookpoint, source, opened, console)
 
 
+def draw_report(run: Path, console: Console) -> list[Path]:
+    """Draw the report of a finished run, or of each part of a run over several hookpoints, again.
+
+    Args:
+        run: a folder that `flashsae train` made.
+        console: for the progress of what has to be read again, if the run ended without a report.
+    Raises:
+        CheckpointError: the run is not finished, or something in it is damaged.
+    """
+    config = RunConfig.from_toml(run / CONFIG_FILE)
+    parts = sorted(path.parent for path in run.glob(f"*/{CONFIG_FILE}"))
+    if parts:
+        return [path for part in parts for path in draw_report(part, console)]
+    if (run / "evaluation.json").exists() and not (run / "snippets.json").exists():
+        opened = _open(config, run, console)
+        ((hookpoint, _),) = opened.sources.items()
+        _describe_latents(run, SAE.load(run / "sae", device=resolve_device(config.train.device)), hookpoint, opened)
+    return [render_report(run)]
+
+
+def _open(config: RunConfig, run: Path, console: Console) -> Opened:
+    with progress_bar(console, "tokens") as bar:
+        task = bar.add_task("activations", total=None, note="", visible=False)
+        return open_activations(
+            config.activations,
+            tokens=config.train.tokens,
+            folder=run.parent / "activations",
+            device=str(resolve_device(config.train.device)),
+            is_checked=(run / LOG_FILE).exists(),
+            on_progress=lambda rows: bar.update(task, completed=rows, visible=True),
+        )
+
+
 def _execute_one(
     run: Path, config: RunConfig, hookpoint: str, source: Source, opened: Opened, console: Console
 ) -> None:
@@ -167,14 +201,19 @@ def _execute_one(
     console.print(_plan_table(config, settings, device, opened.how, run))
     batches = shuffled(source, settings.batch_tokens, seed=settings.seed, buffer_tokens=settings.shuffle_tokens)
     held_out = list(held_out_batches(source, MEASURE_TOKENS))
+    if not held_out:
+        raise DataError(
+            f"{source.name} is too small: no document fell to the held-out part, {config.activations.held_out:.3g} of "
+            "all. Give more text or a larger held_out."
+        )
     state = init_state(settings, batches, device, run / "checkpoints")
-    loggers = [build_logger(name, run, asdict(settings)) for name in config.loggers]
+    loggers = [build_logger(name, run, asdict(settings)) for name in config.logger]
     sae = train(
         state,
         settings,
         callbacks=[JsonlLog(run), ProgressBar(console), *loggers],
         checkpoints=run / "checkpoints",
-        measure=(lambda sae: {"held_out_fvu": evaluate(sae, held_out).fvu}) if held_out else None,
+        measure=lambda sae: {"held_out_fvu": evaluate(sae, held_out).fvu},
     )
     metadata = {"model": config.activations.model, "hookpoint": hookpoint, "train": asdict(settings)}
     sae.save(run / "sae", metadata=metadata, overwrite=True)
@@ -235,7 +274,6 @@ def _describe_latents(run: Path, sae: SAE, hookpoint: str, opened: Opened) -> No
 
 def _plan_table(config: RunConfig, settings: ResolvedConfig, device: torch.device, how: str, run: Path) -> Table:
     plan = make_plan(settings, device)
-    table = Table(title="Plan", title_justify="left", show_header=False, box=box.SIMPLE, pad_edge=False)
     rows = {
         "activations": f"{config.activations.model} at {config.activations.hookpoint}, d_in {settings.d_in}",
         "": how,
@@ -246,13 +284,10 @@ def _plan_table(config: RunConfig, settings: ResolvedConfig, device: torch.devic
         "peak memory": f"about {plan.peak_bytes / 1e9:.1f} GB on {device}",
         "run folder": str(run),
     }
-    for name, value in rows.items():
-        table.add_row(name, value)
-    return table
+    return _table("Plan", rows)
 
 
 def _result_table(result: dict[str, float], run: Path, report: bool) -> Table:
-    table = Table(title="Result", title_justify="left", show_header=False, box=box.SIMPLE, pad_edge=False)
     rows = {
         "held-out FVU": f"{result['fvu']:.4f}   ({1 - result['fvu']:.1%} of the variance explained)",
         "L0": f"{result['l0']:.1f}",
@@ -262,6 +297,13 @@ def _result_table(result: dict[str, float], run: Path, report: bool) -> Table:
         "SAE": str(run / "sae"),
         "report": str((run / "report.html").resolve()) if report else "none; draw it with flashsae report",
     }
+    return _table("Result", rows)
+
+
+def _table(title: str, rows: Mapping[str, str]) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False, box=box.SIMPLE, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for name, value in rows.items():
         table.add_row(name, value)
     return table

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -15,7 +17,7 @@ def test_lists_are_those_of_a_plain_loop(B: int, k: int, d_sae: int, generator: 
     for entry, latent in enumerate(top_indices.flatten().tolist()):
         expected[latent].append(entry)
     bounds = index.offsets.tolist()
-    assert [index.entries[a:b].tolist() for a, b in zip(bounds, bounds[1:])] == expected
+    assert [index.entries[a:b].tolist() for a, b in itertools.pairwise(bounds)] == expected
     assert index.tokens.tolist() == [entry // k for entries in expected for entry in entries]
     assert index.d_sae == d_sae
 

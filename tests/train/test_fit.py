@@ -23,8 +23,8 @@ def _same(a: SAE, b: SAE) -> bool:
 
 def test_known_directions_are_found() -> None:
     model = SuperpositionModel(32, 96, active=3.0, seed=1)
-    x = model.sample(50_000, seed=2)
-    sae = flashsae.fit(x, d_sae=128, k=4, tokens=600_000, progress=False)
+    x = model.sample(20_000, seed=2)
+    sae = flashsae.fit(x, d_sae=96, k=3, progress=False)
     assert sae.config.d_in == 32
     assert direction_recovery(sae.W_dec, model.directions) >= 0.95
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from dense import dense_step_losses
 from torch import Tensor
 
+from dense import dense_step_losses
 from flashsae import TrainConfig
 from flashsae.data.shuffle import RowShuffle
 from flashsae.data.sources import ArraySource
@@ -58,7 +58,7 @@ def test_resuming_is_bit_exact(stop_at: int, tmp_path: Path) -> None:
     whole = _state(config)
     train(whole, config)
 
-    class Stop(Exception):
+    class Stop(Exception):  # noqa: N818
         pass
 
     def interrupt(state: TrainState) -> None:

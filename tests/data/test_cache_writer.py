@@ -1,0 +1,181 @@
+"""A kill costs nothing, other settings are refused, and nothing foreign is touched."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from flashsae import files
+from flashsae.data.cache import ActivationCache
+from flashsae.data.cache_writer import write_cache
+from flashsae.data.language_model import LanguageModelSource
+from flashsae.data.text import open_text
+from flashsae.errors import CheckpointError, ConfigError, DataError, StorageError
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize("kill_at", [1, 5, 12])
+def test_an_interrupted_writing_ends_with_the_same_bytes(
+    tiny: ModuleType, cache_source: LanguageModelSource, written: Path, tmp_path: Path, kill_at: int
+) -> None:
+    directory = tmp_path / "cache"
+    seen: list[int] = []
+
+    def interrupt(n_rows: int) -> None:
+        seen.append(n_rows)
+        if len(seen) == kill_at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_cache(directory, cache_source, shard_rows=tiny.SHARD_ROWS, on_progress=interrupt)
+    assert not ActivationCache.is_complete(directory)
+    with pytest.raises(CheckpointError, match=r"is not complete \(\d+ rows so far\): finish it"):
+        ActivationCache(directory, "h.0")
+    done = sum(json.loads((directory / "index.json").read_text())["shards"])
+    assert (done > 0) == (kill_at > 4)
+    write_cache(directory, cache_source, shard_rows=tiny.SHARD_ROWS, on_progress=seen.append)
+    assert contents(directory) == contents(written)
+    assert seen[kill_at] > done
+    assert seen[-1] == ActivationCache(written, "h.0").n_rows
+
+
+def test_a_killed_process_leaves_a_cache_that_goes_on(tiny: ModuleType, written: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "cache"
+    code = f"""
+import sys, time
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import tiny_models
+from flashsae.data.cache_writer import write_cache
+write_cache({str(directory)!r}, tiny_models.source(tiny_models.CACHED), shard_rows=tiny_models.SHARD_ROWS,
+    on_progress=lambda n: time.sleep(0.05))
+"""
+    process = subprocess.Popen([sys.executable, "-c", code])
+    deadline = time.monotonic() + 60
+    while len(list(directory.glob("h.1/0*"))) < 2 and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    (directory / "h.1" / ".00002.safetensors.123.partial").write_bytes(b"half a shard")
+    (directory / "tokens" / "00002.safetensors").write_bytes(b"a shard that the index does not know")
+    assert not json.loads((directory / "index.json").read_text())["complete"]
+    write_cache(directory, tiny.source(tiny.CACHED), shard_rows=tiny.SHARD_ROWS)
+    assert contents(directory) == contents(written)
+
+
+def test_a_kill_before_the_first_index_leaves_nothing_in_the_way(
+    tiny: ModuleType, cache_source: LanguageModelSource, written: Path, tmp_path: Path
+) -> None:
+    (tmp_path / ".index.json.77.partial").write_text("{")
+    write_cache(tmp_path, cache_source, shard_rows=tiny.SHARD_ROWS)
+    assert contents(tmp_path) == contents(written)
+
+
+def test_a_full_disk_is_a_storage_error_and_the_cache_goes_on(
+    tiny: ModuleType, cache_source: LanguageModelSource, written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace = os.replace
+
+    def refuse(aside: Path, path: Path) -> None:
+        if str(path).endswith("h.1/00001.safetensors"):
+            raise OSError(28, "No space left on device")
+        replace(aside, path)
+
+    monkeypatch.setattr(files.os, "replace", refuse)
+    with pytest.raises(StorageError, match=r"could not write .*00001\.safetensors: No space left on device"):
+        write_cache(tmp_path / "cache", cache_source, shard_rows=tiny.SHARD_ROWS)
+    monkeypatch.undo()
+    write_cache(tmp_path / "cache", cache_source, shard_rows=tiny.SHARD_ROWS)
+    assert contents(tmp_path / "cache") == contents(written)
+
+
+def test_a_complete_cache_is_left_alone(tiny: ModuleType, cache_source: LanguageModelSource, copy: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
+    write_cache(
+        copy, cache_source, shard_rows=tiny.SHARD_ROWS, on_progress=lambda n: pytest.fail("the model ran again")
+    )
+    assert {path: path.stat().st_mtime_ns for path in copy.rglob("*")} == before
+
+
+@pytest.mark.parametrize("kill_at", [None, 3])
+def test_max_tokens_is_exact(
+    cache_source: LanguageModelSource, tmp_path: Path, kill_at: int | None, written: Path
+) -> None:
+    def interrupt(n_rows: int) -> None:
+        if n_rows > 100 and kill_at:
+            raise KeyboardInterrupt
+
+    if kill_at:
+        with pytest.raises(KeyboardInterrupt):
+            write_cache(tmp_path / "c", cache_source, shard_rows=50, max_tokens=250, on_progress=interrupt)
+    seen: list[int] = []
+    write_cache(tmp_path / "c", cache_source, shard_rows=50, max_tokens=250, on_progress=seen.append)
+    assert seen.count(250) == 1
+    cache = ActivationCache(tmp_path / "c", "h.1")
+    assert cache.n_rows == 250
+    assert torch.equal(cache.rows(torch.arange(250)), ActivationCache(written, "h.1").rows(torch.arange(250)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "message"),
+    [
+        ({"context_length": 8}, {}, "context_length is 16 there and 8 here"),
+        ({"model": "other"}, {}, "model is 'tiny' there and 'other' here"),
+        ({"hookpoints": ("h.1",)}, {}, r"hookpoints is \{'h.0': 16, 'h.1': 16\} there and \{'h.1': 16\} here"),
+        ({"mask_special": False}, {}, "mask_special is True there and False here"),
+        ({"max_norm_ratio": 4.0}, {}, "max_norm_ratio is None there and 4.0 here"),
+        ({}, {"max_tokens": 9}, "max_tokens is None there and 9 here"),
+        ({}, {"shard_rows": 9}, "shard_rows is 100 there and 9 here"),
+        ({"batch_tokens": 64}, {"max_tokens": 9}, "batch_tokens is 32 there and 64 here; max_tokens is None there"),
+    ],
+)
+def test_other_settings_are_refused_by_name(
+    tiny: ModuleType, copy: Path, changes: dict[str, Any], arguments: dict[str, Any], message: str
+) -> None:
+    before = contents(copy)
+    with pytest.raises(DataError, match=f"written with other settings: {message}"):
+        write_cache(
+            copy,
+            tiny.source(dataclasses.replace(tiny.CACHED, **changes)),
+            **{"shard_rows": tiny.SHARD_ROWS} | arguments,
+        )
+    assert contents(copy) == before
+
+
+def test_another_text_is_refused(tiny: ModuleType, copy: Path) -> None:
+    with pytest.raises(DataError, match=r"dataset is 'a list of 40 texts .*' there and 'a list of 3 texts"):
+        write_cache(copy, tiny.source(tiny.CACHED, open_text(tiny.DOCUMENTS[:3])), shard_rows=tiny.SHARD_ROWS)
+
+
+def test_a_folder_of_other_things_is_refused_and_untouched(cache_source: LanguageModelSource, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    (tmp_path / ".mine.partial").write_text("kept")
+    with pytest.raises(CheckpointError, match=r"holds other files and no index\.json"):
+        write_cache(tmp_path, cache_source)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".mine.partial", "thesis.txt"]
+    with pytest.raises(StorageError, match="could not write"):
+        write_cache(tmp_path / "thesis.txt", cache_source)
+
+
+def test_too_little_and_bad_numbers_are_refused(
+    tiny: ModuleType, cache_source: LanguageModelSource, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=r"a list of 1 texts .* gives no token to cache"):
+        write_cache(tmp_path / "c", tiny.source(tiny.CACHED, open_text(["xyzzy"])))
+    with pytest.raises(ConfigError, match="max_tokens: expected at least 1, got 0"):
+        write_cache(tmp_path / "d", cache_source, max_tokens=0)
+    assert not (tmp_path / "d").exists()

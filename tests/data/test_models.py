@@ -1,0 +1,106 @@
+"""Loading without noise, hookpoints by pattern, and a forward that stops where nobody reads on."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from flashsae.data.models import load_language_model, match_hookpoints, resolve_hookpoints
+from flashsae.errors import ConfigError
+
+
+def test_wildcards_stay_within_a_level_and_sort_numbers_as_numbers(tiny: ModuleType) -> None:
+    model = tiny.gpt2(layers=11).base_model
+    assert resolve_hookpoints(model, ["h.*"]) == tuple(f"h.{i}" for i in range(11))
+    assert resolve_hookpoints(model, ["h.1?", "h.2", "h.*.mlp"])[:4] == ("h.10", "h.2", "h.0.mlp", "h.1.mlp")
+    assert resolve_hookpoints(model, ["h.2", "h.[12]"]) == ("h.2", "h.1")
+    assert resolve_hookpoints(model, ["transformer.h.3"]) == ("h.3",)
+    assert match_hookpoints("h.*", ["h.10", "h.9", "h.9.mlp", "g.1"]) == ["h.9", "h.10"]
+    assert match_hookpoints("x.*", ["h.10"]) == []
+
+
+@pytest.mark.parametrize("pattern", ["h.7", "layers.*", "h.1.mpl", "nothing"])
+def test_an_unknown_hookpoint_names_near_ones(tiny: ModuleType, pattern: str) -> None:
+    with pytest.raises(ConfigError, match=r"no module .*Near: \w.*Its layers are h\.0 to h\.2\.") as caught:
+        resolve_hookpoints(tiny.gpt2().base_model, [pattern])
+    assert ("h.1.mlp" in str(caught.value)) == (pattern == "h.1.mpl")
+
+
+@pytest.mark.parametrize(("name", "n_layers"), [("gpt2", 3), ("llama", 2), ("bert", 2)])
+def test_the_forward_stops_behind_the_last_hooked_module(tiny: ModuleType, name: str, n_layers: int) -> None:
+    make, pattern = tiny.FAMILIES[name]
+    model = make().base_model
+    ran: list[str] = []
+    for path in resolve_hookpoints(model, [pattern]):
+        model.get_submodule(path).register_forward_hook(lambda module, args, output, path=path: ran.append(path))
+    layers = resolve_hookpoints(model, [pattern])
+    config = dataclasses.replace(tiny.SMALL, hookpoints=(layers[0],))
+    reader = tiny.source(config, model=model)
+    assert ran == [layers[0]]
+    next(reader.chunks("train"))
+    assert ran == [layers[0]] * 2
+    ran.clear()
+    both = tiny.source(dataclasses.replace(config, hookpoints=(layers[1], layers[0])), model=model)
+    assert ran == [layers[0], layers[1]]
+    assert both.hookpoints == (layers[1], layers[0])
+    assert len(layers) == n_layers
+
+
+def test_hooks_are_gone_and_the_model_is_frozen_afterwards(tiny: ModuleType) -> None:
+    model = tiny.gpt2()
+    reader = tiny.source(model=model)
+    next(reader.chunks("train"))
+    assert not any(module._forward_hooks for module in model.modules())
+    assert not any(parameter.requires_grad for parameter in model.base_model.parameters())
+    assert not model.base_model.training
+
+
+def test_a_later_layer_that_works_in_place_changes_nothing(tiny: ModuleType) -> None:
+    model = tiny.gpt2()
+    expected = tiny.collect(tiny.source(model=model), None)[0]["h.1"]
+
+    def add_in_place(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        args[0].add_(1.0)
+
+    model.base_model.get_submodule("h.2").register_forward_pre_hook(add_in_place)
+    both, _ = tiny.collect(tiny.source(dataclasses.replace(tiny.SMALL, hookpoints=("h.1", "h.2")), model=model), None)
+    assert tiny.same(both["h.1"], expected)
+
+
+def test_loading_and_reading_are_quiet_and_change_no_settings(tiny: ModuleType, tmp_path: Path) -> None:
+    from transformers import BertForMaskedLM
+
+    BertForMaskedLM(tiny.bert().config).save_pretrained(tmp_path)  # its head is weights that AutoModel has no use for
+    tokenizer = tiny.word_tokenizer()
+    tokenizer.model_max_length = 32
+    tokenizer.save_pretrained(tmp_path)
+    code = f"""
+import torch, transformers
+from flashsae.data.language_model import LanguageModelConfig, LanguageModelSource
+from flashsae.data.models import load_language_model
+from flashsae.data.text import open_text
+log = transformers.utils.logging
+before = log.get_verbosity(), log.is_progress_bar_enabled()
+model, tokenizer = load_language_model("minilm", torch.bfloat16)
+config = LanguageModelConfig({str(tmp_path)!r}, ("encoder.layer.1",), context_length=32, device="cpu")
+source = LanguageModelSource(config, open_text(["the cat sat " * 300]), held_out=0.0)
+assert sum(len(chunk.acts) for chunk, _ in source.chunks("train")) == 900
+assert (log.get_verbosity(), log.is_progress_bar_enabled()) == before
+assert {{str(parameter.dtype) for parameter in model.parameters()}} == {{"torch.bfloat16"}}
+"""
+    command = [sys.executable, "-W", "error::FutureWarning", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_model_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"could not load '.*nothing' \(.*\)\. Expected 'minilm', a folder") as caught:
+        load_language_model(str(tmp_path / "nothing"), torch.float32)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,105 @@
+"""Tiny random models, a tokenizer of words, and sources made of them: the fixture `tiny` is this module."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flashsae.data.language_model import LanguageModelConfig, LanguageModelSource
+from flashsae.data.sources import Chunk, Cursor, Split
+from flashsae.data.text import TextDataset, open_text
+
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "then", "it", "went", "out", "to", "see", "what", "was", "there"]
+DOCUMENTS = [" ".join(WORDS[(i * 5 + j * (i + 2)) % len(WORDS)] for j in range(2 + (i * 7) % 45)) for i in range(40)]
+TEXT = open_text(DOCUMENTS)
+
+
+def word_tokenizer(*, bos: bool = False) -> Any:
+    """One token a word, no padding token; with a beginning token if asked."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate(["<s>", "<unk>", *dict.fromkeys(WORDS)])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    if bos:
+        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>" if bos else None)
+
+
+def gpt2(layers: int = 3) -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=64, n_positions=32, n_embd=16, n_layer=layers, n_head=2)
+    return GPT2LMHeadModel(config)
+
+
+def llama() -> nn.Module:
+    from transformers import LlamaConfig, LlamaModel
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaModel(LlamaConfig(vocab_size=64, max_position_embeddings=32, **sizes))
+
+
+def bert() -> nn.Module:
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return BertModel(BertConfig(vocab_size=64, max_position_embeddings=32, **sizes))
+
+
+FAMILIES: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "gpt2": (gpt2, "h.*"),
+    "llama": (llama, "layers.*"),
+    "bert": (bert, "encoder.layer.*"),
+}
+SMALL = LanguageModelConfig("tiny", ("h.1",), context_length=16, batch_tokens=64)
+CACHED = LanguageModelConfig("tiny", ("h.0", "h.1"), context_length=16, batch_tokens=32, device="cpu")
+SHARD_ROWS = 100
+
+
+def source(
+    config: LanguageModelConfig = SMALL,
+    text: TextDataset = TEXT,
+    *,
+    model: nn.Module | None = None,
+    bos: bool = False,
+    held_out: float = 0.2,
+) -> LanguageModelSource:
+    return LanguageModelSource(config, text, held_out=held_out, loaded=(model or gpt2(), word_tokenizer(bos=bos)))
+
+
+def collect(
+    reader: LanguageModelSource, split: Split | None, cursor: Cursor | None = None
+) -> tuple[dict[str, Chunk], list[Cursor]]:
+    """Concatenate an epoch."""
+    parts, cursors = [], []
+    for chunks, behind in reader.chunks_by_hookpoint(split, cursor):
+        parts.append(chunks)
+        cursors.append(behind)
+    return {name: concatenate([part[name] for part in parts]) for name in reader.hookpoints}, cursors
+
+
+def concatenate(chunks: list[Chunk]) -> Chunk:
+    return Chunk(
+        torch.cat([chunk.acts for chunk in chunks]),
+        torch.cat([chunk.group for chunk in chunks]),
+        torch.cat([need(chunk.token_ids) for chunk in chunks]),
+        torch.cat([need(chunk.position) for chunk in chunks]),
+    )
+
+
+def need(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor
+
+
+def same(a: Chunk, b: Chunk) -> bool:
+    return all(torch.equal(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(Chunk))

@@ -1,0 +1,156 @@
+"""The whole of `flashsae train`, in real processes that are really killed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import flashsae
+from flashsae.data.cache import ActivationCache
+from flashsae.data.text import open_text
+from flashsae.run import RunConfig
+
+FLASHSAE = [sys.executable, "-c", "from flashsae.cli import main; main()"]
+
+
+def _settings(hookpoint: str = "encoder.layer.0", tokens: str = "24_576") -> list[str]:
+    sizes = ["--d-sae", "512", "--k", "8", "--tokens", tokens, "--batch-tokens", "256", "--shuffle-tokens", "4096"]
+    return [*sizes, "--checkpoint-every-steps", "8", "--hookpoint", hookpoint, "--context-length", "64"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    documents = open_text("python-docs").documents()
+    path = tmp_path_factory.mktemp("text") / "docs.jsonl"
+    path.write_text("".join(json.dumps({"text": next(documents)}) + "\n" for _ in range(150)))
+    return path
+
+
+def _command(*arguments: str | Path) -> list[str]:
+    return [*FLASHSAE, *map(str, arguments)]
+
+
+def _environment() -> dict[str, str]:
+    # one thread, so that machines that are busy with other tests neither crawl nor sum in another order
+    return {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+
+
+def _call(*arguments: str | Path) -> str:
+    done = subprocess.run(_command(*arguments), capture_output=True, text=True, check=False, env=_environment())
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def _weights(run: Path) -> str:
+    return hashlib.sha256((run / "sae" / "flashsae.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def whole(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    run = tmp_path_factory.mktemp("whole") / "run"
+    return run, _call("train", "minilm", text, *_settings(), "--run", run)
+
+
+def test_a_run_ends_with_figures_and_a_report(whole: tuple[Path, str]) -> None:
+    run, output = whole
+    for words in ("Plan", "peak memory", "512", "Result", "held-out FVU", "L0", "dead latents", "tokens/s"):
+        assert words in output
+    result = json.loads((run / "evaluation.json").read_text())
+    assert 0.05 < result["fvu"] < 0.7
+    assert result["l0"] == pytest.approx(8, abs=0.2)
+    assert result["steps"] == 96
+    page = (run / "report.html").read_text("utf-8")
+    assert "encoder.layer.0" in page
+    assert "<svg" in page
+    sae = flashsae.SAE.load(run / "sae")
+    (cache,) = (run.parent / "activations").iterdir()
+    source = ActivationCache(cache)
+    held_out = source.rows(source.split_rows("held_out")).float()
+    assert flashsae.evaluate(sae, held_out).fvu == pytest.approx(result["fvu"], rel=1e-6)
+    log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert log[-1]["held_out_fvu"] == pytest.approx(result["fvu"], rel=0.05)
+
+
+def test_the_saved_settings_are_resolved_and_make_the_same_run(whole: tuple[Path, str], tmp_path: Path) -> None:
+    run, _ = whole
+    config = RunConfig.from_toml(run / "config.toml")
+    assert config.train.lr is not None
+    assert config.activations.hookpoint == "encoder.layer.0"
+    _call("train", "--config", run / "config.toml", "--run", tmp_path / "again", "--no-report")
+    assert _weights(tmp_path / "again") == _weights(run)
+    assert not (tmp_path / "again" / "report.html").exists()
+    assert str(tmp_path) in _call("report", tmp_path / "again")
+    assert (tmp_path / "again" / "report.html").exists()
+
+
+def _kill_when(condition: Callable[[], bool], command: list[str]) -> bool:
+    """Start a process, SIGKILL it as soon as the condition holds; return whether it was still running."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=_environment())
+    deadline = time.monotonic() + 100
+    while process.poll() is None and not condition():
+        assert time.monotonic() < deadline, "the process never got there"
+        time.sleep(0.002)
+    alive = process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    return alive
+
+
+def _any(run: Path, pattern: str) -> Callable[[], bool]:
+    return lambda: any(run.parent.glob(pattern))
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "activations/*/index.json",  # while the model runs
+        "run/metrics.jsonl",  # before the first checkpoint
+        "run/checkpoints/.step-00000016*",  # in the middle of writing a checkpoint
+        "run/checkpoints/step-00000040",  # between two checkpoints
+        "run/evaluation.json",  # after training, before the report
+    ],
+)
+def test_a_kill_at_any_moment_changes_no_byte(moment: str, text: Path, whole: tuple[Path, str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    if not moment.startswith("activations"):
+        (tmp_path / "activations").symlink_to(whole[0].parent / "activations")
+    command = _command("train", "minilm", text, *_settings(), "--run", run)
+    assert _kill_when(_any(run, moment), command), f"ended before {moment} was there"
+    assert not (run / "report.html").exists()
+    _call("train", "--resume", run)
+    assert _weights(run) == _weights(whole[0])
+    assert (run / "report.html").exists()
+    assert (run / "metrics.jsonl").read_text().count("\n") == (whole[0] / "metrics.jsonl").read_text().count("\n")
+
+
+def test_streaming_needs_no_cache_and_resumes(text: Path, tmp_path: Path) -> None:
+    settings = [*_settings(tokens="10_240"), "--stream", "--no-report"]
+    _call("train", "minilm", text, *settings, "--run", tmp_path / "whole")
+    assert not (tmp_path / "activations").exists()
+    run = tmp_path / "run"
+    assert _kill_when(
+        _any(run, "run/checkpoints/step-00000016"), _command("train", "minilm", text, *settings, "--run", run)
+    )
+    _call("train", "--resume", run)
+    assert _weights(run) == _weights(tmp_path / "whole")
+
+
+def test_a_wildcard_trains_one_sae_for_each_hookpoint(text: Path, tmp_path: Path) -> None:
+    settings = _settings(hookpoint="encoder.layer.[01]", tokens="8192")
+    _call("train", "minilm", text, *settings, "--run", tmp_path / "run")
+    for name in ("encoder.layer.0", "encoder.layer.1"):
+        assert flashsae.SAE.load(tmp_path / "run" / name / "sae").config.d_sae == 512
+        assert (tmp_path / "run" / name / "report.html").exists()
+    before = _weights(tmp_path / "run" / "encoder.layer.1")
+    _call("train", "--resume", tmp_path / "run")
+    assert _weights(tmp_path / "run" / "encoder.layer.1") == before
+    assert _call("report", tmp_path / "run").count("report.html") == 2

@@ -1,0 +1,58 @@
+"""T4: a training on activations of a language model, beside the dense SAE that everybody writes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import flashsae
+from dense import dense_step_losses
+from flashsae import TrainConfig
+from flashsae.data.cache import ActivationCache
+from flashsae.data.cache_writer import write_cache
+from flashsae.data.language_model import LanguageModelConfig, LanguageModelSource
+from flashsae.data.shuffle import RowShuffle
+from flashsae.data.text import open_text
+from flashsae.evaluate import held_out_batches
+from flashsae.metrics import FVU
+from flashsae.optim import lr_factor
+from flashsae.train import init_state, train
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> ActivationCache:
+    directory = tmp_path_factory.mktemp("cache") / "acts"
+    config = LanguageModelConfig("minilm", ("encoder.layer.1",), context_length=128, device="cpu")
+    write_cache(directory, LanguageModelSource(config, open_text("python-docs")), max_tokens=20_000)
+    return ActivationCache(directory, held_out=0.1)
+
+
+def test_held_out_fvu_is_within_half_a_percent_of_a_dense_reference(cache: ActivationCache) -> None:
+    settings = TrainConfig(d_sae=1024, k=16, tokens=256 * 250, batch_tokens=256, auxk_alpha=0.0)
+    config = settings.resolve(cache.d_in)
+    state = init_state(config, RowShuffle(cache, 256, seed=0), torch.device("cpu"))
+    params = {name: p.detach().clone().requires_grad_() for name, p in state.sae.named_parameters()}
+    adam = torch.optim.Adam(params.values(), lr=config.lr, eps=6.25e-10, foreach=False)
+    batches = RowShuffle(cache, 256, seed=0)
+    W_dec = params["W_dec"]
+    for step in range(config.steps):
+        _, loss = dense_step_losses(batches.next_batch().float(), params, config.k)
+        adam.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            assert W_dec.grad is not None
+            W_dec.grad -= (W_dec.grad * W_dec).sum(1, keepdim=True) * W_dec
+            adam.param_groups[0]["lr"] = config.lr * lr_factor(step, config.steps, config.warmup_steps, 50)
+            adam.step()
+            W_dec /= W_dec.norm(dim=1, keepdim=True)
+    train(state, config)
+
+    held_out = torch.cat(list(held_out_batches(cache, 10_000))).float()
+    assert len(held_out) > 500
+    reference = FVU()
+    with torch.no_grad():
+        reference.update(held_out, dense_step_losses(held_out, params, config.k)[0])
+    ours = flashsae.evaluate(state.sae, held_out).fvu
+    assert 0.05 < reference.compute() < 0.5  # it has learnt something, and not everything
+    assert ours == pytest.approx(reference.compute(), rel=0.005)
+    print(f"held-out FVU {ours:.5f}, dense reference {reference.compute():.5f}")
