@@ -17,7 +17,7 @@ import pytest
 import flashsae
 from flashsae.data.cache import ActivationCache
 from flashsae.data.text import open_text
-from flashsae.run import RunConfig
+from flashsae.settings import RunConfig
 
 FLASHSAE = [sys.executable, "-c", "from flashsae.cli import main; main()"]
 

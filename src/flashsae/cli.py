@@ -15,8 +15,9 @@ from rich.table import Table
 from flashsae import __version__, backend
 from flashsae.data.open import ActivationsConfig, cache_activations
 from flashsae.errors import ConfigError, FlashSAEError
-from flashsae.run import RunConfig, check_toml, draw_report, execute, new_run
-from flashsae.train.callbacks import progress_bar
+from flashsae.run import draw_report, execute, new_run
+from flashsae.settings import RunConfig, check_toml
+from flashsae.train.callbacks import StageBar
 from flashsae.train.config import TrainConfig
 
 app = App(
@@ -84,15 +85,18 @@ def cache(
         device: auto, cpu, cuda, cuda:1 ...
     """
     console = Console()
-    with progress_bar(console, "tokens") as bar:
-        task = bar.add_task("activations", total=max_tokens, note="")
+    bar = StageBar(console, "activations", "tokens")
+    bar.start(0, max_tokens)
+    try:
         cache_activations(
             activations,
             out,
             max_tokens=max_tokens,
             device=str(backend.resolve_device(device)),
-            on_progress=lambda rows: bar.update(task, completed=rows),
+            on_progress=bar.update,
         )
+    finally:
+        bar.stop()
     console.print(f"Train on them: flashsae train --activations {out}", highlight=False, soft_wrap=True)
 
 

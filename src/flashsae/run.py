@@ -12,14 +12,11 @@ RUN/report.html          all of it to look at
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, fields, replace
 from itertools import chain, count
 from pathlib import Path
-from typing import Any
 
-import tomli_w
 import torch
 from rich import box
 from rich.console import Console
@@ -27,85 +24,24 @@ from rich.table import Table
 
 from flashsae import files
 from flashsae.backend import resolve_device
-from flashsae.data.open import ActivationsConfig, Opened, open_activations, run_name
+from flashsae.data.open import Opened, Prepared, prepare_activations, run_name
 from flashsae.data.shuffle import shuffled
 from flashsae.data.sources import Source
-from flashsae.errors import CheckpointError, ConfigError, DataError, StorageError, require
+from flashsae.errors import DataError, StorageError, require
 from flashsae.evaluate import evaluate, held_out_batches, latent_geometry
 from flashsae.metrics import LatentActivity
 from flashsae.nn.sae import SAE
 from flashsae.report.render import render_report
 from flashsae.report.snippets import collect_snippets, token_strings, write_snippets
-from flashsae.train.callbacks import LOG_FILE, JsonlLog, ProgressBar, build_logger, progress_bar, read_log
+from flashsae.settings import CONFIG_FILE, RunConfig
+from flashsae.train.callbacks import LOG_FILE, JsonlLog, ProgressBar, StageBar, build_logger, read_log
 from flashsae.train.config import ResolvedConfig, TrainConfig
 from flashsae.train.loop import init_state, train
 from flashsae.train.plan import make_plan
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-CONFIG_FILE = "config.toml"
 MEASURE_TOKENS = 8192
 EVALUATION_TOKENS = 1 << 18
 SNIPPET_TOKENS = 150_000
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """Everything that decides a run.
-
-    Args:
-        activations: what to train on.
-        train: the SAE and its training.
-        logger: opt-in loggers beside metrics.jsonl: tensorboard, wandb.
-        report: whether to end with snippets and report.html.
-    """
-
-    activations: ActivationsConfig = field(default_factory=ActivationsConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    logger: tuple[str, ...] = ()
-    report: bool = True
-
-    def to_toml(self) -> str:
-        """Return the settings as TOML, one flat table; what is None is left out."""
-        flat = {**asdict(self.activations), **asdict(self.train), "logger": list(self.logger), "report": self.report}
-        return tomli_w.dumps(
-            {
-                name: str(value) if isinstance(value, Path) else value
-                for name, value in flat.items()
-                if value is not None
-            }
-        )
-
-    @classmethod
-    def from_toml(cls, path: Path) -> RunConfig:
-        """Read what `to_toml` wrote.
-
-        Raises:
-            CheckpointError: the file is missing or damaged.
-        """
-        try:
-            flat: dict[str, Any] = tomllib.loads(path.read_text("utf-8"))
-            if "activations" in flat:
-                flat["activations"] = Path(flat["activations"])
-            activations = {f.name: flat.pop(f.name) for f in fields(ActivationsConfig) if f.name in flat}
-            settings = {f.name: flat.pop(f.name) for f in fields(TrainConfig) if f.name in flat}
-            logger = tuple(flat.pop("logger", ()))
-            return cls(ActivationsConfig(**activations), TrainConfig(**settings), logger, **flat)
-        except (OSError, ValueError, TypeError) as error:
-            raise CheckpointError(
-                f"cannot read the settings of the run from {path}: {error}. Name a folder that flashsae train made."
-            ) from error
-
-
-def check_toml(path: Path) -> None:
-    """Raise ConfigError if a file of settings is missing or is not TOML."""
-    try:
-        tomllib.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"config: cannot read {path} as TOML: {error}.") from error
 
 
 def new_run(config: RunConfig, run: Path | None = None) -> Path:
@@ -143,18 +79,20 @@ def execute(run: Path, console: Console) -> None:
     if config.report:
         for package in ("jinja2", "matplotlib"):
             require(package, "report")  # now, not after hours of training
-    opened = _open(config, run, console)
+    prepared = _prepare(config, run)
+    device = resolve_device(config.train.device)
+    console.print(_plan_table(config.train, prepared, device, run))
+    opened = _open(prepared, config, console)
     if len(opened.sources) == 1:
         ((hookpoint, source),) = opened.sources.items()
-        _execute_one(run, config, hookpoint, source, opened, console)
+        _execute_one(run, _resolved(config, prepared, hookpoint), source, opened, console)
         return
     for hookpoint, source in opened.sources.items():
-        part = run / hookpoint
-        one = replace(config, activations=replace(config.activations, hookpoint=hookpoint))
+        part, one = run / hookpoint, _resolved(config, prepared, hookpoint)
         if not part.exists():
             new_run(one, part)
         console.rule(hookpoint)
-        _execute_one(part, one, hookpoint, source, opened, console)
+        _execute_one(part, one, source, opened, console)
 
 
 def draw_report(run: Path, console: Console) -> list[Path]:
@@ -171,34 +109,50 @@ def draw_report(run: Path, console: Console) -> list[Path]:
     if parts:
         return [path for part in parts for path in draw_report(part, console)]
     if (run / "evaluation.json").exists() and not (run / "snippets.json").exists():
-        opened = _open(config, run, console)
+        opened = _open(_prepare(config, run), config, console)
         ((hookpoint, _),) = opened.sources.items()
-        _describe_latents(run, SAE.load(run / "sae", device=resolve_device(config.train.device)), hookpoint, opened)
+        sae = SAE.load(run / "sae", device=resolve_device(config.train.device))
+        _describe_latents(run, sae, hookpoint, opened, console)
     return [render_report(run)]
 
 
-def _open(config: RunConfig, run: Path, console: Console) -> Opened:
-    with progress_bar(console, "tokens") as bar:
-        task = bar.add_task("activations", total=None, note="", visible=False)
-        return open_activations(
-            config.activations,
-            tokens=config.train.tokens,
-            folder=run.parent / "activations",
-            device=str(resolve_device(config.train.device)),
-            is_checked=(run / LOG_FILE).exists(),
-            on_progress=lambda rows: bar.update(task, completed=rows, visible=True),
-        )
+def _prepare(config: RunConfig, run: Path) -> Prepared:
+    return prepare_activations(
+        config.activations,
+        tokens=config.train.tokens,
+        folder=run.parent / "activations",
+        device=str(resolve_device(config.train.device)),
+        is_checked=(run / LOG_FILE).exists(),
+    )
 
 
-def _execute_one(
-    run: Path, config: RunConfig, hookpoint: str, source: Source, opened: Opened, console: Console
-) -> None:
-    settings = config.train.resolve(source.d_in)
-    resolved = TrainConfig(**{f.name: getattr(settings, f.name) for f in fields(TrainConfig)})
-    config = replace(config, activations=replace(opened.config, hookpoint=hookpoint), train=resolved)
+def _open(prepared: Prepared, config: RunConfig, console: Console) -> Opened:
+    bar = StageBar(console, "activations", "tokens")
+
+    def on_progress(rows: int) -> None:
+        if not bar.is_started:
+            bar.start(0, int(config.train.tokens / (1 - config.activations.held_out)))
+        bar.update(rows)
+
+    try:
+        return prepared.open(on_progress)
+    finally:
+        bar.stop()
+
+
+def _resolved(config: RunConfig, prepared: Prepared, hookpoint: str) -> RunConfig:
+    """Return the settings with every value worked out: running them again does the same."""
+    settings = config.train.resolve(prepared.widths[hookpoint])
+    train_config = TrainConfig(**{f.name: getattr(settings, f.name) for f in fields(TrainConfig)})
+    return replace(config, activations=replace(prepared.config, hookpoint=hookpoint), train=train_config)
+
+
+def _execute_one(run: Path, config: RunConfig, source: Source, opened: Opened, console: Console) -> None:
+    """Train, measure and describe one SAE; `config` is resolved."""
     files.write_atomic(run / CONFIG_FILE, config.to_toml())
+    settings = config.train.resolve(source.d_in)
     device = resolve_device(settings.device)
-    console.print(_plan_table(config, settings, device, opened.how, run))
+    hookpoint = config.activations.hookpoint or ""
     batches = shuffled(source, settings.batch_tokens, seed=settings.seed, buffer_tokens=settings.shuffle_tokens)
     held_out = list(held_out_batches(source, MEASURE_TOKENS))
     if not held_out:
@@ -220,11 +174,12 @@ def _execute_one(
     with console.status("evaluating on held-out tokens"):
         result = _evaluate(run, sae, source, settings)
     if config.report:
-        with console.status("collecting the texts that activate each latent"):
-            _describe_latents(run, sae, hookpoint, opened)
+        _describe_latents(run, sae, hookpoint, opened, console)
         with console.status("drawing the report"):
             render_report(run)
-    console.print(_result_table(result, run, config.report))
+    console.print(_result_table(result))
+    for name, path in (("SAE", run / "sae"), *([("report", run / "report.html")] if config.report else [])):
+        console.print(f"{name}: {path.resolve()}", highlight=False, soft_wrap=True)
 
 
 def _evaluate(run: Path, sae: SAE, source: Source, settings: ResolvedConfig) -> dict[str, float]:
@@ -251,13 +206,16 @@ def _evaluate(run: Path, sae: SAE, source: Source, settings: ResolvedConfig) -> 
 
 
 @torch.no_grad()
-def _describe_latents(run: Path, sae: SAE, hookpoint: str, opened: Opened) -> None:
+def _describe_latents(run: Path, sae: SAE, hookpoint: str, opened: Opened, console: Console) -> None:
     """Write what the report says of single latents: latents.safetensors and snippets.json."""
     activity = LatentActivity(sae.config.d_sae, sae.W_dec.device)
+    bar = StageBar(console, "texts of each latent", "tokens")
+    bar.start(0, SNIPPET_TOKENS)
 
     def encode(acts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         code = sae.encode(acts.to(sae.W_dec.device, sae.W_dec.dtype))
         activity.update(code.top_acts, code.top_indices)
+        bar.update(activity.tokens)
         return code.top_acts, code.top_indices
 
     tokenizer = opened.tokenizer()
@@ -267,35 +225,37 @@ def _describe_latents(run: Path, sae: SAE, hookpoint: str, opened: Opened) -> No
         lambda ids: token_strings(tokenizer, ids),
         max_tokens=SNIPPET_TOKENS,
     )
+    bar.stop()
     density = {"latent_density": activity.latent_density().float().cpu()}
     files.save_tensors_atomic(run / "latents.safetensors", density | latent_geometry(sae))
     write_snippets(run / "snippets.json", snippets)
 
 
-def _plan_table(config: RunConfig, settings: ResolvedConfig, device: torch.device, how: str, run: Path) -> Table:
-    plan = make_plan(settings, device)
+def _plan_table(config: TrainConfig, prepared: Prepared, device: torch.device, run: Path) -> Table:
+    settings = config.resolve(next(iter(prepared.widths.values())))
+    buffer_bytes = prepared.cache_bytes or 4 * settings.shuffle_tokens * settings.d_in
+    plan = make_plan(settings, device, buffer_bytes if device.type == "cpu" else 0)
     rows = {
-        "activations": f"{config.activations.model} at {config.activations.hookpoint}, d_in {settings.d_in}",
-        "": how,
+        "model": f"{prepared.config.model} at {', '.join(prepared.widths)}, d_in {settings.d_in}",
+        "text": prepared.how,
         "SAE": f"TopK, d_sae {settings.d_sae:,}, k {settings.k}: {plan.parameters:,} parameters",
         "training": f"{settings.tokens:,} tokens in {plan.steps:,} steps of {settings.batch_tokens:,}, "
         f"learning rate {settings.lr:.2g}",
-        "auxiliary loss": f"weight {settings.auxk_alpha:.3g} on latents dead for {settings.dead_after_tokens:,} tokens",
+        "dead latents": f"after {settings.dead_after_tokens:,} tokens without a value above 0; "
+        f"auxiliary loss with weight {settings.auxk_alpha:.3g}",
         "peak memory": f"about {plan.peak_bytes / 1e9:.1f} GB on {device}",
         "run folder": str(run),
     }
     return _table("Plan", rows)
 
 
-def _result_table(result: dict[str, float], run: Path, report: bool) -> Table:
+def _result_table(result: dict[str, float]) -> Table:
     rows = {
         "held-out FVU": f"{result['fvu']:.4f}   ({1 - result['fvu']:.1%} of the variance explained)",
         "L0": f"{result['l0']:.1f}",
         "dead latents": f"{result['dead_latents']:.0f} of {result['d_sae']:,} "
         f"({result['dead_latents'] / result['d_sae']:.1%})",
-        "speed": f"{result['tokens_per_second']:,.0f} tokens/s",
-        "SAE": str(run / "sae"),
-        "report": str((run / "report.html").resolve()) if report else "none; draw it with flashsae report",
+        "tokens/s": f"{result['tokens_per_second']:,.0f}",
     }
     return _table("Result", rows)
 

@@ -9,7 +9,7 @@ import torch
 
 from flashsae.data import open as open_module
 from flashsae.data.language_model import LanguageModelConfig
-from flashsae.data.open import ActivationsConfig, open_activations
+from flashsae.data.open import ActivationsConfig, prepare_activations
 
 
 def interrupt(n_rows: int) -> None:
@@ -28,9 +28,9 @@ def test_a_default_cache_goes_on_only_with_a_model_that_gives_the_same_bytes(
     if change == "batch":
         monkeypatch.setattr(open_module, "MODEL_BATCH_TOKENS", 64)
     with pytest.raises(KeyboardInterrupt):
-        open_activations(config, tokens=100, folder=folder, device="cpu", on_progress=interrupt)
+        prepare_activations(config, tokens=100, folder=folder, device="cpu").open(interrupt)
     monkeypatch.undo()
     for _ in range(2):
-        opened = open_activations(config, tokens=100, folder=folder, device="cpu")
+        opened = prepare_activations(config, tokens=100, folder=folder, device="cpu").open(lambda rows: None)
     assert opened.sources["encoder.layer.2"].d_in == 384
     assert len(list(folder.iterdir())) == (1 if change == "nothing" else 2)

@@ -50,12 +50,13 @@ def test_the_bar_shows_figures_on_terminals_and_lines_elsewhere(terminal: bool) 
     out = io.StringIO()
     with ProgressBar(Console(file=out, force_terminal=terminal, width=120)) as bar:
         bar.on_start(0, 30)
-        bar.on_step(3)
         bar.on_log(RECORD)
-        bar.on_step(30)
+        bar.on_step(3)
+        bar.on_step(4)
     text = out.getvalue()
     assert "FVU 0.500" in text
-    assert ("step 3 of 30" in text) is not terminal
+    assert text.count("training: 3 of 30 steps") == (0 if terminal else 1)
+    assert "4 of 30" not in text or terminal
 
 
 def test_tensorboard_receives_every_figure(tmp_path: Path) -> None:

@@ -87,14 +87,10 @@ class Opened:
 
     Args:
         sources: by hookpoint.
-        config: the settings that led here, filled in.
-        how: for the plan, how they come.
         tokenizer: that of the model; called, because loading it takes a moment.
     """
 
     sources: dict[str, Source]
-    config: ActivationsConfig
-    how: str
     tokenizer: Callable[[], Any]
 
     def text_chunks(self, hookpoint: str) -> Iterator[Chunk]:
@@ -106,16 +102,29 @@ class Opened:
 Progress = Callable[[int], None]
 
 
-def open_activations(
-    config: ActivationsConfig,
-    *,
-    tokens: int,
-    folder: Path,
-    device: str,
-    is_checked: bool = False,
-    on_progress: Progress | None = None,
-) -> Opened:
-    """Open the activations that settings ask for; write the cache first where there is to be one.
+@dataclass(frozen=True)
+class Prepared:
+    """Activations of which everything is known and checked, before the long work of computing them.
+
+    Args:
+        widths: d_in by hookpoint.
+        config: the settings that led here, filled in.
+        how: where they come from, for the plan.
+        cache_bytes: size of the cache, at most; 0 for a stream.
+        open: does the long work: called with a function that hears of the rows cached so far.
+    """
+
+    widths: dict[str, int]
+    config: ActivationsConfig
+    how: str
+    cache_bytes: int
+    open: Callable[[Progress], Opened]
+
+
+def prepare_activations(
+    config: ActivationsConfig, *, tokens: int, folder: Path, device: str, is_checked: bool = False
+) -> Prepared:
+    """Find the activations that settings ask for, or what has to be done to get them.
 
     Args:
         config: what to read.
@@ -123,22 +132,20 @@ def open_activations(
         folder: where a cache goes if the settings name no place.
         device: for the model.
         is_checked: an earlier call found that the cache fits the settings; do not open the text to compare again.
-        on_progress: called with the rows cached so far.
     Raises:
         ConfigError: no such model or hookpoint, or settings that exclude each other.
-        DataError: the text is missing, empty or too small, or the cache holds something else than is asked for.
-        CheckpointError: the cache is incomplete or damaged.
+        DataError: the text is missing or empty, or the cache holds something else than is asked for.
+        CheckpointError: the cache is damaged.
     """
     if config.activations is not None and ActivationCache.is_complete(config.activations):
-        checked = config if is_checked else _check_asked(config, config.activations)
-        return _open_cache(checked, config.activations)
+        return _prepare_cache(config if is_checked else _check_asked(config, config.activations), config.activations)
     config = config.filled()
     text = _open_text(config)
     rows = int(tokens / (1 - config.held_out))
     reading = _language_model_config(config, device)
     place = config.activations or folder / _cache_name(config, reading, text, rows)
     if not config.stream and ActivationCache.is_complete(place):
-        return _open_cache(config, place)
+        return _prepare_cache(config, place)
     source = LanguageModelSource(reading, text, held_out=config.held_out)
     size = 2 * rows * sum(source.widths.values())
     is_too_large = config.stream is None and config.activations is None and size > LARGEST_DEFAULT_CACHE
@@ -148,16 +155,22 @@ def open_activations(
                 f"hookpoint: expected one module for a stream, got {', '.join(source.hookpoints)}. For several SAEs at "
                 f"once write a cache: --activations FOLDER (about {size / 1e9:.0f} GB)."
             )
-        how = f"{source.name}, streamed"
-        return Opened({source.hookpoints[0]: source}, config, how, lambda: source.tokenizer)
-    write_cache(place, source, max_tokens=rows, on_progress=on_progress)
-    return _open_cache(config, place)
+        opened = Opened({source.hookpoints[0]: source}, lambda: source.tokenizer)
+        return Prepared(source.widths, config, f"{text.name}, streamed beside the training", 0, lambda _: opened)
+
+    def write_and_open(on_progress: Progress) -> Opened:
+        write_cache(place, source, max_tokens=rows, on_progress=on_progress)
+        return _prepare_cache(config, place).open(on_progress)
+
+    config = replace(config, activations=place.resolve())
+    how = f"{text.name}, to be cached in {place}: {rows:,} tokens at most"
+    return Prepared(source.widths, config, how, size, write_and_open)
 
 
 def cache_activations(
     config: ActivationsConfig, place: Path, *, max_tokens: int | None, device: str, on_progress: Progress | None = None
 ) -> None:
-    """Write a cache, or go on with one: see `write_cache`. Arguments as for `open_activations`."""
+    """Write a cache, or go on with one: see `write_cache`. Arguments as for `prepare_activations`."""
     config = config.filled()
     source = LanguageModelSource(_language_model_config(config, device), _open_text(config), held_out=0.0)
     write_cache(place, source, max_tokens=max_tokens, on_progress=on_progress)
@@ -197,14 +210,17 @@ def run_name(config: ActivationsConfig) -> str:
     return f"{Path(filled.model or '').name}-{filled.hookpoint}".replace("*", "all")
 
 
-def _open_cache(config: ActivationsConfig, place: Path) -> Opened:
+def _prepare_cache(config: ActivationsConfig, place: Path) -> Prepared:
     names = list(ActivationCache.read_settings(place)["hookpoints"])
     if config.hookpoint is not None:
         names = match_hookpoints(config.hookpoint, names) or [config.hookpoint]  # the cache says what it holds instead
     caches = {name: ActivationCache(place, name, config.held_out) for name in names}
     first = next(iter(caches.values()))
-    config = replace(config, activations=place.resolve())
-    return Opened(dict(caches), config, f"{first.n_rows:,} tokens cached in {place}", first.read_tokenizer)
+    opened = Opened(dict(caches), first.read_tokenizer)
+    widths = {name: cache.d_in for name, cache in caches.items()}
+    size = 2 * first.n_rows * sum(widths.values())
+    how = f"{first.dataset}: {first.n_rows:,} tokens, cached in {place}"
+    return Prepared(widths, replace(config, activations=place.resolve()), how, size, lambda _: opened)
 
 
 def _check_asked(config: ActivationsConfig, place: Path) -> ActivationsConfig:

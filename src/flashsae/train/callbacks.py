@@ -9,7 +9,16 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 from typing_extensions import Self
 
@@ -89,62 +98,95 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-class ProgressBar(Callback):
-    """A bar with rate and remaining time on the terminal; where there is none, a line a tenth of the way."""
+class StageBar:
+    """The progress of a long stage: a bar with rate and remaining time; where there is no terminal, a line a tenth.
 
-    def __init__(self, console: Console, what: str = "training") -> None:
+    Args:
+        console: to draw on.
+        stage: what is going on, such as "training".
+        unit: what is counted, such as "steps".
+    """
+
+    def __init__(self, console: Console, stage: str, unit: str) -> None:
         self._console = console
-        self._what = what
-        self._progress = progress_bar(console, "steps")
-        self._steps = 0
+        self._stage, self._unit = stage, unit
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn(unit),
+            _Rate(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+        )
+        self._total: int | None = None
+        self._task: TaskID | None = None
+        self._tenth = 0
+        self._note = ""
+
+    @property
+    def is_started(self) -> bool:
+        """Whether anything has been shown."""
+        return self._task is not None
+
+    def start(self, done: int, total: int | None) -> None:
+        """Show the stage at `done` of `total`; None where the end is not known."""
+        self._total = total
+        self._tenth = 10 * done // total if total else 0
+        self._task = self._bar.add_task(self._stage, total=total, completed=done, note="")
+        if self._console.is_terminal:
+            self._bar.start()
+
+    def update(self, done: int, note: str | None = None) -> None:
+        """Move to `done`, with a word on what it brought."""
+        if self._task is None:
+            return
+        self._note = self._note if note is None else note
+        self._bar.update(self._task, completed=done, note=self._note)
+        if self._console.is_terminal or self._total is None or 10 * done // self._total <= self._tenth:
+            return
+        self._tenth = 10 * done // self._total
+        line = f"{self._stage}: {done:,} of {self._total:,} {self._unit}  {self._note}"
+        self._console.print(line.rstrip(), highlight=False)
+
+    def stop(self) -> None:
+        """Leave the bar as it is."""
+        self._bar.stop()
+
+
+class _Rate(ProgressColumn):
+    """The rate of a task, such as 14/s."""
+
+    def render(self, task: Task) -> Text:
+        """Return the text of the column."""
+        speed = task.finished_speed or task.speed
+        shown = "" if speed is None else f"{speed:,.0f}/s" if speed >= 10 else f"{speed:.1f}/s"
+        return Text(shown, style="cyan")
+
+
+class ProgressBar(Callback):
+    """The training as a `StageBar`."""
+
+    def __init__(self, console: Console) -> None:
+        self._bar = StageBar(console, "training", "steps")
+        self._note: str | None = None
 
     def on_start(self, step: int, steps: int) -> None:
         """Show the bar."""
-        self._steps = steps
-        self._task = self._progress.add_task(self._what, total=steps, completed=step, note="")
-        if self._console.is_terminal:
-            self._progress.start()
+        self._bar.start(step, steps)
+
+    def on_log(self, record: Mapping[str, float]) -> None:
+        """Keep the newest figures for the next step of the bar."""
+        self._note = f"FVU {record['fvu']:.3f}  dead {record['dead_latents']:.0f}"
 
     def on_step(self, step: int) -> None:
         """Move the bar."""
-        self._progress.update(self._task, completed=step)
-
-    def on_log(self, record: Mapping[str, float]) -> None:
-        """Show the newest figures."""
-        note = f"FVU {record['fvu']:.3f}  dead {record['dead_latents']:.0f}"
-        self._progress.update(self._task, note=note)
-        step = int(record["step"])
-        if not self._console.is_terminal and step % max(1, self._steps // 10) == 0:
-            self._console.print(f"{self._what}: step {step} of {self._steps}, {note}")
+        self._bar.update(step, self._note)
 
     def close(self) -> None:
-        """Take the bar away."""
-        self._progress.stop()
-
-
-def progress_bar(console: Console, unit: str) -> Progress:
-    """Return a rich progress bar in the style of the product: what, bar, done of total, remaining time, a note."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn(unit),
-        _Rate(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=console,
-        disable=not console.is_terminal,
-    )
-
-
-class _Rate(TextColumn):
-    def __init__(self) -> None:
-        super().__init__("")
-
-    def render(self, task: Any) -> Any:
-        """Return the rate of a task, such as 14/s."""
-        speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:,.0f}/s" if speed >= 10 else f"{speed:.1f}/s", style="cyan")
+        """Stop drawing."""
+        self._bar.stop()
 
 
 class TensorBoardLog(Callback):

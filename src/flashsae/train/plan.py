@@ -9,7 +9,7 @@ import torch
 from flashsae.ops.encode_topk.reference import WORKSPACE_BYTES
 from flashsae.train.config import ResolvedConfig
 
-_PROCESS_BYTES = 600 << 20  # Python, torch and what they load, in the memory of the host
+_PROCESS_BYTES = 700 << 20  # Python, torch, transformers and a small model, in the memory of the host
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,13 @@ class Plan:
     peak_bytes: int
 
 
-def make_plan(config: ResolvedConfig, device: torch.device, buffer_bytes: int = 0) -> Plan:
+def make_plan(config: ResolvedConfig, device: torch.device, data_bytes: int = 0) -> Plan:
     """Work out the size of a training.
 
     Args:
         config: settings.
         device: of the training.
-        buffer_bytes: memory of the shuffle buffer, if there is one.
+        data_bytes: of activations that lie in the same memory: a shuffle buffer, or the mapped pages of a cache.
     """
     matrix = 4 * config.d_sae * config.d_in
     weights, gradients, moments = 2 * matrix, 2 * matrix, 4 * matrix
@@ -41,5 +41,5 @@ def make_plan(config: ResolvedConfig, device: torch.device, buffer_bytes: int = 
     workspace = min(WORKSPACE_BYTES, 12 * config.batch_tokens * config.d_sae)
     batch = 4 * config.batch_tokens * (8 * config.d_in + 8 * config.k)
     base = _PROCESS_BYTES if device.type == "cpu" else 0
-    peak = base + weights + gradients + moments + max(projection, workspace) + batch + buffer_bytes
+    peak = base + weights + gradients + moments + max(projection, workspace) + batch + data_bytes
     return Plan(2 * config.d_sae * config.d_in + config.d_sae + config.d_in, config.steps, peak)

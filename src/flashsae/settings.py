@@ -1,0 +1,77 @@
+"""All settings of a run, to and from TOML."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from flashsae.data.open import ActivationsConfig
+from flashsae.errors import CheckpointError, ConfigError
+from flashsae.train.config import TrainConfig
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+CONFIG_FILE = "config.toml"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a run.
+
+    Args:
+        activations: what to train on.
+        train: the SAE and its training.
+        logger: opt-in loggers beside metrics.jsonl: tensorboard, wandb.
+        report: whether to end with snippets and report.html.
+    """
+
+    activations: ActivationsConfig = field(default_factory=ActivationsConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    logger: tuple[str, ...] = ()
+    report: bool = True
+
+    def to_toml(self) -> str:
+        """Return the settings as TOML, one flat table; what is None is left out."""
+        flat = {**asdict(self.activations), **asdict(self.train), "logger": list(self.logger), "report": self.report}
+        return tomli_w.dumps(
+            {
+                name: str(value) if isinstance(value, Path) else value
+                for name, value in flat.items()
+                if value is not None
+            }
+        )
+
+    @classmethod
+    def from_toml(cls, path: Path) -> RunConfig:
+        """Read what `to_toml` wrote.
+
+        Raises:
+            CheckpointError: the file is missing or damaged.
+        """
+        try:
+            flat: dict[str, Any] = tomllib.loads(path.read_text("utf-8"))
+            if "activations" in flat:
+                flat["activations"] = Path(flat["activations"])
+            activations = {f.name: flat.pop(f.name) for f in fields(ActivationsConfig) if f.name in flat}
+            settings = {f.name: flat.pop(f.name) for f in fields(TrainConfig) if f.name in flat}
+            logger = tuple(flat.pop("logger", ()))
+            return cls(ActivationsConfig(**activations), TrainConfig(**settings), logger, **flat)
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(
+                f"cannot read the settings of the run from {path}: {error}. Name a folder that flashsae train made."
+            ) from error
+
+
+def check_toml(path: Path) -> None:
+    """Raise ConfigError if a file of settings is missing or is not TOML."""
+    try:
+        tomllib.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"config: cannot read {path} as TOML: {error}.") from error
