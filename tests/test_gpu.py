@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -47,9 +47,20 @@ def test_training_repeats_and_resumes_bit_for_bit(tmp_path: Path) -> None:
         folder = tmp_path / run
         return flashsae.fit(batches, d_sae=256, k=8, config=config, run=folder, resume=resume, progress=False)
 
+    class KilledInTheSecondEpoch(list[torch.Tensor]):
+        epochs = 0
+
+        def __iter__(self) -> Iterator[torch.Tensor]:
+            self.epochs += 1
+            for number, part in enumerate(super().__iter__()):
+                if self.epochs == 2 and number == 10:
+                    raise KeyboardInterrupt
+                yield part
+
     whole, again = fit(parts, "a"), fit(parts, "b")
-    with pytest.raises(flashsae.errors.DataError, match="ended"):
-        fit(iter([*parts, *parts[:8]]), "c")
+    with pytest.raises(KeyboardInterrupt):
+        fit(KilledInTheSecondEpoch(parts), "c")
+    assert [path.name for path in (tmp_path / "c" / "checkpoints").iterdir()] == ["step-00000020"]
     resumed = fit(parts, "c", resume=True)
     for name, tensor in whole.state_dict().items():
         assert tensor.device.type == "cuda"

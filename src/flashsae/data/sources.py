@@ -43,12 +43,16 @@ class Chunk:
     position: Tensor | None = None
 
     def select(self, keep: Tensor) -> Chunk:
-        """Return the rows that `keep` ([n], bool, or indices) picks."""
+        """Return the rows that `keep` ([n], bool, or indices, on any device) picks."""
+
+        def pick(tensor: Tensor) -> Tensor:
+            return tensor[keep.to(tensor.device)]  # a model on a GPU leaves what is known of its tokens on the CPU
+
         return Chunk(
-            self.acts[keep],
-            self.group[keep],
-            None if self.token_ids is None else self.token_ids[keep],
-            None if self.position is None else self.position[keep],
+            pick(self.acts),
+            pick(self.group),
+            None if self.token_ids is None else pick(self.token_ids),
+            None if self.position is None else pick(self.position),
         )
 
 

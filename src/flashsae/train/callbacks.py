@@ -152,7 +152,8 @@ class StageBar:
 
     def stop(self) -> None:
         """Leave the bar as it is."""
-        self._bar.stop()
+        if self._bar.live.is_started:
+            self._bar.stop()
 
 
 class _Rate(ProgressColumn):
