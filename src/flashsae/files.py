@@ -148,6 +148,23 @@ def load_json(path: Path) -> Any:
         raise CheckpointError(f"cannot read {path}: {_reason(path, error)}") from error
 
 
+def load_manifest(path: Path, kind: str, version: int) -> dict[str, Any]:
+    """Read a JSON file that says what it is: {"format": kind, "format_version": version, ...}.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, of something else, or of another version.
+    """
+    content = load_json(path)
+    if not isinstance(content, dict) or content.get("format") != kind:
+        raise CheckpointError(f"{path} is something else: expected the format {kind!r} of FlashSAE in it.")
+    if content.get("format_version") != version:
+        raise CheckpointError(
+            f"{path} has format version {content.get('format_version')}, this FlashSAE reads {version}. Use the "
+            f"FlashSAE that wrote it ({content.get('flashsae_version', 'unknown')}), or write it again."
+        )
+    return content
+
+
 def _reason(path: Path, error: Exception) -> str:
     if not path.exists():
         return "there is no such file."

@@ -114,8 +114,8 @@ def test_what_is_not_finite_is_found_by_whoever_reads_it(copy: Path, split: Spli
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": "something"}, "is not the index of an activation cache"),
-        ({"version": 2}, "reads version 1 of the cache format, got version 2"),
+        ({"format": "something"}, "is something else: expected the format"),
+        ({"format_version": 2}, "has format version 2, this FlashSAE reads 1"),
         ({"shards": None}, "is damaged: it lacks 'shards'"),
     ],
 )

@@ -104,7 +104,7 @@ def _edit(folder: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": "other"}, "was not written by FlashSAE"),
+        ({"format": "other"}, "is something else: expected the format 'flashsae.sae'"),
         ({"format_version": 99}, "has format version 99, this FlashSAE reads 1"),
         ({"architecture": "relu"}, "expected the architecture 'topk', got 'relu'"),
         ({"k": None}, "is damaged: k missing"),

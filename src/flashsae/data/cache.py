@@ -26,13 +26,13 @@ from torch import Tensor
 from flashsae.data.models import quiet_transformers
 from flashsae.data.sources import Chunk, Cursor, Split, check_finite, check_held_out, split_mask
 from flashsae.errors import CheckpointError, ConfigError, DataError
-from flashsae.files import load_json, load_tensors, write_atomic
+from flashsae.files import load_manifest, load_tensors, write_atomic
 
 INDEX_FILE = "index.json"
 TOKENS_FOLDER, TOKENIZER_FOLDER = "tokens", "tokenizer"
 """The folders of a cache that are not named after a hookpoint."""
 
-_FORMAT = "flashsae-activations"
+_FORMAT = "flashsae.activations"
 _VERSION = 1
 _CHUNK_ROWS = 8192
 
@@ -56,7 +56,7 @@ class CacheIndex:
     def write(self, directory: Path) -> None:
         """Write index.json, whole or not at all; raises StorageError where the file system refuses."""
         version = installed_version("flashsae")
-        content = {"format": _FORMAT, "version": _VERSION, "flashsae_version": version, **vars(self)}
+        content = {"format": _FORMAT, "format_version": _VERSION, "flashsae_version": version, **vars(self)}
         write_atomic(directory / INDEX_FILE, json.dumps(content, indent=1) + "\n")
 
     @staticmethod
@@ -67,15 +67,7 @@ class CacheIndex:
             CheckpointError: there is none, it is damaged, or it is of something else or of another format version.
         """
         path = directory / INDEX_FILE
-        content = load_json(path)
-        if not isinstance(content, dict) or content.get("format") != _FORMAT:
-            raise CheckpointError(f"{path} is not the index of an activation cache of FlashSAE.")
-        if content.get("version") != _VERSION:
-            raise CheckpointError(
-                f"{path}: this FlashSAE reads version {_VERSION} of the cache format, got version "
-                f"{content.get('version')}; write the cache again, or use the FlashSAE that wrote it "
-                f"({content.get('flashsae_version')})."
-            )
+        content = load_manifest(path, _FORMAT, _VERSION)
         try:
             return CacheIndex(*(content[name] for name in ("settings", "shards", "cursor", "complete")))
         except KeyError as error:

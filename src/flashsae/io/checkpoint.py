@@ -76,14 +76,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: it is damaged, foreign, or of another format version.
     """
-    manifest = files.load_json(path / _MANIFEST)
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not a FlashSAE checkpoint: expected the format {FORMAT!r} in {_MANIFEST}.")
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has format version {manifest.get('format_version')}, this FlashSAE reads {FORMAT_VERSION}. "
-            "Resume with the version of FlashSAE that wrote it."
-        )
+    manifest = files.load_manifest(path / _MANIFEST, FORMAT, FORMAT_VERSION)
     for name in (_TENSORS, _STATE):
         if not (path / name).exists() or manifest["sha256"].get(name) != _sha256(path / name):
             raise CheckpointError(

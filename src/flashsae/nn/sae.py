@@ -233,14 +233,7 @@ def read_description(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder} holds no FlashSAE SAE: expected {_CONFIG_FILE} in it, found {found or 'nothing'}."
         )
-    description = files.load_json(path)
-    if not isinstance(description, dict) or description.get("format") != FORMAT:
-        raise CheckpointError(f"{path} was not written by FlashSAE: expected the format {FORMAT!r} in it.")
-    if description.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has format version {description.get('format_version')}, this FlashSAE reads {FORMAT_VERSION}. "
-            "Install the version of FlashSAE that wrote it."
-        )
+    description = files.load_manifest(path, FORMAT, FORMAT_VERSION)
     if description.get("architecture") != "topk":
         raise CheckpointError(f"{path}: expected the architecture 'topk', got {description.get('architecture')!r}.")
     missing = [key for key in ("d_in", "d_sae", "k", "dtype") if key not in description]
