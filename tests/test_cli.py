@@ -63,6 +63,7 @@ def test_bad_settings_are_one_sentence(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert message in _error(capsys, *_train(text, tmp_path / "run", *more))
+    assert not (tmp_path / "run").exists()  # so the corrected command can be given at once
 
 
 def test_bad_data_sets_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from rich.table import Table
 from flashsae import __version__, backend
 from flashsae.data.open import ActivationsConfig, cache_activations
 from flashsae.errors import ConfigError, FlashSAEError
-from flashsae.run import draw_report, execute, new_run
+from flashsae.run import discard_if_empty, draw_report, execute, new_run
 from flashsae.settings import RunConfig, check_toml
 from flashsae.train.callbacks import StageBar
 from flashsae.train.config import TrainConfig
@@ -53,18 +53,20 @@ def train(
         logger: tensorboard or wandb, beside metrics.jsonl. May be repeated.
         report: End with report.html.
     """
-    console = Console(stderr=False)
-    if resume is None:
-        resume = new_run(RunConfig(activations, training, logger, report), run)
-    elif run is not None or activations != ActivationsConfig() or training != TrainConfig() or logger:
+    console = Console()
+    config = RunConfig(activations, training, logger, report)
+    if resume is not None and (run is not None or config != RunConfig()):
         raise ConfigError("resume: expected no other setting beside it; a run is gone on with as it was begun.")
+    folder = new_run(config, run) if resume is None else resume
     try:
-        execute(resume, console)
+        execute(folder, console)
     except KeyboardInterrupt:
-        console.print(f"\nStopped. Go on with: flashsae train --resume {resume}", highlight=False, soft_wrap=True)
+        console.print(f"\nStopped. Go on with: flashsae train --resume {folder}", highlight=False, soft_wrap=True)
         raise SystemExit(130) from None
     except FlashSAEError as error:
-        raise type(error)(f"{error}\nThe run is in {resume}; go on with: flashsae train --resume {resume}") from error
+        if resume is None and discard_if_empty(folder):
+            raise
+        raise type(error)(f"{error}\nThe run is in {folder}; go on with: flashsae train --resume {folder}") from error
 
 
 @app.command

@@ -12,6 +12,7 @@ RUN/report.html          all of it to look at
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from itertools import chain, count
@@ -64,6 +65,14 @@ def new_run(config: RunConfig, run: Path | None = None) -> Path:
     with files.atomic_directory(run) as folder:
         (folder / CONFIG_FILE).write_text(config.to_toml(), "utf-8")
     return run
+
+
+def discard_if_empty(run: Path) -> bool:
+    """Remove a run that failed before anything but its settings was written; return whether it was so."""
+    if [path.name for path in run.iterdir()] != [CONFIG_FILE]:
+        return False
+    shutil.rmtree(run)
+    return True
 
 
 def execute(run: Path, console: Console) -> None:
@@ -233,8 +242,8 @@ def _describe_latents(run: Path, sae: SAE, hookpoint: str, opened: Opened, conso
 
 def _plan_table(config: TrainConfig, prepared: Prepared, device: torch.device, run: Path) -> Table:
     settings = config.resolve(next(iter(prepared.widths.values())))
-    buffer_bytes = prepared.cache_bytes or 4 * settings.shuffle_tokens * settings.d_in
-    plan = make_plan(settings, device, buffer_bytes if device.type == "cpu" else 0)
+    is_stream = prepared.cache_bytes == 0
+    plan = make_plan(settings, device, 4 * settings.shuffle_tokens * settings.d_in if is_stream else 0)
     rows = {
         "model": f"{prepared.config.model} at {', '.join(prepared.widths)}, d_in {settings.d_in}",
         "text": prepared.how,
@@ -243,7 +252,8 @@ def _plan_table(config: TrainConfig, prepared: Prepared, device: torch.device, r
         f"learning rate {settings.lr:.2g}",
         "dead latents": f"after {settings.dead_after_tokens:,} tokens without a value above 0; "
         f"auxiliary loss with weight {settings.auxk_alpha:.3g}",
-        "peak memory": f"about {plan.peak_bytes / 1e9:.1f} GB on {device}",
+        "peak memory": f"about {plan.peak_bytes / 1e9:.1f} GB on {device}"
+        + ("" if is_stream else f"; {prepared.cache_bytes / 1e9:.1f} GB on disk at most"),
         "run folder": str(run),
     }
     return _table("Plan", rows)

@@ -61,6 +61,7 @@ def test_the_bar_shows_figures_on_terminals_and_lines_elsewhere(terminal: bool) 
 
 def test_tensorboard_receives_every_figure(tmp_path: Path) -> None:
     with build_logger("tensorboard", tmp_path, {}) as logger:
+        logger.on_start(0, 10)
         logger.on_log(RECORD)
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))

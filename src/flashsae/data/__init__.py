@@ -1,1 +1,20 @@
-"""Activations: sources, text, language models, the cache on disk, shuffling."""
+"""Activations: sources, text, language models, the cache on disk, shuffling, synthetic ones with known directions."""
+
+from flashsae.data.cache import ActivationCache
+from flashsae.data.cache_writer import write_cache
+from flashsae.data.language_model import LanguageModelConfig, LanguageModelSource
+from flashsae.data.sources import ArraySource, Chunk, IterableSource
+from flashsae.data.synthetic import SuperpositionModel
+from flashsae.data.text import open_text
+
+__all__ = [
+    "ActivationCache",
+    "ArraySource",
+    "Chunk",
+    "IterableSource",
+    "LanguageModelConfig",
+    "LanguageModelSource",
+    "SuperpositionModel",
+    "open_text",
+    "write_cache",
+]

@@ -142,14 +142,14 @@ def check_finite(acts: Tensor, where: str) -> None:
 
 
 def check_acts(x: Tensor, what: str) -> Tensor:
-    """Return x if it is [tokens, d_in] of a float dtype and not empty, else say what is wrong."""
+    """Return x without its graph if it is [tokens, d_in] of a float dtype, else say what is wrong."""
     if x.dim() != 2 or x.shape[1] == 0:
         raise ShapeError(f"{what}: expected the shape [tokens, d_in], got {list(x.shape)}.")
     if x.dtype not in FLOAT_DTYPES:
         raise DtypeError(
             f"{what}: expected float32, float64, bfloat16 or float16, got {x.dtype}. Convert it: x.float()."
         )
-    return x
+    return x.detach()
 
 
 class ArraySource:

@@ -195,9 +195,14 @@ class TensorBoardLog(Callback):
 
     def __init__(self, run: Path) -> None:
         require("tensorboard", "tensorboard")
+        self._folder = run / "tensorboard"
+        self._writer: Any = None
+
+    def on_start(self, step: int, steps: int) -> None:
+        """Open the log; what a killed run wrote behind the checkpoint is hidden."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(run / "tensorboard"))
+        self._writer = SummaryWriter(str(self._folder), purge_step=step + 1)
 
     def on_log(self, record: Mapping[str, float]) -> None:
         """Write a scalar for each entry."""
@@ -207,7 +212,8 @@ class TensorBoardLog(Callback):
 
     def close(self) -> None:
         """Flush and close."""
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
 
 class WandbLog(Callback):

@@ -33,7 +33,7 @@ def make_plan(config: ResolvedConfig, device: torch.device, data_bytes: int = 0)
     Args:
         config: settings.
         device: of the training.
-        data_bytes: of activations that lie in the same memory: a shuffle buffer, or the mapped pages of a cache.
+        data_bytes: of the shuffle buffer, if there is one; pages of a cache belong to the system, which may drop them.
     """
     matrix = 4 * config.d_sae * config.d_in
     weights, gradients, moments = 2 * matrix, 2 * matrix, 4 * matrix
