@@ -45,6 +45,7 @@ def _train(text: Path, run: Path, *more: str | Path) -> tuple[str | Path, ...]:
         (["--k", "65", "--d-sae", "64"], "k: expected k <= d_sae = 64, got 65."),
         (["--held-out", "1.5"], "held_out is a fraction of the data: expected 0 <= held_out < 1, got 1.5."),
         (["--held-out", "0"], "held_out: expected more than 0"),
+        (["--held-out", "0.0001"], "is too small: no document fell to the held-out part"),
         (["--hookpoint", "encoder.layr.2"], "Near: encoder.layer.2"),
         (["--hookpoint", "encoder.layer.77"], "no module 'encoder.layer.77'"),
         (["--context-length", "9999"], "context_length: minilm reads at most 512 tokens, got 9999."),

@@ -33,6 +33,20 @@ def test_a_full_disk_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Monk
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_the_old_file_is_there_until_the_new_one_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.json"
+    files.write_atomic(path, "old")
+
+    def killed(aside: Path, target: Path) -> None:
+        assert (aside.read_text(), target.read_text()) == ("new", "old")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        files.write_atomic(path, "new")
+    assert path.read_text() == "old"
+
+
 def test_a_really_full_device_is_one_sentence() -> None:
     def fill() -> None:
         with files.storage_errors(Path("/dev/full")):

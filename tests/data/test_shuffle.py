@@ -40,6 +40,13 @@ def test_rows_come_once_an_epoch_in_a_new_order(options: dict[str, int]) -> None
     assert (first.diff() == 1).double().mean() < 0.3
 
 
+def test_windows_are_of_other_rows_in_each_epoch() -> None:
+    batches = _rows(1, window_rows=100, block_rows=8)
+    n = len(ArraySource(_x(), held_out=0.1).split_rows("train"))
+    first, second = (set(_draw(batches, n)[:100].tolist()) for _ in range(2))
+    assert len(first & second) < 50
+
+
 def test_small_data_is_mixed_completely() -> None:
     places = torch.stack([_draw(RowShuffle(ArraySource(_x(50)), 50, seed=seed), 1) for seed in range(200)])
     spread = places.mean(0)

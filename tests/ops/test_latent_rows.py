@@ -37,6 +37,17 @@ def test_t1_a_latent_active_on_every_token(length: int, generator: torch.Generat
     assert_as_accurate(ours, theirs, exact)
 
 
+def test_long_runs_are_cut_and_so_round_less(generator: torch.Generator) -> None:
+    length = 32 * RUN
+    coeffs, rows = torch.rand(length, 1, generator=generator), torch.randn(length, 64, generator=generator)
+    index = build_index(torch.zeros(length, 1, dtype=torch.int64), 1)
+    exact = coeffs.double().T @ rows.double()
+    one_bag = torch.arange(length), rows, torch.zeros(1, dtype=torch.int64)
+    running = torch.nn.functional.embedding_bag(*one_bag, mode="sum", per_sample_weights=coeffs[:, 0])
+    error = (latent_rows(index, coeffs, rows).double() - exact).abs().max()
+    assert error < (running.double() - exact).abs().max() / 2
+
+
 def test_t3_two_runs_are_equal(generator: torch.Generator) -> None:
     index = build_index(torch.randint(0, 9, (999, 4), generator=generator), 9)
     coeffs, rows = torch.randn(999, 4, generator=generator), torch.randn(999, 33, generator=generator)

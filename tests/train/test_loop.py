@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from dense import dense_step_losses
-from flashsae import TrainConfig
+from flashsae import SAE, SparseCode, TrainConfig
 from flashsae.data.shuffle import RowShuffle
 from flashsae.data.sources import ArraySource
 from flashsae.data.synthetic import SuperpositionModel
 from flashsae.errors import CheckpointError, DataError
 from flashsae.io.checkpoint import list_checkpoints
+from flashsae.optim import lr_factor
 from flashsae.train import TrainState, init_state, train, train_step
 from flashsae.train.config import ResolvedConfig
 from flashsae.train.loop import to_checkpoint
@@ -124,6 +125,35 @@ def test_auxk_revives_dead_latents() -> None:
     assert seen_with
     assert without >= 32
     assert with_auxk < without
+
+
+def test_auxk_chooses_among_the_dead_latents_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = _config(k_aux=8)
+    state = _state(config)
+    state.dead.tokens_since_fired[[3, 9, 40]] = 10**6
+    asked = []
+    original = SAE.encode
+
+    def encode(sae: SAE, x: Tensor, **options: object) -> SparseCode:
+        asked.append(options)
+        return original(sae, x, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(SAE, "encode", encode)
+    train_step(state, state.batches.next_batch(), config)
+    assert asked[0] == {}
+    assert asked[1]["latents"].tolist() == [3, 9, 40]  # type: ignore[attr-defined]
+    assert asked[1]["k"] == 3  # no more than there are
+
+
+def test_the_learning_rate_follows_the_schedule() -> None:
+    config = _config(warmup_steps=10, decay_fraction=0.5)
+    state = _state(config)
+    rates = []
+    for _ in range(60):
+        train_step(state, state.batches.next_batch(), config)
+        rates.append(state.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([config.lr * lr_factor(step, 60, 10, 30) for step in range(60)])
+    assert rates[0] < rates[9] == max(rates) > rates[59] > 0
 
 
 def test_clipping_bounds_the_norm_of_the_gradient() -> None:
