@@ -48,6 +48,7 @@ def _train(text: Path, run: Path, *more: str | Path) -> tuple[str | Path, ...]:
         (["--held-out", "0.0001"], "is too small: no document fell to the held-out part"),
         (["--hookpoint", "encoder.layr.2"], "Near: encoder.layer.2"),
         (["--hookpoint", "encoder.layer.77"], "no module 'encoder.layer.77'"),
+        (["--context-length", "0"], "context_length: expected a positive number, got 0."),
         (["--context-length", "9999"], "context_length: minilm reads at most 512 tokens, got 9999."),
         (["--batch-tokens", "5000"], "rows for training, fewer than a batch of 5000"),
         (["--device", "cuda:9"], "device: expected auto, cpu or a CUDA device that exists, got 'cuda:9'"),
@@ -64,6 +65,7 @@ def test_bad_settings_are_one_sentence(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert message in _error(capsys, *_train(text, tmp_path / "run", *more))
+    assert "--resume" not in message
     assert not (tmp_path / "run").exists()  # so the corrected command can be given at once
 
 
@@ -150,6 +152,8 @@ def test_settings_from_a_file(text: Path, tmp_path: Path, capsys: pytest.Capture
     assert "k = 6" in saved  # a flag beats the file
     config.write_text("kk = 5\n")
     assert "kk" in _error(capsys, *_train(text, tmp_path / "other", "--config", config))
+    config.write_text("[train]\nk = 5\n")
+    assert "got the section [train]" in _error(capsys, *_train(text, tmp_path / "other", "--config", config))
     config.write_text("k = = 5\n")
     assert "my.toml" in _error(capsys, *_train(text, tmp_path / "other", "--config", config))
     assert "none.toml" in _error(capsys, *_train(text, tmp_path / "other", "--config", "none.toml"))

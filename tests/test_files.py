@@ -79,6 +79,15 @@ def test_atomic_directory_overwrites_only_when_asked(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
+def test_only_one_process_works_in_a_folder(tmp_path: Path) -> None:
+    with files.only_one(tmp_path):
+        with pytest.raises(StorageError, match="another process works in"), files.only_one(tmp_path):
+            pass
+        assert list(tmp_path.iterdir()) == []
+    with files.only_one(tmp_path), files.only_one(tmp_path.parent):
+        pass
+
+
 def test_tensors_round_trip(tmp_path: Path) -> None:
     tensors = {"a": torch.randn(3, 4).T, "b": torch.arange(5), "c": torch.zeros(0, 2, dtype=torch.bfloat16)}
     files.save_tensors(tmp_path / "t.safetensors", tensors)

@@ -132,6 +132,25 @@ def test_a_kill_at_any_moment_changes_no_byte(moment: str, text: Path, whole: tu
     assert (run / "metrics.jsonl").read_text().count("\n") == (whole[0] / "metrics.jsonl").read_text().count("\n")
 
 
+def test_sigterm_stops_like_ctrl_c_and_two_processes_do_not_share_a_run(text: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = [*_settings(tokens="4_915_200"), "--stream", "--no-report"]  # far longer than the test
+    command = _command("train", "minilm", text, *settings, "--run", run)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=_environment(), text=True)
+    while not _any(run, "run/checkpoints/step-*")():
+        assert process.poll() is None
+        time.sleep(0.01)
+    second = subprocess.run(
+        _command("train", "--resume", run), capture_output=True, text=True, check=False, env=_environment()
+    )
+    assert second.returncode == 1
+    assert "another process works in" in second.stderr
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate()
+    assert process.returncode == 130
+    assert f"Go on with: flashsae train --resume {run}" in output
+
+
 def test_streaming_needs_no_cache_and_resumes(text: Path, tmp_path: Path) -> None:
     settings = [*_settings(tokens="10_240"), "--stream", "--no-report"]
     _call("train", "minilm", text, *settings, "--run", tmp_path / "whole")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +18,7 @@ from flashsae import __version__, backend
 from flashsae.data.open import ActivationsConfig, cache_activations
 from flashsae.errors import ConfigError, FlashSAEError
 from flashsae.run import discard_if_empty, draw_report, execute, new_run
-from flashsae.settings import RunConfig, check_toml
+from flashsae.settings import CONFIG_FILE, RunConfig, check_toml
 from flashsae.train.callbacks import StageBar
 from flashsae.train.config import TrainConfig
 
@@ -58,6 +60,7 @@ def train(
     if resume is not None and (run is not None or config != RunConfig()):
         raise ConfigError("resume: expected no other setting beside it; a run is gone on with as it was begun.")
     folder = new_run(config, run) if resume is None else resume
+    RunConfig.from_toml(folder / CONFIG_FILE)  # so that what follows is a run indeed
     try:
         execute(folder, console)
     except KeyboardInterrupt:
@@ -97,6 +100,9 @@ def cache(
             device=str(backend.resolve_device(device)),
             on_progress=bar.update,
         )
+    except KeyboardInterrupt:
+        console.print("\nStopped. The same command goes on where it was.", highlight=False)
+        raise SystemExit(130) from None
     finally:
         bar.stop()
     console.print(f"Train on them: flashsae train --activations {out}", highlight=False, soft_wrap=True)
@@ -148,6 +154,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: behind the name of the program; None takes those of the process.
     """
     app.config = ()
+    with suppress(ValueError):  # outside the main thread there are no signals to catch
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # the end of a cluster's patience: stop as for Ctrl-C
     try:
         app.meta(sys.argv[1:] if arguments is None else arguments)
     except FlashSAEError as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -75,7 +77,7 @@ def atomic_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         StorageError: the file system refused, or `path` exists; nothing is left behind.
     """
     with storage_errors(path):
-        if path.exists() and not overwrite:
+        if path.exists() and not (overwrite and path.is_dir()):
             raise StorageError(f"{path} exists already and is not overwritten; choose another folder or remove it.")
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
@@ -163,6 +165,35 @@ def load_manifest(path: Path, kind: str, version: int) -> dict[str, Any]:
             f"FlashSAE that wrote it ({content.get('flashsae_version', 'unknown')}), or write it again."
         )
     return content
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def only_one(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Let one process at a time work in a folder; the system forgets it when the process ends, however it does.
+
+    Args:
+        folder: exists.
+        wait: until the other process has ended, instead of refusing.
+    Raises:
+        StorageError: another process works in the folder.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)  # the lock is on the folder itself and leaves nothing in it
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+    except BlockingIOError as error:
+        raise StorageError(f"another process works in {folder}; wait for it, or choose another folder.") from error
+    finally:
+        os.close(descriptor)
 
 
 def _reason(path: Path, error: Exception) -> str:

@@ -35,7 +35,7 @@ from flashsae.nn.sae import SAE
 from flashsae.report.render import render_report
 from flashsae.report.snippets import collect_snippets, token_strings, write_snippets
 from flashsae.settings import CONFIG_FILE, RunConfig
-from flashsae.train.callbacks import LOG_FILE, JsonlLog, ProgressBar, StageBar, build_logger, read_log
+from flashsae.train.callbacks import LOG_FILE, JsonlLog, ProgressBar, StageBar, build_logger, check_logger, read_log
 from flashsae.train.config import ResolvedConfig, TrainConfig
 from flashsae.train.loop import init_state, train
 from flashsae.train.plan import make_plan
@@ -88,6 +88,13 @@ def execute(run: Path, console: Console) -> None:
     if config.report:
         for package in ("jinja2", "matplotlib"):
             require(package, "report")  # now, not after hours of training
+    for name in config.logger:
+        check_logger(name)
+    with files.only_one(run):
+        _execute(run, config, console)
+
+
+def _execute(run: Path, config: RunConfig, console: Console) -> None:
     prepared = _prepare(config, run)
     device = resolve_device(config.train.device)
     console.print(_plan_table(config.train, prepared, device, run))

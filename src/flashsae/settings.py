@@ -72,6 +72,9 @@ class RunConfig:
 def check_toml(path: Path) -> None:
     """Raise ConfigError if a file of settings is missing or is not TOML."""
     try:
-        tomllib.loads(path.read_text("utf-8"))
+        settings = tomllib.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"config: cannot read {path} as TOML: {error}.") from error
+    sections = [name for name, value in settings.items() if isinstance(value, dict)]
+    if sections:
+        raise ConfigError(f"config: expected settings without sections in {path}, got the section [{sections[0]}].")

@@ -56,6 +56,14 @@ def test_initialize_from_takes_the_mean_and_the_best_length(generator: torch.Gen
     assert (residual.square().sum() / (x - x.mean(0)).square().sum()).item() < 0.6
 
 
+def test_rescaled_does_to_x_what_the_sae_does_to_a_multiple(sae: SAE, generator: torch.Generator) -> None:
+    x = torch.randn(30, 12, generator=generator)
+    other = sae.rescaled(8.0)  # a power of two, so that nothing rounds
+    assert torch.equal(other.encode(x).top_indices, sae.encode(8 * x).top_indices)
+    torch.testing.assert_close(other(x), sae(8 * x) / 8)
+    assert other.W_dec.data_ptr() == sae.W_dec.data_ptr()
+
+
 def test_decoder_gradient_is_projected_and_rows_stay_unit(sae: SAE, generator: torch.Generator) -> None:
     sae(torch.randn(64, 12, generator=generator)).square().sum().backward()
     assert sae.W_dec.grad is not None
@@ -93,6 +101,12 @@ def test_saving_overwrites_only_when_asked(sae: SAE, tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="exists already and is not overwritten"):
         sae.save(tmp_path / "sae")
     sae.save(tmp_path / "sae", overwrite=True)
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "file").write_text("x")
+    for name in ("precious", "file"):
+        with pytest.raises(StorageError, match="holds no FlashSAE SAE and is not replaced"):
+            sae.save(tmp_path / name, overwrite=True)
+    assert (tmp_path / "file").read_text() == "x"
 
 
 def _edit(folder: Path, **changes: object) -> None:
@@ -107,7 +121,10 @@ def _edit(folder: Path, **changes: object) -> None:
         ({"format": "other"}, "is something else: expected the format 'flashsae.sae'"),
         ({"format_version": 99}, "has format version 99, this FlashSAE reads 1"),
         ({"architecture": "relu"}, "expected the architecture 'topk', got 'relu'"),
-        ({"k": None}, "is damaged: k missing"),
+        ({"k": None}, "is damaged: k missing or wrong"),
+        ({"d_in": "x", "k": 1.5}, "is damaged: d_in, k missing or wrong"),
+        ({"dtype": "floa|32"}, r"is damaged: there is no dtype 'floa\|32'"),
+        ({"sha256": "0"}, "flashsae.safetensors is damaged: its checksum"),
         ({"d_sae": 41}, r"does not fit flashsae.json: expected tensors W_dec \[41, 12\]"),
     ],
 )

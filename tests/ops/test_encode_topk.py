@@ -150,6 +150,25 @@ def test_a_row_with_nan_shows_and_harms_no_other(generator: torch.Generator) -> 
     torch.testing.assert_close(top_acts[[0, 2]], clean[[0, 2]])
 
 
+@pytest.mark.parametrize("k", range(1, 6))
+def test_rows_with_infinity_give_valid_distinct_indices(k: int) -> None:
+    weights = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [1.0, 1.0]])
+    x = torch.tensor([[torch.inf, 0.0], [-torch.inf, 1.0], [1.0, 2.0]])
+    top_acts, top_indices = encode_topk(x, weights, torch.zeros(5), k)
+    assert all(len(set(row)) == k and 0 <= min(row) <= max(row) < 5 for row in top_indices.tolist())
+    assert top_acts[0].isfinite().logical_not().any()
+    assert torch.equal(top_acts[2], (weights @ x[2])[top_indices[2]])
+
+
+def test_a_weight_that_is_nan_is_not_passed_over() -> None:
+    weights = torch.zeros(5, 2)
+    weights[3, 0] = torch.nan
+    for k in range(1, 6):
+        top_acts, top_indices = encode_topk(torch.ones(1, 2), weights, torch.zeros(5), k)
+        assert 3 in top_indices[0].tolist()
+        assert bool(top_acts.isnan().any())
+
+
 def test_latents_restricts_the_choice_and_sends_gradient_there(generator: torch.Generator) -> None:
     p = _integers(11, 6, 40, generator, torch.float32)
     latents = torch.tensor([1, 5, 6, 17, 39])

@@ -36,7 +36,7 @@ def test_held_out_fvu_is_within_half_a_percent_of_a_dense_reference(cache: Activ
     batches = RowShuffle(cache, 256, seed=0)
     W_dec = params["W_dec"]
     for step in range(config.steps):
-        _, loss = dense_step_losses(batches.next_batch().float(), params, config.k)
+        _, loss = dense_step_losses(batches.next_batch().float() * state.scale, params, config.k)
         adam.zero_grad()
         loss.backward()
         with torch.no_grad():
@@ -45,14 +45,15 @@ def test_held_out_fvu_is_within_half_a_percent_of_a_dense_reference(cache: Activ
             adam.param_groups[0]["lr"] = config.lr * lr_factor(step, config.steps, config.warmup_steps, 50)
             adam.step()
             W_dec /= W_dec.norm(dim=1, keepdim=True)
-    train(state, config)
+    sae = train(state, config)
 
     held_out = torch.cat(list(held_out_batches(cache, 10_000))).float()
     assert len(held_out) > 500
     reference = FVU()
     with torch.no_grad():
-        reference.update(held_out, dense_step_losses(held_out, params, config.k)[0])
-    ours = flashsae.evaluate(state.sae, held_out).fvu
+        scaled = held_out * state.scale
+        reference.update(scaled, dense_step_losses(scaled, params, config.k)[0])
+    ours = flashsae.evaluate(sae, held_out).fvu
     assert 0.05 < reference.compute() < 0.5  # it has learnt something, and not everything
     assert ours == pytest.approx(reference.compute(), rel=0.005)
     print(f"held-out FVU {ours:.5f}, dense reference {reference.compute():.5f}")

@@ -10,7 +10,8 @@ import torch
 import flashsae
 from flashsae import SAE, TrainConfig
 from flashsae.data.synthetic import SuperpositionModel
-from flashsae.errors import ConfigError, DataError, DtypeError, StorageError
+from flashsae.errors import CheckpointError, ConfigError, DataError, DtypeError, StorageError
+from flashsae.files import only_one
 from flashsae.metrics import direction_recovery
 
 SMALL = TrainConfig(batch_tokens=64, tokens=64 * 30, checkpoint_every_steps=7, shuffle_tokens=256)
@@ -24,7 +25,7 @@ def _same(a: SAE, b: SAE) -> bool:
 def test_known_directions_are_found() -> None:
     model = SuperpositionModel(32, 96, active=3.0, seed=1)
     x = model.sample(20_000, seed=2)
-    sae = flashsae.fit(x, d_sae=96, k=3, progress=False)
+    sae = flashsae.fit(x, d_sae=128, k=4, progress=False)
     assert sae.config.d_in == 32
     assert direction_recovery(sae.W_dec, model.directions) >= 0.95
 
@@ -40,12 +41,38 @@ def test_every_kind_of_array_gives_the_same_sae(tmp_path: Path) -> None:
     assert _same(saes[0], saes[2])
 
 
-@pytest.mark.parametrize("kind", ["list", "generator", "bfloat16"])
+@pytest.mark.parametrize("kind", ["list", "generator", "bfloat16", "loader"])
 def test_iterables_are_trained_on(kind: str) -> None:
     parts = list(X.split(50))
-    x = {"list": parts, "generator": (p for p in parts * 4), "bfloat16": [p.bfloat16() for p in parts]}[kind]
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X), batch_size=50)
+    x = {
+        "loader": loader,
+        "list": parts,
+        "generator": (p for p in parts * 4),
+        "bfloat16": [p.bfloat16() for p in parts],
+    }[kind]
     sae = flashsae.fit(x, d_sae=16, k=3, config=SMALL, progress=False)
     assert flashsae.evaluate(sae, X).fvu < 0.6
+
+
+@pytest.mark.parametrize("exponent", [-60, -10, 13, 80])
+def test_the_unit_of_the_activations_does_not_matter(exponent: int) -> None:
+    scale = 2.0**exponent
+    plain = flashsae.fit(X, d_sae=16, k=3, config=SMALL, progress=False)
+    sae = flashsae.fit(X.double() * scale, d_sae=16, k=3, config=SMALL, progress=False)
+    assert torch.equal(sae.W_dec, plain.W_dec)
+    assert torch.equal(sae.W_enc_T, plain.W_enc_T)
+    assert torch.equal(sae.b_dec / scale, plain.b_dec)
+    if exponent < 60:  # beyond, the squares of the evaluation overflow
+        assert flashsae.evaluate(sae, X * scale).fvu == flashsae.evaluate(plain, X).fvu
+
+
+def test_training_inside_no_grad_and_inference_mode() -> None:
+    with torch.no_grad():
+        first = flashsae.fit(X, d_sae=16, k=3, config=SMALL, progress=False)
+    with torch.inference_mode():
+        second = flashsae.fit(X, d_sae=16, k=3, config=SMALL, progress=False)
+    assert _same(first, second)
 
 
 def test_a_run_folder_holds_log_and_checkpoint_and_is_gone_on_with(tmp_path: Path) -> None:
@@ -75,8 +102,19 @@ def test_a_run_folder_holds_log_and_checkpoint_and_is_gone_on_with(tmp_path: Pat
 def test_bad_arguments_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="tokens: expected a number, because the length of an iterable is not known"):
         flashsae.fit([X], d_sae=16, k=3)
+    with pytest.raises(DtypeError, match="x: expected a tensor, a numpy array or an iterable of such, got NoneType"):
+        flashsae.fit(None, d_sae=16, k=3)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"tokens: expected an int, such as 1_000_000, got 1000000\.0"):
+        flashsae.fit(X, d_sae=16, k=3, tokens=1e6)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="k: expected k <= d_sae = 16, got 17"):
         flashsae.fit(X, d_sae=16, k=17)
+    with pytest.raises(CheckpointError, match="none does not exist, so there is nothing to resume"):
+        flashsae.fit(X, d_sae=16, k=3, config=SMALL, run=tmp_path / "none", resume=True)
+    flashsae.fit(X, d_sae=16, k=3, config=SMALL, run=tmp_path / "run", progress=False)
+    with pytest.raises(CheckpointError, match=r"does not fit these settings: k was 3 and is 2 now\. Resume with"):
+        flashsae.fit(X, d_sae=16, k=2, config=SMALL, run=tmp_path / "run", resume=True, progress=False)
+    with only_one(tmp_path / "run"), pytest.raises(StorageError, match="another process works in"):
+        flashsae.fit(X, d_sae=16, k=3, config=SMALL, run=tmp_path / "run", resume=True, progress=False)
     with pytest.raises(ConfigError, match="resume: expected run=FOLDER"):
         flashsae.fit(X, d_sae=16, k=3, resume=True)
     with pytest.raises(DtypeError, match=r"x: expected float32, .* got torch\.int64"):

@@ -18,7 +18,7 @@ from flashsae.data.cache import INDEX_FILE, TOKENIZER_FOLDER, TOKENS_FOLDER, Cac
 from flashsae.data.language_model import LanguageModelSource
 from flashsae.data.sources import Chunk, Cursor
 from flashsae.errors import CheckpointError, ConfigError, DataError
-from flashsae.files import atomic_directory, storage_errors, write_atomic
+from flashsae.files import atomic_directory, only_one, storage_errors, write_atomic
 
 
 def write_cache(
@@ -46,6 +46,19 @@ def write_cache(
     """
     directory = Path(directory)
     settings = _settings(source, shard_rows, max_tokens)
+    with storage_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    with only_one(directory, wait=True):  # another run may be writing the very same cache: then it is there for both
+        _write(directory, source, settings, on_progress)
+
+
+def _write(
+    directory: Path,
+    source: LanguageModelSource,
+    settings: dict[str, Any],
+    on_progress: Callable[[int], None] | None,
+) -> None:
+    shard_rows, max_tokens = settings["shard_rows"], settings["max_tokens"]
     index = _begin(directory, settings)
     if index.complete:
         return
@@ -95,7 +108,6 @@ def _settings(source: LanguageModelSource, shard_rows: int, max_tokens: int | No
 def _begin(directory: Path, settings: dict[str, Any]) -> CacheIndex:
     """Return the index to go on from; clear what a kill left half written, in a cache of ours only."""
     with storage_errors(directory):
-        directory.mkdir(parents=True, exist_ok=True)
         foreign = [path for path in directory.iterdir() if not path.match(".index.json.*.partial")]
         if foreign and not (directory / INDEX_FILE).exists():
             raise CheckpointError(

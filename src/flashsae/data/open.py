@@ -62,6 +62,8 @@ class ActivationsConfig:
     def __post_init__(self) -> None:
         if check_held_out(self.held_out) == 0.0:
             raise ConfigError("held_out: expected more than 0, since the final figures are measured on it, got 0.")
+        if self.context_length is not None and self.context_length < 1:
+            raise ConfigError(f"context_length: expected a positive number, got {self.context_length}.")
         if self.stream and self.activations is not None:
             raise ConfigError("stream: expected no --activations beside --stream, which writes and reads no cache.")
         if self.hookpoint is None and self.model not in (None, MINILM):

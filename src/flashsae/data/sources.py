@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import torch
@@ -143,6 +143,8 @@ def check_finite(acts: Tensor, where: str) -> None:
 
 def check_acts(x: Tensor, what: str) -> Tensor:
     """Return x without its graph if it is [tokens, d_in] of a float dtype, else say what is wrong."""
+    if x.layout != torch.strided:
+        raise DtypeError(f"{what}: expected a dense tensor, got the layout {x.layout}. Convert it: x.to_dense().")
     if x.dim() != 2 or x.shape[1] == 0:
         raise ShapeError(f"{what}: expected the shape [tokens, d_in], got {list(x.shape)}.")
     if x.dtype not in FLOAT_DTYPES:
@@ -164,7 +166,7 @@ class ArraySource:
 
     def __init__(self, x: Tensor | np.ndarray, *, held_out: float = 0.0, name: str = "x") -> None:
         self.name = name
-        self._x = check_acts(x if isinstance(x, Tensor) else _as_tensor(x), name)
+        self._x = as_acts(x, name)
         self._held_out = check_held_out(held_out)
         if len(self._x) == 0:
             raise DataError(f"{name} is empty: expected at least one row of activations.")
@@ -192,11 +194,18 @@ class ArraySource:
             yield chunk, {"row": stop}
 
 
+def as_acts(x: Tensor | np.ndarray, what: str) -> Tensor:
+    """Return x as a tensor without copying it if it is [tokens, d_in] of a float dtype, else say what is wrong."""
+    return check_acts(x if isinstance(x, Tensor) else _as_tensor(x), what)
+
+
 def _as_tensor(x: np.ndarray) -> Tensor:
     if not isinstance(x, np.ndarray):
         raise DtypeError(f"x: expected a tensor, a numpy array or an iterable of such, got {type(x).__name__}.")
     if x.dtype.kind != "f" or x.dtype.itemsize > 8:
         raise DtypeError(f"x: expected a float array, got {x.dtype}. Convert it: x.astype('float32').")
+    if any(stride < 0 for stride in x.strides) or not x.dtype.isnative:
+        raise DtypeError("x: expected an array that torch can share, got reversed strides or bytes. Copy it: x.copy().")
     return torch.from_numpy(x) if x.flags.writeable else _read_only_tensor(x)
 
 
@@ -225,7 +234,12 @@ class IterableSource:
 
     def _first_width(self) -> int:
         """Read the first batch for its width and keep it, so that a generator loses nothing."""
-        self._iterator = iter(self._batches)
+        try:
+            self._iterator = iter(self._batches)
+        except TypeError as error:
+            raise DtypeError(
+                f"x: expected a tensor, a numpy array or an iterable of such, got {type(self._batches).__name__}."
+            ) from error
         self._ahead = next((self._tensor(batch) for batch in self._iterator), None)
         if self._ahead is None:
             raise DataError(f"{self.name} is empty: expected at least one [tokens, d_in] batch.")
@@ -236,8 +250,10 @@ class IterableSource:
         """Width of the activations."""
         return self._d_in
 
-    def _tensor(self, batch: Tensor | np.ndarray) -> Tensor:
-        return check_acts(batch if isinstance(batch, Tensor) else _as_tensor(batch), f"a batch of {self.name}")
+    def _tensor(self, batch: Any) -> Tensor:
+        if isinstance(batch, tuple | list) and len(batch) == 1:
+            batch = batch[0]  # what a DataLoader over a TensorDataset yields
+        return as_acts(batch, f"a batch of {self.name}")
 
     def _epoch(self) -> Iterator[Tensor]:
         iterator, self._iterator = self._iterator, None

@@ -245,7 +245,9 @@ def _text(value: Any, column: str, where: str) -> str:
 
 def _missing_column(column: str, columns: Iterable[str], where: str) -> DataError:
     names = ", ".join(map(repr, columns)) or "no column at all"
-    return DataError(f"{where}: there is no column {column!r}; it has {names}. Say which with column=...")
+    return DataError(
+        f"{where}: there is no column {column!r}; it has {names}. Name the right one with --text-column (column=)."
+    )
 
 
 def _from_hub(dataset: str, subset: str | None, split: str, column: str) -> TextDataset:

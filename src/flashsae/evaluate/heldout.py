@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashsae.data.sources import Source
-from flashsae.errors import DataError
+from flashsae.data.sources import Source, as_acts, check_finite
+from flashsae.errors import ConfigError, DataError
 from flashsae.metrics import FVU, LatentActivity
 from flashsae.nn.sae import SAE
 
@@ -35,20 +36,26 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(sae: SAE, x: Tensor | Iterable[Tensor], *, batch_tokens: int = 4096) -> Evaluation:
+def evaluate(
+    sae: SAE, x: Tensor | np.ndarray | Iterable[Tensor | np.ndarray], *, batch_tokens: int = 4096
+) -> Evaluation:
     """Measure an SAE.
 
     Args:
         sae: on any device.
-        x: [tokens, d_in], or an iterable of such batches; held-out tokens, if the figures are to mean anything.
+        x: [tokens, d_in], tensor or numpy, or an iterable of such batches; held-out tokens, if the figures are to
+            mean anything.
         batch_tokens: tokens encoded at once.
     Raises:
-        DataError: there are no tokens.
+        DataError: there are no tokens, or one holds NaN or Inf.
         ShapeError, DtypeError: x does not fit the SAE.
     """
+    if batch_tokens < 1:
+        raise ConfigError(f"batch_tokens: expected a positive number, got {batch_tokens}.")
     fvu, activity = FVU(), LatentActivity(sae.config.d_sae, sae.W_dec.device)
-    for batch in [x] if isinstance(x, Tensor) else x:
-        for part in batch.split(batch_tokens):
+    for batch in [x] if isinstance(x, Tensor | np.ndarray) else x:
+        for part in torch.split(as_acts(batch, "x"), batch_tokens):
+            check_finite(part, "x")
             part = part.to(sae.W_dec.device, sae.W_dec.dtype)
             code = sae.encode(part)
             fvu.update(part, sae.decode(code))

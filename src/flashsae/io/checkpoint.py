@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from dataclasses import dataclass
@@ -56,7 +55,7 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint, *, keep: int = 1) -
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "step": checkpoint.step,
-            "sha256": {name: _sha256(folder / name) for name in (_TENSORS, _STATE)},
+            "sha256": {name: files.sha256(folder / name) for name in (_TENSORS, _STATE)},
         }
         (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", "utf-8")
     for old in list_checkpoints(directory)[:-keep]:
@@ -67,7 +66,7 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint, *, keep: int = 1) -
 
 def list_checkpoints(directory: Path) -> list[Path]:
     """Return the checkpoint folders of a run, oldest first."""
-    return sorted(path for path in directory.glob("step-*") if path.is_dir())
+    return sorted(path for path in directory.glob("step-*") if path.is_dir() and path.name[5:].isdigit())
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -77,21 +76,14 @@ def load_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: it is damaged, foreign, or of another format version.
     """
     manifest = files.load_manifest(path / _MANIFEST, FORMAT, FORMAT_VERSION)
+    sums = manifest.get("sha256", {})
     for name in (_TENSORS, _STATE):
-        if not (path / name).exists() or manifest["sha256"].get(name) != _sha256(path / name):
+        if not (path / name).exists() or sums.get(name) != files.sha256(path / name):
             raise CheckpointError(
                 f"{path / name} is damaged: its checksum is not the one in {_MANIFEST}. "
                 f"Remove the folder {path.name} to go on from an older checkpoint or from the start."
             )
-    return Checkpoint(manifest["step"], files.load_json(path / _STATE), files.load_tensors(path / _TENSORS))
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return Checkpoint(int(path.name[5:]), files.load_json(path / _STATE), files.load_tensors(path / _TENSORS))
 
 
 def _remove_partial(directory: Path) -> None:

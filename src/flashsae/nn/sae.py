@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flashsae import files, ops
-from flashsae.errors import CheckpointError, ConfigError, ShapeError
-from flashsae.ops.validate import check_float, check_k
+from flashsae.errors import CheckpointError, ConfigError, DtypeError, ShapeError, StorageError
+from flashsae.ops.validate import FLOATS, check_float, check_k
 
 FORMAT = "flashsae.sae"
 FORMAT_VERSION = 1
@@ -41,8 +41,8 @@ class SAEConfig:
 
     def __post_init__(self) -> None:
         for name in ("d_in", "d_sae"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: expected a positive int, got {getattr(self, name)}.")
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ConfigError(f"{name}: expected a positive int, got {getattr(self, name)!r}.")
         check_k(self.k, self.d_sae)
 
 
@@ -138,6 +138,8 @@ class SAE(nn.Module):
         return self.decode(self.encode(x))
 
     def _flat(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor):
+            raise DtypeError(f"x: expected a tensor, got {type(x).__name__}. Convert it: torch.as_tensor(x).")
         if x.dim() == 0 or x.shape[-1] != self.config.d_in:
             raise ShapeError(f"x: expected the shape [..., {self.config.d_in}], got {list(x.shape)}.")
         check_float("x", x)
@@ -161,6 +163,20 @@ class SAE(nn.Module):
             self.W_enc_T.mul_(scale.to(self.W_enc_T.dtype))
 
     @torch.no_grad()
+    def rescaled(self, factor: float) -> SAE:
+        """Return the SAE that does to x what this one does to factor · x: rescaled(x) = self(factor · x) / factor.
+
+        Selection and directions stay; biases and values of latents are divided by `factor`. Shares W_enc_T and W_dec.
+        """
+        with torch.device("meta"):
+            other = SAE(self.config, seed=None, dtype=self.W_dec.dtype)
+        other.load_state_dict(
+            {"W_enc_T": self.W_enc_T, "b_enc": self.b_enc / factor, "W_dec": self.W_dec, "b_dec": self.b_dec / factor},
+            assign=True,
+        )
+        return other
+
+    @torch.no_grad()
     def project_decoder_grad(self) -> None:
         """Remove from the gradient of each decoder row the part along the row, which only changes its norm."""
         grad = self.W_dec.grad
@@ -180,7 +196,7 @@ class SAE(nn.Module):
         Args:
             directory: must not exist, unless `overwrite`.
             metadata: anything JSON can hold: model, hookpoint, data set, metrics.
-            overwrite: replace the folder.
+            overwrite: replace the folder, if it holds an SAE.
         Raises:
             StorageError: the folder exists or cannot be written.
         """
@@ -193,8 +209,12 @@ class SAE(nn.Module):
             **asdict(self.config),
             "metadata": dict(metadata or {}),
         }
-        with files.atomic_directory(Path(directory), overwrite=overwrite) as folder:
+        directory = Path(directory)
+        if overwrite and directory.exists() and not (directory / _CONFIG_FILE).exists():
+            raise StorageError(f"{directory} holds no FlashSAE SAE and is not replaced; choose another folder.")
+        with files.atomic_directory(directory, overwrite=overwrite) as folder:
             files.save_tensors(folder / _WEIGHTS_FILE, self.state_dict())
+            description["sha256"] = files.sha256(folder / _WEIGHTS_FILE)
             (folder / _CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n", "utf-8")
 
     @classmethod
@@ -208,6 +228,11 @@ class SAE(nn.Module):
         description = read_description(folder)
         config = SAEConfig(description["d_in"], description["d_sae"], description["k"])
         tensors = files.load_tensors(folder / _WEIGHTS_FILE)
+        if files.sha256(folder / _WEIGHTS_FILE) != description["sha256"]:
+            raise CheckpointError(
+                f"{folder / _WEIGHTS_FILE} is damaged: its checksum is not the one in {_CONFIG_FILE}. Copy or save the "
+                "SAE again."
+            )
         with torch.device("meta"):
             sae = cls(config, seed=None, dtype=getattr(torch, description["dtype"]))
         expected = {name: tensor.shape for name, tensor in sae.state_dict().items()}
@@ -236,9 +261,12 @@ def read_description(folder: Path) -> dict[str, Any]:
     description = files.load_manifest(path, FORMAT, FORMAT_VERSION)
     if description.get("architecture") != "topk":
         raise CheckpointError(f"{path}: expected the architecture 'topk', got {description.get('architecture')!r}.")
-    missing = [key for key in ("d_in", "d_sae", "k", "dtype") if key not in description]
-    if missing:
-        raise CheckpointError(f"{path} is damaged: {', '.join(missing)} missing. Save the SAE again.")
+    kinds = {"d_in": int, "d_sae": int, "k": int, "dtype": str, "sha256": str}
+    wrong = [key for key, kind in kinds.items() if not isinstance(description.get(key), kind)]
+    if wrong:
+        raise CheckpointError(f"{path} is damaged: {', '.join(wrong)} missing or wrong. Save the SAE again.")
+    if description["dtype"] not in (str(dtype).removeprefix("torch.") for dtype in FLOATS):
+        raise CheckpointError(f"{path} is damaged: there is no dtype {description['dtype']!r}. Save the SAE again.")
     return description
 
 

@@ -12,6 +12,8 @@ FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 def check_shape(name: str, tensor: Tensor, expected: tuple[int | str, ...]) -> None:
     """Raise ShapeError unless `tensor` has this shape; a string in it names a size that is free."""
+    if not isinstance(tensor, Tensor):
+        raise DtypeError(f"{name}: expected a tensor, got {type(tensor).__name__}.")
     fits = len(expected) == tensor.dim() and all(
         isinstance(want, str) or want == size for want, size in zip(expected, tensor.shape)
     )

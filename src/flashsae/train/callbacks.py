@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -74,9 +75,10 @@ class JsonlLog(Callback):
                 self._file.flush()
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file; every line is on disk already, or its failure has been told."""
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):
+                self._file.close()
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -194,7 +196,6 @@ class TensorBoardLog(Callback):
     """Write every record as TensorBoard scalars under RUN/tensorboard."""
 
     def __init__(self, run: Path) -> None:
-        require("tensorboard", "tensorboard")
         self._folder = run / "tensorboard"
         self._writer: Any = None
 
@@ -202,18 +203,21 @@ class TensorBoardLog(Callback):
         """Open the log; what a killed run wrote behind the checkpoint is hidden."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(self._folder), purge_step=step + 1)
+        with files.storage_errors(self._folder):
+            self._writer = SummaryWriter(str(self._folder), purge_step=step + 1)
 
     def on_log(self, record: Mapping[str, float]) -> None:
         """Write a scalar for each entry."""
-        for name, value in record.items():
-            if name != "step":
-                self._writer.add_scalar(name, value, int(record["step"]))
+        with files.storage_errors(self._folder):
+            for name, value in record.items():
+                if name != "step":
+                    self._writer.add_scalar(name, value, int(record["step"]))
 
     def close(self) -> None:
         """Flush and close."""
         if self._writer is not None:
-            self._writer.close()
+            with suppress(OSError):  # of figures that are also in metrics.jsonl
+                self._writer.close()
 
 
 class WandbLog(Callback):
@@ -235,6 +239,13 @@ class WandbLog(Callback):
 LOGGERS = ("tensorboard", "wandb")
 
 
+def check_logger(name: str) -> None:
+    """Raise ConfigError or MissingExtraError where `build_logger` would."""
+    if name not in LOGGERS:
+        raise ConfigError(f"logger: expected one of {', '.join(LOGGERS)}, got {name!r}.")
+    require(name, name)
+
+
 def build_logger(name: str, run: Path, config: Mapping[str, Any]) -> Callback:
     """Return an opt-in logger by name.
 
@@ -242,8 +253,5 @@ def build_logger(name: str, run: Path, config: Mapping[str, Any]) -> Callback:
         ConfigError: there is no logger of that name.
         MissingExtraError: its package is not installed.
     """
-    if name == "tensorboard":
-        return TensorBoardLog(run)
-    if name == "wandb":
-        return WandbLog(run, config)
-    raise ConfigError(f"logger: expected one of {', '.join(LOGGERS)}, got {name!r}.")
+    check_logger(name)
+    return TensorBoardLog(run) if name == "tensorboard" else WandbLog(run, config)

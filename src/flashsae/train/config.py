@@ -54,7 +54,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is not None and not _in_range(field.name, value):
+            if value is None or field.name == "device":
+                continue
+            is_float = "float" in str(field.type)
+            if isinstance(value, bool) or not isinstance(value, (int, float) if is_float else int):
+                kind = "a number" if is_float else "an int, such as 1_000_000"
+                raise ConfigError(f"{field.name}: expected {kind}, got {value!r}.")
+            if not _in_range(field.name, value):
                 raise ConfigError(f"{field.name}: expected {_expected(field.name)}, got {value!r}.")
 
     @property
@@ -117,14 +123,12 @@ _FRACTION = {"decay_fraction"}
 _NOT_NEGATIVE = {"warmup_steps", "auxk_alpha", "seed"}
 
 
-def _in_range(name: str, value: object) -> bool:
-    if not isinstance(value, int | float):
-        return True
+def _in_range(name: str, value: float) -> bool:
     if name in _POSITIVE:
-        return value > 0
+        return 0 < value < float("inf")
     if name in _FRACTION:
         return 0 <= value <= 1
-    return value >= 0 if name in _NOT_NEGATIVE else True
+    return 0 <= value < 2**63 if name in _NOT_NEGATIVE else True
 
 
 def _expected(name: str) -> str:

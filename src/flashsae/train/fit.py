@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from rich.console import Console
 from torch import Tensor
 
 from flashsae.backend import resolve_device
 from flashsae.data.shuffle import shuffled
 from flashsae.data.sources import ArraySource, IterableSource
-from flashsae.errors import ConfigError, StorageError
-from flashsae.files import storage_errors
+from flashsae.errors import CheckpointError, ConfigError, StorageError
+from flashsae.files import only_one, storage_errors
 from flashsae.nn.sae import SAE
 from flashsae.train.callbacks import Callback, JsonlLog, ProgressBar
 from flashsae.train.config import TrainConfig
@@ -70,13 +72,17 @@ def fit(
     batches = shuffled(source, settings.batch_tokens, seed=settings.seed, buffer_tokens=settings.shuffle_tokens)
     folder = None if run is None else Path(run)
     if folder is not None:
+        if resume and not folder.exists():
+            raise CheckpointError(f"{folder} does not exist, so there is nothing to resume; leave out resume to start.")
         if folder.exists() and not resume:
             raise StorageError(f"{folder} exists already and is not overwritten; give resume=True or another folder.")
         with storage_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
     checkpoints = None if folder is None else folder / "checkpoints"
-    state = init_state(settings, batches, device, checkpoints)
     callbacks: list[Callback] = [] if folder is None else [JsonlLog(folder)]
     if progress:
         callbacks.append(ProgressBar(Console(stderr=True)))
-    return train(state, settings, callbacks=callbacks, checkpoints=checkpoints)
+    alone = nullcontext() if folder is None else only_one(folder)
+    with alone, torch.inference_mode(False), torch.enable_grad():  # whatever the caller had switched off
+        state = init_state(settings, batches, device, checkpoints)
+        return train(state, settings, callbacks=callbacks, checkpoints=checkpoints)

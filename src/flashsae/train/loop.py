@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,13 @@ class TrainState:
     optimizer: torch.optim.Adam
     dead: DeadLatents
     batches: Batches
+    scale: float = 1.0
+    """What activations are multiplied by, so that one learning rate fits the biases whatever the unit of x."""
     step: int = 0
+
+    def finished_sae(self) -> SAE:
+        """Return the SAE for activations as they come, without the scale; shares weights with the one in training."""
+        return self.sae.rescaled(self.scale)
 
 
 def init_state(
@@ -55,10 +62,26 @@ def init_state(
     dead = DeadLatents(config.d_sae, config.dead_after_tokens, device)
     state = TrainState(sae, build_adam(sae, config.lr), dead, batches)
     if found:
-        restore(state, load_checkpoint(found[-1]))
+        checkpoint = load_checkpoint(found[-1])
+        check_settings(config, checkpoint)
+        restore(state, checkpoint)
     else:
-        sae.initialize_from(batches.sample(INIT_TOKENS).to(device, torch.float32))
+        sample = batches.sample(INIT_TOKENS).to(device, torch.float64)
+        state.scale = _unit_scale(sample)
+        sae.initialize_from((sample * state.scale).float())
     return state
+
+
+def _unit_scale(x: Tensor) -> float:
+    """Return the power of two that brings the standard deviation of a coordinate next to 1/4; 1 where x does not vary.
+
+    Weights have no unit, since decoder rows have norm 1; biases have that of x, and Adam moves them by about lr a step.
+    Multiplying by a power of two rounds nothing, so the finished SAE is exactly the one that was trained.
+    """
+    variance = (x - x.mean(0)).square().sum(1).mean().item()
+    if not 0.0 < variance < math.inf:
+        return 1.0
+    return 2.0 ** round(math.log2(x.shape[1] / variance) / 2 - 2)
 
 
 def train_step(state: TrainState, x: Tensor, config: ResolvedConfig) -> dict[str, Tensor]:
@@ -66,7 +89,7 @@ def train_step(state: TrainState, x: Tensor, config: ResolvedConfig) -> dict[str
 
     Args:
         state: changed in place.
-        x: [batch_tokens, d_in], float32, on the device of the SAE.
+        x: [batch_tokens, d_in], float32, on the device of the SAE, already multiplied by `state.scale`.
         config: settings.
     Returns:
         scalars on the device: loss, fvu, l0, and auxk_loss and grad_norm where they are computed.
@@ -116,7 +139,7 @@ def train(
         checkpoints: folder for checkpoints; None writes none.
         measure: called now and then for figures on held-out tokens.
     Returns:
-        the SAE of `state`.
+        the trained SAE, in units of the activations as they come.
     Raises:
         DataError: activations hold NaN or Inf, or ended; or the loss is not finite. Says which step and source.
         StorageError: a checkpoint or log could not be written. What was written before is intact.
@@ -129,9 +152,11 @@ def train(
         clock = _Clock(state.step)
         while state.step < config.steps:
             try:
-                x = state.batches.next_batch().to(device, torch.float32)
+                batch = state.batches.next_batch()
             except FlashSAEError as error:
                 raise type(error)(f"step {state.step}: {error}") from error
+            # scaled before it is narrowed: float64 input may be out of the range of float32
+            x = (batch.to(device, torch.promote_types(batch.dtype, torch.float32)) * state.scale).float()
             metrics = train_step(state, x, config)
             is_last = state.step == config.steps
             is_checkpoint = checkpoints is not None and (is_last or state.step % config.checkpoint_every_steps == 0)
@@ -140,16 +165,16 @@ def train(
                 record = _record(state, config, metrics)  # looks for NaN, so before any checkpoint
                 record["tokens_per_second"] = clock.rate(state.step, config.batch_tokens)
                 if is_measured and measure is not None:
-                    record |= measure(state.sae)
+                    record |= measure(state.finished_sae())
                     clock.restart(state.step)
                 for callback in callbacks:
                     callback.on_log(record)
             for callback in callbacks:
                 callback.on_step(state.step)
             if is_checkpoint and checkpoints is not None:
-                save_checkpoint(checkpoints, to_checkpoint(state))
+                save_checkpoint(checkpoints, to_checkpoint(state, config))
                 clock.restart(state.step)
-    return state.sae
+    return state.finished_sae()
 
 
 class _Clock:
@@ -184,7 +209,7 @@ def _record(state: TrainState, config: ResolvedConfig, metrics: dict[str, Tensor
     }
 
 
-def to_checkpoint(state: TrainState) -> Checkpoint:
+def to_checkpoint(state: TrainState, config: ResolvedConfig) -> Checkpoint:
     """Return everything of the state that must survive a kill."""
     place, data = state.batches.state()
     tensors = {f"sae.{name}": tensor for name, tensor in state.sae.state_dict().items()}
@@ -193,7 +218,26 @@ def to_checkpoint(state: TrainState) -> Checkpoint:
     tensors["dead.tokens_since_fired"] = state.dead.tokens_since_fired
     tensors["rng.torch"] = torch.get_rng_state()
     tensors |= {f"data.{name}": tensor for name, tensor in data.items()}
-    return Checkpoint(state.step, {"data": place}, tensors)
+    return Checkpoint(state.step, {"data": place, "scale": state.scale, "config": asdict(config)}, tensors)
+
+
+FREE_TO_CHANGE = ("device", "log_every_steps", "evaluate_every_steps", "checkpoint_every_steps")
+"""Settings that decide no byte of the result."""
+
+
+def check_settings(config: ResolvedConfig, checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError if a checkpoint was written with other settings; names each with both values."""
+    saved = checkpoint.state.get("config", {})
+    differences = [
+        f"{name} was {saved.get(name)!r} and is {value!r} now"
+        for name, value in asdict(config).items()
+        if name not in FREE_TO_CHANGE and saved.get(name) != value
+    ]
+    if differences:
+        raise CheckpointError(
+            f"the checkpoint of step {checkpoint.step} does not fit these settings: {'; '.join(differences)}. Resume "
+            "with the settings of the run, or start a new one."
+        )
 
 
 def restore(state: TrainState, checkpoint: Checkpoint) -> None:
@@ -223,4 +267,5 @@ def restore(state: TrainState, checkpoint: Checkpoint) -> None:
     prefix = "data."
     data = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
     state.batches.restore((checkpoint.state["data"], data))
+    state.scale = checkpoint.state["scale"]
     state.step = checkpoint.step

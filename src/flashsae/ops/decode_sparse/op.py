@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from flashsae.errors import ShapeError
 from flashsae.ops.decode_sparse import reference
 from flashsae.ops.index import build_index
 from flashsae.ops.latent_rows.reference import latent_rows
@@ -36,6 +37,8 @@ def decode_sparse(top_acts: Tensor, top_indices: Tensor, W_dec: Tensor, b_dec: T
     """
     check_shape("W_dec", W_dec, ("d_sae", "d_in"))
     check_shape("top_indices", top_indices, ("B", "k"))
+    if 0 in (top_indices.shape[1], W_dec.shape[1]):
+        raise ShapeError(f"k and d_in: expected at least 1, got {top_indices.shape[1]} and {W_dec.shape[1]}.")
     check_shape("top_acts", top_acts, tuple(top_indices.shape))
     check_float("W_dec", W_dec)
     check_float("top_acts", top_acts)

@@ -51,7 +51,7 @@ def select_topk(pre_acts: LatentActs, k: int) -> TopIndices:
 
 
 def _lowest_of_ties(pre_acts: LatentActs, kth: Float[Tensor, "B 1"], k: int) -> TopIndices:
-    above = pre_acts > kth
+    above = (pre_acts > kth) | pre_acts.isnan()  # topk ranks NaN first
     equal = pre_acts == kth
     room = k - above.sum(1, keepdim=True)
     chosen = above | (equal & (equal.cumsum(1, dtype=torch.int32) <= room))
