@@ -154,8 +154,8 @@ def prepare_activations(
     if config.stream or is_too_large:
         if len(source.hookpoints) > 1:
             raise ConfigError(
-                f"hookpoint: expected one module for a stream, got {', '.join(source.hookpoints)}. For several SAEs at "
-                f"once write a cache: --activations FOLDER (about {size / 1e9:.0f} GB)."
+                f"hookpoint: expected one module for a stream, got {', '.join(source.hookpoints)}. For several SAEs "
+                f"at once give --activations FOLDER instead of --stream (a cache of about {size / 1e9:.0f} GB)."
             )
         opened = Opened({source.hookpoints[0]: source}, lambda: source.tokenizer)
         return Prepared(source.widths, config, f"{text.name}, streamed beside the training", 0, lambda _: opened)

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from flashsae.errors import ConfigError, DataError, DtypeError, ShapeError
+from flashsae.ops.validate import FLOATS
 
 Split = Literal["train", "held_out"]
 Cursor: TypeAlias = dict[str, int]
 """A place in a stream, as JSON: opaque to everyone but the source that made it."""
 
-FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _ARRAY_CHUNK_ROWS = 8192
 
 
@@ -147,7 +147,7 @@ def check_acts(x: Tensor, what: str) -> Tensor:
         raise DtypeError(f"{what}: expected a dense tensor, got the layout {x.layout}. Convert it: x.to_dense().")
     if x.dim() != 2 or x.shape[1] == 0:
         raise ShapeError(f"{what}: expected the shape [tokens, d_in], got {list(x.shape)}.")
-    if x.dtype not in FLOAT_DTYPES:
+    if x.dtype not in FLOATS:
         raise DtypeError(
             f"{what}: expected float32, float64, bfloat16 or float16, got {x.dtype}. Convert it: x.float()."
         )

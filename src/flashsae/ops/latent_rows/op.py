@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from flashsae.errors import ShapeError
@@ -10,6 +11,7 @@ from flashsae.ops.latent_rows import reference
 from flashsae.ops.validate import check_float, check_shape
 
 
+@torch.no_grad()
 def latent_rows(index: LatentIndex, coeffs: Tensor, rows: Tensor) -> Tensor:
     """Sum, for each latent, the rows of the tokens that use it.
 
