@@ -34,7 +34,6 @@ def test_activity_counts_values_above_zero_only() -> None:
     activity.update(torch.tensor([[5.0, 0.0]]), torch.tensor([[2, 3]]))
     assert activity.latent_density().tolist() == [2 / 3, 0.0, 2 / 3, 0.0]
     assert activity.l0() == pytest.approx(4 / 3)
-    assert activity.dead() == 2
     assert activity.tokens == 3
 
 

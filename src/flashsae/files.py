@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,9 +79,9 @@ def atomic_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         if path.exists() and not (overwrite and path.is_dir()):
             raise StorageError(f"{path} exists already and is not overwritten; choose another folder or remove it.")
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+        aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
-            aside.chmod(0o777 & ~_umask())
+            aside.mkdir()
             yield aside
             for file in sorted(aside.rglob("*")):
                 _fsync(file)
@@ -100,13 +99,7 @@ def atomic_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         _fsync(path.parent)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file.
 
     Raises:
@@ -114,7 +107,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     """
     with storage_errors(path):
         contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        safetensors.torch.save_file(contiguous, path, dict(metadata or {}))
+        safetensors.torch.save_file(contiguous, path)
 
 
 def save_tensors_atomic(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -188,10 +181,11 @@ def only_one(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """
     descriptor = os.open(folder, os.O_RDONLY)  # the lock is on the folder itself and leaves nothing in it
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            raise StorageError(f"another process works in {folder}; wait for it, or choose another folder.") from error
         yield
-    except BlockingIOError as error:
-        raise StorageError(f"another process works in {folder}; wait for it, or choose another folder.") from error
     finally:
         os.close(descriptor)
 

@@ -77,10 +77,6 @@ class LatentActivity:
         """Return the mean number of active latents a token."""
         return self._fired.sum().item() / max(self._tokens, 1)
 
-    def dead(self) -> int:
-        """Return the number of latents that no token activated."""
-        return int((self._fired == 0).sum())
-
 
 def direction_recovery(W_dec: Tensor, directions: Tensor, cosine: float = 0.95) -> float:
     """Return the fraction of known directions that some decoder row matches.

@@ -78,7 +78,6 @@ def test_it_says_what_it_holds_and_keeps_the_tokenizer(
 ) -> None:
     cache = ActivationCache(written, "h.1")
     assert (cache.model, cache.hookpoint, cache.d_in, cache.dataset) == ("tiny", "h.1", 16, cache_source.text.name)
-    assert cache.describe() == f"{cache.n_rows} activations of width 16: tiny at h.1 reading {cache_source.text.name}"
     assert ActivationCache.is_complete(written)
     assert not ActivationCache.is_complete(written.parent)
     assert ActivationCache.read_settings(written) == cache.settings

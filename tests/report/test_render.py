@@ -151,7 +151,7 @@ def test_damage_within_the_log_is_named_with_its_line(run: Path) -> None:
     lines = (run / "metrics.jsonl").read_text("utf-8").splitlines()
     lines[3] = lines[3][:-5]
     (run / "metrics.jsonl").write_text("\n".join(lines), "utf-8")
-    with pytest.raises(CheckpointError, match=r"metrics\.jsonl is damaged in line 4"):
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl, line 4 is damaged"):
         render_report(run)
 
 

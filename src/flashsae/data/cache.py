@@ -143,12 +143,6 @@ class ActivationCache:
         """Width of the activations."""
         return int(self.settings["hookpoints"][self.hookpoint])
 
-    def describe(self) -> str:
-        """Say in a line what the cache holds."""
-        return (
-            f"{self.n_rows} activations of width {self.d_in}: {self.model} at {self.hookpoint} reading {self.dataset}"
-        )
-
     def read_tokenizer(self) -> Any:
         """Load the tokenizer that turns `token_ids` into text again.
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from flashsae.backend import resolve_device
 from flashsae.data.models import HookedModel, load_language_model, resolve_hookpoints
 from flashsae.data.sources import Chunk, Cursor, Split, check_held_out, split_mask
 from flashsae.data.text import TextDataset
@@ -70,22 +71,11 @@ class LanguageModelConfig:
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise ConfigError(f"dtype: expected 'auto', 'float32' or 'bfloat16', got {self.dtype!r}.")
 
-    def resolved_device(self) -> torch.device:
-        """Return the device that the model runs on."""
-        has_gpu = torch.cuda.is_available()
-        try:
-            device = torch.device(("cuda" if has_gpu else "cpu") if self.device == "auto" else self.device)
-        except RuntimeError as error:
-            raise ConfigError(f"device: expected 'auto', 'cpu' or 'cuda', got {self.device!r}.") from error
-        if device.type == "cuda" and not has_gpu:
-            raise ConfigError(f"device: {self.device!r} is asked for, but torch sees no GPU; use 'auto' or 'cpu'.")
-        return device
-
     def resolved_dtype(self) -> torch.dtype:
         """Return the dtype of the model and of its activations."""
         if self.dtype != "auto":
             return torch.float32 if self.dtype == "float32" else torch.bfloat16
-        return torch.float32 if self.resolved_device().type == "cpu" else torch.bfloat16
+        return torch.float32 if resolve_device(self.device).type == "cpu" else torch.bfloat16
 
 
 class LanguageModelSource:
@@ -116,7 +106,7 @@ class LanguageModelSource:
         model, self.tokenizer = loaded or load_language_model(config.model, config.resolved_dtype())
         model = getattr(model, "base_model", model)
         if loaded is None:
-            model = model.to(config.resolved_device())
+            model = model.to(resolve_device(config.device))
         self.hookpoints = resolve_hookpoints(model, config.hookpoints)
         self.name = f"{config.model} at {', '.join(self.hookpoints)} reading {text.name}"
         self._check_context(model)

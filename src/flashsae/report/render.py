@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import math
 import re
 import sys
@@ -19,6 +18,7 @@ from flashsae.errors import CheckpointError, require
 from flashsae.files import load_json, load_tensors, write_atomic
 from flashsae.report.plots import Array, Plot, latent_map, latent_plots, training_plots
 from flashsae.report.snippets import LatentSnippets, Snippet, Snippets, read_snippets
+from flashsae.train.callbacks import read_log
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -89,30 +89,11 @@ def _load(run: Path) -> _Run:
     return _Run(
         run,
         settings,
-        _read_metrics(run / "metrics.jsonl"),
+        read_log(run / "metrics.jsonl"),
         _read_evaluation(run / "evaluation.json"),
         _read_arrays(run / "latents.safetensors"),
         read_snippets(snippets) if snippets.exists() else None,
     )
-
-
-def _read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read the log; a last line that a kill cut short is left out."""
-    try:
-        lines = path.read_text("utf-8", errors="replace").splitlines()
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error}.") from error
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line) if line.strip() else None
-        except ValueError as error:
-            if number == len(lines):
-                break
-            raise CheckpointError(f"{path} is damaged in line {number} ({error}); remove that line.") from error
-        if isinstance(record, dict):
-            records.append(record)
-    return records
 
 
 def _read_evaluation(path: Path) -> dict[str, Any]:

@@ -89,14 +89,21 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    lines = path.read_text("utf-8").splitlines()
+    try:
+        lines = path.read_text("utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error}.") from error
     records = []
     for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError as error:
             if number < len(lines):
                 raise CheckpointError(f"{path}, line {number} is damaged. Remove that line, or the file.") from error
+            break
+        if not isinstance(record, dict):
+            raise CheckpointError(f"{path}, line {number} is damaged. Remove that line, or the file.")
+        records.append(record)
     return records
 
 
