@@ -46,6 +46,11 @@ class FVU:
         return self._residual / variance
 
 
+def count_active(counts: Tensor, top_acts: TopActs, top_indices: TopIndices) -> Tensor:
+    """Add to `counts` ([d_sae], int64, in place) on how many tokens each latent is active; selected with 0 is not."""
+    return counts.scatter_add_(0, top_indices.flatten().long(), (top_acts > 0).flatten().long())
+
+
 class LatentActivity:
     """How often each latent is active (value > 0), and so L0 and the dead latents of a set.
 
@@ -60,8 +65,7 @@ class LatentActivity:
 
     def update(self, top_acts: TopActs, top_indices: TopIndices) -> None:
         """Add the codes of a batch: both [B, k]."""
-        fired = (top_acts > 0).flatten().long()
-        self._fired.scatter_add_(0, top_indices.flatten().long(), fired)
+        count_active(self._fired, top_acts, top_indices)
         self._tokens += len(top_acts)
 
     @property

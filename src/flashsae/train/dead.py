@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flashsae.metrics import count_active
 from flashsae.shapes import TopActs, TopIndices
 
 
@@ -24,8 +25,7 @@ class DeadLatents:
 
     def update(self, top_acts: TopActs, top_indices: TopIndices) -> None:
         """Count the tokens of a step: both [B, k]. Exact to the batch; no wait for the device."""
-        is_active = (top_acts > 0).flatten().to(torch.int64)
-        fired = torch.zeros_like(self.tokens_since_fired).scatter_add_(0, top_indices.flatten().long(), is_active)
+        fired = count_active(torch.zeros_like(self.tokens_since_fired), top_acts, top_indices)
         self.tokens_since_fired.add_(len(top_acts)).mul_(fired == 0)
 
     def mask(self) -> Tensor:
