@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import logging
 import os
 import platform
 from dataclasses import dataclass
@@ -38,7 +40,62 @@ def _triton() -> Backend:
         return Backend("triton", False, "the package triton is not installed")
     if not torch.cuda.is_available():
         return Backend("triton", False, "there is no CUDA device")
-    return Backend("triton", False, "this version of FlashSAE carries no Triton kernels yet")
+    return Backend("triton", True, f"kernels for {torch.cuda.get_device_name()}")
+
+
+def use_kernels(tensor: torch.Tensor) -> bool:
+    """Return whether an operation on this tensor runs as Triton kernels.
+
+    FLASHSAE_BACKEND chooses: "auto" (kernels on a CUDA device, where Triton works), "reference" (never), "triton"
+    (always). float64 always takes the reference: the kernels accumulate in float32.
+
+    Raises:
+        ConfigError: FLASHSAE_BACKEND is "triton" but kernels cannot run here, or it is none of the three.
+    """
+    choice = os.environ.get("FLASHSAE_BACKEND", "auto")
+    if choice not in ("auto", "triton", "reference"):
+        raise ConfigError(f"FLASHSAE_BACKEND: expected auto, triton or reference, got {choice!r}.")
+    if choice == "reference" or tensor.dtype == torch.float64:
+        return False
+    if choice == "triton":
+        if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ConfigError(
+                f"FLASHSAE_BACKEND is triton, but the tensor is on {tensor.device}: move it to a CUDA device, or set "
+                "TRITON_INTERPRET=1 to run kernels (slowly) on the CPU."
+            )
+        return True
+    if tensor.is_cuda and not _has_triton():
+        _log_once("triton is not installed: operations on CUDA tensors run as plain PyTorch, which is slower")
+    return tensor.is_cuda and _has_triton()
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+DENSE_ABOVE = {torch.bfloat16: 1 / 150, torch.float16: 1 / 150, torch.float32: 1 / 24}
+"""Density k / d_sae above which matrix products of the dense code are faster than gathers, by dtype of the weights."""
+
+
+def use_dense(k: int, d_sae: int, weights: torch.Tensor) -> bool:
+    """Return whether k of d_sae latents a token is dense enough for matrix products. Said once in the log.
+
+    FLASHSAE_DENSE_ABOVE overrides the crossover; 1 never goes dense, 0 always.
+    """
+    limit = float(os.environ.get("FLASHSAE_DENSE_ABOVE", DENSE_ABOVE.get(weights.dtype, 1.0)))
+    if k <= limit * d_sae:
+        return False
+    _log_once(
+        f"{k} of {d_sae} latents a token is a density above 1/{d_sae / max(1, limit * d_sae):.0f}: decode and weight "
+        "gradients run as dense matrix products (FLASHSAE_DENSE_ABOVE=1 forces the sparse kernels)"
+    )
+    return True
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    logging.getLogger("flashsae").info(message)
 
 
 def resolve_device(device: str = "auto") -> torch.device:

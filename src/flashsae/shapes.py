@@ -9,7 +9,9 @@ nnz    B * k, entries of the sparse code
 
 from __future__ import annotations
 
-from jaxtyping import Float, Int
+from typing import Optional
+
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Activations = Float[Tensor, "B d_in"]
@@ -19,3 +21,6 @@ InputBias = Float[Tensor, " d_in"]
 TopActs = Float[Tensor, "B k"]
 TopIndices = Int[Tensor, "B k"]
 LatentActs = Float[Tensor, "B d_sae"]
+
+Choice = tuple[int, Optional[Bool[Tensor, " d_sae"]]]
+"""A selection: k latents of those that the mask allows, or of all."""

@@ -53,11 +53,13 @@ class SparseCode(NamedTuple):
         top_acts: [..., k], float32 or float64, >= 0.
         top_indices: [..., k], int64, ascending within a token.
         d_sae: number of latents.
+        index: of top_indices, for the backward pass; None where there is none yet.
     """
 
     top_acts: Tensor
     top_indices: Tensor
     d_sae: int
+    index: ops.LatentIndex | None = None
 
     def to_dense(self) -> Tensor:
         """Return latent_acts, [..., d_sae]: d_sae / k times the memory of the code."""
@@ -98,29 +100,42 @@ class SAE(nn.Module):
         """The encoder as the field writes it: [d_in, d_sae], a view of W_enc_T."""
         return self.W_enc_T.T
 
-    def encode(self, x: Tensor, *, k: int | None = None, latents: Tensor | None = None) -> SparseCode:
+    def encode(self, x: Tensor) -> SparseCode:
         """Return the code of some tokens.
 
         Args:
             x: [..., d_in], float; converted to the dtype of the parameters.
-            k: latents to keep; None is the k of the configuration.
-            latents: [m], int64, ascending: choose among these only. None: all.
         Returns:
             a code of shape [..., k].
         Raises:
-            ShapeError, DtypeError, ConfigError: x or k does not fit.
+            ShapeError, DtypeError: x does not fit.
         """
-        flat = self._flat(x)
-        top_acts, top_indices = ops.encode_topk(
-            flat,
-            self.W_enc_T,
-            self.b_enc,
-            self.config.k if k is None else k,
-            b_dec=self.b_dec,
-            latents=latents,
+        top_acts, top_indices, index = ops.encode_topk(
+            self._flat(x), self.W_enc_T, self.b_enc, self.config.k, b_dec=self.b_dec, return_index=True
         )
-        shape = (*x.shape[:-1], top_acts.shape[-1])
-        return SparseCode(top_acts.view(shape), top_indices.view(shape), self.config.d_sae)
+        shape = (*x.shape[:-1], self.config.k)
+        return SparseCode(top_acts.view(shape), top_indices.view(shape), self.config.d_sae, index)
+
+    def encode_aux(self, x: Tensor, mask: Tensor, k_aux: int) -> tuple[SparseCode, SparseCode]:
+        """Return the code of some tokens, and a second one that may use the latents of the mask only.
+
+        Args:
+            x: [B, d_in], float; converted to the dtype of the parameters.
+            mask: [d_sae], bool: such as the dead latents.
+            k_aux: latents to keep of them.
+        Returns:
+            codes of shape [B, k] and [B, k_aux].
+        Raises:
+            ShapeError, DtypeError, ConfigError: x, mask or k_aux does not fit.
+        """
+        codes = ops.encode_topk_aux(
+            self._flat(x), self.W_enc_T, self.b_enc, self.config.k, mask, k_aux, b_dec=self.b_dec
+        )
+        d_sae = self.config.d_sae
+        return (
+            SparseCode(codes.top_acts, codes.top_indices, d_sae),
+            SparseCode(codes.aux_acts, codes.aux_indices, d_sae),
+        )
 
     def decode(self, code: SparseCode, *, bias: bool = True) -> Tensor:
         """Return the reconstruction [..., d_in] of a code of shape [..., k]; without b_dec if `bias` is False."""
@@ -130,6 +145,7 @@ class SAE(nn.Module):
             code.top_indices.reshape(-1, k),
             self.W_dec,
             self.b_dec if bias else None,
+            index=code.index,
         )
         return x_hat.view(*code.top_acts.shape[:-1], self.config.d_in)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,17 +10,18 @@ from torch import Tensor
 from flashsae.ops.validate import check_indices, check_shape
 
 
-@dataclass(frozen=True)
-class LatentIndex:
+class LatentIndex(NamedTuple):
     """Lists of code entries by latent.
 
     Args:
         entries: [nnz], int64. Positions in the flattened [B, k] code, by latent, then by token.
-        offsets: [d_sae + 1], int64. Latent i owns entries[offsets[i]:offsets[i + 1]].
+        latents: [nnz], int32. Latent of each of them, ascending.
+        offsets: [d_sae + 1], int32. Latent i owns entries[offsets[i]:offsets[i + 1]].
         k: entries of each token, so entry e belongs to token e // k.
     """
 
     entries: Tensor
+    latents: Tensor
     offsets: Tensor
     k: int
 
@@ -30,28 +31,32 @@ class LatentIndex:
         return self.entries // self.k
 
     @property
+    def counts(self) -> Tensor:
+        """Entries of each latent: [d_sae], int32."""
+        return self.offsets.diff()
+
+    @property
     def d_sae(self) -> int:
         """Number of latents."""
-        return len(self.offsets) - 1
+        return self.offsets.shape[0] - 1
 
 
 def build_index(top_indices: Tensor, d_sae: int) -> LatentIndex:
     """List for every latent the code entries that use it.
 
     Args:
-        top_indices: [B, k], int32 | int64, each in [0, d_sae). Repeats within a row are kept, in order.
+        top_indices: [B, k], int32 | int64, each in [0, d_sae); B * k < 2**31. Repeats within a row are kept, in order.
         d_sae: number of latents.
     Returns:
         the index; a stable sort, so two runs give the same lists.
     Raises:
         ShapeError, DtypeError: top_indices is not [B, k], not integer, or out of range.
-    Cost: one stable sort of B * k keys.
+    Cost: one stable sort of B * k 32-bit keys and a binary search for each latent. No wait for the device.
     Source: compressed sparse columns; ours: the lists serve every latent-major pass of a step.
     """
     check_shape("top_indices", top_indices, ("B", "k"))
     check_indices("top_indices", top_indices, d_sae)
-    latents = top_indices.flatten()
-    entries = torch.argsort(latents, stable=True)
-    offsets = torch.zeros(d_sae + 1, dtype=torch.int64, device=latents.device)
-    torch.cumsum(torch.bincount(latents, minlength=d_sae), 0, out=offsets[1:])
-    return LatentIndex(entries, offsets, top_indices.shape[1])
+    latents, entries = torch.sort(top_indices.flatten().to(torch.int32), stable=True)
+    bounds = torch.arange(d_sae + 1, dtype=torch.int32, device=latents.device)
+    offsets = torch.searchsorted(latents, bounds, out_int32=True)
+    return LatentIndex(entries, latents, offsets, top_indices.shape[1])

@@ -59,3 +59,8 @@ def check_indices(name: str, indices: Tensor, size: int) -> None:
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype to accumulate in: float32 for everything narrower."""
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def rows_contiguous(tensor: Tensor) -> Tensor:
+    """Return a matrix whose rows are contiguous: the tensor itself, or a copy."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

@@ -95,13 +95,13 @@ def train_step(state: TrainState, x: Tensor, config: ResolvedConfig) -> dict[str
         scalars on the device: loss, fvu, l0, and auxk_loss and grad_norm where they are computed.
     """
     sae = state.sae
-    code = sae.encode(x)
+    dead = state.dead.mask()
+    k_aux = min(config.k_aux, int(dead.sum())) if config.auxk_alpha else 0
+    code, aux_code = sae.encode_aux(x, dead, k_aux) if k_aux else (sae.encode(x), None)
     x_hat = sae.decode(code)
     loss = fvu = fvu_loss(x, x_hat)
     metrics = {"fvu": fvu.detach(), "l0": (code.top_acts > 0).sum() / len(x)}
-    dead = state.dead.mask().nonzero()[:, 0] if config.auxk_alpha else x.new_zeros(0)
-    if len(dead):
-        aux_code = sae.encode(x, k=min(config.k_aux, len(dead)), latents=dead)
+    if aux_code is not None:
         aux = auxk_loss(x - x_hat, sae.decode(aux_code, bias=False))
         loss = loss + config.auxk_alpha * aux
         metrics["auxk_loss"] = aux.detach()

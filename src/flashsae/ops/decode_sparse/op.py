@@ -1,21 +1,29 @@
-"""Sparse decode: the reconstruction from k latents a token."""
+"""Sparse decode: the reconstruction from k latents a token, and the loss and gradients that follow from it."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from flashsae.backend import use_dense, use_kernels
 from flashsae.errors import ShapeError
+from flashsae.ops import dense
 from flashsae.ops.decode_sparse import reference
-from flashsae.ops.index import build_index
-from flashsae.ops.latent_rows.reference import latent_rows
-from flashsae.ops.validate import check_float, check_indices, check_shape
+from flashsae.ops.index import LatentIndex, build_index
+from flashsae.ops.latent_rows.op import column_sums, latent_rows_and_sums
+from flashsae.ops.validate import check_float, check_indices, check_shape, compute_dtype, rows_contiguous
 
 
-def decode_sparse(top_acts: Tensor, top_indices: Tensor, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
+def decode_sparse(
+    top_acts: Tensor,
+    top_indices: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None = None,
+    *,
+    index: LatentIndex | None = None,
+) -> Tensor:
     """Reconstruct tokens from their k active latents.
 
         x_hat[b] = Σ over j of top_acts[b, j] · W_dec[top_indices[b, j]] + b_dec
@@ -25,16 +33,83 @@ def decode_sparse(top_acts: Tensor, top_indices: Tensor, W_dec: Tensor, b_dec: T
         top_indices: [B, k], int32 | int64, each in [0, d_sae). Repeats within a row add up.
         W_dec: [d_sae, d_in], float.
         b_dec: [d_in], dtype of W_dec, or None for no bias.
+        index: of top_indices, from `build_index`, if there is one already; the backward pass builds it otherwise.
     Returns:
         x_hat: [B, d_in], dtype of W_dec.
     Raises:
         ShapeError, DtypeError: names the argument, the expected and the actual shape or dtype.
-    Numerics: deterministic on the CPU; accumulated in float32 (float64 for float64), rounded once.
+    Numerics: deterministic; accumulated in float32 (float64 for float64), rounded once.
     Gradients: top_acts, W_dec and b_dec; those of W_dec are segment sums over the active latents only. Once
         differentiable.
-    Cost: B·k·d_in multiply-adds forward, twice that backward, whatever d_sae.
+    Cost: B·k·d_in multiply-adds forward, twice that backward, whatever d_sae. Where k / d_sae is above the measured
+        crossover, dense matrix products instead (logged once).
     Source: ours, docs/methodology.md#sparse-decode.
     """
+    _check(top_acts, top_indices, W_dec, b_dec, index)
+    lists = [] if index is None else [index.entries, index.latents, index.offsets]
+    x_hat: Tensor = torch.ops.flashsae.decode_sparse(top_acts, top_indices, W_dec, b_dec, lists)
+    return x_hat
+
+
+class DecodeLoss(NamedTuple):
+    """What `decode_loss` returns.
+
+    Args:
+        loss: scalar, float32 (float64 for float64).
+        x_hat: [B, d_in], dtype of W_dec. Carries no gradient.
+        residual: [B, d_in], target - x_hat, dtype of W_dec. Carries no gradient.
+    """
+
+    loss: Tensor
+    x_hat: Tensor
+    residual: Tensor
+
+
+def decode_loss(
+    top_acts: Tensor,
+    top_indices: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    target: Tensor,
+    *,
+    weights: Tensor | None = None,
+    index: LatentIndex | None = None,
+) -> DecodeLoss:
+    """Reconstruct, compare and differentiate by the activations, in one pass over the active decoder rows.
+
+        loss = Σ over b of weights[b] · ‖target[b] − x_hat[b]‖²,   x_hat as in `decode_sparse`
+
+    Args:
+        top_acts, top_indices, W_dec, b_dec, index: as in `decode_sparse`.
+        target: [B, d_in], float: x for an autoencoder, the output of a module for a transcoder.
+        weights: [B], float, of the tokens; None is 1 each. Divide here by whatever the loss is to be relative to.
+    Returns:
+        loss, x_hat and residual.
+    Raises:
+        ShapeError, DtypeError: names the argument, the expected and the actual shape or dtype.
+    Numerics: deterministic; errors and dot products from the unrounded float32 residual. The gradients of W_dec and
+        b_dec use the residual as returned, so rounded to the dtype of W_dec.
+    Gradients: of loss by top_acts, W_dec, b_dec and target. Those of the activations are computed on the way.
+        Weights receive none. Once differentiable.
+    Cost: reads each of the B·k decoder rows once (k <= 256; twice above): B·k·d_in elements. Backward: that of W_dec.
+    Source: ours, docs/methodology.md#sparse-decode.
+    """
+    _check(top_acts, top_indices, W_dec, b_dec, index)
+    check_shape("target", target, (top_indices.shape[0], W_dec.shape[1]))
+    check_float("target", target)
+    if weights is not None:
+        check_shape("weights", weights, (top_indices.shape[0],))
+        check_float("weights", weights)
+    lists = [] if index is None else [index.entries, index.latents, index.offsets]
+    errors, x_hat, residual, _ = torch.ops.flashsae.decode_loss(
+        top_acts, top_indices, W_dec, b_dec, target, weights, lists
+    )
+    return DecodeLoss(errors.sum(), x_hat.detach(), residual.detach())
+
+
+def _check(
+    top_acts: Tensor, top_indices: Tensor, W_dec: Tensor, b_dec: Tensor | None, index: LatentIndex | None
+) -> None:
     check_shape("W_dec", W_dec, ("d_sae", "d_in"))
     check_shape("top_indices", top_indices, ("B", "k"))
     if 0 in (top_indices.shape[1], W_dec.shape[1]):
@@ -46,29 +121,156 @@ def decode_sparse(top_acts: Tensor, top_indices: Tensor, W_dec: Tensor, b_dec: T
     if b_dec is not None:
         check_shape("b_dec", b_dec, (W_dec.shape[1],))
         check_float("b_dec", b_dec, W_dec, "W_dec")
-    x_hat: Tensor = _DecodeSparse.apply(top_acts, top_indices, W_dec, b_dec)  # type: ignore[no-untyped-call]
-    return x_hat
+    if index is not None and (index.d_sae, index.entries.shape[0]) != (W_dec.shape[0], top_indices.numel()):
+        raise ShapeError(
+            f"index: expected one of {top_indices.numel()} entries and {W_dec.shape[0]} latents, got one of "
+            f"{index.entries.shape[0]} and {index.d_sae}."
+        )
 
 
-class _DecodeSparse(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, top_acts: Tensor, top_indices: Tensor, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
-        ctx.save_for_backward(top_acts, top_indices, W_dec)
-        ctx.bias_dtype = None if b_dec is None else b_dec.dtype
-        return reference.decode_sparse(top_acts, top_indices, W_dec, b_dec).to(W_dec.dtype)
+@torch.library.custom_op("flashsae::decode_sparse", mutates_args=())
+def _decode_sparse(
+    top_acts: Tensor, top_indices: Tensor, W_dec: Tensor, b_dec: Tensor | None, index: list[Tensor]
+) -> Tensor:
+    return _decode(top_acts, top_indices, W_dec, b_dec, W_dec.dtype)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_x_hat: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None]:
-        top_acts, top_indices, W_dec = ctx.saved_tensors
-        needs_acts, _, needs_W_dec, needs_b_dec = ctx.needs_input_grad
-        grad_acts = grad_W_dec = grad_b_dec = None
-        if needs_acts:
-            grad_acts = reference.decode_sparse_grad_acts(grad_x_hat, top_indices, W_dec).to(top_acts.dtype)
-        if needs_W_dec:
-            index = build_index(top_indices, W_dec.shape[0])
-            grad_W_dec = latent_rows(index, top_acts, grad_x_hat).to(W_dec.dtype)
-        if needs_b_dec:
-            grad_b_dec = grad_x_hat.sum(0, dtype=torch.promote_types(grad_x_hat.dtype, torch.float32))
-            grad_b_dec = grad_b_dec.to(ctx.bias_dtype)
-        return grad_acts, None, grad_W_dec, grad_b_dec
+
+def _decode(
+    top_acts: Tensor, top_indices: Tensor, W_dec: Tensor, b_dec: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    if not use_kernels(W_dec):
+        return reference.decode_sparse(top_acts, top_indices, W_dec, b_dec).to(dtype)
+    if use_dense(top_indices.shape[1], W_dec.shape[0], W_dec):
+        return dense.decode_sparse(top_acts, top_indices, W_dec, b_dec).to(dtype)
+    from flashsae.ops.decode_sparse.launch import launch_decode
+
+    return launch_decode(top_acts.contiguous(), top_indices.contiguous(), rows_contiguous(W_dec), b_dec, dtype)
+
+
+@_decode_sparse.register_fake
+def _(
+    top_acts: Tensor, top_indices: Tensor, W_dec: Tensor, b_dec: Tensor | None, index: list[Tensor]
+) -> Tensor:
+    return W_dec.new_empty(top_indices.shape[0], W_dec.shape[1])
+
+
+@torch.library.custom_op("flashsae::decode_grad_acts", mutates_args=())
+def _decode_grad_acts(grad_x_hat: Tensor, top_indices: Tensor, W_dec: Tensor) -> Tensor:
+    if not use_kernels(W_dec):
+        return reference.decode_sparse_grad_acts(grad_x_hat, top_indices, W_dec)
+    if use_dense(top_indices.shape[1], W_dec.shape[0], W_dec):
+        return dense.decode_sparse_grad_acts(grad_x_hat, top_indices, W_dec)
+    from flashsae.ops.decode_sparse.launch import launch_dots
+
+    return launch_dots(rows_contiguous(grad_x_hat), top_indices.contiguous(), rows_contiguous(W_dec))
+
+
+@_decode_grad_acts.register_fake
+def _(grad_x_hat: Tensor, top_indices: Tensor, W_dec: Tensor) -> Tensor:
+    return grad_x_hat.new_empty(top_indices.shape, dtype=compute_dtype(W_dec.dtype))
+
+
+def _save_decode(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    top_acts, top_indices, W_dec, b_dec, index = inputs
+    ctx.save_for_backward(top_acts, top_indices, W_dec, *index)
+    ctx.bias_dtype = None if b_dec is None else b_dec.dtype
+
+
+def _decode_backward(ctx: Any, grad_x_hat: Tensor) -> tuple[Tensor | list[None] | None, ...]:
+    top_acts, top_indices, W_dec, *lists = ctx.saved_tensors
+    needs_acts, _, needs_W_dec, needs_b_dec, _ = ctx.needs_input_grad
+    grad_acts = grad_W_dec = grad_b_dec = None
+    if needs_acts:
+        grad_acts = torch.ops.flashsae.decode_grad_acts(grad_x_hat, top_indices, W_dec).to(top_acts.dtype)
+    if needs_W_dec:
+        index = _index(lists, top_indices, W_dec)
+        grad_W_dec, _ = latent_rows_and_sums(index, top_acts, grad_x_hat, W_dec.dtype)
+    if needs_b_dec:
+        ones = grad_x_hat.new_ones(grad_x_hat.shape[0])
+        grad_b_dec = column_sums(ones, grad_x_hat, ctx.bias_dtype)
+    return grad_acts, None, grad_W_dec, grad_b_dec, [None] * len(lists)
+
+
+_decode_sparse.register_autograd(_decode_backward, setup_context=_save_decode)
+
+
+@torch.library.custom_op("flashsae::decode_loss", mutates_args=())
+def _decode_loss(
+    top_acts: Tensor,
+    top_indices: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    target: Tensor,
+    weights: Tensor | None,
+    index: list[Tensor],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    k, d_sae = top_indices.shape[1], W_dec.shape[0]
+    if use_kernels(W_dec) and not use_dense(k, d_sae, W_dec):
+        from flashsae.ops.decode_sparse.launch import LARGEST_FUSED_K, launch_decode_loss
+
+        if k <= LARGEST_FUSED_K:
+            return launch_decode_loss(
+                top_acts.contiguous(), top_indices.contiguous(), rows_contiguous(W_dec), b_dec,
+                rows_contiguous(target), weights,
+            )  # fmt: skip
+    dtype = compute_dtype(W_dec.dtype)
+    x_hat = _decode(top_acts, top_indices, W_dec, b_dec, dtype)
+    residual = target.to(dtype) - x_hat
+    weight = torch.ones_like(residual[:, 0]) if weights is None else weights.to(dtype)
+    errors = weight * residual.square().sum(1)
+    grad_acts = _decode_grad_acts(residual, top_indices, W_dec) * (-2 * weight)[:, None]
+    return errors, x_hat.to(W_dec.dtype), residual.to(W_dec.dtype), grad_acts
+
+
+@_decode_loss.register_fake
+def _(
+    top_acts: Tensor,
+    top_indices: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    target: Tensor,
+    weights: Tensor | None,
+    index: list[Tensor],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(W_dec.dtype)
+    x_hat = W_dec.new_empty(target.shape)
+    errors = x_hat.new_empty(target.shape[0], dtype=dtype)
+    return errors, x_hat, torch.empty_like(x_hat), x_hat.new_empty(top_acts.shape, dtype=dtype)
+
+
+def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    top_acts, top_indices, W_dec, b_dec, target, weights, index = inputs
+    _, _, residual, grad_acts = output
+    ctx.has_weights = weights is not None
+    optional = [] if weights is None else [weights]
+    ctx.save_for_backward(top_acts, top_indices, W_dec, residual, grad_acts, *optional, *index)
+    ctx.dtypes = None if b_dec is None else b_dec.dtype, target.dtype
+
+
+def _loss_backward(ctx: Any, grad_errors: Tensor, *_: Tensor) -> tuple[Tensor | list[None] | None, ...]:
+    top_acts, top_indices, W_dec, residual, grad_acts, *lists = ctx.saved_tensors
+    needs_acts, _, needs_W_dec, needs_b_dec, needs_target, _, _ = ctx.needs_input_grad
+    bias_dtype, target_dtype = ctx.dtypes
+    slope = -2 * grad_errors  # of the error of each token by its residual, without the residual
+    if ctx.has_weights:
+        slope = slope * lists.pop(0).to(slope.dtype)
+    grad_W_dec = grad_b_dec = grad_target = None
+    if needs_W_dec:
+        index = _index(lists, top_indices, W_dec)
+        coeffs = top_acts.to(slope.dtype) * slope[:, None]
+        grad_W_dec, _ = latent_rows_and_sums(index, coeffs, residual, W_dec.dtype)
+    if needs_b_dec:
+        grad_b_dec = column_sums(slope, residual, bias_dtype)
+    if needs_target:
+        grad_target = (residual.to(slope.dtype) * -slope[:, None]).to(target_dtype)
+    grad_top_acts = (grad_acts * grad_errors[:, None]).to(top_acts.dtype) if needs_acts else None
+    return grad_top_acts, None, grad_W_dec, grad_b_dec, grad_target, None, [None] * len(lists)
+
+
+_decode_loss.register_autograd(_loss_backward, setup_context=_save_loss)
+
+
+def _index(lists: list[Tensor], top_indices: Tensor, W_dec: Tensor) -> LatentIndex:
+    if lists:
+        return LatentIndex(lists[0], lists[1], lists[2], top_indices.shape[1])
+    return build_index(top_indices, W_dec.shape[0])

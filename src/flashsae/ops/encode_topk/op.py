@@ -2,18 +2,49 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from flashsae.errors import ConfigError
-from flashsae.ops.decode_sparse.reference import decode_sparse
+from flashsae.backend import use_kernels
+from flashsae.errors import ConfigError, DtypeError
 from flashsae.ops.encode_topk import reference
-from flashsae.ops.index import build_index
-from flashsae.ops.latent_rows.reference import latent_rows, latent_sums
-from flashsae.ops.validate import check_float, check_indices, check_k, check_shape
+from flashsae.ops.index import LatentIndex, build_index
+from flashsae.ops.latent_rows.op import column_sums, latent_rows_and_sums
+from flashsae.ops.validate import check_float, check_k, check_shape, compute_dtype
+
+Precision = Literal["float32", "tf32", "bf16"]
+
+
+@overload
+def encode_topk(
+    x: Tensor,
+    W_enc_T: Tensor,
+    b_enc: Tensor,
+    k: int,
+    *,
+    b_dec: Tensor | None = ...,
+    key_scale: Tensor | None = ...,
+    precision: Precision | None = ...,
+    workspace_bytes: int = ...,
+    return_index: Literal[False] = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def encode_topk(
+    x: Tensor,
+    W_enc_T: Tensor,
+    b_enc: Tensor,
+    k: int,
+    *,
+    b_dec: Tensor | None = ...,
+    key_scale: Tensor | None = ...,
+    precision: Precision | None = ...,
+    workspace_bytes: int = ...,
+    return_index: Literal[True],
+) -> tuple[Tensor, Tensor, LatentIndex]: ...
 
 
 def encode_topk(
@@ -23,9 +54,11 @@ def encode_topk(
     k: int,
     *,
     b_dec: Tensor | None = None,
-    latents: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    precision: Precision | None = None,
     workspace_bytes: int = reference.WORKSPACE_BYTES,
-) -> tuple[Tensor, Tensor]:
+    return_index: bool = False,
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, LatentIndex]:
     """Encode tokens and keep the k largest latents of each.
 
         pre_acts = (x - b_dec) @ W_enc_T.T + b_enc;   top_acts = relu(the k largest of each row of pre_acts)
@@ -34,39 +67,101 @@ def encode_topk(
         x: [B, d_in], float.
         W_enc_T: [d_sae, d_in], dtype of x. One row a latent.
         b_enc: [d_sae], dtype of x.
-        k: latents to keep, 1 <= k <= number of latents to choose from.
+        k: latents to keep, 1 <= k <= d_sae; at most 1024 on a GPU.
         b_dec: [d_in], dtype of x, subtracted from x first; None for no subtraction.
-        latents: [m], int64, distinct and ascending: choose among these only, as AuxK does among dead latents.
-            None: all.
-        workspace_bytes: bound on the pre-activations (and copies of them) in memory at once; a single row may
-            exceed it.
+        key_scale: [d_sae], float, >= 0: select by pre_acts * key_scale, as with the norms of decoder rows. The values
+            returned are not scaled. None: 1 each.
+        precision: of the product, on a GPU. "float32": certified, the selection is that of float32 arithmetic at
+            about the price of a float16 product; "tf32", "bf16": operands rounded to that, accumulated in float32.
+            None: "bf16" for bfloat16 tensors, "float32" for the others. The CPU and float64 ignore it.
+        workspace_bytes: bound on the pre-activations in memory at once; a single row may exceed it.
+        return_index: also return the index of the selection, for `decode_sparse` and `decode_loss`, so that it is
+            built once a step.
     Returns:
         top_acts: [B, k], float32 (float64 for float64), >= 0.
         top_indices: [B, k], int64, in [0, d_sae), ascending within a row. If fewer than k pre-activations of a
             token are positive, the others are selected with the value 0.
+        index: with `return_index`.
     Raises:
         ShapeError, DtypeError, ConfigError: names the argument, what was expected and what came.
     Numerics: products accumulated in float32 (float64 for float64). Exact selection among those values; of equal
-        values the lowest index wins. A NaN in a row of x gives NaN values in that row and valid indices.
+        values the lowest index wins. A NaN in a row of x gives NaN values in that row and valid indices. float16
+        tensors are widened to float32. Two runs give the same bits. docs/numerics.md#certified-float32.
     Gradients: x, W_enc_T, b_enc and b_dec, through the selected latents whose value is above 0 only (top-k, then
         ReLU; 0 at 0). That of b_dec costs d_sae·d_in, not B·k·d_in. Once differentiable.
     Cost: 2·B·d_in·d_sae FLOPs forward; backward 2·B·k·d_in for each of x and W_enc_T. Memory beyond the result:
-        workspace_bytes.
-    Source: Makhzani and Frey 2013 (k-sparse autoencoders); Gao et al. 2024, eq. 4; chunking and backward ours,
-        docs/methodology.md#sparse-backward.
+        workspace_bytes, an eighth of it for group maxima, and copies of x and W_enc_T where they are rounded.
+    Source: Makhzani and Frey 2013 (k-sparse autoencoders); Gao et al. 2024, eq. 4; selection and backward ours,
+        docs/methodology.md#exact-selection.
     """
-    _check(x, W_enc_T, b_enc, b_dec)
-    if latents is not None:
-        check_shape("latents", latents, ("m",))
-        check_indices("latents", latents, W_enc_T.shape[0])
-    check_k(k, W_enc_T.shape[0] if latents is None else len(latents))
-    if workspace_bytes <= 0:
-        raise ConfigError(f"workspace_bytes: expected a positive number of bytes, got {workspace_bytes}.")
-    top_acts, top_indices = _EncodeTopK.apply(x, W_enc_T, b_enc, k, b_dec, latents, workspace_bytes)  # type: ignore[no-untyped-call]
+    result = _encode(x, W_enc_T, b_enc, k, b_dec, key_scale, None, 0, precision, workspace_bytes, return_index)
+    top_acts, top_indices, _, _, *lists = result
+    if return_index:
+        return top_acts, top_indices, LatentIndex(lists[0], lists[1], lists[2], k)
     return top_acts, top_indices
 
 
-def _check(x: Tensor, W_enc_T: Tensor, b_enc: Tensor, b_dec: Tensor | None) -> None:
+class TwoCodes(NamedTuple):
+    """What `encode_topk_aux` returns: the code, and that among the allowed latents.
+
+    Args:
+        top_acts, top_indices: [B, k], as from `encode_topk`.
+        aux_acts, aux_indices: [B, k_aux], the same among the latents that the mask allows.
+    """
+
+    top_acts: Tensor
+    top_indices: Tensor
+    aux_acts: Tensor
+    aux_indices: Tensor
+
+
+def encode_topk_aux(
+    x: Tensor,
+    W_enc_T: Tensor,
+    b_enc: Tensor,
+    k: int,
+    aux_mask: Tensor,
+    k_aux: int,
+    *,
+    b_dec: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    precision: Precision | None = None,
+    workspace_bytes: int = reference.WORKSPACE_BYTES,
+) -> TwoCodes:
+    """Do `encode_topk`, and from the same pre-activations a second selection among some latents, as AuxK needs it.
+
+    Args:
+        aux_mask: [d_sae], bool: the latents to choose from, such as the dead ones. How many there are need not be
+            known: if fewer than k_aux, the lowest of the others fill up, with the value 0 and no gradient.
+        k_aux: latents to keep of them, 1 <= k_aux <= d_sae; at most 1024 on a GPU.
+        others: as in `encode_topk`.
+    Returns:
+        both codes.
+    Raises, Numerics, Source: as in `encode_topk`; Gao et al. 2024, appendix A.2.
+    Gradients: as in `encode_topk`, through both codes.
+    Cost: that of `encode_topk` and a second reading of the pre-activations.
+    """
+    check_shape("aux_mask", aux_mask, (W_enc_T.shape[0],))
+    if aux_mask.dtype != torch.bool:
+        raise DtypeError(f"aux_mask: expected torch.bool, got {aux_mask.dtype}.")
+    check_k(k_aux, W_enc_T.shape[0], "k_aux")
+    result = _encode(x, W_enc_T, b_enc, k, b_dec, key_scale, aux_mask, k_aux, precision, workspace_bytes, False)
+    return TwoCodes(*result[:4])
+
+
+def _encode(
+    x: Tensor,
+    W_enc_T: Tensor,
+    b_enc: Tensor,
+    k: int,
+    b_dec: Tensor | None,
+    key_scale: Tensor | None,
+    aux_mask: Tensor | None,
+    k_aux: int,
+    precision: str | None,
+    workspace_bytes: int,
+    with_index: bool,
+) -> list[Tensor]:
     check_shape("W_enc_T", W_enc_T, ("d_sae", "d_in"))
     d_sae, d_in = W_enc_T.shape
     check_shape("x", x, ("B", d_in))
@@ -77,46 +172,122 @@ def _check(x: Tensor, W_enc_T: Tensor, b_enc: Tensor, b_dec: Tensor | None) -> N
     if b_dec is not None:
         check_shape("b_dec", b_dec, (d_in,))
         check_float("b_dec", b_dec, x, "x")
+    if key_scale is not None:
+        check_shape("key_scale", key_scale, (d_sae,))
+        check_float("key_scale", key_scale)
+    check_k(k, d_sae)
+    if use_kernels(x) and max(k, k_aux) > 1024:
+        raise ConfigError(f"k: expected at most 1024 on a GPU, got {max(k, k_aux)}.")
+    if precision is None:
+        precision = "bf16" if x.dtype == torch.bfloat16 else "float32"
+    if precision not in ("float32", "tf32", "bf16"):
+        raise ConfigError(f"precision: expected float32, tf32 or bf16, got {precision!r}.")
+    if workspace_bytes <= 0:
+        raise ConfigError(f"workspace_bytes: expected a positive number of bytes, got {workspace_bytes}.")
+    result: list[Tensor] = torch.ops.flashsae.encode_topk(
+        x, W_enc_T, b_enc, b_dec, key_scale, aux_mask, k, k_aux, precision, workspace_bytes, with_index
+    )
+    return result
 
 
-class _EncodeTopK(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        W_enc_T: Tensor,
-        b_enc: Tensor,
-        k: int,
-        b_dec: Tensor | None,
-        latents: Tensor | None,
-        workspace_bytes: int,
-    ) -> tuple[Tensor, Tensor]:
-        rows, bias = (W_enc_T, b_enc) if latents is None else (W_enc_T[latents], b_enc[latents])
-        top_acts, top_indices = reference.encode_topk(x, rows, bias, k, b_dec, workspace_bytes)
-        if latents is not None:
-            top_indices = latents.to(torch.int64)[top_indices]
-        ctx.save_for_backward(x, W_enc_T, b_dec, top_acts, top_indices)
-        ctx.bias_dtype = b_enc.dtype
-        ctx.mark_non_differentiable(top_indices)
-        return top_acts, top_indices
+@torch.library.custom_op("flashsae::encode_topk", mutates_args=())
+def _encode_topk(
+    x: Tensor,
+    W_enc_T: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor | None,
+    key_scale: Tensor | None,
+    aux_mask: Tensor | None,
+    k: int,
+    k_aux: int,
+    precision: str,
+    workspace_bytes: int,
+    with_index: bool,
+) -> list[Tensor]:
+    centred = _center(x, b_dec, precision)
+    choices = [(k, None), *([(k_aux, aux_mask)] if k_aux else [])]
+    if use_kernels(x):
+        from flashsae.ops.encode_topk.launch import launch_encode_topk
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_top_acts: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        x, W_enc_T, b_dec, top_acts, top_indices = ctx.saved_tensors
-        needs_x, needs_W, needs_b_enc, _, needs_b_dec, _, _ = ctx.needs_input_grad
-        # not where(top_acts > 0): a NaN must stay visible in the gradient
-        grad_pre = torch.where(top_acts == 0, 0.0, grad_top_acts)
-        grad_x = grad_W = grad_b_enc = grad_b_dec = None
-        if needs_x:
-            grad_x = decode_sparse(grad_pre, top_indices, W_enc_T, None).to(x.dtype)
-        if needs_W or needs_b_enc or needs_b_dec:
+        codes = launch_encode_topk(centred, W_enc_T, b_enc, choices, key_scale, precision, workspace_bytes)
+    else:
+        codes = reference.encode_topk(centred, W_enc_T, b_enc, choices, key_scale, workspace_bytes)
+    if not k_aux:
+        codes.append((codes[0][0].new_empty(len(x), 0), codes[0][1].new_empty(len(x), 0)))
+    index = list(build_index(codes[0][1], len(W_enc_T))[:3]) if with_index else []
+    return [*codes[0], *codes[1], *index]
+
+
+@_encode_topk.register_fake
+def _(
+    x: Tensor,
+    W_enc_T: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor | None,
+    key_scale: Tensor | None,
+    aux_mask: Tensor | None,
+    k: int,
+    k_aux: int,
+    precision: str,
+    workspace_bytes: int,
+    with_index: bool,
+) -> list[Tensor]:
+    B, dtype = x.shape[0], compute_dtype(x.dtype)
+    result = []
+    for kept in (k, k_aux):
+        result += [x.new_empty(B, kept, dtype=dtype), x.new_empty(B, kept, dtype=torch.int64)]
+    if with_index:
+        result += [x.new_empty(B * k, dtype=torch.int64), x.new_empty(B * k, dtype=torch.int32)]
+        result += [x.new_empty(W_enc_T.shape[0] + 1, dtype=torch.int32)]
+    return result
+
+
+def _center(x: Tensor, b_dec: Tensor | None, precision: str) -> Tensor:
+    """Return x - b_dec in the precision of the product; the CPU computes in float32 or better whatever is asked."""
+    if precision == "bf16" and x.is_cuda:
+        x, b_dec = x.to(torch.bfloat16), None if b_dec is None else b_dec.to(torch.bfloat16)
+        return x if b_dec is None else x - b_dec
+    return reference.center(x, b_dec)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, W_enc_T, b_enc, b_dec, _, _, _, k_aux, precision, _, with_index = inputs
+    codes, lists = output[: 4 if k_aux else 2], output[4:] if with_index else []
+    ctx.save_for_backward(x, W_enc_T, *codes, *lists, *([] if b_dec is None else [b_dec]))
+    ctx.k_aux, ctx.with_index, ctx.has_b_dec = k_aux, with_index, b_dec is not None
+    ctx.bias_dtype = b_enc.dtype
+    ctx.precision = precision
+
+
+def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+    x, W_enc_T, top_acts, top_indices, *rest = ctx.saved_tensors
+    b_dec = rest.pop() if ctx.has_b_dec else None
+    grad_acts = grads[0]
+    assert grad_acts is not None
+    if ctx.k_aux:
+        # both selections are one code of k + k_aux entries a token
+        assert grads[2] is not None
+        grad_acts = torch.cat([grad_acts, grads[2]], 1)
+        top_acts, top_indices = torch.cat([top_acts, rest[0]], 1), torch.cat([top_indices, rest[1]], 1)
+    # not where(top_acts > 0): a NaN must stay visible in the gradient
+    grad_pre = torch.where(top_acts == 0, 0.0, grad_acts)
+    needs_x, needs_W, needs_b_enc, needs_b_dec = ctx.needs_input_grad[:4]
+    grad_x = grad_W = grad_b_enc = grad_b_dec = None
+    if needs_x:
+        grad_x = torch.ops.flashsae.decode_sparse(grad_pre, top_indices, W_enc_T, None, []).to(x.dtype)
+    if needs_W or needs_b_enc or needs_b_dec:
+        if ctx.with_index and not ctx.k_aux:
+            index = LatentIndex(rest[0], rest[1], rest[2], top_indices.shape[1])
+        else:
             index = build_index(top_indices, W_enc_T.shape[0])
-            sums = latent_sums(index, grad_pre)
-            grad_b_enc = sums.to(ctx.bias_dtype)
-            if needs_W:
-                grad_W = latent_rows(index, grad_pre, reference.center(x, b_dec)).to(W_enc_T.dtype)
-            if needs_b_dec:
-                # Σ over tokens of -grad_pre @ W_enc_T, summed over tokens first: d_sae·d_in instead of B·k·d_in
-                grad_b_dec = -(sums @ W_enc_T.to(sums.dtype)).to(b_dec.dtype)
-        return grad_x, grad_W, grad_b_enc, None, grad_b_dec, None, None
+        rows = _center(x, b_dec, ctx.precision) if needs_W else grad_pre.new_empty(x.shape[0], 1)
+        grad_rows, sums = latent_rows_and_sums(index, grad_pre, rows, W_enc_T.dtype)
+        grad_W = grad_rows if needs_W else None
+        grad_b_enc = sums.to(ctx.bias_dtype) if needs_b_enc else None
+        if needs_b_dec:
+            # Σ over tokens of -grad_pre @ W_enc_T, summed over tokens first: d_sae·d_in instead of B·k·d_in
+            grad_b_dec = column_sums(-sums, W_enc_T, ctx.bias_dtype)
+    return grad_x, grad_W, grad_b_enc, grad_b_dec, None, None, None, None, None, None, None
+
+
+_encode_topk.register_autograd(_backward, setup_context=_save)

@@ -2,33 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from flashsae.ops.validate import compute_dtype
-from flashsae.shapes import Activations, InputBias, LatentActs, LatentBias, TopActs, TopIndices, Weights
+from flashsae.shapes import Activations, Choice, InputBias, LatentActs, LatentBias, TopActs, TopIndices, Weights
 
 WORKSPACE_BYTES = 512 << 20
 _PASSES = 3  # pre-activations, and at worst two more of their size while ties are settled
 
 
 def encode_topk(
-    x: Activations, W_enc_T: Weights, b_enc: LatentBias, k: int, b_dec: InputBias | None, workspace_bytes: int
-) -> tuple[TopActs, TopIndices]:
-    """Return the k largest of relu((x - b_dec) @ W_enc_T.T + b_enc) and their indices, both [B, k]."""
+    x: Activations,
+    W_enc_T: Weights,
+    b_enc: LatentBias,
+    choices: Sequence[Choice],
+    key_scale: LatentBias | None,
+    workspace_bytes: int,
+) -> list[tuple[TopActs, TopIndices]]:
+    """Return for each choice the k largest of relu(x @ W_enc_T.T + b_enc) and their indices, both [B, k]."""
     dtype = compute_dtype(W_enc_T.dtype)
     weights, bias = W_enc_T.to(dtype), b_enc.to(dtype)
-    top_acts = torch.empty(len(x), k, dtype=dtype, device=x.device)
-    top_indices = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
+    indices = [torch.empty(len(x), k, dtype=torch.int64, device=x.device) for k, _ in choices]
+    acts = [torch.empty(len(x), k, dtype=dtype, device=x.device) for k, _ in choices]
     step = max(1, workspace_bytes // (_PASSES * len(weights) * dtype.itemsize))
     for start in range(0, len(x), step):
         part = slice(start, start + step)
-        pre_acts = F.linear(center(x[part], b_dec), weights, bias)
-        top_indices[part] = select_topk(pre_acts, k)
-        top_acts[part] = pre_acts.gather(1, top_indices[part]).relu_()
-    return top_acts, top_indices
+        pre_acts = F.linear(x[part].to(dtype), weights, bias)
+        keys = pre_acts if key_scale is None else pre_acts * key_scale.to(dtype)
+        for number, (k, mask) in enumerate(choices):
+            chosen = select_topk(keys, k) if mask is None else _select_allowed(keys, mask, k)
+            values = pre_acts.gather(1, chosen).relu_()
+            indices[number][part] = chosen
+            acts[number][part] = values if mask is None else torch.where(mask[chosen], values, 0.0)
+    return list(zip(acts, indices))
 
 
 def center(x: Activations, b_dec: InputBias | None) -> Activations:
@@ -48,6 +59,15 @@ def select_topk(pre_acts: LatentActs, k: int) -> TopIndices:
         if len(tied):
             indices[tied] = _lowest_of_ties(pre_acts[tied], values[tied, k - 1 : k], k)
     return indices.sort(dim=1).values
+
+
+def _select_allowed(keys: LatentActs, mask: Bool[Tensor, " d_sae"], k: int) -> TopIndices:
+    """Do select_topk among the latents of the mask; if they are fewer than k, the lowest of the others fill up."""
+    allowed = mask.nonzero()[:, 0]
+    if len(allowed) >= k:
+        return allowed[select_topk(keys[:, allowed], k)]
+    filled = torch.cat([allowed, (~mask).nonzero()[: k - len(allowed), 0]]).sort().values
+    return filled.expand(len(keys), k)
 
 
 def _lowest_of_ties(pre_acts: LatentActs, kth: Float[Tensor, "B 1"], k: int) -> TopIndices:

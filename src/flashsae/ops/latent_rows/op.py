@@ -5,14 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flashsae.backend import use_dense, use_kernels
 from flashsae.errors import ShapeError
+from flashsae.ops import dense
 from flashsae.ops.index import LatentIndex
 from flashsae.ops.latent_rows import reference
 from flashsae.ops.validate import check_float, check_shape
 
 
 @torch.no_grad()
-def latent_rows(index: LatentIndex, coeffs: Tensor, rows: Tensor) -> Tensor:
+def latent_rows(index: LatentIndex, coeffs: Tensor, rows: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
     """Sum, for each latent, the rows of the tokens that use it.
 
         out[i] = Σ over entries e of latent i of coeffs[e] · rows[token of e]
@@ -24,19 +26,62 @@ def latent_rows(index: LatentIndex, coeffs: Tensor, rows: Tensor) -> Tensor:
         index: of the code that `coeffs` belongs to, from `build_index`.
         coeffs: [B, k], float.
         rows: [B, d], float.
+        dtype: of the result; None is that of rows.
     Returns:
-        [d_sae, d], dtype of rows. A latent that no token uses has a row of zeros.
+        [d_sae, d]. A latent that no token uses has a row of zeros.
     Raises:
         ShapeError, DtypeError: coeffs or rows do not fit the index or each other.
-    Numerics: deterministic; accumulated in float32 (float64 for float64) in runs of 256 entries, rounded once.
+    Numerics: deterministic; accumulated in float32 (float64 for float64), rounded once. A latent with more than 256
+        entries is summed in pieces of at most 256, the pieces in order.
     Gradients: none; it is used inside backward passes.
-    Cost: B·k·d multiply-adds; reads 2·B·k·d elements at most, writes d_sae·d.
+    Cost: B·k·d multiply-adds; reads B·k·d elements, writes d_sae·d. Long lists are spread over the device.
     Source: ours, docs/methodology.md#sparse-backward.
     """
     check_shape("coeffs", coeffs, ("B", index.k))
     check_shape("rows", rows, (coeffs.shape[0], "d"))
     check_float("coeffs", coeffs)
     check_float("rows", rows)
-    if coeffs.numel() != len(index.entries):
-        raise ShapeError(f"coeffs: expected {len(index.entries)} entries, those of the index, got {coeffs.numel()}.")
-    return reference.latent_rows(index, coeffs, rows).to(rows.dtype)
+    if coeffs.numel() != index.entries.shape[0]:
+        raise ShapeError(
+            f"coeffs: expected {index.entries.shape[0]} entries, those of the index, got {coeffs.numel()}."
+        )
+    return latent_rows_and_sums(index, coeffs, rows, dtype or rows.dtype)[0]
+
+
+def latent_rows_and_sums(
+    index: LatentIndex, coeffs: Tensor, rows: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return what `latent_rows` does and the sum of the coefficients of each latent: [d_sae], compute dtype."""
+    out, sums = torch.ops.flashsae.latent_rows(index.entries, index.latents, index.offsets, coeffs, rows, dtype)
+    return out, sums
+
+
+def column_sums(coeffs: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return Σ over tokens of coeffs · rows, [B] and [B, d] -> [d]: the case of one latent that every token uses."""
+    tokens = torch.arange(rows.shape[0], device=rows.device)
+    latents = torch.zeros_like(tokens, dtype=torch.int32)
+    offsets = torch.arange(2, dtype=torch.int32, device=rows.device) * rows.shape[0]
+    return latent_rows_and_sums(LatentIndex(tokens, latents, offsets, 1), coeffs[:, None], rows, dtype)[0][0]
+
+
+@torch.library.custom_op("flashsae::latent_rows", mutates_args=())
+def _latent_rows(
+    entries: Tensor, latents: Tensor, offsets: Tensor, coeffs: Tensor, rows: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    index = LatentIndex(entries, latents, offsets, coeffs.shape[1])
+    if use_kernels(rows):
+        if index.d_sae > 1 and use_dense(index.k, index.d_sae, rows):
+            return dense.latent_rows(index, coeffs, rows).to(dtype), reference.latent_sums(index, coeffs)
+        from flashsae.ops.latent_rows.launch import launch_latent_rows
+
+        return launch_latent_rows(index, coeffs.contiguous(), rows, dtype)
+    return reference.latent_rows(index, coeffs, rows).to(dtype), reference.latent_sums(index, coeffs)
+
+
+@_latent_rows.register_fake
+def _(
+    entries: Tensor, latents: Tensor, offsets: Tensor, coeffs: Tensor, rows: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    d_sae = offsets.shape[0] - 1
+    sums_dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    return rows.new_empty(d_sae, rows.shape[1], dtype=dtype), rows.new_empty(d_sae, dtype=sums_dtype)

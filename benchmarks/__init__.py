@@ -1,0 +1,1 @@
+"""Speed and memory of the operations beside dense PyTorch and other libraries: `python -m benchmarks.run --help`."""

@@ -1,0 +1,121 @@
+"""Triton kernels that gather the k rows of each token: their weighted sum, and their dot products with a vector."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def decode_sparse_fwd_kernel(
+    acts_ptr,  # [B, k]
+    indices_ptr,  # [B, k]
+    W_ptr,  # [d_sae, d]
+    bias_ptr,  # [d] or None
+    out_ptr,  # [B, d]
+    k,
+    d,
+    W_stride,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """out[b] = Σ_j acts[b, j] · W[indices[b, j]] + bias, accumulated in float32."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = column < d
+    total = tl.zeros([BLOCK_D], tl.float32)
+    for start in range(0, k, BLOCK_K):
+        slot = start + tl.arange(0, BLOCK_K)
+        acts = tl.load(acts_ptr + row * k + slot, mask=slot < k, other=0.0).to(tl.float32)
+        latents = tl.load(indices_ptr + row * k + slot, mask=slot < k, other=0).to(tl.int64)
+        W = tl.load(
+            W_ptr + latents[:, None] * W_stride + column[None, :],
+            mask=(slot < k)[:, None] & inside[None, :],
+            other=0.0,
+        )
+        total += tl.sum(acts[:, None] * W.to(tl.float32), axis=0)
+    if bias_ptr is not None:
+        total += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * d + column, total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def decode_sparse_loss_kernel(
+    acts_ptr,  # [B, k]
+    indices_ptr,  # [B, k]
+    W_ptr,  # [d_sae, d]
+    bias_ptr,  # [d] or None
+    target_ptr,  # [B, d]
+    weights_ptr,  # [B] or None
+    x_hat_ptr,  # [B, d]
+    residual_ptr,  # [B, d] target - x_hat
+    errors_ptr,  # [B] weighted squared error of each token
+    grad_acts_ptr,  # [B, k] its derivative by each activation
+    k,
+    d,
+    W_stride,
+    target_stride,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Decode a token, compare with its target and differentiate by its activations; each decoder row is read once."""
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.arange(0, BLOCK_K)
+    acts = tl.load(acts_ptr + row * k + slot, mask=slot < k, other=0.0).to(tl.float32)
+    latents = tl.load(indices_ptr + row * k + slot, mask=slot < k, other=0).to(tl.int64)
+    W_rows = W_ptr + latents[:, None] * W_stride
+    error = 0.0
+    dots = tl.zeros([BLOCK_K], tl.float32)
+    for start in range(0, d, BLOCK_D):
+        column = start + tl.arange(0, BLOCK_D)
+        inside = column < d
+        W = tl.load(W_rows + column[None, :], mask=(slot < k)[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        target = tl.load(target_ptr + row * target_stride + column, mask=inside, other=0.0).to(tl.float32)
+        x_hat = tl.sum(acts[:, None] * W, axis=0)
+        if bias_ptr is not None:
+            x_hat += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        residual = target - x_hat
+        error += tl.sum(residual * residual)
+        dots += tl.sum(W * residual[None, :], axis=1)
+        tl.store(x_hat_ptr + row * d + column, x_hat.to(x_hat_ptr.dtype.element_ty), mask=inside)
+        tl.store(residual_ptr + row * d + column, residual.to(residual_ptr.dtype.element_ty), mask=inside)
+    weight = 1.0
+    if weights_ptr is not None:
+        weight = tl.load(weights_ptr + row).to(tl.float32)
+    tl.store(errors_ptr + row, weight * error)
+    tl.store(grad_acts_ptr + row * k + slot, -2.0 * weight * dots, mask=slot < k)
+
+
+@triton.jit
+def decode_sparse_bwd_acts_kernel(
+    rows_ptr,  # [B, d]
+    indices_ptr,  # [B, k]
+    counts_ptr,  # [B] int32: only so many of the k are wanted; or None
+    W_ptr,  # [d_sae, d]
+    dots_ptr,  # [B, k]
+    k,
+    d,
+    row_stride,
+    W_stride,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """dots[b, j] = rows[b] · W[indices[b, j]], accumulated in float32."""
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    count = k
+    if counts_ptr is not None:
+        count = tl.load(counts_ptr + row)
+        count = tl.where(count > k, 0, count)
+    if tl.program_id(1) * BLOCK_K < count:
+        wanted = slot < count
+        latents = tl.load(indices_ptr + row * k + slot, mask=wanted, other=0).to(tl.int64)
+        W_rows = W_ptr + latents[:, None] * W_stride
+        sums = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+        for start in range(0, d, BLOCK_D):
+            column = start + tl.arange(0, BLOCK_D)
+            inside = column < d
+            W = tl.load(W_rows + column[None, :], mask=wanted[:, None] & inside[None, :], other=0.0)
+            values = tl.load(rows_ptr + row * row_stride + column, mask=inside, other=0.0)
+            sums += W.to(tl.float32) * values.to(tl.float32)[None, :]
+        tl.store(dots_ptr + row * k + slot, tl.sum(sums, axis=1).to(dots_ptr.dtype.element_ty), mask=wanted)

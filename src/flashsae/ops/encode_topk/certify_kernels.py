@@ -1,0 +1,233 @@
+"""Triton kernels of certified float32: screen in float16, rescore what could be selected, select.
+
+The bounds that make the screen rigorous are derived in docs/numerics.md#certified-float32.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from flashsae.ops.encode_topk.kernels import (
+    KEY_MASKED,
+    KEY_NAN,
+    KEY_NONE,
+    _bounds,
+    _kth_key,
+    _kth_key_in_memory,
+    _to_key,
+    _write_groups,
+    _write_selection,
+)
+
+
+@triton.jit
+def encode_topk_round_kernel(
+    rows_ptr,  # [rows, d] float32
+    half_ptr,  # [rows, d] float16: the rows times a power of two each
+    facts_ptr,  # [3, n_facts]; this kernel fills columns from `first`
+    n_facts,
+    d,
+    row_stride,
+    top_exponent,  # rows are scaled so that the largest entry lies below 2 ** top_exponent
+    accumulation,  # relative error of the float16 product and of the float32 one
+    IS_TOKEN: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Write rows in float16 and what is needed to bound the error.
+
+    Facts of a latent: unit (1 / scale), unit·‖rounded row‖, unit·‖rounding error‖.
+    Facts of a token: scale, and p, q with |error| <= p · norm of the latent + q · error norm of the latent.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    offsets = tl.arange(0, BLOCK_D)
+    values = tl.load(rows_ptr + row * row_stride + offsets, mask=offsets < d, other=0.0)
+    largest = tl.max(tl.abs(values))
+    finite = tl.sum((tl.abs(values) <= 3.4028234e38).to(tl.int32)) == BLOCK_D
+    exponent = ((largest.to(tl.int32, bitcast=True) >> 23) & 0xFF) - 126  # largest < 2 ** exponent
+    shift = tl.minimum(tl.maximum(top_exponent - exponent, -120), 120)
+    scale = ((shift + 127) << 23).to(tl.float32, bitcast=True)
+    unit = ((127 - shift) << 23).to(tl.float32, bitcast=True)
+    scaled = values * scale
+    half = scaled.to(tl.float16)
+    error = scaled - half.to(tl.float32)  # exact: both have the same leading bits
+    norm = tl.sqrt(tl.sum(half.to(tl.float32) * half.to(tl.float32))) * 1.0001
+    error_norm = tl.sqrt(tl.sum(error * error)) * 1.0001 + 1e-30
+    half = tl.where(finite, half, float("nan"))
+    tl.store(half_ptr + row * d + offsets, half, mask=offsets < d)
+    if IS_TOKEN:
+        tl.store(facts_ptr + row, scale)
+        tl.store(facts_ptr + n_facts + row, error_norm + accumulation * (norm + error_norm))
+        tl.store(facts_ptr + 2 * n_facts + row, (norm + error_norm) * (1.0 + accumulation))
+    else:
+        tl.store(facts_ptr + row, unit)
+        tl.store(facts_ptr + n_facts + row, norm * unit)
+        tl.store(facts_ptr + 2 * n_facts + row, error_norm * unit)
+
+
+@triton.jit
+def _candidate_keys(
+    latents, inside, row, raw_ptr, bias_ptr, scale_ptr, mask_ptr, column_ptr, row_ptr, rows, n, raw_stride
+):
+    raw = tl.load(raw_ptr + row * raw_stride + latents, mask=inside, other=0.0).to(tl.float32)
+    low, high = _bounds(
+        raw,
+        tl.load(bias_ptr + latents, mask=inside, other=0.0).to(tl.float32),
+        tl.load(column_ptr + latents, mask=inside, other=0.0),
+        tl.load(column_ptr + n + latents, mask=inside, other=0.0),
+        tl.load(column_ptr + 2 * n + latents, mask=inside, other=0.0),
+        tl.load(row_ptr + row), tl.load(row_ptr + rows + row), tl.load(row_ptr + 2 * rows + row),
+    )  # fmt: skip
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr + latents, mask=inside, other=0.0).to(tl.float32)
+        low = low * scale - tl.abs(low * scale) * 2.4e-7
+        high = high * scale + tl.abs(high * scale) * 2.4e-7
+    low, high = _to_key(low, KEY_MASKED + 1), _to_key(high, KEY_NAN)
+    if mask_ptr is not None:
+        allowed = tl.load(mask_ptr + latents, mask=inside, other=0) != 0
+        low, high = tl.where(allowed, low, KEY_MASKED), tl.where(allowed, high, KEY_MASKED)
+    return tl.where(inside, low, KEY_NONE), tl.where(inside, high, KEY_NONE)
+
+
+@triton.jit
+def encode_topk_candidates_kernel(
+    raw_ptr, bias_ptr, scale_ptr, mask_ptr, column_ptr, row_ptr,  # as in encode_topk_group_max_kernel
+    low_ptr,  # [rows, groups]
+    high_ptr,  # [rows, groups]
+    list_ptr,  # [rows, CAPACITY] scratch
+    candidates_ptr,  # [rows, CAPACITY] int32, ascending
+    counts_ptr,  # [rows] int32; above CAPACITY: the list is incomplete, the row must be redone
+    rows, n, k, groups, raw_stride,
+    GROUP: tl.constexpr, BLOCK_G: tl.constexpr, CAPACITY: tl.constexpr,
+):  # fmt: skip
+    """List the latents of each token whose upper bound reaches the k-th largest lower bound."""
+    row = tl.program_id(0).to(tl.int64)
+    tau, _room = _kth_key_in_memory(low_ptr + row * groups, groups, k, BLOCK_G)
+    list_row, candidates_row = list_ptr + row * CAPACITY, candidates_ptr + row * CAPACITY
+    # fewer than k latents allowed: the lowest of the others fill up, and k of them are enough
+    filling = tau <= KEY_MASKED
+    room = tl.where(filling, k, groups)
+    n_groups = _write_groups(high_ptr + row * groups, tau, room, list_row, groups, CAPACITY, BLOCK_G)
+    tl.debug_barrier()  # the list was written by other threads
+    found = 0
+    filled = 0
+    STEP: tl.constexpr = 1024 // GROUP
+    for start in range(0, tl.minimum(n_groups, CAPACITY), STEP):
+        slot = start + tl.arange(0, STEP)
+        listed = slot < n_groups
+        group = tl.load(list_row + slot, mask=listed & (slot < CAPACITY), other=0)
+        latents = tl.reshape(group[:, None] * GROUP + tl.arange(0, GROUP)[None, :], [1024])
+        inside = tl.reshape(tl.broadcast_to(listed[:, None], [STEP, GROUP]), [1024]) & (latents < n)
+        _low, high = _candidate_keys(
+            latents, inside, row, raw_ptr, bias_ptr, scale_ptr, mask_ptr, column_ptr, row_ptr, rows, n, raw_stride
+        )
+        filler = inside & (high == KEY_MASKED)
+        wanted = filling & (filled + tl.cumsum(filler.to(tl.int32)) <= k)
+        chosen = inside & (high >= tau) & ((high > KEY_MASKED) | wanted)
+        filled += tl.sum(filler.to(tl.int32))
+        position = found + tl.cumsum(chosen.to(tl.int32)) - 1
+        tl.store(candidates_row + position, latents, mask=chosen & (position < CAPACITY))
+        found += tl.sum(chosen.to(tl.int32))
+    found = tl.where(n_groups > CAPACITY, CAPACITY + 1, found)
+    tl.debug_barrier()
+    if found <= CAPACITY:
+        # tau came from groups, of which some hold several of the k; among candidates the k-th bound is the true one
+        slot = tl.arange(0, CAPACITY)
+        inside = slot < found
+        latents = tl.load(candidates_row + slot, mask=inside, other=0)
+        low, high = _candidate_keys(
+            latents, inside, row, raw_ptr, bias_ptr, scale_ptr, mask_ptr, column_ptr, row_ptr, rows, n, raw_stride
+        )
+        tau = _kth_key(low, k)
+        chosen = inside & (high >= tau)
+        tl.debug_barrier()  # every candidate is read before the list is written again
+        tl.store(candidates_row + tl.cumsum(chosen.to(tl.int32)) - 1, latents, mask=chosen)
+        found = tl.sum(chosen.to(tl.int32))
+    tl.store(counts_ptr + row, found)
+
+
+@triton.jit
+def encode_topk_finish_kernel(
+    dots_ptr,  # [rows, CAPACITY] float32 x · w of each candidate
+    candidates_ptr,  # [rows, CAPACITY]
+    counts_ptr,  # [rows]
+    bias_ptr, scale_ptr, mask_ptr,
+    top_acts_ptr,  # [rows, k]
+    top_indices_ptr,  # [rows, k]
+    k,
+    CAPACITY: tl.constexpr,
+):  # fmt: skip
+    """Select among rescored candidates."""
+    row = tl.program_id(0).to(tl.int64)
+    count = tl.load(counts_ptr + row)
+    if count <= CAPACITY:
+        slot = tl.arange(0, CAPACITY)
+        inside = slot < count
+        latents = tl.load(candidates_ptr + row * CAPACITY + slot, mask=inside, other=0)
+        values = tl.load(dots_ptr + row * CAPACITY + slot, mask=inside, other=0.0)
+        values += tl.load(bias_ptr + latents, mask=inside, other=0.0).to(tl.float32)
+        if scale_ptr is not None:
+            keys = _to_key(values * tl.load(scale_ptr + latents, mask=inside, other=0.0).to(tl.float32), KEY_NAN)
+        else:
+            keys = _to_key(values, KEY_NAN)
+        if mask_ptr is not None:
+            keys = tl.where(tl.load(mask_ptr + latents, mask=inside, other=0) != 0, keys, KEY_MASKED)
+        keys = tl.where(inside, keys, KEY_NONE)
+        tau = _kth_key(keys, k)
+        _write_selection(keys, latents, values, tau, k, top_acts_ptr + row * k, top_indices_ptr + row * k)
+
+
+@triton.jit
+def encode_topk_redo_kernel(
+    x_ptr,  # [rows, d] float32
+    W_ptr,  # [n, d] float32
+    counts_ptr,  # [rows]
+    bias_ptr, scale_ptr, mask_ptr,
+    values_ptr,  # [programs, n] scratch
+    keys_ptr,  # [programs, n] scratch
+    list_ptr,  # [programs, BLOCK_K] scratch
+    top_acts_ptr,  # [rows, k]
+    top_indices_ptr,  # [rows, k]
+    rows, n, d, k, x_stride, W_stride,
+    CAPACITY: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Do whole rows in float32: those with more candidates than fit. Slow and rare."""
+    program = tl.program_id(0).to(tl.int64)
+    values_row, keys_row, list_row = values_ptr + program * n, keys_ptr + program * n, list_ptr + program * BLOCK_K
+    for step in range(0, rows - program, tl.num_programs(0)):
+        row = program + step
+        if tl.load(counts_ptr + row) > CAPACITY:
+            for start in range(0, n, BLOCK_N):
+                latents = start + tl.arange(0, BLOCK_N)
+                inside = latents < n
+                sums = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+                for at in range(0, d, BLOCK_D):
+                    column = at + tl.arange(0, BLOCK_D)
+                    x = tl.load(x_ptr + row * x_stride + column, mask=column < d, other=0.0)
+                    W = tl.load(
+                        W_ptr + latents.to(tl.int64)[:, None] * W_stride + column[None, :],
+                        mask=inside[:, None] & (column < d)[None, :],
+                        other=0.0,
+                    )
+                    sums += W * x[None, :]
+                values = tl.sum(sums, axis=1) + tl.load(bias_ptr + latents, mask=inside, other=0.0).to(tl.float32)
+                if scale_ptr is not None:
+                    keys = _to_key(values * tl.load(scale_ptr + latents, mask=inside, other=0.0), KEY_NAN)
+                else:
+                    keys = _to_key(values, KEY_NAN)
+                if mask_ptr is not None:
+                    keys = tl.where(tl.load(mask_ptr + latents, mask=inside, other=0) != 0, keys, KEY_MASKED)
+                tl.store(values_row + latents, values, mask=inside)
+                tl.store(keys_row + latents, keys, mask=inside)
+            tl.debug_barrier()
+            tau, room = _kth_key_in_memory(keys_row, n, k, BLOCK_G)
+            _write_groups(keys_row, tau, room, list_row, n, BLOCK_K, BLOCK_G)
+            tl.debug_barrier()
+            slot = tl.arange(0, BLOCK_K)
+            latents = tl.load(list_row + slot, mask=slot < k, other=0)
+            values = tl.load(values_row + latents, mask=slot < k, other=0.0)
+            keys = tl.load(keys_row + latents, mask=slot < k, other=KEY_NONE)
+            _write_selection(
+                keys, latents, values, KEY_NONE, k, top_acts_ptr + row * k, top_indices_ptr + row * k
+            )
+            tl.debug_barrier()  # scratch is used again

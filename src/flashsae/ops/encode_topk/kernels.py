@@ -1,0 +1,232 @@
+"""Triton kernels that select the k largest of each row of pre-activations, exactly, reading the row once.
+
+Keys are float32 values mapped to int32 so that integers order as the values do; NaN is the largest. Two passes:
+`group_max` reduces groups of consecutive latents to their largest key, `select` reads again only the groups that can
+hold a selected latent. Why that is exact, also for ties, is proved in docs/methodology.md#exact-selection.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+KEY_NONE = tl.constexpr(-(2**31))  # padding: below every latent
+KEY_MASKED = tl.constexpr(-(2**31) + 1)  # a latent that may not be chosen: below every value
+KEY_NAN = tl.constexpr(2**31 - 1)
+
+
+@triton.jit
+def _to_key(value, nan_key):
+    """Map float32 to int32 in order; -0 equals +0."""
+    value = tl.where(value == 0.0, 0.0, value)
+    bits = value.to(tl.int32, bitcast=True)
+    key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return tl.where(value != value, nan_key, key)
+
+
+@triton.jit
+def _middle(low, high):
+    """Round (low + high) / 2 up, without overflow."""
+    return (low & high) + ((low ^ high) >> 1) + ((low ^ high) & 1)
+
+
+@triton.jit
+def _split(keys, middle):
+    """Return how many keys reach middle, the smallest of these, and the largest of the others."""
+    reach = keys >= middle
+    above = tl.min(tl.where(reach, keys, KEY_NAN))
+    below = tl.max(tl.where(reach, KEY_NONE, keys))
+    return tl.sum(reach.to(tl.int32)), above, below
+
+
+@triton.jit
+def _kth_key(keys, k):
+    """Return a t that exactly k keys reach, or if ties forbid that, the k-th largest key.
+
+    Bisection that moves its bounds to keys that occur: it ends after about log2 of the distinct keys in play, not
+    after 32 steps.
+    """
+    low, high = tl.min(keys), tl.max(keys)
+    while low < high:
+        middle = _middle(low, high)
+        count, above, below = _split(keys, middle)
+        high = tl.where(count > k, high, tl.where(count == k, above, below))
+        low = tl.where(count >= k, above, low)
+    return low
+
+
+@triton.jit
+def _kth_key_in_memory(keys_ptr, n, k, BLOCK: tl.constexpr):
+    """Return what _kth_key does for the n keys at keys_ptr, and how many may equal it and still be chosen."""
+    offsets = tl.arange(0, BLOCK)
+    keys = tl.load(keys_ptr + offsets, mask=offsets < n, other=KEY_NONE)
+    low, high = tl.min(tl.where(offsets < n, keys, KEY_NAN)), tl.max(keys)
+    for start in range(BLOCK, n, BLOCK):
+        part = tl.load(keys_ptr + start + offsets, mask=start + offsets < n, other=KEY_NONE)
+        low = tl.minimum(low, tl.min(tl.where(start + offsets < n, part, KEY_NAN)))
+        high = tl.maximum(high, tl.max(part))
+    room = k
+    while low < high:
+        middle = _middle(low, high)
+        count, above, below = _split(keys, middle)
+        for start in range(BLOCK, n, BLOCK):
+            part = tl.load(keys_ptr + start + offsets, mask=start + offsets < n, other=KEY_NONE)
+            part_count, part_above, part_below = _split(part, middle)
+            count, above, below = count + part_count, tl.minimum(above, part_above), tl.maximum(below, part_below)
+        room = tl.where(count < k, k - count, tl.where(count == k, k, room))
+        high = tl.where(count > k, high, tl.where(count == k, above, below))
+        low = tl.where(count >= k, above, low)
+    return low, room
+
+
+@triton.jit
+def _write_selection(keys, latents, values, tau, k, top_acts_ptr, top_indices_ptr):
+    """Write the k largest of a row, lowest latent first; `keys` stand in ascending order of `latents`."""
+    greater = keys > tau
+    tied = keys == tau
+    room = k - tl.sum(greater.to(tl.int32))
+    chosen = greater | (tied & (tl.cumsum(tied.to(tl.int32)) <= room))
+    position = tl.cumsum(chosen.to(tl.int32)) - 1
+    acts = tl.where(values > 0.0, values, tl.where(values != values, values, 0.0))
+    acts = tl.where(keys == KEY_MASKED, 0.0, acts)
+    tl.store(top_acts_ptr + position, acts, mask=chosen)
+    tl.store(top_indices_ptr + position, latents.to(tl.int64), mask=chosen)
+
+
+@triton.jit
+def _bounds(raw, bias, unit, norm, error_norm, row_unit, row_p, row_q):
+    """Return lower and upper bounds of the pre-activation, in units of the row (docs/numerics.md#certified-float32)."""
+    product = raw * unit
+    centre = product + bias * row_unit
+    slack = norm * row_p + error_norm * row_q
+    slack += tl.abs(product) * 0.0009765625 + tl.abs(bias * row_unit) * 2.4e-7 + unit * 6e-8 + 1e-36
+    slack *= 1.001
+    return centre - slack, centre + slack
+
+
+@triton.jit
+def _group_keys(values, some_allowed, group, groups):
+    """Return the key of the largest value of each group; NaN counts as infinite."""
+    keys = _to_key(tl.max(tl.where(values != values, float("inf"), values), axis=1), KEY_NAN)
+    return tl.where(group < groups, tl.where(some_allowed, keys, KEY_MASKED), KEY_NONE)
+
+
+@triton.jit
+def encode_topk_group_max_kernel(
+    raw_ptr,  # [rows, stride] products x @ W_enc_T.T
+    bias_ptr,  # [n]
+    scale_ptr,  # [n] or None
+    mask_ptr,  # [n] int8 or None
+    column_ptr,  # [3, n] unit, norm and error norm of each latent, or None
+    row_ptr,  # [3, rows] unit, p and q of each token, or None
+    low_ptr,  # [rows, groups] largest key (certified: of the lower bounds) of each group
+    high_ptr,  # [rows, groups] of the upper bounds, or None
+    rows,
+    n,
+    groups,
+    raw_stride,
+    GROUP: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    group = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
+    latents = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    inside = latents < n
+    bias = tl.load(bias_ptr + latents, mask=inside, other=0.0).to(tl.float32)
+    if column_ptr is not None:
+        unit = tl.load(column_ptr + latents, mask=inside, other=0.0)
+        norm = tl.load(column_ptr + n + latents, mask=inside, other=0.0)
+        error_norm = tl.load(column_ptr + 2 * n + latents, mask=inside, other=0.0)
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr + latents, mask=inside, other=0.0).to(tl.float32)
+    allowed = inside
+    if mask_ptr is not None:
+        allowed = tl.load(mask_ptr + latents, mask=inside, other=0) != 0
+    some_allowed = tl.max(allowed.to(tl.int32), axis=1) != 0
+    first = tl.program_id(1).to(tl.int64) * BLOCK_B
+    for step in range(0, tl.minimum(BLOCK_B, rows - first)):
+        row = first + step
+        raw = tl.load(raw_ptr + row * raw_stride + latents, mask=inside, other=0.0).to(tl.float32)
+        out = row * groups + group
+        if column_ptr is not None:
+            low, high = _bounds(
+                raw, bias, unit, norm, error_norm,
+                tl.load(row_ptr + row), tl.load(row_ptr + rows + row), tl.load(row_ptr + 2 * rows + row),
+            )  # fmt: skip
+            if scale_ptr is not None:
+                low = low * scale - tl.abs(low * scale) * 2.4e-7
+                high = high * scale + tl.abs(high * scale) * 2.4e-7
+            # a latent without bounds is a candidate, and is no reason to pass over others
+            low = tl.where((low == low) & allowed, low, float("-inf"))
+            high = tl.where(allowed, high, float("-inf"))
+            tl.store(high_ptr + out, _group_keys(high, some_allowed, group, groups), mask=group < groups)
+            tl.store(low_ptr + out, _group_keys(low, some_allowed, group, groups), mask=group < groups)
+        else:
+            value = raw + bias
+            if scale_ptr is not None:
+                value = value * scale
+            value = tl.where(allowed, value, float("-inf"))
+            tl.store(low_ptr + out, _group_keys(value, some_allowed, group, groups), mask=group < groups)
+
+
+@triton.jit
+def _write_groups(keys_ptr, tau, room, list_ptr, groups, capacity, BLOCK: tl.constexpr):
+    """List the groups whose key exceeds tau, and the first `room` of those that equal it. Return how many there are."""
+    found = 0
+    ties = 0
+    for start in range(0, groups, BLOCK):
+        group = start + tl.arange(0, BLOCK)
+        keys = tl.load(keys_ptr + group, mask=group < groups, other=KEY_NONE)
+        tied = (keys == tau) & (group < groups)
+        chosen = (keys > tau) | (tied & (ties + tl.cumsum(tied.to(tl.int32)) <= room))
+        position = found + tl.cumsum(chosen.to(tl.int32)) - 1
+        tl.store(list_ptr + position, group, mask=chosen & (position < capacity))
+        found += tl.sum(chosen.to(tl.int32))
+        ties += tl.sum(tied.to(tl.int32))
+    return found
+
+
+@triton.jit
+def encode_topk_select_kernel(
+    raw_ptr,  # [rows, stride]
+    bias_ptr,  # [n]
+    scale_ptr,  # [n] or None
+    mask_ptr,  # [n] int8 or None
+    max_ptr,  # [rows, groups] from encode_topk_group_max_kernel
+    list_ptr,  # [rows, BLOCK_K] scratch
+    top_acts_ptr,  # [rows, k]
+    top_indices_ptr,  # [rows, k]
+    n,
+    k,
+    groups,
+    raw_stride,
+    GROUP: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    max_row = max_ptr + row * groups
+    list_row = list_ptr + row * BLOCK_K
+    tau, room = _kth_key_in_memory(max_row, groups, k, BLOCK_G)
+    _write_groups(max_row, tau, room, list_row, groups, BLOCK_K, BLOCK_G)
+    tl.debug_barrier()  # the list was written by other threads
+    slot = tl.arange(0, BLOCK_K)
+    group = tl.load(list_row + slot, mask=slot < k, other=0)
+    latents = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    inside = (slot < k)[:, None] & (latents < n)
+    values = tl.load(raw_ptr + row * raw_stride + latents, mask=inside, other=0.0).to(tl.float32)
+    values += tl.load(bias_ptr + latents, mask=inside, other=0.0).to(tl.float32)
+    if scale_ptr is not None:
+        keys = _to_key(values * tl.load(scale_ptr + latents, mask=inside, other=0.0).to(tl.float32), KEY_NAN)
+    else:
+        keys = _to_key(values, KEY_NAN)
+    if mask_ptr is not None:
+        allowed = tl.load(mask_ptr + latents, mask=inside, other=0) != 0
+        keys = tl.where(allowed, keys, KEY_MASKED)
+    keys = tl.where(inside, keys, KEY_NONE)
+    N: tl.constexpr = BLOCK_K * GROUP
+    keys = tl.reshape(keys, [N])
+    tau = _kth_key(keys, k)
+    _write_selection(
+        keys, tl.reshape(latents, [N]), tl.reshape(values, [N]), tau, k, top_acts_ptr + row * k, top_indices_ptr + row * k
+    )

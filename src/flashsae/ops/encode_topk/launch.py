@@ -1,0 +1,234 @@
+"""Allocate and launch: a matrix product a bounded number of tokens at a time, and the selection behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from flashsae.ops.decode_sparse.launch import launch_dots
+from flashsae.ops.encode_topk import certify_kernels, kernels
+from flashsae.shapes import Choice
+
+REDO_PROGRAMS = 32
+"""Rows redone in float32 at once; each needs two scratch rows of d_sae numbers."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the latents of a row are cut into groups for one selection.
+
+    At least k groups, else the k-th largest group maximum says nothing; large groups, so that maxima are few; and all
+    k chosen groups together no more than a program holds in registers.
+    """
+
+    k: int
+    group: int
+    groups: int
+
+    @classmethod
+    def of(cls, n: int, k: int) -> Layout:
+        """Return the layout for k of n latents."""
+        group = 32
+        while group > 1 and (n < 2 * k * group or triton.next_power_of_2(k) * group > 8192):
+            group //= 2
+        return cls(k, group, triton.cdiv(n, group))
+
+    @property
+    def block_g(self) -> int:
+        """Maxima that a program holds at once."""
+        return min(4096, triton.next_power_of_2(self.groups))
+
+    @property
+    def capacity(self) -> int:
+        """Candidates kept for each token in certified float32."""
+        return max(512, 4 * triton.next_power_of_2(self.k))
+
+
+def launch_encode_topk(
+    x: Tensor,
+    W_enc_T: Tensor,
+    b_enc: Tensor,
+    choices: Sequence[Choice],
+    key_scale: Tensor | None,
+    precision: str,
+    workspace_bytes: int,
+    candidate_counts: Tensor | None = None,
+) -> list[tuple[Tensor, Tensor]]:
+    """Return acts and indices of each choice.
+
+    Args:
+        x: [B, d_in], already centred.
+        precision: "bf16" (operands and products in bfloat16), "tf32" or "float32" (certified).
+        candidate_counts: [B], int32; receives how many latents of each token were rescored, if certified.
+    """
+    B, n, device = len(x), len(W_enc_T), x.device
+    dtype = {"bf16": torch.bfloat16, "tf32": torch.float32, "float32": torch.float16}[precision]
+    certified = precision == "float32"
+    x = x.to(torch.float32 if certified else dtype).contiguous()
+    W_enc_T = W_enc_T.to(torch.float32 if certified else dtype).contiguous()
+    results = [
+        (torch.empty(B, k, device=device), torch.empty(B, k, dtype=torch.int64, device=device)) for k, _ in choices
+    ]
+    if B == 0:
+        return results
+    stride = triton.cdiv(n, 8) * 8  # rows of the product stay aligned
+    rows = max(1, min(B, workspace_bytes // (stride * dtype.itemsize)))
+    raw = torch.empty(rows, stride, dtype=dtype, device=device)
+    facts = _round(x, W_enc_T) if certified else None
+    left, right = (x, W_enc_T) if facts is None else (facts.x, facts.W)
+    masks = [None if mask is None else mask.to(torch.int8) for _, mask in choices]
+    for start in range(0, B, rows):
+        part = slice(start, min(start + rows, B))
+        products = raw[: part.stop - start]
+        with _products_in(precision):
+            torch.mm(left[part], right.T, out=products[:, :n])
+        for (acts, indices), (k, _), mask in zip(results, choices, masks):
+            layout, out = Layout.of(n, k), (acts[part], indices[part])
+            if facts is None:
+                _select(products, b_enc, key_scale, mask, layout, n, out)
+            else:
+                counts = _select_certified(
+                    products, x[part], W_enc_T, facts, part, b_enc, key_scale, mask, layout, out
+                )
+                if candidate_counts is not None:
+                    candidate_counts[part] = counts
+    return results
+
+
+def _group_max(
+    products: Tensor,
+    b_enc: Tensor,
+    key_scale: Tensor | None,
+    mask: Tensor | None,
+    layout: Layout,
+    n: int,
+    facts: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor | None]:
+    rows = len(products)
+    low = torch.empty(rows, layout.groups, dtype=torch.int32, device=products.device)
+    high = torch.empty_like(low) if facts else None
+    columns, tokens = facts or (None, None)
+    block_g, block_b = triton.next_power_of_2(max(1, min(layout.groups, 2048 // layout.group))), 16
+    kernels.encode_topk_group_max_kernel[(triton.cdiv(layout.groups, block_g), triton.cdiv(rows, block_b))](
+        products, b_enc, key_scale, mask, columns, tokens, low, high, rows, n, layout.groups, products.stride(0),
+        GROUP=layout.group, BLOCK_G=block_g, BLOCK_B=block_b, num_warps=8 if facts else 4,
+    )  # fmt: skip
+    return low, high
+
+
+def _select(
+    products: Tensor,
+    b_enc: Tensor,
+    key_scale: Tensor | None,
+    mask: Tensor | None,
+    layout: Layout,
+    n: int,
+    out: tuple[Tensor, Tensor],
+) -> None:
+    rows = len(products)
+    maxima, _ = _group_max(products, b_enc, key_scale, mask, layout, n, None)
+    block_k = triton.next_power_of_2(layout.k)
+    chosen = torch.empty(rows, block_k, dtype=torch.int32, device=products.device)
+    kernels.encode_topk_select_kernel[(rows,)](
+        products, b_enc, key_scale, mask, maxima, chosen, *out, n, layout.k, layout.groups, products.stride(0),
+        GROUP=layout.group, BLOCK_G=layout.block_g, BLOCK_K=block_k, num_warps=4 if layout.k <= 128 else 8,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """Operands in float16 and what bounds their error (encode_topk_round_kernel)."""
+
+    x: Tensor
+    W: Tensor
+    tokens: Tensor
+    latents: Tensor
+
+
+def _round(x: Tensor, W_enc_T: Tensor) -> _Facts:
+    d = x.shape[1]
+    top_exponent = (15 - (d - 1).bit_length()) // 2  # then no product of two rows can overflow float16
+    # a tensor core adds at least 8 products at a time, and loses less than 2**-21 of the largest sum each time; the
+    # float32 rescoring adds at most d / 8 in a row
+    accumulation = (d / 8 + 16) * 2.0**-21
+    rounded, facts = [], []
+    for matrix, is_token in ((x, True), (W_enc_T, False)):
+        half = torch.empty_like(matrix, dtype=torch.float16)
+        fact = torch.empty(3, len(matrix), dtype=torch.float32, device=matrix.device)
+        block_d = triton.next_power_of_2(d)
+        certify_kernels.encode_topk_round_kernel[(len(matrix),)](
+            matrix, half, fact, len(matrix), d, matrix.stride(0), top_exponent, accumulation,
+            IS_TOKEN=is_token, BLOCK_D=block_d, num_warps=max(1, min(16, block_d // 1024)),
+        )  # fmt: skip
+        rounded.append(half)
+        facts.append(fact)
+    return _Facts(*rounded, *facts)
+
+
+def _select_certified(
+    products: Tensor,
+    x: Tensor,
+    W_enc_T: Tensor,
+    facts: _Facts,
+    part: slice,
+    b_enc: Tensor,
+    key_scale: Tensor | None,
+    mask: Tensor | None,
+    layout: Layout,
+    out: tuple[Tensor, Tensor],
+) -> Tensor:
+    """Select among rescored candidates; return how many each token had."""
+    rows, n, k, capacity = len(products), len(W_enc_T), layout.k, layout.capacity
+    tokens = facts.tokens[:, part].contiguous()
+    low, high = _group_max(products, b_enc, key_scale, mask, layout, n, (facts.latents, tokens))
+    chosen = torch.empty(rows, capacity, dtype=torch.int32, device=x.device)
+    candidates = torch.empty_like(chosen)
+    counts = torch.empty(rows, dtype=torch.int32, device=x.device)
+    certify_kernels.encode_topk_candidates_kernel[(rows,)](
+        products, b_enc, key_scale, mask, facts.latents, tokens, low, high, chosen, candidates, counts,
+        rows, n, k, layout.groups, products.stride(0),
+        GROUP=layout.group, BLOCK_G=layout.block_g, CAPACITY=capacity, num_warps=4 if capacity <= 1024 else 8,
+    )  # fmt: skip
+    dots = launch_dots(x, candidates, W_enc_T, counts)
+    certify_kernels.encode_topk_finish_kernel[(rows,)](
+        dots, candidates, counts, b_enc, key_scale, mask, *out, k,
+        CAPACITY=capacity, num_warps=4 if capacity <= 1024 else 8,
+    )  # fmt: skip
+    block_k, programs = triton.next_power_of_2(k), min(rows, REDO_PROGRAMS)
+    values = torch.empty(programs, n, dtype=torch.float32, device=x.device)
+    certify_kernels.encode_topk_redo_kernel[(programs,)](
+        x, W_enc_T, counts, b_enc, key_scale, mask, values, torch.empty_like(values, dtype=torch.int32),
+        torch.empty(programs, block_k, dtype=torch.int32, device=x.device), *out,
+        rows, n, x.shape[1], k, x.stride(0), W_enc_T.stride(0),
+        CAPACITY=capacity, BLOCK_N=64, BLOCK_D=min(128, triton.next_power_of_2(x.shape[1])), BLOCK_G=4096,
+        BLOCK_K=block_k, num_warps=8,
+    )  # fmt: skip
+    return counts
+
+
+@contextmanager
+def _products_in(precision: str) -> Iterator[None]:
+    """Have cuBLAS accumulate in float32, and use TF32 if asked to, whatever the user's settings; then put them back."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    matmul = torch.backends.cuda.matmul
+    names = ["allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction", "allow_fp16_accumulation"]
+    before = {name: getattr(matmul, name) for name in names}
+    tf32 = matmul.fp32_precision
+    try:
+        for name in names:
+            setattr(matmul, name, False)
+        if precision == "tf32":
+            matmul.fp32_precision = "tf32"
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(matmul, name, value)
+        if precision == "tf32":
+            matmul.fp32_precision = tf32

@@ -1,0 +1,113 @@
+"""Triton kernels for segment sums: for each latent the weighted sum of the rows of the tokens that use it.
+
+Two launches. `partial` sums the pieces of long runs, RUN entries of the index at a time; `sum` gives every latent its
+row: a short run is summed directly, a long one from its pieces, in order. No atomics, so two runs give the same bits.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _sum_entries(
+    low, high, entries_ptr, coeffs_ptr, rows_ptr, k, row_stride, column, inside, BLOCK_E: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    total = tl.zeros([BLOCK_D], tl.float32)
+    weight = 0.0
+    for start in range(low, high, BLOCK_E):
+        at = start + tl.arange(0, BLOCK_E)
+        entry = tl.load(entries_ptr + at, mask=at < high, other=0)
+        coeff = tl.load(coeffs_ptr + entry, mask=at < high, other=0.0).to(tl.float32)
+        token = (entry // k).to(tl.int64)
+        rows = tl.load(
+            rows_ptr + token[:, None] * row_stride + column[None, :],
+            mask=(at < high)[:, None] & inside[None, :],
+            other=0.0,
+        )
+        total += tl.sum(coeff[:, None] * rows.to(tl.float32), axis=0)
+        weight += tl.sum(coeff)
+    return total, weight
+
+
+@triton.jit
+def latent_rows_partial_kernel(
+    entries_ptr,  # [nnz]
+    latents_ptr,  # [nnz] sorted
+    offsets_ptr,  # [d_sae + 1]
+    coeffs_ptr,  # [nnz] by entry
+    rows_ptr,  # [B, d]
+    partial_ptr,  # [pieces, 2, d]: of the run that a piece begins in, and of the one that it ends in
+    weights_ptr,  # [pieces, 2] sums of coefficients
+    nnz,
+    k,
+    d,
+    row_stride,
+    RUN: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    piece = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = column < d
+    begin = piece * RUN
+    end = tl.minimum(begin + RUN, nnz)
+    first = tl.load(latents_ptr + begin)
+    last = tl.load(latents_ptr + end - 1)
+    out = (piece * 2).to(tl.int64)
+    low = tl.load(offsets_ptr + first).to(tl.int32)
+    high = tl.load(offsets_ptr + first + 1).to(tl.int32)
+    if high - low > RUN:
+        total, weight = _sum_entries(
+            tl.maximum(low, begin), tl.minimum(high, end), entries_ptr, coeffs_ptr, rows_ptr, k, row_stride, column,
+            inside, BLOCK_E, BLOCK_D,
+        )  # fmt: skip
+        tl.store(partial_ptr + out * d + column, total, mask=inside)
+        tl.store(weights_ptr + out, weight)
+    if last != first:
+        low = tl.load(offsets_ptr + last).to(tl.int32)
+        high = tl.load(offsets_ptr + last + 1).to(tl.int32)
+        if high - low > RUN:
+            total, weight = _sum_entries(
+                low, end, entries_ptr, coeffs_ptr, rows_ptr, k, row_stride, column, inside, BLOCK_E, BLOCK_D
+            )
+            tl.store(partial_ptr + (out + 1) * d + column, total, mask=inside)
+            tl.store(weights_ptr + out + 1, weight)
+
+
+@triton.jit
+def latent_rows_sum_kernel(
+    entries_ptr, latents_ptr, offsets_ptr, coeffs_ptr, rows_ptr, partial_ptr, weights_ptr,
+    out_ptr,  # [d_sae, d]
+    sums_ptr,  # [d_sae] sums of coefficients
+    d_sae, k, d, row_stride,
+    RUN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = column < d
+    first = tl.program_id(0) * BLOCK_N
+    for step in range(0, tl.minimum(BLOCK_N, d_sae - first)):
+        latent = first + step
+        low = tl.load(offsets_ptr + latent).to(tl.int32)
+        high = tl.load(offsets_ptr + latent + 1).to(tl.int32)
+        if high - low <= RUN:
+            total, weight = _sum_entries(
+                low, high, entries_ptr, coeffs_ptr, rows_ptr, k, row_stride, column, inside, BLOCK_E, BLOCK_D
+            )
+        else:
+            total = tl.zeros([BLOCK_D], tl.float32)
+            weight = 0.0
+            begin = low // RUN
+            for piece_step in range(0, (high + RUN - 1) // RUN - begin):
+                piece = begin + piece_step
+                # the second slot belongs to a run that began inside the piece after another one
+                slot = (piece * 2).to(tl.int64)
+                if tl.load(latents_ptr + piece * RUN) != latent:
+                    slot += 1
+                total += tl.load(partial_ptr + slot * d + column, mask=inside, other=0.0)
+                weight += tl.load(weights_ptr + slot)
+        tl.store(out_ptr + latent.to(tl.int64) * d + column, total.to(out_ptr.dtype.element_ty), mask=inside)
+        if tl.program_id(1) == 0:
+            tl.store(sums_ptr + latent, weight)
