@@ -76,14 +76,15 @@ def dense(problem: Problem, autocast: bool = True) -> Step:
 
 
 def flashsae_master(problem: Problem) -> Step:
-    """Ours with float32 weights: casts to bfloat16 inside, gradients arrive in float32."""
+    """Ours with float32 weights: rounded to bfloat16 inside, gradients in float32."""
     weights = tuple(weight.clone().requires_grad_() for weight in problem.weights)
 
     def loss(x: Tensor) -> Tensor:
-        x = x.bfloat16()
-        W_enc_T, b_enc, W_dec, b_dec = (weight.bfloat16() for weight in weights)
-        code = ops.encode_topk(x, W_enc_T, b_enc, problem.shape.k, b_dec=b_dec, return_index=True)
-        return ops.decode_loss(code[0], code[1], W_dec, b_dec, x, index=code[2])[0]
+        W_enc_T, b_enc, W_dec, b_dec = weights
+        top_acts, top_indices, index = ops.encode_topk(
+            x, W_enc_T, b_enc, problem.shape.k, b_dec=b_dec, precision="bf16", return_index=True
+        )
+        return ops.decode_loss(top_acts, top_indices, W_dec, b_dec, x, index=index, precision="bf16")[0]
 
     return Step(loss, weights, lambda value, x: value)
 

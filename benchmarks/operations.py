@@ -72,7 +72,9 @@ def encode_case(problem: Problem, precision: str, gemm_ms: Callable[[], float | 
         return found
 
     held = (problem.xs[0], W_enc_T, b_enc, b_dec)
-    return Case("encode_topk", run, lambda: checks.check_encode(problem, *run(0), precision), held, figures, capturable=True)
+    return Case(
+        "encode_topk", run, lambda: checks.check_encode(problem, *run(0), precision), held, figures, capturable=True
+    )
 
 
 def index_case(problem: Problem, codes: list[Code]) -> Case:
@@ -82,7 +84,9 @@ def index_case(problem: Problem, codes: list[Code]) -> Case:
     def run(i: int) -> ops.LatentIndex:
         return ops.build_index(codes[i % len(codes)].top_indices, d_sae)
 
-    return Case("index", run, lambda: checks.check_index(run(0), codes[0], d_sae), (codes[0].top_indices,), capturable=True)
+    return Case(
+        "index", run, lambda: checks.check_index(run(0), codes[0], d_sae), (codes[0].top_indices,), capturable=True
+    )
 
 
 def decode_case(problem: Problem, codes: list[Code], precision: str, gather_gbs: float | None) -> Case:

@@ -9,8 +9,6 @@ nnz    B * k, entries of the sparse code
 
 from __future__ import annotations
 
-from typing import Optional
-
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -22,5 +20,5 @@ TopActs = Float[Tensor, "B k"]
 TopIndices = Int[Tensor, "B k"]
 LatentActs = Float[Tensor, "B d_sae"]
 
-Choice = tuple[int, Optional[Bool[Tensor, " d_sae"]]]
+Choice = tuple[int, Bool[Tensor, " d_sae"] | None]
 """A selection: k latents of those that the mask allows, or of all."""

@@ -53,13 +53,13 @@ class SparseCode(NamedTuple):
         top_acts: [..., k], float32 or float64, >= 0.
         top_indices: [..., k], int64, ascending within a token.
         d_sae: number of latents.
-        index: of top_indices, for the backward pass; None where there is none yet.
+        latent_index: of top_indices, for the backward pass; None where there is none yet.
     """
 
     top_acts: Tensor
     top_indices: Tensor
     d_sae: int
-    index: ops.LatentIndex | None = None
+    latent_index: ops.LatentIndex | None = None
 
     def to_dense(self) -> Tensor:
         """Return latent_acts, [..., d_sae]: d_sae / k times the memory of the code."""
@@ -145,7 +145,7 @@ class SAE(nn.Module):
             code.top_indices.reshape(-1, k),
             self.W_dec,
             self.b_dec if bias else None,
-            index=code.index,
+            index=code.latent_index,
         )
         return x_hat.view(*code.top_acts.shape[:-1], self.config.d_in)
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 
 from flashsae.errors import ConfigError, DtypeError, ShapeError
+
+Precision = Literal["float32", "tf32", "bf16"]
+"""What products are computed in; docs/numerics.md."""
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -33,6 +38,12 @@ def check_float(name: str, tensor: Tensor, like: Tensor | None = None, like_name
         )
     if like is not None and tensor.device != like.device:
         raise DtypeError(f"{name}: expected the device of {like_name}, {like.device}, got {tensor.device}.")
+
+
+def check_precision(precision: str | None) -> None:
+    """Raise ConfigError unless `precision` is one, or None."""
+    if precision is not None and precision not in get_args(Precision):
+        raise ConfigError(f"precision: expected one of {', '.join(get_args(Precision))}, got {precision!r}.")
 
 
 def check_k(k: int, d_sae: int, name: str = "k") -> None:

@@ -12,7 +12,9 @@ LARGEST_FUSED_K = 256
 """Above this the k rows of a token no longer fit in registers, and decode and gradient are two launches."""
 
 
-def launch_decode(top_acts: Tensor, top_indices: Tensor, W_dec: Tensor, b_dec: Tensor | None, dtype: torch.dtype) -> Tensor:
+def launch_decode(
+    top_acts: Tensor, top_indices: Tensor, W_dec: Tensor, b_dec: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     """Return the reconstruction [B, d_in]."""
     B, k = top_indices.shape
     d = W_dec.shape[1]
@@ -38,11 +40,11 @@ def launch_decode_loss(
     grad_acts = torch.empty(B, k, dtype=torch.float32, device=W_dec.device)
     if B:
         block_k = triton.next_power_of_2(k)
-        block_d = min(triton.next_power_of_2(d), 128, max(16, 8192 // block_k))
+        block_d = min(triton.next_power_of_2(d), 64, max(16, 8192 // block_k))
         kernels.decode_sparse_loss_kernel[(B,)](
             top_acts, top_indices, W_dec, b_dec, target, weights, x_hat, residual, errors, grad_acts,
             k, d, W_dec.stride(0), target.stride(0),
-            BLOCK_K=block_k, BLOCK_D=block_d, num_warps=2 if block_k <= 64 and W_dec.dtype != torch.float32 else 4,
+            BLOCK_K=block_k, BLOCK_D=block_d, num_warps=max(1, block_k * block_d // 4096),
         )  # fmt: skip
     return errors, x_hat, residual, grad_acts
 
@@ -53,9 +55,9 @@ def launch_dots(rows: Tensor, indices: Tensor, W: Tensor, counts: Tensor | None 
     d = W.shape[1]
     dots = torch.empty(B, k, dtype=torch.float32, device=W.device)
     if B:
-        block_k, block_d = min(16, triton.next_power_of_2(k)), min(256, triton.next_power_of_2(d))
+        block_k, block_d = min(16, triton.next_power_of_2(k)), min(128, triton.next_power_of_2(d))
         kernels.decode_sparse_bwd_acts_kernel[(B, triton.cdiv(k, block_k))](
             rows, indices, counts, W, dots, k, d, rows.stride(0), W.stride(0),
-            BLOCK_K=block_k, BLOCK_D=block_d, num_warps=4,
+            BLOCK_K=block_k, BLOCK_D=block_d, num_warps=2,
         )  # fmt: skip
     return dots

@@ -13,7 +13,15 @@ from flashsae.ops import dense
 from flashsae.ops.decode_sparse import reference
 from flashsae.ops.index import LatentIndex, build_index
 from flashsae.ops.latent_rows.op import column_sums, latent_rows_and_sums
-from flashsae.ops.validate import check_float, check_indices, check_shape, compute_dtype, rows_contiguous
+from flashsae.ops.validate import (
+    Precision,
+    check_float,
+    check_indices,
+    check_precision,
+    check_shape,
+    compute_dtype,
+    rows_contiguous,
+)
 
 
 def decode_sparse(
@@ -23,6 +31,7 @@ def decode_sparse(
     b_dec: Tensor | None = None,
     *,
     index: LatentIndex | None = None,
+    precision: Precision | None = None,
 ) -> Tensor:
     """Reconstruct tokens from their k active latents.
 
@@ -34,8 +43,10 @@ def decode_sparse(
         W_dec: [d_sae, d_in], float.
         b_dec: [d_in], dtype of W_dec, or None for no bias.
         index: of top_indices, from `build_index`, if there is one already; the backward pass builds it otherwise.
+        precision: "bf16" rounds W_dec to bfloat16 first, halving what is gathered; gradients keep the dtype of W_dec.
+            None, "float32", "tf32": W_dec as it is.
     Returns:
-        x_hat: [B, d_in], dtype of W_dec.
+        x_hat: [B, d_in], dtype of W_dec, or bfloat16.
     Raises:
         ShapeError, DtypeError: names the argument, the expected and the actual shape or dtype.
     Numerics: deterministic; accumulated in float32 (float64 for float64), rounded once.
@@ -45,9 +56,10 @@ def decode_sparse(
         crossover, dense matrix products instead (logged once).
     Source: ours, docs/methodology.md#sparse-decode.
     """
-    _check(top_acts, top_indices, W_dec, b_dec, index)
+    _check(top_acts, top_indices, W_dec, b_dec, index, precision)
     lists = [] if index is None else [index.entries, index.latents, index.offsets]
-    x_hat: Tensor = torch.ops.flashsae.decode_sparse(top_acts, top_indices, W_dec, b_dec, lists)
+    rounded = precision == "bf16"
+    x_hat: Tensor = torch.ops.flashsae.decode_sparse(top_acts, top_indices, W_dec, b_dec, lists, rounded)
     return x_hat
 
 
@@ -56,8 +68,8 @@ class DecodeLoss(NamedTuple):
 
     Args:
         loss: scalar, float32 (float64 for float64).
-        x_hat: [B, d_in], dtype of W_dec. Carries no gradient.
-        residual: [B, d_in], target - x_hat, dtype of W_dec. Carries no gradient.
+        x_hat: [B, d_in], dtype of W_dec (bfloat16 in that precision). Carries no gradient.
+        residual: [B, d_in], target - x_hat, in the same dtype. Carries no gradient.
     """
 
     loss: Tensor
@@ -74,13 +86,14 @@ def decode_loss(
     *,
     weights: Tensor | None = None,
     index: LatentIndex | None = None,
+    precision: Precision | None = None,
 ) -> DecodeLoss:
     """Reconstruct, compare and differentiate by the activations, in one pass over the active decoder rows.
 
         loss = Σ over b of weights[b] · ‖target[b] − x_hat[b]‖²,   x_hat as in `decode_sparse`
 
     Args:
-        top_acts, top_indices, W_dec, b_dec, index: as in `decode_sparse`.
+        top_acts, top_indices, W_dec, b_dec, index, precision: as in `decode_sparse`.
         target: [B, d_in], float: x for an autoencoder, the output of a module for a transcoder.
         weights: [B], float, of the tokens; None is 1 each. Divide here by whatever the loss is to be relative to.
     Returns:
@@ -94,7 +107,7 @@ def decode_loss(
     Cost: reads each of the B·k decoder rows once (k <= 256; twice above): B·k·d_in elements. Backward: that of W_dec.
     Source: ours, docs/methodology.md#sparse-decode.
     """
-    _check(top_acts, top_indices, W_dec, b_dec, index)
+    _check(top_acts, top_indices, W_dec, b_dec, index, precision)
     check_shape("target", target, (top_indices.shape[0], W_dec.shape[1]))
     check_float("target", target)
     if weights is not None:
@@ -102,14 +115,20 @@ def decode_loss(
         check_float("weights", weights)
     lists = [] if index is None else [index.entries, index.latents, index.offsets]
     errors, x_hat, residual, _ = torch.ops.flashsae.decode_loss(
-        top_acts, top_indices, W_dec, b_dec, target, weights, lists
+        top_acts, top_indices, W_dec, b_dec, target, weights, lists, precision == "bf16"
     )
     return DecodeLoss(errors.sum(), x_hat.detach(), residual.detach())
 
 
 def _check(
-    top_acts: Tensor, top_indices: Tensor, W_dec: Tensor, b_dec: Tensor | None, index: LatentIndex | None
+    top_acts: Tensor,
+    top_indices: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    index: LatentIndex | None,
+    precision: Precision | None,
 ) -> None:
+    check_precision(precision)
     check_shape("W_dec", W_dec, ("d_sae", "d_in"))
     check_shape("top_indices", top_indices, ("B", "k"))
     if 0 in (top_indices.shape[1], W_dec.shape[1]):
@@ -130,14 +149,17 @@ def _check(
 
 @torch.library.custom_op("flashsae::decode_sparse", mutates_args=())
 def _decode_sparse(
-    top_acts: Tensor, top_indices: Tensor, W_dec: Tensor, b_dec: Tensor | None, index: list[Tensor]
+    top_acts: Tensor, top_indices: Tensor, W_dec: Tensor, b_dec: Tensor | None, index: list[Tensor], rounded: bool
 ) -> Tensor:
+    W_dec = _maybe_rounded(W_dec, rounded)
     return _decode(top_acts, top_indices, W_dec, b_dec, W_dec.dtype)
 
 
-def _decode(
-    top_acts: Tensor, top_indices: Tensor, W_dec: Tensor, b_dec: Tensor | None, dtype: torch.dtype
-) -> Tensor:
+def _maybe_rounded(W_dec: Tensor, rounded: bool) -> Tensor:
+    return W_dec.to(torch.bfloat16) if rounded else W_dec
+
+
+def _decode(top_acts: Tensor, top_indices: Tensor, W_dec: Tensor, b_dec: Tensor | None, dtype: torch.dtype) -> Tensor:
     if not use_kernels(W_dec):
         return reference.decode_sparse(top_acts, top_indices, W_dec, b_dec).to(dtype)
     if use_dense(top_indices.shape[1], W_dec.shape[0], W_dec):
@@ -149,9 +171,10 @@ def _decode(
 
 @_decode_sparse.register_fake
 def _(
-    top_acts: Tensor, top_indices: Tensor, W_dec: Tensor, b_dec: Tensor | None, index: list[Tensor]
+    top_acts: Tensor, top_indices: Tensor, W_dec: Tensor, b_dec: Tensor | None, index: list[Tensor], rounded: bool
 ) -> Tensor:
-    return W_dec.new_empty(top_indices.shape[0], W_dec.shape[1])
+    dtype = torch.bfloat16 if rounded else W_dec.dtype
+    return W_dec.new_empty(top_indices.shape[0], W_dec.shape[1], dtype=dtype)
 
 
 @torch.library.custom_op("flashsae::decode_grad_acts", mutates_args=())
@@ -171,24 +194,26 @@ def _(grad_x_hat: Tensor, top_indices: Tensor, W_dec: Tensor) -> Tensor:
 
 
 def _save_decode(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    top_acts, top_indices, W_dec, b_dec, index = inputs
+    top_acts, top_indices, W_dec, b_dec, index, rounded = inputs
+    ctx.rounded = rounded
     ctx.save_for_backward(top_acts, top_indices, W_dec, *index)
     ctx.bias_dtype = None if b_dec is None else b_dec.dtype
 
 
 def _decode_backward(ctx: Any, grad_x_hat: Tensor) -> tuple[Tensor | list[None] | None, ...]:
     top_acts, top_indices, W_dec, *lists = ctx.saved_tensors
-    needs_acts, _, needs_W_dec, needs_b_dec, _ = ctx.needs_input_grad
+    needs_acts, _, needs_W_dec, needs_b_dec, _, _ = ctx.needs_input_grad
     grad_acts = grad_W_dec = grad_b_dec = None
     if needs_acts:
-        grad_acts = torch.ops.flashsae.decode_grad_acts(grad_x_hat, top_indices, W_dec).to(top_acts.dtype)
+        rows = _maybe_rounded(W_dec, ctx.rounded)
+        grad_acts = torch.ops.flashsae.decode_grad_acts(grad_x_hat, top_indices, rows).to(top_acts.dtype)
     if needs_W_dec:
         index = _index(lists, top_indices, W_dec)
         grad_W_dec, _ = latent_rows_and_sums(index, top_acts, grad_x_hat, W_dec.dtype)
     if needs_b_dec:
         ones = grad_x_hat.new_ones(grad_x_hat.shape[0])
         grad_b_dec = column_sums(ones, grad_x_hat, ctx.bias_dtype)
-    return grad_acts, None, grad_W_dec, grad_b_dec, [None] * len(lists)
+    return grad_acts, None, grad_W_dec, grad_b_dec, [None] * len(lists), None
 
 
 _decode_sparse.register_autograd(_decode_backward, setup_context=_save_decode)
@@ -203,7 +228,9 @@ def _decode_loss(
     target: Tensor,
     weights: Tensor | None,
     index: list[Tensor],
+    rounded: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    W_dec = _maybe_rounded(W_dec, rounded)
     k, d_sae = top_indices.shape[1], W_dec.shape[0]
     if use_kernels(W_dec) and not use_dense(k, d_sae, W_dec):
         from flashsae.ops.decode_sparse.launch import LARGEST_FUSED_K, launch_decode_loss
@@ -231,16 +258,18 @@ def _(
     target: Tensor,
     weights: Tensor | None,
     index: list[Tensor],
+    rounded: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = compute_dtype(W_dec.dtype)
-    x_hat = W_dec.new_empty(target.shape)
+    x_hat = W_dec.new_empty(target.shape, dtype=torch.bfloat16 if rounded else W_dec.dtype)
+    dtype = torch.float32 if rounded else dtype
     errors = x_hat.new_empty(target.shape[0], dtype=dtype)
     return errors, x_hat, torch.empty_like(x_hat), x_hat.new_empty(top_acts.shape, dtype=dtype)
 
 
 def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    top_acts, top_indices, W_dec, b_dec, target, weights, index = inputs
-    _, _, residual, grad_acts = output
+    top_acts, top_indices, W_dec, b_dec, target, weights, index, _ = inputs
+    residual, grad_acts = output[2], output[3]
     ctx.has_weights = weights is not None
     optional = [] if weights is None else [weights]
     ctx.save_for_backward(top_acts, top_indices, W_dec, residual, grad_acts, *optional, *index)
@@ -249,7 +278,7 @@ def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
 
 def _loss_backward(ctx: Any, grad_errors: Tensor, *_: Tensor) -> tuple[Tensor | list[None] | None, ...]:
     top_acts, top_indices, W_dec, residual, grad_acts, *lists = ctx.saved_tensors
-    needs_acts, _, needs_W_dec, needs_b_dec, needs_target, _, _ = ctx.needs_input_grad
+    needs_acts, _, needs_W_dec, needs_b_dec, needs_target, *_ = ctx.needs_input_grad
     bias_dtype, target_dtype = ctx.dtypes
     slope = -2 * grad_errors  # of the error of each token by its residual, without the residual
     if ctx.has_weights:
@@ -264,7 +293,7 @@ def _loss_backward(ctx: Any, grad_errors: Tensor, *_: Tensor) -> tuple[Tensor | 
     if needs_target:
         grad_target = (residual.to(slope.dtype) * -slope[:, None]).to(target_dtype)
     grad_top_acts = (grad_acts * grad_errors[:, None]).to(top_acts.dtype) if needs_acts else None
-    return grad_top_acts, None, grad_W_dec, grad_b_dec, grad_target, None, [None] * len(lists)
+    return grad_top_acts, None, grad_W_dec, grad_b_dec, grad_target, None, [None] * len(lists), None
 
 
 _decode_loss.register_autograd(_loss_backward, setup_context=_save_loss)

@@ -173,8 +173,7 @@ def encode_topk_finish_kernel(
         if mask_ptr is not None:
             keys = tl.where(tl.load(mask_ptr + latents, mask=inside, other=0) != 0, keys, KEY_MASKED)
         keys = tl.where(inside, keys, KEY_NONE)
-        tau = _kth_key(keys, k)
-        _write_selection(keys, latents, values, tau, k, top_acts_ptr + row * k, top_indices_ptr + row * k)
+        _write_selection(keys, latents, values, k, top_acts_ptr + row * k, top_indices_ptr + row * k)
 
 
 @triton.jit
@@ -227,7 +226,5 @@ def encode_topk_redo_kernel(
             latents = tl.load(list_row + slot, mask=slot < k, other=0)
             values = tl.load(values_row + latents, mask=slot < k, other=0.0)
             keys = tl.load(keys_row + latents, mask=slot < k, other=KEY_NONE)
-            _write_selection(
-                keys, latents, values, KEY_NONE, k, top_acts_ptr + row * k, top_indices_ptr + row * k
-            )
+            _write_selection(keys, latents, values, k, top_acts_ptr + row * k, top_indices_ptr + row * k)
             tl.debug_barrier()  # scratch is used again

@@ -80,13 +80,19 @@ def _kth_key_in_memory(keys_ptr, n, k, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _write_selection(keys, latents, values, tau, k, top_acts_ptr, top_indices_ptr):
-    """Write the k largest of a row, lowest latent first; `keys` stand in ascending order of `latents`."""
-    greater = keys > tau
+def _choose(keys, k):
+    """Return which of the keys are the k largest, the first of equal ones, and their places in that order."""
+    tau = _kth_key(keys, k)
     tied = keys == tau
-    room = k - tl.sum(greater.to(tl.int32))
-    chosen = greater | (tied & (tl.cumsum(tied.to(tl.int32)) <= room))
-    position = tl.cumsum(chosen.to(tl.int32)) - 1
+    room = k - tl.sum((keys > tau).to(tl.int32))
+    chosen = (keys > tau) | (tied & (tl.cumsum(tied.to(tl.int32)) <= room))
+    return chosen, tl.cumsum(chosen.to(tl.int32)) - 1
+
+
+@triton.jit
+def _write_selection(keys, latents, values, k, top_acts_ptr, top_indices_ptr):
+    """Write the k largest of a row, lowest latent first; `keys` stand in ascending order of `latents`."""
+    chosen, position = _choose(keys, k)
     acts = tl.where(values > 0.0, values, tl.where(values != values, values, 0.0))
     acts = tl.where(keys == KEY_MASKED, 0.0, acts)
     tl.store(top_acts_ptr + position, acts, mask=chosen)
@@ -105,10 +111,11 @@ def _bounds(raw, bias, unit, norm, error_norm, row_unit, row_p, row_q):
 
 
 @triton.jit
-def _group_keys(values, some_allowed, group, groups):
-    """Return the key of the largest value of each group; NaN counts as infinite."""
-    keys = _to_key(tl.max(tl.where(values != values, float("inf"), values), axis=1), KEY_NAN)
-    return tl.where(group < groups, tl.where(some_allowed, keys, KEY_MASKED), KEY_NONE)
+def _group_keys(values, allowed, some_allowed, inside):
+    """Return the key of the largest allowed value of each group; NaN counts as infinite."""
+    values = tl.where(values != values, float("inf"), values)
+    keys = _to_key(tl.max(tl.where(allowed, values, float("-inf")), axis=1), KEY_NAN)
+    return tl.where(inside, tl.where(some_allowed, keys, KEY_MASKED), KEY_NONE)
 
 
 @triton.jit
@@ -121,14 +128,19 @@ def encode_topk_group_max_kernel(
     row_ptr,  # [3, rows] unit, p and q of each token, or None
     low_ptr,  # [rows, groups] largest key (certified: of the lower bounds) of each group
     high_ptr,  # [rows, groups] of the upper bounds, or None
+    super_ptr,  # [rows, supers] largest of SUPER groups of low_ptr, or None
     rows,
     n,
     groups,
+    supers,
     raw_stride,
     GROUP: tl.constexpr,
+    SUPER: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_B: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
+    """Reduce groups of consecutive latents to their largest key: the one pass over all pre-activations."""
     group = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
     latents = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     inside = latents < n
@@ -144,7 +156,7 @@ def encode_topk_group_max_kernel(
         allowed = tl.load(mask_ptr + latents, mask=inside, other=0) != 0
     some_allowed = tl.max(allowed.to(tl.int32), axis=1) != 0
     first = tl.program_id(1).to(tl.int64) * BLOCK_B
-    for step in range(0, tl.minimum(BLOCK_B, rows - first)):
+    for step in tl.range(0, tl.minimum(BLOCK_B, rows - first).to(tl.int32), num_stages=STAGES):
         row = first + step
         raw = tl.load(raw_ptr + row * raw_stride + latents, mask=inside, other=0.0).to(tl.float32)
         out = row * groups + group
@@ -157,16 +169,19 @@ def encode_topk_group_max_kernel(
                 low = low * scale - tl.abs(low * scale) * 2.4e-7
                 high = high * scale + tl.abs(high * scale) * 2.4e-7
             # a latent without bounds is a candidate, and is no reason to pass over others
-            low = tl.where((low == low) & allowed, low, float("-inf"))
-            high = tl.where(allowed, high, float("-inf"))
-            tl.store(high_ptr + out, _group_keys(high, some_allowed, group, groups), mask=group < groups)
-            tl.store(low_ptr + out, _group_keys(low, some_allowed, group, groups), mask=group < groups)
+            low = tl.where(low != low, float("-inf"), low)
+            tl.store(high_ptr + out, _group_keys(high, allowed, some_allowed, group < groups), mask=group < groups)
+            keys = _group_keys(low, allowed, some_allowed, group < groups)
         else:
             value = raw + bias
             if scale_ptr is not None:
                 value = value * scale
-            value = tl.where(allowed, value, float("-inf"))
-            tl.store(low_ptr + out, _group_keys(value, some_allowed, group, groups), mask=group < groups)
+            keys = _group_keys(value, allowed, some_allowed, group < groups)
+        tl.store(low_ptr + out, keys, mask=group < groups)
+        if super_ptr is not None:
+            place = tl.program_id(0) * (BLOCK_G // SUPER) + tl.arange(0, BLOCK_G // SUPER)
+            above = tl.max(tl.reshape(keys, [BLOCK_G // SUPER, SUPER]), axis=1)
+            tl.store(super_ptr + row * supers + place, above, mask=place < supers)
 
 
 @triton.jit
@@ -193,27 +208,40 @@ def encode_topk_select_kernel(
     scale_ptr,  # [n] or None
     mask_ptr,  # [n] int8 or None
     max_ptr,  # [rows, groups] from encode_topk_group_max_kernel
+    super_ptr,  # [rows, supers] from there
     list_ptr,  # [rows, BLOCK_K] scratch
     top_acts_ptr,  # [rows, k]
     top_indices_ptr,  # [rows, k]
     n,
     k,
     groups,
+    supers,
     raw_stride,
     GROUP: tl.constexpr,
-    BLOCK_G: tl.constexpr,
+    SUPER: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    """Choose k sets of groups, among these k groups, among these k latents; each time the first of equal ones."""
     row = tl.program_id(0).to(tl.int64)
-    max_row = max_ptr + row * groups
+    super_row = super_ptr + row * supers
     list_row = list_ptr + row * BLOCK_K
-    tau, room = _kth_key_in_memory(max_row, groups, k, BLOCK_G)
-    _write_groups(max_row, tau, room, list_row, groups, BLOCK_K, BLOCK_G)
+    tau, room = _kth_key_in_memory(super_row, supers, k, BLOCK_S)
+    _write_groups(super_row, tau, room, list_row, supers, BLOCK_K, BLOCK_S)
     tl.debug_barrier()  # the list was written by other threads
     slot = tl.arange(0, BLOCK_K)
-    group = tl.load(list_row + slot, mask=slot < k, other=0)
+    taken = slot < k
+    group = tl.load(list_row + slot, mask=taken, other=0)
+    if SUPER > 1:
+        member = group[:, None] * SUPER + tl.arange(0, SUPER)[None, :]
+        keys = tl.load(max_ptr + row * groups + member, mask=taken[:, None] & (member < groups), other=KEY_NONE)
+        chosen, position = _choose(tl.reshape(keys, [BLOCK_K * SUPER]), k)
+        tl.debug_barrier()  # every entry is read before the list is written again
+        tl.store(list_row + position, tl.reshape(member, [BLOCK_K * SUPER]), mask=chosen)
+        tl.debug_barrier()
+        group = tl.load(list_row + slot, mask=taken, other=0)
     latents = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    inside = (slot < k)[:, None] & (latents < n)
+    inside = taken[:, None] & (latents < n)
     values = tl.load(raw_ptr + row * raw_stride + latents, mask=inside, other=0.0).to(tl.float32)
     values += tl.load(bias_ptr + latents, mask=inside, other=0.0).to(tl.float32)
     if scale_ptr is not None:
@@ -225,8 +253,7 @@ def encode_topk_select_kernel(
         keys = tl.where(allowed, keys, KEY_MASKED)
     keys = tl.where(inside, keys, KEY_NONE)
     N: tl.constexpr = BLOCK_K * GROUP
-    keys = tl.reshape(keys, [N])
-    tau = _kth_key(keys, k)
     _write_selection(
-        keys, tl.reshape(latents, [N]), tl.reshape(values, [N]), tau, k, top_acts_ptr + row * k, top_indices_ptr + row * k
-    )
+        tl.reshape(keys, [N]), tl.reshape(latents, [N]), tl.reshape(values, [N]), k,
+        top_acts_ptr + row * k, top_indices_ptr + row * k,
+    )  # fmt: skip

@@ -24,29 +24,42 @@ class Layout:
 
     At least k groups, else the k-th largest group maximum says nothing; large groups, so that maxima are few; and all
     k chosen groups together no more than a program holds in registers.
+
+    Groups are again cut into supers by the same rule, so that a program looks at few numbers at a time.
     """
 
     k: int
     group: int
     groups: int
+    super: int
+    supers: int
 
     @classmethod
     def of(cls, n: int, k: int) -> Layout:
         """Return the layout for k of n latents."""
-        group = 32
-        while group > 1 and (n < 2 * k * group or triton.next_power_of_2(k) * group > 8192):
+        group, held = 32, triton.next_power_of_2(k)
+        while group > 1 and (n < 2 * k * group or held * group > 8192):
             group //= 2
-        return cls(k, group, triton.cdiv(n, group))
+        groups = triton.cdiv(n, group)
+        over = 16
+        while over > 1 and (groups < 4 * k * over or groups < 64 * over):
+            over //= 2
+        return cls(k, group, groups, over, triton.cdiv(groups, over))
 
     @property
     def block_g(self) -> int:
-        """Maxima that a program holds at once."""
-        return min(4096, triton.next_power_of_2(self.groups))
+        """Maxima that a program of the certified selection holds at once."""
+        return int(min(4096, triton.next_power_of_2(self.groups)))
+
+    @property
+    def block_s(self) -> int:
+        """Maxima of supers that a program holds at once."""
+        return int(min(2048, triton.next_power_of_2(self.supers)))
 
     @property
     def capacity(self) -> int:
         """Candidates kept for each token in certified float32."""
-        return max(512, 4 * triton.next_power_of_2(self.k))
+        return int(max(512, 4 * triton.next_power_of_2(self.k)))
 
 
 def launch_encode_topk(
@@ -92,9 +105,7 @@ def launch_encode_topk(
             if facts is None:
                 _select(products, b_enc, key_scale, mask, layout, n, out)
             else:
-                counts = _select_certified(
-                    products, x[part], W_enc_T, facts, part, b_enc, key_scale, mask, layout, out
-                )
+                counts = _select_certified(products, x[part], W_enc_T, facts, part, b_enc, key_scale, mask, layout, out)
                 if candidate_counts is not None:
                     candidate_counts[part] = counts
     return results
@@ -108,17 +119,21 @@ def _group_max(
     layout: Layout,
     n: int,
     facts: tuple[Tensor, Tensor] | None,
-) -> tuple[Tensor, Tensor | None]:
-    rows = len(products)
-    low = torch.empty(rows, layout.groups, dtype=torch.int32, device=products.device)
-    high = torch.empty_like(low) if facts else None
+) -> tuple[Tensor, Tensor]:
+    """Return the largest keys of groups and supers; certified: of lower and of upper bounds of groups."""
+    rows, groups, device = len(products), layout.groups, products.device
+    low = torch.empty(rows, groups, dtype=torch.int32, device=device)
+    other = torch.empty(rows, groups if facts else layout.supers, dtype=torch.int32, device=device)
     columns, tokens = facts or (None, None)
-    block_g, block_b = triton.next_power_of_2(max(1, min(layout.groups, 2048 // layout.group))), 16
-    kernels.encode_topk_group_max_kernel[(triton.cdiv(layout.groups, block_g), triton.cdiv(rows, block_b))](
-        products, b_enc, key_scale, mask, columns, tokens, low, high, rows, n, layout.groups, products.stride(0),
-        GROUP=layout.group, BLOCK_G=block_g, BLOCK_B=block_b, num_warps=8 if facts else 4,
+    block_g = max(layout.super, triton.next_power_of_2(min(groups, 2048 // layout.group)))
+    block_b = 16
+    kernels.encode_topk_group_max_kernel[(triton.cdiv(groups, block_g), triton.cdiv(rows, block_b))](
+        products, b_enc, key_scale, mask, columns, tokens, low, other if facts else None, None if facts else other,
+        rows, n, groups, layout.supers, products.stride(0),
+        GROUP=layout.group, SUPER=layout.super, BLOCK_G=block_g, BLOCK_B=block_b, STAGES=1 if facts else 3,
+        num_warps=8 if facts else 4,
     )  # fmt: skip
-    return low, high
+    return low, other
 
 
 def _select(
@@ -131,12 +146,14 @@ def _select(
     out: tuple[Tensor, Tensor],
 ) -> None:
     rows = len(products)
-    maxima, _ = _group_max(products, b_enc, key_scale, mask, layout, n, None)
+    maxima, supers = _group_max(products, b_enc, key_scale, mask, layout, n, None)
     block_k = triton.next_power_of_2(layout.k)
     chosen = torch.empty(rows, block_k, dtype=torch.int32, device=products.device)
     kernels.encode_topk_select_kernel[(rows,)](
-        products, b_enc, key_scale, mask, maxima, chosen, *out, n, layout.k, layout.groups, products.stride(0),
-        GROUP=layout.group, BLOCK_G=layout.block_g, BLOCK_K=block_k, num_warps=4 if layout.k <= 128 else 8,
+        products, b_enc, key_scale, mask, maxima, supers, chosen, *out,
+        n, layout.k, layout.groups, layout.supers, products.stride(0),
+        GROUP=layout.group, SUPER=layout.super, BLOCK_S=layout.block_s, BLOCK_K=block_k,
+        num_warps=1 if layout.k <= 64 else 2 if layout.k <= 128 else 8,
     )  # fmt: skip
 
 
@@ -218,7 +235,11 @@ def _products_in(precision: str) -> Iterator[None]:
         yield
         return
     matmul = torch.backends.cuda.matmul
-    names = ["allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction", "allow_fp16_accumulation"]
+    names = [
+        "allow_fp16_reduced_precision_reduction",
+        "allow_bf16_reduced_precision_reduction",
+        "allow_fp16_accumulation",
+    ]
     before = {name: getattr(matmul, name) for name in names}
     tf32 = matmul.fp32_precision
     try:

@@ -12,9 +12,7 @@ from flashsae.errors import ConfigError, DtypeError
 from flashsae.ops.encode_topk import reference
 from flashsae.ops.index import LatentIndex, build_index
 from flashsae.ops.latent_rows.op import column_sums, latent_rows_and_sums
-from flashsae.ops.validate import check_float, check_k, check_shape, compute_dtype
-
-Precision = Literal["float32", "tf32", "bf16"]
+from flashsae.ops.validate import Precision, check_float, check_k, check_precision, check_shape, compute_dtype
 
 
 @overload
@@ -158,7 +156,7 @@ def _encode(
     key_scale: Tensor | None,
     aux_mask: Tensor | None,
     k_aux: int,
-    precision: str | None,
+    precision: Precision | None,
     workspace_bytes: int,
     with_index: bool,
 ) -> list[Tensor]:
@@ -178,10 +176,9 @@ def _encode(
     check_k(k, d_sae)
     if use_kernels(x) and max(k, k_aux) > 1024:
         raise ConfigError(f"k: expected at most 1024 on a GPU, got {max(k, k_aux)}.")
+    check_precision(precision)
     if precision is None:
         precision = "bf16" if x.dtype == torch.bfloat16 else "float32"
-    if precision not in ("float32", "tf32", "bf16"):
-        raise ConfigError(f"precision: expected float32, tf32 or bf16, got {precision!r}.")
     if workspace_bytes <= 0:
         raise ConfigError(f"workspace_bytes: expected a positive number of bytes, got {workspace_bytes}.")
     result: list[Tensor] = torch.ops.flashsae.encode_topk(
@@ -274,7 +271,7 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]
     needs_x, needs_W, needs_b_enc, needs_b_dec = ctx.needs_input_grad[:4]
     grad_x = grad_W = grad_b_enc = grad_b_dec = None
     if needs_x:
-        grad_x = torch.ops.flashsae.decode_sparse(grad_pre, top_indices, W_enc_T, None, []).to(x.dtype)
+        grad_x = torch.ops.flashsae.decode_sparse(grad_pre, top_indices, W_enc_T, None, [], False).to(x.dtype)
     if needs_W or needs_b_enc or needs_b_dec:
         if ctx.with_index and not ctx.k_aux:
             index = LatentIndex(rest[0], rest[1], rest[2], top_indices.shape[1])

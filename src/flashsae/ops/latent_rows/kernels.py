@@ -49,6 +49,7 @@ def latent_rows_partial_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """Sum each RUN entries of the index, as far as they belong to runs longer than RUN."""
     piece = tl.program_id(0)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = column < d
@@ -85,6 +86,7 @@ def latent_rows_sum_kernel(
     d_sae, k, d, row_stride,
     RUN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """Give every latent the sum of its run."""
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = column < d
     first = tl.program_id(0) * BLOCK_N
@@ -99,15 +101,23 @@ def latent_rows_sum_kernel(
         else:
             total = tl.zeros([BLOCK_D], tl.float32)
             weight = 0.0
-            begin = low // RUN
-            for piece_step in range(0, (high + RUN - 1) // RUN - begin):
-                piece = begin + piece_step
-                # the second slot belongs to a run that began inside the piece after another one
-                slot = (piece * 2).to(tl.int64)
-                if tl.load(latents_ptr + piece * RUN) != latent:
-                    slot += 1
-                total += tl.load(partial_ptr + slot * d + column, mask=inside, other=0.0)
-                weight += tl.load(weights_ptr + slot)
-        tl.store(out_ptr + latent.to(tl.int64) * d + column, total.to(out_ptr.dtype.element_ty), mask=inside)
+            begin, end = low // RUN, (high + RUN - 1) // RUN
+            # the second slot of a piece belongs to a run that begins in it behind another one
+            behind = (tl.load(latents_ptr + begin * RUN) != latent).to(tl.int32)
+            for start in range(0, end - begin, BLOCK_E):
+                piece = begin + start + tl.arange(0, BLOCK_E)
+                slot = (piece * 2 + tl.where(piece == begin, behind, 0)).to(tl.int64)
+                total += tl.sum(
+                    tl.load(
+                        partial_ptr + slot[:, None] * d + column[None, :],
+                        mask=(piece < end)[:, None] & inside[None, :],
+                        other=0.0,
+                    ),
+                    axis=0,
+                )
+                weight += tl.sum(tl.load(weights_ptr + slot, mask=piece < end, other=0.0))
+        # streamed: the result must not push the gathered rows out of the cache
+        out = out_ptr + latent.to(tl.int64) * d + column
+        tl.store(out, total.to(out_ptr.dtype.element_ty), mask=inside, cache_modifier=".cs")
         if tl.program_id(1) == 0:
             tl.store(sums_ptr + latent, weight)

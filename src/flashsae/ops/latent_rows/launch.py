@@ -11,9 +11,7 @@ from flashsae.ops.latent_rows import kernels
 from flashsae.ops.latent_rows.reference import RUN
 
 
-def launch_latent_rows(
-    index: LatentIndex, coeffs: Tensor, rows: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def launch_latent_rows(index: LatentIndex, coeffs: Tensor, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return segment sums [d_sae, d] and sums of coefficients [d_sae]."""
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     nnz, d = coeffs.numel(), rows.shape[1]
@@ -24,17 +22,17 @@ def launch_latent_rows(
     pieces = triton.cdiv(nnz, RUN)
     partial = torch.empty(pieces, 2, d, dtype=torch.float32, device=rows.device)
     weights = torch.empty(pieces, 2, dtype=torch.float32, device=rows.device)
-    block_d = min(1024 // rows.element_size(), triton.next_power_of_2(d))  # 1 KiB of a row
+    block_d = min(512, triton.next_power_of_2(d))
     slices = triton.cdiv(d, block_d)
     kernels.latent_rows_partial_kernel[(pieces, slices)](
         index.entries, index.latents, index.offsets, coeffs, rows, partial, weights,
         nnz, index.k, d, rows.stride(0),
-        RUN=RUN, BLOCK_E=8, BLOCK_D=block_d, num_warps=4,
+        RUN=RUN, BLOCK_E=4, BLOCK_D=block_d, num_warps=1,
     )  # fmt: skip
-    block_n = 4
+    block_n = 8
     kernels.latent_rows_sum_kernel[(triton.cdiv(index.d_sae, block_n), slices)](
         index.entries, index.latents, index.offsets, coeffs, rows, partial, weights, out, sums,
         index.d_sae, index.k, d, rows.stride(0),
-        RUN=RUN, BLOCK_N=block_n, BLOCK_E=4, BLOCK_D=block_d, num_warps=1,
+        RUN=RUN, BLOCK_N=block_n, BLOCK_E=2, BLOCK_D=block_d, num_warps=1,
     )  # fmt: skip
     return out, sums

@@ -48,9 +48,7 @@ def latent_rows(index: LatentIndex, coeffs: Tensor, rows: Tensor, *, dtype: torc
     return latent_rows_and_sums(index, coeffs, rows, dtype or rows.dtype)[0]
 
 
-def latent_rows_and_sums(
-    index: LatentIndex, coeffs: Tensor, rows: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def latent_rows_and_sums(index: LatentIndex, coeffs: Tensor, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return what `latent_rows` does and the sum of the coefficients of each latent: [d_sae], compute dtype."""
     out, sums = torch.ops.flashsae.latent_rows(index.entries, index.latents, index.offsets, coeffs, rows, dtype)
     return out, sums
