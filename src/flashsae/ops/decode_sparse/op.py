@@ -13,6 +13,7 @@ from flashsae.ops import dense
 from flashsae.ops.decode_sparse import reference
 from flashsae.ops.index import LatentIndex, build_index
 from flashsae.ops.latent_rows.op import column_sums, latent_rows_and_sums
+from flashsae.ops.register import differentiate, operator
 from flashsae.ops.validate import (
     Precision,
     check_float,
@@ -147,7 +148,14 @@ def _check(
         )
 
 
-@torch.library.custom_op("flashsae::decode_sparse", mutates_args=())
+def _decode_sparse_fake(
+    top_acts: Tensor, top_indices: Tensor, W_dec: Tensor, b_dec: Tensor | None, index: list[Tensor], rounded: bool
+) -> Tensor:
+    dtype = torch.bfloat16 if rounded else W_dec.dtype
+    return W_dec.new_empty(top_indices.shape[0], W_dec.shape[1], dtype=dtype)
+
+
+@operator(_decode_sparse_fake)
 def _decode_sparse(
     top_acts: Tensor, top_indices: Tensor, W_dec: Tensor, b_dec: Tensor | None, index: list[Tensor], rounded: bool
 ) -> Tensor:
@@ -169,15 +177,11 @@ def _decode(top_acts: Tensor, top_indices: Tensor, W_dec: Tensor, b_dec: Tensor 
     return launch_decode(top_acts.contiguous(), top_indices.contiguous(), rows_contiguous(W_dec), b_dec, dtype)
 
 
-@_decode_sparse.register_fake
-def _(
-    top_acts: Tensor, top_indices: Tensor, W_dec: Tensor, b_dec: Tensor | None, index: list[Tensor], rounded: bool
-) -> Tensor:
-    dtype = torch.bfloat16 if rounded else W_dec.dtype
-    return W_dec.new_empty(top_indices.shape[0], W_dec.shape[1], dtype=dtype)
+def _decode_grad_acts_fake(grad_x_hat: Tensor, top_indices: Tensor, W_dec: Tensor) -> Tensor:
+    return grad_x_hat.new_empty(top_indices.shape, dtype=compute_dtype(W_dec.dtype))
 
 
-@torch.library.custom_op("flashsae::decode_grad_acts", mutates_args=())
+@operator(_decode_grad_acts_fake)
 def _decode_grad_acts(grad_x_hat: Tensor, top_indices: Tensor, W_dec: Tensor) -> Tensor:
     if not use_kernels(W_dec):
         return reference.decode_sparse_grad_acts(grad_x_hat, top_indices, W_dec)
@@ -186,11 +190,6 @@ def _decode_grad_acts(grad_x_hat: Tensor, top_indices: Tensor, W_dec: Tensor) ->
     from flashsae.ops.decode_sparse.launch import launch_dots
 
     return launch_dots(rows_contiguous(grad_x_hat), top_indices.contiguous(), rows_contiguous(W_dec))
-
-
-@_decode_grad_acts.register_fake
-def _(grad_x_hat: Tensor, top_indices: Tensor, W_dec: Tensor) -> Tensor:
-    return grad_x_hat.new_empty(top_indices.shape, dtype=compute_dtype(W_dec.dtype))
 
 
 def _save_decode(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -216,10 +215,27 @@ def _decode_backward(ctx: Any, grad_x_hat: Tensor) -> tuple[Tensor | list[None] 
     return grad_acts, None, grad_W_dec, grad_b_dec, [None] * len(lists), None
 
 
-_decode_sparse.register_autograd(_decode_backward, setup_context=_save_decode)
+differentiate("decode_sparse", _decode_backward, _save_decode)
 
 
-@torch.library.custom_op("flashsae::decode_loss", mutates_args=())
+def _decode_loss_fake(
+    top_acts: Tensor,
+    top_indices: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    target: Tensor,
+    weights: Tensor | None,
+    index: list[Tensor],
+    rounded: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(W_dec.dtype)
+    x_hat = W_dec.new_empty(target.shape, dtype=torch.bfloat16 if rounded else W_dec.dtype)
+    dtype = torch.float32 if rounded else dtype
+    errors = x_hat.new_empty(target.shape[0], dtype=dtype)
+    return errors, x_hat, torch.empty_like(x_hat), x_hat.new_empty(top_acts.shape, dtype=dtype)
+
+
+@operator(_decode_loss_fake)
 def _decode_loss(
     top_acts: Tensor,
     top_indices: Tensor,
@@ -249,24 +265,6 @@ def _decode_loss(
     return errors, x_hat.to(W_dec.dtype), residual.to(W_dec.dtype), grad_acts
 
 
-@_decode_loss.register_fake
-def _(
-    top_acts: Tensor,
-    top_indices: Tensor,
-    W_dec: Tensor,
-    b_dec: Tensor | None,
-    target: Tensor,
-    weights: Tensor | None,
-    index: list[Tensor],
-    rounded: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = compute_dtype(W_dec.dtype)
-    x_hat = W_dec.new_empty(target.shape, dtype=torch.bfloat16 if rounded else W_dec.dtype)
-    dtype = torch.float32 if rounded else dtype
-    errors = x_hat.new_empty(target.shape[0], dtype=dtype)
-    return errors, x_hat, torch.empty_like(x_hat), x_hat.new_empty(top_acts.shape, dtype=dtype)
-
-
 def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     top_acts, top_indices, W_dec, b_dec, target, weights, index, _ = inputs
     residual, grad_acts = output[2], output[3]
@@ -276,7 +274,7 @@ def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
     ctx.dtypes = None if b_dec is None else b_dec.dtype, target.dtype
 
 
-def _loss_backward(ctx: Any, grad_errors: Tensor, *_: Tensor) -> tuple[Tensor | list[None] | None, ...]:
+def _loss_backward(ctx: Any, grad_errors: Tensor, *_others: Tensor) -> tuple[Tensor | list[None] | None, ...]:
     top_acts, top_indices, W_dec, residual, grad_acts, *lists = ctx.saved_tensors
     needs_acts, _, needs_W_dec, needs_b_dec, needs_target, *_ = ctx.needs_input_grad
     bias_dtype, target_dtype = ctx.dtypes
@@ -296,7 +294,7 @@ def _loss_backward(ctx: Any, grad_errors: Tensor, *_: Tensor) -> tuple[Tensor | 
     return grad_top_acts, None, grad_W_dec, grad_b_dec, grad_target, None, [None] * len(lists), None
 
 
-_decode_loss.register_autograd(_loss_backward, setup_context=_save_loss)
+differentiate("decode_loss", _loss_backward, _save_loss)
 
 
 def _index(lists: list[Tensor], top_indices: Tensor, W_dec: Tensor) -> LatentIndex:

@@ -12,6 +12,7 @@ from flashsae.errors import ConfigError, DtypeError
 from flashsae.ops.encode_topk import reference
 from flashsae.ops.index import LatentIndex, build_index
 from flashsae.ops.latent_rows.op import column_sums, latent_rows_and_sums
+from flashsae.ops.register import differentiate, operator
 from flashsae.ops.validate import Precision, check_float, check_k, check_precision, check_shape, compute_dtype
 
 
@@ -187,7 +188,30 @@ def _encode(
     return result
 
 
-@torch.library.custom_op("flashsae::encode_topk", mutates_args=())
+def _encode_topk_fake(
+    x: Tensor,
+    W_enc_T: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor | None,
+    key_scale: Tensor | None,
+    aux_mask: Tensor | None,
+    k: int,
+    k_aux: int,
+    precision: str,
+    workspace_bytes: int,
+    with_index: bool,
+) -> list[Tensor]:
+    B, dtype = x.shape[0], compute_dtype(x.dtype)
+    result = []
+    for kept in (k, k_aux):
+        result += [x.new_empty(B, kept, dtype=dtype), x.new_empty(B, kept, dtype=torch.int64)]
+    if with_index:
+        result += [x.new_empty(B * k, dtype=torch.int64), x.new_empty(B * k, dtype=torch.int32)]
+        result += [x.new_empty(W_enc_T.shape[0] + 1, dtype=torch.int32)]
+    return result
+
+
+@operator(_encode_topk_fake)
 def _encode_topk(
     x: Tensor,
     W_enc_T: Tensor,
@@ -213,30 +237,6 @@ def _encode_topk(
         codes.append((codes[0][0].new_empty(len(x), 0), codes[0][1].new_empty(len(x), 0)))
     index = list(build_index(codes[0][1], len(W_enc_T))[:3]) if with_index else []
     return [*codes[0], *codes[1], *index]
-
-
-@_encode_topk.register_fake
-def _(
-    x: Tensor,
-    W_enc_T: Tensor,
-    b_enc: Tensor,
-    b_dec: Tensor | None,
-    key_scale: Tensor | None,
-    aux_mask: Tensor | None,
-    k: int,
-    k_aux: int,
-    precision: str,
-    workspace_bytes: int,
-    with_index: bool,
-) -> list[Tensor]:
-    B, dtype = x.shape[0], compute_dtype(x.dtype)
-    result = []
-    for kept in (k, k_aux):
-        result += [x.new_empty(B, kept, dtype=dtype), x.new_empty(B, kept, dtype=torch.int64)]
-    if with_index:
-        result += [x.new_empty(B * k, dtype=torch.int64), x.new_empty(B * k, dtype=torch.int32)]
-        result += [x.new_empty(W_enc_T.shape[0] + 1, dtype=torch.int32)]
-    return result
 
 
 def _center(x: Tensor, b_dec: Tensor | None, precision: str) -> Tensor:
@@ -287,4 +287,4 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]
     return grad_x, grad_W, grad_b_enc, grad_b_dec, None, None, None, None, None, None, None
 
 
-_encode_topk.register_autograd(_backward, setup_context=_save)
+differentiate("encode_topk", _backward, _save)

@@ -10,6 +10,7 @@ from flashsae.errors import ShapeError
 from flashsae.ops import dense
 from flashsae.ops.index import LatentIndex
 from flashsae.ops.latent_rows import reference
+from flashsae.ops.register import operator
 from flashsae.ops.validate import check_float, check_shape
 
 
@@ -31,8 +32,8 @@ def latent_rows(index: LatentIndex, coeffs: Tensor, rows: Tensor, *, dtype: torc
         [d_sae, d]. A latent that no token uses has a row of zeros.
     Raises:
         ShapeError, DtypeError: coeffs or rows do not fit the index or each other.
-    Numerics: deterministic; accumulated in float32 (float64 for float64), rounded once. A latent with more than 256
-        entries is summed in pieces of at most 256, the pieces in order.
+    Numerics: deterministic; accumulated in float32 (float64 for float64), rounded once. A latent with more than 128
+        entries is summed in pieces of at most 128, the pieces in order.
     Gradients: none; it is used inside backward passes.
     Cost: B·k·d multiply-adds; reads B·k·d elements, writes d_sae·d. Long lists are spread over the device.
     Source: ours, docs/methodology.md#sparse-backward.
@@ -62,7 +63,15 @@ def column_sums(coeffs: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     return latent_rows_and_sums(LatentIndex(tokens, latents, offsets, 1), coeffs[:, None], rows, dtype)[0][0]
 
 
-@torch.library.custom_op("flashsae::latent_rows", mutates_args=())
+def _latent_rows_fake(
+    entries: Tensor, latents: Tensor, offsets: Tensor, coeffs: Tensor, rows: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    d_sae = offsets.shape[0] - 1
+    sums_dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    return rows.new_empty(d_sae, rows.shape[1], dtype=dtype), rows.new_empty(d_sae, dtype=sums_dtype)
+
+
+@operator(_latent_rows_fake)
 def _latent_rows(
     entries: Tensor, latents: Tensor, offsets: Tensor, coeffs: Tensor, rows: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -74,12 +83,3 @@ def _latent_rows(
 
         return launch_latent_rows(index, coeffs.contiguous(), rows, dtype)
     return reference.latent_rows(index, coeffs, rows).to(dtype), reference.latent_sums(index, coeffs)
-
-
-@_latent_rows.register_fake
-def _(
-    entries: Tensor, latents: Tensor, offsets: Tensor, coeffs: Tensor, rows: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    d_sae = offsets.shape[0] - 1
-    sums_dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    return rows.new_empty(d_sae, rows.shape[1], dtype=dtype), rows.new_empty(d_sae, dtype=sums_dtype)

@@ -10,7 +10,7 @@ from flashsae.ops.index import LatentIndex
 from flashsae.ops.validate import compute_dtype
 from flashsae.shapes import Activations, LatentBias, TopActs, Weights
 
-RUN = 256
+RUN = 128
 """Entries summed in one go. Longer runs are cut and their sums added in order: short sums round less."""
 
 
