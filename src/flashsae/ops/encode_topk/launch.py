@@ -170,9 +170,9 @@ class _Facts:
 def _round(x: Tensor, W_enc_T: Tensor) -> _Facts:
     d = x.shape[1]
     top_exponent = (15 - (d - 1).bit_length()) // 2  # then no product of two rows can overflow float16
-    # a tensor core adds at least 8 products at a time, and loses less than 2**-21 of the largest sum each time; the
-    # float32 rescoring adds at most d / 8 in a row
-    accumulation = (d / 8 + 16) * 2.0**-21
+    # a tensor core adds at least 8 products at a time and loses less than 2**-21 of the largest sum each time; the
+    # float32 rescoring adds d / 128 products in a row in each of its lanes, then the lanes in pairs
+    accumulation = d / 8 * 2.0**-21 + (d / 128 + 32) * 2.0**-23
     rounded, facts = [], []
     for matrix, is_token in ((x, True), (W_enc_T, False)):
         half = torch.empty_like(matrix, dtype=torch.float16)
