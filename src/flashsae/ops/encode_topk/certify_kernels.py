@@ -138,7 +138,7 @@ def encode_topk_candidates_kernel(
         low, high = _candidate_keys(
             latents, inside, row, raw_ptr, bias_ptr, scale_ptr, mask_ptr, column_ptr, row_ptr, rows, n, raw_stride
         )
-        tau = _kth_key(low, k)
+        tau = _kth_key(low, k, tau)
         chosen = inside & (high >= tau)
         tl.debug_barrier()  # every candidate is read before the list is written again
         tl.store(candidates_row + tl.cumsum(chosen.to(tl.int32)) - 1, latents, mask=chosen)
@@ -173,7 +173,8 @@ def encode_topk_finish_kernel(
         if mask_ptr is not None:
             keys = tl.where(tl.load(mask_ptr + latents, mask=inside, other=0) != 0, keys, KEY_MASKED)
         keys = tl.where(inside, keys, KEY_NONE)
-        _write_selection(keys, latents, values, k, top_acts_ptr + row * k, top_indices_ptr + row * k)
+        lowest = tl.min(tl.where(inside, keys, KEY_NAN))
+        _write_selection(keys, latents, values, k, lowest, top_acts_ptr + row * k, top_indices_ptr + row * k)
 
 
 @triton.jit
@@ -226,5 +227,5 @@ def encode_topk_redo_kernel(
             latents = tl.load(list_row + slot, mask=slot < k, other=0)
             values = tl.load(values_row + latents, mask=slot < k, other=0.0)
             keys = tl.load(keys_row + latents, mask=slot < k, other=KEY_NONE)
-            _write_selection(keys, latents, values, k, top_acts_ptr + row * k, top_indices_ptr + row * k)
+            _write_selection(keys, latents, values, k, tau, top_acts_ptr + row * k, top_indices_ptr + row * k)
             tl.debug_barrier()  # scratch is used again

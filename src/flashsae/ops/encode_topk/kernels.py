@@ -40,13 +40,13 @@ def _split(keys, middle):
 
 
 @triton.jit
-def _kth_key(keys, k):
-    """Return a t that exactly k keys reach, or if ties forbid that, the k-th largest key.
+def _kth_key(keys, k, low):
+    """Return a t that exactly k keys reach, or if ties forbid that, the k-th largest key. At least k keys reach `low`.
 
     Bisection that moves its bounds to keys that occur: it ends after about log2 of the distinct keys in play, not
     after 32 steps.
     """
-    low, high = tl.min(keys), tl.max(keys)
+    high = tl.max(keys)
     while low < high:
         middle = _middle(low, high)
         count, above, below = _split(keys, middle)
@@ -80,19 +80,19 @@ def _kth_key_in_memory(keys_ptr, n, k, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _choose(keys, k):
-    """Return which of the keys are the k largest, the first of equal ones, and their places in that order."""
-    tau = _kth_key(keys, k)
+def _choose(keys, k, low):
+    """Return which keys are the k largest, the first of equal ones, their places in order, and a key that all reach."""
+    tau = _kth_key(keys, k, low)
     tied = keys == tau
     room = k - tl.sum((keys > tau).to(tl.int32))
     chosen = (keys > tau) | (tied & (tl.cumsum(tied.to(tl.int32)) <= room))
-    return chosen, tl.cumsum(chosen.to(tl.int32)) - 1
+    return chosen, tl.cumsum(chosen.to(tl.int32)) - 1, tau
 
 
 @triton.jit
-def _write_selection(keys, latents, values, k, top_acts_ptr, top_indices_ptr):
+def _write_selection(keys, latents, values, k, low, top_acts_ptr, top_indices_ptr):
     """Write the k largest of a row, lowest latent first; `keys` stand in ascending order of `latents`."""
-    chosen, position = _choose(keys, k)
+    chosen, position, _ = _choose(keys, k, low)
     acts = tl.where(values > 0.0, values, tl.where(values != values, values, 0.0))
     acts = tl.where(keys == KEY_MASKED, 0.0, acts)
     tl.store(top_acts_ptr + position, acts, mask=chosen)
@@ -235,7 +235,7 @@ def encode_topk_select_kernel(
     if SUPER > 1:
         member = group[:, None] * SUPER + tl.arange(0, SUPER)[None, :]
         keys = tl.load(max_ptr + row * groups + member, mask=taken[:, None] & (member < groups), other=KEY_NONE)
-        chosen, position = _choose(tl.reshape(keys, [BLOCK_K * SUPER]), k)
+        chosen, position, tau = _choose(tl.reshape(keys, [BLOCK_K * SUPER]), k, tau)
         tl.debug_barrier()  # every entry is read before the list is written again
         tl.store(list_row + position, tl.reshape(member, [BLOCK_K * SUPER]), mask=chosen)
         tl.debug_barrier()
@@ -254,6 +254,6 @@ def encode_topk_select_kernel(
     keys = tl.where(inside, keys, KEY_NONE)
     N: tl.constexpr = BLOCK_K * GROUP
     _write_selection(
-        tl.reshape(keys, [N]), tl.reshape(latents, [N]), tl.reshape(values, [N]), k,
+        tl.reshape(keys, [N]), tl.reshape(latents, [N]), tl.reshape(values, [N]), k, tau,
         top_acts_ptr + row * k, top_indices_ptr + row * k,
     )  # fmt: skip
