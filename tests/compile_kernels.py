@@ -1,128 +1,121 @@
 """Compile every kernel variant ahead of time for a target, without a device: `python compile_kernels.py cuda 90 32`.
 
-The CPU interpreter accepts what the compiler rejects, so CI does both. Run on its own, because kernels are decorated for
-the interpreter or for the compiler when they are imported.
+The CPU interpreter accepts what the compiler rejects, so both are tested. Run on its own, because kernels are decorated
+for the interpreter or for the compiler when they are imported. What to compile is what the library launches: launches
+are recorded instead of run, so this list needs no care when their parameters change.
 """
 
 from __future__ import annotations
 
-import inspect
 import sys
-from itertools import product
 from typing import Any
 
+import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
-from flashsae.ops.decode_sparse import kernels as decode
-from flashsae.ops.encode_topk import certify_kernels as certify
-from flashsae.ops.encode_topk import kernels as encode
-from flashsae.ops.encode_topk.launch import Layout
-from flashsae.ops.latent_rows import kernels as rows
+from flashsae.ops import build_index
+from flashsae.ops.decode_sparse.launch import launch_decode, launch_decode_loss, launch_dots
+from flashsae.ops.encode_topk.launch import launch_encode_topk
+from flashsae.ops.latent_rows.launch import launch_latent_rows
 
-F32, BF16, F16, I32, I64, I8 = "*fp32", "*bf16", "*fp16", "*i32", "*i64", "*i8"
-SIZES = {"S": (24576, 32), "L": (131072, 64), "k=200": (65536, 200), "k=1024": (65536, 1024), "tiny": (40, 30)}
+OPTIONS = ("num_warps", "num_stages")
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.int8: "*i8",
+}
+BF16, F32 = torch.bfloat16, torch.float32
 
 
-def variants() -> list[tuple[str, Any, dict[str, Any], int]]:
-    """Return (label, kernel, argument types and constants by name, warps)."""
-    found: list[tuple[str, Any, dict[str, Any], int]] = []
-    floats = (F32, BF16)
-    for raw, bias, scale, mask, (name, (n, k)) in product(
-        floats, floats, (None, F32), (None, I8), SIZES.items()
+class Launches(dict[tuple[Any, ...], tuple[JITFunction, ASTSource, dict[str, int]]]):
+    """The distinct launches so far, by what Triton compiles anew for."""
+
+    def record(self, kernel: JITFunction, *args: Any, **kwargs: Any) -> None:
+        """Note a call of `JITFunction.run`."""
+        options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
+        given = {**dict(zip(kernel.arg_names, args)), **kwargs}
+        signature: dict[str, str] = {}
+        constants: dict[tuple[int], Any] = {}
+        attributes: dict[tuple[int], list[list[Any]]] = {}
+        for place, parameter in enumerate(kernel.params):
+            value = given[parameter.name]
+            if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+                signature[parameter.name] = "constexpr"
+                constants[(place,)] = value
+            elif isinstance(value, Tensor):
+                signature[parameter.name] = POINTERS[value.dtype]
+                attributes[(place,)] = [["tt.divisibility", 16]]
+            elif isinstance(value, float):
+                signature[parameter.name] = "fp32"
+            else:
+                signature[parameter.name] = "i32" if value < 2**31 else "i64"
+                if value % 16 == 0:
+                    attributes[(place,)] = [["tt.divisibility", 16]]
+        key = kernel.fn.__name__, *signature.values(), *constants.values(), *options.values()
+        if key not in self:
+            self[key] = kernel, ASTSource(kernel, signature, constants, attributes), options
+
+
+def launch_everything() -> None:
+    """Call each launch with every kind of argument that changes what is compiled, at sizes that change it."""
+    for n, k, mask, scale, precisions in (
+        (24576, 32, False, False, ("bf16", "tf32", "float32")),
+        (24576, 32, True, True, ("bf16", "float32")),
+        (131072, 64, True, False, ("bf16",)),
+        (65536, 200, False, True, ("bf16", "float32")),
+        (65536, 1024, False, False, ("bf16", "float32")),
+        (40, 30, True, True, ("tf32", "float32")),
     ):
-        layout = Layout.of(n, k)
-        common = {
-            "raw_ptr": raw, "bias_ptr": bias, "scale_ptr": scale, "mask_ptr": mask, "GROUP": layout.group,
-        }  # fmt: skip
-        label = f"{name} {raw} {bias} scale={scale} mask={mask}"
-        block_g = triton.next_power_of_2(max(1, min(layout.groups, 2048 // layout.group)))
-        group_max = {**common, "low_ptr": I32, "BLOCK_G": block_g, "BLOCK_B": 16}
-        certified = {**group_max, "raw_ptr": F16, "bias_ptr": F32, "column_ptr": F32, "row_ptr": F32, "high_ptr": I32}
-        exact = {"column_ptr": None, "row_ptr": None, "high_ptr": None}
-        found.append((f"group_max {label}", encode.encode_topk_group_max_kernel, {**group_max, **exact}, 4))
-        select = {
-            **common, "max_ptr": I32, "list_ptr": I32, "top_acts_ptr": F32, "top_indices_ptr": I64,
-            "BLOCK_G": layout.block_g, "BLOCK_K": triton.next_power_of_2(k),
-        }  # fmt: skip
-        found.append((f"select {label}", encode.encode_topk_select_kernel, select, 8))
-        if raw == F32 and bias == F32:
-            found.append((f"certified group_max {label}", encode.encode_topk_group_max_kernel, certified, 8))
-            found += _certified(label, layout, k, scale, mask)
-    for dtype, block_d in product(floats, (1024, 16, 4096)):
-        found.append((f"round {block_d}", certify.encode_topk_round_kernel, {
-            "rows_ptr": F32, "half_ptr": F16, "facts_ptr": F32, "IS_TOKEN": dtype == F32, "BLOCK_D": block_d,
-            "accumulation": "fp32",
-        }, 4))  # fmt: skip
-    for W, bias, weights, k in product(floats, (True, False), (None, F32), (1, 32, 64, 200)):
-        block_k = triton.next_power_of_2(k)
-        found.append((f"loss {W} k={k}", decode.decode_sparse_loss_kernel, {
-            "acts_ptr": F32, "indices_ptr": I64, "W_ptr": W, "bias_ptr": W if bias else None, "target_ptr": W,
-            "weights_ptr": weights, "x_hat_ptr": W, "residual_ptr": W, "errors_ptr": F32, "grad_acts_ptr": F32,
-            "BLOCK_K": block_k, "BLOCK_D": max(16, 8192 // block_k),
-        }, 4))  # fmt: skip
-        found.append((f"decode {W} k={k}", decode.decode_sparse_fwd_kernel, {
-            "acts_ptr": F32, "indices_ptr": I64, "W_ptr": W, "bias_ptr": W if bias else None, "out_ptr": W,
-            "BLOCK_K": min(32, block_k), "BLOCK_D": 512,
-        }, 4))  # fmt: skip
-        for indices, counts in ((I64, None), (I32, I32)):
-            found.append((f"dots {W} k={k}", decode.decode_sparse_bwd_acts_kernel, {
-                "rows_ptr": W, "indices_ptr": indices, "counts_ptr": counts, "W_ptr": W, "dots_ptr": F32,
-                "BLOCK_K": min(16, block_k), "BLOCK_D": 256,
-            }, 4))  # fmt: skip
-    for dtype, out, block_d in product(floats, floats, (512, 16)):
-        lists = {
-            "entries_ptr": I64, "latents_ptr": I32, "offsets_ptr": I32, "coeffs_ptr": F32, "rows_ptr": dtype,
-            "partial_ptr": F32, "weights_ptr": F32, "RUN": 256, "BLOCK_D": block_d,
-        }  # fmt: skip
-        found.append((f"partial {dtype}", rows.latent_rows_partial_kernel, {**lists, "BLOCK_E": 8}, 4))
-        found.append((f"sum {dtype} {out}", rows.latent_rows_sum_kernel, {
-            **lists, "out_ptr": out, "sums_ptr": F32, "BLOCK_N": 4, "BLOCK_E": 4,
-        }, 2))  # fmt: skip
-    return found
-
-
-def _certified(
-    label: str, layout: Layout, k: int, scale: str | None, mask: str | None
-) -> list[tuple[str, Any, dict[str, Any], int]]:
-    choose = {"bias_ptr": F32, "scale_ptr": scale, "mask_ptr": mask, "CAPACITY": layout.capacity}
-    result = {"top_acts_ptr": F32, "top_indices_ptr": I64}
-    return [
-        (f"candidates {label}", certify.encode_topk_candidates_kernel, {
-            **choose, "raw_ptr": F16, "column_ptr": F32, "row_ptr": F32, "low_ptr": I32, "high_ptr": I32,
-            "list_ptr": I32, "candidates_ptr": I32, "counts_ptr": I32, "GROUP": layout.group,
-            "BLOCK_G": layout.block_g,
-        }, 8),
-        (f"finish {label}", certify.encode_topk_finish_kernel, {
-            **choose, **result, "dots_ptr": F32, "candidates_ptr": I32, "counts_ptr": I32,
-        }, 8),
-        (f"redo {label}", certify.encode_topk_redo_kernel, {
-            **choose, **result, "x_ptr": F32, "W_ptr": F32, "counts_ptr": I32, "values_ptr": F32, "keys_ptr": I32,
-            "list_ptr": I32, "BLOCK_N": 64, "BLOCK_D": 128, "BLOCK_G": 4096,
-            "BLOCK_K": triton.next_power_of_2(k),
-        }, 8),
-    ]  # fmt: skip
+        for precision in precisions:
+            dtype = BF16 if precision == "bf16" else F32
+            x, W = torch.zeros(2, 16, dtype=dtype), torch.zeros(n, 16, dtype=dtype)
+            choices = [(k, torch.ones(n, dtype=torch.bool) if mask else None)]
+            key_scale = torch.ones(n) if scale else None
+            launch_encode_topk(x, W, W.new_zeros(n), choices, key_scale, precision, 1 << 30)
+    wide = torch.zeros(2, 4096), torch.zeros(40, 4096)
+    launch_encode_topk(*wide, torch.zeros(40), [(3, None)], None, "float32", 1 << 30)
+    for dtype, index_dtype, k, d, bias, weighted in (
+        (F32, torch.int64, 32, 768, True, False),
+        (BF16, torch.int64, 64, 4096, True, True),
+        (F32, torch.int32, 200, 13, False, True),
+        (BF16, torch.int64, 1, 768, False, False),
+    ):
+        acts, indices = torch.zeros(2, k), torch.zeros(2, k, dtype=index_dtype)
+        W, x = torch.zeros(40, d, dtype=dtype), torch.zeros(2, d, dtype=dtype)
+        b_dec, weights = x[0] if bias else None, acts[:, 0] if weighted else None
+        launch_decode(acts, indices, W, b_dec, dtype)
+        launch_decode(acts, indices, W, b_dec, F32)
+        launch_decode_loss(acts, indices, W, b_dec, x, weights)
+        launch_dots(x, indices, W)
+        index = build_index(indices, 40)
+        for result in {dtype, F32}:
+            launch_latent_rows(index, acts, x, result)
 
 
 def main(backend: str, arch: str, warp: int) -> None:
     """Compile all variants; print how many. The first that fails raises."""
+    launches = Launches()
+
+    def run(kernel: JITFunction, *args: Any, grid: object, warmup: bool, **kwargs: Any) -> None:
+        launches.record(kernel, *args, **kwargs)
+
+    JITFunction.run = run  # type: ignore[method-assign]
+    launch_everything()
     target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, warp)
-    done = 0
-    for label, kernel, given, warps in variants():
-        names = list(inspect.signature(kernel.fn).parameters)
-        kinds = {name: given.get(name, "i32") for name in names}
-        constants = {(names.index(name),): kind for name, kind in kinds.items() if not isinstance(kind, str)}
-        signature = {name: kind if isinstance(kind, str) else "constexpr" for name, kind in kinds.items()}
-        aligned = {
-            (names.index(name),): [["tt.divisibility", 16]] for name, kind in kinds.items() if str(kind).startswith("*")
-        }
+    for kernel, source, options in launches.values():
         try:
-            triton.compile(ASTSource(kernel, signature, constants, aligned), target, {"num_warps": warps})
+            triton.compile(source, target, options)
         except Exception as error:
-            raise SystemExit(f"{label}: {error}") from error
-        done += 1
-    print(f"{done} kernels compiled for {backend} {arch}")
+            raise SystemExit(f"{kernel.fn.__name__} {source.signature} {source.constants}: {error}") from error
+    names = sorted({kernel.fn.__name__ for kernel, *_ in launches.values()})
+    print(f"{len(launches)} variants of {len(names)} kernels compiled for {backend} {arch}: {' '.join(names)}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,11 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a hub
 
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: kernels run on the CPU
+
 from jaxtyping import install_import_hook
 
 # the public operations check shapes themselves, with better messages; what they call relies on these annotations
@@ -13,7 +18,6 @@ REFERENCES = [f"flashsae.ops.{op}.reference" for op in ("encode_topk", "decode_s
 install_import_hook([*REFERENCES, "flashsae.nn.losses", "flashsae.metrics", "flashsae.train.dead"], "beartype.beartype")
 
 import pytest
-import torch
 
 
 @pytest.fixture

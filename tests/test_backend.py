@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 
-from flashsae.backend import backends, describe, resolve_device
+from flashsae.backend import backends, describe, resolve_device, use_dense, use_kernels
 from flashsae.errors import ConfigError
 
 
@@ -11,7 +13,7 @@ def test_the_reference_works_everywhere_and_the_others_say_why_not() -> None:
     triton, reference = backends()
     assert (triton.name, reference.name) == ("triton", "reference")
     assert reference.works
-    assert not triton.works
+    assert triton.works == (torch.cuda.is_available() and importlib.util.find_spec("triton") is not None)
     assert triton.reason
 
 
@@ -34,3 +36,31 @@ def test_the_machine_is_described() -> None:
     assert facts["torch"] == torch.__version__
     assert facts["flashsae"] == "0.1.0"
     assert "threads" in facts["cpu"]
+
+
+def test_the_choice_of_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = torch.zeros(1)
+    assert not use_kernels(tensor)  # auto: not on the CPU
+    monkeypatch.setenv("FLASHSAE_BACKEND", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert use_kernels(tensor)
+    assert not use_kernels(tensor.double())
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ConfigError, match="FLASHSAE_BACKEND is triton, but the tensor is on cpu: move it to a CUDA"):
+        use_kernels(tensor)
+    monkeypatch.setenv("FLASHSAE_BACKEND", "reference")
+    assert not use_kernels(tensor)
+    monkeypatch.setenv("FLASHSAE_BACKEND", "cuda")
+    with pytest.raises(ConfigError, match="FLASHSAE_BACKEND: expected auto, triton or reference, got 'cuda'"):
+        use_kernels(tensor)
+
+
+def test_the_choice_of_dense_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    W = torch.zeros(10, 1)
+    assert use_dense(10, 10, W)
+    assert not use_dense(1, 100_000, W)
+    assert not use_dense(10, 10, W.double())  # no crossover was measured
+    monkeypatch.setenv("FLASHSAE_DENSE_ABOVE", "1")
+    assert not use_dense(10, 10, W)
+    monkeypatch.setenv("FLASHSAE_DENSE_ABOVE", "0")
+    assert use_dense(1, 100_000, W)

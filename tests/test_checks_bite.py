@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from unittest.mock import patch
+
 import pytest
 import torch
 from torch import Tensor
 
 from dense import dense_encode, dense_topk
 from flashsae.ops import build_index, decode_sparse, encode_topk, latent_rows
+from flashsae.ops.latent_rows.reference import RUN
 from flashsae.testing import assert_as_accurate, integer_inputs, poison_empty
+from selection import hard_inputs, selection_mistakes
+from steps import step_inputs, whole_step
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _code(generator: torch.Generator, B: int = 33, k: int = 4, d_sae: int = 20, d_in: int = 9) -> tuple[Tensor, ...]:
@@ -91,3 +104,114 @@ def test_shape_annotations_are_checked_in_tests() -> None:
 
     with pytest.raises(Exception, match="d_in"):
         fvu_loss(torch.zeros(3, 4), torch.zeros(3, 5))
+
+
+def _wrong_kernels(operation: str, name: str, right: str, wrong: str, folder: Path) -> tuple[ModuleType, ModuleType]:
+    """Return the launch module of an operation, and its kernels with a bug written into them."""
+    launch = importlib.import_module(f"flashsae.ops.{operation}.launch")
+    source = Path(getattr(launch, name).__file__).read_text("utf-8")
+    assert right in source, f"{operation}.{name} has changed: write this bug into it anew"
+    path = folder / f"wrong_{name}.py"
+    path.write_text(source.replace(right, wrong), "utf-8")
+    spec = importlib.util.spec_from_file_location(f"wrong_{name}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return launch, module
+
+
+def _step_is_right() -> None:
+    """Check T0 of all operations, as test_kernels.py does."""
+    inputs = step_inputs(6, 13, 90, torch.Generator().manual_seed(0), integer=True)
+    inputs["x"][0], inputs["b_enc"] = inputs["b_dec"], inputs["b_enc"] - 2  # ties, and fewer positive than k
+    for precision in ("float32", "tf32"):
+        with patch.dict(os.environ, {"FLASHSAE_BACKEND": "reference"}):
+            expected = whole_step(inputs, 11)
+        with poison_empty():
+            ours = whole_step({name: tensor.to(DEVICE) for name, tensor in inputs.items()}, 11, precision)
+        for name in expected:
+            assert torch.equal(ours[name].cpu(), expected[name]), name
+
+
+def _long_runs_are_right() -> None:
+    generator = torch.Generator().manual_seed(0)
+    top_indices = torch.randint(0, 2, (3 * RUN + 7, 1), generator=generator)
+    coeffs = integer_inputs(len(top_indices), 1, generator=generator)
+    index = build_index(top_indices.to(DEVICE), 3)
+    with poison_empty():
+        ours = latent_rows(index, coeffs.to(DEVICE), torch.ones(len(top_indices), 2, device=DEVICE))
+    expected = torch.zeros(3).index_add(0, top_indices[:, 0], coeffs[:, 0])
+    assert torch.equal(ours[:, 1].cpu(), expected)
+
+
+def _decode_is_accurate() -> None:
+    top_acts, top_indices, W_dec = _code(torch.Generator().manual_seed(0))
+    gathered = W_dec[top_indices]
+    exact = (gathered.double() * top_acts.double()[..., None]).sum(1)
+    ours = decode_sparse(top_acts.to(DEVICE), top_indices.to(DEVICE), W_dec.to(DEVICE)).cpu()
+    assert_as_accurate(ours, (gathered * top_acts[..., None]).sum(1), exact)
+
+
+def _selection_is_certified() -> None:
+    x, W, bias = hard_inputs("normal", 10, 29, 300, torch.Generator().manual_seed(0))
+    W, bias = W[:1] + 1e-4 * W, torch.zeros(300)  # float16 cannot tell these apart, float32 can
+    _, indices = encode_topk(x.to(DEVICE), W.to(DEVICE), bias.to(DEVICE), 12)
+    assert selection_mistakes(x, W, bias, indices.cpu())[0] == 0
+
+
+KERNEL_BUGS = {
+    "dropped tail": ("decode_sparse", "kernels", "inside = column < d", "inside = column < d - 1", _step_is_right),
+    "indices written one place off": (
+        "encode_topk", "kernels", "top_indices_ptr + position", "top_indices_ptr + (position + 1) % k", _step_is_right,
+    ),
+    "no ReLU": ("encode_topk", "kernels", "acts = tl.where(values > 0.0, values,", "acts = tl.where(True, values,",
+                _step_is_right),
+    "ties broken the other way": (
+        "encode_topk", "kernels", "tl.cumsum(tied.to(tl.int32)) <= room",
+        "tl.cumsum(tied.to(tl.int32), reverse=True) <= room", _step_is_right,
+    ),
+    "the second run of a piece forgotten": (
+        "latent_rows", "kernels", "tl.where(piece == begin, behind, 0)", "0", _long_runs_are_right,
+    ),
+    "a reduction in bfloat16": (
+        "decode_sparse", "kernels", "W.to(tl.float32)", "W.to(tl.bfloat16).to(tl.float32)", _decode_is_accurate,
+    ),
+    "a screen without bounds": (
+        "encode_topk", "certify_kernels", "low, high = _to_key(low, KEY_MASKED + 1), _to_key(high, KEY_NAN)",
+        "low, high = _to_key(0.5 * (low + high), KEY_MASKED + 1), _to_key(0.5 * (low + high), KEY_NAN)",
+        _selection_is_certified,
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("FLASHSAE_BACKEND", "triton")
+    monkeypatch.setenv("FLASHSAE_DENSE_ABOVE", "1")
+
+
+@pytest.mark.usefixtures("_kernels")
+@pytest.mark.parametrize("bug", KERNEL_BUGS)
+def test_a_kernel_with_a_bug_is_caught(bug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    operation, name, right, wrong, check = KERNEL_BUGS[bug]
+    launch, module = _wrong_kernels(operation, name, right, wrong, tmp_path)
+    monkeypatch.setattr(launch, name, module)
+    with pytest.raises(AssertionError):
+        check()
+
+
+@pytest.mark.usefixtures("_kernels")
+@pytest.mark.parametrize("check", sorted({bug[-1] for bug in KERNEL_BUGS.values()}, key=lambda f: f.__name__))
+def test_the_real_kernels_pass_those_checks(check: Callable[[], None]) -> None:
+    check()
+
+
+def test_poison_reaches_inside_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flashsae.ops.decode_sparse import reference
+
+    monkeypatch.setattr(reference, "decode_sparse", lambda acts, indices, W, bias: torch.empty(2, 3))
+    with poison_empty():
+        x_hat = decode_sparse(torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.int64), torch.ones(4, 3))
+    assert bool(x_hat.isnan().all())

@@ -7,12 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
 
 import flashsae
 from flashsae import SAE, SAEConfig, TrainConfig
 from flashsae.data.synthetic import SuperpositionModel
-from flashsae.ops import decode_sparse, encode_topk
-from flashsae.testing import integer_inputs
+from flashsae.ops import decode_loss, decode_sparse, encode_topk
+from flashsae.ops.encode_topk.launch import launch_encode_topk
+from flashsae.ops.validate import Precision
+from flashsae.testing import assert_as_accurate, integer_inputs
+from selection import HARD, hard_inputs, selection_mistakes
+from steps import Tensors, leaves, step_inputs, whole_step
 
 pytestmark = [
     pytest.mark.gpu,
@@ -20,20 +27,215 @@ pytestmark = [
 ]
 
 
-def test_t0_operations_equal_those_of_the_cpu(generator: torch.Generator) -> None:
-    shapes = {"x": (37, 13), "W_enc_T": (101, 13), "b_enc": (101,), "b_dec": (13,), "W_dec": (101, 13)}
-    cpu = {name: integer_inputs(*shape, generator=generator) for name, shape in shapes.items()}
-    upstream = integer_inputs(37, 13, generator=generator)
+DEVICE = "cuda"
+F32, BF16 = torch.float32, torch.bfloat16
 
-    def run(device: str) -> list[torch.Tensor]:
-        p = {name: tensor.to(device).requires_grad_() for name, tensor in cpu.items()}
-        top_acts, top_indices = encode_topk(p["x"], p["W_enc_T"], p["b_enc"], 7, b_dec=p["b_dec"])
-        x_hat = decode_sparse(top_acts, top_indices, p["W_dec"], p["b_dec"])
-        grads = torch.autograd.grad(x_hat, list(p.values()), upstream.to(device))
-        return [t.cpu() for t in (top_acts, top_indices, x_hat, *grads)]
 
-    for ours, expected in zip(run("cuda"), run("cpu")):
-        assert torch.equal(ours, expected)
+@pytest.fixture(autouse=True)
+def _context() -> None:
+    torch.cuda.init()
+    torch.mm(torch.ones(8, 8, device=DEVICE), torch.ones(8, 8, device=DEVICE))  # else backward threads find no context
+
+
+@pytest.fixture
+def sparse(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASHSAE_DENSE_ABOVE", "1")
+
+
+def to_device(inputs: Tensors) -> Tensors:
+    return {name: tensor.to(DEVICE) for name, tensor in inputs.items()}
+
+
+MODES = [(F32, "float32"), (F32, "tf32"), (F32, "bf16"), (BF16, None)]
+SHAPES = [(0, 3, 5, 2), (1, 1, 1, 1), (37, 13, 101, 7), (130, 70, 600, 33), (64, 96, 2048, 1), (9, 768, 4096, 300)]
+
+
+@pytest.mark.parametrize("dense_above", ["1", "0"])
+@pytest.mark.parametrize(("dtype", "precision"), MODES, ids=["float32", "tf32", "bf16", "bfloat16 tensors"])
+@pytest.mark.parametrize(("B", "d", "n", "k"), SHAPES)
+def test_t0_a_step_equals_that_of_the_cpu(
+    B: int, d: int, n: int, k: int, dtype: torch.dtype, precision: Precision | None, dense_above: str,
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    if dense_above == "0" and (dtype == BF16 or precision == "bf16"):
+        pytest.skip("dense products round the reconstruction once more")
+    monkeypatch.setenv("FLASHSAE_DENSE_ABOVE", dense_above)
+    inputs = step_inputs(B, d, n, generator, integer=True, dtype=dtype)
+    ours = whole_step(to_device(inputs), k, precision)
+    for name, expected in whole_step(inputs, k, precision).items():
+        assert ours[name].dtype == expected.dtype, name
+        assert torch.equal(ours[name].cpu(), expected), name
+
+
+@pytest.mark.usefixtures("sparse")
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_t1_as_accurate_as_dense_autograd(dtype: torch.dtype, generator: torch.Generator) -> None:
+    B, d, n, k = 512, 384, 8192, 32
+    inputs = to_device(step_inputs(B, d, n, generator, integer=False, dtype=dtype))
+    inputs["W_dec"] /= 20  # so that neither target nor reconstruction is lost in the other
+    encoder, decoder = ("x", "W_enc_T", "b_enc", "b_dec"), ("top_acts", "W_dec", "b_dec", "x")
+    acts, indices = encode_topk(*(inputs[n] for n in encoder[:3]), k, b_dec=inputs["b_dec"])
+    inputs["top_acts"] = acts
+    upstream = torch.randn(B, k, generator=generator).to(DEVICE)
+
+    def ours(inputs: Tensors) -> Tensors:
+        p = leaves(inputs)
+        acts, again = encode_topk(p["x"], p["W_enc_T"], p["b_enc"], k, b_dec=p["b_dec"])
+        assert torch.equal(again, indices)
+        result = dict(zip(encoder, torch.autograd.grad(acts, [p[n] for n in encoder], upstream)))
+        result |= {"acts": acts.detach()}
+        loss, x_hat, _ = decode_loss(p["top_acts"], indices, p["W_dec"], p["b_dec"], p["x"])
+        grads = torch.autograd.grad(loss, [p[n] for n in decoder])
+        return {**result, "loss": loss.detach(), "x_hat": x_hat, **{f"loss {n}": g for n, g in zip(decoder, grads)}}
+
+    def dense(inputs: Tensors) -> Tensors:
+        p = leaves(inputs)
+        acts = ((p["x"] - p["b_dec"]) @ p["W_enc_T"].T + p["b_enc"]).gather(1, indices).relu()
+        result = dict(zip(encoder, torch.autograd.grad(acts, [p[n] for n in encoder], upstream.to(acts))))
+        code = p["W_dec"].new_zeros(B, n).scatter(1, indices, p["top_acts"].to(p["W_dec"].dtype))
+        x_hat = code @ p["W_dec"] + p["b_dec"]
+        loss = (p["x"] - x_hat).square().sum(dtype=torch.float64 if x_hat.dtype == torch.float64 else F32)
+        grads = torch.autograd.grad(loss, [p[n] for n in decoder])
+        # the code is float32 whatever the weights are
+        result |= {"acts": acts.detach().to(loss.dtype), "loss": loss.detach(), "x_hat": x_hat.detach()}
+        return {**result, **{f"loss {n}": g for n, g in zip(decoder, grads)}}
+
+    our, theirs = ours(inputs), dense(inputs)
+    exact = dense({name: tensor.double() for name, tensor in inputs.items()})
+    for name in exact:
+        assert_as_accurate(our[name], theirs[name], exact[name], name)
+
+
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bf16"])
+def test_t3_two_steps_give_the_same_bits(precision: Precision, generator: torch.Generator) -> None:
+    inputs = to_device(step_inputs(500, 200, 3000, generator, integer=False))
+    first, second = (whole_step(inputs, 20, precision) for _ in range(2))
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_a_captured_step_replays_as_an_eager_one(precision: Precision, generator: torch.Generator) -> None:
+    inputs = to_device(step_inputs(100, 64, 2000, generator, integer=False))
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            whole_step(inputs, 9, precision)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = whole_step(inputs, 9, precision)
+    for name, tensor in step_inputs(100, 64, 2000, generator, integer=False).items():
+        inputs[name].copy_(tensor)
+    graph.replay()
+    eager = whole_step(inputs, 9, precision)
+    torch.cuda.synchronize()
+    for name in eager:
+        assert torch.equal(captured[name], eager[name]), name
+
+
+@pytest.mark.usefixtures("sparse")
+def test_other_batch_sizes_compile_nothing_anew(generator: torch.Generator) -> None:
+    from triton.runtime.jit import JITFunction
+
+    from flashsae.ops.decode_sparse import kernels as decode_kernels
+    from flashsae.ops.encode_topk import certify_kernels, kernels
+    from flashsae.ops.latent_rows import kernels as rows_kernels
+
+    def compiled() -> int:
+        modules = decode_kernels, certify_kernels, kernels, rows_kernels
+        found = {id(f): f for module in modules for f in vars(module).values() if isinstance(f, JITFunction)}
+        return sum(len(cache[0]) for f in found.values() for cache in f.device_caches.values())
+
+    def run(B: int) -> None:
+        for precision in ("float32", "bf16"):
+            whole_step(to_device(step_inputs(B, 48, 1000, generator, integer=False)), 8, precision)
+
+    run(37)
+    before = compiled()
+    assert before > 8
+    for B in (39, 113, 500, 999):
+        run(B)
+    run(64)  # what divides by 16 may be compiled once more
+    between = compiled()
+    for B in (128, 2048):
+        run(B)
+    assert compiled() == between
+
+
+# 40 inputs of 4096 tokens: more than ten million picks
+BIG = [(kind, seed, 4096) for kind in ("normal", "huge and tiny rows") for seed in range(20)]
+STRAINED = [(kind, seed, 128) for kind in HARD if kind not in ("normal", "huge and tiny rows") for seed in range(2)]
+K = 64
+assert sum(tokens for *_, tokens in BIG) * K >= 10**7
+
+
+@pytest.mark.parametrize(("kind", "seed", "tokens"), BIG + STRAINED)
+def test_t2_certified_float32_selects_as_float64_does(
+    kind: str, seed: int, tokens: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x, W, bias = (tensor.to(DEVICE) for tensor in hard_inputs(kind, tokens, 768, 24576, generator))
+    counts = torch.zeros(tokens, dtype=torch.int32, device=DEVICE)
+    ((_, indices),) = launch_encode_topk(x, W, bias, [(K, None)], None, "float32", 512 << 20, candidate_counts=counts)
+    assert int(indices.diff(dim=1).min()) > 0
+    wrong = excused = 0
+    for start in range(0, tokens, 512):
+        part = slice(start, start + 512)
+        mistakes = selection_mistakes(x[part], W, bias, indices[part])
+        wrong, excused = wrong + mistakes[0], excused + mistakes[1]
+    with capsys.disabled():
+        print(
+            f"\n{kind}, seed {seed}: of {indices.numel()} picks {wrong} wrong, {excused} differ inside rounding; "
+            f"candidates of a token: mean {counts.float().mean():.1f}, largest {counts.max()}"
+        )
+    assert wrong == 0
+
+
+ROWS, WIDTH = 600_000, 4096  # more than 2**31 elements
+
+
+@pytest.mark.usefixtures("sparse")
+def test_rows_beyond_two_to_the_31_elements_are_read_and_written_right(generator: torch.Generator) -> None:
+    if torch.cuda.get_device_properties(0).total_memory < 30 * 2**30:
+        pytest.skip("the device has less than 30 GiB")
+    latents = torch.tensor([0, 1, 524_287, 524_288, 524_289, 555_555, ROWS - 1])
+    small = integer_inputs(len(latents), WIDTH, generator=generator, largest=1, dtype=BF16)
+    W_dec = torch.zeros(ROWS, WIDTH, dtype=BF16, device=DEVICE)
+    W_dec[latents.to(DEVICE)] = small.to(DEVICE)
+    codes = torch.rand(20, len(latents), generator=generator).topk(3).indices
+    acts = integer_inputs(20, 3, generator=generator, largest=1)
+    target = integer_inputs(20, WIDTH, generator=generator, largest=1, dtype=BF16)
+
+    def run(acts: Tensor, codes: Tensor, W_dec: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+        acts, W_dec = acts.requires_grad_(), W_dec.requires_grad_()
+        x_hat = decode_sparse(acts, codes, W_dec)
+        loss = decode_loss(acts, codes, W_dec, None, target)
+        return (
+            x_hat.detach(), loss.loss.detach(), loss.residual,
+            *torch.autograd.grad(loss.loss, [acts, W_dec]), *torch.autograd.grad(x_hat, [acts, W_dec], target),
+        )  # fmt: skip
+
+    ours = run(acts.to(DEVICE), latents[codes].to(DEVICE), W_dec, target.to(DEVICE))
+    expected = run(acts.detach(), codes, small, target)
+    for a, b in zip(ours, expected):
+        if a.dim() and len(a) == ROWS:
+            assert int(a.any(dim=1).sum()) == int(b.any(dim=1).sum())  # nothing elsewhere
+            a = a[latents.to(DEVICE)]
+        assert torch.equal(a.cpu(), b)
+
+
+def test_encoder_rows_beyond_two_to_the_31_elements(generator: torch.Generator) -> None:
+    if torch.cuda.get_device_properties(0).total_memory < 60 * 2**30:
+        pytest.skip("the device has less than 60 GiB")
+    latents = torch.tensor([0, 1, 524_287, 524_288, 524_289, 555_555, ROWS - 1])
+    W_enc_T = torch.zeros(ROWS, WIDTH, device=DEVICE)
+    W_enc_T[latents.to(DEVICE)] = 1.0
+    b_enc = torch.zeros(ROWS, device=DEVICE)
+    acts, indices = encode_topk(torch.ones(5, WIDTH, device=DEVICE), W_enc_T, b_enc, len(latents))
+    assert indices.tolist() == [latents.tolist()] * 5
+    assert bool((acts == WIDTH).all())
 
 
 def test_training_repeats_and_resumes_bit_for_bit(tmp_path: Path) -> None:

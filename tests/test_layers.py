@@ -13,10 +13,11 @@ SRC = Path(__file__).parents[1] / "src" / "flashsae"
 
 ORDER = """
 errors files shapes backend
-ops.validate ops.index
-ops.latent_rows.reference ops.latent_rows.op
-ops.decode_sparse.reference ops.decode_sparse.op
-ops.encode_topk.reference ops.encode_topk.op
+ops.register ops.validate ops.index ops.dense
+ops.latent_rows.reference ops.latent_rows.kernels ops.latent_rows.launch ops.latent_rows.op
+ops.decode_sparse.reference ops.decode_sparse.kernels ops.decode_sparse.launch ops.decode_sparse.op
+ops.encode_topk.reference ops.encode_topk.kernels ops.encode_topk.certify_kernels ops.encode_topk.launch
+ops.encode_topk.op
 metrics
 nn.losses nn.sae
 optim
@@ -40,7 +41,10 @@ def imports(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+            # `from package import file` names the file, not all of the package
+            members = {f"{node.module}.{alias.name}" for alias in node.names}
+            files = {name for name in members if name.removeprefix("flashsae.") in ORDER}
+            found |= files or {node.module}
     return {name.removeprefix("flashsae.") for name in found if name.startswith("flashsae.")}
 
 
@@ -66,6 +70,15 @@ def test_a_file_imports_only_from_above(path: Path) -> None:
     assert not wrong, f"{name} imports {wrong}, which stand below it"
 
 
+@pytest.mark.parametrize("path", [path for path in FILES if path.stem.endswith("kernels")], ids=module_of)
+def test_kernels_import_triton_and_each_other_only(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            assert {alias.name for alias in node.names} <= {"triton", "triton.language"}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module == "__future__" or str(node.module).endswith("kernels")
+
+
 def test_the_list_names_no_file_that_is_gone() -> None:
     assert set(ORDER) == {module_of(path) for path in FILES}
 
@@ -75,6 +88,7 @@ def test_the_order_can_be_broken() -> None:
     assert below("nn.sae", "ops")
     assert not below("ops.index", "nn.sae")
     assert not below("ops.index", "ops.encode_topk")
+    assert not below("ops.latent_rows.kernels", "ops.latent_rows.op")
 
 
 HEAVY = ("transformers", "datasets", "triton", "matplotlib", "jinja2", "wandb", "tensorboard", "pandas")
@@ -89,6 +103,36 @@ def test_import_is_light() -> None:
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.endswith("[]\n"), output
+
+
+WITHOUT_KERNELS = """
+import sys
+from importlib.abc import MetaPathFinder
+
+class Deleted(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "triton" or name.startswith("flashsae.") and name.endswith("kernels"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Deleted())
+import torch
+import flashsae
+sae = flashsae.SAE(flashsae.SAEConfig(6, 20, 3))
+x = torch.randn(9, 6)
+code = sae.encode(x)
+loss = flashsae.ops.decode_loss(code.top_acts, code.top_indices, sae.W_dec, sae.b_dec, x).loss
+(loss + sae(x).square().sum()).backward()
+assert all(parameter.grad.abs().sum() > 0 for parameter in (sae.W_enc_T, sae.W_dec, sae.b_dec))
+try:
+    import flashsae.ops.decode_sparse.kernels
+except ModuleNotFoundError:
+    print("works")
+"""
+
+
+def test_without_kernels_and_triton_the_library_works_on_the_cpu() -> None:
+    done = subprocess.run([sys.executable, "-c", WITHOUT_KERNELS], check=False, capture_output=True, text=True)
+    assert done.stdout == "works\n", done.stderr
 
 
 def test_only_backend_reads_environment_variables() -> None:

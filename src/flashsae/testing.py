@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 
 def assert_as_accurate(ours: Tensor, theirs: Tensor, exact: Tensor, name: str = "result") -> None:
@@ -43,21 +44,28 @@ def integer_inputs(
     return values.to(dtype)
 
 
-class poison_empty(TorchFunctionMode):  # noqa: N801  # reads as what it does: `with poison_empty():`
-    """Fill what `torch.empty` and its kin return with NaN (integers: the lowest), so that unwritten memory shows."""
+@contextmanager
+def poison_empty() -> Iterator[None]:
+    """Fill what `torch.empty` and its kin return with NaN (integers: the lowest), so that unwritten memory shows.
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Run `func`, then poison its result if it is uninitialised memory."""
-        result = func(*args, **(kwargs or {}))
-        if func in (torch.empty, torch.empty_like, torch.Tensor.new_empty, torch.empty_strided):
-            if result.is_floating_point():
-                result.fill_(torch.nan)
-            elif result.dtype != torch.bool:
-                result.fill_(torch.iinfo(result.dtype).min)
+    Reaches inside operators of `torch.ops` and backward threads, where a TorchFunctionMode does not.
+    """
+    with (
+        patch.object(torch, "empty", _poisoned(torch.empty)),
+        patch.object(torch, "empty_like", _poisoned(torch.empty_like)),
+        patch.object(torch, "empty_strided", _poisoned(torch.empty_strided)),
+        patch.object(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty)),
+    ):
+        yield
+
+
+def _poisoned(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def poisoned(*args: Any, **kwargs: Any) -> Tensor:
+        result = function(*args, **kwargs)
+        if result.is_floating_point():
+            result.detach().fill_(torch.nan)
+        elif result.dtype != torch.bool:
+            result.fill_(torch.iinfo(result.dtype).min)
         return result
+
+    return poisoned

@@ -37,7 +37,8 @@ def test_auxk_reaches_encoder_and_decoder_of_the_dead_latents_only(generator: to
     sae = SAE(SAEConfig(10, 30, 4))
     x = torch.randn(64, 10, generator=generator)
     dead = torch.tensor([3, 7, 8, 21])
-    aux_code = sae.encode(x, k=2, latents=dead)
+    code, aux_code = sae.encode_aux(x, torch.zeros(30, dtype=torch.bool).index_fill_(0, dead, True), 2)
+    assert torch.equal(code.top_indices, sae.encode(x).top_indices)
     assert set(aux_code.top_indices.flatten().tolist()) <= set(dead.tolist())
     auxk_loss(x - sae(x), sae.decode(aux_code, bias=False)).backward()
     for parameter in (sae.W_enc_T, sae.b_enc, sae.W_dec):

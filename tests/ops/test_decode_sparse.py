@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from flashsae.errors import DtypeError, ShapeError
-from flashsae.ops import decode_sparse
+from flashsae.ops import build_index, decode_loss, decode_sparse
 from flashsae.testing import assert_as_accurate, integer_inputs, poison_empty
 
 SHAPES = [(0, 2, 5, 3), (1, 1, 1, 1), (37, 3, 101, 13), (64, 33, 40, 24), (130, 7, 16, 9)]
@@ -82,6 +82,44 @@ def test_bfloat16_is_accumulated_in_float32_and_rounded_once(generator: torch.Ge
 def test_without_bias(generator: torch.Generator) -> None:
     top_acts, top_indices = torch.ones(2, 1), torch.tensor([[1], [0]])
     assert decode_sparse(top_acts, top_indices, torch.eye(2)).tolist() == [[0.0, 1.0], [1.0, 0.0]]
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("B", "k", "d_sae", "d_in"), SHAPES)
+def test_t0_loss_of_integers_is_bitwise_that_of_autograd(
+    B: int, k: int, d_sae: int, d_in: int, dtype: torch.dtype, weighted: bool, generator: torch.Generator
+) -> None:
+    top_indices = _indices(B, k, d_sae, generator)
+    shapes = {"top_acts": (B, k), "W_dec": (d_sae, d_in), "b_dec": (d_in,), "target": (B, d_in)}
+    p = {n: integer_inputs(*s, generator=generator, largest=2, dtype=dtype) for n, s in shapes.items()}
+    for tensor in p.values():
+        tensor.requires_grad_()
+    weights = integer_inputs(B, generator=generator, dtype=dtype).abs() if weighted else None
+    with poison_empty():
+        ours = decode_loss(p["top_acts"], top_indices, p["W_dec"], p["b_dec"], p["target"], weights=weights)
+        our_grads = torch.autograd.grad(3 * ours.loss, list(p.values()))
+    x_hat = _dense(p["top_acts"], top_indices, p["W_dec"], p["b_dec"])
+    errors = (p["target"] - x_hat).square().sum(1)
+    loss = (errors if weights is None else weights * errors).sum()
+    assert torch.equal(ours.loss, loss)
+    assert torch.equal(ours.x_hat, x_hat)
+    assert torch.equal(ours.residual, p["target"] - x_hat)
+    assert not ours.x_hat.requires_grad
+    for name, a, b in zip(p, our_grads, torch.autograd.grad(3 * loss, list(p.values()))):
+        assert torch.equal(a, b), name
+
+
+def test_an_index_given_changes_nothing_and_one_of_another_code_is_refused(generator: torch.Generator) -> None:
+    top_indices = _indices(9, 3, 20, generator)
+    top_acts, W_dec = torch.rand(9, 3, generator=generator), torch.randn(20, 4, generator=generator).requires_grad_()
+    index = build_index(top_indices, 20)
+    upstream = torch.randn(9, 4, generator=generator)
+    (with_index,) = torch.autograd.grad(decode_sparse(top_acts, top_indices, W_dec, index=index), W_dec, upstream)
+    (without,) = torch.autograd.grad(decode_sparse(top_acts, top_indices, W_dec), W_dec, upstream)
+    assert torch.equal(with_index, without)
+    with pytest.raises(ShapeError, match="index: expected one of 27 entries and 20 latents, got one of 24 and 20"):
+        decode_sparse(top_acts, top_indices, W_dec, index=build_index(top_indices[:8], 20))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from dense import dense_encode, dense_topk
 from flashsae.errors import ConfigError, DtypeError, ShapeError
-from flashsae.ops import encode_topk
+from flashsae.ops import build_index, encode_topk, encode_topk_aux
 from flashsae.testing import assert_as_accurate, integer_inputs, poison_empty
 
 SHAPES = [(0, 5, 7, 3), (1, 1, 1, 1), (1, 8, 16, 16), (37, 13, 101, 1), (37, 13, 101, 7), (64, 24, 96, 33)]
@@ -169,21 +169,67 @@ def test_a_weight_that_is_nan_is_not_passed_over() -> None:
         assert bool(top_acts.isnan().any())
 
 
-def test_latents_restricts_the_choice_and_sends_gradient_there(generator: torch.Generator) -> None:
+@pytest.mark.parametrize("allowed", [[1, 5, 6, 17, 39], [5, 17], []])
+def test_t0_aux_chooses_among_the_mask_and_sends_gradient_there(allowed: list[int], generator: torch.Generator) -> None:
+    p = {n: t.requires_grad_() for n, t in _integers(11, 6, 40, generator, torch.float32).items()}
+    mask = torch.zeros(40, dtype=torch.bool)
+    mask[allowed] = True
+    with poison_empty():
+        codes = encode_topk_aux(p["x"], p["W_enc_T"], p["b_enc"], 4, mask, 3, b_dec=p["b_dec"])
+    pre_acts = (p["x"] - p["b_dec"]) @ p["W_enc_T"].T + p["b_enc"]
+    for i in range(11):  # the documented rule, the slow and obvious way
+        row = sorted(allowed, key=lambda latent: (-pre_acts[i, latent].item(), latent))[:3]
+        row += [latent for latent in range(40) if latent not in allowed][: 3 - len(row)]
+        assert codes.aux_indices[i].tolist() == sorted(row)
+    assert torch.equal(codes.top_indices, dense_topk(pre_acts, 4))
+    aux_acts = torch.where(mask[codes.aux_indices], pre_acts.gather(1, codes.aux_indices).relu(), 0.0)
+    assert torch.equal(codes.aux_acts, aux_acts)
+    upstream = [integer_inputs(11, k, generator=generator) for k in (4, 3)]
+    top_acts = pre_acts.gather(1, codes.top_indices).relu()
+    ours = torch.autograd.grad((codes.top_acts, codes.aux_acts), [p[n] for n in NAMES], upstream)
+    theirs = torch.autograd.grad((top_acts, aux_acts), [p[n] for n in NAMES], upstream)
+    for name, a, b in zip(NAMES, ours, theirs):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("used", ["top_acts", "aux_acts"])
+def test_one_code_alone_sends_gradient(used: str, generator: torch.Generator) -> None:
     p = _integers(11, 6, 40, generator, torch.float32)
-    latents = torch.tensor([1, 5, 6, 17, 39])
-    weights, bias = p["W_enc_T"].requires_grad_(), p["b_enc"].requires_grad_()
-    top_acts, top_indices = encode_topk(p["x"], weights, bias, 3, latents=latents)
-    pre_acts = p["x"] @ weights.detach()[latents].T + bias.detach()[latents]
-    assert torch.equal(top_indices, latents[dense_topk(pre_acts, 3)])
-    upstream = integer_inputs(11, 3, generator=generator)
-    ours = torch.autograd.grad(top_acts, [weights, bias], upstream)
-    theirs = torch.autograd.grad(
-        dense_encode(p["x"], weights, bias, top_indices, None).gather(1, top_indices), [weights, bias], upstream
-    )
-    assert torch.equal(ours[0], theirs[0])
-    assert torch.equal(ours[1], theirs[1])
-    assert bool(ours[0][0].eq(0).all())
+    weights = p["W_enc_T"].requires_grad_()
+    mask = torch.arange(40) % 2 == 0
+    codes = encode_topk_aux(p["x"], weights, p["b_enc"], 4, mask, 4)
+    getattr(codes, used).sum().backward()
+    assert weights.grad is not None
+    indices = codes.top_indices if used == "top_acts" else codes.aux_indices
+    dense = dense_encode(p["x"], weights, p["b_enc"], indices, None).sum()
+    (expected,) = torch.autograd.grad(dense, weights)
+    assert torch.equal(weights.grad, expected)
+
+
+def test_t0_key_scale_changes_the_choice_but_not_the_values(generator: torch.Generator) -> None:
+    p = _integers(23, 6, 40, generator, torch.float32)
+    scale = 2.0 ** torch.randint(-3, 4, (40,), generator=generator)
+    scale[7] = 0
+    top_acts, top_indices = encode_topk(p["x"], p["W_enc_T"], p["b_enc"], 5, key_scale=scale)
+    pre_acts = p["x"] @ p["W_enc_T"].T + p["b_enc"]
+    assert torch.equal(top_indices, dense_topk(pre_acts * scale, 5))
+    assert torch.equal(top_acts, pre_acts.gather(1, top_indices).relu())
+    assert not torch.equal(top_indices, dense_topk(pre_acts, 5))
+
+
+def test_the_index_is_that_of_the_selection(generator: torch.Generator) -> None:
+    p = _integers(23, 6, 40, generator, torch.float32)
+    weights = p["W_enc_T"].requires_grad_()
+    plain_acts, plain_indices = encode_topk(p["x"], weights, p["b_enc"], 5)
+    top_acts, top_indices, index = encode_topk(p["x"], weights, p["b_enc"], 5, return_index=True)
+    assert torch.equal(top_indices, plain_indices)
+    assert index.k == 5
+    for ours, expected in zip(index, build_index(plain_indices, 40)):
+        assert ours == expected if isinstance(ours, int) else torch.equal(ours, expected)
+    upstream = integer_inputs(23, 5, generator=generator)
+    (ours,) = torch.autograd.grad(top_acts, weights, upstream)
+    (expected,) = torch.autograd.grad(plain_acts, weights, upstream)
+    assert torch.equal(ours, expected)
 
 
 @pytest.mark.parametrize(
@@ -198,8 +244,8 @@ def test_latents_restricts_the_choice_and_sends_gradient_there(generator: torch.
         ({"x": torch.zeros(2, 4, dtype=torch.float64)}, DtypeError, r"W_enc_T: expected torch.float64, the dtype of x"),
         ({"b_enc": torch.zeros(5)}, ShapeError, r"b_enc: expected the shape \[6\], got \[5\]"),
         ({"b_dec": torch.zeros(6)}, ShapeError, r"b_dec: expected the shape \[4\], got \[6\]"),
-        ({"latents": torch.tensor([0, 6])}, ShapeError, r"latents: expected every index in \[0, 6\)"),
-        ({"latents": torch.tensor([0]), "k": 2}, ConfigError, r"k: expected 1 <= k <= 1"),
+        ({"key_scale": torch.zeros(4)}, ShapeError, r"key_scale: expected the shape \[6\], got \[4\]"),
+        ({"precision": "fp8"}, ConfigError, r"precision: expected one of float32, tf32, bf16, got 'fp8'"),
         ({"workspace_bytes": 0}, ConfigError, r"workspace_bytes: expected a positive number"),
     ],
 )
@@ -207,3 +253,17 @@ def test_bad_arguments_are_named(change: dict[str, object], error: type[Exceptio
     good = {"x": torch.zeros(2, 4), "W_enc_T": torch.zeros(6, 4), "b_enc": torch.zeros(6), "k": 2}
     with pytest.raises(error, match=message):
         encode_topk(**{**good, **change})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("mask", "k_aux", "error", "message"),
+    [
+        (torch.zeros(5, dtype=torch.bool), 2, ShapeError, r"aux_mask: expected the shape \[6\], got \[5\]"),
+        (torch.zeros(6), 2, DtypeError, r"aux_mask: expected torch.bool, got torch.float32"),
+        (torch.zeros(6, dtype=torch.bool), 0, ConfigError, r"k_aux: expected 1 <= k_aux <= 6, .* got 0"),
+        (torch.zeros(6, dtype=torch.bool), 7, ConfigError, r"k_aux: expected 1 <= k_aux <= 6, .* got 7"),
+    ],
+)
+def test_bad_arguments_of_aux_are_named(mask: Tensor, k_aux: int, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        encode_topk_aux(torch.zeros(2, 4), torch.zeros(6, 4), torch.zeros(6), 2, mask, k_aux)

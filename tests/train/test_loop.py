@@ -132,17 +132,15 @@ def test_auxk_chooses_among_the_dead_latents_only(monkeypatch: pytest.MonkeyPatc
     state = _state(config)
     state.dead.tokens_since_fired[[3, 9, 40]] = 10**6
     asked = []
-    original = SAE.encode
+    original = SAE.encode_aux
 
-    def encode(sae: SAE, x: Tensor, **options: object) -> SparseCode:
-        asked.append(options)
-        return original(sae, x, **options)  # type: ignore[arg-type]
+    def encode_aux(sae: SAE, x: Tensor, mask: Tensor, k_aux: int) -> tuple[SparseCode, SparseCode]:
+        asked.append((mask.nonzero()[:, 0].tolist(), k_aux))
+        return original(sae, x, mask, k_aux)
 
-    monkeypatch.setattr(SAE, "encode", encode)
+    monkeypatch.setattr(SAE, "encode_aux", encode_aux)
     train_step(state, state.batches.next_batch(), config)
-    assert asked[0] == {}
-    assert asked[1]["latents"].tolist() == [3, 9, 40]  # type: ignore[attr-defined]
-    assert asked[1]["k"] == 3  # no more than there are
+    assert asked == [([3, 9, 40], 3)]  # no more than there are
 
 
 def test_the_learning_rate_follows_the_schedule() -> None:

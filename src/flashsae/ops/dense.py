@@ -13,11 +13,12 @@ _CODE_ELEMENTS = 1 << 26  # of the dense code in memory at once
 
 
 def decode_sparse(top_acts: TopActs, top_indices: TopIndices, W_dec: Weights, b_dec: InputBias | None) -> Activations:
-    """Multiply the dense code by W_dec: -> [B, d_in], dtype of W_dec. The code is rounded to that dtype first."""
+    """Multiply the dense code by W_dec: -> [B, d_in], compute dtype. Code and product are rounded to that of W_dec."""
     x_hat = W_dec.new_empty(len(top_acts), W_dec.shape[1])
     for part in _parts(len(top_acts), len(W_dec)):
         torch.mm(_code(top_acts[part], top_indices[part], W_dec), W_dec, out=x_hat[part])
-    return x_hat if b_dec is None else x_hat + b_dec
+    dtype = compute_dtype(W_dec.dtype)
+    return x_hat.to(dtype) if b_dec is None else x_hat.to(dtype) + b_dec.to(dtype)
 
 
 def decode_sparse_grad_acts(grad_x_hat: Activations, top_indices: TopIndices, W_dec: Weights) -> TopActs:

@@ -61,7 +61,8 @@ def check_indices(name: str, indices: Tensor, size: int) -> None:
     """
     if indices.dtype not in (torch.int32, torch.int64):
         raise DtypeError(f"{name}: expected int32 or int64, got {indices.dtype}.")
-    if indices.device.type == "cpu" and indices.numel():
+    is_traced = torch.compiler.is_compiling() or type(indices) is not Tensor  # then there are no values
+    if indices.device.type == "cpu" and not is_traced and indices.numel():
         low, high = (int(bound) for bound in torch.aminmax(indices))
         if low < 0 or high >= size:
             raise ShapeError(f"{name}: expected every index in [0, {size}), got values from {low} to {high}.")

@@ -101,7 +101,8 @@ def decode_loss(
         loss, x_hat and residual.
     Raises:
         ShapeError, DtypeError: names the argument, the expected and the actual shape or dtype.
-    Numerics: deterministic; errors and dot products from the unrounded float32 residual. The gradients of W_dec and
+    Numerics: deterministic; errors and dot products from the unrounded float32 residual (above the dense crossover:
+        from a product rounded to the dtype of W_dec). The gradients of W_dec and
         b_dec use the residual as returned, so rounded to the dtype of W_dec.
     Gradients: of loss by top_acts, W_dec, b_dec and target. Those of the activations are computed on the way.
         Weights receive none. Once differentiable.

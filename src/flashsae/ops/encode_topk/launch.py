@@ -10,9 +10,13 @@ import torch
 import triton
 from torch import Tensor
 
+from flashsae.errors import ConfigError
 from flashsae.ops.decode_sparse.launch import launch_dots
 from flashsae.ops.encode_topk import certify_kernels, kernels
 from flashsae.shapes import Choice
+
+LARGEST_K = 1024
+"""What a program holds in registers."""
 
 REDO_PROGRAMS = 32
 """Rows redone in float32 at once; each needs two scratch rows of d_sae numbers."""
@@ -79,6 +83,11 @@ def launch_encode_topk(
         precision: "bf16" (operands and products in bfloat16), "tf32" or "float32" (certified).
         candidate_counts: [B], int32; receives how many latents of each token were rescored, if certified.
     """
+    for k, _ in choices:
+        if k > LARGEST_K:
+            raise ConfigError(
+                f"k: expected at most {LARGEST_K} on a GPU, got {k}. FLASHSAE_BACKEND=reference takes any."
+            )
     B, n, device = len(x), len(W_enc_T), x.device
     dtype = {"bf16": torch.bfloat16, "tf32": torch.float32, "float32": torch.float16}[precision]
     certified = precision == "float32"

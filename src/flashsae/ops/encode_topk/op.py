@@ -175,8 +175,6 @@ def _encode(
         check_shape("key_scale", key_scale, (d_sae,))
         check_float("key_scale", key_scale)
     check_k(k, d_sae)
-    if use_kernels(x) and max(k, k_aux) > 1024:
-        raise ConfigError(f"k: expected at most 1024 on a GPU, got {max(k, k_aux)}.")
     check_precision(precision)
     if precision is None:
         precision = "bf16" if x.dtype == torch.bfloat16 else "float32"

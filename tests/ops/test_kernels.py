@@ -1,0 +1,498 @@
+"""The Triton kernels: on a CUDA device compiled, elsewhere in Triton's interpreter on the CPU."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from dense import dense_topk
+from flashsae import backend
+from flashsae.errors import ConfigError
+from flashsae.ops import build_index, decode_loss, decode_sparse, encode_topk, encode_topk_aux, latent_rows
+from flashsae.ops.decode_sparse.launch import LARGEST_FUSED_K
+from flashsae.ops.encode_topk.launch import Layout, launch_encode_topk
+from flashsae.ops.latent_rows.reference import RUN
+from flashsae.testing import assert_as_accurate, integer_inputs, poison_empty
+from selection import HARD, hard_inputs, selection_mistakes
+from steps import Tensors, leaves, step_inputs, whole_step
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+
+
+@pytest.fixture(autouse=True)
+def _sparse_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASHSAE_BACKEND", "triton")
+    monkeypatch.setenv("FLASHSAE_DENSE_ABOVE", "1")
+
+
+def on_reference(function: Callable[[Tensors], Tensors], inputs: Tensors) -> Tensors:
+    with patch.dict(os.environ, {"FLASHSAE_BACKEND": "reference"}):
+        return function({name: tensor.cpu() for name, tensor in inputs.items()})
+
+
+def on_kernels(function: Callable[[Tensors], Tensors], inputs: Tensors) -> Tensors:
+    with poison_empty():
+        results = function({name: tensor.to(DEVICE) for name, tensor in inputs.items()})
+    return {name: tensor.cpu() for name, tensor in results.items()}
+
+
+def as_float64(inputs: Tensors) -> Tensors:
+    return {name: t.double() if t.is_floating_point() else t for name, t in inputs.items()}
+
+
+def assert_same(ours: Tensors, theirs: Tensors, exact: Tensors) -> None:
+    """Assert bitwise equality of kernels and reference, and with the truth in float64."""
+    assert set(ours) == set(theirs) == set(exact)
+    for name, truth in exact.items():
+        assert torch.equal(truth.to(ours[name].dtype).double(), truth.double()), f"{name} rounds: choose smaller inputs"
+        assert torch.equal(ours[name].double(), truth.double()), f"{name}: kernels differ from the dense float64"
+        assert torch.equal(theirs[name].double(), truth.double()), f"{name}: reference differs from the dense float64"
+        assert ours[name].dtype == theirs[name].dtype, name
+
+
+def encode_inputs(
+    B: int, d_in: int, d_sae: int, k: int, k_aux: int, generator: torch.Generator, dtype: torch.dtype = F32
+) -> Tensors:
+    shapes = {"x": (B, d_in), "W_enc_T": (d_sae, d_in), "b_enc": (d_sae,), "b_dec": (d_in,)}
+    shapes |= {"grad_acts": (B, k), "grad_aux": (B, k_aux)}
+    return {n: integer_inputs(*s, generator=generator, largest=1, dtype=dtype) for n, s in shapes.items()}
+
+
+WEIGHTS = ("x", "W_enc_T", "b_enc", "b_dec")
+
+
+def dense_encode_both(
+    inputs: Tensors, k: int, k_aux: int, mask: Tensor | None = None, scale: Tensor | None = None
+) -> Tensors:
+    """Encode with plain autograd; a mask gives the second code."""
+    p = leaves(inputs)
+    pre_acts = (p["x"] - p["b_dec"]) @ p["W_enc_T"].T + p["b_enc"]
+    keys = pre_acts.detach() if scale is None else pre_acts.detach() * scale
+    result = {"top_indices": dense_topk(keys, k)}
+    acts = {"top_acts": pre_acts.gather(1, result["top_indices"]).relu()}
+    upstream = [p["grad_acts"]]
+    if mask is not None:
+        chosen = dense_topk(torch.where(mask, keys, -torch.inf), k_aux)
+        acts["aux_acts"] = torch.where(mask[chosen], pre_acts.gather(1, chosen).relu(), 0.0)
+        result["aux_indices"] = chosen
+        upstream.append(p["grad_aux"])
+    grads = torch.autograd.grad(list(acts.values()), [p[n] for n in WEIGHTS], upstream)
+    return {**result, **{n: t.detach() for n, t in acts.items()}, **{f"grad {n}": g for n, g in zip(WEIGHTS, grads)}}
+
+
+# the last is float16 input, which is widened
+MODES = [(F32, "float32"), (F32, "tf32"), (F32, "bf16"), (BF16, None), (F16, None)]
+MODE_NAMES = ["float32", "tf32", "bf16", "bfloat16 tensors", "float16 tensors"]
+
+
+@pytest.mark.parametrize(("dtype", "precision"), MODES, ids=MODE_NAMES)
+@pytest.mark.parametrize(
+    ("B", "d_in", "d_sae", "k"),
+    [(0, 5, 7, 3), (1, 1, 1, 1), (2, 13, 33, 33), (5, 13, 101, 1), (7, 16, 256, 8), (3, 20, 301, 40)],
+)
+def test_t0_encode(
+    B: int, d_in: int, d_sae: int, k: int, dtype: torch.dtype, precision: str | None, generator: torch.Generator
+) -> None:
+    inputs = encode_inputs(B, d_in, d_sae, k, 1, generator, dtype)
+
+    def run(inputs: Tensors) -> Tensors:
+        p = leaves(inputs)
+        acts, indices = encode_topk(p["x"], p["W_enc_T"], p["b_enc"], k, b_dec=p["b_dec"], precision=precision)
+        grads = torch.autograd.grad(acts, [p[n] for n in WEIGHTS], p["grad_acts"].to(acts.dtype))
+        return {"top_indices": indices, "top_acts": acts.detach(), **dict(zip([f"grad {n}" for n in WEIGHTS], grads))}
+
+    exact = dense_encode_both(as_float64(inputs), k, 1)
+    assert_same(on_kernels(run, inputs), on_reference(run, inputs), exact)
+
+
+@pytest.mark.parametrize("allowed", [60, 4, 0])
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bf16"])
+def test_t0_encode_aux_and_key_scale(precision: str, allowed: int, generator: torch.Generator) -> None:
+    k, k_aux, d_sae = 5, 11, 101
+    inputs = encode_inputs(37 if allowed == 60 and precision != "tf32" else 6, 13, d_sae, k, k_aux, generator)
+    inputs["mask"] = torch.zeros(d_sae, dtype=torch.bool)
+    inputs["mask"][torch.randperm(d_sae, generator=generator)[:allowed]] = True
+    inputs["scale"] = torch.randint(0, 4, (d_sae,), generator=generator).float()
+
+    def run(inputs: Tensors) -> Tensors:
+        p = leaves(inputs)
+        codes = encode_topk_aux(
+            p["x"], p["W_enc_T"], p["b_enc"], k, p["mask"], k_aux,
+            b_dec=p["b_dec"], key_scale=p["scale"].detach(), precision=precision,
+        )  # fmt: skip
+        grads = torch.autograd.grad(
+            [codes.top_acts, codes.aux_acts], [p[n] for n in WEIGHTS], [p["grad_acts"], p["grad_aux"]]
+        )
+        result = {name: tensor.detach() for name, tensor in codes._asdict().items()}
+        return {**result, **dict(zip([f"grad {n}" for n in WEIGHTS], grads))}
+
+    exact = dense_encode_both(as_float64(inputs), k, k_aux, inputs["mask"], inputs["scale"].double())
+    assert_same(on_kernels(run, inputs), on_reference(run, inputs), exact)
+
+
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bf16"])
+def test_t0_any_workspace_gives_the_same_bits(precision: str, generator: torch.Generator) -> None:
+    inputs = encode_inputs(10, 13, 120, 3, 1, generator)
+
+    def run(inputs: Tensors, workspace_bytes: int) -> Tensors:
+        acts, indices, index = encode_topk(
+            inputs["x"], inputs["W_enc_T"], inputs["b_enc"], 3,
+            precision=precision, workspace_bytes=workspace_bytes, return_index=True,
+        )  # fmt: skip
+        return {"acts": acts, "indices": indices, "entries": index.entries, "offsets": index.offsets}
+
+    exact = on_reference(lambda q: run(q, 1 << 20), as_float64(inputs))
+    for workspace_bytes in (1, 4 * 120 * 4, 1 << 20):  # one row, then four (float16: eight) at a time, all
+        ours = on_kernels(lambda q, size=workspace_bytes: run(q, size), inputs)
+        assert all(torch.equal(ours[name].double(), exact[name].double()) for name in exact)
+
+
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bf16"])
+@pytest.mark.parametrize("k", [1, 7, 64])
+def test_t0_all_equal_rows_and_heavy_ties_choose_the_lowest(k: int, precision: str) -> None:
+    x = torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0]])
+    weights = torch.ones(150, 2)
+    weights[:, 1] = torch.arange(150) % 3 // 2  # every third latent is larger for the last row
+    with poison_empty():
+        _, indices = encode_topk(
+            x.to(DEVICE), weights.to(DEVICE), torch.zeros(150, device=DEVICE), k, precision=precision
+        )
+    larger = list(range(2, 150, 3))
+    expected = sorted((larger + [i for i in range(150) if i not in larger])[:k])
+    assert indices.tolist() == [list(range(k)), list(range(k)), expected]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("k", [1, 6])
+def test_t0_a_row_with_too_many_candidates_is_redone(
+    k: int, masked: bool, monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
+) -> None:
+    monkeypatch.setattr(Layout, "capacity", property(lambda self: 16))
+    p = encode_inputs(9, 13, 211, k, 1, generator)
+    p["x"][:2] = 0.0  # all latents tie
+    p["b_enc"][:] = 0.0
+    p["W_enc_T"][100] = 20.0
+    p["x"][4:6] = 1.0  # latent 100 wins by far
+    mask = torch.rand(211, generator=generator) < 0.5 if masked else None
+    scale = torch.randint(1, 4, (211,), generator=generator).float() if masked else None
+    counts = torch.full((9,), -1, dtype=torch.int32, device=DEVICE)
+    with poison_empty():
+        ((acts, indices),) = launch_encode_topk(
+            p["x"].to(DEVICE), p["W_enc_T"].to(DEVICE), p["b_enc"].to(DEVICE),
+            [(k, None if mask is None else mask.to(DEVICE))], None if scale is None else scale.to(DEVICE),
+            "float32", 1 << 20, candidate_counts=counts,
+        )  # fmt: skip
+    assert bool((counts[:2] > 16).all())
+    assert bool((counts >= 1).all())
+    if k == 1 and not masked:
+        assert counts[4:6].tolist() == [1, 1]
+    pre_acts = p["x"].double() @ p["W_enc_T"].double().T
+    keys = pre_acts if scale is None else pre_acts * scale
+    expected = dense_topk(keys if mask is None else torch.where(mask, keys, -torch.inf), k)
+    assert torch.equal(indices.cpu(), expected)
+    assert torch.equal(acts.cpu().double(), pre_acts.gather(1, expected).relu())
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy, in the interpreter
+@pytest.mark.parametrize(
+    ("precision", "capacity"), [("float32", None), ("float32", 16), ("tf32", None), ("bf16", None)]
+)
+def test_nan_and_infinity_show_and_harm_no_other_row(
+    precision: str, capacity: int | None, monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
+) -> None:
+    if capacity:
+        monkeypatch.setattr(Layout, "capacity", property(lambda self: capacity))
+    k, d_sae = 5, 90
+    p = {"x": torch.randn(6, 13, generator=generator), "W": torch.randn(d_sae, 13, generator=generator)}
+
+    def run(inputs: Tensors) -> Tensors:
+        acts, indices = encode_topk(inputs["x"], inputs["W"], inputs["W"].new_zeros(d_sae), k, precision=precision)
+        return {"acts": acts, "indices": indices}
+
+    clean = on_kernels(run, p)
+    p["x"][1, 12] = torch.nan
+    p["x"][2, 0] = torch.inf
+    p["x"][4] = -torch.inf
+    ours = on_kernels(run, p)
+    assert bool(((ours["indices"] >= 0) & (ours["indices"] < d_sae)).all())
+    assert bool((ours["indices"].diff(dim=1) > 0).all())  # distinct, ascending
+    assert bool(ours["acts"][1].isnan().all())
+    assert bool(ours["acts"][2].isfinite().logical_not().all())
+    for row in (0, 3, 5):
+        assert torch.equal(ours["acts"][row], clean["acts"][row])
+        assert torch.equal(ours["indices"][row], clean["indices"][row])
+
+
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bf16"])
+def test_a_weight_that_is_nan_is_not_passed_over(precision: str) -> None:
+    weights = torch.randn(70, 3, generator=torch.Generator().manual_seed(1))
+    weights[41, 2] = torch.nan
+    acts, indices = encode_topk(
+        torch.ones(2, 3, device=DEVICE), weights.to(DEVICE), torch.zeros(70, device=DEVICE), 4, precision=precision
+    )
+    assert bool((indices == 41).sum(1).eq(1).all())
+    assert acts[indices == 41].isnan().all()
+    assert acts[indices != 41].isfinite().all()
+
+
+@pytest.mark.parametrize("kind", HARD)
+def test_t2_certified_float32_selects_as_float64_does(kind: str, generator: torch.Generator) -> None:
+    x, W, bias = hard_inputs(kind, 15, 29, 300, generator)
+    with poison_empty():
+        _, indices = encode_topk(x.to(DEVICE), W.to(DEVICE), bias.to(DEVICE), 12, precision="float32")
+    wrong, excused = selection_mistakes(x, W, bias, indices.cpu())
+    assert wrong == 0
+    if kind in ("normal", "cancellation"):
+        assert excused <= 1
+    print(f"{kind}: {excused} of {indices.numel()} picks differ inside rounding")
+
+
+def test_t2_the_count_of_mistakes_can_fail(generator: torch.Generator) -> None:
+    x, W, bias = hard_inputs("normal", 15, 29, 300, generator)
+    indices = dense_topk(x.double() @ W.double().T + bias.double(), 12)
+    assert selection_mistakes(x, W, bias, indices) == (0, 0)
+    indices[3, 0] = (indices[3, 0] + 1) % 300
+    assert selection_mistakes(x, W, bias, indices)[0] == 1
+
+
+def test_t1_encode_is_as_accurate_as_dense_autograd(generator: torch.Generator) -> None:
+    k, shapes = 9, {"x": (37, 24), "W_enc_T": (150, 24), "b_enc": (150,), "b_dec": (24,)}
+    inputs = {n: torch.randn(*s, generator=generator) for n, s in shapes.items()}
+    upstream = torch.randn(37, k, generator=generator)
+
+    def ours(inputs: Tensors) -> Tensors:
+        p = leaves(inputs)
+        acts, indices = encode_topk(p["x"], p["W_enc_T"], p["b_enc"], k, b_dec=p["b_dec"])
+        grads = torch.autograd.grad(acts, [p[n] for n in WEIGHTS], upstream.to(acts))
+        return {"indices": indices, "top_acts": acts.detach(), **dict(zip(WEIGHTS, grads))}
+
+    result = on_kernels(ours, inputs)
+    indices = result.pop("indices")
+
+    def dense(inputs: Tensors) -> Tensors:
+        p = leaves(inputs)
+        acts = ((p["x"] - p["b_dec"]) @ p["W_enc_T"].T + p["b_enc"]).gather(1, indices).relu()
+        grads = torch.autograd.grad(acts, [p[n] for n in WEIGHTS], upstream.to(acts))
+        return {"top_acts": acts.detach(), **dict(zip(WEIGHTS, grads))}
+
+    theirs, exact = dense(inputs), dense(as_float64(inputs))
+    for name in result:
+        assert_as_accurate(result[name], theirs[name], exact[name], name)
+
+
+def dense_decode(p: Tensors) -> Tensor:
+    code = p["W_dec"].new_zeros(len(p["top_acts"]), len(p["W_dec"]))
+    x_hat = code.scatter_add(1, p["top_indices"].long(), p["top_acts"].to(code.dtype)) @ p["W_dec"]
+    return x_hat + p["b_dec"] if "b_dec" in p else x_hat
+
+
+def decode_inputs(
+    B: int, k: int, d_sae: int, d_in: int, generator: torch.Generator, dtype: torch.dtype, bias: bool, weighted: bool
+) -> Tensors:
+    shapes = {"top_acts": (B, k), "W_dec": (d_sae, d_in), "target": (B, d_in), "upstream": (B, d_in)}
+    shapes |= {"b_dec": (d_in,)} if bias else {}
+    p = {n: integer_inputs(*s, generator=generator, largest=1, dtype=dtype) for n, s in shapes.items()}
+    p["top_acts"] = p["top_acts"].float()
+    p["top_indices"] = torch.randint(0, d_sae, (B, k), generator=generator)  # with repeats, which add up
+    if weighted:
+        p["weights"] = torch.randint(0, 3, (B,), generator=generator).float()
+    return p
+
+
+DECODE_SHAPES = [(0, 2, 5, 3), (1, 1, 1, 1), (37, 3, 101, 13), (5, 33, 140, 70), (2, LARGEST_FUSED_K + 4, 300, 6)]
+DECODE_MODES = [(F32, None), (F32, "bf16"), (BF16, None)]
+
+
+@pytest.mark.parametrize(("dtype", "precision"), DECODE_MODES, ids=["float32", "bf16", "bfloat16 tensors"])
+@pytest.mark.parametrize(("B", "k", "d_sae", "d_in"), DECODE_SHAPES)
+@pytest.mark.parametrize("extra", [False, True], ids=["plain", "bias, weights, index, int32"])
+def test_t0_decode_and_loss(
+    B: int, k: int, d_sae: int, d_in: int, dtype: torch.dtype, precision: str | None, extra: bool,
+    generator: torch.Generator,
+) -> None:  # fmt: skip
+    inputs = decode_inputs(B, k, d_sae, d_in, generator, dtype, bias=extra, weighted=extra)
+    wanted = [name for name in ("top_acts", "W_dec", "b_dec", "target") if name in inputs]
+
+    def run(inputs: Tensors) -> Tensors:
+        p = leaves(inputs)
+        indices = p["top_indices"].int() if extra else p["top_indices"]
+        index = build_index(indices, d_sae) if extra else None
+        code = p["top_acts"], indices, p["W_dec"], p.get("b_dec")
+        x_hat = decode_sparse(*code, index=index, precision=precision)
+        grads = torch.autograd.grad(x_hat, [p[n] for n in wanted if n != "target"], p["upstream"].to(x_hat.dtype))
+        result = {"x_hat": x_hat.detach(), **{f"decode {n}": g for n, g in zip(wanted, grads)}}
+        weights = p["weights"].detach() if extra else None
+        loss = decode_loss(*code, p["target"], weights=weights, index=index, precision=precision)
+        grads = torch.autograd.grad(2 * loss.loss, [p[n] for n in wanted])
+        result |= {"loss": loss.loss.detach(), "loss x_hat": loss.x_hat, "residual": loss.residual}
+        return {**result, **{f"loss {n}": g for n, g in zip(wanted, grads)}}
+
+    def dense(inputs: Tensors) -> Tensors:
+        p = leaves(inputs)
+        x_hat = dense_decode(p)
+        grads = torch.autograd.grad(x_hat, [p[n] for n in wanted if n != "target"], p["upstream"], retain_graph=True)
+        result = {"x_hat": x_hat.detach(), **{f"decode {n}": g for n, g in zip(wanted, grads)}}
+        errors = (p["target"] - x_hat).square().sum(1)
+        loss = (errors * p["weights"].detach() if extra else errors).sum()
+        grads = torch.autograd.grad(2 * loss, [p[n] for n in wanted])
+        result |= {"loss": loss.detach(), "loss x_hat": x_hat.detach(), "residual": (p["target"] - x_hat).detach()}
+        return {**result, **{f"loss {n}": g for n, g in zip(wanted, grads)}}
+
+    assert_same(on_kernels(run, inputs), on_reference(run, inputs), dense(as_float64(inputs)))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_t1_decode_and_loss_are_as_accurate_as_dense_autograd(dtype: torch.dtype, generator: torch.Generator) -> None:
+    inputs = decode_inputs(40, 9, 60, 33, generator, dtype, bias=True, weighted=False)
+    for name, tensor in inputs.items():
+        if tensor.is_floating_point():
+            inputs[name] = torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
+    wanted = ["top_acts", "W_dec", "b_dec", "target"]
+
+    def run(inputs: Tensors, sparse: bool) -> Tensors:
+        p = leaves(inputs)
+        if sparse:
+            code = p["top_acts"], p["top_indices"], p["W_dec"], p["b_dec"]
+            x_hat, loss = decode_sparse(*code), decode_loss(*code, p["target"]).loss
+        else:
+            x_hat = dense_decode(p)
+            loss = (p["target"] - x_hat).square().sum()
+            loss = loss if loss.dtype == F64 else loss.float()
+        grads = torch.autograd.grad(x_hat, [p[n] for n in wanted[:3]], p["upstream"], retain_graph=True)
+        result = {"x_hat": x_hat.detach(), **{f"decode {n}": g for n, g in zip(wanted, grads)}}
+        grads = torch.autograd.grad(loss, [p[n] for n in wanted])
+        return {**result, "loss": loss.detach(), **{f"loss {n}": g for n, g in zip(wanted, grads)}}
+
+    ours = on_kernels(lambda q: run(q, sparse=True), inputs)
+    theirs, exact = run(inputs, sparse=False), run(as_float64(inputs), sparse=False)
+    for name in exact:
+        assert_as_accurate(ours[name], theirs[name], exact[name], name)
+
+
+def test_t0_rows_that_are_not_contiguous(generator: torch.Generator) -> None:
+    inputs = decode_inputs(6, 3, 40, 13, generator, F32, bias=False, weighted=False)
+    wide = integer_inputs(40, 26, generator=generator).to(DEVICE)
+    p = {name: tensor.to(DEVICE) for name, tensor in inputs.items()}
+    for W_dec in (wide[:, :13], wide[:, ::2], wide.T.contiguous().T[:, :13]):
+        x_hat = decode_sparse(p["top_acts"].T.contiguous().T, p["top_indices"], W_dec)
+        expected = dense_decode({**inputs, "W_dec": W_dec.cpu()})
+        assert torch.equal(x_hat.cpu(), expected)
+        _, indices = encode_topk(p["target"], W_dec, torch.zeros(40, device=DEVICE), 4)
+        assert torch.equal(indices.cpu(), dense_topk(inputs["target"] @ W_dec.cpu().T, 4))
+
+
+def dense_latent_rows(inputs: Tensors, d_sae: int) -> Tensor:
+    coeffs = inputs["coeffs"]
+    code = coeffs.new_zeros(len(coeffs), d_sae).scatter_add(1, inputs["top_indices"], coeffs)
+    return code.T @ inputs["rows"].to(coeffs.dtype)
+
+
+@pytest.mark.parametrize(("dtype", "result"), [(F32, None), (BF16, None), (BF16, F32), (F32, BF16)])
+@pytest.mark.parametrize(
+    ("B", "k", "d_sae", "d"), [(0, 2, 5, 3), (1, 1, 1, 1), (37, 3, 50, 7), (3, 30, 40, 600), (2 * RUN + 1, 2, 3, 5)]
+)
+def test_t0_latent_rows(
+    B: int, k: int, d_sae: int, d: int, dtype: torch.dtype, result: torch.dtype | None, generator: torch.Generator
+) -> None:
+    inputs = {
+        "top_indices": torch.randint(0, d_sae, (B, k), generator=generator),
+        "coeffs": integer_inputs(B, k, generator=generator, largest=1),
+        "rows": integer_inputs(B, d, generator=generator, largest=1, dtype=dtype),
+    }
+
+    def run(q: Tensors) -> Tensors:
+        return {"rows": latent_rows(build_index(q["top_indices"], d_sae), q["coeffs"], q["rows"], dtype=result)}
+
+    ours, theirs = on_kernels(run, inputs), on_reference(run, inputs)
+    assert ours["rows"].dtype == (result or dtype)
+    assert_same(ours, theirs, {"rows": dense_latent_rows(as_float64(inputs), d_sae)})
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("B", [RUN, RUN + 1, 600])
+def test_t0_and_t3_a_latent_active_on_every_token(B: int, k: int, generator: torch.Generator) -> None:
+    top_indices = torch.randint(0, 5, (B, k), generator=generator)
+    top_indices[:, 0] = 3
+    inputs = {
+        "top_indices": top_indices,
+        "coeffs": integer_inputs(B, k, generator=generator),
+        "rows": integer_inputs(B, 6, generator=generator),
+    }
+
+    def run(q: Tensors) -> Tensors:
+        return {"rows": latent_rows(build_index(q["top_indices"], 6), q["coeffs"], q["rows"])}
+
+    exact = {"rows": dense_latent_rows(as_float64(inputs), 6)}
+    assert_same(on_kernels(run, inputs), on_reference(run, inputs), exact)
+    inputs["coeffs"] = torch.randn(B, k, generator=generator)
+    inputs["rows"] = torch.randn(B, 6, generator=generator)
+    first = on_kernels(run, inputs)["rows"]
+    assert torch.equal(first, on_kernels(run, inputs)["rows"])
+    assert_as_accurate(first, dense_latent_rows(inputs, 6), dense_latent_rows(as_float64(inputs), 6))
+
+
+def test_t3_two_whole_steps_give_the_same_bits(generator: torch.Generator) -> None:
+    inputs = step_inputs(20, 13, 70, generator, integer=False)
+    first, second = (on_kernels(lambda q: whole_step(q, 4), inputs) for _ in range(2))
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def test_dense_dispatch_gives_the_same_integers_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, generator: torch.Generator
+) -> None:
+    inputs = step_inputs(11, 6, 50, generator, integer=True)
+    sparse = on_kernels(lambda q: whole_step(q, 3), inputs)
+    backend._log_once.cache_clear()
+    monkeypatch.setenv("FLASHSAE_DENSE_ABOVE", "0")
+    with caplog.at_level(logging.INFO, "flashsae"):
+        dense = [on_kernels(lambda q: whole_step(q, 3), inputs) for _ in range(2)]
+    for name in sparse:
+        assert torch.equal(sparse[name], dense[0][name]), name
+    said = [record.getMessage() for record in caplog.records if "dense matrix products" in record.getMessage()]
+    # decoding the AuxK code, decoding the code, the encoder's gradients by both
+    assert sorted(message.split(" latents a token")[0] for message in said) == ["1 of 50", "3 of 50", "4 of 50"]
+
+
+def test_a_k_that_no_program_can_hold_is_refused() -> None:
+    x, W, b = torch.zeros(1, 2, device=DEVICE), torch.zeros(1100, 2, device=DEVICE), torch.zeros(1100, device=DEVICE)
+    with pytest.raises(ConfigError, match="k: expected at most 1024 on a GPU, got 1025"):
+        encode_topk(x, W, b, 1025)
+    with pytest.raises(ConfigError, match="expected at most 1024 on a GPU, got 1100"):
+        encode_topk_aux(x, W, b, 2, b == 0, 1100)
+
+
+def test_kernels_run_where_expected(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else everything above compared the reference with itself."""
+
+    def launched(*_: object, **__: object) -> None:
+        raise RuntimeError("launched")
+
+    from flashsae.ops.decode_sparse import launch as decode_launch
+    from flashsae.ops.encode_topk import launch as encode_launch
+    from flashsae.ops.latent_rows import launch as rows_launch
+
+    inputs = step_inputs(5, 4, 20, generator, integer=False)
+    theirs = on_reference(lambda q: whole_step(q, 3), as_float64(inputs))
+    for module, name in (
+        (encode_launch, "launch_encode_topk"),
+        (decode_launch, "launch_decode_loss"),
+        (rows_launch, "launch_latent_rows"),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(module, name, launched)
+            with pytest.raises(RuntimeError, match="launched"):
+                on_kernels(lambda q: whole_step(q, 3), inputs)
+            on_reference(lambda q: whole_step(q, 3), inputs)
+            ours = on_kernels(lambda q: whole_step(q, 3), as_float64(inputs))  # the kernels accumulate in float32
+            for result in ours:
+                torch.testing.assert_close(ours[result], theirs[result], rtol=1e-12, atol=1e-12)

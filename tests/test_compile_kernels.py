@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+SRC = Path(__file__).parents[1] / "src" / "flashsae"
+NAMES = sorted(
+    name
+    for path in SRC.rglob("*kernels.py")
+    for name in re.findall(r"^def (\w+_kernel)\(", path.read_text("utf-8"), re.MULTILINE)
+)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("target", [("cuda", "80", "32"), ("cuda", "90", "32"), ("hip", "gfx942", "64")], ids=" ".join)
+def test_every_kernel_compiles_for(target: tuple[str, str, str], tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)  # else nothing is compiled the second time
+    command = [sys.executable, str(Path(__file__).with_name("compile_kernels.py")), *target]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.strip().split(": ")[1].split() == NAMES
