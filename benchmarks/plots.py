@@ -6,6 +6,7 @@ Of several results of one case the last one counts. What was not measured is lef
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,24 +14,22 @@ from typing import Any
 from cyclopts import App
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, Locator, LogLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from benchmarks.shapes import SWEEPS
 
 Record = dict[str, Any]
 HERE = Path(__file__).parent
 START, END = "<!-- tables -->", "<!-- /tables -->"
-GRADS = "both weight gradients"
 STAGES = {
     "gemm": "dense product alone (GEMM)",
     "encode_topk": "`encode_topk`",
     "index": "`build_index`",
     "decode_loss": "`decode_loss`, with gradient of acts",
-    "weight_grads": f"{GRADS}, written in float32",
-    "weight_grads_bf16": f"{GRADS}, written in bf16",
-    "weight_grads_zipf": f"{GRADS}, float32, Zipf's law",
+    "weight_grads": "both weight gradients, written in float32",
+    "weight_grads_bf16": "both weight gradients, written in bf16",
+    "weight_grads_zipf": "both weight gradients, float32, Zipf's law",
     "forward_backward": "forward + backward",
 }
 MASTER, DENSE = "forward_backward_master", "dense PyTorch"
@@ -38,14 +37,16 @@ MASTER, DENSE = "forward_backward_master", "dense PyTorch"
 BLUE, ORANGE, RED, GREY, INK, GRID = "#0072B2", "#E69F00", "#D55E00", "#9A9A9A", "#222222", "#DDDDDD"
 LINES = {
     "decode_loss": ("decode + loss + gradient of acts", BLUE, "o"),
-    "weight_grads": (GRADS, ORANGE, "s"),
+    "weight_grads": ("both weight gradients", ORANGE, "s"),
     "dense_decode_and_grads": ("all of these as dense products", RED, "^"),
 }
+CEILING_TEXT = """Ceiling: of `encode_topk`, the dense product; of `decode_loss`, rows gathered from the cache; of the
+weight gradients, results written at the speed of a copy, then rows gathered from the cache (the two may overlap, so
+that it can be passed)."""
 STYLE = {"font.family": "DejaVu Sans", "font.size": 8, "axes.edgecolor": "#888888", "text.color": INK}
 STYLE |= {"axes.grid": True, "grid.color": GRID, "axes.axisbelow": True, "xtick.color": INK, "ytick.color": INK}
 STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 7, "axes.labelcolor": INK}
 DPI, WIDTH = 160, 8.75  # 1400 pixels
-
 app = App(name="benchmarks.plots", help=__doc__, version_flags=[])
 
 
@@ -58,7 +59,7 @@ class Results:
         self.ceilings: dict[str, float] = {r["name"]: r["gbs"] for r in found if r and "gbs" in r}
 
     def get(self, group: str, size: str, name: str, precision: str) -> Record | None:
-        """Return the result of a case, None if there is none."""
+        """Return the result of a case."""
         return self.by_key.get((group, size, name, precision))
 
     def row(self, group: str, name: str, precision: str) -> list[Record | None]:
@@ -78,18 +79,15 @@ class Results:
     def footer(self, *groups: str) -> str:
         """Say on what the results of some groups were measured, with what and when."""
         records = [record for key, record in self.by_key.items() if key[0].startswith(groups)]
-        keys = ("gpu", "torch", "triton", "flashsae", "commit")
-        found = {key: ", ".join(sorted({record[key] for record in records})) for key in keys}
+        labels = {"gpu": "", "torch": "torch ", "triton": "triton ", "flashsae": "flashsae ", "commit": "commit "}
+        parts = [label + ", ".join(sorted({r[key] for r in records})) for key, label in labels.items()]
         days = sorted(record["date"][:10] for record in records)
-        parts = (text if key == "gpu" else f"{key} {text}" for key, text in found.items())
         return " · ".join([*parts, " to ".join(dict.fromkeys((days[0], days[-1])))])
 
 
 def number(value: float | None, unit: str = "") -> str:
     """Write a number with three digits, "" for None."""
-    if value is None:
-        return ""
-    return (f"{value:.0f}" if abs(value) >= 99.95 else f"{value:#.3g}") + unit
+    return "" if value is None else (f"{value:.0f}" if value >= 99.95 else f"{value:#.3g}") + unit
 
 
 def ms_text(record: Record | None) -> str:
@@ -112,34 +110,26 @@ def table(heads: list[str], rows: Iterable[list[str]]) -> str:
 
 def stage_row(record: Record, gemm: Record | None) -> list[str]:
     """Return the row of one stage."""
-    label = STAGES[record["name"]]
     if "median_ms" not in record:
-        return [label, record["status"], "", "", "", ""]
+        return [STAGES[record["name"]], record["status"], "", "", "", ""]
     rate = number(record["gbs"], " GB/s") if "gbs" in record else number(record.get("tflops"), " TFLOP/s")
-    ratio = record.get("ratio_to_gemm")  # that of one session where known
-    if ratio is None and gemm and "median_ms" in gemm:
-        ratio = record["median_ms"] / gemm["median_ms"]
+    gemm_ms = (gemm or {}).get("median_ms")
+    ratio = record.get("ratio_to_gemm", record["median_ms"] / gemm_ms if gemm_ms else None)  # of one session if known
     share = f"{record['share_of_ceiling']:.0%}" if "share_of_ceiling" in record else ""
     spread = f"{number(record['p10_ms'])} – {number(record['p90_ms'])}"
-    return [label, ms_text(record), spread, rate, share, "" if ratio is None else f"{ratio:.2f}×"]
+    return [STAGES[record["name"]], ms_text(record), spread, rate, share, number(ratio, "×")]
 
 
 def stage_tables(results: Results) -> str:
     """Return one table of stages for each size."""
     ceilings = ", ".join(f"{name} {number(gbs)} GB/s" for name, gbs in results.ceilings.items())
-    text = (
-        "Ceiling: of `encode_topk`, the dense product; of `decode_loss`, rows gathered from the cache; of the weight "
-    )
-    text += "gradients, results written at the speed of a copy, then rows gathered from the cache. The two "
-    text += f"may overlap, so that it can be passed. Measured: {ceilings or 'none'}."
-    parts = ["### Stages, weights and inputs in bf16\n", text]
+    parts = ["### Stages, weights and inputs in bf16\n", f"{CEILING_TEXT} Measured: {ceilings or 'none'}."]
     heads = ["stage", "ms", "p10 – p90", "rate", "of ceiling", "time of GEMM"]
     for shape in results.sizes("ops"):
         gemm = results.get("ops", shape["name"], "gemm", "bf16")
         found = (results.get("ops", shape["name"], name, "bf16") for name in STAGES)
         rows = [stage_row(record, gemm) for record in found if record]
-        if rows:
-            parts += [f"\n**{shape['name']}**: {size_text([shape])}\n", table(heads, rows)]
+        parts += [f"\n**{shape['name']}**: {size_text([shape])}\n", table(heads, rows)] if rows else []
     return "\n".join(parts)
 
 
@@ -160,11 +150,11 @@ def matrix(sizes: list[Record], rows: dict[str, list[Record | None]], base: str,
 
 def step_table(results: Results) -> str:
     """Return forward and backward of all implementations."""
-    rows = {"FlashSAE": results.row("ops", MASTER, "autocast")}
-    rows |= {name: results.row("ops", name, "autocast") for name in results.implementations() if name != MASTER}
-    heading = "### Forward + backward, float32 weights, products in 16 bits\n\nMedian (in brackets: times ours) and "
-    heading += "peak memory, that of weights, gradients and input included.\n\n"
-    return heading + matrix(results.sizes("ops"), rows, "FlashSAE", rows)
+    names = dict.fromkeys([MASTER, *results.implementations()])
+    rows = {"FlashSAE" if name == MASTER else name: results.row("ops", name, "autocast") for name in names}
+    text = "Median (in brackets: times ours) and peak memory, that of weights, gradients and input included."
+    text = f"### Forward + backward, float32 weights, products in 16 bits\n\n{text}\n\n"
+    return text + matrix(results.sizes("ops"), rows, "FlashSAE", rows)
 
 
 def paper_table(results: Results) -> str:
@@ -175,9 +165,8 @@ def paper_table(results: Results) -> str:
     rows = {label: results.row("paper", *case) for label, case in cases.items()}
     ours, dense = "forward + backward, FlashSAE", f"forward + backward, {DENSE}"
     rows |= {ours: results.row("paper", "forward_backward", "float32"), dense: results.row("paper", DENSE, "float32")}
-    sizes = results.sizes("paper")
-    text = f"### The setting of the paper\n\nFloat32 without TF32, {size_text(sizes, 'd_sae')}; n is d_sae.\n\n"
-    return text + matrix(sizes, rows, ours, [dense])
+    text = f"Float32 without TF32, FlashSAE certified; {size_text(results.sizes('paper'), 'd_sae')}; n is d_sae."
+    return f"### The setting of the paper\n\n{text}\n\n{matrix(results.sizes('paper'), rows, ours, [dense])}"
 
 
 def sweep_table(results: Results, variable: str) -> str:
@@ -185,11 +174,10 @@ def sweep_table(results: Results, variable: str) -> str:
     group, rows = f"sweep {variable}", []
     for shape in results.sizes(group):
         found = [results.get(group, shape["name"], name, "bf16") or {"status": ""} for name in LINES]
-        ms = [record.get("median_ms") for record in found]
-        ratio = f"{ms[2] / (ms[0] + ms[1]):.1f}×" if None not in ms else ""
-        rates = [number(record.get("gbs")) for record in found]
-        rows.append([str(shape[variable]), ms_text(found[0]), rates[0], ms_text(found[1]), rates[1]])
-        rows[-1] += [ms_text(found[2]), ratio]
+        (decode, grads, dense), rates = (r.get("median_ms") for r in found), [number(r.get("gbs")) for r in found]
+        ratio = f"{dense / (decode + grads):.1f}×" if decode and grads and dense else ""
+        cells = [text for record, rate in zip(found, rates) for text in (ms_text(record), rate)]
+        rows.append([str(shape[variable]), *cells[:5], ratio])
     heads = [variable, "decode, ms", "GB/s", "weight gradients, ms", "GB/s", "dense, ms", "dense to ours"]
     text = f"{size_text(results.sizes(group), variable)}, bf16. Dense products do what both others do."
     return f"### Against {variable}\n\n{text}\n\n{table(heads, rows)}"
@@ -204,19 +192,12 @@ def all_tables(results: Results) -> str:
     return "\n\n".join(parts)
 
 
-def number_ticks(axis: Axis, locator: Locator) -> None:
-    """Put plain numbers at the ticks of a logarithmic axis."""
-    axis.set(major_locator=locator, minor_locator=NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1024:g}k" if value >= 16384 else f"{value:g}"))
-
-
 def draw_sweep(results: Results, variable: str, above: Axes, below: Axes) -> None:
     """Draw one sweep: milliseconds above, GB/s below."""
-    group = f"sweep {variable}"
     for name, (label, colour, marker) in LINES.items():
-        found = [r for r in results.row(group, name, "bf16") if r and "median_ms" in r]
+        found = [r for r in results.row(f"sweep {variable}", name, "bf16") if r and "median_ms" in r]
         xs = [r["shape"][variable] for r in found]
-        style = {"color": colour, "marker": marker, "markersize": 4.5, "linewidth": 1.6}
+        style: Record = {"color": colour, "marker": marker, "markersize": 4.5, "linewidth": 1.6}
         above.plot(xs, [r["median_ms"] for r in found], label=label, **style)
         limits = [r["median_ms"] * r.get("share_of_ceiling", 0) for r in found]
         if all(limits) and limits:
@@ -227,30 +208,27 @@ def draw_sweep(results: Results, variable: str, above: Axes, below: Axes) -> Non
     for name, dashes in {"copy": (0, (6, 2)), "gather": (0, (1, 1.5))}.items():
         if name in results.ceilings:
             below.axhline(results.ceilings[name], color=GREY, linewidth=1.2, linestyle=dashes, label=f"ceiling: {name}")
-    above.set_title(f"against {variable}\n{size_text(results.sizes(group), variable)}", fontsize=8)
-    above.set_xscale("log", base=2)
-    above.set_yscale("log")
-    number_ticks(above.xaxis, LogLocator(2, numticks=12))
-    number_ticks(above.yaxis, LogLocator(10, (1, 2, 5), numticks=12))
-    below.set_ylim(bottom=0)
-    below.set_xlabel({"d_sae": "d_sae (latents)", "k": "k (active latents of a token)"}.get(variable, "d_in (width)"))
+    title = f"against {variable}\n{size_text(results.sizes(f'sweep {variable}'), variable)}"
+    above.set(xscale="log", yscale="log", title=title)
+    plain = FuncFormatter(lambda value, _: f"{value / 1024:g}k" if value >= 16384 else f"{value:g}")
+    for axis, base, at in ((above.xaxis, 2, (1.0,)), (above.yaxis, 10, (1.0, 2.0, 5.0))):
+        axis.set(major_locator=LogLocator(base, at), minor_locator=NullLocator(), major_formatter=plain)
+    units = {"d_sae": "latents", "k": "active latents of a token", "d_in": "width of x"}
+    below.set(ylim=(0, None), xlabel=f"{variable} ({units[variable]})")
 
 
 def sweep_figure(results: Results) -> Figure | None:
     """Draw decode and weight gradients against d_sae, k and d_in."""
-    variables = [variable for variable in SWEEPS if results.sizes(f"sweep {variable}")]
-    if not variables:
+    if not (variables := [variable for variable in SWEEPS if results.sizes(f"sweep {variable}")]):
         return None
     figure = Figure((WIDTH, 5.6), layout="constrained")
     panels = figure.subplots(2, len(variables), sharex="col", sharey="row", squeeze=False, height_ratios=(1.35, 1))
-    for i, variable in enumerate(variables):
-        draw_sweep(results, variable, panels[0, i], panels[1, i])
-    panels[0, 0].set_ylabel("time (ms)")
-    panels[1, 0].set_ylabel("bytes moved (GB/s)")
+    for variable, (above, below) in zip(variables, panels.T):
+        draw_sweep(results, variable, above, below)
+    for axes, label in zip(panels[:, 0], ("time (ms)", "bytes moved (GB/s)")):
+        axes.set_ylabel(label)
     entries = {label: handle for axes in panels[:, 0] for handle, label in zip(*axes.get_legend_handles_labels())}
-    figure.legend(
-        entries.values(), entries.keys(), loc="outside upper center", ncols=4 if len(entries) > 4 else 3, frameon=False
-    )
+    figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=4, frameon=False)
     figure.supxlabel(results.footer("sweep"), fontsize=6.5, color="#666666")
     return figure
 
@@ -258,29 +236,23 @@ def sweep_figure(results: Results) -> Figure | None:
 def draw_bars(axes: Axes, labels: list[str], records: list[Record | None]) -> None:
     """Draw horizontal bars from 0, with the milliseconds at their ends."""
     ms = [(record or {}).get("median_ms", 0.0) for record in records]
-    colours = [{"FlashSAE": BLUE, DENSE: RED}.get(label, GREY) for label in labels]
-    axes.barh(labels, ms, color=colours, height=0.72)
+    axes.barh(labels, ms, color=[{"FlashSAE": BLUE, DENSE: RED}.get(label, GREY) for label in labels], height=0.72)
     for i, (value, record) in enumerate(zip(ms, records)):
-        text = ms_text(record) or "not measured"
-        axes.annotate(text, (value, i), (3, 0), textcoords="offset points", va="center", fontsize=7.5)
-    axes.set_xlim(0, 1.2 * max(*ms, 1e-9))
-    axes.set_xlabel("ms")
-    axes.grid(False, axis="y")
-    axes.tick_params(axis="y", length=0)
+        axes.text(value, i, f" {ms_text(record) or 'not measured'}", va="center", fontsize=7.5)
+    axes.set(xlim=(0, 1.2 * max(*ms, 1e-9)), xlabel="ms")
+    axes.tick_params(axis="y", length=0, grid_alpha=0)
 
 
 def step_figure(results: Results) -> Figure | None:
     """Draw forward and backward: ours and the peers at S, M and L, then ours and dense in the setting of the paper."""
     sizes = [shape for shape in results.sizes("ops") if shape["name"] != "XL"]
-    rows = [("ops", "autocast", results.implementations(), sizes, "16-bit products")]
-    rows += [("paper", "float32", ["forward_backward", DENSE], results.sizes("paper"), "float32, ours certified")]
-    rows = [row for row in rows if row[2] and row[3]]
-    if not rows:
+    ops = ("ops", "autocast", results.implementations(), sizes, "16-bit products")
+    paper = ("paper", "float32", ["forward_backward", DENSE], results.sizes("paper"), "float32, ours certified")
+    if not (rows := [row for row in (ops, paper) if row[2] and row[3]]):
         return None
     counts = [len(row[2]) for row in rows]
     figure = Figure((WIDTH, 0.4 + sum(0.85 + 0.24 * n for n in counts)), layout="constrained")
-    columns = max(len(row[3]) for row in rows)
-    panels = figure.subplots(len(rows), columns, sharey="row", squeeze=False, height_ratios=counts)
+    panels = figure.subplots(len(rows), max(len(r[3]) for r in rows), sharey="row", squeeze=False, height_ratios=counts)
     for line, (group, precision, cases, shapes, kind) in zip(panels, rows):
         labels = ["FlashSAE" if name.startswith("forward_backward") else name for name in cases]
         for axes, shape in zip(line, shapes):
@@ -296,11 +268,10 @@ def step_figure(results: Results) -> Figure | None:
 def replace_tables(path: Path, text: str) -> bool:
     """Put tables between the markers of a file; tell whether it has them."""
     old = path.read_text(encoding="utf-8") if path.exists() else ""
-    if START not in old or END not in old.partition(START)[2]:
-        return False
-    before, _, rest = old.partition(START)
-    path.write_text(f"{before}{START}\n\n{text}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
-    return True
+    new, found = re.subn(f"(?s){START}.*?{END}", lambda _: f"{START}\n\n{text}\n\n{END}", old, count=1)
+    if found:
+        path.write_text(new, encoding="utf-8")
+    return bool(found)
 
 
 @app.default
@@ -311,14 +282,12 @@ def main(results: Path = HERE / "results" / "ops.jsonl", docs: Path = HERE.paren
         results: JSON lines that `benchmarks.run` has written.
         docs: folder of the pictures and of performance.md. If that has no markers, the tables are printed.
     """
-    lines = results.read_text(encoding="utf-8").splitlines()
-    found = Results(json.loads(line) for line in lines if line.strip())
+    found = Results(json.loads(line) for line in results.read_text(encoding="utf-8").splitlines() if line.strip())
     if not any(key[0].startswith(("ops", "paper", "sweep")) for key in found.by_key):
         raise SystemExit(f"{results}: expected results of the groups ops, paper or sweep, found none.")
     for name, draw in {"performance-sweep.png": sweep_figure, "performance-step.png": step_figure}.items():
         with rc_context(STYLE):
-            figure = draw(found)
-            if figure is not None:
+            if figure := draw(found):
                 figure.savefig(docs / name, dpi=DPI)
         print(f"{docs / name}: {'drawn' if figure else 'nothing to draw'}")
     text, page = all_tables(found), docs / "performance.md"
