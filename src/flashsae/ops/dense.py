@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from flashsae.ops.index import LatentIndex
 from flashsae.ops.validate import compute_dtype
-from flashsae.shapes import Activations, InputBias, TopActs, TopIndices, Weights
+from flashsae.shapes import Activations, InputBias, LatentActs, LatentBias, TopActs, TopIndices, Weights
 
 _CODE_ELEMENTS = 1 << 26  # of the dense code in memory at once
 
@@ -16,7 +16,8 @@ def decode_sparse(top_acts: TopActs, top_indices: TopIndices, W_dec: Weights, b_
     """Multiply the dense code by W_dec: -> [B, d_in], compute dtype. Code and product are rounded to that of W_dec."""
     x_hat = W_dec.new_empty(len(top_acts), W_dec.shape[1])
     for part in _parts(len(top_acts), len(W_dec)):
-        torch.mm(_code(top_acts[part], top_indices[part], W_dec), W_dec, out=x_hat[part])
+        code = _code(top_acts[part], top_indices[part], len(W_dec)).to(W_dec.dtype)
+        torch.mm(code, W_dec, out=x_hat[part])
     dtype = compute_dtype(W_dec.dtype)
     return x_hat.to(dtype) if b_dec is None else x_hat.to(dtype) + b_dec.to(dtype)
 
@@ -30,13 +31,17 @@ def decode_sparse_grad_acts(grad_x_hat: Activations, top_indices: TopIndices, W_
     return grad_acts
 
 
-def latent_rows(index: LatentIndex, coeffs: TopActs, rows: Activations) -> Weights:
-    """Multiply the transposed dense code by rows: -> [d_sae, d], compute dtype."""
+def latent_rows(index: LatentIndex, coeffs: TopActs, rows: Activations) -> tuple[Weights, LatentBias]:
+    """Multiply the transposed dense code by rows, and sum it: -> [d_sae, d] and [d_sae], compute dtype."""
     top_indices = torch.empty_like(index.entries).scatter_(0, index.entries, index.latents.long()).view(coeffs.shape)
-    total = torch.zeros(index.d_sae, rows.shape[1], dtype=compute_dtype(rows.dtype), device=rows.device)
+    dtype = compute_dtype(rows.dtype)
+    total = torch.zeros(index.d_sae, rows.shape[1], dtype=dtype, device=rows.device)
+    sums = torch.zeros(index.d_sae, dtype=dtype, device=rows.device)
     for part in _parts(len(rows), index.d_sae):
-        total += _code(coeffs[part], top_indices[part], rows, index.d_sae).T @ rows[part]
-    return total
+        code = _code(coeffs[part].to(dtype), top_indices[part], index.d_sae)
+        total += code.to(rows.dtype).T @ rows[part]
+        sums += code.sum(0)
+    return total, sums
 
 
 def _parts(tokens: int, d_sae: int) -> list[slice]:
@@ -44,8 +49,6 @@ def _parts(tokens: int, d_sae: int) -> list[slice]:
     return [slice(start, start + step) for start in range(0, tokens, step)]
 
 
-def _code(
-    top_acts: TopActs, top_indices: TopIndices, like: Weights | Activations, d_sae: int | None = None
-) -> torch.Tensor:
-    code = torch.zeros(len(top_acts), len(like) if d_sae is None else d_sae, device=like.device, dtype=top_acts.dtype)
-    return code.scatter_add_(1, top_indices.long(), top_acts).to(like.dtype)
+def _code(top_acts: TopActs, top_indices: TopIndices, d_sae: int) -> LatentActs:
+    code = top_acts.new_zeros(len(top_acts), d_sae)
+    return code.scatter_add_(1, top_indices.long(), top_acts)

@@ -93,7 +93,11 @@ def encode_topk(
     Source: Makhzani and Frey 2013 (k-sparse autoencoders); Gao et al. 2024, eq. 4; selection and backward ours,
         docs/methodology.md#exact-selection.
     """
-    result = _encode(x, W_enc_T, b_enc, k, b_dec, key_scale, None, 0, precision, workspace_bytes, return_index)
+    check_k(k, _check(x, W_enc_T, b_enc, b_dec, key_scale, workspace_bytes))
+    chosen = _resolve(precision, x)
+    result = torch.ops.flashsae.encode_topk(
+        x, W_enc_T, b_enc, b_dec, key_scale, None, k, 0, chosen, workspace_bytes, return_index
+    )
     top_acts, top_indices, _, _, *lists = result
     if return_index:
         return top_acts, top_indices, LatentIndex(lists[0], lists[1], lists[2], k)
@@ -140,27 +144,28 @@ def encode_topk_aux(
     Gradients: as in `encode_topk`, through both codes.
     Cost: that of `encode_topk` and a second reading of the pre-activations.
     """
-    check_shape("aux_mask", aux_mask, (W_enc_T.shape[0],))
+    d_sae = _check(x, W_enc_T, b_enc, b_dec, key_scale, workspace_bytes)
+    check_shape("aux_mask", aux_mask, (d_sae,))
     if aux_mask.dtype != torch.bool:
         raise DtypeError(f"aux_mask: expected torch.bool, got {aux_mask.dtype}.")
-    check_k(k_aux, W_enc_T.shape[0], "k_aux")
-    result = _encode(x, W_enc_T, b_enc, k, b_dec, key_scale, aux_mask, k_aux, precision, workspace_bytes, False)
+    check_k(k, d_sae)
+    check_k(k_aux, d_sae, "k_aux")
+    chosen = _resolve(precision, x)
+    result = torch.ops.flashsae.encode_topk(
+        x, W_enc_T, b_enc, b_dec, key_scale, aux_mask, k, k_aux, chosen, workspace_bytes, False
+    )
     return TwoCodes(*result[:4])
 
 
-def _encode(
+def _check(
     x: Tensor,
     W_enc_T: Tensor,
     b_enc: Tensor,
-    k: int,
     b_dec: Tensor | None,
     key_scale: Tensor | None,
-    aux_mask: Tensor | None,
-    k_aux: int,
-    precision: Precision | None,
     workspace_bytes: int,
-    with_index: bool,
-) -> list[Tensor]:
+) -> int:
+    """Raise unless the arguments fit each other; return d_sae."""
     check_shape("W_enc_T", W_enc_T, ("d_sae", "d_in"))
     d_sae, d_in = W_enc_T.shape
     check_shape("x", x, ("B", d_in))
@@ -174,16 +179,14 @@ def _encode(
     if key_scale is not None:
         check_shape("key_scale", key_scale, (d_sae,))
         check_float("key_scale", key_scale)
-    check_k(k, d_sae)
-    check_precision(precision)
-    if precision is None:
-        precision = "bf16" if x.dtype == torch.bfloat16 else "float32"
     if workspace_bytes <= 0:
         raise ConfigError(f"workspace_bytes: expected a positive number of bytes, got {workspace_bytes}.")
-    result: list[Tensor] = torch.ops.flashsae.encode_topk(
-        x, W_enc_T, b_enc, b_dec, key_scale, aux_mask, k, k_aux, precision, workspace_bytes, with_index
-    )
-    return result
+    return d_sae
+
+
+def _resolve(precision: Precision | None, x: Tensor) -> Precision:
+    check_precision(precision)
+    return precision or ("bf16" if x.dtype == torch.bfloat16 else "float32")
 
 
 def _encode_topk_fake(

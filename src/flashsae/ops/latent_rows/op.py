@@ -78,7 +78,8 @@ def _latent_rows(
     index = LatentIndex(entries, latents, offsets, coeffs.shape[1])
     if use_kernels(rows):
         if index.d_sae > 1 and use_dense(index.k, index.d_sae, rows):
-            return dense.latent_rows(index, coeffs, rows).to(dtype), reference.latent_sums(index, coeffs)
+            total, sums = dense.latent_rows(index, coeffs, rows)
+            return total.to(dtype), sums
         from flashsae.ops.latent_rows.launch import launch_latent_rows
 
         return launch_latent_rows(index, coeffs.contiguous(), rows, dtype)
