@@ -178,9 +178,11 @@ def test_t0_a_row_with_too_many_candidates_is_redone(
 ) -> None:
     monkeypatch.setattr(Layout, "capacity", property(lambda self: 16))
     p = encode_inputs(9, 13, 211, k, 1, generator)
-    p["x"][:2] = 0.0  # all latents tie
+    p["x"][:2] = 0.0  # all latents tie, exactly
+    p["x"][2:4] = torch.eye(13)[0]  # all latents tie, which the bounds cannot know
     p["b_enc"][:] = 0.0
     p["W_enc_T"][100] = 20.0
+    p["W_enc_T"][:, 0] = 2.0
     p["x"][4:6] = 1.0  # latent 100 wins by far
     mask = torch.rand(211, generator=generator) < 0.5 if masked else None
     scale = torch.randint(1, 4, (211,), generator=generator).float() if masked else None
@@ -191,8 +193,9 @@ def test_t0_a_row_with_too_many_candidates_is_redone(
             [(k, None if mask is None else mask.to(DEVICE))], None if scale is None else scale.to(DEVICE),
             "float32", 1 << 20, candidate_counts=counts,
         )  # fmt: skip
-    assert bool((counts[:2] > 16).all())
+    assert bool((counts[2:4] > 16).all())
     assert bool((counts >= 1).all())
+    assert counts[:2].tolist() == [k, k]
     if k == 1 and not masked:
         assert counts[4:6].tolist() == [1, 1]
     pre_acts = p["x"].double() @ p["W_enc_T"].double().T

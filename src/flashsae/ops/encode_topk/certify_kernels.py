@@ -13,8 +13,10 @@ from flashsae.ops.encode_topk.kernels import (
     KEY_NAN,
     KEY_NONE,
     _bounds,
+    _keys_of,
     _kth_key,
     _kth_key_in_memory,
+    _scaled,
     _to_key,
     _write_groups,
     _write_selection,
@@ -46,13 +48,19 @@ def encode_topk_round_kernel(
     finite = tl.sum((tl.abs(values) <= 3.4028234e38).to(tl.int32)) == BLOCK_D
     exponent = ((largest.to(tl.int32, bitcast=True) >> 23) & 0xFF) - 126  # largest < 2 ** exponent
     shift = tl.minimum(tl.maximum(top_exponent - exponent, -120), 120)
+    tiny = 1e-30
+    if IS_TOKEN:
+        # a token of zeros (one that equals b_dec) has no error: its bounds are its biases
+        empty = finite & (largest == 0.0)
+        shift = tl.where(empty, 0, shift)
+        tiny = tl.where(empty, 0.0, 1e-30)
     scale = ((shift + 127) << 23).to(tl.float32, bitcast=True)
     unit = ((127 - shift) << 23).to(tl.float32, bitcast=True)
     scaled = values * scale
     half = scaled.to(tl.float16)
     error = scaled - half.to(tl.float32)  # exact: both have the same leading bits
     norm = tl.sqrt(tl.sum(half.to(tl.float32) * half.to(tl.float32))) * 1.0001
-    error_norm = tl.sqrt(tl.sum(error * error)) * 1.0001 + 1e-30
+    error_norm = tl.sqrt(tl.sum(error * error)) * 1.0001 + tiny
     half = tl.where(finite, half, float("nan"))
     tl.store(half_ptr + row * d + offsets, half, mask=offsets < d)
     if IS_TOKEN:
@@ -79,9 +87,7 @@ def _candidate_keys(
         tl.load(row_ptr + row), tl.load(row_ptr + rows + row), tl.load(row_ptr + 2 * rows + row),
     )  # fmt: skip
     if scale_ptr is not None:
-        scale = tl.load(scale_ptr + latents, mask=inside, other=0.0).to(tl.float32)
-        low = low * scale - tl.abs(low * scale) * 2.4e-7
-        high = high * scale + tl.abs(high * scale) * 2.4e-7
+        low, high = _scaled(low, high, tl.load(scale_ptr + latents, mask=inside, other=0.0).to(tl.float32))
     low, high = _to_key(low, KEY_MASKED + 1), _to_key(high, KEY_NAN)
     if mask_ptr is not None:
         allowed = tl.load(mask_ptr + latents, mask=inside, other=0) != 0
@@ -104,13 +110,14 @@ def encode_topk_candidates_kernel(
     row = tl.program_id(0).to(tl.int64)
     tau, _room = _kth_key_in_memory(low_ptr + row * groups, groups, k, BLOCK_G)
     list_row, candidates_row = list_ptr + row * CAPACITY, candidates_ptr + row * CAPACITY
-    # fewer than k latents allowed: the lowest of the others fill up, and k of them are enough
-    filling = tau <= KEY_MASKED
-    room = tl.where(filling, k, groups)
-    n_groups = _write_groups(high_ptr + row * groups, tau, room, list_row, groups, CAPACITY, BLOCK_G)
+    # Of latents whose value is known to equal tau the first k are enough, as ties go to the lowest latent. So neither a
+    # token of zeros nor one with fewer than k latents allowed has a long list.
+    n_groups = _write_groups(
+        high_ptr + row * groups, low_ptr + row * groups, tau, k, list_row, groups, CAPACITY, BLOCK_G
+    )
     tl.debug_barrier()  # the list was written by other threads
     found = 0
-    filled = 0
+    ties = 0
     STEP: tl.constexpr = 1024 // GROUP
     for start in range(0, tl.minimum(n_groups, CAPACITY), STEP):
         slot = start + tl.arange(0, STEP)
@@ -118,13 +125,12 @@ def encode_topk_candidates_kernel(
         group = tl.load(list_row + slot, mask=listed & (slot < CAPACITY), other=0)
         latents = tl.reshape(group[:, None] * GROUP + tl.arange(0, GROUP)[None, :], [1024])
         inside = tl.reshape(tl.broadcast_to(listed[:, None], [STEP, GROUP]), [1024]) & (latents < n)
-        _low, high = _candidate_keys(
+        low, high = _candidate_keys(
             latents, inside, row, raw_ptr, bias_ptr, scale_ptr, mask_ptr, column_ptr, row_ptr, rows, n, raw_stride
         )
-        filler = inside & (high == KEY_MASKED)
-        wanted = filling & (filled + tl.cumsum(filler.to(tl.int32)) <= k)
-        chosen = inside & (high >= tau) & ((high > KEY_MASKED) | wanted)
-        filled += tl.sum(filler.to(tl.int32))
+        tied = inside & (low == tau) & (high == tau)
+        chosen = inside & (high >= tau) & ((tied == 0) | (ties + tl.cumsum(tied.to(tl.int32)) <= k))
+        ties += tl.sum(tied.to(tl.int32))
         position = found + tl.cumsum(chosen.to(tl.int32)) - 1
         tl.store(candidates_row + position, latents, mask=chosen & (position < CAPACITY))
         found += tl.sum(chosen.to(tl.int32))
@@ -166,13 +172,7 @@ def encode_topk_finish_kernel(
         latents = tl.load(candidates_ptr + row * CAPACITY + slot, mask=inside, other=0)
         values = tl.load(dots_ptr + row * CAPACITY + slot, mask=inside, other=0.0)
         values += tl.load(bias_ptr + latents, mask=inside, other=0.0).to(tl.float32)
-        if scale_ptr is not None:
-            keys = _to_key(values * tl.load(scale_ptr + latents, mask=inside, other=0.0).to(tl.float32), KEY_NAN)
-        else:
-            keys = _to_key(values, KEY_NAN)
-        if mask_ptr is not None:
-            keys = tl.where(tl.load(mask_ptr + latents, mask=inside, other=0) != 0, keys, KEY_MASKED)
-        keys = tl.where(inside, keys, KEY_NONE)
+        keys = _keys_of(values, latents, inside, scale_ptr, mask_ptr)
         lowest = tl.min(tl.where(inside, keys, KEY_NAN))
         _write_selection(keys, latents, values, k, lowest, top_acts_ptr + row * k, top_indices_ptr + row * k)
 
@@ -211,17 +211,12 @@ def encode_topk_redo_kernel(
                     )
                     sums += W * x[None, :]
                 values = tl.sum(sums, axis=1) + tl.load(bias_ptr + latents, mask=inside, other=0.0).to(tl.float32)
-                if scale_ptr is not None:
-                    keys = _to_key(values * tl.load(scale_ptr + latents, mask=inside, other=0.0), KEY_NAN)
-                else:
-                    keys = _to_key(values, KEY_NAN)
-                if mask_ptr is not None:
-                    keys = tl.where(tl.load(mask_ptr + latents, mask=inside, other=0) != 0, keys, KEY_MASKED)
+                keys = _keys_of(values, latents, inside, scale_ptr, mask_ptr)
                 tl.store(values_row + latents, values, mask=inside)
                 tl.store(keys_row + latents, keys, mask=inside)
             tl.debug_barrier()
             tau, room = _kth_key_in_memory(keys_row, n, k, BLOCK_G)
-            _write_groups(keys_row, tau, room, list_row, n, BLOCK_K, BLOCK_G)
+            _write_groups(keys_row, None, tau, room, list_row, n, BLOCK_K, BLOCK_G)
             tl.debug_barrier()
             slot = tl.arange(0, BLOCK_K)
             latents = tl.load(list_row + slot, mask=slot < k, other=0)

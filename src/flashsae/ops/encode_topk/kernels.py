@@ -25,6 +25,17 @@ def _to_key(value, nan_key):
 
 
 @triton.jit
+def _keys_of(values, latents, inside, scale_ptr, mask_ptr):
+    """Return the keys that latents are selected by: scaled, and with those that may not be chosen below all others."""
+    if scale_ptr is not None:
+        values = values * tl.load(scale_ptr + latents, mask=inside, other=0.0).to(tl.float32)
+    keys = _to_key(values, KEY_NAN)
+    if mask_ptr is not None:
+        keys = tl.where(tl.load(mask_ptr + latents, mask=inside, other=0) != 0, keys, KEY_MASKED)
+    return tl.where(inside, keys, KEY_NONE)
+
+
+@triton.jit
 def _middle(low, high):
     """Round (low + high) / 2 up, without overflow."""
     return (low & high) + ((low ^ high) >> 1) + ((low ^ high) & 1)
@@ -90,6 +101,35 @@ def _choose(keys, k, low):
 
 
 @triton.jit
+def _shortlist(keys, items, low, list_ptr, capacity):
+    """List the items whose key reaches `low`, row by row; return how many there are (above capacity: incomplete)."""
+    reach = (keys >= low).to(tl.int32)
+    found = tl.sum(reach, axis=1)
+    position = (tl.cumsum(found) - found)[:, None] + tl.cumsum(reach, axis=1) - 1
+    tl.debug_barrier()  # the items were read from this list
+    tl.store(list_ptr + position, items, mask=(reach != 0) & (position < capacity))
+    tl.debug_barrier()  # other threads read it
+    return tl.sum(found)
+
+
+@triton.jit
+def _list_chosen(keys, items, k, low, list_ptr):
+    """List the k items of largest keys, which stand in ascending order; return a key that all of them reach."""
+    chosen, position, tau = _choose(keys, k, low)
+    tl.debug_barrier()  # the items were read from this list
+    tl.store(list_ptr + position, items, mask=chosen)
+    tl.debug_barrier()  # other threads read it
+    return tau
+
+
+@triton.jit
+def _pre_acts(raw_ptr, bias_ptr, latents, inside):
+    """Load products of a row and add the bias."""
+    values = tl.load(raw_ptr + latents, mask=inside, other=0.0).to(tl.float32)
+    return values + tl.load(bias_ptr + latents, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _write_selection(keys, latents, values, k, low, top_acts_ptr, top_indices_ptr):
     """Write the k largest of a row, lowest latent first; `keys` stand in ascending order of `latents`."""
     chosen, position, _ = _choose(keys, k, low)
@@ -106,8 +146,14 @@ def _bounds(raw, bias, unit, norm, error_norm, row_unit, row_p, row_q):
     centre = product + bias * row_unit
     slack = norm * row_p + error_norm * row_q
     slack += tl.abs(product) * 0.0009765625 + tl.abs(bias * row_unit) * 2.4e-7 + unit * 6e-8 + 1e-36
-    slack *= 1.001
+    slack = tl.where(row_q == 0.0, 0.0, slack * 1.001)  # a token of zeros: the bias, exactly
     return centre - slack, centre + slack
+
+
+@triton.jit
+def _scaled(low, high, scale):
+    """Multiply bounds by a scale of at least 0, rounding outwards."""
+    return low * scale - tl.abs(low * scale) * 2.4e-7, high * scale + tl.abs(high * scale) * 2.4e-7
 
 
 @triton.jit
@@ -166,8 +212,7 @@ def encode_topk_group_max_kernel(
                 tl.load(row_ptr + row), tl.load(row_ptr + rows + row), tl.load(row_ptr + 2 * rows + row),
             )  # fmt: skip
             if scale_ptr is not None:
-                low = low * scale - tl.abs(low * scale) * 2.4e-7
-                high = high * scale + tl.abs(high * scale) * 2.4e-7
+                low, high = _scaled(low, high, scale)
             # a latent without bounds is a candidate, and is no reason to pass over others
             low = tl.where(low != low, float("-inf"), low)
             tl.store(high_ptr + out, _group_keys(high, allowed, some_allowed, group < groups), mask=group < groups)
@@ -185,15 +230,23 @@ def encode_topk_group_max_kernel(
 
 
 @triton.jit
-def _write_groups(keys_ptr, tau, room, list_ptr, groups, capacity, BLOCK: tl.constexpr):
-    """List the groups whose key exceeds tau, and the first `room` of those that equal it. Return how many there are."""
+def _write_groups(keys_ptr, low_ptr, tau, room, list_ptr, groups, capacity, BLOCK: tl.constexpr):
+    """List the groups whose key exceeds tau, and the first `room` of those that equal it. Return how many there are.
+
+    With low_ptr, keys are upper bounds; only those groups count as equal of which a lower bound equals tau too.
+    """
     found = 0
     ties = 0
     for start in range(0, groups, BLOCK):
         group = start + tl.arange(0, BLOCK)
         keys = tl.load(keys_ptr + group, mask=group < groups, other=KEY_NONE)
         tied = (keys == tau) & (group < groups)
-        chosen = (keys > tau) | (tied & (ties + tl.cumsum(tied.to(tl.int32)) <= room))
+        chosen = keys > tau
+        if low_ptr is not None:
+            exact = tl.load(low_ptr + group, mask=group < groups, other=KEY_NONE) == tau
+            chosen |= tied & (exact == 0)
+            tied &= exact
+        chosen |= tied & (ties + tl.cumsum(tied.to(tl.int32)) <= room)
         position = found + tl.cumsum(chosen.to(tl.int32)) - 1
         tl.store(list_ptr + position, group, mask=chosen & (position < capacity))
         found += tl.sum(chosen.to(tl.int32))
@@ -209,7 +262,7 @@ def encode_topk_select_kernel(
     mask_ptr,  # [n] int8 or None
     max_ptr,  # [rows, groups] from encode_topk_group_max_kernel
     super_ptr,  # [rows, supers] from there
-    list_ptr,  # [rows, BLOCK_K] scratch
+    list_ptr,  # [rows, SHORT] scratch
     top_acts_ptr,  # [rows, k]
     top_indices_ptr,  # [rows, k]
     n,
@@ -221,39 +274,50 @@ def encode_topk_select_kernel(
     SUPER: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SHORT: tl.constexpr,
 ):
-    """Choose k sets of groups, among these k groups, among these k latents; each time the first of equal ones."""
+    """Choose k sets of groups, among these k groups, among these k latents; each time the first of equal ones.
+
+    What is chosen at one level bounds the k-th largest of the next, which few more than k reach: those are listed, and
+    the choice is among the list.
+    """
     row = tl.program_id(0).to(tl.int64)
     super_row = super_ptr + row * supers
-    list_row = list_ptr + row * BLOCK_K
+    list_row = list_ptr + row * SHORT
     tau, room = _kth_key_in_memory(super_row, supers, k, BLOCK_S)
-    _write_groups(super_row, tau, room, list_row, supers, BLOCK_K, BLOCK_S)
+    _write_groups(super_row, None, tau, room, list_row, supers, BLOCK_K, BLOCK_S)
     tl.debug_barrier()  # the list was written by other threads
     slot = tl.arange(0, BLOCK_K)
     taken = slot < k
+    short = tl.arange(0, SHORT)
     group = tl.load(list_row + slot, mask=taken, other=0)
     if SUPER > 1:
+        max_row = max_ptr + row * groups
         member = group[:, None] * SUPER + tl.arange(0, SUPER)[None, :]
-        keys = tl.load(max_ptr + row * groups + member, mask=taken[:, None] & (member < groups), other=KEY_NONE)
-        chosen, position, tau = _choose(tl.reshape(keys, [BLOCK_K * SUPER]), k, tau)
-        tl.debug_barrier()  # every entry is read before the list is written again
-        tl.store(list_row + position, tl.reshape(member, [BLOCK_K * SUPER]), mask=chosen)
-        tl.debug_barrier()
+        keys = tl.load(max_row + member, mask=taken[:, None] & (member < groups), other=KEY_NONE)
+        found = _shortlist(keys, member, tau, list_row, SHORT)
+        if found > SHORT:
+            tau = _list_chosen(
+                tl.reshape(keys, [BLOCK_K * SUPER]), tl.reshape(member, [BLOCK_K * SUPER]), k, tau, list_row
+            )
+        elif found > k:
+            group = tl.load(list_row + short, mask=short < found, other=0)
+            keys = tl.load(max_row + group, mask=short < found, other=KEY_NONE)
+            tau = _list_chosen(keys, group, k, tau, list_row)
         group = tl.load(list_row + slot, mask=taken, other=0)
+    raw_row, acts_row, indices_row = raw_ptr + row * raw_stride, top_acts_ptr + row * k, top_indices_ptr + row * k
     latents = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     inside = taken[:, None] & (latents < n)
-    values = tl.load(raw_ptr + row * raw_stride + latents, mask=inside, other=0.0).to(tl.float32)
-    values += tl.load(bias_ptr + latents, mask=inside, other=0.0).to(tl.float32)
-    if scale_ptr is not None:
-        keys = _to_key(values * tl.load(scale_ptr + latents, mask=inside, other=0.0).to(tl.float32), KEY_NAN)
+    values = _pre_acts(raw_row, bias_ptr, latents, inside)
+    keys = _keys_of(values, latents, inside, scale_ptr, mask_ptr)
+    found = _shortlist(keys, latents, tau, list_row, SHORT)
+    if found > SHORT:
+        N: tl.constexpr = BLOCK_K * GROUP
+        _write_selection(
+            tl.reshape(keys, [N]), tl.reshape(latents, [N]), tl.reshape(values, [N]), k, tau, acts_row, indices_row
+        )
     else:
-        keys = _to_key(values, KEY_NAN)
-    if mask_ptr is not None:
-        allowed = tl.load(mask_ptr + latents, mask=inside, other=0) != 0
-        keys = tl.where(allowed, keys, KEY_MASKED)
-    keys = tl.where(inside, keys, KEY_NONE)
-    N: tl.constexpr = BLOCK_K * GROUP
-    _write_selection(
-        tl.reshape(keys, [N]), tl.reshape(latents, [N]), tl.reshape(values, [N]), k, tau,
-        top_acts_ptr + row * k, top_indices_ptr + row * k,
-    )  # fmt: skip
+        latents = tl.load(list_row + short, mask=short < found, other=0)
+        values = _pre_acts(raw_row, bias_ptr, latents, short < found)
+        keys = _keys_of(values, latents, short < found, scale_ptr, mask_ptr)
+        _write_selection(keys, latents, values, k, tau, acts_row, indices_row)

@@ -157,11 +157,11 @@ def _select(
     rows = len(products)
     maxima, supers = _group_max(products, b_enc, key_scale, mask, layout, n, None)
     block_k = triton.next_power_of_2(layout.k)
-    chosen = torch.empty(rows, block_k, dtype=torch.int32, device=products.device)
+    scratch = torch.empty(rows, 2 * block_k, dtype=torch.int32, device=products.device)
     kernels.encode_topk_select_kernel[(rows,)](
-        products, b_enc, key_scale, mask, maxima, supers, chosen, *out,
+        products, b_enc, key_scale, mask, maxima, supers, scratch, *out,
         n, layout.k, layout.groups, layout.supers, products.stride(0),
-        GROUP=layout.group, SUPER=layout.super, BLOCK_S=layout.block_s, BLOCK_K=block_k,
+        GROUP=layout.group, SUPER=layout.super, BLOCK_S=layout.block_s, BLOCK_K=block_k, SHORT=2 * block_k,
         num_warps=1 if layout.k <= 64 else 2 if layout.k <= 128 else 8,
     )  # fmt: skip
 
