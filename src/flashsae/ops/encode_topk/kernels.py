@@ -301,9 +301,9 @@ def encode_topk_select_kernel(
                 tl.reshape(keys, [BLOCK_K * SUPER]), tl.reshape(member, [BLOCK_K * SUPER]), k, tau, list_row
             )
         elif found > k:
-            group = tl.load(list_row + short, mask=short < found, other=0)
-            keys = tl.load(max_row + group, mask=short < found, other=KEY_NONE)
-            tau = _list_chosen(keys, group, k, tau, list_row)
+            listed = tl.load(list_row + short, mask=short < found, other=0)
+            listed_keys = tl.load(max_row + listed, mask=short < found, other=KEY_NONE)
+            tau = _list_chosen(listed_keys, listed, k, tau, list_row)
         group = tl.load(list_row + slot, mask=taken, other=0)
     raw_row, acts_row, indices_row = raw_ptr + row * raw_stride, top_acts_ptr + row * k, top_indices_ptr + row * k
     latents = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
@@ -317,7 +317,7 @@ def encode_topk_select_kernel(
             tl.reshape(keys, [N]), tl.reshape(latents, [N]), tl.reshape(values, [N]), k, tau, acts_row, indices_row
         )
     else:
-        latents = tl.load(list_row + short, mask=short < found, other=0)
-        values = _pre_acts(raw_row, bias_ptr, latents, short < found)
-        keys = _keys_of(values, latents, short < found, scale_ptr, mask_ptr)
-        _write_selection(keys, latents, values, k, tau, acts_row, indices_row)
+        listed = tl.load(list_row + short, mask=short < found, other=0)
+        listed_values = _pre_acts(raw_row, bias_ptr, listed, short < found)
+        listed_keys = _keys_of(listed_values, listed, short < found, scale_ptr, mask_ptr)
+        _write_selection(listed_keys, listed, listed_values, k, tau, acts_row, indices_row)

@@ -66,6 +66,25 @@ class Layout:
         return int(max(512, 4 * triton.next_power_of_2(self.k)))
 
 
+@dataclass(frozen=True)
+class _Selection:
+    """What latents are selected by, and how many.
+
+    Args:
+        b_enc: [d_sae].
+        key_scale: [d_sae] or None.
+        mask: [d_sae], int8: latents that may be chosen, or None.
+        layout: k, and how latents are grouped.
+        n: d_sae.
+    """
+
+    b_enc: Tensor
+    key_scale: Tensor | None
+    mask: Tensor | None
+    layout: Layout
+    n: int
+
+
 def launch_encode_topk(
     x: Tensor,
     W_enc_T: Tensor,
@@ -103,64 +122,53 @@ def launch_encode_topk(
     raw = torch.empty(rows, stride, dtype=dtype, device=device)
     facts = _round(x, W_enc_T) if certified else None
     left, right = (x, W_enc_T) if facts is None else (facts.x, facts.W)
-    masks = [None if mask is None else mask.to(torch.int8) for _, mask in choices]
+    selections = [
+        _Selection(b_enc, key_scale, None if mask is None else mask.to(torch.int8), Layout.of(n, k), n)
+        for k, mask in choices
+    ]
     for start in range(0, B, rows):
         part = slice(start, min(start + rows, B))
         products = raw[: part.stop - start]
         with _products_in(precision):
             torch.mm(left[part], right.T, out=products[:, :n])
-        for (acts, indices), (k, _), mask in zip(results, choices, masks):
-            layout, out = Layout.of(n, k), (acts[part], indices[part])
+        for (acts, indices), selection in zip(results, selections):
+            out = acts[part], indices[part]
             if facts is None:
-                _select(products, b_enc, key_scale, mask, layout, n, out)
+                _select(selection, products, out)
             else:
-                counts = _select_certified(products, x[part], W_enc_T, facts, part, b_enc, key_scale, mask, layout, out)
+                counts = _select_certified(selection, products, x[part], W_enc_T, facts, part, out)
                 if candidate_counts is not None:
                     candidate_counts[part] = counts
     return results
 
 
-def _group_max(
-    products: Tensor,
-    b_enc: Tensor,
-    key_scale: Tensor | None,
-    mask: Tensor | None,
-    layout: Layout,
-    n: int,
-    facts: tuple[Tensor, Tensor] | None,
-) -> tuple[Tensor, Tensor]:
+def _group_max(selection: _Selection, products: Tensor, facts: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
     """Return the largest keys of groups and supers; certified: of lower and of upper bounds of groups."""
-    rows, groups, device = len(products), layout.groups, products.device
+    layout, device = selection.layout, products.device
+    rows, groups = len(products), layout.groups
     low = torch.empty(rows, groups, dtype=torch.int32, device=device)
     other = torch.empty(rows, groups if facts else layout.supers, dtype=torch.int32, device=device)
     columns, tokens = facts or (None, None)
     block_g = max(layout.super, triton.next_power_of_2(min(groups, 2048 // layout.group)))
     block_b = 16
     kernels.encode_topk_group_max_kernel[(triton.cdiv(groups, block_g), triton.cdiv(rows, block_b))](
-        products, b_enc, key_scale, mask, columns, tokens, low, other if facts else None, None if facts else other,
-        rows, n, groups, layout.supers, products.stride(0),
+        products, selection.b_enc, selection.key_scale, selection.mask, columns, tokens,
+        low, other if facts else None, None if facts else other,
+        rows, selection.n, groups, layout.supers, products.stride(0),
         GROUP=layout.group, SUPER=layout.super, BLOCK_G=block_g, BLOCK_B=block_b, STAGES=1 if facts else 3,
         num_warps=8 if facts else 4,
     )  # fmt: skip
     return low, other
 
 
-def _select(
-    products: Tensor,
-    b_enc: Tensor,
-    key_scale: Tensor | None,
-    mask: Tensor | None,
-    layout: Layout,
-    n: int,
-    out: tuple[Tensor, Tensor],
-) -> None:
-    rows = len(products)
-    maxima, supers = _group_max(products, b_enc, key_scale, mask, layout, n, None)
+def _select(selection: _Selection, products: Tensor, out: tuple[Tensor, Tensor]) -> None:
+    layout, rows = selection.layout, len(products)
+    maxima, supers = _group_max(selection, products, None)
     block_k = triton.next_power_of_2(layout.k)
     scratch = torch.empty(rows, 2 * block_k, dtype=torch.int32, device=products.device)
     kernels.encode_topk_select_kernel[(rows,)](
-        products, b_enc, key_scale, mask, maxima, supers, scratch, *out,
-        n, layout.k, layout.groups, layout.supers, products.stride(0),
+        products, selection.b_enc, selection.key_scale, selection.mask, maxima, supers, scratch, *out,
+        selection.n, layout.k, layout.groups, layout.supers, products.stride(0),
         GROUP=layout.group, SUPER=layout.super, BLOCK_S=layout.block_s, BLOCK_K=block_k, SHORT=2 * block_k,
         num_warps=1 if layout.k <= 64 else 2 if layout.k <= 128 else 8,
     )  # fmt: skip
@@ -197,38 +205,37 @@ def _round(x: Tensor, W_enc_T: Tensor) -> _Facts:
 
 
 def _select_certified(
+    selection: _Selection,
     products: Tensor,
     x: Tensor,
     W_enc_T: Tensor,
     facts: _Facts,
     part: slice,
-    b_enc: Tensor,
-    key_scale: Tensor | None,
-    mask: Tensor | None,
-    layout: Layout,
     out: tuple[Tensor, Tensor],
 ) -> Tensor:
     """Select among rescored candidates; return how many each token had."""
-    rows, n, k, capacity = len(products), len(W_enc_T), layout.k, layout.capacity
+    by = selection.b_enc, selection.key_scale, selection.mask
+    layout, rows, n = selection.layout, len(products), selection.n
+    k, capacity = layout.k, layout.capacity
     tokens = facts.tokens[:, part].contiguous()
-    low, high = _group_max(products, b_enc, key_scale, mask, layout, n, (facts.latents, tokens))
+    low, high = _group_max(selection, products, (facts.latents, tokens))
     chosen = torch.empty(rows, capacity, dtype=torch.int32, device=x.device)
     candidates = torch.empty_like(chosen)
     counts = torch.empty(rows, dtype=torch.int32, device=x.device)
     certify_kernels.encode_topk_candidates_kernel[(rows,)](
-        products, b_enc, key_scale, mask, facts.latents, tokens, low, high, chosen, candidates, counts,
+        products, *by, facts.latents, tokens, low, high, chosen, candidates, counts,
         rows, n, k, layout.groups, products.stride(0),
         GROUP=layout.group, BLOCK_G=layout.block_g, CAPACITY=capacity, num_warps=4 if capacity <= 1024 else 8,
     )  # fmt: skip
     dots = launch_dots(x, candidates, W_enc_T, counts)
     certify_kernels.encode_topk_finish_kernel[(rows,)](
-        dots, candidates, counts, b_enc, key_scale, mask, *out, k,
+        dots, candidates, counts, *by, *out, k,
         CAPACITY=capacity, num_warps=4 if capacity <= 1024 else 8,
     )  # fmt: skip
     block_k, programs = triton.next_power_of_2(k), min(rows, REDO_PROGRAMS)
     values = torch.empty(programs, n, dtype=torch.float32, device=x.device)
     certify_kernels.encode_topk_redo_kernel[(programs,)](
-        x, W_enc_T, counts, b_enc, key_scale, mask, values, torch.empty_like(values, dtype=torch.int32),
+        x, W_enc_T, counts, *by, values, torch.empty_like(values, dtype=torch.int32),
         torch.empty(programs, block_k, dtype=torch.int32, device=x.device), *out,
         rows, n, x.shape[1], k, x.stride(0), W_enc_T.stride(0),
         CAPACITY=capacity, BLOCK_N=64, BLOCK_D=min(128, triton.next_power_of_2(x.shape[1])), BLOCK_G=4096,
