@@ -101,28 +101,6 @@ def _choose(keys, k, low):
 
 
 @triton.jit
-def _shortlist(keys, items, low, list_ptr, capacity):
-    """List the items whose key reaches `low`, row by row; return how many there are (above capacity: incomplete)."""
-    reach = (keys >= low).to(tl.int32)
-    found = tl.sum(reach, axis=1)
-    position = (tl.cumsum(found) - found)[:, None] + tl.cumsum(reach, axis=1) - 1
-    tl.debug_barrier()  # the items were read from this list
-    tl.store(list_ptr + position, items, mask=(reach != 0) & (position < capacity))
-    tl.debug_barrier()  # other threads read it
-    return tl.sum(found)
-
-
-@triton.jit
-def _list_chosen(keys, items, k, low, list_ptr):
-    """List the k items of largest keys, which stand in ascending order; return a key that all of them reach."""
-    chosen, position, tau = _choose(keys, k, low)
-    tl.debug_barrier()  # the items were read from this list
-    tl.store(list_ptr + position, items, mask=chosen)
-    tl.debug_barrier()  # other threads read it
-    return tau
-
-
-@triton.jit
 def _pre_acts(raw_ptr, bias_ptr, latents, inside):
     """Load products of a row and add the bias."""
     values = tl.load(raw_ptr + latents, mask=inside, other=0.0).to(tl.float32)
@@ -255,6 +233,75 @@ def _write_groups(keys_ptr, low_ptr, tau, room, list_ptr, groups, capacity, BLOC
 
 
 @triton.jit
+def _members(
+    items_ptr, start, count, source_ptr, n, bias_ptr, scale_ptr, mask_ptr, WIDTH: tl.constexpr, PIECE: tl.constexpr
+):
+    """Return the members of PIECE items and their keys: latents of groups if there is a bias, else groups of supers."""
+    slot = start + tl.arange(0, PIECE)
+    item = tl.load(items_ptr + slot, mask=slot < count, other=0)
+    member = item[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    inside = (slot < count)[:, None] & (member < n)
+    if bias_ptr is None:
+        keys = tl.load(source_ptr + member, mask=inside, other=KEY_NONE)
+    else:
+        keys = _keys_of(_pre_acts(source_ptr, bias_ptr, member, inside), member, inside, scale_ptr, mask_ptr)
+    return member, keys
+
+
+@triton.jit
+def _append(list_ptr, found, member, chosen, capacity):
+    """Write the chosen members behind the first `found`, row by row; return how many there are now."""
+    chosen = chosen.to(tl.int32)
+    counts = tl.sum(chosen, axis=1)
+    position = found + (tl.cumsum(counts) - counts)[:, None] + tl.cumsum(chosen, axis=1) - 1
+    tl.store(list_ptr + position, member, mask=(chosen != 0) & (position < capacity))
+    return found + tl.sum(counts)
+
+
+@triton.jit
+def _narrow(
+    items_ptr, list_ptr, k, low, source_ptr, n, bias_ptr, scale_ptr, mask_ptr,
+    WIDTH: tl.constexpr, PIECE: tl.constexpr, SHORT: tl.constexpr,
+):  # fmt: skip
+    """List, in ascending order, SHORT or fewer members of k items, the k largest among them.
+
+    At least k members reach `low`, and as a rule few more: those are listed. If they are too many, which only ties
+    bring about, exactly k are. Return how many, and a key that they reach.
+    """
+    found = 0
+    high = KEY_NONE
+    for start in range(0, k, PIECE):
+        member, keys = _members(items_ptr, start, k, source_ptr, n, bias_ptr, scale_ptr, mask_ptr, WIDTH, PIECE)
+        found = _append(list_ptr, found, member, keys >= low, SHORT)
+        high = tl.maximum(high, tl.max(keys))
+    if found > SHORT:
+        room = k
+        while low < high:
+            middle = _middle(low, high)
+            count = 0
+            above = KEY_NAN
+            below = KEY_NONE
+            for start in range(0, k, PIECE):
+                _, keys = _members(items_ptr, start, k, source_ptr, n, bias_ptr, scale_ptr, mask_ptr, WIDTH, PIECE)
+                part_count, part_above, part_below = _split(keys, middle)
+                count, above, below = count + part_count, tl.minimum(above, part_above), tl.maximum(below, part_below)
+            room = tl.where(count < k, k - count, tl.where(count == k, k, room))
+            high = tl.where(count > k, high, tl.where(count == k, above, below))
+            low = tl.where(count >= k, above, low)
+        found = 0
+        ties = 0
+        for start in range(0, k, PIECE):
+            member, keys = _members(items_ptr, start, k, source_ptr, n, bias_ptr, scale_ptr, mask_ptr, WIDTH, PIECE)
+            tied = (keys == low).to(tl.int32)
+            counts = tl.sum(tied, axis=1)
+            earlier = ties + (tl.cumsum(counts) - counts)[:, None] + tl.cumsum(tied, axis=1)
+            found = _append(list_ptr, found, member, (keys > low) | ((tied != 0) & (earlier <= room)), SHORT)
+            ties += tl.sum(counts)
+    tl.debug_barrier()  # other threads read the list
+    return found, low
+
+
+@triton.jit
 def encode_topk_select_kernel(
     raw_ptr,  # [rows, stride]
     bias_ptr,  # [n]
@@ -262,7 +309,7 @@ def encode_topk_select_kernel(
     mask_ptr,  # [n] int8 or None
     max_ptr,  # [rows, groups] from encode_topk_group_max_kernel
     super_ptr,  # [rows, supers] from there
-    list_ptr,  # [rows, SHORT] scratch
+    list_ptr,  # [rows, 2, SHORT] scratch
     top_acts_ptr,  # [rows, k]
     top_indices_ptr,  # [rows, k]
     n,
@@ -273,51 +320,34 @@ def encode_topk_select_kernel(
     GROUP: tl.constexpr,
     SUPER: tl.constexpr,
     BLOCK_S: tl.constexpr,
-    BLOCK_K: tl.constexpr,
     SHORT: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """Choose k sets of groups, among these k groups, among these k latents; each time the first of equal ones.
 
-    What is chosen at one level bounds the k-th largest of the next, which few more than k reach: those are listed, and
-    the choice is among the list.
+    What is chosen at one level bounds the k-th largest of the next. Little is held at once, so that many programs fit.
     """
     row = tl.program_id(0).to(tl.int64)
-    super_row = super_ptr + row * supers
-    list_row = list_ptr + row * SHORT
+    super_row, max_row, raw_row = super_ptr + row * supers, max_ptr + row * groups, raw_ptr + row * raw_stride
+    list_row, other_row = list_ptr + 2 * row * SHORT, list_ptr + (2 * row + 1) * SHORT
     tau, room = _kth_key_in_memory(super_row, supers, k, BLOCK_S)
-    _write_groups(super_row, None, tau, room, list_row, supers, BLOCK_K, BLOCK_S)
+    _write_groups(super_row, None, tau, room, list_row, supers, SHORT, BLOCK_S)
     tl.debug_barrier()  # the list was written by other threads
-    slot = tl.arange(0, BLOCK_K)
-    taken = slot < k
-    short = tl.arange(0, SHORT)
-    group = tl.load(list_row + slot, mask=taken, other=0)
+    slot = tl.arange(0, SHORT)
     if SUPER > 1:
-        max_row = max_ptr + row * groups
-        member = group[:, None] * SUPER + tl.arange(0, SUPER)[None, :]
-        keys = tl.load(max_row + member, mask=taken[:, None] & (member < groups), other=KEY_NONE)
-        found = _shortlist(keys, member, tau, list_row, SHORT)
-        if found > SHORT:
-            tau = _list_chosen(
-                tl.reshape(keys, [BLOCK_K * SUPER]), tl.reshape(member, [BLOCK_K * SUPER]), k, tau, list_row
-            )
-        elif found > k:
-            listed = tl.load(list_row + short, mask=short < found, other=0)
-            listed_keys = tl.load(max_row + listed, mask=short < found, other=KEY_NONE)
-            tau = _list_chosen(listed_keys, listed, k, tau, list_row)
-        group = tl.load(list_row + slot, mask=taken, other=0)
-    raw_row, acts_row, indices_row = raw_ptr + row * raw_stride, top_acts_ptr + row * k, top_indices_ptr + row * k
-    latents = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    inside = taken[:, None] & (latents < n)
-    values = _pre_acts(raw_row, bias_ptr, latents, inside)
-    keys = _keys_of(values, latents, inside, scale_ptr, mask_ptr)
-    found = _shortlist(keys, latents, tau, list_row, SHORT)
-    if found > SHORT:
-        N: tl.constexpr = BLOCK_K * GROUP
-        _write_selection(
-            tl.reshape(keys, [N]), tl.reshape(latents, [N]), tl.reshape(values, [N]), k, tau, acts_row, indices_row
-        )
-    else:
-        listed = tl.load(list_row + short, mask=short < found, other=0)
-        listed_values = _pre_acts(raw_row, bias_ptr, listed, short < found)
-        listed_keys = _keys_of(listed_values, listed, short < found, scale_ptr, mask_ptr)
-        _write_selection(listed_keys, listed, listed_values, k, tau, acts_row, indices_row)
+        PIECE_S: tl.constexpr = min(SHORT, TILE // SUPER)
+        found, tau = _narrow(list_row, other_row, k, tau, max_row, groups, None, None, None, SUPER, PIECE_S, SHORT)
+        group = tl.load(other_row + slot, mask=slot < found, other=0)
+        if found > k:
+            keys = tl.load(max_row + group, mask=slot < found, other=KEY_NONE)
+            chosen, position, tau = _choose(keys, k, tau)
+            tl.store(list_row + position, group, mask=chosen)
+        else:
+            tl.store(list_row + slot, group, mask=slot < found)
+        tl.debug_barrier()
+    PIECE_G: tl.constexpr = min(SHORT, TILE // GROUP)
+    found, tau = _narrow(list_row, other_row, k, tau, raw_row, n, bias_ptr, scale_ptr, mask_ptr, GROUP, PIECE_G, SHORT)
+    latents = tl.load(other_row + slot, mask=slot < found, other=0)
+    values = _pre_acts(raw_row, bias_ptr, latents, slot < found)
+    keys = _keys_of(values, latents, slot < found, scale_ptr, mask_ptr)
+    _write_selection(keys, latents, values, k, tau, top_acts_ptr + row * k, top_indices_ptr + row * k)

@@ -26,10 +26,8 @@ REDO_PROGRAMS = 32
 class Layout:
     """How the latents of a row are cut into groups for one selection.
 
-    At least k groups, else the k-th largest group maximum says nothing; large groups, so that maxima are few; and all
-    k chosen groups together no more than a program holds in registers.
-
-    Groups are again cut into supers by the same rule, so that a program looks at few numbers at a time.
+    At least k groups, else the k-th largest group maximum says nothing; large groups, so that maxima are few. Groups
+    are again cut into supers by the same rule, so that a program looks at few numbers at a time.
     """
 
     k: int
@@ -41,8 +39,8 @@ class Layout:
     @classmethod
     def of(cls, n: int, k: int) -> Layout:
         """Return the layout for k of n latents."""
-        group, held = 32, triton.next_power_of_2(k)
-        while group > 1 and (n < 2 * k * group or held * group > 8192):
+        group = 32
+        while group > 1 and n < 2 * k * group:
             group //= 2
         groups = triton.cdiv(n, group)
         over = 16
@@ -164,12 +162,12 @@ def _group_max(selection: _Selection, products: Tensor, facts: tuple[Tensor, Ten
 def _select(selection: _Selection, products: Tensor, out: tuple[Tensor, Tensor]) -> None:
     layout, rows = selection.layout, len(products)
     maxima, supers = _group_max(selection, products, None)
-    block_k = triton.next_power_of_2(layout.k)
-    scratch = torch.empty(rows, 2 * block_k, dtype=torch.int32, device=products.device)
+    short = max(64, 2 * triton.next_power_of_2(layout.k))
+    scratch = torch.empty(rows, 2, short, dtype=torch.int32, device=products.device)
     kernels.encode_topk_select_kernel[(rows,)](
         products, selection.b_enc, selection.key_scale, selection.mask, maxima, supers, scratch, *out,
         selection.n, layout.k, layout.groups, layout.supers, products.stride(0),
-        GROUP=layout.group, SUPER=layout.super, BLOCK_S=layout.block_s, BLOCK_K=block_k, SHORT=2 * block_k,
+        GROUP=layout.group, SUPER=layout.super, BLOCK_S=layout.block_s, SHORT=short, TILE=512,
         num_warps=1 if layout.k <= 64 else 2 if layout.k <= 128 else 8,
     )  # fmt: skip
 
