@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -45,6 +45,7 @@ class Case:
         held: tensors that count as its memory though they exist before it runs: weights and input.
         figures: from the median in milliseconds to further figures of the result.
         capturable: whether it can run as a CUDA graph. Then the time is that of replays, so of the GPU alone.
+        reference: what takes turns with it, so that both see the same clocks and temperature; for the ratio.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Case:
     held: tuple[Tensor, ...] = ()
     figures: Callable[[float], dict[str, Any]] = field(default=lambda ms: {})
     capturable: bool = False
+    reference: Case | None = None
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
@@ -68,8 +70,8 @@ def free(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def time_run(run: Callable[[int], Any], device: torch.device, seconds: float) -> Timing:
-    """Repeat `run` until `seconds` or 50 iterations, at least 5 (3 of a slow one), after a warm-up.
+def time_runs(runs: Sequence[Callable[[int], Any]], device: torch.device, seconds: float) -> list[Timing]:
+    """Repeat `runs`, in turn, until `seconds` or 50 iterations, at least 5 (3 of slow ones), after a warm-up.
 
     On a GPU every iteration stands between two events and all of them are queued before the host waits, so the host's
     own time counts only where the GPU would have to wait for it.
@@ -81,32 +83,38 @@ def time_run(run: Callable[[int], Any], device: torch.device, seconds: float) ->
             torch.cuda.synchronize(device)
         return time.perf_counter()
 
-    run(0)  # compiles and tunes
+    def run_all(i: int) -> None:
+        for run in runs:
+            run(i)
+
+    run_all(0)  # compiles and tunes
     start = wait()
-    run(1)
-    once = wait() - start
+    run_all(1)
+    once = (wait() - start) / len(runs)
     slow = once > SLOW_SECONDS
     for i in range(0 if slow else 2):
-        run(i)
+        run_all(i)
     iterations = max(3 if slow else AT_LEAST, min(AT_MOST, int(seconds / once)))
+    times: list[list[float]] = [[] for _ in runs]
     if cuda:
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(2 * iterations)]
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2 * iterations)] for _ in runs]
         for i in range(iterations):
-            events[2 * i].record()
-            run(i)
-            events[2 * i + 1].record()
+            for run, marks in zip(runs, events):
+                marks[2 * i].record()
+                run(i)
+                marks[2 * i + 1].record()
         wait()
-        times = [first.elapsed_time(last) for first, last in zip(events[::2], events[1::2])]
+        times = [[first.elapsed_time(last) for first, last in zip(marks[::2], marks[1::2])] for marks in events]
     else:
-        times = []
         for i in range(iterations):
-            start = wait()
-            run(i)
-            times.append(1e3 * (wait() - start))
-    low, median, high = torch.tensor(times, dtype=torch.float64).quantile(
-        torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+            for run, ms in zip(runs, times):
+                start = wait()
+                run(i)
+                ms.append(1e3 * (wait() - start))
+    spread = torch.tensor(times, dtype=torch.float64).quantile(
+        torch.tensor([0.5, 0.1, 0.9], dtype=torch.float64), dim=1
     )
-    return Timing(float(median), float(low), float(high), iterations)
+    return [Timing(*three, iterations) for three in spread.T.tolist()]
 
 
 def captured(run: Callable[[int], Any]) -> Callable[[int], None]:
@@ -193,13 +201,17 @@ class Session:
             if wrong:
                 record |= {"status": "wrong result", "why": wrong}
             else:
-                timing = time_run(case.run, self.device, self.seconds)
+                runs = [case.run, *([case.reference.run] if case.reference else [])]
+                timing, *beside = time_runs(runs, self.device, self.seconds)
                 if case.capturable and self.device.type == "cuda":
                     record["eager_ms"] = timing.median_ms
-                    timing = time_run(captured(case.run), self.device, self.seconds)
+                    timing, *beside = time_runs([captured(run) for run in runs], self.device, self.seconds)
                 record |= {"status": "ok" if case.check else "ok, unchecked", **asdict(timing)}
                 record["peak_bytes"] = peak_bytes(case.run, self.device, case.held)
                 record |= case.figures(timing.median_ms)
+                if case.reference:
+                    record[f"{case.reference.name}_ms"] = beside[0].median_ms
+                    record[f"ratio_to_{case.reference.name}"] = timing.median_ms / beside[0].median_ms
                 self.medians[shape.name, case.name] = timing.median_ms
         except torch.OutOfMemoryError:
             record["status"] = "out of memory"

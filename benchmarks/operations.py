@@ -53,8 +53,8 @@ def gemm_case(problem: Problem) -> Case:
     return Case("gemm", run, figures=tflops(2.0 * shape.batch_tokens * shape.d_in * shape.d_sae), capturable=True)
 
 
-def encode_case(problem: Problem, precision: str, gemm_ms: Callable[[], float | None]) -> Case:
-    """Return `encode_topk`; its figures hold the ratio to the dense product where that was measured."""
+def encode_case(problem: Problem, precision: str, gemm: Case | None) -> Case:
+    """Return `encode_topk`, in turn with the dense product where that is given."""
     shape = problem.shape
     W_enc_T, b_enc, _, b_dec = problem.weights
 
@@ -62,18 +62,14 @@ def encode_case(problem: Problem, precision: str, gemm_ms: Callable[[], float | 
         with torch.no_grad():
             return ops.encode_topk(problem.x(i), W_enc_T, b_enc, shape.k, b_dec=b_dec, precision=precision)[:2]
 
-    def figures(ms: float) -> dict[str, Any]:
-        gemm = gemm_ms()
-        found = tflops(2.0 * shape.batch_tokens * shape.d_in * shape.d_sae)(ms)
-        if gemm is not None:
-            found["ratio_to_gemm"] = ms / gemm
-            if W_enc_T.dtype == torch.bfloat16:  # certified float32 is faster than the float32 product
-                found["share_of_ceiling"] = gemm / ms
-        return found
-
-    held = (problem.xs[0], W_enc_T, b_enc, b_dec)
     return Case(
-        "encode_topk", run, lambda: checks.check_encode(problem, *run(0), precision), held, figures, capturable=True
+        "encode_topk",
+        run,
+        lambda: checks.check_encode(problem, *run(0), precision),
+        held=(problem.xs[0], W_enc_T, b_enc, b_dec),
+        figures=tflops(2.0 * shape.batch_tokens * shape.d_in * shape.d_sae),
+        capturable=True,
+        reference=gemm,
     )
 
 

@@ -114,8 +114,9 @@ def stage_row(record: Record, gemm: Record | None) -> list[str]:
         return [STAGES[record["name"]], record["status"], "", "", "", ""]
     rate = number(record["gbs"], " GB/s") if "gbs" in record else number(record.get("tflops"), " TFLOP/s")
     gemm_ms = (gemm or {}).get("median_ms")
-    ratio = record.get("ratio_to_gemm", record["median_ms"] / gemm_ms if gemm_ms else None)  # of one session if known
-    share = f"{record['share_of_ceiling']:.0%}" if "share_of_ceiling" in record else ""
+    ratio = record.get("ratio_to_gemm", record["median_ms"] / gemm_ms if gemm_ms else None)  # taken in turn if known
+    ceiling = record.get("share_of_ceiling", 1 / record["ratio_to_gemm"] if "ratio_to_gemm" in record else None)
+    share = "" if ceiling is None else f"{ceiling:.0%}"
     spread = f"{number(record['p10_ms'])} – {number(record['p90_ms'])}"
     return [STAGES[record["name"]], ms_text(record), spread, rate, share, number(ratio, "×")]
 

@@ -50,8 +50,9 @@ def measure_stages(session: Session, group: str, shape: Shape, precision: str, c
         return lambda: session.medians.get((shape.name, name))
 
     gather_gbs = ceilings.get("gather")
-    take(operations.gemm_case(problem))
-    take(operations.encode_case(problem, precision, median("gemm")))
+    gemm = operations.gemm_case(problem)
+    take(gemm)
+    take(operations.encode_case(problem, precision, gemm))
     if session.wants("index") or session.wants("decode_loss") or session.wants("weight_grads"):
         codes = operations.codes_of(problem, "dense")
         take(operations.index_case(problem, codes))
@@ -65,7 +66,7 @@ def measure_stages(session: Session, group: str, shape: Shape, precision: str, c
     take(operations.forward_backward_case(problem, precision))
     if group == "paper":
         for lower in ("tf32", "bf16"):
-            take(operations.encode_case(problem, lower, lambda: None), lower)
+            take(operations.encode_case(problem, lower, None), lower)
 
 
 def measure_steps(session: Session, shape: Shape, peers: bool) -> None:

@@ -167,7 +167,7 @@ def _select(selection: _Selection, products: Tensor, out: tuple[Tensor, Tensor])
     kernels.encode_topk_select_kernel[(rows,)](
         products, selection.b_enc, selection.key_scale, selection.mask, maxima, supers, scratch, *out,
         selection.n, layout.k, layout.groups, layout.supers, products.stride(0),
-        GROUP=layout.group, SUPER=layout.super, BLOCK_S=layout.block_s, SHORT=short, TILE=512,
+        GROUP=layout.group, SUPER=layout.super, BLOCK_S=layout.block_s, SHORT=short, TILE=256,
         num_warps=1 if layout.k <= 64 else 2 if layout.k <= 128 else 8,
     )  # fmt: skip
 
