@@ -57,6 +57,7 @@ def decode_sparse_loss_kernel(
     target_stride,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Decode a token, compare with its target and differentiate by its activations; each decoder row is read once."""
     row = tl.program_id(0).to(tl.int64)
@@ -66,7 +67,7 @@ def decode_sparse_loss_kernel(
     W_rows = W_ptr + latents[:, None] * W_stride
     error = 0.0
     dots = tl.zeros([BLOCK_K], tl.float32)
-    for start in range(0, d, BLOCK_D):
+    for start in tl.range(0, d, BLOCK_D, num_stages=STAGES):
         column = start + tl.arange(0, BLOCK_D)
         inside = column < d
         W = tl.load(W_rows + column[None, :], mask=(slot < k)[:, None] & inside[None, :], other=0.0).to(tl.float32)

@@ -44,7 +44,7 @@ def launch_decode_loss(
         kernels.decode_sparse_loss_kernel[(B,)](
             top_acts, top_indices, W_dec, b_dec, target, weights, x_hat, residual, errors, grad_acts,
             k, d, W_dec.stride(0), target.stride(0),
-            BLOCK_K=block_k, BLOCK_D=block_d, num_warps=max(1, block_k * block_d // 4096),
+            BLOCK_K=block_k, BLOCK_D=block_d, STAGES=3, num_warps=max(1, block_k * block_d // 4096),
         )  # fmt: skip
     return errors, x_hat, residual, grad_acts
 

@@ -269,6 +269,7 @@ def _decode_loss(
 def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     top_acts, top_indices, W_dec, b_dec, target, weights, index, _ = inputs
     residual, grad_acts = output[2], output[3]
+    ctx.set_materialize_grads(False)  # only the errors have a gradient: no zeros for the rest
     ctx.has_weights = weights is not None
     optional = [] if weights is None else [weights]
     ctx.save_for_backward(top_acts, top_indices, W_dec, residual, grad_acts, *optional, *index)

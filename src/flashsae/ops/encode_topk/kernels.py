@@ -143,6 +143,27 @@ def _group_keys(values, allowed, some_allowed, inside):
 
 
 @triton.jit
+def encode_topk_center_kernel(
+    x_ptr,  # [B, d]
+    bias_ptr,  # [d]
+    out_ptr,  # [B, d]
+    B,
+    d,
+    x_stride,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """out = x - bias, computed in float32 and rounded once."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = (row < B)[:, None] & (column < d)[None, :]
+    x = tl.load(x_ptr + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + column, mask=column < d, other=0.0).to(tl.float32)
+    out = (x - bias[None, :]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row[:, None] * d + column[None, :], out, mask=inside)
+
+
+@triton.jit
 def encode_topk_group_max_kernel(
     raw_ptr,  # [rows, stride] products x @ W_enc_T.T
     bias_ptr,  # [n]

@@ -13,6 +13,7 @@ from torch import Tensor
 from flashsae.errors import ConfigError
 from flashsae.ops.decode_sparse.launch import launch_dots
 from flashsae.ops.encode_topk import certify_kernels, kernels
+from flashsae.ops.validate import rows_contiguous
 from flashsae.shapes import Choice
 
 LARGEST_K = 1024
@@ -81,6 +82,18 @@ class _Selection:
     mask: Tensor | None
     layout: Layout
     n: int
+
+
+def launch_center(x: Tensor, b_dec: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return x - b_dec, [B, d_in]."""
+    x = rows_contiguous(x)
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    if out.numel():
+        (B, d), block_d = x.shape, min(1024, triton.next_power_of_2(x.shape[1]))
+        kernels.encode_topk_center_kernel[(triton.cdiv(B, 4), triton.cdiv(d, block_d))](
+            x, b_dec, out, B, d, x.stride(0), BLOCK_B=4, BLOCK_D=block_d, num_warps=4
+        )
+    return out
 
 
 def launch_encode_topk(

@@ -226,7 +226,7 @@ def _encode_topk(
     workspace_bytes: int,
     with_index: bool,
 ) -> list[Tensor]:
-    centred = _center(x, b_dec, precision)
+    centred = _centred(x, b_dec, precision)
     choices = [(k, None), *([(k_aux, aux_mask)] if k_aux else [])]
     if use_kernels(x):
         from flashsae.ops.encode_topk.launch import launch_encode_topk
@@ -240,12 +240,26 @@ def _encode_topk(
     return [*codes[0], *codes[1], *index]
 
 
-def _center(x: Tensor, b_dec: Tensor | None, precision: str) -> Tensor:
+def _center_fake(x: Tensor, b_dec: Tensor, rounded: bool) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.bfloat16 if rounded else compute_dtype(x.dtype))
+
+
+@operator(_center_fake)
+def _center(x: Tensor, b_dec: Tensor, rounded: bool) -> Tensor:
+    if use_kernels(x):
+        from flashsae.ops.encode_topk.launch import launch_center
+
+        return launch_center(x, b_dec, torch.bfloat16 if rounded else torch.float32)
+    return reference.center(x, b_dec).to(torch.bfloat16 if rounded else compute_dtype(x.dtype))
+
+
+def _centred(x: Tensor, b_dec: Tensor | None, precision: str) -> Tensor:
     """Return x - b_dec in the precision of the product; the CPU computes in float32 or better whatever is asked."""
-    if precision == "bf16" and x.is_cuda:
-        x, b_dec = x.to(torch.bfloat16), None if b_dec is None else b_dec.to(torch.bfloat16)
-        return x if b_dec is None else x - b_dec
-    return reference.center(x, b_dec)
+    rounded = precision == "bf16" and x.is_cuda
+    if b_dec is None:
+        return x.to(torch.bfloat16 if rounded else compute_dtype(x.dtype))
+    centred: Tensor = torch.ops.flashsae.center(x, b_dec, rounded)
+    return centred
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -254,18 +268,17 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.save_for_backward(x, W_enc_T, *codes, *lists, *([] if b_dec is None else [b_dec]))
     ctx.k_aux, ctx.with_index, ctx.has_b_dec = k_aux, with_index, b_dec is not None
     ctx.bias_dtype = b_enc.dtype
+    ctx.set_materialize_grads(False)  # the indices have none: no zeros for them
     ctx.precision = precision
 
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
     x, W_enc_T, top_acts, top_indices, *rest = ctx.saved_tensors
     b_dec = rest.pop() if ctx.has_b_dec else None
-    grad_acts = grads[0]
-    assert grad_acts is not None
+    grad_acts = torch.zeros_like(top_acts) if grads[0] is None else grads[0]
     if ctx.k_aux:
         # both selections are one code of k + k_aux entries a token
-        assert grads[2] is not None
-        grad_acts = torch.cat([grad_acts, grads[2]], 1)
+        grad_acts = torch.cat([grad_acts, torch.zeros_like(rest[0]) if grads[2] is None else grads[2]], 1)
         top_acts, top_indices = torch.cat([top_acts, rest[0]], 1), torch.cat([top_indices, rest[1]], 1)
     # not where(top_acts > 0): a NaN must stay visible in the gradient
     grad_pre = torch.where(top_acts == 0, 0.0, grad_acts)
@@ -278,7 +291,7 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]
             index = LatentIndex(rest[0], rest[1], rest[2], top_indices.shape[1])
         else:
             index = build_index(top_indices, W_enc_T.shape[0])
-        rows = _center(x, b_dec, ctx.precision) if needs_W else grad_pre.new_empty(x.shape[0], 1)
+        rows = _centred(x, b_dec, ctx.precision) if needs_W else grad_pre.new_empty(x.shape[0], 1)
         grad_rows, sums = latent_rows_and_sums(index, grad_pre, rows, W_enc_T.dtype)
         grad_W = grad_rows if needs_W else None
         grad_b_enc = sums.to(ctx.bias_dtype) if needs_b_enc else None

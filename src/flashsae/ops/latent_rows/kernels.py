@@ -1,7 +1,8 @@
 """Triton kernels for segment sums: for each latent the weighted sum of the rows of the tokens that use it.
 
-Two launches. `partial` sums the pieces of long runs, RUN entries of the index at a time; `sum` gives every latent its
-row: a short run is summed directly, a long one from its pieces, in order. No atomics, so two runs give the same bits.
+Segment sums are two launches. `partial` sums the pieces of long runs, RUN entries of the index at a time; `sum` gives
+every latent its row: a short run is summed directly, a long one from its pieces, in order. `column` sums all rows, level
+by level. No atomics, so two runs give the same bits.
 """
 
 from __future__ import annotations
@@ -121,3 +122,35 @@ def latent_rows_sum_kernel(
         tl.store(out, total.to(out_ptr.dtype.element_ty), mask=inside, cache_modifier=".cs")
         if tl.program_id(1) == 0:
             tl.store(sums_ptr + latent, weight)
+
+
+@triton.jit
+def latent_rows_column_kernel(
+    coeffs_ptr,  # [n] or None
+    rows_ptr,  # [n, d]
+    out_ptr,  # [pieces, d]
+    n,
+    d,
+    row_stride,
+    RUN: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """out[i] = Σ over RUN rows of coeffs · rows: one level of a tree that sums all rows."""
+    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = column < d
+    begin = tl.program_id(0) * RUN
+    totals = tl.zeros([BLOCK_E, BLOCK_D], tl.float32)
+    for start in range(begin, tl.minimum(begin + RUN, n), BLOCK_E):
+        row = start + tl.arange(0, BLOCK_E)
+        there = row < tl.minimum(begin + RUN, n)
+        values = tl.load(
+            rows_ptr + row.to(tl.int64)[:, None] * row_stride + column[None, :],
+            mask=there[:, None] & inside[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        if coeffs_ptr is not None:
+            values *= tl.load(coeffs_ptr + row, mask=there, other=0.0).to(tl.float32)[:, None]
+        totals += values
+    out = out_ptr + tl.program_id(0).to(tl.int64) * d + column
+    tl.store(out, tl.sum(totals, axis=0).to(out_ptr.dtype.element_ty), mask=inside)

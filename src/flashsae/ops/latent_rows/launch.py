@@ -36,3 +36,21 @@ def launch_latent_rows(index: LatentIndex, coeffs: Tensor, rows: Tensor, dtype: 
         RUN=RUN, BLOCK_N=block_n, BLOCK_E=2, BLOCK_D=block_d, num_warps=1,
     )  # fmt: skip
     return out, sums
+
+
+def launch_column_sums(coeffs: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return Σ coeffs · rows, [d], RUN rows at a time until one is left."""
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    n, d = rows.shape
+    weights: Tensor | None = coeffs.contiguous()
+    while True:
+        pieces = triton.cdiv(n, RUN)
+        out = torch.empty(max(1, pieces), d, dtype=torch.float32 if pieces > 1 else dtype, device=rows.device)
+        if n == 0:
+            return out.zero_()[0]
+        kernels.latent_rows_column_kernel[(pieces, triton.cdiv(d, 128))](
+            weights, rows, out, n, d, rows.stride(0), RUN=RUN, BLOCK_E=32, BLOCK_D=128, num_warps=4
+        )
+        if pieces == 1:
+            return out[0]
+        weights, rows, n = None, out, pieces

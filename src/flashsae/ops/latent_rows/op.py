@@ -57,10 +57,8 @@ def latent_rows_and_sums(index: LatentIndex, coeffs: Tensor, rows: Tensor, dtype
 
 def column_sums(coeffs: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     """Return Σ over tokens of coeffs · rows, [B] and [B, d] -> [d]: the case of one latent that every token uses."""
-    tokens = torch.arange(rows.shape[0], device=rows.device)
-    latents = torch.zeros_like(tokens, dtype=torch.int32)
-    offsets = torch.arange(2, dtype=torch.int32, device=rows.device) * rows.shape[0]
-    return latent_rows_and_sums(LatentIndex(tokens, latents, offsets, 1), coeffs[:, None], rows, dtype)[0][0]
+    total: Tensor = torch.ops.flashsae.column_sums(coeffs, rows, dtype)
+    return total
 
 
 def _latent_rows_fake(
@@ -77,10 +75,23 @@ def _latent_rows(
 ) -> tuple[Tensor, Tensor]:
     index = LatentIndex(entries, latents, offsets, coeffs.shape[1])
     if use_kernels(rows):
-        if index.d_sae > 1 and use_dense(index.k, index.d_sae, rows):
+        if use_dense(index.k, index.d_sae, rows):
             total, sums = dense.latent_rows(index, coeffs, rows)
             return total.to(dtype), sums
         from flashsae.ops.latent_rows.launch import launch_latent_rows
 
         return launch_latent_rows(index, coeffs.contiguous(), rows, dtype)
     return reference.latent_rows(index, coeffs, rows).to(dtype), reference.latent_sums(index, coeffs)
+
+
+def _column_sums_fake(coeffs: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    return rows.new_empty(rows.shape[1], dtype=dtype)
+
+
+@operator(_column_sums_fake)
+def _column_sums(coeffs: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    if use_kernels(rows):
+        from flashsae.ops.latent_rows.launch import launch_column_sums
+
+        return launch_column_sums(coeffs, rows, dtype)
+    return reference.column_sums(coeffs, rows).to(dtype)

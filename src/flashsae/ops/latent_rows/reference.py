@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flashsae.ops.index import LatentIndex
 from flashsae.ops.validate import compute_dtype
-from flashsae.shapes import Activations, LatentBias, TopActs, Weights
+from flashsae.shapes import Activations, InputBias, LatentBias, TopActs, Weights
 
 RUN = 128
 """Entries summed in one go. Longer runs are cut and their sums added in order: short sums round less."""
@@ -32,6 +32,14 @@ def latent_rows(index: LatentIndex, coeffs: TopActs, rows: Activations) -> Weigh
 def latent_sums(index: LatentIndex, coeffs: TopActs) -> LatentBias:
     """Sum coeffs over the entries of each latent: [B, k] -> [d_sae], in the compute dtype."""
     return latent_rows(index, coeffs, coeffs.new_ones(coeffs.shape[0], 1))[:, 0]
+
+
+def column_sums(coeffs: Tensor, rows: Activations) -> InputBias:
+    """Sum coeffs * rows over all rows, [B], [B, d] -> [d]: the case of one latent that every token uses."""
+    tokens = torch.arange(rows.shape[0], device=rows.device)
+    offsets = torch.arange(2, dtype=torch.int32, device=rows.device) * rows.shape[0]
+    index = LatentIndex(tokens, torch.zeros_like(tokens, dtype=torch.int32), offsets, 1)
+    return latent_rows(index, coeffs[:, None], rows)[0]
 
 
 def _bags(members: Tensor, rows: Tensor, starts: Tensor, weights: Tensor) -> Tensor:
