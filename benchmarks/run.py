@@ -161,6 +161,8 @@ def main(
     chosen = {"ops", "paper", "sweep"} if "all" in groups else set(groups) or {"ops"}
     scale = shapes.tiny if tiny else tuple
     session = Session(device, seconds, only, out)
+    # the backward pass in the thread of the forward pass, for ours and the peers: handing over costs the host more
+    torch.autograd.set_multithreading_enabled(False)
     try:
         ceilings = measure_ceilings(session)
         if "ops" in chosen:

@@ -19,8 +19,8 @@ from triton.runtime.jit import JITFunction
 
 from flashsae.ops import build_index
 from flashsae.ops.decode_sparse.launch import launch_decode, launch_decode_loss, launch_dots
-from flashsae.ops.encode_topk.launch import launch_encode_topk
-from flashsae.ops.latent_rows.launch import launch_latent_rows
+from flashsae.ops.encode_topk.launch import launch_center, launch_encode_topk
+from flashsae.ops.latent_rows.launch import launch_column_sums, launch_latent_rows
 
 OPTIONS = ("num_warps", "num_stages")
 POINTERS = {
@@ -84,6 +84,7 @@ def launch_everything() -> None:
     for dtype, index_dtype, k, d, bias, weighted in (
         (F32, torch.int64, 32, 768, True, False),
         (BF16, torch.int64, 64, 4096, True, True),
+        (BF16, torch.int64, 256, 4096, True, False),
         (F32, torch.int32, 200, 13, False, True),
         (BF16, torch.int64, 1, 768, False, False),
     ):
@@ -97,6 +98,12 @@ def launch_everything() -> None:
         index = build_index(indices, 40)
         for result in {dtype, F32}:
             launch_latent_rows(index, acts, x, result)
+            launch_center(x, x[0], result)
+            launch_column_sums(acts[:, 0].repeat(70), x.repeat(70, 1), result)
+    far = torch.empty(2**17, 2**12, dtype=BF16)  # no memory is touched
+    for k in (32, 64):
+        acts, indices = torch.zeros(2, k), torch.zeros(2, k, dtype=torch.int64)
+        launch_decode_loss(acts, indices, far, None, far[:2], None)
 
 
 def main(backend: str, arch: str, warp: int) -> None:

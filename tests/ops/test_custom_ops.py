@@ -60,10 +60,17 @@ def _operands(name: str, device: str) -> list[tuple[Any, ...]]:
             (*lists, acts.detach(), rows, torch.float32),
             (*lists, acts.detach(), rows, torch.bfloat16),
         ],
+        "column_sums": [(weights, rows, torch.float32), (weights, rows.bfloat16(), torch.bfloat16)],
+        "center": [(rows, bias.detach(), False), (rows, bias.detach(), True)],
     }[name]
 
 
-@pytest.mark.parametrize("name", ["encode_topk", "decode_sparse", "decode_grad_acts", "decode_loss", "latent_rows"])
+OPERATORS = [
+    "encode_topk", "center", "decode_sparse", "decode_grad_acts", "decode_loss", "latent_rows", "column_sums",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPERATORS)
 def test_the_operator_keeps_its_promises(name: str, device: str) -> None:
     for operands in _operands(name, device):
         results = torch.library.opcheck(getattr(torch.ops.flashsae, name), operands)

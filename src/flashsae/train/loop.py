@@ -108,7 +108,8 @@ def train_step(state: TrainState, x: Tensor, config: ResolvedConfig) -> dict[str
     metrics["loss"] = loss.detach()
 
     state.optimizer.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]
+    with torch.autograd.set_multithreading_enabled(False):  # one device: a thread of its own only makes the host wait
+        loss.backward()  # type: ignore[no-untyped-call]
     sae.project_decoder_grad()
     if config.clip_norm is not None:
         metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(sae.parameters(), config.clip_norm)

@@ -28,6 +28,15 @@ def launch_decode(
     return x_hat
 
 
+def _tile(block_k: int, W_dec: Tensor) -> tuple[int, int]:
+    """Return columns at once and how many tiles are on their way, as measured (LOG.md, decode in stages)."""
+    if W_dec.element_size() > 2:
+        return max(16, min(64, 8192 // block_k)), 1  # registers, not latency, are what is short
+    # Where rows come from memory longer pieces of them pay, where many are found in the cache smaller programs do
+    far = W_dec.numel() * W_dec.element_size() > 2**29
+    return (128 if block_k <= 32 or (block_k == 64 and far) else 64), 3
+
+
 def launch_decode_loss(
     top_acts: Tensor, top_indices: Tensor, W_dec: Tensor, b_dec: Tensor | None, target: Tensor, weights: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -40,11 +49,12 @@ def launch_decode_loss(
     grad_acts = torch.empty(B, k, dtype=torch.float32, device=W_dec.device)
     if B:
         block_k = triton.next_power_of_2(k)
-        block_d = min(triton.next_power_of_2(d), 64, max(16, 8192 // block_k))
+        block_d, stages = _tile(block_k, W_dec)
+        block_d = min(triton.next_power_of_2(d), block_d)
         kernels.decode_sparse_loss_kernel[(B,)](
             top_acts, top_indices, W_dec, b_dec, target, weights, x_hat, residual, errors, grad_acts,
             k, d, W_dec.stride(0), target.stride(0),
-            BLOCK_K=block_k, BLOCK_D=block_d, STAGES=3, num_warps=max(1, block_k * block_d // 4096),
+            BLOCK_K=block_k, BLOCK_D=block_d, STAGES=stages, num_warps=max(1, block_k * block_d // 4096),
         )  # fmt: skip
     return errors, x_hat, residual, grad_acts
 

@@ -1,8 +1,8 @@
 """Triton kernels for segment sums: for each latent the weighted sum of the rows of the tokens that use it.
 
 Segment sums are two launches. `partial` sums the pieces of long runs, RUN entries of the index at a time; `sum` gives
-every latent its row: a short run is summed directly, a long one from its pieces, in order. `column` sums all rows, level
-by level. No atomics, so two runs give the same bits.
+every latent its row: a short run is summed directly, a long one from its pieces, in order. `column` sums all rows,
+level by level. No atomics, so two runs give the same bits.
 """
 
 from __future__ import annotations
