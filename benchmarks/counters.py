@@ -1,6 +1,6 @@
 """Read the profiler's counters for every kernel of forward and backward: `python -m benchmarks.counters`.
 
-Runs Nsight Compute (`ncu`) on itself, clocks left as they are and caches not flushed between kernels. Appends one JSON
+Runs Nsight Compute (`ncu`) on itself, clocks left as they are and caches not flushed between kernels. Writes one JSON
 line for each kernel: occupancy, share of the memory's peak throughput, hits in the second-level cache, registers.
 """
 
@@ -71,7 +71,7 @@ def main(sizes: str = "S,M,L", out: Path = HERE / "results" / "counters.jsonl", 
 
     Args:
         sizes: by comma.
-        out: file to append JSON lines to.
+        out: file to write JSON lines to.
         only: run the passes of this size and read nothing: what the profiler looks at.
     """
     by_name = {shape.name: shape for shape in shapes.SIZES}
@@ -81,7 +81,7 @@ def main(sizes: str = "S,M,L", out: Path = HERE / "results" / "counters.jsonl", 
     if not shutil.which("ncu"):
         raise SystemExit("benchmarks.counters: expected Nsight Compute (ncu) on the PATH, found none.")
     about = facts(torch.device("cuda"))
-    with out.open("a") as file:
+    with out.open("w") as file:
         for size in sizes.split(","):
             for record in counters_of(size):
                 print(size, *(f"{v:.4g}" if isinstance(v, float) else v[:50] for v in record.values()))

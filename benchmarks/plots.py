@@ -43,6 +43,8 @@ LINES = {
 CEILING_TEXT = """Ceiling: of `encode_topk`, the dense product; of `decode_loss`, rows gathered from the cache; of the
 weight gradients, results written at the speed of a copy, then rows gathered from the cache (the two may overlap, so
 that it can be passed)."""
+COUNTERS_TEXT = """Forward and backward in bf16 under Nsight Compute (`python -m benchmarks.counters`), kernels of 0.02
+ms or more. Occupancy: warps resident of those possible; memory throughput: of the peak."""
 STYLE = {"font.family": "DejaVu Sans", "font.size": 8, "axes.edgecolor": "#888888", "text.color": INK}
 STYLE |= {"axes.grid": True, "grid.color": GRID, "axes.axisbelow": True, "xtick.color": INK, "ytick.color": INK}
 STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 7, "axes.labelcolor": INK}
@@ -184,6 +186,24 @@ def sweep_table(results: Results, variable: str) -> str:
     return f"### Against {variable}\n\n{text}\n\n{table(heads, rows)}"
 
 
+def counters_table(records: Sequence[Record]) -> str:
+    """Return what the profiler read for the kernels that take longest, at each size; of several launches the mean."""
+    by_kernel: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        name = "product (cuBLAS)" if record["kernel"].startswith("nvjet") else record["kernel"].removesuffix("_kernel")
+        by_kernel.setdefault((record["shape"]["name"], name), []).append(record)
+    heads = ["size, kernel", "ms", "occupancy", "memory throughput", "cache hits", "registers"]
+    rows = []
+    for (size, name), found in by_kernel.items():
+        ms = sum(r["ms"] for r in found)
+        mean = {key: sum(r[key] * r["ms"] for r in found) / ms for key in ("occupancy", "dram_throughput", "l2_hits")}
+        if ms >= 0.02 and not name.startswith("void "):
+            label = f"{size}, {name} × {len(found)}" if len(found) > 1 else f"{size}, {name}"
+            registers = f"{found[0]['registers']:.0f}"
+            rows.append([label, number(ms), *(f"{value:.0f}%" for value in mean.values()), registers])
+    return f"### Counters of the profiler\n\n{COUNTERS_TEXT}\n\n{table(heads, rows)}"
+
+
 def all_tables(results: Results) -> str:
     """Return the tables of every group that was measured."""
     parts = [results.footer("ops", "paper", "sweep")]
@@ -276,11 +296,16 @@ def replace_tables(path: Path, text: str) -> bool:
 
 
 @app.default
-def main(results: Path = HERE / "results" / "ops.jsonl", docs: Path = HERE.parent / "docs") -> None:
+def main(
+    results: Path = HERE / "results" / "ops.jsonl",
+    counters: Path = HERE / "results" / "counters.jsonl",
+    docs: Path = HERE.parent / "docs",
+) -> None:
     """Write performance-sweep.png, performance-step.png and the tables of performance.md.
 
     Args:
         results: JSON lines that `benchmarks.run` has written.
+        counters: JSON lines that `benchmarks.counters` has written, if it has.
         docs: folder of the pictures and of performance.md. If that has no markers, the tables are printed.
     """
     found = Results(json.loads(line) for line in results.read_text(encoding="utf-8").splitlines() if line.strip())
@@ -292,6 +317,8 @@ def main(results: Path = HERE / "results" / "ops.jsonl", docs: Path = HERE.paren
                 figure.savefig(docs / name, dpi=DPI)
         print(f"{docs / name}: {'drawn' if figure else 'nothing to draw'}")
     text, page = all_tables(found), docs / "performance.md"
+    if counters.exists():
+        text += "\n\n" + counters_table([json.loads(line) for line in counters.read_text("utf-8").splitlines()])
     print(f"{page}: tables replaced" if replace_tables(page, text) else text)
 
 
