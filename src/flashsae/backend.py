@@ -74,7 +74,7 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-DENSE_ABOVE = {torch.bfloat16: 1 / 150, torch.float16: 1 / 150, torch.float32: 1 / 24}
+DENSE_ABOVE = {torch.bfloat16: 1 / 64, torch.float16: 1 / 64, torch.float32: 1 / 16}
 """Density k / d_sae above which matrix products of the dense code are faster than gathers, by dtype of the weights."""
 
 

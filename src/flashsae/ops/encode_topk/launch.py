@@ -142,6 +142,8 @@ def launch_encode_topk(
         products = raw[: part.stop - start]
         with _products_in(precision):
             torch.mm(left[part], right.T, out=products[:, :n])
+        if facts is None and part.stop == B:
+            del right, W_enc_T  # nothing is multiplied any more: rounded weights make room for the maxima
         for (acts, indices), selection in zip(results, selections):
             out = acts[part], indices[part]
             if facts is None:
