@@ -33,7 +33,7 @@ def decode_sparse_grad_acts(grad_x_hat: Activations, top_indices: TopIndices, W_
 
 def latent_rows(index: LatentIndex, coeffs: TopActs, rows: Activations) -> tuple[Weights, LatentBias]:
     """Multiply the transposed dense code by rows, and sum it: -> [d_sae, d] and [d_sae], compute dtype."""
-    top_indices = torch.empty_like(index.entries).scatter_(0, index.entries, index.latents.long()).view(coeffs.shape)
+    top_indices = index.top_indices
     dtype = compute_dtype(rows.dtype)
     total = torch.zeros(index.d_sae, rows.shape[1], dtype=dtype, device=rows.device)
     sums = torch.zeros(index.d_sae, dtype=dtype, device=rows.device)

@@ -31,6 +31,12 @@ class LatentIndex(NamedTuple):
         return self.entries // self.k
 
     @property
+    def top_indices(self) -> Tensor:
+        """Return the indices that the index was built of: [B, k], int64."""
+        flat = torch.empty_like(self.entries).scatter_(0, self.entries, self.latents.long())
+        return flat.view(-1, self.k)
+
+    @property
     def counts(self) -> Tensor:
         """Entries of each latent: [d_sae], int32."""
         return self.offsets.diff()

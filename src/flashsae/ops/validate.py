@@ -27,11 +27,13 @@ def check_shape(name: str, tensor: Tensor, expected: tuple[int | str, ...]) -> N
         raise ShapeError(f"{name}: expected the shape [{wanted}], got {list(tensor.shape)}.")
 
 
-def check_float(name: str, tensor: Tensor, like: Tensor | None = None, like_name: str = "") -> None:
-    """Raise DtypeError unless `tensor` is float and, where given, of the dtype and device of `like`."""
+def check_float(
+    name: str, tensor: Tensor, like: Tensor | None = None, like_name: str = "", *, or_dtype: torch.dtype | None = None
+) -> None:
+    """Raise DtypeError unless `tensor` is float and, where given, of the dtype (or `or_dtype`) and device of `like`."""
     if tensor.dtype not in FLOATS:
         raise DtypeError(f"{name}: expected a float tensor, got {tensor.dtype}. Convert it: {name}.float().")
-    if like is not None and tensor.dtype != like.dtype:
+    if like is not None and tensor.dtype not in (like.dtype, or_dtype):
         raise DtypeError(
             f"{name}: expected {like.dtype}, the dtype of {like_name}, got {tensor.dtype}. "
             f"Convert it: {name}.to({like_name}.dtype)."

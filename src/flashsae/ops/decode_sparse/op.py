@@ -12,7 +12,8 @@ from flashsae.errors import ShapeError
 from flashsae.ops import dense
 from flashsae.ops.decode_sparse import reference
 from flashsae.ops.index import LatentIndex, build_index
-from flashsae.ops.latent_rows.op import column_sums, latent_rows_and_sums
+from flashsae.ops.latent_rows.factors import factors_of, weight_gradient
+from flashsae.ops.latent_rows.op import column_sums
 from flashsae.ops.register import differentiate, operator
 from flashsae.ops.validate import (
     Precision,
@@ -42,7 +43,7 @@ def decode_sparse(
         top_acts: [B, k], float, same scale as x. Need not be sorted.
         top_indices: [B, k], int32 | int64, each in [0, d_sae). Repeats within a row add up.
         W_dec: [d_sae, d_in], float.
-        b_dec: [d_in], dtype of W_dec, or None for no bias.
+        b_dec: [d_in], dtype of W_dec, or float32, or None for no bias.
         index: of top_indices, from `build_index`, if there is one already; the backward pass builds it otherwise.
         precision: "bf16" rounds W_dec to bfloat16 first, halving what is gathered; gradients keep the dtype of W_dec.
             None, "float32", "tf32": W_dec as it is.
@@ -51,8 +52,8 @@ def decode_sparse(
     Raises:
         ShapeError, DtypeError: names the argument, the expected and the actual shape or dtype.
     Numerics: deterministic; accumulated in float32 (float64 for float64), rounded once.
-    Gradients: top_acts, W_dec and b_dec; those of W_dec are segment sums over the active latents only. Once
-        differentiable.
+    Gradients: top_acts, W_dec and b_dec; those of W_dec are segment sums over the active latents only, or a factor
+        of them where `collect_factors` asked for it. Once differentiable.
     Cost: B·k·d_in multiply-adds forward, twice that backward, whatever d_sae. Where k / d_sae is above the measured
         crossover, dense matrix products instead (logged once).
     Source: ours, docs/methodology.md#sparse-decode.
@@ -104,7 +105,7 @@ def decode_loss(
     Numerics: deterministic; errors and dot products from the unrounded float32 residual (above the dense crossover:
         from a product rounded to the dtype of W_dec). The gradients of W_dec and
         b_dec use the residual as returned, so rounded to the dtype of W_dec.
-    Gradients: of loss by top_acts, W_dec, b_dec and target. Those of the activations are computed on the way.
+    Gradients: of loss by top_acts, W_dec (as in `decode_sparse`), b_dec and target. Those of the activations are computed on the way.
         Weights receive none. Once differentiable.
     Cost: reads each of the B·k decoder rows once (k <= 256; twice above): B·k·d_in elements. Backward: that of W_dec.
     Source: ours, docs/methodology.md#sparse-decode.
@@ -141,7 +142,7 @@ def _check(
     check_indices("top_indices", top_indices, W_dec.shape[0])
     if b_dec is not None:
         check_shape("b_dec", b_dec, (W_dec.shape[1],))
-        check_float("b_dec", b_dec, W_dec, "W_dec")
+        check_float("b_dec", b_dec, W_dec, "W_dec", or_dtype=torch.float32)
     if index is not None and (index.d_sae, index.entries.shape[0]) != (W_dec.shape[0], top_indices.numel()):
         raise ShapeError(
             f"index: expected one of {top_indices.numel()} entries and {W_dec.shape[0]} latents, got one of "
@@ -195,7 +196,7 @@ def _decode_grad_acts(grad_x_hat: Tensor, top_indices: Tensor, W_dec: Tensor) ->
 
 def _save_decode(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     top_acts, top_indices, W_dec, b_dec, index, rounded = inputs
-    ctx.rounded = rounded
+    ctx.rounded, ctx.factors = rounded, factors_of(W_dec)
     ctx.save_for_backward(top_acts, top_indices, W_dec, *index)
     ctx.bias_dtype = None if b_dec is None else b_dec.dtype
 
@@ -209,7 +210,7 @@ def _decode_backward(ctx: Any, grad_x_hat: Tensor) -> tuple[Tensor | list[None] 
         grad_acts = torch.ops.flashsae.decode_grad_acts(grad_x_hat, top_indices, rows).to(top_acts.dtype)
     if needs_W_dec:
         index = _index(lists, top_indices, W_dec)
-        grad_W_dec, _ = latent_rows_and_sums(index, top_acts, grad_x_hat, W_dec.dtype)
+        grad_W_dec = weight_gradient(ctx.factors, index, top_acts, grad_x_hat, W_dec.dtype)
     if needs_b_dec:
         ones = grad_x_hat.new_ones(grad_x_hat.shape[0])
         grad_b_dec = column_sums(ones, grad_x_hat, ctx.bias_dtype)
@@ -270,7 +271,7 @@ def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
     top_acts, top_indices, W_dec, b_dec, target, weights, index, _ = inputs
     residual, grad_acts = output[2], output[3]
     ctx.set_materialize_grads(False)  # only the errors have a gradient: no zeros for the rest
-    ctx.has_weights = weights is not None
+    ctx.has_weights, ctx.factors = weights is not None, factors_of(W_dec)
     optional = [] if weights is None else [weights]
     ctx.save_for_backward(top_acts, top_indices, W_dec, residual, grad_acts, *optional, *index)
     ctx.dtypes = None if b_dec is None else b_dec.dtype, target.dtype
@@ -287,7 +288,7 @@ def _loss_backward(ctx: Any, grad_errors: Tensor, *_others: Tensor) -> tuple[Ten
     if needs_W_dec:
         index = _index(lists, top_indices, W_dec)
         coeffs = top_acts.to(slope.dtype) * slope[:, None]
-        grad_W_dec, _ = latent_rows_and_sums(index, coeffs, residual, W_dec.dtype)
+        grad_W_dec = weight_gradient(ctx.factors, index, coeffs, residual, W_dec.dtype)
     if needs_b_dec:
         grad_b_dec = column_sums(slope, residual, bias_dtype)
     if needs_target:

@@ -11,7 +11,8 @@ from flashsae.backend import use_kernels
 from flashsae.errors import ConfigError, DtypeError
 from flashsae.ops.encode_topk import reference
 from flashsae.ops.index import LatentIndex, build_index
-from flashsae.ops.latent_rows.op import column_sums, latent_rows_and_sums
+from flashsae.ops.latent_rows.factors import factors_of, weight_gradient
+from flashsae.ops.latent_rows.op import column_sums, latent_sums
 from flashsae.ops.register import differentiate, operator
 from flashsae.ops.validate import Precision, check_float, check_k, check_precision, check_shape, compute_dtype
 
@@ -64,15 +65,15 @@ def encode_topk(
 
     Args:
         x: [B, d_in], float.
-        W_enc_T: [d_sae, d_in], dtype of x. One row a latent.
-        b_enc: [d_sae], dtype of x.
+        W_enc_T: [d_sae, d_in], dtype of x, or bfloat16. One row a latent.
+        b_enc: [d_sae], dtype of x, or float32.
         k: latents to keep, 1 <= k <= d_sae; at most 1024 on a GPU.
-        b_dec: [d_in], dtype of x, subtracted from x first; None for no subtraction.
+        b_dec: [d_in], dtype of x, or float32; subtracted from x first. None for no subtraction.
         key_scale: [d_sae], float, >= 0: select by pre_acts * key_scale, as with the norms of decoder rows. The values
             returned are not scaled. None: 1 each.
         precision: of the product, on a GPU. "float32": certified, the selection is that of float32 arithmetic at
             about the price of a float16 product; "tf32", "bf16": operands rounded to that, accumulated in float32.
-            None: "bf16" for bfloat16 tensors, "float32" for the others. The CPU and float64 ignore it.
+            None: "bf16" for bfloat16 weights, "float32" for the others. The CPU and float64 ignore it.
         workspace_bytes: bound on the pre-activations in memory at once; a single row may exceed it.
         return_index: also return the index of the selection, for `decode_sparse` and `decode_loss`, so that it is
             built once a step.
@@ -86,7 +87,7 @@ def encode_topk(
     Numerics: products accumulated in float32 (float64 for float64). Exact selection among those values; of equal
         values the lowest index wins. A NaN in a row of x gives NaN values in that row and valid indices. float16
         tensors are widened to float32. Two runs give the same bits. docs/numerics.md#certified-float32.
-    Gradients: x, W_enc_T, b_enc and b_dec, through the selected latents whose value is above 0 only (top-k, then
+    Gradients: x, W_enc_T (as a factor, where `collect_factors` asked for it), b_enc and b_dec, through the selected latents whose value is above 0 only (top-k, then
         ReLU; 0 at 0). That of b_dec costs d_sae·d_in, not B·k·d_in. Once differentiable.
     Cost: 2·B·d_in·d_sae FLOPs forward; backward 2·B·k·d_in for each of x and W_enc_T. Memory beyond the result:
         workspace_bytes, an eighth of it for group maxima, and copies of x and W_enc_T where they are rounded.
@@ -94,7 +95,7 @@ def encode_topk(
         docs/methodology.md#exact-selection.
     """
     check_k(k, _check(x, W_enc_T, b_enc, b_dec, key_scale, workspace_bytes))
-    chosen = _resolve(precision, x)
+    chosen = _resolve(precision, W_enc_T)
     result = torch.ops.flashsae.encode_topk(
         x, W_enc_T, b_enc, b_dec, key_scale, None, k, 0, chosen, workspace_bytes, return_index
     )
@@ -150,7 +151,7 @@ def encode_topk_aux(
         raise DtypeError(f"aux_mask: expected torch.bool, got {aux_mask.dtype}.")
     check_k(k, d_sae)
     check_k(k_aux, d_sae, "k_aux")
-    chosen = _resolve(precision, x)
+    chosen = _resolve(precision, W_enc_T)
     result = torch.ops.flashsae.encode_topk(
         x, W_enc_T, b_enc, b_dec, key_scale, aux_mask, k, k_aux, chosen, workspace_bytes, False
     )
@@ -171,11 +172,11 @@ def _check(
     check_shape("x", x, ("B", d_in))
     check_shape("b_enc", b_enc, (d_sae,))
     check_float("x", x)
-    check_float("W_enc_T", W_enc_T, x, "x")
-    check_float("b_enc", b_enc, x, "x")
+    check_float("W_enc_T", W_enc_T, x, "x", or_dtype=torch.bfloat16)
+    check_float("b_enc", b_enc, x, "x", or_dtype=torch.float32)
     if b_dec is not None:
         check_shape("b_dec", b_dec, (d_in,))
-        check_float("b_dec", b_dec, x, "x")
+        check_float("b_dec", b_dec, x, "x", or_dtype=torch.float32)
     if key_scale is not None:
         check_shape("key_scale", key_scale, (d_sae,))
         check_float("key_scale", key_scale)
@@ -184,9 +185,9 @@ def _check(
     return d_sae
 
 
-def _resolve(precision: Precision | None, x: Tensor) -> Precision:
+def _resolve(precision: Precision | None, W_enc_T: Tensor) -> Precision:
     check_precision(precision)
-    return precision or ("bf16" if x.dtype == torch.bfloat16 else "float32")
+    return precision or ("bf16" if W_enc_T.dtype == torch.bfloat16 else "float32")
 
 
 def _encode_topk_fake(
@@ -267,7 +268,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     codes, lists = output[: 4 if k_aux else 2], output[4:] if with_index else []
     ctx.save_for_backward(x, W_enc_T, *codes, *lists, *([] if b_dec is None else [b_dec]))
     ctx.k_aux, ctx.with_index, ctx.has_b_dec = k_aux, with_index, b_dec is not None
-    ctx.bias_dtype = b_enc.dtype
+    ctx.bias_dtype, ctx.factors = b_enc.dtype, factors_of(W_enc_T)
     ctx.set_materialize_grads(False)  # the indices have none: no zeros for them
     ctx.precision = precision
 
@@ -291,9 +292,10 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]
             index = LatentIndex(rest[0], rest[1], rest[2], top_indices.shape[1])
         else:
             index = build_index(top_indices, W_enc_T.shape[0])
-        rows = _centred(x, b_dec, ctx.precision) if needs_W else grad_pre.new_empty(x.shape[0], 1)
-        grad_rows, sums = latent_rows_and_sums(index, grad_pre, rows, W_enc_T.dtype)
-        grad_W = grad_rows if needs_W else None
+        if needs_W:
+            rows = _centred(x, b_dec, ctx.precision)
+            grad_W = weight_gradient(ctx.factors, index, grad_pre, rows, W_enc_T.dtype)
+        sums = latent_sums(index, grad_pre)
         grad_b_enc = sums.to(ctx.bias_dtype) if needs_b_enc else None
         if needs_b_dec:
             # Σ over tokens of -grad_pre @ W_enc_T, summed over tokens first: d_sae·d_in instead of B·k·d_in

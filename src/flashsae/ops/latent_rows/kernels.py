@@ -80,6 +80,39 @@ def latent_rows_partial_kernel(
 
 
 @triton.jit
+def sum_run(
+    latent, entries_ptr, latents_ptr, offsets_ptr, coeffs_ptr, rows_ptr, partial_ptr, weights_ptr, k, d, row_stride,
+    column, inside, RUN: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Return some columns of the sum of a latent's run, and the sum of its coefficients."""
+    low = tl.load(offsets_ptr + latent).to(tl.int32)
+    high = tl.load(offsets_ptr + latent + 1).to(tl.int32)
+    if high - low <= RUN:
+        total, weight = _sum_entries(
+            low, high, entries_ptr, coeffs_ptr, rows_ptr, k, row_stride, column, inside, BLOCK_E, BLOCK_D
+        )
+    else:
+        total = tl.zeros([BLOCK_D], tl.float32)
+        weight = 0.0
+        begin, end = low // RUN, (high + RUN - 1) // RUN
+        # the second slot of a piece belongs to a run that begins in it behind another one
+        behind = (tl.load(latents_ptr + begin * RUN) != latent).to(tl.int32)
+        for start in range(0, end - begin, BLOCK_E):
+            piece = begin + start + tl.arange(0, BLOCK_E)
+            slot = (piece * 2 + tl.where(piece == begin, behind, 0)).to(tl.int64)
+            total += tl.sum(
+                tl.load(
+                    partial_ptr + slot[:, None] * d + column[None, :],
+                    mask=(piece < end)[:, None] & inside[None, :],
+                    other=0.0,
+                ),
+                axis=0,
+            )
+            weight += tl.sum(tl.load(weights_ptr + slot, mask=piece < end, other=0.0))
+    return total, weight
+
+
+@triton.jit
 def latent_rows_sum_kernel(
     entries_ptr, latents_ptr, offsets_ptr, coeffs_ptr, rows_ptr, partial_ptr, weights_ptr,
     out_ptr,  # [d_sae, d]
@@ -93,30 +126,10 @@ def latent_rows_sum_kernel(
     first = tl.program_id(0) * BLOCK_N
     for step in range(0, tl.minimum(BLOCK_N, d_sae - first)):
         latent = first + step
-        low = tl.load(offsets_ptr + latent).to(tl.int32)
-        high = tl.load(offsets_ptr + latent + 1).to(tl.int32)
-        if high - low <= RUN:
-            total, weight = _sum_entries(
-                low, high, entries_ptr, coeffs_ptr, rows_ptr, k, row_stride, column, inside, BLOCK_E, BLOCK_D
-            )
-        else:
-            total = tl.zeros([BLOCK_D], tl.float32)
-            weight = 0.0
-            begin, end = low // RUN, (high + RUN - 1) // RUN
-            # the second slot of a piece belongs to a run that begins in it behind another one
-            behind = (tl.load(latents_ptr + begin * RUN) != latent).to(tl.int32)
-            for start in range(0, end - begin, BLOCK_E):
-                piece = begin + start + tl.arange(0, BLOCK_E)
-                slot = (piece * 2 + tl.where(piece == begin, behind, 0)).to(tl.int64)
-                total += tl.sum(
-                    tl.load(
-                        partial_ptr + slot[:, None] * d + column[None, :],
-                        mask=(piece < end)[:, None] & inside[None, :],
-                        other=0.0,
-                    ),
-                    axis=0,
-                )
-                weight += tl.sum(tl.load(weights_ptr + slot, mask=piece < end, other=0.0))
+        total, weight = sum_run(
+            latent, entries_ptr, latents_ptr, offsets_ptr, coeffs_ptr, rows_ptr, partial_ptr, weights_ptr, k, d,
+            row_stride, column, inside, RUN, BLOCK_E, BLOCK_D,
+        )  # fmt: skip
         # streamed: the result must not push the gathered rows out of the cache
         out = out_ptr + latent.to(tl.int64) * d + column
         tl.store(out, total.to(out_ptr.dtype.element_ty), mask=inside, cache_modifier=".cs")

@@ -9,28 +9,35 @@ from torch import Tensor
 from flashsae.ops.index import LatentIndex
 from flashsae.ops.latent_rows import kernels
 from flashsae.ops.latent_rows.reference import RUN
+from flashsae.ops.validate import rows_contiguous
 
 
-def launch_latent_rows(index: LatentIndex, coeffs: Tensor, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return segment sums [d_sae, d] and sums of coefficients [d_sae]."""
-    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+def launch_partial(index: LatentIndex, coeffs: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum the pieces of runs longer than RUN: [pieces, 2, d] and [pieces, 2], as `sum_run` reads them."""
     nnz, d = coeffs.numel(), rows.shape[1]
-    out = torch.empty(index.d_sae, d, dtype=dtype, device=rows.device)
-    sums = torch.empty(index.d_sae, dtype=torch.float32, device=rows.device)
-    if nnz == 0:
-        return out.zero_(), sums.zero_()
     pieces = triton.cdiv(nnz, RUN)
     partial = torch.empty(pieces, 2, d, dtype=torch.float32, device=rows.device)
     weights = torch.empty(pieces, 2, dtype=torch.float32, device=rows.device)
     block_d = min(512, triton.next_power_of_2(d))
-    slices = triton.cdiv(d, block_d)
-    kernels.latent_rows_partial_kernel[(pieces, slices)](
+    kernels.latent_rows_partial_kernel[(pieces, triton.cdiv(d, block_d))](
         index.entries, index.latents, index.offsets, coeffs, rows, partial, weights,
         nnz, index.k, d, rows.stride(0),
         RUN=RUN, BLOCK_E=4, BLOCK_D=block_d, num_warps=1,
     )  # fmt: skip
-    block_n = 8
-    kernels.latent_rows_sum_kernel[(triton.cdiv(index.d_sae, block_n), slices)](
+    return partial, weights
+
+
+def launch_latent_rows(index: LatentIndex, coeffs: Tensor, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return segment sums [d_sae, d] and sums of coefficients [d_sae]."""
+    rows = rows_contiguous(rows)
+    d = rows.shape[1]
+    out = torch.empty(index.d_sae, d, dtype=dtype, device=rows.device)
+    sums = torch.empty(index.d_sae, dtype=torch.float32, device=rows.device)
+    if coeffs.numel() == 0:
+        return out.zero_(), sums.zero_()
+    partial, weights = launch_partial(index, coeffs, rows)
+    block_d, block_n = min(512, triton.next_power_of_2(d)), 8
+    kernels.latent_rows_sum_kernel[(triton.cdiv(index.d_sae, block_n), triton.cdiv(d, block_d))](
         index.entries, index.latents, index.offsets, coeffs, rows, partial, weights, out, sums,
         index.d_sae, index.k, d, rows.stride(0),
         RUN=RUN, BLOCK_N=block_n, BLOCK_E=2, BLOCK_D=block_d, num_warps=1,
@@ -40,7 +47,7 @@ def launch_latent_rows(index: LatentIndex, coeffs: Tensor, rows: Tensor, dtype: 
 
 def launch_column_sums(coeffs: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     """Return Σ coeffs · rows, [d], RUN rows at a time until one is left."""
-    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    rows = rows_contiguous(rows)
     n, d = rows.shape
     weights: Tensor | None = coeffs.contiguous()
     while True:

@@ -55,6 +55,11 @@ def latent_rows_and_sums(index: LatentIndex, coeffs: Tensor, rows: Tensor, dtype
     return out, sums
 
 
+def latent_sums(index: LatentIndex, coeffs: Tensor) -> Tensor:
+    """Return the sum of the coefficients of each latent: [d_sae], compute dtype."""
+    return latent_rows_and_sums(index, coeffs, coeffs.new_empty(coeffs.shape[0], 1), coeffs.dtype)[1]
+
+
 def column_sums(coeffs: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     """Return Σ over tokens of coeffs · rows, [B] and [B, d] -> [d]: the case of one latent that every token uses."""
     total: Tensor = torch.ops.flashsae.column_sums(coeffs, rows, dtype)

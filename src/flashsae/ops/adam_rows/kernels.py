@@ -1,0 +1,119 @@
+"""Triton kernels of the latent pass: a program owns one row of a weight matrix, or some columns of it.
+
+The gradient of the row is summed into registers, used, and forgotten.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from flashsae.ops.latent_rows.kernels import sum_run
+
+
+@triton.jit
+def _load_weights(weights_ptr, low_ptr, at, inside):
+    if low_ptr is None:
+        return tl.load(weights_ptr + at, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    high = tl.load(weights_ptr + at, mask=inside, other=0.0, eviction_policy="evict_first")
+    low = tl.load(low_ptr + at, mask=inside, other=0, eviction_policy="evict_first")
+    bits = (high.to(tl.int16, bitcast=True).to(tl.int32) << 16) + low.to(tl.int32)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _store_weights(weights_ptr, low_ptr, at, inside, weights):
+    if low_ptr is None:
+        tl.store(weights_ptr + at, weights.to(weights_ptr.dtype.element_ty), mask=inside, cache_modifier=".cs")
+    else:
+        # the bits of some NaNs would round to 0
+        bits = tl.where(weights == weights, weights.to(tl.int32, bitcast=True), 0x7FC00000)
+        high = (bits + 0x8000) >> 16
+        low = bits - (high << 16)
+        tl.store(weights_ptr + at, high.to(tl.int16).to(tl.bfloat16, bitcast=True), mask=inside, cache_modifier=".cs")
+        tl.store(low_ptr + at, low.to(tl.int16), mask=inside, cache_modifier=".cs")
+
+
+@triton.jit
+def _gradient(
+    latent, entries_ptr, latents_ptr, offsets_ptr, coeffs_ptr, rows_ptr, partial_ptr, sums_ptr, dense_ptr, slots_ptr,
+    k, d, row_stride, column, inside, RUN: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Return some columns of the gradient of a row: its sparse part, if there is one, and its dense part."""
+    total = tl.zeros([BLOCK_D], tl.float32)
+    if entries_ptr is not None:
+        total, _ = sum_run(
+            latent, entries_ptr, latents_ptr, offsets_ptr, coeffs_ptr, rows_ptr, partial_ptr, sums_ptr, k, d,
+            row_stride, column, inside, RUN, BLOCK_E, BLOCK_D,
+        )  # fmt: skip
+    if dense_ptr is not None:
+        slot = latent if slots_ptr is None else tl.load(slots_ptr + latent)
+        at = slot.to(tl.int64) * d + column
+        total += tl.load(dense_ptr + at, mask=inside & (slot >= 0), other=0.0).to(tl.float32)
+    return total
+
+
+@triton.jit
+def adam_rows_kernel(
+    weights_ptr,  # [d_sae, d]
+    low_ptr,  # [d_sae, d] the 16 low bits of bfloat16 weights, or None
+    exp_avg_ptr,  # [d_sae, d]
+    exp_avg_sq_ptr,  # [d_sae, d]
+    entries_ptr, latents_ptr, offsets_ptr, coeffs_ptr, rows_ptr, partial_ptr, sums_ptr,  # as in `sum_run`, or None
+    dense_ptr,  # [C, d] or None
+    slots_ptr,  # [d_sae] or None
+    lr_ptr,  # [] float32 or float64
+    bias_correction_ptr,  # [2] float64: 1 - beta1^step, 1 - beta2^step
+    one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay,
+    k, d, row_stride,
+    UNIT_NORM: tl.constexpr, RUN: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One step of Adam on a row; with UNIT_NORM the program sees the whole row, projects its gradient and scales it."""
+    latent = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = column < d
+    at = latent.to(tl.int64) * d + column
+    gradient = _gradient(
+        latent, entries_ptr, latents_ptr, offsets_ptr, coeffs_ptr, rows_ptr, partial_ptr, sums_ptr, dense_ptr,
+        slots_ptr, k, d, row_stride, column, inside, RUN, BLOCK_E, BLOCK_D,
+    )  # fmt: skip
+    weights = _load_weights(weights_ptr, low_ptr, at, inside)
+    exp_avg = tl.load(exp_avg_ptr + at, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    exp_avg_sq = tl.load(exp_avg_sq_ptr + at, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    if UNIT_NORM:
+        gradient -= tl.sum(gradient * weights) * weights
+    gradient += weight_decay * weights
+    exp_avg += one_minus_beta1 * (gradient - exp_avg)
+    exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * gradient * gradient
+    step_size = (tl.load(lr_ptr).to(tl.float64) / tl.load(bias_correction_ptr)).to(tl.float32)
+    second = tl.load(bias_correction_ptr + 1).to(tl.float32)
+    weights -= step_size * exp_avg / (tl.sqrt(exp_avg_sq / second) + eps)
+    if UNIT_NORM:
+        norm = tl.sqrt(tl.sum(tl.where(inside, weights * weights, 0.0)))
+        weights = weights / tl.maximum(norm, 1e-30)
+    _store_weights(weights_ptr, low_ptr, at, inside, weights)
+    tl.store(exp_avg_ptr + at, exp_avg.to(exp_avg_ptr.dtype.element_ty), mask=inside, cache_modifier=".cs")
+    tl.store(exp_avg_sq_ptr + at, exp_avg_sq.to(exp_avg_sq_ptr.dtype.element_ty), mask=inside, cache_modifier=".cs")
+
+
+@triton.jit
+def row_squares_kernel(
+    weights_ptr, low_ptr,
+    entries_ptr, latents_ptr, offsets_ptr, coeffs_ptr, rows_ptr, partial_ptr, sums_ptr, dense_ptr, slots_ptr,
+    out_ptr,  # [d_sae, slices]
+    k, d, row_stride,
+    UNIT_NORM: tl.constexpr, RUN: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Squared norm of some columns of the gradient that `adam_rows_kernel` uses; reads only."""
+    latent = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = column < d
+    gradient = _gradient(
+        latent, entries_ptr, latents_ptr, offsets_ptr, coeffs_ptr, rows_ptr, partial_ptr, sums_ptr, dense_ptr,
+        slots_ptr, k, d, row_stride, column, inside, RUN, BLOCK_E, BLOCK_D,
+    )  # fmt: skip
+    if UNIT_NORM:
+        weights = _load_weights(weights_ptr, low_ptr, latent.to(tl.int64) * d + column, inside)
+        gradient -= tl.sum(gradient * weights) * weights
+    square = tl.sum(tl.where(inside, gradient * gradient, 0.0))
+    tl.store(out_ptr + latent.to(tl.int64) * tl.num_programs(1) + tl.program_id(1), square)

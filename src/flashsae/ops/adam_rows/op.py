@@ -1,0 +1,114 @@
+"""The latent pass: gradient, projection, Adam and norm of each weight row, in one reading and one writing."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flashsae.backend import use_kernels
+from flashsae.errors import DtypeError, ShapeError
+from flashsae.ops.adam_rows import reference
+from flashsae.ops.adam_rows.reference import AdamRule
+from flashsae.ops.latent_rows.factors import RowGradient
+from flashsae.ops.validate import check_float, check_shape, compute_dtype
+
+
+@torch.no_grad()
+def adam_rows(
+    weights: Tensor,
+    moments: tuple[Tensor, Tensor],
+    gradient: RowGradient,
+    lr: Tensor,
+    bias_correction: Tensor,
+    rule: AdamRule,
+    *,
+    low: Tensor | None = None,
+) -> None:
+    """Do one step of Adam on a weight matrix, in place, from the factors of its gradient.
+
+        g = Σ coeffs · rows;  g −= (g·w) w;  m += (1 − β1)(g − m);  v = β2 v + (1 − β2) g²
+        w −= lr / (1 − β1ᵗ) · m / (√(v / (1 − β2ᵗ)) + ε);  w /= ‖w‖
+
+    The second and the last formula only with `rule.unit_norm`. Rows without gradient move by their momentum, as in
+    dense Adam.
+
+    Args:
+        weights: [d_sae, d], float. With `low`: bfloat16, the high halves of float32 weights.
+        moments: exp_avg and exp_avg_sq, [d_sae, d] each: float32 (float64 for float64).
+        gradient: from `RowGradient.of`.
+        lr: scalar tensor on the device of weights: learning rate.
+        bias_correction: [2], float64, on the same device: 1 − β1ᵗ and 1 − β2ᵗ, t counting from 1.
+        rule: the other hyperparameters.
+        low: [d_sae, d], int16: the low halves, from `split_halves`. Weights are then float32 numbers that lose nothing.
+    Raises:
+        ShapeError, DtypeError: names the argument, the expected and the actual shape or dtype.
+    Numerics: deterministic; computed in float32 (float64 for float64).
+    Gradients: none.
+    Cost: 24 bytes a float32 weight, whole or in halves; B·k·d elements gathered, mostly from the cache. The gradient
+        is never in memory. Rows over 16384 columns that are to be of unit norm take the reference.
+    Source: Kingma and Ba 2015; the projection Bricken et al. 2023; the pass ours, docs/methodology.md#the-latent-pass.
+    """
+    _check(weights, low)
+    for name, moment in zip(("exp_avg", "exp_avg_sq"), moments):
+        check_shape(name, moment, tuple(weights.shape))
+        check_float(name, moment)
+    if _fits_kernels(weights, rule.unit_norm):
+        from flashsae.ops.adam_rows.launch import launch_adam_rows
+
+        launch_adam_rows(weights, low, moments, gradient, lr, bias_correction, rule)
+        return
+    dtype = compute_dtype(weights.dtype)
+    before = weights.to(dtype) if low is None else reference.merge_halves(weights, low)
+    total = gradient.total(before)
+    after = reference.adam_rows(before, *moments, total, bias_correction, lr, rule)
+    if low is None:
+        weights.copy_(after)
+    else:
+        for half, value in zip((weights, low), reference.split_halves(after)):
+            half.copy_(value)
+
+
+@torch.no_grad()
+def row_squares(weights: Tensor, gradient: RowGradient, unit_norm: bool, *, low: Tensor | None = None) -> Tensor:
+    """Compute the squared norm of each row of the gradient that `adam_rows` would use: for clipping.
+
+    Args:
+        weights, gradient, low: as in `adam_rows`.
+        unit_norm: project the gradient first.
+    Returns:
+        [d_sae], float32 (float64 for float64).
+    Raises:
+        ShapeError, DtypeError: as in `adam_rows`.
+    Numerics: deterministic.
+    Gradients: none.
+    Cost: B·k·d elements gathered; reads the weights if `unit_norm`. Writes d_sae numbers.
+    Source: ours, docs/methodology.md#clipping.
+    """
+    _check(weights, low)
+    if _fits_kernels(weights, unit_norm):
+        from flashsae.ops.adam_rows.launch import launch_row_squares
+
+        return launch_row_squares(weights, low, gradient, unit_norm)
+    whole = weights.to(compute_dtype(weights.dtype)) if low is None else reference.merge_halves(weights, low)
+    return reference.row_squares(gradient.total(whole), whole, unit_norm)
+
+
+def _check(weights: Tensor, low: Tensor | None) -> None:
+    check_shape("weights", weights, ("d_sae", "d"))
+    check_float("weights", weights)
+    if not weights.is_contiguous():
+        raise ShapeError("weights: expected a contiguous tensor, which is changed in place. Call .contiguous() first.")
+    if low is not None:
+        check_shape("low", low, tuple(weights.shape))
+        if (weights.dtype, low.dtype) != (torch.bfloat16, torch.int16):
+            raise DtypeError(
+                f"weights and low: expected halves, bfloat16 and int16, got {weights.dtype} and {low.dtype}."
+            )
+
+
+def _fits_kernels(weights: Tensor, unit_norm: bool) -> bool:
+    if not use_kernels(weights):
+        return False
+    from flashsae.ops.adam_rows.launch import LARGEST_ROW
+
+    return not unit_norm or weights.shape[1] <= LARGEST_ROW

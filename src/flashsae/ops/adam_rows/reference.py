@@ -1,0 +1,69 @@
+"""The latent pass in plain PyTorch, and the two halves of a weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flashsae.shapes import LatentBias, Weights
+
+
+@dataclass(frozen=True)
+class AdamRule:
+    """Hyperparameters of a step that do not change while training.
+
+    Args:
+        beta1, beta2: decay of the moments.
+        eps: added to the root of the second moment.
+        weight_decay: times the weights, added to the gradient as in `torch.optim.Adam`.
+        unit_norm: keep rows at norm 1: project the gradient, and scale rows after the step.
+    """
+
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 6.25e-10
+    weight_decay: float = 0.0
+    unit_norm: bool = False
+
+
+def split_halves(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Split float32 numbers into bfloat16 ones, rounded half up, and the 16 bits that this leaves out, as int16."""
+    quiet = torch.full_like(weights, torch.nan)  # the bits of some NaNs would round to 0
+    bits = torch.where(weights.isnan(), quiet, weights).view(torch.int32)
+    high = (bits + 0x8000) >> 16
+    return high.to(torch.int16).view(torch.bfloat16), (bits - (high << 16)).to(torch.int16)
+
+
+def merge_halves(high: Tensor, low: Tensor) -> Tensor:
+    """Undo `split_halves`, bit for bit."""
+    return ((high.view(torch.int16).int() << 16) + low.int()).view(torch.float32)
+
+
+def projected(gradient: Weights, weights: Weights) -> Weights:
+    """Remove from each row of a gradient the part along the row of weights, which only changes its norm."""
+    return gradient - (gradient * weights).sum(1, keepdim=True) * weights
+
+
+def row_squares(gradient: Weights, weights: Weights, unit_norm: bool) -> LatentBias:
+    """Return the squared norm of each row of the gradient that the step uses: [d_sae]."""
+    return (projected(gradient, weights) if unit_norm else gradient).square().sum(1)
+
+
+def adam_rows(
+    weights: Weights, exp_avg: Weights, exp_avg_sq: Weights, gradient: Weights, bias_correction: Tensor, lr: Tensor,
+    rule: AdamRule,
+) -> Weights:  # fmt: skip
+    """Return the weights after a step of Adam, all [d_sae, d] of one dtype; both moments change in place."""
+    if rule.unit_norm:
+        gradient = projected(gradient, weights)
+    gradient = gradient + rule.weight_decay * weights
+    exp_avg.lerp_(gradient, 1 - rule.beta1)
+    exp_avg_sq.mul_(rule.beta2).addcmul_(gradient, gradient, value=1 - rule.beta2)
+    first, second = bias_correction.to(weights.device)
+    step_size = (lr.double() / first).to(weights.dtype)
+    weights = weights - step_size * exp_avg / ((exp_avg_sq / second.to(weights.dtype)).sqrt() + rule.eps)
+    if rule.unit_norm:
+        weights = weights / torch.linalg.vector_norm(weights, dim=1, keepdim=True).clamp_min(1e-30)
+    return weights

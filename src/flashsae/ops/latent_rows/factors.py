@@ -1,0 +1,166 @@
+"""Gradients of weight matrices as factors: what backward leaves on a parameter instead of [d_sae, d_in] numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flashsae.backend import use_dense, use_kernels
+from flashsae.ops.index import LatentIndex, build_index
+from flashsae.ops.latent_rows.op import latent_rows_and_sums
+from flashsae.ops.validate import compute_dtype
+
+
+@dataclass(frozen=True)
+class SparseFactor:
+    """The gradient Σ over entries of coeffs · rows, as `latent_rows` sums it.
+
+    Args:
+        index: of the code.
+        coeffs: [B, k], float32 (float64 for float64).
+        rows: [B, d], float.
+    """
+
+    index: LatentIndex
+    coeffs: Tensor
+    rows: Tensor
+
+    def dense(self) -> Tensor:
+        """Return the gradient: [d_sae, d], compute dtype."""
+        return latent_rows_and_sums(self.index, self.coeffs, self.rows, compute_dtype(self.rows.dtype))[0]
+
+
+@dataclass(frozen=True)
+class RowFactor:
+    """A gradient of some rows only.
+
+    Args:
+        rows: [C, d], float: the gradients.
+        slots: [d_sae], int32: which of them each latent has; -1 for none.
+    """
+
+    rows: Tensor
+    slots: Tensor
+
+    def dense(self) -> Tensor:
+        """Return the gradient: [d_sae, d], compute dtype."""
+        rows = self.rows.to(compute_dtype(self.rows.dtype))
+        return torch.where((self.slots >= 0)[:, None], rows[self.slots.clamp_min(0)], 0.0)
+
+
+Factor = SparseFactor | RowFactor
+
+
+def collect_factors(*parameters: Tensor) -> None:
+    """Have backward passes leave factors on these weight matrices from now on, and no `.grad`.
+
+    The operations of `flashsae.ops` append to `parameter.factors`; other operations still add to `.grad`.
+    `flashsae.optim.FactoredAdam` calls this and consumes both.
+    """
+    for parameter in parameters:
+        if factors_of(parameter) is None:
+            parameter.factors = []  # type: ignore[attr-defined]
+
+
+def factors_of(parameter: Tensor) -> list[Factor] | None:
+    """Return the factors collected so far; None for a parameter that collects none."""
+    return getattr(parameter, "factors", None)
+
+
+@torch.no_grad()
+def materialize(parameters: Iterable[Tensor]) -> None:
+    """Turn factors into ordinary dense gradients: `parameter.grad`, for any other optimiser, hook or test.
+
+    Args:
+        parameters: of a module; those without factors are left alone. A gradient that is already there is added to.
+    Cost: [d_sae, d_in] numbers for each weight matrix, which the factors were there to avoid.
+    """
+    for parameter in parameters:
+        factors = factors_of(parameter)
+        if not factors:
+            continue
+        parts = [factor.dense() for factor in factors]
+        parameter.grad = _sum(parts if parameter.grad is None else [parameter.grad, *parts]).to(parameter.dtype)
+        factors.clear()
+
+
+def weight_gradient(
+    factors: list[Factor] | None, index: LatentIndex, coeffs: Tensor, rows: Tensor, dtype: torch.dtype
+) -> Tensor | None:
+    """Leave the gradient of a weight matrix on its list, or return it where there is no list: [d_sae, d], `dtype`."""
+    if factors is None:
+        return latent_rows_and_sums(index, coeffs, rows, dtype)[0]
+    factors.append(SparseFactor(index, coeffs, rows))
+    return None
+
+
+@dataclass(frozen=True)
+class RowGradient:
+    """The whole gradient of a weight matrix as the latent pass reads it: a sparse part and a part of given rows.
+
+    Args:
+        sparse: summed over its entries; None for nothing.
+        dense: [C, d], float; None for nothing.
+        slots: [d_sae], int32: row of `dense` for each latent, -1 for none; None: row i is that of latent i.
+    """
+
+    sparse: SparseFactor | None = None
+    dense: Tensor | None = None
+    slots: Tensor | None = None
+
+    @classmethod
+    def of(cls, parameter: Tensor) -> RowGradient:
+        """Gather what backward passes left on a parameter: factors of several, and `.grad`.
+
+        Several sparse factors become one over all their tokens, so that accumulating over small batches is the same
+        sum as that of one large batch. What is dense enough for matrix products is multiplied here.
+        """
+        sparse: list[SparseFactor] = []
+        rows: list[RowFactor] = []
+        dense: list[Tensor] = [] if parameter.grad is None else [parameter.grad]
+        for factor in factors_of(parameter) or []:
+            if isinstance(factor, RowFactor):
+                rows.append(factor)
+            elif use_kernels(factor.rows) and use_dense(factor.index.k, factor.index.d_sae, factor.rows):
+                dense.append(factor.dense())
+            else:
+                sparse.append(factor)
+        if rows and not dense and all(factor.slots is rows[0].slots for factor in rows):
+            return cls(_joined(sparse), _sum([factor.rows for factor in rows]), rows[0].slots)
+        dense += [factor.dense() for factor in rows]
+        return cls(_joined(sparse), _sum(dense) if dense else None)
+
+    def total(self, like: Tensor) -> Tensor:
+        """Return the gradient as numbers, of the shape, dtype and device of a weight matrix; zeros for no part."""
+        parts = [] if self.sparse is None else [self.sparse.dense()]
+        if self.dense is not None:
+            parts.append(self.dense if self.slots is None else RowFactor(self.dense, self.slots).dense())
+        return _sum(parts).to(like.dtype) if parts else torch.zeros_like(like)
+
+
+def _sum(parts: list[Tensor]) -> Tensor:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+def _joined(factors: list[SparseFactor]) -> SparseFactor | None:
+    """Return one factor over the tokens of all; codes narrower than the widest are filled up with coefficients of 0."""
+    if len(factors) < 2:
+        return factors[0] if factors else None
+    k = max(factor.index.k for factor in factors)
+    coeffs, indices = [], []
+    for factor in factors:
+        missing = k - factor.index.k
+        coeffs.append(F.pad(factor.coeffs, (0, missing)))
+        indices.append(F.pad(factor.index.top_indices, (0, missing)))
+    dtype = factors[0].rows.dtype
+    for factor in factors[1:]:
+        dtype = torch.promote_types(dtype, factor.rows.dtype)
+    index = build_index(torch.cat(indices), factors[0].index.d_sae)
+    return SparseFactor(index, torch.cat(coeffs), torch.cat([factor.rows.to(dtype) for factor in factors]))
