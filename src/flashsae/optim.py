@@ -1,15 +1,165 @@
-"""The learning-rate schedule and the optimiser's defaults."""
+"""Adam over factored gradients, the learning-rate schedule, and defaults."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
+
+from flashsae.errors import ConfigError, DtypeError
+from flashsae.ops.adam_rows import AdamRule, adam_rows, row_squares
+from flashsae.ops.adam_rows.reference import merge_halves, split_halves
+from flashsae.ops.latent_rows.factors import RowGradient, SparseFactor, collect_factors, factors_of
 
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPS = 6.25e-10
 """As in Gao et al. 2024. The loss is a fraction of variance, so gradients of rare latents are far below 1e-8."""
+
+
+class FactoredAdam(torch.optim.Optimizer):
+    """Adam that consumes gradients as factors: `loss.backward(); optimizer.step()`, and no [d_sae, d_in] gradient.
+
+    The same numbers as `torch.optim.Adam` (rows without gradient move by their momentum too), in one reading and one
+    writing of weights and moments. From its construction on, backward passes leave factors on the weight matrices
+    given here (`flashsae.ops.collect_factors`); ordinary gradients in `.grad` are added to them.
+
+    Args:
+        params: parameters, or groups of them as dicts. A group may set every argument below.
+        lr: learning rate. Kept as a float64 tensor on the device, which `torch.optim.lr_scheduler` changes in place,
+            and a CUDA graph reads anew at each replay.
+        betas, eps, weight_decay: as in `torch.optim.Adam`.
+        unit_norm: keep rows of matrices at norm 1: project their gradients, and scale rows after each step.
+        split_weights: turn float32 matrices into bfloat16 parameters, and keep the 16 bits that these lack here. Steps
+            change the float32 numbers and lose nothing; products read bfloat16; 4 bytes a weight are 2 + 2.
+            `float32_weights` gives the whole numbers.
+        state_dtype: torch.bfloat16 keeps moments in half the memory, with stochastic rounding. Approximate: the only
+            option here that changes results.
+    Raises:
+        ConfigError, DtypeError: an argument is out of range, or weights to split are not float32.
+    Source: Kingma and Ba 2015; the pass over factors ours, docs/methodology.md#the-latent-pass.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float,
+        *,
+        betas: tuple[float, float] = ADAM_BETAS,
+        eps: float = ADAM_EPS,
+        weight_decay: float = 0.0,
+        unit_norm: bool = False,
+        split_weights: bool = False,
+        state_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and all(0 <= beta < 1 for beta in betas)):
+            raise ConfigError(
+                "lr, eps, weight_decay: expected numbers that are not negative, and betas in [0, 1), got "
+                f"{lr}, {eps}, {weight_decay} and {betas}."
+            )
+        if state_dtype not in (torch.float32, torch.bfloat16):
+            raise ConfigError(f"state_dtype: expected torch.float32 or torch.bfloat16, got {state_dtype}.")
+        rule = {"betas": betas, "eps": eps, "weight_decay": weight_decay, "unit_norm": unit_norm}
+        super().__init__(params, {"lr": lr, "split_weights": split_weights, "state_dtype": state_dtype, **rule})
+        self._betas = []
+        for group in self.param_groups:
+            device = group["params"][0].device
+            group["lr"] = torch.tensor(float(group["lr"]), dtype=torch.float64, device=device)
+            group["step"] = torch.zeros((), dtype=torch.float64, device=device)
+            self._betas.append(torch.tensor(group["betas"], dtype=torch.float64, device=device))
+            for parameter in group["params"]:
+                self._prepare(parameter, group)
+
+    @torch.no_grad()
+    def _prepare(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+        if parameter.dim() == 2:
+            collect_factors(parameter)
+            if group["split_weights"]:
+                if parameter.dtype != torch.float32:
+                    raise DtypeError(f"split_weights: expected float32 parameters, got {parameter.dtype}.")
+                parameter.data, state["low"] = split_halves(parameter.data)
+            if dtype == torch.float32:
+                dtype = group["state_dtype"]
+        for name in ("exp_avg", "exp_avg_sq"):
+            state[name] = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Do one step with what backward passes left since `zero_grad`. No wait for the device."""
+        for group, betas in zip(self.param_groups, self._betas):
+            group["step"] += 1
+            bias_correction = 1 - betas ** group["step"]
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                adam_rows(
+                    _matrix(parameter),
+                    (_matrix(state["exp_avg"]), _matrix(state["exp_avg_sq"])),
+                    _gradient(parameter),
+                    group["lr"],
+                    group["step"],
+                    bias_correction,
+                    _rule(parameter, group),
+                    low=state.get("low"),
+                )
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget gradients and factors."""
+        super().zero_grad(set_to_none)
+        for parameter in self._parameters():
+            (factors_of(parameter) or []).clear()
+
+    @torch.no_grad()
+    def clip_grad_norm(self, max_norm: float) -> Tensor:
+        """Scale all gradients down to a global norm, as `torch.nn.utils.clip_grad_norm_` does; before `step`.
+
+        Args:
+            max_norm: largest norm allowed.
+        Returns:
+            scalar: the norm before, of gradients as `step` uses them (projected where `unit_norm`).
+        """
+        squares = [
+            row_squares(_matrix(p), _gradient(p), _rule(p, group).unit_norm, low=self.state[p].get("low")).sum()
+            for group in self.param_groups
+            for p in group["params"]
+        ]
+        norm = torch.stack(squares).sum().sqrt()
+        scale = (max_norm / (norm + 1e-6)).clamp_max(1.0)
+        for parameter in self._parameters():
+            for factor in factors_of(parameter) or []:
+                # scaling the coefficients scales the sum
+                (factor.coeffs if isinstance(factor, SparseFactor) else factor.rows).mul_(scale)
+            if parameter.grad is not None:
+                parameter.grad.mul_(scale)
+        return norm
+
+    def float32_weights(self, parameter: Tensor) -> Tensor:
+        """Return a parameter with all its bits: a new float32 tensor where it is split, else its values."""
+        low = self.state[parameter].get("low")
+        return parameter.detach() if low is None else merge_halves(parameter.detach(), low)
+
+    def _parameters(self) -> list[Tensor]:
+        return [parameter for group in self.param_groups for parameter in group["params"]]
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    """Return a bias as a matrix of one row, so that there is one implementation of Adam."""
+    return tensor.detach() if tensor.dim() == 2 else tensor.detach().view(1, -1)
+
+
+def _gradient(parameter: Tensor) -> RowGradient:
+    if parameter.dim() == 2:
+        return RowGradient.of(parameter)
+    return RowGradient() if parameter.grad is None else RowGradient(dense=parameter.grad.view(1, -1))
+
+
+def _rule(parameter: Tensor, group: dict[str, Any]) -> AdamRule:
+    beta1, beta2 = group["betas"]
+    unit_norm = group["unit_norm"] and parameter.dim() == 2
+    return AdamRule(beta1, beta2, group["eps"], group["weight_decay"], unit_norm)
 
 
 def default_lr(d_sae: int) -> float:
@@ -33,9 +183,3 @@ def lr_factor(step: int, steps: int, warmup_steps: int, decay_steps: int) -> flo
     warmup = (step + 1) / warmup_steps if warmup_steps else 1.0
     decay = (steps - step) / decay_steps if decay_steps else 1.0
     return min(1.0, warmup, decay)
-
-
-def build_adam(module: nn.Module, lr: float) -> torch.optim.Adam:
-    """Return Adam over the parameters of a module, in PyTorch's fused form where it has one."""
-    fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in module.parameters())
-    return torch.optim.Adam(module.parameters(), lr=lr, betas=ADAM_BETAS, eps=ADAM_EPS, fused=fused)

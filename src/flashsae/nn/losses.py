@@ -1,4 +1,4 @@
-"""Training losses. Scale-free: multiplying every activation by a number changes none of them."""
+"""Training losses are sums of squared errors of tokens; what they are relative to is a weight."""
 
 from __future__ import annotations
 
@@ -8,39 +8,20 @@ from torch import Tensor
 from flashsae.shapes import Activations
 
 
-def fvu_loss(x: Activations, x_hat: Activations) -> Float[Tensor, ""]:
-    """Compute the squared error of a batch as a fraction of its variance.
+def fvu_weights(target: Activations) -> Float[Tensor, " B"]:
+    """Return the weight of each token that makes a squared error a fraction of the variance of the target.
 
-        Σ‖x − x_hat‖² / Σ‖x − mean_B x‖²
+        weights = 1 / Σ‖target − mean_B target‖²
 
-    Args:
-        x, x_hat: [B, d_in].
-    Returns:
-        scalar, dtype of x_hat. The mean is that of the batch, so this estimates the FVU of the whole set.
-    Gradients: x_hat.
-    """
-    return (x - x_hat).square().sum() / _variance(x)
-
-
-def auxk_loss(residual: Activations, residual_hat: Activations) -> Float[Tensor, ""]:
-    """Compute how badly dead latents explain what the living ones left over.
-
-        Σ‖residual − residual_hat‖² / Σ‖residual − mean_B residual‖²
+    With them `flashsae.ops.decode_loss` gives the FVU of the batch, or, with what the SAE left over as target, the
+    AuxK loss. Both are scale-free: multiplying every activation by a number changes neither.
 
     Args:
-        residual: [B, d_in], x − x_hat; no gradient flows into it.
-        residual_hat: [B, d_in], the reconstruction from the k_aux largest dead latents, without b_dec.
+        target: [B, d_in]. The mean is that of the batch, so this estimates the FVU of the whole set.
     Returns:
-        scalar. About 1 when the dead latents explain nothing. To be weighted by auxk_alpha (1/32).
-    Gradients: residual_hat; by way of it W_dec, W_enc_T, b_enc and b_dec.
-    Source: Gao et al. 2024, "Scaling and evaluating sparse autoencoders", appendix A.2. The paper leaves the
-        normalisation open; here it is the variance of the residual in the batch.
+        [B], float32 (float64 for float64), all equal. A constant batch gives large finite weights, not NaN.
+    Gradients: none.
     """
-    target = residual.detach()
-    return (target - residual_hat).square().sum() / _variance(target)
-
-
-def _variance(x: Activations) -> Float[Tensor, ""]:
-    """Return Σ‖x − mean_B x‖², at least the smallest normal number, so that a constant batch gives no NaN."""
-    x = x.detach()
-    return (x - x.mean(0)).square().sum().clamp_min(1e-30)
+    wide = target.detach() if target.dtype.itemsize > 2 else target.detach().float()
+    variance = wide.var(0, correction=0).sum() * len(wide)
+    return (1 / variance.clamp_min(1e-30)).repeat(len(wide))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from flashsae import files, ops
 from flashsae.errors import CheckpointError, ConfigError, DtypeError, ShapeError, StorageError
-from flashsae.ops.validate import FLOATS, check_float, check_k
+from flashsae.ops.validate import FLOATS, Precision, check_float, check_k
 
 FORMAT = "flashsae.sae"
 FORMAT_VERSION = 1
@@ -86,6 +86,8 @@ class SAE(nn.Module):
     def __init__(self, config: SAEConfig, *, seed: int | None = 0, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.config = config
+        self.precision: Precision | None = None
+        """Of products, as in `flashsae.ops.encode_topk`; not saved. None: what fits the dtype of the weights."""
         rows = torch.empty(config.d_sae, config.d_in, dtype=dtype)
         if seed is not None:
             rows.normal_(generator=torch.Generator().manual_seed(seed))
@@ -111,31 +113,16 @@ class SAE(nn.Module):
             ShapeError, DtypeError: x does not fit.
         """
         top_acts, top_indices, index = ops.encode_topk(
-            self._flat(x), self.W_enc_T, self.b_enc, self.config.k, b_dec=self.b_dec, return_index=True
+            self._flat(x),
+            self.W_enc_T,
+            self.b_enc,
+            self.config.k,
+            b_dec=self.b_dec,
+            precision=self.precision,
+            return_index=True,
         )
         shape = (*x.shape[:-1], self.config.k)
         return SparseCode(top_acts.view(shape), top_indices.view(shape), self.config.d_sae, index)
-
-    def encode_aux(self, x: Tensor, mask: Tensor, k_aux: int) -> tuple[SparseCode, SparseCode]:
-        """Return the code of some tokens, and a second one that may use the latents of the mask only.
-
-        Args:
-            x: [B, d_in], float; converted to the dtype of the parameters.
-            mask: [d_sae], bool: such as the dead latents.
-            k_aux: latents to keep of them.
-        Returns:
-            codes of shape [B, k] and [B, k_aux].
-        Raises:
-            ShapeError, DtypeError, ConfigError: x, mask or k_aux does not fit.
-        """
-        codes = ops.encode_topk_aux(
-            self._flat(x), self.W_enc_T, self.b_enc, self.config.k, mask, k_aux, b_dec=self.b_dec
-        )
-        d_sae = self.config.d_sae
-        return (
-            SparseCode(codes.top_acts, codes.top_indices, d_sae),
-            SparseCode(codes.aux_acts, codes.aux_indices, d_sae),
-        )
 
     def decode(self, code: SparseCode, *, bias: bool = True) -> Tensor:
         """Return the reconstruction [..., d_in] of a code of shape [..., k]; without b_dec if `bias` is False."""
@@ -146,8 +133,28 @@ class SAE(nn.Module):
             self.W_dec,
             self.b_dec if bias else None,
             index=code.latent_index,
+            precision=self.precision,
         )
         return x_hat.view(*code.top_acts.shape[:-1], self.config.d_in)
+
+    def decode_loss(self, code: SparseCode, target: Tensor, *, weights: Tensor | None = None) -> ops.DecodeLoss:
+        """Return the squared error of the reconstruction: `flashsae.ops.decode_loss` of a code of shape [B, k].
+
+        Args:
+            code: of B tokens.
+            target: [B, d_in], float; x itself.
+            weights: [B], of the tokens, as from `fvu_weights`.
+        """
+        return ops.decode_loss(
+            code.top_acts,
+            code.top_indices,
+            self.W_dec,
+            self.b_dec,
+            target,
+            weights=weights,
+            index=code.latent_index,
+            precision=self.precision,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the reconstruction of x: [..., d_in] -> [..., d_in]."""
@@ -159,7 +166,8 @@ class SAE(nn.Module):
         if x.dim() == 0 or x.shape[-1] != self.config.d_in:
             raise ShapeError(f"x: expected the shape [..., {self.config.d_in}], got {list(x.shape)}.")
         check_float("x", x)
-        return x.reshape(-1, self.config.d_in).to(self.W_enc_T.dtype)
+        is_fit = x.dtype == self.W_enc_T.dtype  # half-width tokens may meet half-width weights and whole biases
+        return x.reshape(-1, self.config.d_in).to(x.dtype if is_fit else self.b_enc.dtype)
 
     @torch.no_grad()
     def initialize_from(self, x: Tensor) -> None:
@@ -190,6 +198,7 @@ class SAE(nn.Module):
             {"W_enc_T": self.W_enc_T, "b_enc": self.b_enc / factor, "W_dec": self.W_dec, "b_dec": self.b_dec / factor},
             assign=True,
         )
+        other.precision = self.precision
         return other
 
     @torch.no_grad()

@@ -3,16 +3,19 @@
 from flashsae.ops.decode_sparse import DecodeLoss, decode_loss, decode_sparse
 from flashsae.ops.encode_topk import TwoCodes, encode_topk, encode_topk_aux
 from flashsae.ops.index import LatentIndex, build_index
-from flashsae.ops.latent_rows import latent_rows
+from flashsae.ops.latent_rows import collect_factors, latent_rows, materialize, take_rows
 
 __all__ = [
     "DecodeLoss",
     "LatentIndex",
     "TwoCodes",
     "build_index",
+    "collect_factors",
     "decode_loss",
     "decode_sparse",
     "encode_topk",
     "encode_topk_aux",
     "latent_rows",
+    "materialize",
+    "take_rows",
 ]

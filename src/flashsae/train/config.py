@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
+from typing import Literal, get_args
 
 from flashsae.errors import ConfigError
+from flashsae.ops.validate import Precision
 from flashsae.optim import default_lr
 
 
@@ -17,6 +19,9 @@ class TrainConfig:
         k: Latents active for each token.
         tokens: Tokens to train on, repeats counted.
         batch_tokens: Tokens in a step.
+        precision: Of products on a GPU: float32 (certified: the latents chosen are those of float32 arithmetic), tf32,
+            or bf16 (fastest: weights are kept in two halves of 16 bits, and no bit of them is lost).
+        moments: float32, or bf16: half the memory of Adam's moments, rounded stochastically. Approximate.
         lr: Peak learning rate of Adam. Default: 8e-4 / sqrt(d_sae / 16384).
         warmup_steps: Steps of linear rise of the learning rate. Default: 5 % of the steps, 1000 at most.
         decay_fraction: Last fraction of the steps, in which the learning rate falls linearly to 0.
@@ -37,6 +42,8 @@ class TrainConfig:
     k: int = 32
     tokens: int = 1_500_000
     batch_tokens: int = 1024
+    precision: Precision = "float32"
+    moments: Literal["float32", "bf16"] = "float32"
     lr: float | None = None
     warmup_steps: int | None = None
     decay_fraction: float = 0.2
@@ -54,7 +61,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is None or field.name == "device":
+            if field.name in _CHOICES and value not in _CHOICES[field.name]:
+                raise ConfigError(f"{field.name}: expected one of {', '.join(_CHOICES[field.name])}, got {value!r}.")
+            if value is None or isinstance(field.default, str):
                 continue
             is_float = "float" in str(field.type)
             if isinstance(value, bool) or not isinstance(value, (int, float) if is_float else int):
@@ -105,6 +114,7 @@ class ResolvedConfig(TrainConfig):
     evaluate_every_steps: int = 0
 
 
+_CHOICES = {"precision": get_args(Precision), "moments": ("float32", "bf16")}
 _POSITIVE = {
     "d_sae",
     "k",

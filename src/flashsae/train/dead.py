@@ -1,12 +1,37 @@
-"""Dead latents: those that no token has given a value above zero for a number of tokens."""
+"""Dead latents: those that no token has given a value above zero for a number of tokens. Counting and reviving them."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from flashsae import ops
 from flashsae.metrics import count_active
-from flashsae.shapes import TopActs, TopIndices
+from flashsae.nn.losses import fvu_weights
+from flashsae.nn.sae import SAE
+from flashsae.shapes import Activations, TopActs, TopIndices
+
+PERIOD = 16
+"""Steps between two looks of the host at how many latents are dead, where looking would make it wait."""
+
+_NEVER = -1e30  # bias of a row that stands for no latent: never above 0
+
+
+class DeadRows(NamedTuple):
+    """The dead latents in a table of fixed size.
+
+    Args:
+        latents: [capacity], int64: the dead latents, ascending; 0 in rows that are left over.
+        is_dead: [capacity], bool: False in rows that are left over.
+        slots: [d_sae], int32: row of each latent, -1 for the living.
+    """
+
+    latents: Int[Tensor, " capacity"]
+    is_dead: Bool[Tensor, " capacity"]
+    slots: Int[Tensor, " d_sae"]
 
 
 class DeadLatents:
@@ -21,7 +46,11 @@ class DeadLatents:
     def __init__(self, d_sae: int, after_tokens: int, device: torch.device | str = "cpu") -> None:
         self.tokens_since_fired = torch.zeros(d_sae, dtype=torch.int64, device=device)
         """[d_sae], int64."""
+        self.bounds: list[int] = []
+        """What `capacity` goes by on a GPU: the bound in force, and the next. A resumed run must go by the same."""
         self._after_tokens = after_tokens
+        self._pending: Tensor | None = None
+        self._is_read: torch.cuda.Event | None = None
 
     def update(self, top_acts: TopActs, top_indices: TopIndices) -> None:
         """Count the tokens of a step: both [B, k]. Exact to the batch; no wait for the device."""
@@ -31,3 +60,89 @@ class DeadLatents:
     def mask(self) -> Tensor:
         """Return which latents are dead: [d_sae], bool."""
         return self.tokens_since_fired >= self._after_tokens
+
+    def rows(self, capacity: int) -> DeadRows:
+        """Return a table of the dead latents, which must be no more than `capacity`; no wait for the device."""
+        dead = self.mask()
+        place = dead.cumsum(0, dtype=torch.int32) - 1
+        slots = torch.where(dead, place, -1)
+        numbers = torch.arange(len(dead), device=dead.device)
+        latents = torch.zeros(capacity + 1, dtype=torch.int64, device=dead.device)
+        latents.scatter_(0, torch.where(dead, place, capacity).long(), numbers)
+        is_dead = torch.arange(capacity, device=dead.device) <= place[-1]
+        return DeadRows(torch.where(is_dead, latents[:capacity], 0), is_dead, slots)
+
+    def capacity(self, step: int, batch_tokens: int) -> int:
+        """Return a number that the dead latents of this step do not exceed, without a wait for a GPU.
+
+        On the CPU it is their number. On a GPU it is bounded by how many can be dead at most within the next steps,
+        counted every PERIOD steps and read PERIOD steps later; rounded up, so that shapes seldom change.
+
+        Args:
+            step: counting from 0; to be called at every step.
+            batch_tokens: tokens in a step.
+        """
+        if self.tokens_since_fired.device.type == "cpu":
+            return int(self.mask().sum())
+        if not self.bounds:
+            now = int(self._count_soon(batch_tokens))
+            self.bounds = [now, now]
+        if step % PERIOD == 0:
+            self.finish_reading()
+            self.bounds = [self.bounds[1], self.bounds[1]]
+            self._pending = torch.empty((), dtype=torch.int64, pin_memory=True)
+            self._pending.copy_(self._count_soon(batch_tokens), non_blocking=True)
+            self._is_read = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._is_read.record()
+        return _rounded_up(self.bounds[0], len(self.tokens_since_fired))
+
+    def finish_reading(self) -> None:
+        """Wait for a count that is on its way, so that `bounds` holds it."""
+        if self._pending is not None and self._is_read is not None:
+            self._is_read.synchronize()
+            self.bounds[1] = int(self._pending)
+            self._pending = None
+
+    def _count_soon(self, batch_tokens: int) -> Tensor:
+        """Return how many latents can be dead within 2 · PERIOD steps at most."""
+        return (self.tokens_since_fired >= self._after_tokens - 2 * PERIOD * batch_tokens).sum()
+
+
+def auxk_loss(sae: SAE, x: Activations, residual: Activations, dead: DeadRows, k_aux: int) -> Float[Tensor, ""]:
+    """Compute how badly dead latents explain what the living ones left over.
+
+        Σ‖residual − residual_hat‖² / Σ‖residual − mean_B residual‖²
+
+    residual_hat is the reconstruction from the k_aux largest dead latents of each token, without b_dec.
+
+    Args:
+        sae: whose latents are dead.
+        x: [B, d_in].
+        residual: [B, d_in], x − x_hat; no gradient flows into it.
+        dead: the dead latents; their rows are all that is read or changed.
+        k_aux: dead latents to use for each token.
+    Returns:
+        scalar; 0 if no latent is dead. About 1 when the dead latents explain nothing. To be weighted by auxk_alpha
+        (1/32).
+    Gradients: W_dec, W_enc_T and b_enc at dead latents, and b_dec.
+    Cost: as `encode_topk` and `decode_loss` with as many latents as the table has rows.
+    Source: Gao et al. 2024, "Scaling and evaluating sparse autoencoders", appendix A.2. The paper leaves the
+        normalisation open; here it is the variance of the residual in the batch.
+    """
+    W_enc_T, W_dec = (ops.take_rows(W, dead.latents, dead.slots) for W in (sae.W_enc_T, sae.W_dec))
+    b_enc = torch.where(dead.is_dead, sae.b_enc.index_select(0, dead.latents), _NEVER)
+    k = min(k_aux, len(dead.latents))
+    acts, indices, index = ops.encode_topk(
+        x, W_enc_T, b_enc, k, b_dec=sae.b_dec, precision=sae.precision, return_index=True
+    )
+    target = residual.detach()
+    loss = ops.decode_loss(
+        acts, indices, W_dec, None, target, weights=fvu_weights(target), index=index, precision=sae.precision
+    ).loss
+    return loss * dead.is_dead[0]
+
+
+def _rounded_up(count: int, largest: int) -> int:
+    """Return a multiple of an eighth of the power of two below, at least of 16."""
+    step = max(16, 1 << max(0, count.bit_length() - 4))
+    return min(largest, -(-count // step) * step)

@@ -6,22 +6,23 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flashsae.data.shuffle import Batches
 from flashsae.errors import CheckpointError, DataError, FlashSAEError
 from flashsae.io.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
-from flashsae.nn.losses import auxk_loss, fvu_loss
+from flashsae.nn.losses import fvu_weights
 from flashsae.nn.sae import SAE, SAEConfig
-from flashsae.optim import build_adam, lr_factor
+from flashsae.optim import FactoredAdam, lr_factor
 from flashsae.train.callbacks import Callback
 from flashsae.train.config import ResolvedConfig
-from flashsae.train.dead import DeadLatents
+from flashsae.train.dead import DeadLatents, auxk_loss
+from flashsae.train.graph import CapturedSteps
 
 INIT_TOKENS = 8192
 
@@ -31,16 +32,25 @@ class TrainState:
     """Everything that changes while training."""
 
     sae: SAE
-    optimizer: torch.optim.Adam
+    optimizer: FactoredAdam
     dead: DeadLatents
     batches: Batches
     scale: float = 1.0
     """What activations are multiplied by, so that one learning rate fits the biases whatever the unit of x."""
     step: int = 0
+    captured: CapturedSteps = field(default_factory=CapturedSteps)
 
-    def finished_sae(self) -> SAE:
+    def current_sae(self) -> SAE:
         """Return the SAE for activations as they come, without the scale; shares weights with the one in training."""
         return self.sae.rescaled(self.scale)
+
+    def finished_sae(self) -> SAE:
+        """Return the SAE for activations as they come, with whole weights where those in training are split."""
+        sae = self.current_sae()
+        for name in ("W_enc_T", "W_dec"):
+            whole = self.optimizer.float32_weights(getattr(self.sae, name))
+            setattr(sae, name, nn.Parameter(whole))
+        return sae
 
 
 def init_state(
@@ -59,17 +69,32 @@ def init_state(
     """
     found = [] if checkpoints is None else list_checkpoints(checkpoints)
     sae = SAE(SAEConfig(config.d_in, config.d_sae, config.k), seed=config.seed).to(device)
+    sae.precision = config.precision
+    scale = 1.0
+    if not found:
+        sample = batches.sample(INIT_TOKENS).to(device, torch.float64)
+        scale = _unit_scale(sample)
+        sae.initialize_from((sample * scale).float())
     dead = DeadLatents(config.d_sae, config.dead_after_tokens, device)
-    state = TrainState(sae, build_adam(sae, config.lr), dead, batches)
+    state = TrainState(sae, _build_optimizer(sae, config), dead, batches, scale)
     if found:
         checkpoint = load_checkpoint(found[-1])
         check_settings(config, checkpoint)
         restore(state, checkpoint)
-    else:
-        sample = batches.sample(INIT_TOKENS).to(device, torch.float64)
-        state.scale = _unit_scale(sample)
-        sae.initialize_from((sample * state.scale).float())
     return state
+
+
+def _build_optimizer(sae: SAE, config: ResolvedConfig) -> FactoredAdam:
+    groups: list[dict[str, Any]] = [
+        {"params": [sae.W_dec], "unit_norm": True},
+        {"params": [sae.W_enc_T, sae.b_enc, sae.b_dec]},
+    ]
+    return FactoredAdam(
+        groups,
+        config.lr,
+        split_weights=config.precision == "bf16",
+        state_dtype=torch.bfloat16 if config.moments == "bf16" else torch.float32,
+    )
 
 
 def _unit_scale(x: Tensor) -> float:
@@ -94,32 +119,35 @@ def train_step(state: TrainState, x: Tensor, config: ResolvedConfig) -> dict[str
     Returns:
         scalars on the device: loss, fvu, l0, and auxk_loss and grad_norm where they are computed.
     """
-    sae = state.sae
-    dead = state.dead.mask()
-    k_aux = min(config.k_aux, int(dead.sum())) if config.auxk_alpha else 0
-    code, aux_code = sae.encode_aux(x, dead, k_aux) if k_aux else (sae.encode(x), None)
-    x_hat = sae.decode(code)
-    loss = fvu = fvu_loss(x, x_hat)
-    metrics = {"fvu": fvu.detach(), "l0": (code.top_acts > 0).sum() / len(x)}
-    if aux_code is not None:
-        aux = auxk_loss(x - x_hat, sae.decode(aux_code, bias=False))
+    capacity = state.dead.capacity(state.step, len(x)) if config.auxk_alpha else 0
+    decay_steps = round(config.decay_fraction * config.steps)
+    lr = config.lr * lr_factor(state.step, config.steps, config.warmup_steps, decay_steps)
+    for group in state.optimizer.param_groups:
+        group["lr"].fill_(lr)
+    metrics = state.captured(lambda x: _compute_step(state, x, config, capacity), x, capacity)
+    state.step += 1
+    return metrics
+
+
+def _compute_step(state: TrainState, x: Tensor, config: ResolvedConfig, capacity: int) -> dict[str, Tensor]:
+    """Do the part of a step that the device does: no number of it is known to the host."""
+    sae, optimizer = state.sae, state.optimizer
+    optimizer.zero_grad()
+    code = sae.encode(x)
+    loss, _, residual = sae.decode_loss(code, x, weights=fvu_weights(x))
+    metrics = {"fvu": loss.detach(), "l0": (code.top_acts > 0).sum() / len(x)}
+    if capacity:
+        aux = auxk_loss(sae, x, residual, state.dead.rows(capacity), config.k_aux)
         loss = loss + config.auxk_alpha * aux
         metrics["auxk_loss"] = aux.detach()
     metrics["loss"] = loss.detach()
-
-    state.optimizer.zero_grad()
     with torch.autograd.set_multithreading_enabled(False):  # one device: a thread of its own only makes the host wait
         loss.backward()  # type: ignore[no-untyped-call]
-    sae.project_decoder_grad()
     if config.clip_norm is not None:
-        metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(sae.parameters(), config.clip_norm)
-    for group in state.optimizer.param_groups:
-        decay_steps = round(config.decay_fraction * config.steps)
-        group["lr"] = config.lr * lr_factor(state.step, config.steps, config.warmup_steps, decay_steps)
-    state.optimizer.step()
-    sae.normalize_decoder()
+        metrics["grad_norm"] = optimizer.clip_grad_norm(config.clip_norm)
+    optimizer.step()
+    optimizer.zero_grad()
     state.dead.update(code.top_acts, code.top_indices)
-    state.step += 1
     return metrics
 
 
@@ -166,7 +194,7 @@ def train(
                 record = _record(state, config, metrics)  # looks for NaN, so before any checkpoint
                 record["tokens_per_second"] = clock.rate(state.step, config.batch_tokens)
                 if is_measured and measure is not None:
-                    record |= measure(state.finished_sae())
+                    record |= measure(state.current_sae())
                     clock.restart(state.step)
                 for callback in callbacks:
                     callback.on_log(record)
@@ -206,7 +234,7 @@ def _record(state: TrainState, config: ResolvedConfig, metrics: dict[str, Tensor
         "tokens": state.step * config.batch_tokens,
         **values,
         "dead_latents": float(state.dead.mask().sum()),
-        "lr": state.optimizer.param_groups[0]["lr"],
+        "lr": float(state.optimizer.param_groups[0]["lr"]),
     }
 
 
@@ -216,10 +244,15 @@ def to_checkpoint(state: TrainState, config: ResolvedConfig) -> Checkpoint:
     tensors = {f"sae.{name}": tensor for name, tensor in state.sae.state_dict().items()}
     for number, moments in state.optimizer.state_dict()["state"].items():
         tensors |= {f"adam.{number}.{name}": tensor for name, tensor in moments.items()}
+    state.dead.finish_reading()
     tensors["dead.tokens_since_fired"] = state.dead.tokens_since_fired
     tensors["rng.torch"] = torch.get_rng_state()
     tensors |= {f"data.{name}": tensor for name, tensor in data.items()}
-    return Checkpoint(state.step, {"data": place, "scale": state.scale, "config": asdict(config)}, tensors)
+    return Checkpoint(
+        state.step,
+        {"data": place, "scale": state.scale, "config": asdict(config), "dead_bounds": state.dead.bounds},
+        tensors,
+    )
 
 
 FREE_TO_CHANGE = ("device", "log_every_steps", "evaluate_every_steps", "checkpoint_every_steps")
@@ -257,13 +290,13 @@ def restore(state: TrainState, checkpoint: Checkpoint) -> None:
                 f"{list(parameter.shape)}, got {got}. Resume with the settings of the run, or start a new one."
             )
         parameter.copy_(saved)
-    moments: dict[int, dict[str, Any]] = {}
-    for key, tensor in tensors.items():
-        if key.startswith("adam."):
-            _, number, name = key.split(".")
-            moments.setdefault(int(number), {})[name] = tensor
-    state.optimizer.load_state_dict({**state.optimizer.state_dict(), "state": moments})
+    for number, moments in state.optimizer.state_dict()["state"].items():
+        for name, tensor in moments.items():
+            tensor.copy_(tensors[f"adam.{number}.{name}"])
+    for group in state.optimizer.param_groups:
+        group["step"].fill_(checkpoint.step)
     state.dead.tokens_since_fired.copy_(tensors["dead.tokens_since_fired"])
+    state.dead.bounds = list(checkpoint.state["dead_bounds"])
     torch.set_rng_state(tensors["rng.torch"])
     prefix = "data."
     data = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}

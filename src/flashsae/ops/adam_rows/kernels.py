@@ -54,6 +54,21 @@ def _gradient(
 
 
 @triton.jit
+def _mixed(bits):
+    """Return 32 bits in which each depends on all of the argument (the finaliser of MurmurHash3)."""
+    bits = (bits ^ (bits >> 16)) * 0x85EBCA6B
+    bits = (bits ^ (bits >> 13)) * 0xC2B2AE35
+    return bits ^ (bits >> 16)
+
+
+@triton.jit
+def _round_stochastically(values, noise):
+    """Return float32 numbers that bfloat16 holds: up in magnitude with the chance that makes the mean right."""
+    bits = (values.to(tl.uint32, bitcast=True) + noise) & 0xFFFF0000
+    return tl.where(tl.abs(values) < float("inf"), bits.to(tl.float32, bitcast=True), values)
+
+
+@triton.jit
 def adam_rows_kernel(
     weights_ptr,  # [d_sae, d]
     low_ptr,  # [d_sae, d] the 16 low bits of bfloat16 weights, or None
@@ -62,7 +77,8 @@ def adam_rows_kernel(
     entries_ptr, latents_ptr, offsets_ptr, coeffs_ptr, rows_ptr, partial_ptr, sums_ptr,  # as in `sum_run`, or None
     dense_ptr,  # [C, d] or None
     slots_ptr,  # [d_sae] or None
-    lr_ptr,  # [] float32 or float64
+    lr_ptr,  # [] float
+    step_ptr,  # [] float64
     bias_correction_ptr,  # [2] float64: 1 - beta1^step, 1 - beta2^step
     one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay,
     k, d, row_stride,
@@ -92,6 +108,11 @@ def adam_rows_kernel(
         norm = tl.sqrt(tl.sum(tl.where(inside, weights * weights, 0.0)))
         weights = weights / tl.maximum(norm, 1e-30)
     _store_weights(weights_ptr, low_ptr, at, inside, weights)
+    if exp_avg_ptr.dtype.element_ty == tl.bfloat16:
+        bits = _mixed(latent.to(tl.uint32) + tl.load(step_ptr).to(tl.int32).to(tl.uint32) * 0x9E3779B1)
+        bits = _mixed(bits + column.to(tl.uint32))
+        exp_avg = _round_stochastically(exp_avg, bits & 0xFFFF)
+        exp_avg_sq = _round_stochastically(exp_avg_sq, bits >> 16)
     tl.store(exp_avg_ptr + at, exp_avg.to(exp_avg_ptr.dtype.element_ty), mask=inside, cache_modifier=".cs")
     tl.store(exp_avg_sq_ptr + at, exp_avg_sq.to(exp_avg_sq_ptr.dtype.element_ty), mask=inside, cache_modifier=".cs")
 

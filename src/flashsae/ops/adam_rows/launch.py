@@ -23,14 +23,14 @@ SLICE = 512
 
 
 def launch_adam_rows(
-    weights: Tensor, low: Tensor | None, moments: tuple[Tensor, Tensor], gradient: RowGradient, lr: Tensor,
-    bias_correction: Tensor, rule: AdamRule,
+    weights: Tensor, low: Tensor | None, moments: tuple[Tensor, Tensor], gradient: RowGradient,
+    scalars: tuple[Tensor, Tensor, Tensor], rule: AdamRule,
 ) -> None:  # fmt: skip
-    """Do one step of Adam in place."""
+    """Do one step of Adam in place; `scalars` are lr, step and bias_correction."""
     lists, sizes = _gradient_arguments(gradient, weights)
     grid, tile = _tile(weights, rule.unit_norm)
     kernels.adam_rows_kernel[grid](
-        weights, low, *moments, *lists, lr, bias_correction,
+        weights, low, *moments, *lists, *scalars,
         1 - rule.beta1, rule.beta2, 1 - rule.beta2, rule.eps, rule.weight_decay,
         *sizes, UNIT_NORM=rule.unit_norm, RUN=RUN, BLOCK_E=2, **tile,
     )  # fmt: skip
@@ -41,9 +41,7 @@ def launch_row_squares(weights: Tensor, low: Tensor | None, gradient: RowGradien
     lists, sizes = _gradient_arguments(gradient, weights)
     grid, tile = _tile(weights, unit_norm)
     out = torch.empty(grid, dtype=torch.float32, device=weights.device)
-    kernels.row_squares_kernel[grid](
-        weights, low, *lists, out, *sizes, UNIT_NORM=unit_norm, RUN=RUN, BLOCK_E=4, **tile
-    )
+    kernels.row_squares_kernel[grid](weights, low, *lists, out, *sizes, UNIT_NORM=unit_norm, RUN=RUN, BLOCK_E=4, **tile)
     return out.sum(1)
 
 

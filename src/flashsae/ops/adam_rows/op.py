@@ -19,6 +19,7 @@ def adam_rows(
     moments: tuple[Tensor, Tensor],
     gradient: RowGradient,
     lr: Tensor,
+    step: Tensor,
     bias_correction: Tensor,
     rule: AdamRule,
     *,
@@ -34,18 +35,21 @@ def adam_rows(
 
     Args:
         weights: [d_sae, d], float. With `low`: bfloat16, the high halves of float32 weights.
-        moments: exp_avg and exp_avg_sq, [d_sae, d] each: float32 (float64 for float64).
+        moments: exp_avg and exp_avg_sq, [d_sae, d] each: float32 (float64 for float64), or bfloat16: approximate, then
+            rounded stochastically, since steps of exp_avg_sq are smaller than half a unit of bfloat16.
         gradient: from `RowGradient.of`.
         lr: scalar tensor on the device of weights: learning rate.
-        bias_correction: [2], float64, on the same device: 1 − β1ᵗ and 1 − β2ᵗ, t counting from 1.
+        step: scalar tensor, float64, on the same device: t, counting from 1. Seeds the stochastic rounding.
+        bias_correction: [2], float64, on the same device: 1 − β1ᵗ and 1 − β2ᵗ.
         rule: the other hyperparameters.
         low: [d_sae, d], int16: the low halves, from `split_halves`. Weights are then float32 numbers that lose nothing.
     Raises:
         ShapeError, DtypeError: names the argument, the expected and the actual shape or dtype.
     Numerics: deterministic; computed in float32 (float64 for float64).
     Gradients: none.
-    Cost: 24 bytes a float32 weight, whole or in halves; B·k·d elements gathered, mostly from the cache. The gradient
-        is never in memory. Rows over 16384 columns that are to be of unit norm take the reference.
+    Cost: 24 bytes a float32 weight, whole or in halves (16 with bfloat16 moments); B·k·d elements gathered, mostly
+        from the cache. The gradient is never in memory. Rows over 16384 columns that are to be of unit norm take the
+        reference.
     Source: Kingma and Ba 2015; the projection Bricken et al. 2023; the pass ours, docs/methodology.md#the-latent-pass.
     """
     _check(weights, low)
@@ -55,12 +59,15 @@ def adam_rows(
     if _fits_kernels(weights, rule.unit_norm):
         from flashsae.ops.adam_rows.launch import launch_adam_rows
 
-        launch_adam_rows(weights, low, moments, gradient, lr, bias_correction, rule)
+        launch_adam_rows(weights, low, moments, gradient, (lr, step, bias_correction), rule)
         return
     dtype = compute_dtype(weights.dtype)
     before = weights.to(dtype) if low is None else reference.merge_halves(weights, low)
-    total = gradient.total(before)
-    after = reference.adam_rows(before, *moments, total, bias_correction, lr, rule)
+    wide = [moment.to(dtype) for moment in moments]
+    after = reference.adam_rows(before, wide[0], wide[1], gradient.total(before), lr, bias_correction, rule)
+    for number, (moment, value) in enumerate(zip(moments, wide)):
+        rounded = moment.dtype == torch.bfloat16
+        moment.copy_(reference.round_stochastically(value, step, number) if rounded else value)
     if low is None:
         weights.copy_(after)
     else:

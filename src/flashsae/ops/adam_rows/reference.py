@@ -41,6 +41,29 @@ def merge_halves(high: Tensor, low: Tensor) -> Tensor:
     return ((high.view(torch.int16).int() << 16) + low.int()).view(torch.float32)
 
 
+def round_stochastically(values: Weights, step: Tensor, number: int) -> Weights:
+    """Round float32 to bfloat16 up or down, with the chance that makes the mean right; up in magnitude.
+
+    The 16 random bits of a number are the half `number` (0 or 1) of a hash of step, row and column.
+    """
+    d_sae, d = values.shape
+    rows = torch.arange(d_sae, device=values.device)[:, None]
+    columns = torch.arange(d, device=values.device)
+    bits = _mixed(_mixed(rows + step.long() * 0x9E3779B1) + columns)
+    noise = (bits >> 16 if number else bits) & 0xFFFF
+    finite = ((values.view(torch.int32) + noise.int()) & -0x10000).view(torch.float32)
+    return torch.where(values.isfinite(), finite, values).to(torch.bfloat16)
+
+
+def _mixed(bits: Tensor) -> Tensor:
+    """Return 32 bits in which each depends on all of the argument (the finaliser of MurmurHash3)."""
+    mask = 0xFFFFFFFF
+    bits = bits & mask
+    bits = ((bits ^ (bits >> 16)) * 0x85EBCA6B) & mask
+    bits = ((bits ^ (bits >> 13)) * 0xC2B2AE35) & mask
+    return bits ^ (bits >> 16)
+
+
 def projected(gradient: Weights, weights: Weights) -> Weights:
     """Remove from each row of a gradient the part along the row of weights, which only changes its norm."""
     return gradient - (gradient * weights).sum(1, keepdim=True) * weights
@@ -52,7 +75,7 @@ def row_squares(gradient: Weights, weights: Weights, unit_norm: bool) -> LatentB
 
 
 def adam_rows(
-    weights: Weights, exp_avg: Weights, exp_avg_sq: Weights, gradient: Weights, bias_correction: Tensor, lr: Tensor,
+    weights: Weights, exp_avg: Weights, exp_avg_sq: Weights, gradient: Weights, lr: Tensor, bias_correction: Tensor,
     rule: AdamRule,
 ) -> Weights:  # fmt: skip
     """Return the weights after a step of Adam, all [d_sae, d] of one dtype; both moments change in place."""
@@ -61,7 +84,7 @@ def adam_rows(
     gradient = gradient + rule.weight_decay * weights
     exp_avg.lerp_(gradient, 1 - rule.beta1)
     exp_avg_sq.mul_(rule.beta2).addcmul_(gradient, gradient, value=1 - rule.beta2)
-    first, second = bias_correction.to(weights.device)
+    first, second = bias_correction
     step_size = (lr.double() / first).to(weights.dtype)
     weights = weights - step_size * exp_avg / ((exp_avg_sq / second.to(weights.dtype)).sqrt() + rule.eps)
     if rule.unit_norm:

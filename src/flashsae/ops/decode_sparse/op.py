@@ -105,8 +105,8 @@ def decode_loss(
     Numerics: deterministic; errors and dot products from the unrounded float32 residual (above the dense crossover:
         from a product rounded to the dtype of W_dec). The gradients of W_dec and
         b_dec use the residual as returned, so rounded to the dtype of W_dec.
-    Gradients: of loss by top_acts, W_dec (as in `decode_sparse`), b_dec and target. Those of the activations are computed on the way.
-        Weights receive none. Once differentiable.
+    Gradients: of loss by top_acts, W_dec (as in `decode_sparse`), b_dec and target. Those of the activations are
+        computed on the way. Weights receive none. Once differentiable.
     Cost: reads each of the B·k decoder rows once (k <= 256; twice above): B·k·d_in elements. Backward: that of W_dec.
     Source: ours, docs/methodology.md#sparse-decode.
     """

@@ -87,8 +87,9 @@ def encode_topk(
     Numerics: products accumulated in float32 (float64 for float64). Exact selection among those values; of equal
         values the lowest index wins. A NaN in a row of x gives NaN values in that row and valid indices. float16
         tensors are widened to float32. Two runs give the same bits. docs/numerics.md#certified-float32.
-    Gradients: x, W_enc_T (as a factor, where `collect_factors` asked for it), b_enc and b_dec, through the selected latents whose value is above 0 only (top-k, then
-        ReLU; 0 at 0). That of b_dec costs d_sae·d_in, not B·k·d_in. Once differentiable.
+    Gradients: x, W_enc_T (as a factor, where `collect_factors` asked for it), b_enc and b_dec, through the selected
+        latents whose value is above 0 only (top-k, then ReLU; 0 at 0). That of b_dec costs d_sae·d_in, not B·k·d_in.
+        Once differentiable.
     Cost: 2·B·d_in·d_sae FLOPs forward; backward 2·B·k·d_in for each of x and W_enc_T. Memory beyond the result:
         workspace_bytes, an eighth of it for group maxima, and copies of x and W_enc_T where they are rounded.
     Source: Makhzani and Frey 2013 (k-sparse autoencoders); Gao et al. 2024, eq. 4; selection and backward ours,

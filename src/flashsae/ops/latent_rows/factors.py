@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,8 @@ from torch import Tensor
 from flashsae.backend import use_dense, use_kernels
 from flashsae.ops.index import LatentIndex, build_index
 from flashsae.ops.latent_rows.op import latent_rows_and_sums
-from flashsae.ops.validate import compute_dtype
+from flashsae.ops.register import differentiate, operator
+from flashsae.ops.validate import check_shape, compute_dtype
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,54 @@ def weight_gradient(
         return latent_rows_and_sums(index, coeffs, rows, dtype)[0]
     factors.append(SparseFactor(index, coeffs, rows))
     return None
+
+
+def take_rows(weights: Tensor, latents: Tensor, slots: Tensor) -> Tensor:
+    """Copy the rows of some latents: a small SAE within a large one.
+
+    Args:
+        weights: [d_sae, d], float.
+        latents: [C], int64: of each row that is returned. Repeats may stand for latents that get no gradient.
+        slots: [d_sae], int32: row of each latent, -1 for those that are not taken.
+    Returns:
+        [C, d], dtype of weights.
+    Raises:
+        ShapeError: weights or slots do not fit each other.
+    Gradients: weights (as a factor, where `collect_factors` asked for it): that of row slots[i] is that of latent i.
+    Cost: C·d elements read and written, backward too.
+    Source: ours, docs/methodology.md#dead-latents.
+    """
+    check_shape("weights", weights, ("d_sae", "d"))
+    check_shape("slots", slots, (weights.shape[0],))
+    rows: Tensor = torch.ops.flashsae.take_rows(weights, latents, slots)
+    return rows
+
+
+def _take_rows_fake(weights: Tensor, latents: Tensor, slots: Tensor) -> Tensor:
+    return weights.new_empty(latents.shape[0], weights.shape[1])
+
+
+@operator(_take_rows_fake)
+def _take_rows(weights: Tensor, latents: Tensor, slots: Tensor) -> Tensor:
+    return weights.index_select(0, latents)
+
+
+def _save_take(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    weights, _, slots = inputs
+    ctx.save_for_backward(slots)
+    ctx.factors = factors_of(weights)
+
+
+def _take_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
+    (slots,) = ctx.saved_tensors
+    factor = RowFactor(grad, slots)
+    if ctx.factors is None:
+        return factor.dense().to(grad.dtype), None, None
+    ctx.factors.append(factor)
+    return None, None, None
+
+
+differentiate("take_rows", _take_backward, _save_take)
 
 
 @dataclass(frozen=True)
