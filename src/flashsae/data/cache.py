@@ -106,7 +106,7 @@ class ActivationCache:
         self.hookpoint = self._choose(hookpoint)
         self.n_rows = sum(index.shards)
         self.name = f"{directory} ({self.hookpoint})"
-        self._starts = np.array([0, *accumulate(index.shards)])
+        self._starts = [0, *accumulate(index.shards)]
         self._acts = [
             _map_bfloat16(shard_path(self.directory, self.hookpoint, number), (n_rows, self.d_in))
             for number, n_rows in enumerate(index.shards)
@@ -163,17 +163,15 @@ class ActivationCache:
         Raises:
             DataError: a number is out of range.
         """
-        wanted = index.cpu().numpy()
-        if len(wanted) and not 0 <= wanted.min() <= wanted.max() < self.n_rows:
-            raise DataError(f"{self.name} has rows 0 to {self.n_rows - 1}, got {wanted.min()} to {wanted.max()}.")
-        order = wanted.argsort(kind="stable")  # each shard is visited once, and read forwards
-        bounds = np.searchsorted(wanted[order], self._starts)
-        out = np.empty((len(wanted), self.d_in), np.int16)
-        for number, acts in enumerate(self._acts):
-            here = order[bounds[number] : bounds[number + 1]]
-            if len(here):
-                out[here] = acts[wanted[here] - self._starts[number]]
-        return torch.from_numpy(out).view(torch.bfloat16)
+        wanted, order = index.cpu().sort(stable=True)  # each shard is visited once, and read forwards
+        if len(wanted) and not 0 <= wanted[0] <= wanted[-1] < self.n_rows:
+            raise DataError(f"{self.name} has rows 0 to {self.n_rows - 1}, got {wanted[0]} to {wanted[-1]}.")
+        bounds = torch.searchsorted(wanted, torch.tensor(self._starts)).tolist()
+        out = torch.empty(len(wanted), self.d_in, dtype=torch.bfloat16)
+        for acts, start, low, high in zip(self._acts, self._starts, bounds, bounds[1:]):
+            if low < high:
+                out.index_copy_(0, order[low:high], acts.index_select(0, wanted[low:high] - start))
+        return out
 
     def chunks(self, split: Split, cursor: Cursor | None = None) -> Iterator[tuple[Chunk, Cursor]]:
         """Yield one epoch of a split in the order of writing.
@@ -184,7 +182,7 @@ class ActivationCache:
         """
         first = (cursor or {"row": 0})["row"]
         for number in range(len(self._acts)):
-            start, stop = int(self._starts[number]), int(self._starts[number + 1])
+            start, stop = self._starts[number], self._starts[number + 1]
             if stop <= first:
                 continue
             tokens = self._tokens(number)
@@ -201,7 +199,7 @@ class ActivationCache:
     def _tokens(self, number: int) -> dict[str, Tensor]:
         path = shard_path(self.directory, TOKENS_FOLDER, number)
         tokens = load_tensors(path)
-        expected = int(self._starts[number + 1] - self._starts[number])
+        expected = self._starts[number + 1] - self._starts[number]
         if {name: len(tensor) for name, tensor in tokens.items()} != dict.fromkeys(
             ("token_ids", "group", "position"), expected
         ):
@@ -209,8 +207,8 @@ class ActivationCache:
         return tokens
 
 
-def _map_bfloat16(path: Path, shape: tuple[int, int]) -> np.ndarray[Any, Any]:
-    """Map the activations of a shard as int16, which numpy has and bfloat16 it has not.
+def _map_bfloat16(path: Path, shape: tuple[int, int]) -> Tensor:
+    """Map the activations of a shard. Copy on write: torch wants an array that may be written, and nothing here writes.
 
     Raises:
         CheckpointError: the file is missing, is truncated, or holds something else.
@@ -225,7 +223,7 @@ def _map_bfloat16(path: Path, shape: tuple[int, int]) -> np.ndarray[Any, Any]:
         offset = 8 + length + found["data_offsets"][0]
         if path.stat().st_size != offset + 2 * shape[0] * shape[1]:
             raise ValueError("its length is wrong")
-        return np.memmap(path, np.int16, "r", offset, shape)
+        return torch.from_numpy(np.memmap(path, np.int16, "c", offset, shape)).view(torch.bfloat16)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"cannot read the shard {path}: {error}. Write the cache again into another folder."

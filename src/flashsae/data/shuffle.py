@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from flashsae.data.sources import Chunk, Cursor, RowSource, StreamSource, check_finite
+from flashsae.data.sources import Chunk, Cursor, RowSource, StreamSource, check_finite, is_finite
 from flashsae.errors import CheckpointError, ConfigError, DataError
 
 State: TypeAlias = tuple[dict[str, Any], dict[str, Tensor]]
@@ -170,7 +170,7 @@ class BufferShuffle:
                 f"{self._source.name} ended: {len(self._order)} rows are left, fewer than a batch of "
                 f"{self._batch_tokens}. Give more data, or set tokens to what there is."
             )
-        batch = self._buffer[self._order[: self._batch_tokens].to(self._buffer.device)]
+        batch = self._buffer.index_select(0, self._order[: self._batch_tokens].to(self._buffer.device))
         self._order = self._order[self._batch_tokens :]
         return batch
 
@@ -240,9 +240,8 @@ class BufferShuffle:
 
 def _check_rows(batch: Tensor, index: Tensor, name: str) -> None:
     """Raise DataError naming the row of the source that holds NaN or Inf."""
-    finite = torch.isfinite(batch).all(dim=1)
-    if not bool(finite.all()):
-        bad = index[(~finite).cpu()]
+    if not is_finite(batch):
+        bad = index[~torch.isfinite(batch).all(dim=1).cpu()]
         raise DataError(
             f"{name}: row {int(bad[0])} holds NaN or Inf ({len(bad)} such rows in this batch). "
             "Find out where they come from, or drop those rows, and start again; checkpoints are intact."

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flashsae.data.prefetch import Prefetcher
 from flashsae.data.shuffle import Batches
-from flashsae.errors import CheckpointError, DataError, FlashSAEError
+from flashsae.errors import CheckpointError, FlashSAEError
 from flashsae.io.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from flashsae.nn.losses import fvu_weights
 from flashsae.nn.sae import SAE, SAEConfig
@@ -23,6 +24,7 @@ from flashsae.train.callbacks import Callback
 from flashsae.train.config import ResolvedConfig
 from flashsae.train.dead import DeadLatents, auxk_loss
 from flashsae.train.graph import CapturedSteps
+from flashsae.train.records import Records
 
 INIT_TOKENS = 8192
 
@@ -109,24 +111,35 @@ def _unit_scale(x: Tensor) -> float:
     return 2.0 ** round(math.log2(x.shape[1] / variance) / 2 - 2)
 
 
-def train_step(state: TrainState, x: Tensor, config: ResolvedConfig) -> dict[str, Tensor]:
+def train_step(state: TrainState, x: Tensor, config: ResolvedConfig, scale: float = 1.0) -> dict[str, Tensor]:
     """Do one step of Adam on one batch.
 
     Args:
         state: changed in place.
-        x: [batch_tokens, d_in], float32, on the device of the SAE, already multiplied by `state.scale`.
+        x: [batch_tokens, d_in], float, on the device of the SAE.
         config: settings.
+        scale: what to multiply x by, in float32 or wider, before anything else.
     Returns:
-        scalars on the device: loss, fvu, l0, and auxk_loss and grad_norm where they are computed.
+        scalars on the device: loss, fvu, l0, dead_latents, and auxk_loss and grad_norm where they are computed. To be
+        read before the next step, which may overwrite them.
     """
     capacity = state.dead.capacity(state.step, len(x)) if config.auxk_alpha else 0
-    decay_steps = round(config.decay_fraction * config.steps)
-    lr = config.lr * lr_factor(state.step, config.steps, config.warmup_steps, decay_steps)
     for group in state.optimizer.param_groups:
-        group["lr"].fill_(lr)
-    metrics = state.captured(lambda x: _compute_step(state, x, config, capacity), x, capacity)
+        group["lr"].fill_(_learning_rate(state.step, config))
+
+    def compute(x: Tensor) -> dict[str, Tensor]:
+        # scaled before it is narrowed: float64 input may be out of the range of float32
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return _compute_step(state, (wide * scale).float(), config, capacity)
+
+    metrics = state.captured(compute, x, (capacity, scale))
     state.step += 1
     return metrics
+
+
+def _learning_rate(step: int, config: ResolvedConfig) -> float:
+    decay_steps = round(config.decay_fraction * config.steps)
+    return config.lr * lr_factor(step, config.steps, config.warmup_steps, decay_steps)
 
 
 def _compute_step(state: TrainState, x: Tensor, config: ResolvedConfig, capacity: int) -> dict[str, Tensor]:
@@ -148,6 +161,7 @@ def _compute_step(state: TrainState, x: Tensor, config: ResolvedConfig, capacity
     optimizer.step()
     optimizer.zero_grad()
     state.dead.update(code.top_acts, code.top_indices)
+    metrics["dead_latents"] = state.dead.mask().sum()
     return metrics
 
 
@@ -178,30 +192,32 @@ def train(
         for callback in callbacks:
             stack.enter_context(callback)
             callback.on_start(state.step, config.steps)
-        clock = _Clock(state.step)
+        clock, records = _Clock(state.step), Records()
+        batches = stack.enter_context(Prefetcher(state.batches, device))
         while state.step < config.steps:
+            step = state.step + 1
+            is_last = step == config.steps
+            is_checkpoint = checkpoints is not None and (is_last or step % config.checkpoint_every_steps == 0)
+            is_measured = measure is not None and (is_last or step % config.evaluate_every_steps == 0)
             try:
-                batch = state.batches.next_batch()
+                # nothing is read beyond a checkpoint before it is written: it holds the place in the data
+                batch = batches.next_batch(ahead=not (is_last or is_checkpoint))
             except FlashSAEError as error:
                 raise type(error)(f"step {state.step}: {error}") from error
-            # scaled before it is narrowed: float64 input may be out of the range of float32
-            x = (batch.to(device, torch.promote_types(batch.dtype, torch.float32)) * state.scale).float()
-            metrics = train_step(state, x, config)
-            is_last = state.step == config.steps
-            is_checkpoint = checkpoints is not None and (is_last or state.step % config.checkpoint_every_steps == 0)
-            is_measured = measure is not None and (is_last or state.step % config.evaluate_every_steps == 0)
-            if is_last or is_checkpoint or is_measured or state.step % config.log_every_steps == 0:
-                record = _record(state, config, metrics)  # looks for NaN, so before any checkpoint
-                record["tokens_per_second"] = clock.rate(state.step, config.batch_tokens)
-                if is_measured and measure is not None:
+            metrics = train_step(state, batch, config, state.scale)
+            must_know = is_last or is_checkpoint or is_measured  # whether all is well, before anything is written
+            if must_know or step % config.log_every_steps == 0:
+                records.add(_known(state, config, clock), metrics)
+            for record in records.ready(wait=must_know):
+                if is_measured and measure is not None and record["step"] == step:
                     record |= measure(state.current_sae())
-                    clock.restart(state.step)
                 for callback in callbacks:
                     callback.on_log(record)
             for callback in callbacks:
                 callback.on_step(state.step)
             if is_checkpoint and checkpoints is not None:
                 save_checkpoint(checkpoints, to_checkpoint(state, config))
+            if is_checkpoint or is_measured:
                 clock.restart(state.step)
     return state.finished_sae()
 
@@ -221,20 +237,13 @@ class _Clock:
         return rate
 
 
-def _record(state: TrainState, config: ResolvedConfig, metrics: dict[str, Tensor]) -> dict[str, float]:
-    """Return the log line of a step. Raises DataError if the loss is not finite."""
-    values = {name: float(value) for name, value in metrics.items()}
-    if not all(torch.isfinite(torch.tensor(list(values.values())))):
-        raise DataError(
-            f"step {state.step}: the loss is {values['loss']}, although the activations are finite: training diverged. "
-            "Lower lr, raise warmup_steps, or set clip_norm; checkpoints are intact."
-        )
+def _known(state: TrainState, config: ResolvedConfig, clock: _Clock) -> dict[str, float]:
+    """Return what the host knows of a step without asking the device."""
     return {
         "step": state.step,
         "tokens": state.step * config.batch_tokens,
-        **values,
-        "dead_latents": float(state.dead.mask().sum()),
-        "lr": float(state.optimizer.param_groups[0]["lr"]),
+        "lr": _learning_rate(state.step - 1, config),
+        "tokens_per_second": clock.rate(state.step, config.batch_tokens),
     }
 
 

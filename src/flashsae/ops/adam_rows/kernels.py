@@ -13,12 +13,14 @@ from flashsae.ops.latent_rows.kernels import sum_run
 
 @triton.jit
 def _load_weights(weights_ptr, low_ptr, at, inside):
+    weights = tl.load(weights_ptr + at, mask=inside, other=0.0, eviction_policy="evict_first")
     if low_ptr is None:
-        return tl.load(weights_ptr + at, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
-    high = tl.load(weights_ptr + at, mask=inside, other=0.0, eviction_policy="evict_first")
-    low = tl.load(low_ptr + at, mask=inside, other=0, eviction_policy="evict_first")
-    bits = (high.to(tl.int16, bitcast=True).to(tl.int32) << 16) + low.to(tl.int32)
-    return bits.to(tl.float32, bitcast=True)
+        whole = weights.to(tl.float32)
+    else:
+        low = tl.load(low_ptr + at, mask=inside, other=0, eviction_policy="evict_first")
+        bits = (weights.to(tl.int16, bitcast=True).to(tl.int32) << 16) + low.to(tl.int32)
+        whole = bits.to(tl.float32, bitcast=True)
+    return whole
 
 
 @triton.jit

@@ -1,0 +1,105 @@
+"""The next batch on its way to the GPU while the last one is trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import cycle
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from flashsae.data.shuffle import Batches
+
+
+class _Slot:
+    """Page-locked memory for a batch, its place on the device, and what must be over before each is written again."""
+
+    def __init__(self, batch: Tensor, device: torch.device) -> None:
+        self.host = torch.empty(batch.shape, dtype=batch.dtype, pin_memory=True)
+        self.device = torch.empty(batch.shape, dtype=batch.dtype, device=device)
+        self.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self.used = torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+
+@dataclass(frozen=True)
+class _Fetched:
+    """A batch on the device, what it is ready behind, and the slot that it lies in, if any."""
+
+    batch: Tensor
+    ready: torch.cuda.Event
+    slot: _Slot | None
+
+
+class Prefetcher:
+    """Batches on a device, in the order in which they come.
+
+    On a GPU a thread and a stream of its own fetch the next batch while the device works on the last one: they read it
+    into page-locked memory and copy it, or run the language model that it comes from. On the CPU nothing is read ahead.
+
+    Args:
+        batches: what to read. Nobody else may read them meanwhile.
+        device: where batches go.
+    """
+
+    def __init__(self, batches: Batches, device: torch.device) -> None:
+        self._batches = batches
+        self._device = device
+        self._slots: Iterator[_Slot] | None = None
+        self._ahead: Future[_Fetched] | None = None
+        self._last: _Slot | None = None
+        self._pool: ThreadPoolExecutor | None = None
+        if device.type == "cuda":
+            self._pool = ThreadPoolExecutor(1, "flashsae-prefetch")
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self._stream.wait_stream(torch.cuda.current_stream(device))
+
+    def next_batch(self, *, ahead: bool) -> Tensor:
+        """Return the next batch: [batch_tokens, d_in], dtype of the source, on the device.
+
+        It is overwritten once one more batch was asked for; work queued on the current stream by then is safe.
+
+        Args:
+            ahead: begin with the batch after it. False where the state of `batches` is to be saved behind this one.
+        Raises:
+            FlashSAEError: what reading raised.
+        """
+        if self._pool is None:
+            return self._batches.next_batch().to(self._device)
+        stream = torch.cuda.current_stream(self._device)
+        if self._last is not None:
+            self._last.used.record(stream)
+        fetched = self._fetch() if self._ahead is None else self._ahead.result()
+        self._ahead = self._pool.submit(self._fetch) if ahead else None
+        self._last = fetched.slot
+        stream.wait_event(fetched.ready)
+        fetched.batch.record_stream(stream)
+        return fetched.batch
+
+    def _fetch(self) -> _Fetched:
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            batch = self._batches.next_batch()
+            if batch.device.type != "cpu":
+                ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                ready.record(self._stream)
+                return _Fetched(batch.to(self._device), ready, None)
+            if self._slots is None:
+                self._slots = cycle([_Slot(batch, self._device) for _ in range(2)])
+            slot = next(self._slots)
+            slot.copied.synchronize()  # the last copy out of this page-locked memory
+            slot.host.copy_(batch)
+            self._stream.wait_event(slot.used)
+            slot.device.copy_(slot.host, non_blocking=True)
+            slot.copied.record(self._stream)
+            return _Fetched(slot.device, slot.copied, slot)
+
+    def __enter__(self) -> Prefetcher:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
