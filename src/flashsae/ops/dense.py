@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from flashsae.ops.index import LatentIndex
 from flashsae.ops.validate import compute_dtype
 from flashsae.shapes import Activations, InputBias, LatentActs, LatentBias, TopActs, TopIndices, Weights
 
@@ -14,12 +14,17 @@ _CODE_ELEMENTS = 1 << 26  # of the dense code in memory at once
 
 def decode_sparse(top_acts: TopActs, top_indices: TopIndices, W_dec: Weights, b_dec: InputBias | None) -> Activations:
     """Multiply the dense code by W_dec: -> [B, d_in], compute dtype. Code and product are rounded to that of W_dec."""
-    x_hat = W_dec.new_empty(len(top_acts), W_dec.shape[1])
-    for part in _parts(len(top_acts), len(W_dec)):
-        code = _code(top_acts[part], top_indices[part], len(W_dec)).to(W_dec.dtype)
-        torch.mm(code, W_dec, out=x_hat[part])
+    x_hat = product(top_acts, top_indices, W_dec)
     dtype = compute_dtype(W_dec.dtype)
     return x_hat.to(dtype) if b_dec is None else x_hat.to(dtype) + b_dec.to(dtype)
+
+
+def product(top_acts: TopActs, top_indices: TopIndices, W_dec: Weights) -> Activations:
+    """Multiply the dense code by W_dec: -> [B, d_in], dtype of W_dec."""
+    x_hat = W_dec.new_empty(len(top_acts), W_dec.shape[1])
+    for part in _parts(len(top_acts), len(W_dec)):
+        torch.mm(_code(top_acts[part], top_indices[part], W_dec), W_dec, out=x_hat[part])
+    return x_hat
 
 
 def decode_sparse_grad_acts(grad_x_hat: Activations, top_indices: TopIndices, W_dec: Weights) -> TopActs:
@@ -27,21 +32,28 @@ def decode_sparse_grad_acts(grad_x_hat: Activations, top_indices: TopIndices, W_
     grad_acts = torch.empty(top_indices.shape, dtype=compute_dtype(W_dec.dtype), device=W_dec.device)
     for part in _parts(len(top_indices), len(W_dec)):
         products = F.linear(grad_x_hat[part].to(W_dec.dtype), W_dec)
-        grad_acts[part] = products.gather(1, top_indices[part].long()).to(grad_acts.dtype)
+        grad_acts[part] = products.gather(1, top_indices[part].long())
     return grad_acts
 
 
-def latent_rows(index: LatentIndex, coeffs: TopActs, rows: Activations) -> tuple[Weights, LatentBias]:
-    """Multiply the transposed dense code by rows, and sum it: -> [d_sae, d] and [d_sae], compute dtype."""
-    top_indices = index.top_indices
+def latent_rows(top_indices: TopIndices, coeffs: TopActs, rows: Activations, d_sae: int) -> tuple[Weights, LatentBias]:
+    """Multiply the transposed dense code by rows, and sum it: -> [d_sae, d], dtype of rows, and [d_sae], compute dtype.
+
+    The code is rounded to the dtype of rows; sums over parts of the tokens are added in the compute dtype.
+    """
     dtype = compute_dtype(rows.dtype)
-    total = torch.zeros(index.d_sae, rows.shape[1], dtype=dtype, device=rows.device)
-    sums = torch.zeros(index.d_sae, dtype=dtype, device=rows.device)
-    for part in _parts(len(rows), index.d_sae):
-        code = _code(coeffs[part].to(dtype), top_indices[part], index.d_sae)
-        total += code.to(rows.dtype).T @ rows[part]
-        sums += code.sum(0)
-    return total, sums
+    parts = _parts(len(rows), d_sae)
+    like = rows.new_empty(d_sae, 0)
+    if len(parts) == 1:
+        code = _code(coeffs, top_indices, like)
+        return code.T @ rows, code.sum(0, dtype=dtype)
+    total = torch.zeros(d_sae, rows.shape[1], dtype=dtype, device=rows.device)
+    sums = torch.zeros(d_sae, dtype=dtype, device=rows.device)
+    for part in parts:
+        code = _code(coeffs[part], top_indices[part], like)
+        total += code.T @ rows[part]
+        sums += code.sum(0, dtype=dtype)
+    return total.to(rows.dtype), sums
 
 
 def _parts(tokens: int, d_sae: int) -> list[slice]:
@@ -49,6 +61,7 @@ def _parts(tokens: int, d_sae: int) -> list[slice]:
     return [slice(start, start + step) for start in range(0, tokens, step)]
 
 
-def _code(top_acts: TopActs, top_indices: TopIndices, d_sae: int) -> LatentActs:
-    code = top_acts.new_zeros(len(top_acts), d_sae)
-    return code.scatter_add_(1, top_indices.long(), top_acts)
+def _code(top_acts: TopActs, top_indices: TopIndices, weights: Tensor) -> LatentActs:
+    """Return the dense code in the dtype of [d_sae, ...] weights: entries are rounded to it, repeats summed in it."""
+    code = weights.new_zeros(len(top_acts), len(weights))
+    return code.scatter_add_(1, top_indices.long(), top_acts.to(weights.dtype))

@@ -132,12 +132,10 @@ def auxk_loss(sae: SAE, x: Activations, residual: Activations, dead: DeadRows, k
     W_enc_T, W_dec = (ops.take_rows(W, dead.latents, dead.slots) for W in (sae.W_enc_T, sae.W_dec))
     b_enc = torch.where(dead.is_dead, sae.b_enc.index_select(0, dead.latents), _NEVER)
     k = min(k_aux, len(dead.latents))
-    acts, indices, index = ops.encode_topk(
-        x, W_enc_T, b_enc, k, b_dec=sae.b_dec, precision=sae.precision, return_index=True
-    )
+    acts, indices = ops.encode_topk(x, W_enc_T, b_enc, k, b_dec=sae.b_dec, precision=sae.precision)
     target = residual.detach()
     loss = ops.decode_loss(
-        acts, indices, W_dec, None, target, weights=fvu_weights(target), index=index, precision=sae.precision
+        acts, indices, W_dec, None, target, weights=fvu_weights(target), precision=sae.precision
     ).loss
     return loss * dead.is_dead[0]
 

@@ -120,8 +120,8 @@ def train_step(state: TrainState, x: Tensor, config: ResolvedConfig, scale: floa
         config: settings.
         scale: what to multiply x by, in float32 or wider, before anything else.
     Returns:
-        scalars on the device: loss, fvu, l0, dead_latents, and auxk_loss and grad_norm where they are computed. To be
-        read before the next step, which may overwrite them.
+        scalars on the device: loss, fvu, l0, and auxk_loss and grad_norm where they are computed. To be read before
+        the next step, which may overwrite them.
     """
     capacity = state.dead.capacity(state.step, len(x)) if config.auxk_alpha else 0
     for group in state.optimizer.param_groups:
@@ -130,7 +130,7 @@ def train_step(state: TrainState, x: Tensor, config: ResolvedConfig, scale: floa
     def compute(x: Tensor) -> dict[str, Tensor]:
         # scaled before it is narrowed: float64 input may be out of the range of float32
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return _compute_step(state, (wide * scale).float(), config, capacity)
+        return _compute_step(state, (wide if scale == 1.0 else wide * scale).float(), config, capacity)
 
     metrics = state.captured(compute, x, (capacity, scale))
     state.step += 1
@@ -161,7 +161,6 @@ def _compute_step(state: TrainState, x: Tensor, config: ResolvedConfig, capacity
     optimizer.step()
     optimizer.zero_grad()
     state.dead.update(code.top_acts, code.top_indices)
-    metrics["dead_latents"] = state.dead.mask().sum()
     return metrics
 
 
@@ -207,7 +206,8 @@ def train(
             metrics = train_step(state, batch, config, state.scale)
             must_know = is_last or is_checkpoint or is_measured  # whether all is well, before anything is written
             if must_know or step % config.log_every_steps == 0:
-                records.add(_known(state, config, clock), metrics)
+                dead_latents = state.dead.mask().sum()
+                records.add(_known(state, config, clock), {**metrics, "dead_latents": dead_latents})
             for record in records.ready(wait=must_know):
                 if is_measured and measure is not None and record["step"] == step:
                     record |= measure(state.current_sae())

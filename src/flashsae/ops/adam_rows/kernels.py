@@ -91,13 +91,14 @@ def adam_rows_kernel(
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = column < d
     at = latent.to(tl.int64) * d + column
+    # asked for first: these come while the shorter loads of the gradient wait for each other
+    weights = _load_weights(weights_ptr, low_ptr, at, inside)
+    exp_avg = tl.load(exp_avg_ptr + at, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    exp_avg_sq = tl.load(exp_avg_sq_ptr + at, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
     gradient = _gradient(
         latent, entries_ptr, latents_ptr, offsets_ptr, coeffs_ptr, rows_ptr, partial_ptr, sums_ptr, dense_ptr,
         slots_ptr, k, d, row_stride, column, inside, RUN, BLOCK_E, BLOCK_D,
     )  # fmt: skip
-    weights = _load_weights(weights_ptr, low_ptr, at, inside)
-    exp_avg = tl.load(exp_avg_ptr + at, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
-    exp_avg_sq = tl.load(exp_avg_sq_ptr + at, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
     if UNIT_NORM:
         gradient -= tl.sum(gradient * weights) * weights
     gradient += weight_decay * weights
@@ -121,13 +122,13 @@ def adam_rows_kernel(
 
 @triton.jit
 def row_squares_kernel(
-    weights_ptr, low_ptr,
+    weights_ptr,  # [d_sae, d] or None
     entries_ptr, latents_ptr, offsets_ptr, coeffs_ptr, rows_ptr, partial_ptr, sums_ptr, dense_ptr, slots_ptr,
-    out_ptr,  # [d_sae, slices]
-    k, d, row_stride,
-    UNIT_NORM: tl.constexpr, RUN: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
+    out_ptr,  # [1 or 3, d_sae, slices]
+    d_sae, k, d, row_stride,
+    RUN: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Squared norm of some columns of the gradient that `adam_rows_kernel` uses; reads only."""
+    """Over some columns: Σ g², and with weights also Σ g·w and Σ w². Reads only."""
     latent = tl.program_id(0)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = column < d
@@ -135,8 +136,10 @@ def row_squares_kernel(
         latent, entries_ptr, latents_ptr, offsets_ptr, coeffs_ptr, rows_ptr, partial_ptr, sums_ptr, dense_ptr,
         slots_ptr, k, d, row_stride, column, inside, RUN, BLOCK_E, BLOCK_D,
     )  # fmt: skip
-    if UNIT_NORM:
-        weights = _load_weights(weights_ptr, low_ptr, latent.to(tl.int64) * d + column, inside)
-        gradient -= tl.sum(gradient * weights) * weights
-    square = tl.sum(tl.where(inside, gradient * gradient, 0.0))
-    tl.store(out_ptr + latent.to(tl.int64) * tl.num_programs(1) + tl.program_id(1), square)
+    out = out_ptr + latent.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    plane = tl.cast(d_sae, tl.int64) * tl.num_programs(1)
+    tl.store(out, tl.sum(gradient * gradient))
+    if weights_ptr is not None:
+        weights = tl.load(weights_ptr + latent.to(tl.int64) * d + column, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out + plane, tl.sum(gradient * weights))
+        tl.store(out + 2 * plane, tl.sum(weights * weights))

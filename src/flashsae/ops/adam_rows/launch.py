@@ -32,17 +32,22 @@ def launch_adam_rows(
     kernels.adam_rows_kernel[grid](
         weights, low, *moments, *lists, *scalars,
         1 - rule.beta1, rule.beta2, 1 - rule.beta2, rule.eps, rule.weight_decay,
-        *sizes, UNIT_NORM=rule.unit_norm, RUN=RUN, BLOCK_E=2, **tile,
+        *sizes, UNIT_NORM=rule.unit_norm, RUN=RUN, BLOCK_E=4 if tile["BLOCK_D"] > 1024 else 2, **tile,
     )  # fmt: skip
 
 
-def launch_row_squares(weights: Tensor, low: Tensor | None, gradient: RowGradient, unit_norm: bool) -> Tensor:
+def launch_row_squares(weights: Tensor, gradient: RowGradient, unit_norm: bool) -> Tensor:
     """Return the squared norm of each row of the gradient: [d_sae], float32."""
     lists, sizes = _gradient_arguments(gradient, weights)
-    grid, tile = _tile(weights, unit_norm)
-    out = torch.empty(grid, dtype=torch.float32, device=weights.device)
-    kernels.row_squares_kernel[grid](weights, low, *lists, out, *sizes, UNIT_NORM=unit_norm, RUN=RUN, BLOCK_E=4, **tile)
-    return out.sum(1)
+    grid, tile = _tile(weights, whole_rows=False)
+    out = torch.empty(3 if unit_norm else 1, *grid, dtype=torch.float32, device=weights.device)
+    kernels.row_squares_kernel[grid](
+        weights if unit_norm else None, *lists, out, len(weights), *sizes, RUN=RUN, BLOCK_E=2, **tile
+    )
+    if not unit_norm:
+        return out[0].sum(1)
+    squares, along, norms = out.sum(2).unbind(0)
+    return (squares - along.square() * (2 - norms)).clamp_min(0)  # ‖g − (g·w) w‖²
 
 
 def _tile(weights: Tensor, whole_rows: bool) -> tuple[tuple[int, int], dict[str, Any]]:

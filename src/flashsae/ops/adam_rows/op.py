@@ -86,16 +86,17 @@ def row_squares(weights: Tensor, gradient: RowGradient, unit_norm: bool, *, low:
         [d_sae], float32 (float64 for float64).
     Raises:
         ShapeError, DtypeError: as in `adam_rows`.
-    Numerics: deterministic.
+    Numerics: deterministic. On a GPU the projection is by the high halves of split weights, so that the part of the
+        norm that it removes is known to 2⁻⁹.
     Gradients: none.
-    Cost: B·k·d elements gathered; reads the weights if `unit_norm`. Writes d_sae numbers.
+    Cost: B·k·d elements gathered; reads the weights, 2 bytes each if split, if `unit_norm`. Writes d_sae numbers.
     Source: ours, docs/methodology.md#clipping.
     """
     _check(weights, low)
-    if _fits_kernels(weights, unit_norm):
+    if use_kernels(weights):
         from flashsae.ops.adam_rows.launch import launch_row_squares
 
-        return launch_row_squares(weights, low, gradient, unit_norm)
+        return launch_row_squares(weights, gradient, unit_norm)
     whole = weights.to(compute_dtype(weights.dtype)) if low is None else reference.merge_halves(weights, low)
     return reference.row_squares(gradient.total(whole), whole, unit_norm)
 

@@ -12,7 +12,7 @@ from flashsae.errors import ShapeError
 from flashsae.ops import dense
 from flashsae.ops.decode_sparse import reference
 from flashsae.ops.index import LatentIndex, build_index
-from flashsae.ops.latent_rows.factors import factors_of, weight_gradient
+from flashsae.ops.latent_rows.factors import factors_of, is_dense, weight_gradient
 from flashsae.ops.latent_rows.op import column_sums
 from flashsae.ops.register import differentiate, operator
 from flashsae.ops.validate import (
@@ -209,8 +209,8 @@ def _decode_backward(ctx: Any, grad_x_hat: Tensor) -> tuple[Tensor | list[None] 
         rows = _maybe_rounded(W_dec, ctx.rounded)
         grad_acts = torch.ops.flashsae.decode_grad_acts(grad_x_hat, top_indices, rows).to(top_acts.dtype)
     if needs_W_dec:
-        index = _index(lists, top_indices, W_dec)
-        grad_W_dec = weight_gradient(ctx.factors, index, top_acts, grad_x_hat, W_dec.dtype)
+        index = _index(lists, top_indices, W_dec, grad_x_hat)
+        grad_W_dec, _ = weight_gradient(ctx.factors, top_indices, index, top_acts, grad_x_hat, W_dec)
     if needs_b_dec:
         ones = grad_x_hat.new_ones(grad_x_hat.shape[0])
         grad_b_dec = column_sums(ones, grad_x_hat, ctx.bias_dtype)
@@ -286,9 +286,9 @@ def _loss_backward(ctx: Any, grad_errors: Tensor, *_others: Tensor) -> tuple[Ten
         slope = slope * lists.pop(0).to(slope.dtype)
     grad_W_dec = grad_b_dec = grad_target = None
     if needs_W_dec:
-        index = _index(lists, top_indices, W_dec)
+        index = _index(lists, top_indices, W_dec, residual)
         coeffs = top_acts.to(slope.dtype) * slope[:, None]
-        grad_W_dec = weight_gradient(ctx.factors, index, coeffs, residual, W_dec.dtype)
+        grad_W_dec, _ = weight_gradient(ctx.factors, top_indices, index, coeffs, residual, W_dec)
     if needs_b_dec:
         grad_b_dec = column_sums(slope, residual, bias_dtype)
     if needs_target:
@@ -300,7 +300,9 @@ def _loss_backward(ctx: Any, grad_errors: Tensor, *_others: Tensor) -> tuple[Ten
 differentiate("decode_loss", _loss_backward, _save_loss)
 
 
-def _index(lists: list[Tensor], top_indices: Tensor, W_dec: Tensor) -> LatentIndex:
-    if lists:
-        return LatentIndex(lists[0], lists[1], lists[2], top_indices.shape[1])
-    return build_index(top_indices, W_dec.shape[0])
+def _index(lists: list[Tensor], top_indices: Tensor, W_dec: Tensor, rows: Tensor) -> LatentIndex | None:
+    """Return the index that the gradient of W_dec needs, if it needs one."""
+    k, d_sae = top_indices.shape[1], W_dec.shape[0]
+    if is_dense(rows, k, d_sae):
+        return None
+    return LatentIndex(lists[0], lists[1], lists[2], k) if lists else build_index(top_indices, d_sae)

@@ -11,7 +11,7 @@ from flashsae.backend import use_kernels
 from flashsae.errors import ConfigError, DtypeError
 from flashsae.ops.encode_topk import reference
 from flashsae.ops.index import LatentIndex, build_index
-from flashsae.ops.latent_rows.factors import factors_of, weight_gradient
+from flashsae.ops.latent_rows.factors import factors_of, is_dense, weight_gradient
 from flashsae.ops.latent_rows.op import column_sums, latent_sums
 from flashsae.ops.register import differentiate, operator
 from flashsae.ops.validate import Precision, check_float, check_k, check_precision, check_shape, compute_dtype
@@ -289,14 +289,15 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]
     if needs_x:
         grad_x = torch.ops.flashsae.decode_sparse(grad_pre, top_indices, W_enc_T, None, [], False).to(x.dtype)
     if needs_W or needs_b_enc or needs_b_dec:
-        if ctx.with_index and not ctx.k_aux:
-            index = LatentIndex(rest[0], rest[1], rest[2], top_indices.shape[1])
-        else:
-            index = build_index(top_indices, W_enc_T.shape[0])
+        k, rows = top_indices.shape[1], _centred(x, b_dec, ctx.precision) if needs_W else W_enc_T
+        index = sums = None
+        if not is_dense(rows, k, len(W_enc_T)):
+            has_index = ctx.with_index and not ctx.k_aux
+            index = LatentIndex(rest[0], rest[1], rest[2], k) if has_index else build_index(top_indices, len(W_enc_T))
         if needs_W:
-            rows = _centred(x, b_dec, ctx.precision)
-            grad_W = weight_gradient(ctx.factors, index, grad_pre, rows, W_enc_T.dtype)
-        sums = latent_sums(index, grad_pre)
+            grad_W, sums = weight_gradient(ctx.factors, top_indices, index, grad_pre, rows, W_enc_T)
+        if sums is None:
+            sums = latent_sums(index or build_index(top_indices, len(W_enc_T)), grad_pre)
         grad_b_enc = sums.to(ctx.bias_dtype) if needs_b_enc else None
         if needs_b_dec:
             # Σ over tokens of -grad_pre @ W_enc_T, summed over tokens first: d_sae·d_in instead of B·k·d_in

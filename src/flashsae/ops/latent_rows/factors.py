@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashsae.backend import use_dense, use_kernels
+from flashsae.ops import dense
 from flashsae.ops.index import LatentIndex, build_index
 from flashsae.ops.latent_rows.op import latent_rows_and_sums
 from flashsae.ops.register import differentiate, operator
@@ -42,15 +43,17 @@ class RowFactor:
 
     Args:
         rows: [C, d], float: the gradients.
-        slots: [d_sae], int32: which of them each latent has; -1 for none.
+        slots: [d_sae], int32: which of them each latent has; -1 for none. None: row i is that of latent i.
     """
 
     rows: Tensor
-    slots: Tensor
+    slots: Tensor | None
 
     def dense(self) -> Tensor:
         """Return the gradient: [d_sae, d], compute dtype."""
         rows = self.rows.to(compute_dtype(self.rows.dtype))
+        if self.slots is None:
+            return rows
         return torch.where((self.slots >= 0)[:, None], rows[self.slots.clamp_min(0)], 0.0)
 
 
@@ -90,14 +93,39 @@ def materialize(parameters: Iterable[Tensor]) -> None:
         factors.clear()
 
 
+def is_dense(rows: Tensor, k: int, d_sae: int) -> bool:
+    """Tell whether gradients of rows by a code of k of d_sae latents are matrix products, which need no index."""
+    return use_kernels(rows) and use_dense(k, d_sae, rows)
+
+
 def weight_gradient(
-    factors: list[Factor] | None, index: LatentIndex, coeffs: Tensor, rows: Tensor, dtype: torch.dtype
-) -> Tensor | None:
-    """Leave the gradient of a weight matrix on its list, or return it where there is no list: [d_sae, d], `dtype`."""
-    if factors is None:
-        return latent_rows_and_sums(index, coeffs, rows, dtype)[0]
-    factors.append(SparseFactor(index, coeffs, rows))
-    return None
+    factors: list[Factor] | None, top_indices: Tensor, index: LatentIndex | None, coeffs: Tensor, rows: Tensor,
+    like: Tensor,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """Leave the gradient of a weight matrix on its list, or compute it where there is no list.
+
+    Args:
+        factors: of the matrix, or None.
+        top_indices: [B, k].
+        index: of top_indices; None if `is_dense`.
+        coeffs, rows: as in `SparseFactor`.
+        like: [d_sae, d], the matrix.
+    Returns:
+        the gradient, dtype of the matrix, or None where it is left on the list; and the sum of the coefficients of each
+        latent, [d_sae], or None where it does not come for free.
+    """
+    sums: Tensor | None = None
+    if index is None:
+        grad, sums = dense.latent_rows(top_indices, coeffs, rows, len(like))
+        factor: Factor = RowFactor(grad, None)
+    else:
+        factor = SparseFactor(index, coeffs, rows)
+    if factors is not None:
+        factors.append(factor)
+        return None, sums
+    if index is None:
+        return grad.to(like.dtype), sums
+    return latent_rows_and_sums(index, coeffs, rows, like.dtype)
 
 
 def take_rows(weights: Tensor, latents: Tensor, slots: Tensor) -> Tensor:
@@ -167,28 +195,26 @@ class RowGradient:
         """Gather what backward passes left on a parameter: factors of several, and `.grad`.
 
         Several sparse factors become one over all their tokens, so that accumulating over small batches is the same
-        sum as that of one large batch. What is dense enough for matrix products is multiplied here.
+        sum as that of one large batch.
         """
         sparse: list[SparseFactor] = []
         rows: list[RowFactor] = []
-        dense: list[Tensor] = [] if parameter.grad is None else [parameter.grad]
+        whole: list[Tensor] = [] if parameter.grad is None else [parameter.grad]
         for factor in factors_of(parameter) or []:
             if isinstance(factor, RowFactor):
                 rows.append(factor)
-            elif use_kernels(factor.rows) and use_dense(factor.index.k, factor.index.d_sae, factor.rows):
-                dense.append(factor.dense())
             else:
                 sparse.append(factor)
-        if rows and not dense and all(factor.slots is rows[0].slots for factor in rows):
+        if rows and not whole and all(factor.slots is rows[0].slots for factor in rows):
             return cls(_joined(sparse), _sum([factor.rows for factor in rows]), rows[0].slots)
-        dense += [factor.dense() for factor in rows]
-        return cls(_joined(sparse), _sum(dense) if dense else None)
+        whole += [factor.dense() for factor in rows]
+        return cls(_joined(sparse), _sum(whole) if whole else None)
 
     def total(self, like: Tensor) -> Tensor:
         """Return the gradient as numbers, of the shape, dtype and device of a weight matrix; zeros for no part."""
         parts = [] if self.sparse is None else [self.sparse.dense()]
         if self.dense is not None:
-            parts.append(self.dense if self.slots is None else RowFactor(self.dense, self.slots).dense())
+            parts.append(RowFactor(self.dense, self.slots).dense())
         return _sum(parts).to(like.dtype) if parts else torch.zeros_like(like)
 
 

@@ -27,6 +27,7 @@ def _sum_entries(
             rows_ptr + token[:, None] * row_stride + column[None, :],
             mask=(at < high)[:, None] & inside[None, :],
             other=0.0,
+            eviction_policy="evict_last",  # other latents need them too
         )
         total += tl.sum(coeff[:, None] * rows.to(tl.float32), axis=0)
         weight += tl.sum(coeff)

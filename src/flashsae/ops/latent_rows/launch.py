@@ -36,7 +36,8 @@ def launch_latent_rows(index: LatentIndex, coeffs: Tensor, rows: Tensor, dtype: 
     if coeffs.numel() == 0:
         return out.zero_(), sums.zero_()
     partial, weights = launch_partial(index, coeffs, rows)
-    block_d, block_n = min(512, triton.next_power_of_2(d)), 8
+    block_d = min(512, triton.next_power_of_2(d))
+    block_n = 8 if d >= 128 else 1  # latents of a program; short rows leave it nothing to overlap
     kernels.latent_rows_sum_kernel[(triton.cdiv(index.d_sae, block_n), triton.cdiv(d, block_d))](
         index.entries, index.latents, index.offsets, coeffs, rows, partial, weights, out, sums,
         index.d_sae, index.k, d, rows.stride(0),

@@ -81,7 +81,7 @@ def _latent_rows(
     index = LatentIndex(entries, latents, offsets, coeffs.shape[1])
     if use_kernels(rows):
         if use_dense(index.k, index.d_sae, rows):
-            total, sums = dense.latent_rows(index, coeffs, rows)
+            total, sums = dense.latent_rows(index.top_indices, coeffs, rows, index.d_sae)
             return total.to(dtype), sums
         from flashsae.ops.latent_rows.launch import launch_latent_rows
 
