@@ -15,6 +15,7 @@ from flashsae.ops.adam_rows.reference import merge_halves, split_halves
 from flashsae.ops.latent_rows.factors import RowGradient, SparseFactor, collect_factors, factors_of
 
 ADAM_BETAS = (0.9, 0.999)
+_ROWS = 8192  # of a matrix that is split or merged, at once
 ADAM_EPS = 6.25e-10
 """As in Gao et al. 2024. The loss is a fraction of variance, so gradients of rare latents are far below 1e-8."""
 
@@ -81,7 +82,7 @@ class FactoredAdam(torch.optim.Optimizer):
             if group["split_weights"]:
                 if parameter.dtype != torch.float32:
                     raise DtypeError(f"split_weights: expected float32 parameters, got {parameter.dtype}.")
-                parameter.data, state["low"] = split_halves(parameter.data)
+                parameter.data, state["low"] = _split(parameter.data)
             if dtype == torch.float32:
                 dtype = group["state_dtype"]
         for name in ("exp_avg", "exp_avg_sq"):
@@ -137,12 +138,26 @@ class FactoredAdam(torch.optim.Optimizer):
         return norm
 
     def float32_weights(self, parameter: Tensor) -> Tensor:
-        """Return a parameter with all its bits: a new float32 tensor where it is split, else its values."""
+        """Return a parameter with all its bits: a new float32 tensor on the CPU where it is split, else its values."""
         low = self.state[parameter].get("low")
-        return parameter.detach() if low is None else merge_halves(parameter.detach(), low)
+        if low is None:
+            return parameter.detach()
+        whole = torch.empty(parameter.shape, dtype=torch.float32)
+        for out, high_rows, low_rows in zip(*(torch.split(t, _ROWS) for t in (whole, parameter.detach(), low))):
+            out.copy_(merge_halves(high_rows, low_rows))
+        return whole
 
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
+
+
+def _split(whole: Tensor) -> tuple[Tensor, Tensor]:
+    """Split a matrix a few rows at a time: beside it and its halves there may be no room."""
+    high, low = torch.empty_like(whole, dtype=torch.bfloat16), torch.empty_like(whole, dtype=torch.int16)
+    for rows, *halves in zip(*(torch.split(t, _ROWS) for t in (whole, high, low))):
+        for half, value in zip(halves, split_halves(rows)):
+            half.copy_(value)
+    return high, low
 
 
 def _matrix(tensor: Tensor) -> Tensor:

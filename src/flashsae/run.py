@@ -185,6 +185,8 @@ def _execute_one(run: Path, config: RunConfig, source: Source, opened: Opened, c
         checkpoints=run / "checkpoints",
         measure=lambda sae: {"held_out_fvu": evaluate(sae, held_out).fvu},
     )
+    del state  # its memory may be needed for the whole weights
+    sae = sae.to(device)
     metadata = {"model": config.activations.model, "hookpoint": hookpoint, "train": asdict(settings)}
     sae.save(run / "sae", metadata=metadata, overwrite=True)
     with console.status("evaluating on held-out tokens"):
@@ -259,7 +261,8 @@ def _plan_table(config: TrainConfig, prepared: Prepared, device: torch.device, r
         f"learning rate {settings.lr:.2g}",
         "dead latents": f"after {settings.dead_after_tokens:,} tokens without a value above 0; "
         f"auxiliary loss with weight {settings.auxk_alpha:.3g}",
-        "peak memory": f"about {plan.peak_bytes / 1e9:.1f} GB on {device}"
+        "peak memory": f"about {plan.peak_bytes / 1e9:.2f} GB on {device}: "
+        + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in plan.parts.items())
         + ("" if is_stream else f"; {prepared.cache_bytes / 1e9:.1f} GB on disk at most"),
         "run folder": str(run),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
+from flashsae.ops.variance import total_variance
 from flashsae.shapes import Activations
 
 
@@ -22,6 +23,4 @@ def fvu_weights(target: Activations) -> Float[Tensor, " B"]:
         [B], float32 (float64 for float64), all equal. A constant batch gives large finite weights, not NaN.
     Gradients: none.
     """
-    wide = target.detach() if target.dtype.itemsize > 2 else target.detach().float()
-    variance = wide.var(0, correction=0).sum() * len(wide)
-    return (1 / variance.clamp_min(1e-30)).repeat(len(wide))
+    return (1 / total_variance(target.detach()).clamp_min(1e-30)).repeat(len(target))

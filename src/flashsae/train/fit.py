@@ -85,4 +85,6 @@ def fit(
     alone = nullcontext() if folder is None else only_one(folder)
     with alone, torch.inference_mode(False), torch.enable_grad():  # whatever the caller had switched off
         state = init_state(settings, batches, device, checkpoints)
-        return train(state, settings, callbacks=callbacks, checkpoints=checkpoints)
+        sae = train(state, settings, callbacks=callbacks, checkpoints=checkpoints)
+        del state  # its memory may be needed for the whole weights
+        return sae.to(device)

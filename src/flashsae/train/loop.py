@@ -47,12 +47,13 @@ class TrainState:
         return self.sae.rescaled(self.scale)
 
     def finished_sae(self) -> SAE:
-        """Return the SAE for activations as they come, with whole weights where those in training are split."""
+        """Return the SAE for activations as they come. Where weights are split, with whole ones, on the CPU."""
         sae = self.current_sae()
         for name in ("W_enc_T", "W_dec"):
             whole = self.optimizer.float32_weights(getattr(self.sae, name))
             setattr(sae, name, nn.Parameter(whole))
-        return sae
+        sae.precision = None
+        return sae.to(sae.W_dec.device)
 
 
 def init_state(
@@ -181,7 +182,8 @@ def train(
         checkpoints: folder for checkpoints; None writes none.
         measure: called now and then for figures on held-out tokens.
     Returns:
-        the trained SAE, in units of the activations as they come.
+        the trained SAE, in units of the activations as they come; on the CPU if its weights were split, because the
+        state may leave no room for whole ones on the device.
     Raises:
         DataError: activations hold NaN or Inf, or ended; or the loss is not finite. Says which step and source.
         StorageError: a checkpoint or log could not be written. What was written before is intact.

@@ -20,11 +20,13 @@ class Plan:
         parameters: of the SAE.
         steps: of Adam.
         peak_bytes: estimate of the largest memory in use while training, on `device`; without the language model.
+        parts: what it is made of, in bytes by name.
     """
 
     parameters: int
     steps: int
     peak_bytes: int
+    parts: dict[str, int]
 
 
 def make_plan(config: ResolvedConfig, device: torch.device, data_bytes: int = 0) -> Plan:
@@ -35,11 +37,43 @@ def make_plan(config: ResolvedConfig, device: torch.device, data_bytes: int = 0)
         device: of the training.
         data_bytes: of the shuffle buffer, if there is one; pages of a cache belong to the system, which may drop them.
     """
-    matrix = 4 * config.d_sae * config.d_in
-    weights, gradients, moments = 2 * matrix, 2 * matrix, 4 * matrix
-    projection = matrix  # grad · W_dec while the decoder's gradient is projected
-    workspace = min(WORKSPACE_BYTES, 12 * config.batch_tokens * config.d_sae)
-    batch = 4 * config.batch_tokens * (8 * config.d_in + 8 * config.k)
-    base = _PROCESS_BYTES if device.type == "cpu" else 0
-    peak = base + weights + gradients + moments + max(projection, workspace) + batch + data_bytes
-    return Plan(2 * config.d_sae * config.d_in + config.d_sae + config.d_in, config.steps, peak)
+    n, d, B = config.d_sae, config.d_in, config.batch_tokens
+    matrices, biases = 2 * n * d, n + d
+    parts = {
+        "weights": 4 * (matrices + biases),
+        "moments of Adam": (4 if config.moments == "bf16" else 8) * matrices + 8 * biases,
+        "one step": _gpu_step(config) if device.type == "cuda" else _cpu_step(config),
+    }
+    if device.type == "cuda":
+        parts["batches on their way"] = 2 * 2 * B * d
+    else:
+        parts["Python and libraries"] = _PROCESS_BYTES
+    if data_bytes:
+        parts["shuffle buffer"] = data_bytes
+    return Plan(matrices + biases, config.steps, sum(parts.values()), parts)
+
+
+def _gpu_step(config: ResolvedConfig) -> int:
+    """Return the largest sum of what is alive at once within a step.
+
+    That is either while the last rows of pre-activations are searched, or, with float32 weights, somewhat later.
+    """
+    n, d, B, k = config.d_sae, config.d_in, config.batch_tokens, config.k
+    width = 4 if config.precision == "tf32" else 2
+    tokens = B * d * (2 + 4 + (6 if config.precision == "float32" else width))  # as they come, whole, centred
+    code = B * k * (4 + 8 + 8 + 4 + 4 + 4)
+    rows = min(B, max(1, WORKSPACE_BYTES // (n * width)))
+    workspace = rows * n * width * (1 + 1 / 16)
+    if config.precision == "float32":
+        workspace += 2 * n * d  # weights rounded to float16
+    errors = B * d * (4 if config.precision == "bf16" else 8)  # reconstruction and residual
+    dead = 0.05 * n if config.auxk_alpha else 0  # a guess: how many latents will be dead
+    auxk = dead * d * 2 * 2 * 2 + 3 * B * dead * 2
+    return int(tokens + code + max(workspace, errors + auxk) + 32 * n)
+
+
+def _cpu_step(config: ResolvedConfig) -> int:
+    """Return the same where the gradient of a matrix is whole, one matrix at a time."""
+    n, d, B = config.d_sae, config.d_in, config.batch_tokens
+    workspace = min(WORKSPACE_BYTES, 12 * B * n)
+    return max(16 * n * d, workspace) + 4 * B * (8 * d + 8 * config.k)

@@ -88,6 +88,37 @@ def decode_sparse_loss_kernel(
 
 
 @triton.jit
+def decode_sparse_residual_kernel(
+    x_hat_ptr,  # [B, d] without the bias, which is added
+    bias_ptr,  # [d] or None
+    target_ptr,  # [B, d]
+    weights_ptr,  # [B] or None
+    residual_ptr,  # [B, d]
+    errors_ptr,  # [B]
+    d,
+    target_stride,
+    BLOCK_D: tl.constexpr,
+):
+    """Compare a reconstruction that is there already with its target, as `decode_sparse_loss_kernel` does."""
+    row = tl.program_id(0).to(tl.int64)
+    error = 0.0
+    for start in range(0, d, BLOCK_D):
+        column = start + tl.arange(0, BLOCK_D)
+        inside = column < d
+        x_hat = tl.load(x_hat_ptr + row * d + column, mask=inside, other=0.0).to(tl.float32)
+        if bias_ptr is not None:
+            x_hat += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
+            tl.store(x_hat_ptr + row * d + column, x_hat.to(x_hat_ptr.dtype.element_ty), mask=inside)
+        residual = tl.load(target_ptr + row * target_stride + column, mask=inside, other=0.0).to(tl.float32) - x_hat
+        error += tl.sum(residual * residual)
+        tl.store(residual_ptr + row * d + column, residual.to(residual_ptr.dtype.element_ty), mask=inside)
+    weight = 1.0
+    if weights_ptr is not None:
+        weight = tl.load(weights_ptr + row).to(tl.float32)
+    tl.store(errors_ptr + row, weight * error)
+
+
+@triton.jit
 def decode_sparse_bwd_acts_kernel(
     rows_ptr,  # [B, d]
     indices_ptr,  # [B, k]

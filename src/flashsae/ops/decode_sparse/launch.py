@@ -59,6 +59,21 @@ def launch_decode_loss(
     return errors, x_hat, residual, grad_acts
 
 
+def launch_residual(
+    x_hat: Tensor, b_dec: Tensor | None, target: Tensor, weights: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return errors [B] and residual [B, d_in] of a reconstruction without its bias, which is added in place."""
+    B, d = x_hat.shape
+    residual = torch.empty_like(x_hat)
+    errors = torch.empty(B, dtype=torch.float32, device=x_hat.device)
+    if B:
+        kernels.decode_sparse_residual_kernel[(B,)](
+            x_hat, b_dec, target, weights, residual, errors, d, target.stride(0),
+            BLOCK_D=min(1024, triton.next_power_of_2(d)), num_warps=4,
+        )  # fmt: skip
+    return errors, residual
+
+
 def launch_dots(rows: Tensor, indices: Tensor, W: Tensor, counts: Tensor | None = None) -> Tensor:
     """Return rows[b] · W[indices[b, j]], [B, k] float32; with counts [B] only the first so many of a row are set."""
     B, k = indices.shape

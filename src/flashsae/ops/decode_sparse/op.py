@@ -116,6 +116,7 @@ def decode_loss(
     if weights is not None:
         check_shape("weights", weights, (top_indices.shape[0],))
         check_float("weights", weights)
+        weights = weights.contiguous()
     lists = [] if index is None else [index.entries, index.latents, index.offsets]
     errors, x_hat, residual, _ = torch.ops.flashsae.decode_loss(
         top_acts, top_indices, W_dec, b_dec, target, weights, lists, precision == "bf16"
@@ -250,9 +251,15 @@ def _decode_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     W_dec = _maybe_rounded(W_dec, rounded)
     k, d_sae = top_indices.shape[1], W_dec.shape[0]
-    if use_kernels(W_dec) and not use_dense(k, d_sae, W_dec):
-        from flashsae.ops.decode_sparse.launch import LARGEST_FUSED_K, launch_decode_loss
+    if use_kernels(W_dec):
+        from flashsae.ops.decode_sparse.launch import LARGEST_FUSED_K, launch_decode_loss, launch_residual
 
+        if use_dense(k, d_sae, W_dec):
+            x_hat = dense.product(top_acts, top_indices, W_dec)
+            errors, residual = launch_residual(x_hat, b_dec, rows_contiguous(target), weights)
+            grad_acts = dense.decode_sparse_grad_acts(residual, top_indices, W_dec)
+            scale = -2.0 if weights is None else -2.0 * weights.float()[:, None]
+            return errors, x_hat, residual, grad_acts * scale
         if k <= LARGEST_FUSED_K:
             return launch_decode_loss(
                 top_acts.contiguous(), top_indices.contiguous(), rows_contiguous(W_dec), b_dec,
