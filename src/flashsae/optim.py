@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashsae.errors import ConfigError, DtypeError
+from flashsae.errors import CheckpointError, ConfigError, DtypeError
 from flashsae.ops.adam_rows import AdamRule, adam_rows, row_squares
 from flashsae.ops.adam_rows.reference import merge_halves, split_halves
-from flashsae.ops.latent_rows.factors import RowGradient, SparseFactor, collect_factors, factors_of
+from flashsae.ops.latent_rows.factors import RowGradient, collect_factors, factors_of
 
 ADAM_BETAS = (0.9, 0.999)
 _ROWS = 8192  # of a matrix that is split or merged, at once
@@ -55,23 +55,55 @@ class FactoredAdam(torch.optim.Optimizer):
         split_weights: bool = False,
         state_dtype: torch.dtype = torch.float32,
     ) -> None:
-        if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and all(0 <= beta < 1 for beta in betas)):
-            raise ConfigError(
-                "lr, eps, weight_decay: expected numbers that are not negative, and betas in [0, 1), got "
-                f"{lr}, {eps}, {weight_decay} and {betas}."
-            )
-        if state_dtype not in (torch.float32, torch.bfloat16):
-            raise ConfigError(f"state_dtype: expected torch.float32 or torch.bfloat16, got {state_dtype}.")
+        self._betas: list[Tensor] = []
         rule = {"betas": betas, "eps": eps, "weight_decay": weight_decay, "unit_norm": unit_norm}
         super().__init__(params, {"lr": lr, "split_weights": split_weights, "state_dtype": state_dtype, **rule})
-        self._betas = []
-        for group in self.param_groups:
-            device = group["params"][0].device
-            group["lr"] = torch.tensor(float(group["lr"]), dtype=torch.float64, device=device)
-            group["step"] = torch.zeros((), dtype=torch.float64, device=device)
-            self._betas.append(torch.tensor(group["betas"], dtype=torch.float64, device=device))
-            for parameter in group["params"]:
-                self._prepare(parameter, group)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, with settings of their own; raises as the constructor does."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            _check(group)
+        except ConfigError:
+            self.param_groups.pop()
+            raise
+        device = group["params"][0].device
+        group["lr"] = torch.tensor(float(group["lr"]), dtype=torch.float64, device=device)
+        group["step"] = torch.zeros((), dtype=torch.float64, device=device)
+        self._betas.append(torch.tensor(group["betas"], dtype=torch.float64, device=device))
+        for parameter in group["params"]:
+            self._prepare(parameter, group)
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned, into the tensors that are there: a captured graph goes on with them.
+
+        Raises:
+            CheckpointError: it is of other parameters.
+        """
+        groups, loaded = self.param_groups, state_dict["param_groups"]
+        ours = [self.state[p] for p in self._parameters()]
+        theirs = [state_dict["state"].get(number, {}) for group in loaded for number in group["params"]]
+        fits = [len(g["params"]) for g in groups] == [len(g["params"]) for g in loaded] and all(
+            {name: t.shape for name, t in a.items()} == {name: t.shape for name, t in b.items()}
+            for a, b in zip(ours, theirs)
+        )
+        if not fits:
+            raise CheckpointError(
+                "the state does not fit this optimiser: expected that of as many parameters of the same shapes, with "
+                "the same split_weights. Build the optimiser as it was when the state was saved."
+            )
+        for mine, saved in zip(ours, theirs):
+            for name, tensor in mine.items():
+                tensor.copy_(saved[name])
+        for number, (group, saved) in enumerate(zip(groups, loaded)):
+            for name, value in saved.items():
+                if name in ("lr", "step"):
+                    group[name].copy_(torch.as_tensor(value))
+                elif name != "params":
+                    group[name] = value
+            self._betas[number].copy_(torch.tensor(group["betas"], dtype=torch.float64))
 
     @torch.no_grad()
     def _prepare(self, parameter: Tensor, group: dict[str, Any]) -> None:
@@ -130,9 +162,8 @@ class FactoredAdam(torch.optim.Optimizer):
         norm = torch.stack(squares).sum().sqrt()
         scale = (max_norm / (norm + 1e-6)).clamp_max(1.0)
         for parameter in self._parameters():
-            for factor in factors_of(parameter) or []:
-                # scaling the coefficients scales the sum
-                (factor.coeffs if isinstance(factor, SparseFactor) else factor.rows).mul_(scale)
+            factors = factors_of(parameter) or []
+            factors[:] = [factor.scaled(scale) for factor in factors]
             if parameter.grad is not None:
                 parameter.grad.mul_(scale)
         return norm
@@ -149,6 +180,18 @@ class FactoredAdam(torch.optim.Optimizer):
 
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
+
+
+def _check(group: dict[str, Any]) -> None:
+    names = ("lr", "eps", "weight_decay")
+    lr, eps, weight_decay = (float(group[name]) for name in names)
+    if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and all(0 <= beta < 1 for beta in group["betas"])):
+        raise ConfigError(
+            "lr, eps, weight_decay: expected numbers that are not negative, and betas in [0, 1), got "
+            f"{lr}, {eps}, {weight_decay} and {group['betas']}."
+        )
+    if group["state_dtype"] not in (torch.float32, torch.bfloat16):
+        raise ConfigError(f"state_dtype: expected torch.float32 or torch.bfloat16, got {group['state_dtype']}.")
 
 
 def _split(whole: Tensor) -> tuple[Tensor, Tensor]:

@@ -52,10 +52,15 @@ class DeadLatents:
         self._pending: Tensor | None = None
         self._is_read: torch.cuda.Event | None = None
 
-    def update(self, top_acts: TopActs, top_indices: TopIndices) -> None:
-        """Count the tokens of a step: both [B, k]. Exact to the batch; no wait for the device."""
+    def update(self, top_acts: TopActs, top_indices: TopIndices) -> Tensor:
+        """Count the tokens of a step: both [B, k]. Exact to the batch; no wait for the device.
+
+        Returns:
+            [d_sae], int64: on how many of these tokens each latent was active.
+        """
         fired = count_active(torch.zeros_like(self.tokens_since_fired), top_acts, top_indices)
         self.tokens_since_fired.add_(len(top_acts)).mul_(fired == 0)
+        return fired
 
     def mask(self) -> Tensor:
         """Return which latents are dead: [d_sae], bool."""

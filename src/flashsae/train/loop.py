@@ -92,12 +92,15 @@ def _build_optimizer(sae: SAE, config: ResolvedConfig) -> FactoredAdam:
         {"params": [sae.W_dec], "unit_norm": True},
         {"params": [sae.W_enc_T, sae.b_enc, sae.b_dec]},
     ]
-    return FactoredAdam(
+    optimizer = FactoredAdam(
         groups,
         config.lr,
         split_weights=config.precision == "bf16",
         state_dtype=torch.bfloat16 if config.moments == "bf16" else torch.float32,
     )
+    for group in optimizer.param_groups:
+        group["lr"] = optimizer.param_groups[0]["lr"]  # one tensor, so one launch sets it
+    return optimizer
 
 
 def _unit_scale(x: Tensor) -> float:
@@ -125,8 +128,7 @@ def train_step(state: TrainState, x: Tensor, config: ResolvedConfig, scale: floa
         the next step, which may overwrite them.
     """
     capacity = state.dead.capacity(state.step, len(x)) if config.auxk_alpha else 0
-    for group in state.optimizer.param_groups:
-        group["lr"].fill_(_learning_rate(state.step, config))
+    state.optimizer.param_groups[0]["lr"].fill_(_learning_rate(state.step, config))  # that of all groups
 
     def compute(x: Tensor) -> dict[str, Tensor]:
         # scaled before it is narrowed: float64 input may be out of the range of float32
@@ -149,7 +151,7 @@ def _compute_step(state: TrainState, x: Tensor, config: ResolvedConfig, capacity
     optimizer.zero_grad()
     code = sae.encode(x)
     loss, _, residual = sae.decode_loss(code, x, weights=fvu_weights(x))
-    metrics = {"fvu": loss.detach(), "l0": (code.top_acts > 0).sum() / len(x)}
+    metrics = {"fvu": loss.detach()}
     if capacity:
         aux = auxk_loss(sae, x, residual, state.dead.rows(capacity), config.k_aux)
         loss = loss + config.auxk_alpha * aux
@@ -161,7 +163,8 @@ def _compute_step(state: TrainState, x: Tensor, config: ResolvedConfig, capacity
         metrics["grad_norm"] = optimizer.clip_grad_norm(config.clip_norm)
     optimizer.step()
     optimizer.zero_grad()
-    state.dead.update(code.top_acts, code.top_indices)
+    fired = state.dead.update(code.top_acts, code.top_indices)
+    metrics["l0"] = fired.sum() / len(x)
     return metrics
 
 

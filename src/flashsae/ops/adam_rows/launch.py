@@ -65,8 +65,8 @@ def _gradient_arguments(gradient: RowGradient, weights: Tensor) -> tuple[list[Te
     dense = None if gradient.dense is None else gradient.dense.contiguous()
     sparse = gradient.sparse
     if sparse is None or sparse.coeffs.numel() == 0:
-        return [None] * 7 + [dense, gradient.slots], (1, d, d)
+        return [None] * 6 + [dense, gradient.slots], (1, d, d)
     index, coeffs, rows = sparse.index, sparse.coeffs.contiguous(), rows_contiguous(sparse.rows)
-    partial, sums = launch_partial(index, coeffs, rows)
-    lists = [index.entries, index.latents, index.offsets, coeffs, rows, partial, sums, dense, gradient.slots]
+    partial = launch_partial(index, coeffs, rows)
+    lists = [index.entries, index.latents, index.offsets, coeffs, rows, partial, dense, gradient.slots]
     return lists, (index.k, d, rows.stride(0))

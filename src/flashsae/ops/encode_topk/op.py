@@ -100,7 +100,7 @@ def encode_topk(
     result = torch.ops.flashsae.encode_topk(
         x, W_enc_T, b_enc, b_dec, key_scale, None, k, 0, chosen, workspace_bytes, return_index
     )
-    top_acts, top_indices, _, _, *lists = result
+    top_acts, top_indices, _, _, *lists = result  # the last of these may be the centred tokens
     if return_index:
         return top_acts, top_indices, LatentIndex(lists[0], lists[1], lists[2], k)
     return top_acts, top_indices
@@ -211,6 +211,8 @@ def _encode_topk_fake(
     if with_index:
         result += [x.new_empty(B * k, dtype=torch.int64), x.new_empty(B * k, dtype=torch.int32)]
         result += [x.new_empty(W_enc_T.shape[0] + 1, dtype=torch.int32)]
+    if b_dec is not None:
+        result.append(x.new_empty(x.shape, dtype=_centred_dtype(x, precision)))
     return result
 
 
@@ -239,7 +241,7 @@ def _encode_topk(
     if not k_aux:
         codes.append((codes[0][0].new_empty(len(x), 0), codes[0][1].new_empty(len(x), 0)))
     index = list(build_index(codes[0][1], len(W_enc_T))[:3]) if with_index else []
-    return [*codes[0], *codes[1], *index]
+    return [*codes[0], *codes[1], *index, *([] if b_dec is None else [centred])]
 
 
 def _center_fake(x: Tensor, b_dec: Tensor, rounded: bool) -> Tensor:
@@ -257,26 +259,30 @@ def _center(x: Tensor, b_dec: Tensor, rounded: bool) -> Tensor:
 
 def _centred(x: Tensor, b_dec: Tensor | None, precision: str) -> Tensor:
     """Return x - b_dec in the precision of the product; the CPU computes in float32 or better whatever is asked."""
-    rounded = precision == "bf16" and x.is_cuda
+    dtype = _centred_dtype(x, precision)
     if b_dec is None:
-        return x.to(torch.bfloat16 if rounded else compute_dtype(x.dtype))
-    centred: Tensor = torch.ops.flashsae.center(x, b_dec, rounded)
+        return x.to(dtype)
+    centred: Tensor = torch.ops.flashsae.center(x, b_dec, dtype == torch.bfloat16)
     return centred
+
+
+def _centred_dtype(x: Tensor, precision: str) -> torch.dtype:
+    return torch.bfloat16 if precision == "bf16" and x.is_cuda else compute_dtype(x.dtype)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     x, W_enc_T, b_enc, b_dec, _, _, _, k_aux, precision, _, with_index = inputs
-    codes, lists = output[: 4 if k_aux else 2], output[4:] if with_index else []
-    ctx.save_for_backward(x, W_enc_T, *codes, *lists, *([] if b_dec is None else [b_dec]))
-    ctx.k_aux, ctx.with_index, ctx.has_b_dec = k_aux, with_index, b_dec is not None
+    codes, lists = output[: 4 if k_aux else 2], output[4:7] if with_index else []
+    centred = x if b_dec is None else output[-1]
+    ctx.save_for_backward(centred, W_enc_T, *codes, *lists)
+    ctx.k_aux, ctx.with_index, ctx.x_dtype = k_aux, with_index, x.dtype
     ctx.bias_dtype, ctx.factors = b_enc.dtype, factors_of(W_enc_T)
     ctx.set_materialize_grads(False)  # the indices have none: no zeros for them
     ctx.precision = precision
 
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
-    x, W_enc_T, top_acts, top_indices, *rest = ctx.saved_tensors
-    b_dec = rest.pop() if ctx.has_b_dec else None
+    centred, W_enc_T, top_acts, top_indices, *rest = ctx.saved_tensors
     grad_acts = torch.zeros_like(top_acts) if grads[0] is None else grads[0]
     if ctx.k_aux:
         # both selections are one code of k + k_aux entries a token
@@ -287,9 +293,9 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]
     needs_x, needs_W, needs_b_enc, needs_b_dec = ctx.needs_input_grad[:4]
     grad_x = grad_W = grad_b_enc = grad_b_dec = None
     if needs_x:
-        grad_x = torch.ops.flashsae.decode_sparse(grad_pre, top_indices, W_enc_T, None, [], False).to(x.dtype)
+        grad_x = torch.ops.flashsae.decode_sparse(grad_pre, top_indices, W_enc_T, None, [], False).to(ctx.x_dtype)
     if needs_W or needs_b_enc or needs_b_dec:
-        k, rows = top_indices.shape[1], _centred(x, b_dec, ctx.precision) if needs_W else W_enc_T
+        k, rows = top_indices.shape[1], _centred(centred, None, ctx.precision)
         index = sums = None
         if not is_dense(rows, k, len(W_enc_T)):
             has_index = ctx.with_index and not ctx.k_aux

@@ -13,7 +13,7 @@ from torch import Tensor
 from flashsae.backend import use_dense, use_kernels
 from flashsae.ops import dense
 from flashsae.ops.index import LatentIndex, build_index
-from flashsae.ops.latent_rows.op import latent_rows_and_sums
+from flashsae.ops.latent_rows.op import sum_rows
 from flashsae.ops.register import differentiate, operator
 from flashsae.ops.validate import check_shape, compute_dtype
 
@@ -32,9 +32,13 @@ class SparseFactor:
     coeffs: Tensor
     rows: Tensor
 
+    def scaled(self, scale: Tensor) -> SparseFactor:
+        """Return a factor whose gradient is this one times a scalar."""
+        return SparseFactor(self.index, self.coeffs * scale, self.rows)
+
     def dense(self) -> Tensor:
         """Return the gradient: [d_sae, d], compute dtype."""
-        return latent_rows_and_sums(self.index, self.coeffs, self.rows, compute_dtype(self.rows.dtype))[0]
+        return sum_rows(self.index, self.coeffs, self.rows, compute_dtype(self.rows.dtype))
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,10 @@ class RowFactor:
 
     rows: Tensor
     slots: Tensor | None
+
+    def scaled(self, scale: Tensor) -> RowFactor:
+        """Return a factor whose gradient is this one times a scalar."""
+        return RowFactor((self.rows * scale).to(self.rows.dtype), self.slots)
 
     def dense(self) -> Tensor:
         """Return the gradient: [d_sae, d], compute dtype."""
@@ -125,7 +133,7 @@ def weight_gradient(
         return None, sums
     if index is None:
         return grad.to(like.dtype), sums
-    return latent_rows_and_sums(index, coeffs, rows, like.dtype)
+    return sum_rows(index, coeffs, rows, like.dtype), None
 
 
 def take_rows(weights: Tensor, latents: Tensor, slots: Tensor) -> Tensor:

@@ -17,7 +17,6 @@ def _sum_entries(
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     total = tl.zeros([BLOCK_D], tl.float32)
-    weight = 0.0
     for start in range(low, high, BLOCK_E):
         at = start + tl.arange(0, BLOCK_E)
         entry = tl.load(entries_ptr + at, mask=at < high, other=0)
@@ -30,8 +29,7 @@ def _sum_entries(
             eviction_policy="evict_last",  # other latents need them too
         )
         total += tl.sum(coeff[:, None] * rows.to(tl.float32), axis=0)
-        weight += tl.sum(coeff)
-    return total, weight
+    return total
 
 
 @triton.jit
@@ -42,7 +40,6 @@ def latent_rows_partial_kernel(
     coeffs_ptr,  # [nnz] by entry
     rows_ptr,  # [B, d]
     partial_ptr,  # [pieces, 2, d]: of the run that a piece begins in, and of the one that it ends in
-    weights_ptr,  # [pieces, 2] sums of coefficients
     nnz,
     k,
     d,
@@ -63,38 +60,35 @@ def latent_rows_partial_kernel(
     low = tl.load(offsets_ptr + first).to(tl.int32)
     high = tl.load(offsets_ptr + first + 1).to(tl.int32)
     if high - low > RUN:
-        total, weight = _sum_entries(
+        total = _sum_entries(
             tl.maximum(low, begin), tl.minimum(high, end), entries_ptr, coeffs_ptr, rows_ptr, k, row_stride, column,
             inside, BLOCK_E, BLOCK_D,
         )  # fmt: skip
         tl.store(partial_ptr + out * d + column, total, mask=inside)
-        tl.store(weights_ptr + out, weight)
     if last != first:
         low = tl.load(offsets_ptr + last).to(tl.int32)
         high = tl.load(offsets_ptr + last + 1).to(tl.int32)
         if high - low > RUN:
-            total, weight = _sum_entries(
+            total = _sum_entries(
                 low, end, entries_ptr, coeffs_ptr, rows_ptr, k, row_stride, column, inside, BLOCK_E, BLOCK_D
             )
             tl.store(partial_ptr + (out + 1) * d + column, total, mask=inside)
-            tl.store(weights_ptr + out + 1, weight)
 
 
 @triton.jit
 def sum_run(
-    latent, entries_ptr, latents_ptr, offsets_ptr, coeffs_ptr, rows_ptr, partial_ptr, weights_ptr, k, d, row_stride,
+    latent, entries_ptr, latents_ptr, offsets_ptr, coeffs_ptr, rows_ptr, partial_ptr, k, d, row_stride,
     column, inside, RUN: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Return some columns of the sum of a latent's run, and the sum of its coefficients."""
+    """Return some columns of the sum of a latent's run."""
     low = tl.load(offsets_ptr + latent).to(tl.int32)
     high = tl.load(offsets_ptr + latent + 1).to(tl.int32)
     if high - low <= RUN:
-        total, weight = _sum_entries(
+        total = _sum_entries(
             low, high, entries_ptr, coeffs_ptr, rows_ptr, k, row_stride, column, inside, BLOCK_E, BLOCK_D
         )
     else:
         total = tl.zeros([BLOCK_D], tl.float32)
-        weight = 0.0
         begin, end = low // RUN, (high + RUN - 1) // RUN
         # the second slot of a piece belongs to a run that begins in it behind another one
         behind = (tl.load(latents_ptr + begin * RUN) != latent).to(tl.int32)
@@ -109,15 +103,13 @@ def sum_run(
                 ),
                 axis=0,
             )
-            weight += tl.sum(tl.load(weights_ptr + slot, mask=piece < end, other=0.0))
-    return total, weight
+    return total
 
 
 @triton.jit
 def latent_rows_sum_kernel(
-    entries_ptr, latents_ptr, offsets_ptr, coeffs_ptr, rows_ptr, partial_ptr, weights_ptr,
+    entries_ptr, latents_ptr, offsets_ptr, coeffs_ptr, rows_ptr, partial_ptr,
     out_ptr,  # [d_sae, d]
-    sums_ptr,  # [d_sae] sums of coefficients
     d_sae, k, d, row_stride,
     RUN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -127,15 +119,62 @@ def latent_rows_sum_kernel(
     first = tl.program_id(0) * BLOCK_N
     for step in range(0, tl.minimum(BLOCK_N, d_sae - first)):
         latent = first + step
-        total, weight = sum_run(
-            latent, entries_ptr, latents_ptr, offsets_ptr, coeffs_ptr, rows_ptr, partial_ptr, weights_ptr, k, d,
+        total = sum_run(
+            latent, entries_ptr, latents_ptr, offsets_ptr, coeffs_ptr, rows_ptr, partial_ptr, k, d,
             row_stride, column, inside, RUN, BLOCK_E, BLOCK_D,
         )  # fmt: skip
         # streamed: the result must not push the gathered rows out of the cache
         out = out_ptr + latent.to(tl.int64) * d + column
         tl.store(out, total.to(out_ptr.dtype.element_ty), mask=inside, cache_modifier=".cs")
-        if tl.program_id(1) == 0:
-            tl.store(sums_ptr + latent, weight)
+
+
+@triton.jit
+def latent_sums_partial_kernel(
+    entries_ptr, latents_ptr, offsets_ptr, coeffs_ptr,
+    weights_ptr,  # [pieces, 2]
+    nnz,
+    RUN: tl.constexpr,
+):  # fmt: skip
+    """Do as `latent_rows_partial_kernel` with coefficients alone, for runs of any length."""
+    piece = tl.program_id(0)
+    at = piece * RUN + tl.arange(0, RUN)
+    last_at = tl.minimum(piece * RUN + RUN, nnz) - 1
+    latent = tl.load(latents_ptr + at, mask=at < nnz, other=-1)
+    coeff = tl.load(coeffs_ptr + tl.load(entries_ptr + at, mask=at < nnz, other=0), mask=at < nnz, other=0.0)
+    coeff = coeff.to(tl.float32)
+    first, last = tl.load(latents_ptr + piece * RUN), tl.load(latents_ptr + last_at)
+    tl.store(weights_ptr + piece * 2, tl.sum(tl.where(latent == first, coeff, 0.0)))
+    tl.store(weights_ptr + piece * 2 + 1, tl.sum(tl.where(latent == last, coeff, 0.0)))
+
+
+@triton.jit
+def latent_sums_kernel(
+    entries_ptr, latents_ptr, offsets_ptr, coeffs_ptr, weights_ptr,
+    sums_ptr,  # [d_sae]
+    d_sae,
+    RUN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Sum of the coefficients of BLOCK_N latents at once: short runs directly, long ones from their pieces."""
+    latent = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    there = latent < d_sae
+    low = tl.load(offsets_ptr + latent, mask=there, other=0)
+    high = tl.load(offsets_ptr + latent + 1, mask=there, other=0)
+    is_long = high - low > RUN
+    end = tl.where(is_long, low, high)
+    sums = tl.zeros([BLOCK_N], tl.float32)
+    for start in range(0, tl.max(end - low), BLOCK_E):
+        at = low[:, None] + start + tl.arange(0, BLOCK_E)[None, :]
+        inside = at < end[:, None]
+        entry = tl.load(entries_ptr + at, mask=inside, other=0)
+        sums += tl.sum(tl.load(coeffs_ptr + entry, mask=inside, other=0.0).to(tl.float32), axis=1)
+    begin = low // RUN
+    pieces = tl.where(is_long, (high + RUN - 1) // RUN - begin, 0)
+    # the second slot of a piece belongs to a run that begins in it behind another one
+    behind = (tl.load(latents_ptr + begin * RUN, mask=is_long, other=0) != latent).to(tl.int32)
+    for step in range(0, tl.max(pieces)):
+        slot = (begin + step) * 2 + tl.where(step == 0, behind, 0)
+        sums += tl.load(weights_ptr + slot, mask=step < pieces, other=0.0)
+    tl.store(sums_ptr + latent, sums, mask=there)
 
 
 @triton.jit

@@ -12,53 +12,67 @@ from flashsae.ops.latent_rows.reference import RUN
 from flashsae.ops.validate import rows_contiguous
 
 
-def launch_partial(index: LatentIndex, coeffs: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum the pieces of runs longer than RUN: [pieces, 2, d] and [pieces, 2], as `sum_run` reads them."""
+def launch_partial(index: LatentIndex, coeffs: Tensor, rows: Tensor) -> Tensor:
+    """Sum the pieces of runs longer than RUN: [pieces, 2, d], as `sum_run` reads them."""
     nnz, d = coeffs.numel(), rows.shape[1]
     pieces = triton.cdiv(nnz, RUN)
     partial = torch.empty(pieces, 2, d, dtype=torch.float32, device=rows.device)
-    weights = torch.empty(pieces, 2, dtype=torch.float32, device=rows.device)
     block_d = min(512, triton.next_power_of_2(d))
     kernels.latent_rows_partial_kernel[(pieces, triton.cdiv(d, block_d))](
-        index.entries, index.latents, index.offsets, coeffs, rows, partial, weights,
+        index.entries, index.latents, index.offsets, coeffs, rows, partial,
         nnz, index.k, d, rows.stride(0),
         RUN=RUN, BLOCK_E=4, BLOCK_D=block_d, num_warps=1,
     )  # fmt: skip
-    return partial, weights
+    return partial
 
 
-def launch_latent_rows(index: LatentIndex, coeffs: Tensor, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return segment sums [d_sae, d] and sums of coefficients [d_sae]."""
+def launch_latent_rows(index: LatentIndex, coeffs: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return segment sums [d_sae, d]."""
     rows = rows_contiguous(rows)
     d = rows.shape[1]
     out = torch.empty(index.d_sae, d, dtype=dtype, device=rows.device)
-    sums = torch.empty(index.d_sae, dtype=torch.float32, device=rows.device)
     if coeffs.numel() == 0:
-        return out.zero_(), sums.zero_()
-    partial, weights = launch_partial(index, coeffs, rows)
-    block_d = min(512, triton.next_power_of_2(d))
-    block_n = 8 if d >= 128 else 1  # latents of a program; short rows leave it nothing to overlap
+        return out.zero_()
+    partial = launch_partial(index, coeffs, rows)
+    block_d, block_n = min(512, triton.next_power_of_2(d)), 8
     kernels.latent_rows_sum_kernel[(triton.cdiv(index.d_sae, block_n), triton.cdiv(d, block_d))](
-        index.entries, index.latents, index.offsets, coeffs, rows, partial, weights, out, sums,
+        index.entries, index.latents, index.offsets, coeffs, rows, partial, out,
         index.d_sae, index.k, d, rows.stride(0),
         RUN=RUN, BLOCK_N=block_n, BLOCK_E=2, BLOCK_D=block_d, num_warps=1,
     )  # fmt: skip
-    return out, sums
+    return out
+
+
+def launch_latent_sums(index: LatentIndex, coeffs: Tensor) -> Tensor:
+    """Return the sum of the coefficients of each latent: [d_sae], float32."""
+    sums = torch.empty(index.d_sae, dtype=torch.float32, device=coeffs.device)
+    nnz = coeffs.numel()
+    if nnz == 0:
+        return sums.zero_()
+    weights = torch.empty(triton.cdiv(nnz, RUN), 2, dtype=torch.float32, device=coeffs.device)
+    lists = index.entries, index.latents, index.offsets, coeffs
+    kernels.latent_sums_partial_kernel[(len(weights),)](*lists, weights, nnz, RUN=RUN, num_warps=1)
+    kernels.latent_sums_kernel[(triton.cdiv(index.d_sae, 32),)](
+        *lists, weights, sums, index.d_sae, RUN=RUN, BLOCK_N=32, BLOCK_E=8, num_warps=4
+    )
+    return sums
 
 
 def launch_column_sums(coeffs: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return Σ coeffs · rows, [d], RUN rows at a time until one is left."""
+    """Return Σ coeffs · rows, [d], level by level until one row is left."""
     rows = rows_contiguous(rows)
     n, d = rows.shape
     weights: Tensor | None = coeffs.contiguous()
+    run = RUN
     while True:
-        pieces = triton.cdiv(n, RUN)
+        pieces = triton.cdiv(n, run)
         out = torch.empty(max(1, pieces), d, dtype=torch.float32 if pieces > 1 else dtype, device=rows.device)
         if n == 0:
             return out.zero_()[0]
         kernels.latent_rows_column_kernel[(pieces, triton.cdiv(d, 128))](
-            weights, rows, out, n, d, rows.stride(0), RUN=RUN, BLOCK_E=32, BLOCK_D=128, num_warps=4
+            weights, rows, out, n, d, rows.stride(0), RUN=run, BLOCK_E=32, BLOCK_D=128, num_warps=4
         )
         if pieces == 1:
             return out[0]
         weights, rows, n = None, out, pieces
+        run = RUN if pieces > 8 * RUN else 8 * RUN  # a longer last level spares a launch

@@ -11,7 +11,7 @@ from flashsae.ops import dense
 from flashsae.ops.index import LatentIndex
 from flashsae.ops.latent_rows import reference
 from flashsae.ops.register import operator
-from flashsae.ops.validate import check_float, check_shape
+from flashsae.ops.validate import check_float, check_shape, compute_dtype
 
 
 @torch.no_grad()
@@ -46,18 +46,19 @@ def latent_rows(index: LatentIndex, coeffs: Tensor, rows: Tensor, *, dtype: torc
         raise ShapeError(
             f"coeffs: expected {index.entries.shape[0]} entries, those of the index, got {coeffs.numel()}."
         )
-    return latent_rows_and_sums(index, coeffs, rows, dtype or rows.dtype)[0]
+    return sum_rows(index, coeffs, rows, dtype or rows.dtype)
 
 
-def latent_rows_and_sums(index: LatentIndex, coeffs: Tensor, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return what `latent_rows` does and the sum of the coefficients of each latent: [d_sae], compute dtype."""
-    out, sums = torch.ops.flashsae.latent_rows(index.entries, index.latents, index.offsets, coeffs, rows, dtype)
-    return out, sums
+def sum_rows(index: LatentIndex, coeffs: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Do `latent_rows` without checks."""
+    out: Tensor = torch.ops.flashsae.latent_rows(index.entries, index.latents, index.offsets, coeffs, rows, dtype)
+    return out
 
 
 def latent_sums(index: LatentIndex, coeffs: Tensor) -> Tensor:
     """Return the sum of the coefficients of each latent: [d_sae], compute dtype."""
-    return latent_rows_and_sums(index, coeffs, coeffs.new_empty(coeffs.shape[0], 1), coeffs.dtype)[1]
+    sums: Tensor = torch.ops.flashsae.latent_sums(index.entries, index.latents, index.offsets, coeffs)
+    return sums
 
 
 def column_sums(coeffs: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -68,25 +69,36 @@ def column_sums(coeffs: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _latent_rows_fake(
     entries: Tensor, latents: Tensor, offsets: Tensor, coeffs: Tensor, rows: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    d_sae = offsets.shape[0] - 1
-    sums_dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    return rows.new_empty(d_sae, rows.shape[1], dtype=dtype), rows.new_empty(d_sae, dtype=sums_dtype)
+) -> Tensor:
+    return rows.new_empty(offsets.shape[0] - 1, rows.shape[1], dtype=dtype)
 
 
 @operator(_latent_rows_fake)
 def _latent_rows(
     entries: Tensor, latents: Tensor, offsets: Tensor, coeffs: Tensor, rows: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     index = LatentIndex(entries, latents, offsets, coeffs.shape[1])
     if use_kernels(rows):
         if use_dense(index.k, index.d_sae, rows):
-            total, sums = dense.latent_rows(index.top_indices, coeffs, rows, index.d_sae)
-            return total.to(dtype), sums
+            return dense.latent_rows(index.top_indices, coeffs, rows, index.d_sae)[0].to(dtype)
         from flashsae.ops.latent_rows.launch import launch_latent_rows
 
         return launch_latent_rows(index, coeffs.contiguous(), rows, dtype)
-    return reference.latent_rows(index, coeffs, rows).to(dtype), reference.latent_sums(index, coeffs)
+    return reference.latent_rows(index, coeffs, rows).to(dtype)
+
+
+def _latent_sums_fake(entries: Tensor, latents: Tensor, offsets: Tensor, coeffs: Tensor) -> Tensor:
+    return coeffs.new_empty(offsets.shape[0] - 1, dtype=compute_dtype(coeffs.dtype))
+
+
+@operator(_latent_sums_fake)
+def _latent_sums(entries: Tensor, latents: Tensor, offsets: Tensor, coeffs: Tensor) -> Tensor:
+    index = LatentIndex(entries, latents, offsets, coeffs.shape[1])
+    if use_kernels(coeffs):
+        from flashsae.ops.latent_rows.launch import launch_latent_sums
+
+        return launch_latent_sums(index, coeffs.contiguous())
+    return reference.latent_sums(index, coeffs)
 
 
 def _column_sums_fake(coeffs: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:

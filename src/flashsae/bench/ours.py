@@ -1,0 +1,162 @@
+"""Our whole training step in the setting of the benchmark, and what must hold after its first update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+
+from flashsae.bench.problem import Problem, dense_code, residual_of, total_variance
+from flashsae.bench.timing import float32_products
+from flashsae.data.shuffle import Batches
+from flashsae.nn.sae import SAE, SAEConfig
+from flashsae.ops.validate import Precision
+from flashsae.optim import ADAM_EPS, FactoredAdam
+from flashsae.train.config import ResolvedConfig, TrainConfig
+from flashsae.train.dead import DeadLatents
+from flashsae.train.loop import TrainState, _build_optimizer, train_step
+
+SAMPLED_ROWS = 48
+ROW_TOLERANCE = 0.02  # of the learning rate, which is about what Adam moves each weight by
+MAY_DIFFER = 2e-3  # of the sampled weights: a gradient next to 0 has either sign after rounding, and Adam follows it
+
+BuildOptimizer = Callable[[SAE, ResolvedConfig], FactoredAdam]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to train.
+
+    Args:
+        precision: of products, as in `TrainConfig`.
+        moments: dtype of Adam's moments.
+        clip_norm: largest norm of the gradient, None for no clipping.
+        k_aux: dead latents of each token in the auxiliary loss, where the problem has dead ones.
+    """
+
+    precision: Precision = "bf16"
+    moments: Literal["float32", "bf16"] = "float32"
+    clip_norm: float | None = None
+    k_aux: int = 512
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of both weight matrices after one step of `torch.optim.Adam` on materialised gradients."""
+
+    latents: Tensor
+    W_enc_T: Tensor
+    W_dec: Tensor
+
+
+@dataclass(frozen=True)
+class OurStep:
+    """Our step, ready to run.
+
+    Args:
+        state: changed by each step.
+        config: settings.
+        expected: rows of the weights after the first step; None where they cannot be told exactly.
+    """
+
+    state: TrainState
+    config: ResolvedConfig
+    expected: Rows | None = None
+
+    def settings(self) -> AbstractContextManager[None]:
+        """Return the context in which it is to run."""
+        return nullcontext()
+
+    def run(self, x: Tensor) -> Tensor:
+        """Do a step; return the FVU before it."""
+        return train_step(self.state, x, self.config)["fvu"]
+
+    def squared_error(self, fvu: float, x: Tensor) -> float:
+        """Return the sum of squared errors that an FVU stands for."""
+        return fvu * total_variance(x)
+
+    def wrong_after_first(self) -> str:
+        """Say what is wrong with the weights after the first step, "" if nothing or not known."""
+        wrong = ""
+        for name in ("W_enc_T", "W_dec") if self.expected else ():
+            assert self.expected is not None
+            rows = self.state.optimizer.float32_weights(getattr(self.state.sae, name))[self.expected.latents]
+            off = (rows - getattr(self.expected, name)).abs() > ROW_TOLERANCE * self.config.lr
+            share = float(off.float().mean())
+            if not share <= MAY_DIFFER:
+                wrong += f"{name} after a step: {share:.2%} of the sampled weights are not those of torch.optim.Adam. "
+        return wrong
+
+
+def make_config(problem: Problem, variant: Variant) -> ResolvedConfig:
+    """Return the settings of a training on such a problem, without warm-up of the learning rate.
+
+    With dead latents AuxK is on, and the learning rate a tenth: that costs the same, and the dead stay dead for as long
+    as they are measured.
+    """
+    shape = problem.shape
+    config = TrainConfig(
+        d_sae=shape.d_sae,
+        k=shape.k,
+        tokens=10**9,
+        batch_tokens=shape.batch_tokens,
+        precision=variant.precision,
+        moments=variant.moments,
+        warmup_steps=0,
+        clip_norm=variant.clip_norm,
+        auxk_alpha=1 / 32 if problem.dead else 0.0,
+        k_aux=max(1, min(variant.k_aux, problem.dead)),
+    ).resolve(shape.d_in)
+    return ResolvedConfig(**asdict(config) | {"lr": config.lr / 10}) if problem.dead else config
+
+
+def make_state(
+    problem: Problem, config: ResolvedConfig, build_optimizer: BuildOptimizer = _build_optimizer
+) -> TrainState:
+    """Return the state of a training that starts from the weights of a float32 problem, without data."""
+    shape = problem.shape
+    with torch.device("meta"):
+        sae = SAE(SAEConfig(shape.d_in, shape.d_sae, shape.k), seed=None)
+    sae = sae.to_empty(device=problem.device)
+    sae.precision = config.precision
+    with torch.no_grad():
+        for parameter, value in zip((sae.W_enc_T, sae.b_enc, sae.W_dec, sae.b_dec), problem.weights):
+            parameter.copy_(value)
+    dead = DeadLatents(shape.d_sae, config.dead_after_tokens, problem.device)
+    dead.tokens_since_fired[: problem.dead] = config.dead_after_tokens
+    no_batches = cast(Batches, None)  # each step is given its batch
+    return TrainState(sae, build_optimizer(sae, config), dead, no_batches)
+
+
+def build_ours(problem: Problem, variant: Variant) -> OurStep:
+    """Make our step ready; plain float32 knows what its first update must give."""
+    config = make_config(problem, variant)
+    expected = expected_rows(problem, config.lr) if variant == Variant("float32") and not problem.dead else None
+    return OurStep(make_state(problem, config), config, expected)
+
+
+def expected_rows(problem: Problem, lr: float) -> Rows:
+    """Do the first step for some latents with the dense code, gradients as they are, and `torch.optim.Adam`."""
+    x = problem.xs[0]
+    with torch.no_grad(), float32_products("ieee"):
+        code = dense_code(problem, 0)
+        slope = -2 / total_variance(x) * residual_of(problem, code, 0).double()
+        centred = (x - problem.b_dec).double()
+        active = code.top_indices.flatten()
+        spread = torch.linspace(0, len(active) - 1, SAMPLED_ROWS, device=x.device).long()
+        latents = active[spread].unique()
+        grads: tuple[list[Tensor], list[Tensor]] = [], []
+        for latent in latents.tolist():
+            tokens, places = ((code.top_indices == latent) & (code.top_acts > 0)).nonzero(as_tuple=True)
+            grad_pre = slope[tokens] @ problem.W_dec[latent].double()
+            grads[0].append(grad_pre @ centred[tokens])
+            grads[1].append(code.top_acts[tokens, places].double() @ slope[tokens])
+        W_enc_T, W_dec = (weights[latents].clone() for weights in (problem.W_enc_T, problem.W_dec))
+        W_enc_T.grad, W_dec.grad = (torch.stack(rows).float() for rows in grads)
+        W_dec.grad -= (W_dec.grad * W_dec).sum(1, keepdim=True) * W_dec
+        torch.optim.Adam([W_enc_T, W_dec], lr, eps=ADAM_EPS).step()
+        return Rows(latents, W_enc_T, W_dec / W_dec.norm(dim=1, keepdim=True))

@@ -1,0 +1,326 @@
+"""Whole training steps of other implementations of a TopK autoencoder, through their public classes.
+
+Each follows the recipe of its own trainer: forward, backward, what is done to gradients and to the decoder, optimiser.
+All hold float32 weights and start from the same ones; squared error, no auxiliary loss. Left out, in their favour, is
+what trainers do besides: counting which latents fired, schedules of the learning rate, logging and its waits for the
+device. What was chosen for each stands in its docstring.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flashsae.bench.problem import Problem, total_variance
+from flashsae.bench.timing import float32_products
+from flashsae.errors import require
+from flashsae.optim import ADAM_EPS, default_lr
+
+
+def _backward(loss: Tensor) -> None:
+    loss.backward()  # type: ignore[no-untyped-call]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One implementation, ready to run: `backward(loss(x))`, then `update()`.
+
+    Args:
+        loss: from x, [B, d_in] float32, to the scalar that it trains on.
+        update: all that follows backward: gradients adjusted, optimiser, decoder adjusted, gradients forgotten.
+        state: its parameters and buffers.
+        squared_error: from its loss and x to the sum of squared errors.
+        backward: of the loss, times a scale where its recipe has one.
+        products: how float32 products are computed around all of it: "tf32", "ieee", or None for as they are.
+    """
+
+    loss: Callable[[Tensor], Tensor]
+    update: Callable[[], None]
+    state: tuple[Tensor, ...]
+    squared_error: Callable[[float, Tensor], float]
+    backward: Callable[[Tensor], None] = _backward
+    products: str | None = None
+
+    def settings(self) -> AbstractContextManager[None]:
+        """Return the context in which all of it is to run."""
+        return float32_products(self.products)
+
+    def run(self, x: Tensor) -> Tensor:
+        """Do a whole training step; return the loss before it."""
+        loss = self.loss(x)
+        self.backward(loss)
+        self.update()
+        return loss.detach()
+
+
+@dataclass(frozen=True)
+class Peer:
+    """An implementation to stand beside ours.
+
+    Args:
+        name: as it stands in results.
+        module: that must be installed.
+        precision: of its products.
+        build: makes it ready.
+        install: how to install it.
+    """
+
+    name: str
+    module: str
+    precision: str
+    build: Callable[[Problem], Step]
+    install: str = "pip install 'flashsae[peers]'"
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether its module is there; it is not imported."""
+        return importlib.util.find_spec(self.module) is not None
+
+
+def _autocast(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> torch.autocast:
+    return torch.autocast(device.type, dtype)
+
+
+def _state(module: nn.Module) -> tuple[Tensor, ...]:
+    return (*module.parameters(), *module.buffers())
+
+
+def _fused(device: torch.device) -> dict[str, bool]:
+    return {"fused": device.type == "cuda"}
+
+
+@torch.no_grad()
+def _load(*pairs: tuple[Tensor, Tensor]) -> None:
+    for theirs, ours in pairs:
+        theirs.copy_(ours)
+
+
+def _sum_per_token(loss: float, x: Tensor) -> float:
+    return loss * len(x)
+
+
+def unit_norm_adam(weights: Iterable[Tensor], W_dec: Tensor) -> Callable[[], None]:
+    """Return an update by fused `torch.optim.Adam` that projects the gradient of the decoder and keeps its rows at 1.
+
+    Args:
+        weights: all parameters.
+        W_dec: [d_sae, d_in], that of the decoder among them.
+    """
+    adam = torch.optim.Adam(weights, default_lr(len(W_dec)), eps=ADAM_EPS, **_fused(W_dec.device))
+
+    @torch.no_grad()
+    def update() -> None:
+        assert W_dec.grad is not None
+        W_dec.grad.addcmul_((W_dec.grad * W_dec).sum(1, keepdim=True), W_dec, value=-1)
+        adam.step()
+        adam.zero_grad()
+        W_dec.div_(W_dec.norm(dim=1, keepdim=True))
+
+    return update
+
+
+def dense(problem: Problem, precision: str = "bf16", *, compiled: bool = False) -> Step:
+    """Dense PyTorch with autograd: linear, topk, relu, scatter, matmul; fused Adam, projection, unit norm.
+
+    Args:
+        problem: whose weights it starts from.
+        precision: "bf16" (autocast), "tf32" or "float32" (IEEE), by the settings of torch.backends, put back later.
+        compiled: forward and backward through torch.compile.
+    """
+    weights = tuple(weight.clone().requires_grad_() for weight in problem.weights)
+    W_enc_T, b_enc, W_dec, b_dec = weights
+    device, k = W_dec.device, problem.shape.k
+
+    def loss(x: Tensor) -> Tensor:
+        with _autocast(device) if precision == "bf16" else contextlib.nullcontext():
+            pre_acts = F.linear(x - b_dec, W_enc_T, b_enc)
+            top = pre_acts.topk(k, dim=-1, sorted=False)
+            latent_acts = torch.zeros_like(pre_acts).scatter(-1, top.indices, top.values.relu())
+            x_hat = latent_acts @ W_dec + b_dec
+        return (x_hat - x).square().sum()
+
+    return Step(
+        torch.compile(loss) if compiled else loss,
+        unit_norm_adam(weights, W_dec),
+        weights,
+        lambda value, x: value,
+        products={"bf16": None, "tf32": "tf32", "float32": "ieee"}[precision],
+    )
+
+
+def dense_compiled(problem: Problem) -> Step:
+    """Dense PyTorch in bf16 autocast, forward and backward through torch.compile."""
+    return dense(problem, compiled=True)
+
+
+def sparsify(problem: Problem) -> Step:
+    """EleutherAI sparsify (eai-sparsify): SparseCoder, which autocasts to bf16 by itself, and its Trainer's step.
+
+    Trained on the fraction of variance unexplained. Of the optimisers that its Trainer offers the torch Adam, in its
+    fused form, which is faster than the one it builds. The norm of the decoder, which it sets before the forward pass,
+    is set at the end of the step instead: the same sequence.
+    """
+    package = require("sparsify", "peers")
+    shape, (W_enc_T, b_enc, W_dec, b_dec) = problem.shape, problem.weights
+    config = package.SparseCoderConfig(num_latents=shape.d_sae, k=shape.k)
+    coder = package.SparseCoder(shape.d_in, config, device=W_dec.device, dtype=torch.float32)
+    _load((coder.encoder.weight, W_enc_T), (coder.encoder.bias, b_enc), (coder.W_dec, W_dec), (coder.b_dec, b_dec))
+    adam = torch.optim.Adam(coder.parameters(), 2e-4 / (shape.d_sae / 2**14) ** 0.5, **_fused(W_dec.device))
+
+    def loss(x: Tensor) -> Tensor:
+        fvu: Tensor = coder(x).fvu
+        return fvu
+
+    def update() -> None:
+        coder.remove_gradient_parallel_to_decoder_directions()
+        adam.step()
+        adam.zero_grad()
+        coder.set_decoder_norm_to_unit_norm()
+
+    return Step(loss, update, _state(coder), lambda value, x: value * total_variance(x))
+
+
+def sae_lens(problem: Problem) -> Step:
+    """SAELens: TopKTrainingSAE in bf16 autocast, clipping to norm 1 and Adam as its SAETrainer has them.
+
+    Without rescaling by the norms of the decoder, so that it computes what the others do; with dense activations, its
+    default. No dead latents are given, so the wait for their number falls away.
+    """
+    require("sae_lens", "peers")
+    step_input = require("sae_lens.saes.sae", "peers").TrainStepInput
+    topk = require("sae_lens.saes.topk_sae", "peers")
+    shape, (W_enc_T, b_enc, W_dec, b_dec) = problem.shape, problem.weights
+    config = topk.TopKTrainingSAEConfig(
+        d_in=shape.d_in,
+        d_sae=shape.d_sae,
+        k=shape.k,
+        dtype="float32",
+        device=str(W_dec.device),
+        apply_b_dec_to_input=True,
+        rescale_acts_by_decoder_norm=False,
+    )
+    sae = topk.TopKTrainingSAE(config)
+    _load((sae.W_enc, W_enc_T.T), (sae.b_enc, b_enc), (sae.W_dec, W_dec), (sae.b_dec, b_dec))
+    adam = torch.optim.Adam(sae.parameters(), lr=3e-4, betas=(0.9, 0.999))
+
+    def loss(x: Tensor) -> Tensor:
+        given = step_input(sae_in=x, coefficients={}, dead_neuron_mask=None, n_training_steps=0, is_logging_step=False)
+        with _autocast(x.device):
+            result: Tensor = sae.training_forward_pass(given).loss
+        return result
+
+    def update() -> None:
+        torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
+        adam.step()
+        adam.zero_grad()
+
+    return Step(loss, update, _state(sae), _sum_per_token)
+
+
+def dictionary_learning(problem: Problem) -> Step:
+    """dictionary_learning: the loss and update of its TopKTrainer in bf16 autocast, as its trainSAE calls them.
+
+    Without the auxiliary loss and its wait, without reading the loss back, and without the running threshold, which
+    would wait too. Its Adam is the one that the trainer builds.
+    """
+    top_k = require("dictionary_learning.trainers.top_k", "peers")
+    shape, (W_enc_T, b_enc, W_dec, b_dec) = problem.shape, problem.weights
+    device = W_dec.device
+    with torch.device(device):
+        trainer = top_k.TopKTrainer(
+            steps=100_000,
+            activation_dim=shape.d_in,
+            dict_size=shape.d_sae,
+            k=shape.k,
+            layer=0,
+            lm_name="none",
+            auxk_alpha=0,
+            warmup_steps=0,
+            device=str(device),
+        )
+    sae = trainer.ae
+    decoder = sae.decoder.weight
+    _load((sae.encoder.weight, W_enc_T), (sae.encoder.bias, b_enc), (decoder, W_dec.T), (sae.b_dec, b_dec))
+
+    def loss(x: Tensor) -> Tensor:
+        with _autocast(device):
+            result: Tensor = trainer.loss(x.to(torch.bfloat16), step=0)
+        return result
+
+    def update() -> None:
+        with _autocast(device):
+            decoder.grad = top_k.remove_gradient_parallel_to_decoder_directions(
+                decoder, decoder.grad, shape.d_in, shape.d_sae
+            )
+            torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
+            trainer.optimizer.step()
+            trainer.optimizer.zero_grad()
+            decoder.data = top_k.set_decoder_norm_to_unit_norm(decoder, shape.d_in, shape.d_sae)
+
+    return Step(loss, update, _state(sae), _sum_per_token)
+
+
+def openai(problem: Problem) -> Step:
+    """OpenAI sparse_autoencoder: fp16 autocast, loss scale and fused Adam, as its training_loop_ has them.
+
+    No clipping and no moving average of weights, its defaults; the loss is not printed at each step.
+    """
+    train, kernels = (require(f"sparse_autoencoder.{name}", "peers") for name in ("train", "kernels"))
+    if train.sharded_topk.__name__ == "sharded_topk":
+        sharded_topk = train.sharded_topk
+
+        def topk_on_one_gpu(x: Tensor, k: int, sh_comm: Any, capacity_factor: Any = None) -> tuple[Tensor, Tensor]:
+            # on one GPU sh_comm is None, and the original asks None for its size when a capacity factor is given
+            result: tuple[Tensor, Tensor] = sharded_topk(x, k, sh_comm, None if sh_comm is None else capacity_factor)
+            return result
+
+        train.sharded_topk = topk_on_one_gpu  # type: ignore[attr-defined]
+    shape, (W_enc_T, b_enc, W_dec, b_dec) = problem.shape, problem.weights
+    device = W_dec.device
+    with torch.device(device):
+        sae = train.FastAutoencoder(shape.d_sae, shape.d_in, shape.k, auxk=None, dead_steps_threshold=10**9)
+    _load((sae.encoder.weight, W_enc_T), (sae.latent_bias, b_enc), (sae.decoder.weight, W_dec.T))
+    _load((sae.pre_bias, b_dec))
+    adam = torch.optim.Adam(sae.parameters(), lr=1e-4, eps=6.25e-10, **_fused(device))
+    scaler = torch.amp.GradScaler(device.type)
+
+    def loss(x: Tensor) -> Tensor:
+        with _autocast(device, torch.float16):
+            result: Tensor = kernels.mse(sae(x)[0], x)
+        return result
+
+    def update() -> None:
+        train.unit_norm_decoder_(sae)
+        train.unit_norm_decoder_grad_adjustment_(sae)
+        scaler.unscale_(adam)
+        scaler.step(adam)
+        scaler.update()
+        adam.zero_grad()
+
+    return Step(
+        loss,
+        update,
+        _state(sae),
+        lambda value, x: value * x.numel(),
+        backward=lambda value: _backward(scaler.scale(value)),
+    )
+
+
+DENSE = Peer("dense PyTorch", "torch", "bf16", dense)
+DENSE_COMPILED = Peer("dense PyTorch, compiled", "torch", "bf16", dense_compiled)
+LIBRARIES = (
+    Peer("sparsify", "sparsify", "bf16", sparsify),
+    Peer("dictionary_learning", "dictionary_learning", "bf16", dictionary_learning),
+    Peer("SAELens", "sae_lens", "bf16", sae_lens),
+    Peer(
+        "OpenAI", "sparse_autoencoder", "fp16", openai, "pip install git+https://github.com/openai/sparse_autoencoder"
+    ),
+)
