@@ -15,9 +15,12 @@ from rich.console import Console
 from rich.table import Table
 
 from flashsae import __version__, backend
+from flashsae.bench.problem import Shape
+from flashsae.bench.step import bench_step
 from flashsae.data.open import ActivationsConfig, cache_activations
 from flashsae.errors import ConfigError, FlashSAEError
-from flashsae.run import discard_if_empty, draw_report, execute, new_run
+from flashsae.ops.validate import Precision
+from flashsae.run import discard_if_empty, draw_report, execute, new_run, show_plan
 from flashsae.settings import CONFIG_FILE, RunConfig, check_toml
 from flashsae.train.callbacks import StageBar
 from flashsae.train.config import TrainConfig
@@ -29,6 +32,8 @@ app = App(
     default_parameter=Parameter(negative_iterable=()),
 )
 app.meta.group_parameters = Group("Everywhere")
+bench = App(name="bench", help="Measure speed and memory on this machine.")
+app.command(bench)
 
 Activations = Annotated[ActivationsConfig, Parameter(name="*", group="Activations")]
 Training = Annotated[TrainConfig, Parameter(name="*", group=Group("Training", sort_key=2))]
@@ -43,6 +48,7 @@ def train(
     resume: Path | None = None,
     logger: tuple[str, ...] = (),
     report: bool = True,
+    plan: bool = False,
 ) -> None:
     """Train a sparse autoencoder on the activations of a language model, measure it and draw a report.
 
@@ -54,11 +60,15 @@ def train(
             from there.
         logger: tensorboard or wandb, beside metrics.jsonl. May be repeated.
         report: End with report.html.
+        plan: Print what the run will do, how much memory it needs and for what, and stop.
     """
     console = Console()
     config = RunConfig(activations, training, logger, report)
     if resume is not None and (run is not None or config != RunConfig()):
         raise ConfigError("resume: expected no other setting beside it; a run is gone on with as it was begun.")
+    if plan:
+        show_plan(config if resume is None else RunConfig.from_toml(resume / CONFIG_FILE), console)
+        return
     folder = new_run(config, run) if resume is None else resume
     RunConfig.from_toml(folder / CONFIG_FILE)  # so that what follows is a run indeed
     try:
@@ -132,6 +142,39 @@ def doctor() -> None:
     for each in backend.backends():
         mark = "[green]works[/]" if each.works else "[yellow]does not work[/]"
         console.print(f"backend {each.name}: {mark}: {each.reason}", highlight=False)
+
+
+@bench.command
+def step(
+    *,
+    d_in: int = 768,
+    d_sae: int = 24576,
+    k: int = 32,
+    batch_tokens: int = 4096,
+    precision: Precision = "bf16",
+    peers: bool = True,
+    seconds: float = 1.0,
+    json: Path | None = None,
+    tiny: Annotated[bool, Parameter(show=False)] = False,
+) -> None:
+    """Measure a whole training step: ours by stage, then beside dense PyTorch and other libraries.
+
+    Needs a GPU. An implementation is timed only if its result is that of the dense float32 code. Other libraries come
+    with pip install 'flashsae[peers]'.
+
+    Args:
+        d_in: Width of the activations.
+        d_sae: Number of latents.
+        k: Latents active for each token.
+        batch_tokens: Tokens in a step.
+        precision: Of our products; others keep that of their own recipe, mostly bf16.
+        peers: Measure the libraries that are installed, beside dense PyTorch.
+        seconds: Budget of each measurement, without building and warm-up.
+        json: File for the results.
+        tiny: Toy sizes on any device, to try the command.
+    """
+    shape = Shape("", batch_tokens, d_in, d_sae, k)
+    bench_step(shape, precision, peers=peers, seconds=seconds, is_tiny=tiny, path=json, console=Console())
 
 
 @app.meta.default

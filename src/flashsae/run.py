@@ -44,6 +44,9 @@ MEASURE_TOKENS = 8192
 EVALUATION_TOKENS = 1 << 18
 SNIPPET_TOKENS = 150_000
 
+RUNS = Path("runs")
+"""Where runs go that are given no folder."""
+
 
 def new_run(config: RunConfig, run: Path | None = None) -> Path:
     """Make the folder of a run with its settings in it; a kill leaves no folder or a whole one.
@@ -56,7 +59,7 @@ def new_run(config: RunConfig, run: Path | None = None) -> Path:
     """
     if run is None:
         names = (run_name(config.activations) + suffix for suffix in chain([""], (f"-{n}" for n in count(2))))
-        run = next(path for path in map(Path("runs").joinpath, names) if not path.exists())
+        run = next(path for path in map(RUNS.joinpath, names) if not path.exists())
     if run.exists():
         raise StorageError(
             f"{run} exists already and is not overwritten. Go on with it: flashsae train --resume {run}, or give "
@@ -109,6 +112,16 @@ def _execute(run: Path, config: RunConfig, console: Console) -> None:
             new_run(one, part)
         console.rule(hookpoint)
         _execute_one(part, one, source, opened, console)
+
+
+def show_plan(config: RunConfig, console: Console) -> None:
+    """Print what a run with these settings will do and need; make nothing.
+
+    Raises:
+        ConfigError, DataError: as `execute`, before it does anything.
+    """
+    prepared = _prepare(config, RUNS / "plan")
+    console.print(_plan_table(config.train, prepared, resolve_device(config.train.device), None))
 
 
 def draw_report(run: Path, console: Console) -> list[Path]:
@@ -249,7 +262,7 @@ def _describe_latents(run: Path, sae: SAE, hookpoint: str, opened: Opened, conso
     write_snippets(run / "snippets.json", snippets)
 
 
-def _plan_table(config: TrainConfig, prepared: Prepared, device: torch.device, run: Path) -> Table:
+def _plan_table(config: TrainConfig, prepared: Prepared, device: torch.device, run: Path | None) -> Table:
     settings = config.resolve(next(iter(prepared.widths.values())))
     is_stream = prepared.cache_bytes == 0
     plan = make_plan(settings, device, 4 * settings.shuffle_tokens * settings.d_in if is_stream else 0)
@@ -264,8 +277,9 @@ def _plan_table(config: TrainConfig, prepared: Prepared, device: torch.device, r
         "peak memory": f"about {plan.peak_bytes / 1e9:.2f} GB on {device}: "
         + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in plan.parts.items())
         + ("" if is_stream else f"; {prepared.cache_bytes / 1e9:.1f} GB on disk at most"),
-        "run folder": str(run),
     }
+    if run is not None:
+        rows["run folder"] = str(run)
     return _table("Plan", rows)
 
 

@@ -58,7 +58,7 @@ def gemm_run(x: Tensor, W_enc_T: Tensor) -> tuple[Callable[[int], object], float
     out = torch.empty(rows, d_sae, dtype=x.dtype, device=x.device)
 
     def run(i: int) -> None:
-        for chunk in x.split(rows):
+        for chunk in torch.split(x, rows):
             torch.mm(chunk, W_enc_T.T, out=out[: len(chunk)])
 
     return run, 2.0 * tokens * d_in * d_sae

@@ -148,7 +148,7 @@ def expected_rows(problem: Problem, lr: float) -> Rows:
         centred = (x - problem.b_dec).double()
         active = code.top_indices.flatten()
         spread = torch.linspace(0, len(active) - 1, SAMPLED_ROWS, device=x.device).long()
-        latents = active[spread].unique()
+        latents: Tensor = torch.unique(active[spread])
         grads: tuple[list[Tensor], list[Tensor]] = [], []
         for latent in latents.tolist():
             tokens, places = ((code.top_indices == latent) & (code.top_acts > 0)).nonzero(as_tuple=True)

@@ -93,10 +93,6 @@ def _state(module: nn.Module) -> tuple[Tensor, ...]:
     return (*module.parameters(), *module.buffers())
 
 
-def _fused(device: torch.device) -> dict[str, bool]:
-    return {"fused": device.type == "cuda"}
-
-
 @torch.no_grad()
 def _load(*pairs: tuple[Tensor, Tensor]) -> None:
     for theirs, ours in pairs:
@@ -114,7 +110,7 @@ def unit_norm_adam(weights: Iterable[Tensor], W_dec: Tensor) -> Callable[[], Non
         weights: all parameters.
         W_dec: [d_sae, d_in], that of the decoder among them.
     """
-    adam = torch.optim.Adam(weights, default_lr(len(W_dec)), eps=ADAM_EPS, **_fused(W_dec.device))
+    adam = torch.optim.Adam(weights, default_lr(len(W_dec)), eps=ADAM_EPS, fused=W_dec.is_cuda)
 
     @torch.no_grad()
     def update() -> None:
@@ -147,8 +143,11 @@ def dense(problem: Problem, precision: str = "bf16", *, compiled: bool = False) 
             x_hat = latent_acts @ W_dec + b_dec
         return (x_hat - x).square().sum()
 
+    if compiled:
+        torch.compiler.reset()  # else a second size is compiled for any size, which is slower
+        loss = torch.compile(loss, dynamic=False)
     return Step(
-        torch.compile(loss) if compiled else loss,
+        loss,
         unit_norm_adam(weights, W_dec),
         weights,
         lambda value, x: value,
@@ -173,7 +172,7 @@ def sparsify(problem: Problem) -> Step:
     config = package.SparseCoderConfig(num_latents=shape.d_sae, k=shape.k)
     coder = package.SparseCoder(shape.d_in, config, device=W_dec.device, dtype=torch.float32)
     _load((coder.encoder.weight, W_enc_T), (coder.encoder.bias, b_enc), (coder.W_dec, W_dec), (coder.b_dec, b_dec))
-    adam = torch.optim.Adam(coder.parameters(), 2e-4 / (shape.d_sae / 2**14) ** 0.5, **_fused(W_dec.device))
+    adam = torch.optim.Adam(coder.parameters(), 2e-4 / (shape.d_sae / 2**14) ** 0.5, fused=W_dec.is_cuda)
 
     def loss(x: Tensor) -> Tensor:
         fvu: Tensor = coder(x).fvu
@@ -289,7 +288,7 @@ def openai(problem: Problem) -> Step:
         sae = train.FastAutoencoder(shape.d_sae, shape.d_in, shape.k, auxk=None, dead_steps_threshold=10**9)
     _load((sae.encoder.weight, W_enc_T), (sae.latent_bias, b_enc), (sae.decoder.weight, W_dec.T))
     _load((sae.pre_bias, b_dec))
-    adam = torch.optim.Adam(sae.parameters(), lr=1e-4, eps=6.25e-10, **_fused(device))
+    adam = torch.optim.Adam(sae.parameters(), lr=1e-4, eps=6.25e-10, fused=W_dec.is_cuda)
     scaler = torch.amp.GradScaler(device.type)
 
     def loss(x: Tensor) -> Tensor:

@@ -110,7 +110,7 @@ def make_problem(
     x_bytes = shape.batch_tokens * shape.d_in * dtype.itemsize
     turns = min(4, -(-L2_BYTES // x_bytes)) if device.type == "cuda" else 2
     W_dec = torch.empty(shape.d_sae, shape.d_in, dtype=dtype, device=device)
-    for rows in W_dec.split(65536):
+    for rows in torch.split(W_dec, 65536):
         drawn = draw(len(rows), shape.d_in)
         rows.copy_(drawn / drawn.norm(dim=1, keepdim=True))
     W_enc_T = W_dec if tied and not dead else W_dec.clone()
@@ -130,7 +130,7 @@ def dense_code(problem: Problem, i: int) -> Code:
     """Encode input i with torch.topk over dense pre-activations, a few rows at a time."""
     W_enc_T, b_enc, _, b_dec = problem.weights
     acts, indices = [], []
-    for rows in problem.x(i).split(max(1, 2**29 // problem.shape.d_sae)):
+    for rows in torch.split(problem.x(i), max(1, 2**29 // problem.shape.d_sae)):
         top = ((rows - b_dec) @ W_enc_T.T + b_enc).topk(problem.shape.k, dim=1)
         order = top.indices.argsort(dim=1)
         acts.append(top.values.gather(1, order).float().relu())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -89,7 +90,7 @@ def profiled_steps(run: Callable[[int], Any], device: torch.device) -> list[list
     found = [
         Kernel(event.name, event.time_range.start, event.time_range.end)
         for event in profiler.events() or []
-        if event.device_type == torch.autograd.DeviceType.CUDA
+        if event.device_type.name == "CUDA"
     ]
     return split_steps(found, PROFILED_STEPS)
 
@@ -101,7 +102,7 @@ def split_steps(kernels: Sequence[Kernel], steps: int) -> list[list[Kernel]]:
         return []
     pauses = sorted(range(1, len(ordered)), key=lambda i: ordered[i - 1].end - ordered[i].start)[: steps - 1]
     cuts = [0, *sorted(pauses), len(ordered)]
-    return [ordered[first:last] for first, last in zip(cuts, cuts[1:])]
+    return [ordered[first:last] for first, last in pairwise(cuts)]
 
 
 def stage_times(steps: Sequence[Sequence[Kernel]], parameters: Sequence[str], step_ms: float) -> dict[str, float]:
@@ -134,7 +135,7 @@ def stage_records(times: dict[str, float], step: OurStep, shape: Shape, ceilings
     work = {
         ENCODE: ("tflops", flops / 1e9, "gemm"),
         DECODE: ("gbs", gathered / 1e6, "gather"),
-        **{stage: ("gbs", streamed / 1e6, "copy") for stage in PASSES.values()},
+        **dict.fromkeys(PASSES.values(), ("gbs", streamed / 1e6, "copy")),
     }
     total, records = sum(times.values()), []
     for stage, ms in times.items():

@@ -11,11 +11,9 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from flashsae import files
@@ -31,21 +29,28 @@ from flashsae.ops.validate import Precision, check_k
 FORMAT = "flashsae.bench.step"
 FORMAT_VERSION = 1
 HOW_STAGES = (
-    "Stages: kernels of replayed steps under the profiler, each stage's share of the time from the first kernel of a "
-    "step to its last, times the measured step. Ceilings, measured just before: the dense product of this size (gemm), a "
-    "copy in the memory of the device, a gather of rows from its cache."
+    "Kernels of replayed steps under the profiler: each stage has its share of the time from the first kernel of a "
+    "step to its last, of the step as it was measured. Ceilings, measured just before: gemm, the dense product of this "
+    "size; copy, in the memory of the device; gather, of rows from its cache."
 )
 HOW_STEPS = (
-    "Steps: forward, backward and optimiser, median and 10th to 90th percentile of times between two events on the "
-    "device, random data, same initial weights. Peak: tensors alive at once: weights, optimiser, inputs, workspace. "
-    "An implementation is timed only if its squared error is that of the dense float32 code and its loss falls."
+    "Forward, backward and optimiser; median and 10th to 90th percentile of the time between two events on the device. "
+    "Random data, the same initial weights. Peak: tensors alive at once, be they weights, optimiser, inputs or "
+    "workspace. Timed only if the squared error is that of the dense float32 code and the loss falls."
 )
 NO_BENCHMARK = "These are toy sizes, to try the command: the times say nothing about speed."
 
 
 def bench_step(
-    shape: Shape, precision: Precision, *, peers: bool, seconds: float, is_tiny: bool, console: Console
-) -> dict[str, Any]:
+    shape: Shape,
+    precision: Precision,
+    *,
+    peers: bool,
+    seconds: float,
+    is_tiny: bool,
+    path: Path | None,
+    console: Console,
+) -> None:
     """Measure and print.
 
     Args:
@@ -54,11 +59,11 @@ def bench_step(
         peers: measure other libraries, or say how to install them.
         seconds: budget of each measurement, warm-up apart.
         is_tiny: scale the size down until any device runs it at once.
+        path: of the JSON file; None writes none.
         console: to print on.
-    Returns:
-        what the JSON file holds.
     Raises:
         ConfigError: there is no CUDA device, a size is not positive, or k > d_sae.
+        StorageError: the file cannot be written.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not is_tiny:
@@ -67,8 +72,11 @@ def bench_step(
             "timed there; `flashsae doctor` says what works on this machine."
         )
     _check(shape, seconds)
+    if path is not None:  # before minutes of measuring
+        with files.storage_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
     shape = tiny(shape) if is_tiny else shape
-    console.print(_size_text(shape), highlight=False)
+    _print(console, _size_text(shape))
     with console.status("ceilings of the device"):
         ceilings = measure_ceilings(shape, precision, device, seconds)
     with console.status(f"{OURS}, {precision}"):
@@ -82,26 +90,24 @@ def bench_step(
         steps.append({"name": peer.name, "precision": peer.precision, **record})
     add_ratios(steps)
     about = facts(device)
+    if path is not None:
+        described = {"shape": asdict(shape), "precision": precision, "tiny": is_tiny, "facts": about}
+        head = {"format": FORMAT, "format_version": FORMAT_VERSION, **described}
+        result = {**head, "ceilings": asdict(ceilings), "stages": stages, "steps": steps}
+        files.write_atomic(path, json.dumps(result, indent=2) + "\n")
     if stages:
-        console.print(stage_table(stages, ceilings), "", HOW_STAGES, "", highlight=False)
+        _print(console, stage_table(stages, ceilings), HOW_STAGES, "")
     else:
-        console.print(f"No table of stages: {why}.", highlight=False)
-    console.print(step_table(steps), "", HOW_STEPS, highlight=False)
-    console.print(", ".join(f"{name} {value}" for name, value in about.items()), highlight=False)
+        _print(console, f"No table of stages: {why}.", "")
+    _print(console, step_table(steps), *_complaints(steps), HOW_STEPS)
+    _print(console, ", ".join(f"{name} {value}" for name, value in about.items()))
     if is_tiny:
-        console.print(NO_BENCHMARK, highlight=False)
-    described = {"shape": asdict(shape), "precision": precision, "facts": about, "ceilings": asdict(ceilings)}
-    head = {"format": FORMAT, "format_version": FORMAT_VERSION, "tiny": is_tiny}
-    return {**head, **described, "stages": stages, "steps": steps}
+        _print(console, NO_BENCHMARK)
 
 
-def write_json(result: dict[str, Any], path: Path) -> None:
-    """Write what `bench_step` returned.
-
-    Raises:
-        StorageError: the file cannot be written.
-    """
-    files.write_atomic(path, json.dumps(result, indent=2) + "\n")
+def _print(console: Console, *parts: Table | str) -> None:
+    for part in parts:
+        console.print(part, highlight=False, markup=False)
 
 
 def add_ratios(steps: list[Record]) -> None:
@@ -130,36 +136,33 @@ def stage_table(stages: list[Record], ceilings: Ceilings) -> Table:
 
 def step_table(steps: list[Record]) -> Table:
     """Return the table of whole steps."""
-    table = _table(
-        "Whole training steps", "implementation", "products", "ms", "p10 – p90", "tokens/s", "peak GB", "× ours", "status"
-    )
+    table = _table("Whole training steps", "implementation", "ms", "p10 – p90", "Mtoken/s", "peak GB", "× ours")
     for record in steps:
-        name = record["name"], record["precision"]
+        name = f"{record['name']}, {record['precision']}"
         if "median_ms" not in record:
-            why = f": {record['why']}" if "why" in record else ""
-            table.add_row(*name, "", "", "", "", "", escape(record["status"] + why))
+            table.add_row(name, record["status"])
             continue
         peak, ratio = record["peak_bytes"], record.get("ratio_to_ours")
         table.add_row(
-            *name,
+            name,
             f"{record['median_ms']:.3f}",
-            f"{record['p10_ms']:.3f} – {record['p90_ms']:.3f}",
-            f"{record['tokens_per_s']:,.0f}",
+            f"{record['p10_ms']:.2f} – {record['p90_ms']:.2f}",
+            f"{record['tokens_per_s'] / 1e6:.3f}",
             "" if peak is None else f"{peak / 1e9:.2f}",
             "" if ratio is None else f"{ratio:.2f}",
-            record["status"],
         )
     return table
+
+
+def _complaints(steps: list[Record]) -> list[str]:
+    return [f"{record['name']}: {record['status']}: {record['why']}" for record in steps if "why" in record]
 
 
 def _table(title: str, first: str, *others: str) -> Table:
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     table.add_column(first, no_wrap=True)
     for heading in others:
-        if heading in ("status", "products", "ceiling"):
-            table.add_column(heading, overflow="fold")
-        else:
-            table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(heading, justify="right", no_wrap=True)
     return table
 
 

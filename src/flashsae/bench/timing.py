@@ -72,11 +72,11 @@ def _times_by_events(runs: Sequence[Callable[[int], Any]], device: torch.device,
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2 * iterations)] for _ in runs]  # type: ignore[no-untyped-call]
     for i in range(iterations):
         for run, marks in zip(runs, events):
-            marks[2 * i].record()  # type: ignore[no-untyped-call]
+            marks[2 * i].record()
             run(i)
-            marks[2 * i + 1].record()  # type: ignore[no-untyped-call]
+            marks[2 * i + 1].record()
     torch.cuda.synchronize(device)
-    return [[first.elapsed_time(last) for first, last in zip(marks[::2], marks[1::2])] for marks in events]  # type: ignore[no-untyped-call]
+    return [[first.elapsed_time(last) for first, last in zip(marks[::2], marks[1::2])] for marks in events]
 
 
 def _times_by_clock(runs: Sequence[Callable[[int], Any]], device: torch.device, iterations: int) -> list[list[float]]:
@@ -93,10 +93,10 @@ def captured(run: Callable[[int], Any]) -> Callable[[int], None]:
     """Return a function that replays `run(0)` as a CUDA graph."""
     graph = torch.cuda.CUDAGraph()
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    side.wait_stream(torch.cuda.current_stream())  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         run(0)
-    torch.cuda.current_stream().wait_stream(side)  # type: ignore[no-untyped-call]
+    torch.cuda.current_stream().wait_stream(side)
     with torch.cuda.graph(graph):
         run(0)
     return lambda i: graph.replay()

@@ -27,7 +27,7 @@ class TrainConfig:
         decay_fraction: Last fraction of the steps, in which the learning rate falls linearly to 0.
         clip_norm: Largest global norm of the gradient. Default: no clipping.
         auxk_alpha: Weight of the auxiliary loss that revives dead latents; 0 turns it off.
-        k_aux: Dead latents that the auxiliary loss uses for each token. Default: d_in / 2.
+        k_aux: Dead latents that the auxiliary loss uses for each token. Default: d_in / 2, 1024 at most.
         dead_after_tokens: A latent is dead when no token of this many gave it a value above 0. Default: tokens
             / 10, 10 million at most.
         shuffle_tokens: Tokens that are mixed with each other; bounds the memory of the shuffle.
@@ -93,7 +93,7 @@ class TrainConfig:
             "d_sae": d_sae,
             "lr": default_lr(d_sae),
             "warmup_steps": min(1000, self.steps // 20),
-            "k_aux": max(1, d_in // 2),
+            "k_aux": min(1024, max(1, d_in // 2)),
             "dead_after_tokens": min(10_000_000, max(1, self.tokens // 10)),
             "evaluate_every_steps": max(1, self.steps // 20),
         }

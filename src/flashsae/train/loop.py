@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from flashsae.data.prefetch import Prefetcher
 from flashsae.data.shuffle import Batches
-from flashsae.errors import CheckpointError, FlashSAEError
+from flashsae.errors import CheckpointError, ConfigError, FlashSAEError
 from flashsae.io.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from flashsae.nn.losses import fvu_weights
 from flashsae.nn.sae import SAE, SAEConfig
@@ -68,8 +68,11 @@ def init_state(
         checkpoints: folder whose newest checkpoint is gone on from, if it holds one. Otherwise, and for None, the
             start: random unit directions, b_dec at the mean of some tokens.
     Raises:
+        ConfigError: k_aux is larger than a GPU can select.
         CheckpointError: the newest checkpoint is damaged or foreign. It is not passed over silently.
     """
+    if device.type == "cuda" and config.auxk_alpha and config.k_aux > 1024:
+        raise ConfigError(f"k_aux: expected at most 1024 on a GPU, got {config.k_aux}.")
     found = [] if checkpoints is None else list_checkpoints(checkpoints)
     sae = SAE(SAEConfig(config.d_in, config.d_sae, config.k), seed=config.seed).to(device)
     sae.precision = config.precision

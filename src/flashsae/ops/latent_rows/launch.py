@@ -63,16 +63,16 @@ def launch_column_sums(coeffs: Tensor, rows: Tensor, dtype: torch.dtype) -> Tens
     rows = rows_contiguous(rows)
     n, d = rows.shape
     weights: Tensor | None = coeffs.contiguous()
-    run = RUN
+    run, tile = 256, {"BLOCK_E": 32, "BLOCK_D": 128}
     while True:
         pieces = triton.cdiv(n, run)
         out = torch.empty(max(1, pieces), d, dtype=torch.float32 if pieces > 1 else dtype, device=rows.device)
         if n == 0:
             return out.zero_()[0]
-        kernels.latent_rows_column_kernel[(pieces, triton.cdiv(d, 128))](
-            weights, rows, out, n, d, rows.stride(0), RUN=run, BLOCK_E=32, BLOCK_D=128, num_warps=4
+        kernels.latent_rows_column_kernel[(pieces, triton.cdiv(d, tile["BLOCK_D"]))](
+            weights, rows, out, n, d, rows.stride(0), RUN=run, **tile, num_warps=4
         )
         if pieces == 1:
             return out[0]
         weights, rows, n = None, out, pieces
-        run = RUN if pieces > 8 * RUN else 8 * RUN  # a longer last level spares a launch
+        run, tile = 1024, {"BLOCK_E": 128, "BLOCK_D": 32}  # what is left is little: few launches, many programs

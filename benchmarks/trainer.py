@@ -1,0 +1,137 @@
+"""The whole trainer beside a dense one, same seed and data: tier T4. `python -m benchmarks.trainer CACHE`.
+
+`flashsae.train` with all it does (AuxK, clipping off, schedule, latent pass, split weights, CUDA graph) against dense
+autograd with the same recipe and `torch.optim.Adam`, in float32 (TF32 off) and in bf16 autocast. The measure is the
+FVU of held-out tokens at the end. Needs a cache from `flashsae cache`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import cyclopts
+import torch
+from torch import Tensor
+
+from flashsae.bench.timing import facts
+from flashsae.data.cache import ActivationCache
+from flashsae.data.shuffle import RowShuffle
+from flashsae.evaluate.heldout import evaluate, held_out_batches
+from flashsae.nn.sae import SAE
+from flashsae.ops.validate import Precision
+from flashsae.optim import ADAM_EPS, lr_factor
+from flashsae.train.config import ResolvedConfig, TrainConfig
+from flashsae.train.loop import TrainState, init_state, train_step
+
+Params = dict[str, Tensor]
+RESULTS = Path(__file__).parent / "results"
+HELD_OUT = 0.1
+
+
+def start(source: ActivationCache, config: ResolvedConfig) -> TrainState:
+    """Return the state that both begin with."""
+    batches = RowShuffle(source, config.batch_tokens, seed=config.seed, window_rows=config.shuffle_tokens)
+    return init_state(config, batches, torch.device(config.device))
+
+
+def ours(source: ActivationCache, config: ResolvedConfig) -> tuple[SAE, list[float]]:
+    """Train as the library does; return the SAE and the FVU of each step."""
+    state = start(source, config)
+    curve = []
+    for _ in range(config.steps):
+        batch = state.batches.next_batch().to(config.device)
+        curve.append(train_step(state, batch, config, state.scale)["fvu"].clone())
+    return state.finished_sae().to(config.device), torch.stack(curve).tolist()
+
+
+def dense_losses(x: Tensor, p: Params, dead: Tensor, config: ResolvedConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Return FVU and AuxK loss of a dense SAE, and on how many tokens each latent was active."""
+    pre_acts = (x - p["b_dec"]) @ p["W_enc_T"].T + p["b_enc"]
+    top = pre_acts.topk(config.k, dim=1)
+    latent_acts = torch.zeros_like(pre_acts).scatter(1, top.indices, top.values.relu())
+    residual = x - (latent_acts @ p["W_dec"] + p["b_dec"]).float()
+    fvu = residual.square().sum() / (x - x.mean(0)).square().sum()
+    k_aux = min(config.k_aux, int(dead.sum()))
+    if k_aux == 0:
+        return fvu, torch.zeros_like(fvu), (latent_acts > 0).sum(0)
+    masked = pre_acts.masked_fill(~dead, -torch.inf).topk(k_aux, dim=1)
+    aux_acts = torch.zeros_like(pre_acts).scatter(1, masked.indices, masked.values.relu())
+    target = residual.detach()
+    missed = (target - (aux_acts @ p["W_dec"]).float()).square().sum()
+    return fvu, missed / (target - target.mean(0)).square().sum(), (latent_acts > 0).sum(0)
+
+
+def dense(source: ActivationCache, config: ResolvedConfig, autocast: bool) -> tuple[SAE, list[float]]:
+    """Train the dense SAE with naive autograd; return the SAE and the FVU of each step."""
+    state = start(source, config)
+    sae, curve = state.sae, []
+    params = {name: p.detach().clone().requires_grad_() for name, p in sae.named_parameters()}
+    adam = torch.optim.Adam(params.values(), lr=config.lr, eps=ADAM_EPS)
+    since_fired = torch.zeros(config.d_sae, dtype=torch.int64, device=config.device)
+    decay_steps = round(config.decay_fraction * config.steps)
+    for step in range(config.steps):
+        x = state.batches.next_batch().to(config.device).float() * state.scale
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            fvu, aux, active = dense_losses(x, params, since_fired >= config.dead_after_tokens, config)
+        adam.zero_grad()
+        (fvu + config.auxk_alpha * aux).backward()
+        with torch.no_grad():
+            W_dec = params["W_dec"]
+            W_dec.grad -= (W_dec.grad * W_dec).sum(1, keepdim=True) * W_dec
+            adam.param_groups[0]["lr"] = config.lr * lr_factor(step, config.steps, config.warmup_steps, decay_steps)
+            adam.step()
+            W_dec /= W_dec.norm(dim=1, keepdim=True)
+        since_fired = (since_fired + len(x)) * (active == 0)
+        curve.append(fvu.detach())
+    with torch.no_grad():
+        for name, parameter in sae.named_parameters():
+            parameter.copy_(params[name])
+    sae.precision = None
+    return sae.rescaled(state.scale), torch.stack(curve).tolist()
+
+
+def main(
+    cache: Path, *, d_sae: int = 32768, k: int = 32, steps: int = 1000, batch_tokens: int = 1024,
+    out: Path = RESULTS / "trainer.jsonl",
+) -> None:  # fmt: skip
+    """Train every arm on the same cached activations and append one JSON line each.
+
+    Args:
+        cache: folder that `flashsae cache` wrote.
+        d_sae, k, steps, batch_tokens: of the training.
+        out: JSON lines file.
+    """
+    torch.set_float32_matmul_precision("highest")
+    source = ActivationCache(cache, held_out=HELD_OUT)
+    held_out = list(held_out_batches(source, 1 << 20))
+
+    def settings(precision: Precision) -> ResolvedConfig:
+        return TrainConfig(
+            d_sae=d_sae, k=k, tokens=steps * batch_tokens, batch_tokens=batch_tokens, precision=precision, device="cuda"
+        ).resolve(source.d_in)
+
+    arms: dict[str, Callable[[], tuple[SAE, list[float]]]] = {
+        "dense float32": lambda: dense(source, settings("float32"), autocast=False),
+        "flashsae float32": lambda: ours(source, settings("float32")),
+        "dense bf16 autocast": lambda: dense(source, settings("float32"), autocast=True),
+        "flashsae bf16": lambda: ours(source, settings("bf16")),
+    }
+    reference = 0.0
+    for name, run in arms.items():
+        sae, curve = run()
+        result = evaluate(sae, held_out)
+        reference = reference or result.fvu
+        apart = result.fvu / reference - 1
+        print(f"{name:20s} held-out FVU {result.fvu:.6f} ({apart:+.3%} of dense float32), last batch {curve[-1]:.6f}")
+        record = {
+            "arm": name, "d_in": source.d_in, "d_sae": d_sae, "k": k, "batch_tokens": batch_tokens,
+            "held_out_tokens": result.tokens, "held_out_fvu": result.fvu, "fvu": curve,
+        }  # fmt: skip
+        with out.open("a") as file:
+            file.write(json.dumps(record | facts(torch.device("cuda"))) + "\n")
+
+
+if __name__ == "__main__":
+    cyclopts.run(main)
