@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint
+.PHONY: demo test lint bench-gpu
 
 demo: $(VENV)/.demo
 	$(BIN)/flashsae train
@@ -16,6 +16,11 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# needs a CUDA device; measures everything, with the libraries of the extra `peers` if they are installed, and draws it
+bench-gpu: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.run all
+	$(BIN)/python -m benchmarks.plots
 
 # the stamp of a set-up depends on what it was made from, so a changed pin is installed by the next call
 $(VENV)/.%: pyproject.toml constraints.txt

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from benchmarks.shapes import Code, Problem
+from flashsae.bench.problem import Code, Problem
 from flashsae.ops import LatentIndex
 
 ROWS, LATENTS = 16, 24

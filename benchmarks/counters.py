@@ -19,6 +19,7 @@ from cyclopts import App
 
 from benchmarks import operations, shapes
 from benchmarks.measure import facts
+from flashsae.bench.problem import Shape, make_problem
 
 app = App(name="benchmarks.counters", help=__doc__, version_flags=[])
 HERE = Path(__file__).parent
@@ -33,11 +34,9 @@ COUNTERS = {
 TO_MS = {"ns": 1e-6, "us": 1e-3, "ms": 1.0, "s": 1e3}
 
 
-def profiled(shape: shapes.Shape) -> None:
+def profiled(shape: Shape) -> None:
     """Do forward and backward once for the compiler, once for the profiler."""
-    case = operations.forward_backward_case(
-        shapes.make_problem(shape, torch.bfloat16, torch.device("cuda")), precision="bf16"
-    )
+    case = operations.forward_backward_case(make_problem(shape, torch.bfloat16, torch.device("cuda")), precision="bf16")
     case.run(0)
     torch.cuda.synchronize()
     with torch.autograd.set_multithreading_enabled(False), torch.cuda.nvtx.range("measured"):

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from benchmarks import checks
 from benchmarks.measure import Case
-from benchmarks.shapes import Code, Problem, dense_code, random_code, zipf_code
+from benchmarks.shapes import random_code, zipf_code
 from flashsae import ops
-
-GEMM_OUT_BYTES = 2**31
+from flashsae.bench.ceilings import copy_run, gather_run, gemm_run
+from flashsae.bench.problem import Code, Problem, dense_code
 
 
 def tflops(flops: float) -> Callable[[float], dict[str, Any]]:
@@ -28,29 +28,16 @@ def streamed(name: str, moved: float) -> Callable[[float], dict[str, Any]]:
 
 def ceiling_cases(device: torch.device) -> Iterator[Case]:
     """Yield what the memory can do: a device copy and gathers from the second-level cache."""
-    size = 2**30 if device.type == "cuda" else 2**20
-    source, target = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
-    yield Case("copy", lambda i: target.copy_(source), figures=streamed("read + written", 2.0 * size))
-    if device.type != "cuda":
-        return
-    from benchmarks.gather_kernel import gather_problem, gather_sum
-
-    table, indices, out = gather_problem(device)
-    moved = float(indices.numel() * table.shape[1] * table.element_size())
-    yield Case("gather", lambda i: gather_sum(table, indices, out), figures=streamed("gathered from cache", moved))
+    copy, moved = copy_run(device)
+    yield Case("copy", copy, figures=streamed("read + written", moved))
+    if (gather := gather_run(device)) is not None:
+        yield Case("gather", gather[0], figures=streamed("gathered from cache", gather[1]))
 
 
 def gemm_case(problem: Problem) -> Case:
     """Return the encode as PyTorch's dense product alone, in row chunks where the result is large."""
-    shape, dtype = problem.shape, problem.W_dec.dtype
-    rows = max(1, min(shape.batch_tokens, GEMM_OUT_BYTES // (shape.d_sae * dtype.itemsize)))
-    out = torch.empty(rows, shape.d_sae, dtype=dtype, device=problem.W_dec.device)
-
-    def run(i: int) -> None:
-        for chunk in problem.x(i).split(rows):
-            torch.mm(chunk, problem.W_enc_T.T, out=out[: len(chunk)])
-
-    return Case("gemm", run, figures=tflops(2.0 * shape.batch_tokens * shape.d_in * shape.d_sae), capturable=True)
+    run, flops = gemm_run(problem.xs[0], problem.W_enc_T)
+    return Case("gemm", run, figures=tflops(flops), capturable=True)
 
 
 def encode_case(problem: Problem, precision: str, gemm: Case | None) -> Case:

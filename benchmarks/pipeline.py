@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from torch.profiler import ProfilerActivity, profile
 
-from flashsae.bench.timing import facts
+from benchmarks.measure import facts
 from flashsae.data.cache import TOKENS_FOLDER, ActivationCache, CacheIndex, shard_path
 from flashsae.data.shuffle import RowShuffle
 from flashsae.train.callbacks import Callback, JsonlLog

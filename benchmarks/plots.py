@@ -7,19 +7,37 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from cyclopts import App
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from benchmarks import plots_steps
+from benchmarks.drawing import (
+    BLUE,
+    DENSE,
+    DPI,
+    GREY,
+    MASTER,
+    ORANGE,
+    RED,
+    STYLE,
+    WIDTH,
+    Record,
+    Results,
+    draw_bars,
+    log_axes,
+    matrix,
+    ms_text,
+    number,
+    size_text,
+    table,
+)
 from benchmarks.shapes import SWEEPS
 
-Record = dict[str, Any]
 HERE = Path(__file__).parent
 START, END = "<!-- tables -->", "<!-- /tables -->"
 STAGES = {
@@ -32,9 +50,6 @@ STAGES = {
     "weight_grads_zipf": "both weight gradients, float32, Zipf's law",
     "forward_backward": "forward + backward",
 }
-MASTER, DENSE = "forward_backward_master", "dense PyTorch"
-# blue, orange and vermilion of Okabe and Ito
-BLUE, ORANGE, RED, GREY, INK, GRID = "#0072B2", "#E69F00", "#D55E00", "#9A9A9A", "#222222", "#DDDDDD"
 LINES = {
     "decode_loss": ("decode + loss + gradient of acts", BLUE, "o"),
     "weight_grads": ("both weight gradients", ORANGE, "s"),
@@ -45,69 +60,7 @@ weight gradients, results written at the speed of a copy, then rows gathered fro
 that it can be passed)."""
 COUNTERS_TEXT = """Forward and backward in bf16 under Nsight Compute (`python -m benchmarks.counters`), kernels of 0.02
 ms or more. Occupancy: warps resident of those possible; memory throughput: of the peak."""
-STYLE = {"font.family": "DejaVu Sans", "font.size": 8, "axes.edgecolor": "#888888", "text.color": INK}
-STYLE |= {"axes.grid": True, "grid.color": GRID, "axes.axisbelow": True, "xtick.color": INK, "ytick.color": INK}
-STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 7, "axes.labelcolor": INK}
-DPI, WIDTH = 160, 8.75  # 1400 pixels
 app = App(name="benchmarks.plots", help=__doc__, version_flags=[])
-
-
-class Results:
-    """The last result of each case, by group, size, name and precision; records in the order of their measurement."""
-
-    def __init__(self, records: Iterable[Record]) -> None:
-        self.by_key = {(r["group"], r["shape"]["name"], r["name"], r["precision"]): r for r in records}
-        found = [self.get("ceiling", "", name, "") for name in ("copy", "gather")]
-        self.ceilings: dict[str, float] = {r["name"]: r["gbs"] for r in found if r and "gbs" in r}
-
-    def get(self, group: str, size: str, name: str, precision: str) -> Record | None:
-        """Return the result of a case."""
-        return self.by_key.get((group, size, name, precision))
-
-    def row(self, group: str, name: str, precision: str) -> list[Record | None]:
-        """Return the results of a case at every size of the group."""
-        return [self.get(group, shape["name"], name, precision) for shape in self.sizes(group)]
-
-    def sizes(self, group: str) -> list[Record]:
-        """Return the shapes of a group, small ones before large ones."""
-        shapes = {r["shape"]["name"]: r["shape"] for key, r in self.by_key.items() if key[0] == group}
-        return sorted(shapes.values(), key=lambda s: (s["d_sae"], s["k"], s["d_in"]))
-
-    def implementations(self) -> list[str]:
-        """Return who was measured forward and backward: ours, dense PyTorch, the peers."""
-        names = dict.fromkeys(key[2] for key in self.by_key if key[0] == "ops" and key[3] == "autocast")
-        return sorted(names, key=lambda name: (name != MASTER, name != DENSE))
-
-    def footer(self, *groups: str) -> str:
-        """Say on what the results of some groups were measured, with what and when."""
-        records = [record for key, record in self.by_key.items() if key[0].startswith(groups)]
-        labels = {"gpu": "", "torch": "torch ", "triton": "triton ", "flashsae": "flashsae ", "commit": "commit "}
-        parts = [label + ", ".join(sorted({r[key] for r in records})) for key, label in labels.items()]
-        days = sorted(record["date"][:10] for record in records)
-        return " · ".join([*parts, " to ".join(dict.fromkeys((days[0], days[-1])))])
-
-
-def number(value: float | None, unit: str = "") -> str:
-    """Write a number with three digits, "" for None."""
-    return "" if value is None else (f"{value:.0f}" if value >= 99.95 else f"{value:#.3g}") + unit
-
-
-def ms_text(record: Record | None) -> str:
-    """Write the median in milliseconds, or what happened instead."""
-    return "" if record is None else number(record["median_ms"]) if "median_ms" in record else record["status"]
-
-
-def size_text(shapes: Sequence[Record], left_out: str = "") -> str:
-    """Write what sizes have: B = 4096, d_in = 2048, ..."""
-    names = {"B": "batch_tokens", "d_in": "d_in", "d_sae": "d_sae", "k": "k"}
-    parts = ((label, dict.fromkeys(str(s[key]) for s in shapes)) for label, key in names.items() if label != left_out)
-    return ", ".join(f"{label} = {' or '.join(found)}" for label, found in parts)
-
-
-def table(heads: list[str], rows: Iterable[list[str]]) -> str:
-    """Return a Markdown table, the first column to the left, the others to the right."""
-    lines = [heads, [":--", *("--:" for _ in heads[1:])], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def stage_row(record: Record, gemm: Record | None) -> list[str]:
@@ -134,21 +87,6 @@ def stage_tables(results: Results) -> str:
         rows = [stage_row(record, gemm) for record in found if record]
         parts += [f"\n**{shape['name']}**: {size_text([shape])}\n", table(heads, rows)] if rows else []
     return "\n".join(parts)
-
-
-def matrix(sizes: list[Record], rows: dict[str, list[Record | None]], base: str, compared: Iterable[str]) -> str:
-    """Return a table of milliseconds and peak memory, a row for each label; `compared` show how many times `base`."""
-
-    def cells(label: str, column: int) -> list[str]:
-        record, ours = rows[label][column], rows[base][column]
-        text, peak = ms_text(record), (record or {}).get("peak_bytes")
-        if label in compared and label != base and record and ours and {"median_ms"} <= record.keys() & ours.keys():
-            text += f" ({record['median_ms'] / ours['median_ms']:.1f}×)"
-        return [text, number(peak / 1e9) if peak else ""]
-
-    heads = ["", *(f"{shape['name']}, {unit}" for shape in sizes for unit in ("ms", "peak GB"))]
-    lines = ([label, *(text for i in range(len(sizes)) for text in cells(label, i))] for label in rows)
-    return table(heads, (line for line in lines if any(line[1:])))
 
 
 def step_table(results: Results) -> str:
@@ -230,10 +168,8 @@ def draw_sweep(results: Results, variable: str, above: Axes, below: Axes) -> Non
         if name in results.ceilings:
             below.axhline(results.ceilings[name], color=GREY, linewidth=1.2, linestyle=dashes, label=f"ceiling: {name}")
     title = f"against {variable}\n{size_text(results.sizes(f'sweep {variable}'), variable)}"
-    above.set(xscale="log", yscale="log", title=title)
-    plain = FuncFormatter(lambda value, _: f"{value / 1024:g}k" if value >= 16384 else f"{value:g}")
-    for axis, base, at in ((above.xaxis, 2, (1.0,)), (above.yaxis, 10, (1.0, 2.0, 5.0))):
-        axis.set(major_locator=LogLocator(base, at), minor_locator=NullLocator(), major_formatter=plain)
+    log_axes(above)
+    above.set(title=title)
     units = {"d_sae": "latents", "k": "active latents of a token", "d_in": "width of x"}
     below.set(ylim=(0, None), xlabel=f"{variable} ({units[variable]})")
 
@@ -252,16 +188,6 @@ def sweep_figure(results: Results) -> Figure | None:
     figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=4, frameon=False)
     figure.supxlabel(results.footer("sweep"), fontsize=6.5, color="#666666")
     return figure
-
-
-def draw_bars(axes: Axes, labels: list[str], records: list[Record | None]) -> None:
-    """Draw horizontal bars from 0, with the milliseconds at their ends."""
-    ms = [(record or {}).get("median_ms", 0.0) for record in records]
-    axes.barh(labels, ms, color=[{"FlashSAE": BLUE, DENSE: RED}.get(label, GREY) for label in labels], height=0.72)
-    for i, (value, record) in enumerate(zip(ms, records)):
-        axes.text(value, i, f" {ms_text(record) or 'not measured'}", va="center", fontsize=7.5)
-    axes.set(xlim=(0, 1.2 * max(*ms, 1e-9)), xlabel="ms")
-    axes.tick_params(axis="y", length=0, grid_alpha=0)
 
 
 def step_figure(results: Results) -> Figure | None:
@@ -295,30 +221,47 @@ def replace_tables(path: Path, text: str) -> bool:
     return bool(found)
 
 
+def read(path: Path) -> Results:
+    """Read JSON lines; none where there is no such file."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return Results(json.loads(line) for line in lines if line.strip())
+
+
 @app.default
 def main(
     results: Path = HERE / "results" / "ops.jsonl",
+    steps: Path = HERE / "results" / "step.jsonl",
     counters: Path = HERE / "results" / "counters.jsonl",
     docs: Path = HERE.parent / "docs",
 ) -> None:
-    """Write performance-sweep.png, performance-step.png and the tables of performance.md.
+    """Draw the pictures of docs and write the tables of performance.md.
 
     Args:
-        results: JSON lines that `benchmarks.run` has written.
+        results: JSON lines that `benchmarks.run` has written of operations.
+        steps: JSON lines that it has written of whole steps, if it has.
         counters: JSON lines that `benchmarks.counters` has written, if it has.
         docs: folder of the pictures and of performance.md. If that has no markers, the tables are printed.
     """
-    found = Results(json.loads(line) for line in results.read_text(encoding="utf-8").splitlines() if line.strip())
-    if not any(key[0].startswith(("ops", "paper", "sweep")) for key in found.by_key):
-        raise SystemExit(f"{results}: expected results of the groups ops, paper or sweep, found none.")
-    for name, draw in {"performance-sweep.png": sweep_figure, "performance-step.png": step_figure}.items():
+    found, whole = read(results), read(steps)
+    has_operations = any(key[0].startswith(("ops", "paper", "sweep")) for key in found.by_key)
+    if not has_operations and not any(whole.sizes(group) for group in plots_steps.GROUPS):
+        raise SystemExit(f"{results}, {steps}: expected results of benchmarks.run, found none.")
+    figures: dict[str, tuple[Callable[[Results], Figure | None], Results]] = {
+        "performance-sweep.png": (sweep_figure, found),
+        "performance-step.png": (step_figure, found),
+        "performance-whole-step.png": (plots_steps.whole_figure, whole),
+        "performance-scale.png": (plots_steps.scale_figure, whole),
+        "performance-ablation.png": (plots_steps.ablation_figure, whole),
+    }
+    for name, (draw, source) in figures.items():
         with rc_context(STYLE):
-            if figure := draw(found):
+            if figure := draw(source):
                 figure.savefig(docs / name, dpi=DPI)
         print(f"{docs / name}: {'drawn' if figure else 'nothing to draw'}")
-    text, page = all_tables(found), docs / "performance.md"
+    parts = [plots_steps.step_text(whole), all_tables(found) if has_operations else ""]
     if counters.exists():
-        text += "\n\n" + counters_table([json.loads(line) for line in counters.read_text("utf-8").splitlines()])
+        parts.append(counters_table([json.loads(line) for line in counters.read_text("utf-8").splitlines()]))
+    text, page = "\n\n".join(part for part in parts if part), docs / "performance.md"
     print(f"{page}: tables replaced" if replace_tables(page, text) else text)
 
 

@@ -1,23 +1,28 @@
-"""Measure the operations: `python -m benchmarks.run ops paper sweep`.
+"""Measure the operations and whole steps: `python -m benchmarks.run ops paper sweep step scale ablation`.
 
 Appends one JSON line for each result and prints a table. A result that a float64 computation contradicts is not timed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 from cyclopts import App, Parameter
 
-from benchmarks import baselines, operations, shapes
-from benchmarks.measure import Case, Session, free
-from benchmarks.shapes import Problem, Shape
+from benchmarks import baselines, operations, shapes, steps
+from benchmarks.measure import Case, Session
+from flashsae.bench.dense import Step, dense
+from flashsae.bench.peers import LIBRARIES
+from flashsae.bench.problem import Problem, Shape, make_problem
+from flashsae.bench.timing import free
 
 app = App(name="benchmarks.run", help=__doc__, version_flags=[])
 RESULTS = Path(__file__).parent / "results"
+GROUPS = {"ops.jsonl": ("ops", "paper", "sweep"), "step.jsonl": ("step", "scale", "ablation")}
+SIZES = {shape.name: shape for shape in (*shapes.SIZES, shapes.LARGEST)}
 
 
 def measure_ceilings(session: Session) -> dict[str, float]:
@@ -41,7 +46,7 @@ def run_ops(session: Session, sizes: tuple[Shape, ...], ceilings: dict[str, floa
 def measure_stages(session: Session, group: str, shape: Shape, precision: str, ceilings: dict[str, float]) -> None:
     """Measure the operations of one size one after another, each beside its ceiling."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    problem = shapes.make_problem(shape, dtype, session.device)
+    problem = make_problem(shape, dtype, session.device)
 
     def take(case: Case, precision: str = precision) -> None:
         session.measure(group, shape, precision, case)
@@ -71,18 +76,16 @@ def measure_stages(session: Session, group: str, shape: Shape, precision: str, c
 
 def measure_steps(session: Session, shape: Shape, peers: bool) -> None:
     """Measure forward and backward with float32 weights: ours, then the peers."""
-    builders = baselines.OURS | (baselines.available_peers() if peers and shape.name != "XL" else {})
+    builders = baselines.builders(peers and shape.name != "XL")
     if not any(session.wants(name) for name in builders):
         return
     free(session.device)
-    problem = shapes.make_problem(shape, torch.float32, session.device)
+    problem = make_problem(shape, torch.float32, session.device)
     for name, build in builders.items():
         measure_step(session, "ops", problem, name, build)
 
 
-def measure_step(
-    session: Session, group: str, problem: Problem, name: str, build: Callable[[Problem], baselines.Step]
-) -> None:
+def measure_step(session: Session, group: str, problem: Problem, name: str, build: Callable[[Problem], Step]) -> None:
     """Build one implementation, measure it and let it go again; a peer that cannot be built is recorded as such."""
     if not session.wants(name):
         return
@@ -106,8 +109,8 @@ def run_paper(session: Session, ceilings: dict[str, float], scale: Callable[...,
     for shape in scale(shapes.PAPER):
         measure_stages(session, "paper", shape, "float32", ceilings)
         free(session.device)
-        problem = shapes.make_problem(shape, torch.float32, session.device)
-        measure_step(session, "paper", problem, "dense PyTorch", lambda p: baselines.dense(p, autocast=False))
+        problem = make_problem(shape, torch.float32, session.device)
+        measure_step(session, "paper", problem, "dense PyTorch", lambda p: dense(p, "float32"))
         del problem
         free(session.device)
 
@@ -116,7 +119,7 @@ def run_sweep(session: Session, ceilings: dict[str, float], scale: Callable[...,
     """Measure decode and weight gradients against d_sae, k and d_in, beside dense products on the scattered code."""
     for variable, sweep in shapes.SWEEPS.items():
         for shape in scale(sweep):
-            problem = shapes.make_problem(shape, torch.bfloat16, session.device)
+            problem = make_problem(shape, torch.bfloat16, session.device)
             codes = operations.codes_of(problem, "random")
             group = f"sweep {variable}"
             session.measure(
@@ -131,10 +134,10 @@ def run_sweep(session: Session, ceilings: dict[str, float], scale: Callable[...,
 
 @app.default
 def main(
-    *groups: Literal["ops", "paper", "sweep", "all"],
-    sizes: str = "S,M,L,XL",
+    *groups: Literal["ops", "paper", "sweep", "step", "scale", "ablation", "all"],
+    sizes: str = "S,M,L,XL,1M",
     only: str = "",
-    out: Path = RESULTS / "ops.jsonl",
+    out: Path | None = None,
     peers: bool = True,
     seconds: float = 0.3,
     tiny: Annotated[bool, Parameter(show=False)] = False,
@@ -143,10 +146,11 @@ def main(
 
     Args:
         groups: "ops" (stages and whole passes in bf16, peers beside them), "paper" (certified float32), "sweep"
-            (against d_sae, k and d_in), or "all". None: ops.
-        sizes: sizes of the ops group, by comma.
+            (against d_sae, k and d_in), "step" (whole training steps), "scale" (these against d_sae), "ablation" (from
+            dense PyTorch to ours, one technique at a time), or "all". None: ops.
+        sizes: sizes of the groups ops, step (which alone has 1M) and ablation (which has only M and L), by comma.
         only: measure only cases whose name holds this text.
-        out: file to append JSON lines to.
+        out: file to append JSON lines to. Default: ops.jsonl and step.jsonl under benchmarks/results.
         peers: measure the peers that are installed.
         seconds: budget of one measurement, warm-up apart.
         tiny: toy sizes, to try the benchmark itself on any device.
@@ -154,25 +158,39 @@ def main(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not tiny:
         raise SystemExit("benchmarks: expected a CUDA device, found none. Nothing is timed on a CPU.")
-    unknown = set(sizes.split(",")) - {shape.name for shape in shapes.SIZES}
-    if unknown:
-        raise SystemExit(f"sizes: expected some of S,M,L,XL, got {','.join(sorted(unknown))}.")
-    wanted = tuple(shape for shape in shapes.SIZES if shape.name in sizes.split(","))
-    chosen = {"ops", "paper", "sweep"} if "all" in groups else set(groups) or {"ops"}
-    scale = shapes.tiny if tiny else tuple
-    session = Session(device, seconds, only, out)
+    wanted = sizes.split(",")
+    if unknown := set(wanted) - SIZES.keys():
+        raise SystemExit(f"sizes: expected some of {','.join(SIZES)}, got {','.join(sorted(unknown))}.")
+    chosen = {name for names in GROUPS.values() for name in names} if "all" in groups else set(groups) or {"ops"}
+    scale: Callable[[Iterable[Shape]], tuple[Shape, ...]] = shapes.tiny if tiny else tuple
+
+    def sized(*names: str) -> tuple[Shape, ...]:
+        return scale(SIZES[name] for name in names if name in wanted)
+
+    for peer in (peer for peer in LIBRARIES if peers and not peer.is_installed):
+        print(f"{peer.name} is not installed and left out: {peer.install}")
     # the backward pass in the thread of the forward pass, for ours and the peers: handing over costs the host more
     torch.autograd.set_multithreading_enabled(False)
-    try:
-        ceilings = measure_ceilings(session)
-        if "ops" in chosen:
-            run_ops(session, scale(wanted), ceilings, peers)
-        if "paper" in chosen:
-            run_paper(session, ceilings, scale)
-        if "sweep" in chosen:
-            run_sweep(session, ceilings, scale)
-    finally:
-        session.print_table()
+    for file, names in GROUPS.items():
+        if not chosen & set(names):
+            continue
+        session = Session(device, seconds, only, out or RESULTS / file)
+        try:
+            ceilings = measure_ceilings(session)
+            if "ops" in chosen & set(names):
+                run_ops(session, sized("S", "M", "L", "XL"), ceilings, peers)
+            if "paper" in chosen & set(names):
+                run_paper(session, ceilings, scale)
+            if "sweep" in chosen & set(names):
+                run_sweep(session, ceilings, scale)
+            if "step" in chosen & set(names):
+                steps.run_step(session, sized(*SIZES), peers)
+            if "scale" in chosen & set(names):
+                steps.run_scale(session, scale(shapes.SCALE), peers)
+            if "ablation" in chosen & set(names):
+                steps.run_ablation(session, sized("M", "L"))
+        finally:
+            session.print_table()
 
 
 if __name__ == "__main__":

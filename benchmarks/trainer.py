@@ -15,7 +15,7 @@ import cyclopts
 import torch
 from torch import Tensor
 
-from flashsae.bench.timing import facts
+from benchmarks.measure import facts
 from flashsae.data.cache import ActivationCache
 from flashsae.data.shuffle import RowShuffle
 from flashsae.evaluate.heldout import evaluate, held_out_batches

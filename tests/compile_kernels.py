@@ -18,15 +18,21 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from flashsae.ops import build_index
-from flashsae.ops.decode_sparse.launch import launch_decode, launch_decode_loss, launch_dots
+from flashsae.ops.adam_rows import AdamRule
+from flashsae.ops.adam_rows.launch import launch_adam_rows, launch_row_squares
+from flashsae.ops.decode_sparse.launch import launch_decode, launch_decode_loss, launch_dots, launch_residual
 from flashsae.ops.encode_topk.launch import launch_center, launch_encode_topk
-from flashsae.ops.latent_rows.launch import launch_column_sums, launch_latent_rows
+from flashsae.ops.latent_rows.factors import RowGradient, SparseFactor
+from flashsae.ops.latent_rows.launch import launch_column_sums, launch_latent_rows, launch_latent_sums
+from flashsae.ops.variance.launch import launch_total_variance
 
 OPTIONS = ("num_warps", "num_stages")
 POINTERS = {
+    torch.float64: "*fp64",
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
+    torch.int16: "*i16",
     torch.int32: "*i32",
     torch.int64: "*i64",
     torch.int8: "*i8",
@@ -94,16 +100,55 @@ def launch_everything() -> None:
         launch_decode(acts, indices, W, b_dec, dtype)
         launch_decode(acts, indices, W, b_dec, F32)
         launch_decode_loss(acts, indices, W, b_dec, x, weights)
+        launch_residual(W[:2], b_dec, x, weights)
         launch_dots(x, indices, W)
         index = build_index(indices, 40)
+        launch_latent_sums(index, acts)
+        launch_latent_sums(index, acts.to(dtype))
         for result in {dtype, F32}:
             launch_latent_rows(index, acts, x, result)
             launch_center(x, x[0], result)
+            launch_total_variance(x.to(result))
             launch_column_sums(acts[:, 0].repeat(70), x.repeat(70, 1), result)
     far = torch.empty(2**17, 2**12, dtype=BF16)  # no memory is touched
     for k in (32, 64):
         acts, indices = torch.zeros(2, k), torch.zeros(2, k, dtype=torch.int64)
         launch_decode_loss(acts, indices, far, None, far[:2], None)
+    launch_latent_pass()
+
+
+def launch_latent_pass() -> None:
+    """Call both launches with the weights, moments and parts of a gradient that occur together."""
+    for n, d, weights_dtype, split, rows_dtype, moments_dtype, unit_norm, parts in (
+        (40, 768, F32, False, F32, F32, True, "sparse"),
+        (40, 768, F32, False, F32, F32, False, "sparse slots"),
+        (40, 768, F32, False, F32, BF16, True, "sparse slots"),
+        (40, 768, F32, False, F32, BF16, False, "dense"),
+        (40, 768, BF16, True, BF16, F32, True, "sparse slots"),
+        (40, 768, BF16, True, BF16, F32, False, "sparse"),
+        (40, 4096, BF16, True, BF16, BF16, True, "sparse slots"),
+        (40, 4096, BF16, True, BF16, BF16, False, "dense"),
+        (40, 4096, F32, False, F32, F32, True, "sparse dense"),
+        (40, 13, F32, False, F32, F32, True, "sparse slots"),
+        (40, 13, BF16, False, BF16, F32, False, "sparse dense"),
+        (40, 768, F32, False, F32, F32, True, "nothing"),
+        (1, 24576, F32, False, F32, F32, False, "dense"),  # a bias
+    ):
+        weights = torch.zeros(n, d, dtype=weights_dtype)
+        low = torch.zeros(n, d, dtype=torch.int16) if split else None
+        moments = torch.zeros(n, d, dtype=moments_dtype), torch.zeros(n, d, dtype=moments_dtype)
+        sparse = dense = slots = None
+        if "sparse" in parts:
+            index = build_index(torch.zeros(2, 32, dtype=torch.int64), n)
+            sparse = SparseFactor(index, torch.zeros(2, 32), torch.zeros(2, d, dtype=rows_dtype))
+        if "dense" in parts:
+            dense = torch.zeros(n, d, dtype=rows_dtype)
+        if "slots" in parts:
+            dense, slots = torch.zeros(16, d, dtype=rows_dtype), torch.zeros(n, dtype=torch.int32)
+        gradient = RowGradient(sparse, dense, slots)
+        one = torch.ones((), dtype=torch.float64)
+        launch_adam_rows(weights, low, moments, gradient, (one, one, one.repeat(2)), AdamRule(unit_norm=unit_norm))
+        launch_row_squares(weights, gradient, unit_norm)
 
 
 def main(backend: str, arch: str, warp: int) -> None:

@@ -14,7 +14,8 @@ if not torch.cuda.is_available():
 from jaxtyping import install_import_hook
 
 # the public operations check shapes themselves, with better messages; what they call relies on these annotations
-REFERENCES = [f"flashsae.ops.{op}.reference" for op in ("encode_topk", "decode_sparse", "latent_rows")]
+OPERATIONS = "encode_topk", "decode_sparse", "latent_rows", "adam_rows", "variance"
+REFERENCES = [f"flashsae.ops.{op}.reference" for op in OPERATIONS]
 install_import_hook([*REFERENCES, "flashsae.nn.losses", "flashsae.metrics", "flashsae.train.dead"], "beartype.beartype")
 
 import pytest

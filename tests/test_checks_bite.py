@@ -16,6 +16,8 @@ from torch import Tensor
 
 from dense import dense_encode, dense_topk
 from flashsae.ops import build_index, decode_sparse, encode_topk, latent_rows
+from flashsae.ops.adam_rows import AdamRule, adam_rows, row_squares
+from flashsae.ops.latent_rows.factors import RowGradient, SparseFactor
 from flashsae.ops.latent_rows.reference import RUN
 from flashsae.testing import assert_as_accurate, integer_inputs, poison_empty
 from selection import hard_inputs, selection_mistakes
@@ -100,10 +102,10 @@ def test_integer_inputs_make_sums_exact_in_any_order(generator: torch.Generator)
 
 
 def test_shape_annotations_are_checked_in_tests() -> None:
-    from flashsae.nn.losses import fvu_loss
+    from flashsae.ops.adam_rows.reference import projected
 
     with pytest.raises(Exception, match="d_in"):
-        fvu_loss(torch.zeros(3, 4), torch.zeros(3, 5))
+        projected(torch.zeros(3, 4), torch.zeros(3, 5))
 
 
 def _wrong_kernels(operation: str, name: str, right: str, wrong: str, folder: Path) -> tuple[ModuleType, ModuleType]:
@@ -160,6 +162,31 @@ def _selection_is_certified() -> None:
     assert selection_mistakes(x, W, bias, indices.cpu())[0] == 0
 
 
+def _moments_are_right() -> None:
+    """Check T0 of the latent pass, as test_adam_rows.py does: sparse part, slots and projection."""
+    generator = torch.Generator().manual_seed(0)
+    n, d = 6, 5
+    weights = torch.eye(d)[torch.randint(0, d, (n,), generator=generator)]
+    rows, coeffs = integer_inputs(9, d, generator=generator), integer_inputs(9, 2, generator=generator)
+    top_indices = torch.randint(0, n, (9, 2), generator=generator)
+    dense, slots = integer_inputs(2, d, generator=generator), torch.tensor([-1, 1, -1, -1, 0, -1], dtype=torch.int32)
+    gradient = latent_rows(build_index(top_indices, n), coeffs, rows)
+    gradient[[1, 4]] += dense[[1, 0]]
+    gradient -= (gradient * weights).sum(1, keepdim=True) * weights
+
+    ours = weights.to(DEVICE)
+    moments = torch.zeros_like(ours), torch.zeros_like(ours)
+    sparse = SparseFactor(build_index(top_indices.to(DEVICE), n), coeffs.to(DEVICE), rows.to(DEVICE))
+    factors = RowGradient(sparse, dense.to(DEVICE), slots.to(DEVICE))
+    one = torch.ones((), dtype=torch.float64, device=DEVICE)
+    with poison_empty():
+        squares = row_squares(ours, factors, unit_norm=True)
+        adam_rows(ours, moments, factors, one, one, one.expand(2) / 2, AdamRule(0.5, 0.5, unit_norm=True))
+    assert torch.equal(squares.cpu(), gradient.square().sum(1))
+    assert torch.equal(moments[0].cpu(), gradient / 2)
+    assert torch.equal(moments[1].cpu(), gradient.square() / 2)
+
+
 KERNEL_BUGS = {
     "dropped tail": ("decode_sparse", "kernels", "inside = column < d", "inside = column < d - 1", _step_is_right),
     "indices written one place off": (
@@ -181,6 +208,13 @@ KERNEL_BUGS = {
         "encode_topk", "certify_kernels", "low, high = _to_key(low, KEY_MASKED + 1), _to_key(high, KEY_NAN)",
         "low, high = _to_key(0.5 * (low + high), KEY_MASKED + 1), _to_key(0.5 * (low + high), KEY_NAN)",
         _selection_is_certified,
+    ),
+    "projection dropped": (
+        "adam_rows", "kernels", "    if UNIT_NORM:\n        gradient -= tl.sum(gradient * weights) * weights",
+        "    if UNIT_NORM:\n        gradient -= 0.0", _moments_are_right,
+    ),
+    "slot of another latent": (
+        "adam_rows", "kernels", "tl.load(slots_ptr + latent)", "tl.load(slots_ptr + (latent ^ 1))", _moments_are_right,
     ),
 }  # fmt: skip
 

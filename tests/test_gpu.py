@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +15,11 @@ pytest.importorskip("triton")
 import flashsae
 from flashsae import SAE, SAEConfig, TrainConfig
 from flashsae.data.synthetic import SuperpositionModel
-from flashsae.ops import decode_loss, decode_sparse, encode_topk
+from flashsae.ops import build_index, decode_loss, decode_sparse, encode_topk
+from flashsae.ops.adam_rows import AdamRule, adam_rows, row_squares
+from flashsae.ops.adam_rows.reference import merge_halves
 from flashsae.ops.encode_topk.launch import launch_encode_topk
+from flashsae.ops.latent_rows.factors import RowGradient, SparseFactor
 from flashsae.ops.validate import Precision
 from flashsae.testing import assert_as_accurate, integer_inputs
 from selection import HARD, hard_inputs, selection_mistakes
@@ -238,12 +242,42 @@ def test_encoder_rows_beyond_two_to_the_31_elements(generator: torch.Generator) 
     assert bool((acts == WIDTH).all())
 
 
-def test_training_repeats_and_resumes_bit_for_bit(tmp_path: Path) -> None:
+def test_latent_pass_over_rows_beyond_two_to_the_31_elements(generator: torch.Generator) -> None:
+    if torch.cuda.get_device_properties(0).total_memory < 60 * 2**30:
+        pytest.skip("the device has less than 60 GiB")
+    latents = torch.tensor([0, 1, 524_287, 524_288, 524_289, 555_555, ROWS - 1])
+    codes = torch.rand(20, len(latents), generator=generator).topk(3).indices
+    coeffs = integer_inputs(20, 3, generator=generator)
+    rows = integer_inputs(20, WIDTH, generator=generator)
+    rule = AdamRule(eps=1.0)
+
+    def run(d_sae: int, codes: Tensor, device: str) -> tuple[Tensor, ...]:
+        weights = torch.zeros(d_sae, WIDTH, dtype=BF16, device=device)
+        low = torch.zeros(d_sae, WIDTH, dtype=torch.int16, device=device)
+        moments = torch.zeros(d_sae, WIDTH, device=device), torch.zeros(d_sae, WIDTH, device=device)
+        index = build_index(codes.to(device), d_sae)
+        gradient = RowGradient(SparseFactor(index, coeffs.to(device), rows.to(device)))
+        scalars = torch.tensor([0.5, 1.0], dtype=torch.float64, device=device)
+        bias_correction = torch.tensor([0.1, 0.001], dtype=torch.float64, device=device)
+        adam_rows(weights, moments, gradient, scalars[0], scalars[1], bias_correction, rule, low=low)
+        return weights, low, *moments, row_squares(weights, gradient, True)[:, None]
+
+    ours, expected = run(ROWS, latents[codes], DEVICE), run(len(latents), codes, "cpu")
+    for a, b in zip(ours, expected):
+        assert int(a.any(dim=1).sum()) == int(b.any(dim=1).sum())  # nothing elsewhere
+    high, low, *rest = (a[latents.to(DEVICE)].cpu() for a in ours)
+    for a, b in zip((merge_halves(high, low), *rest), (merge_halves(*expected[:2]), *expected[2:])):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("precision", "moments"), [("float32", "float32"), ("bf16", "bf16"), ("tf32", "float32")])
+def test_training_repeats_and_resumes_bit_for_bit(precision: Precision, moments: Any, tmp_path: Path) -> None:
     x = SuperpositionModel(64, 128, active=4.0).sample(8192, seed=1)
     parts = list(x.split(512))
     config = TrainConfig(
-        batch_tokens=512, tokens=512 * 40, device="cuda", checkpoint_every_steps=10, shuffle_tokens=2048
-    )
+        batch_tokens=512, tokens=512 * 40, device="cuda", checkpoint_every_steps=10, shuffle_tokens=2048,
+        precision=precision, moments=moments, clip_norm=1.0, dead_after_tokens=1024,
+    )  # fmt: skip
 
     def fit(batches: Iterable[torch.Tensor], run: str, resume: bool = False) -> SAE:
         folder = tmp_path / run

@@ -19,19 +19,22 @@ ops.latent_rows.factors
 ops.decode_sparse.reference ops.decode_sparse.kernels ops.decode_sparse.launch ops.decode_sparse.op
 ops.encode_topk.reference ops.encode_topk.kernels ops.encode_topk.certify_kernels ops.encode_topk.launch
 ops.encode_topk.op
+ops.variance.reference ops.variance.kernels ops.variance.launch ops.variance.op
 ops.adam_rows.reference ops.adam_rows.kernels ops.adam_rows.launch ops.adam_rows.op
 metrics
 nn.losses nn.sae
 optim
-data.sources data.synthetic data.shuffle
+data.sources data.synthetic data.shuffle data.prefetch
 data.python_docs data.text
 data.models data.windows data.language_model
 data.cache data.cache_writer data.open
 io.checkpoint
-train.config train.plan train.dead train.graph train.callbacks train.loop train.fit
+train.config train.plan train.dead train.graph train.records train.callbacks train.loop train.fit
 settings
 evaluate.heldout
 report.tokens report.snippets report.plots report.render
+bench.timing bench.problem bench.gather bench.ceilings bench.dense bench.peers bench.ours bench.stages
+bench.measure bench.step
 run cli testing
 """.split()  # noqa: SIM905 - reads as the layers that it lists
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flashsae.errors import CheckpointError, ConfigError, DtypeError
+from flashsae.errors import CheckpointError, ConfigError, DtypeError, FlashSAEError
 from flashsae.ops.adam_rows import AdamRule, adam_rows, row_squares
 from flashsae.ops.adam_rows.reference import merge_halves, split_halves
 from flashsae.ops.latent_rows.factors import RowGradient, collect_factors, factors_of
@@ -65,7 +65,7 @@ class FactoredAdam(torch.optim.Optimizer):
         group = self.param_groups[-1]
         try:
             _check(group)
-        except ConfigError:
+        except FlashSAEError:
             self.param_groups.pop()
             raise
         device = group["params"][0].device
@@ -86,13 +86,13 @@ class FactoredAdam(torch.optim.Optimizer):
         ours = [self.state[p] for p in self._parameters()]
         theirs = [state_dict["state"].get(number, {}) for group in loaded for number in group["params"]]
         fits = [len(g["params"]) for g in groups] == [len(g["params"]) for g in loaded] and all(
-            {name: t.shape for name, t in a.items()} == {name: t.shape for name, t in b.items()}
+            {name: (t.shape, t.dtype) for name, t in a.items()} == {name: (t.shape, t.dtype) for name, t in b.items()}
             for a, b in zip(ours, theirs)
         )
         if not fits:
             raise CheckpointError(
                 "the state does not fit this optimiser: expected that of as many parameters of the same shapes, with "
-                "the same split_weights. Build the optimiser as it was when the state was saved."
+                "the same split_weights and state_dtype. Build the optimiser as it was when the state was saved."
             )
         for mine, saved in zip(ours, theirs):
             for name, tensor in mine.items():
@@ -112,8 +112,6 @@ class FactoredAdam(torch.optim.Optimizer):
         if parameter.dim() == 2:
             collect_factors(parameter)
             if group["split_weights"]:
-                if parameter.dtype != torch.float32:
-                    raise DtypeError(f"split_weights: expected float32 parameters, got {parameter.dtype}.")
                 parameter.data, state["low"] = _split(parameter.data)
             if dtype == torch.float32:
                 dtype = group["state_dtype"]
@@ -121,23 +119,34 @@ class FactoredAdam(torch.optim.Optimizer):
             state[name] = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Do one step with what backward passes left since `zero_grad`. No wait for the device."""
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Do one step with what backward passes left since `zero_grad`. No wait for the device.
+
+        Args:
+            closure: called first, with gradients on, to compute the loss again; its value is returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group, betas in zip(self.param_groups, self._betas):
             group["step"] += 1
             bias_correction = 1 - betas ** group["step"]
             for parameter in group["params"]:
-                state = self.state[parameter]
+                state, gradient = self.state[parameter], _gradient(parameter)
+                if gradient.is_empty:  # passed over, as by torch.optim.Adam
+                    continue
                 adam_rows(
                     _matrix(parameter),
                     (_matrix(state["exp_avg"]), _matrix(state["exp_avg_sq"])),
-                    _gradient(parameter),
+                    gradient,
                     group["lr"],
                     group["step"],
                     bias_correction,
                     _rule(parameter, group),
                     low=state.get("low"),
                 )
+        return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget gradients and factors."""
@@ -190,6 +199,9 @@ def _check(group: dict[str, Any]) -> None:
             "lr, eps, weight_decay: expected numbers that are not negative, and betas in [0, 1), got "
             f"{lr}, {eps}, {weight_decay} and {group['betas']}."
         )
+    wrong = [p.dtype for p in group["params"] if group["split_weights"] and p.dim() == 2 and p.dtype != torch.float32]
+    if wrong:
+        raise DtypeError(f"split_weights: expected float32 parameters, got {wrong[0]}.")
     if group["state_dtype"] not in (torch.float32, torch.bfloat16):
         raise ConfigError(f"state_dtype: expected torch.float32 or torch.bfloat16, got {group['state_dtype']}.")
 
@@ -211,7 +223,7 @@ def _matrix(tensor: Tensor) -> Tensor:
 def _gradient(parameter: Tensor) -> RowGradient:
     if parameter.dim() == 2:
         return RowGradient.of(parameter)
-    return RowGradient() if parameter.grad is None else RowGradient(dense=parameter.grad.view(1, -1))
+    return RowGradient() if parameter.grad is None else RowGradient(dense=parameter.grad.reshape(1, -1))
 
 
 def _rule(parameter: Tensor, group: dict[str, Any]) -> AdamRule:

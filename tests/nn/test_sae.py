@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import importlib
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from flashsae import SAE, SAEConfig, SparseCode
+from flashsae import SAE, SAEConfig, SparseCode, ops
 from flashsae.errors import CheckpointError, ConfigError, DtypeError, ShapeError, StorageError
+from flashsae.ops.validate import Precision
 
 
 @pytest.fixture
@@ -62,6 +66,79 @@ def test_rescaled_does_to_x_what_the_sae_does_to_a_multiple(sae: SAE, generator:
     assert torch.equal(other.encode(x).top_indices, sae.encode(8 * x).top_indices)
     torch.testing.assert_close(other(x), sae(8 * x) / 8)
     assert other.W_dec.data_ptr() == sae.W_dec.data_ptr()
+
+
+@pytest.mark.parametrize("precision", [None, "float32", "tf32", "bf16"])
+def test_the_precision_reaches_every_product(
+    sae: SAE, precision: Precision | None, monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
+) -> None:
+    asked = {}
+
+    def spied(name: str) -> Callable[..., Any]:
+        original = getattr(ops, name)
+
+        def spy(*args: Any, **settings: Any) -> Any:
+            asked[name] = settings["precision"]
+            return original(*args, **settings)
+
+        return spy
+
+    names = ("encode_topk", "decode_sparse", "decode_loss")
+    for name in names:
+        monkeypatch.setattr(ops, name, spied(name))
+    sae.precision = precision
+    x = torch.randn(5, 12, generator=generator)
+    for model in (sae, sae.rescaled(2.0)):
+        asked.clear()
+        code = model.encode(x)
+        model.decode(code)
+        model.decode_loss(code, x)
+        assert asked == dict.fromkeys(names, precision)
+
+
+def test_decode_loss_is_the_squared_error_of_the_reconstruction(sae: SAE, generator: torch.Generator) -> None:
+    x, weights = torch.randn(30, 12, generator=generator), torch.rand(30, generator=generator)
+    code = sae.encode(x)
+    loss, x_hat, residual = sae.decode_loss(code, x, weights=weights)
+    torch.testing.assert_close(x_hat, sae.decode(code).detach())
+    torch.testing.assert_close(residual, x - x_hat)
+    torch.testing.assert_close(loss, (weights * residual.square().sum(1)).sum())
+
+
+def test_a_code_brings_the_index_that_the_backward_pass_needs(
+    sae: SAE, monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
+) -> None:
+    x = torch.randn(30, 12, generator=generator)
+    code = sae.encode(x)
+    assert code.latent_index is not None
+    for ours, expected in zip(code.latent_index[:3], ops.build_index(code.top_indices, 40)[:3]):
+        assert torch.equal(ours, expected)
+
+    def build_index(*_: object) -> None:
+        raise AssertionError("built a second time")
+
+    for operation in ("encode_topk", "decode_sparse"):
+        monkeypatch.setattr(importlib.import_module(f"flashsae.ops.{operation}.op"), "build_index", build_index)
+    (sae.decode(code).sum() + sae.decode_loss(code, x).loss).backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_half_width_weights_may_have_whole_biases(sae: SAE, dtype: torch.dtype, generator: torch.Generator) -> None:
+    x = torch.randn(30, 12, generator=generator).to(dtype)
+    for name in ("W_enc_T", "W_dec"):
+        weights = getattr(sae, name)
+        weights.data = weights.data.bfloat16()
+    whole = SAE(sae.config)
+    whole.load_state_dict(sae.state_dict())
+    code, expected = sae.encode(x), whole.encode(x)
+    assert torch.equal(code.top_indices, expected.top_indices)
+    torch.testing.assert_close(code.top_acts, expected.top_acts)
+    assert sae(x).dtype == torch.bfloat16
+    torch.testing.assert_close(sae(x).float(), whole(x), rtol=2**-7, atol=2**-7)
+    sae(x).square().sum().backward()
+    assert sae.W_dec.grad is not None
+    assert sae.b_enc.grad is not None
+    assert (sae.W_dec.grad.dtype, sae.b_enc.grad.dtype) == (torch.bfloat16, torch.float32)
 
 
 def test_decoder_gradient_is_projected_and_rows_stay_unit(sae: SAE, generator: torch.Generator) -> None:

@@ -30,6 +30,13 @@ def _indices(device: str) -> Tensor:
     return torch.rand(5, 12, generator=torch.Generator().manual_seed(3)).topk(3).indices.to(device)
 
 
+def _slots(device: str) -> Tensor:
+    """Return rows of latents 7 and 2; a third row stands for none."""
+    slots = torch.full((12,), -1, dtype=torch.int32)
+    slots[7], slots[2] = 0, 1
+    return slots.to(device)
+
+
 def _operands(name: str, device: str) -> list[tuple[Any, ...]]:
     """Return arguments that between them take every path of an operator."""
     x, W, b = (_normal(*s, device=device) for s in ((5, 4), (12, 4), (12,)))
@@ -60,13 +67,16 @@ def _operands(name: str, device: str) -> list[tuple[Any, ...]]:
             (*lists, acts.detach(), rows, torch.float32),
             (*lists, acts.detach(), rows, torch.bfloat16),
         ],
+        "latent_sums": [(*lists, acts.detach()), (*lists, acts.detach().bfloat16())],
         "column_sums": [(weights, rows, torch.float32), (weights, rows.bfloat16(), torch.bfloat16)],
+        "take_rows": [(W, torch.tensor([7, 2, 0], device=device), _slots(device))],
         "center": [(rows, bias.detach(), False), (rows, bias.detach(), True)],
     }[name]
 
 
 OPERATORS = [
     "encode_topk", "center", "decode_sparse", "decode_grad_acts", "decode_loss", "latent_rows", "column_sums",
+    "latent_sums", "take_rows",
 ]  # fmt: skip
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -19,12 +16,13 @@ from flashsae.errors import ConfigError
 from flashsae.ops import build_index, decode_loss, decode_sparse, encode_topk, encode_topk_aux, latent_rows
 from flashsae.ops.decode_sparse.launch import LARGEST_FUSED_K
 from flashsae.ops.encode_topk.launch import Layout, launch_encode_topk
+from flashsae.ops.latent_rows.op import latent_sums
 from flashsae.ops.latent_rows.reference import RUN
 from flashsae.testing import assert_as_accurate, integer_inputs, poison_empty
+from on_both import DEVICE, as_float64, assert_same, on_kernels, on_reference
 from selection import HARD, hard_inputs, selection_mistakes
 from steps import Tensors, leaves, step_inputs, whole_step
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 
@@ -32,31 +30,6 @@ F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float6
 def _sparse_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLASHSAE_BACKEND", "triton")
     monkeypatch.setenv("FLASHSAE_DENSE_ABOVE", "1")
-
-
-def on_reference(function: Callable[[Tensors], Tensors], inputs: Tensors) -> Tensors:
-    with patch.dict(os.environ, {"FLASHSAE_BACKEND": "reference"}):
-        return function({name: tensor.cpu() for name, tensor in inputs.items()})
-
-
-def on_kernels(function: Callable[[Tensors], Tensors], inputs: Tensors) -> Tensors:
-    with poison_empty():
-        results = function({name: tensor.to(DEVICE) for name, tensor in inputs.items()})
-    return {name: tensor.cpu() for name, tensor in results.items()}
-
-
-def as_float64(inputs: Tensors) -> Tensors:
-    return {name: t.double() if t.is_floating_point() else t for name, t in inputs.items()}
-
-
-def assert_same(ours: Tensors, theirs: Tensors, exact: Tensors) -> None:
-    """Assert bitwise equality of kernels and reference, and with the truth in float64."""
-    assert set(ours) == set(theirs) == set(exact)
-    for name, truth in exact.items():
-        assert torch.equal(truth.to(ours[name].dtype).double(), truth.double()), f"{name} rounds: choose smaller inputs"
-        assert torch.equal(ours[name].double(), truth.double()), f"{name}: kernels differ from the dense float64"
-        assert torch.equal(theirs[name].double(), truth.double()), f"{name}: reference differs from the dense float64"
-        assert ours[name].dtype == theirs[name].dtype, name
 
 
 def encode_inputs(
@@ -432,15 +405,18 @@ def test_t0_and_t3_a_latent_active_on_every_token(B: int, k: int, generator: tor
     }
 
     def run(q: Tensors) -> Tensors:
-        return {"rows": latent_rows(build_index(q["top_indices"], 6), q["coeffs"], q["rows"])}
+        index = build_index(q["top_indices"], 6)
+        return {"rows": latent_rows(index, q["coeffs"], q["rows"]), "sums": latent_sums(index, q["coeffs"])}
 
+    ones = torch.ones(B, 1, dtype=F64)
     exact = {"rows": dense_latent_rows(as_float64(inputs), 6)}
+    exact["sums"] = dense_latent_rows(as_float64({**inputs, "rows": ones}), 6)[:, 0]
     assert_same(on_kernels(run, inputs), on_reference(run, inputs), exact)
     inputs["coeffs"] = torch.randn(B, k, generator=generator)
     inputs["rows"] = torch.randn(B, 6, generator=generator)
-    first = on_kernels(run, inputs)["rows"]
-    assert torch.equal(first, on_kernels(run, inputs)["rows"])
-    assert_as_accurate(first, dense_latent_rows(inputs, 6), dense_latent_rows(as_float64(inputs), 6))
+    first, second = on_kernels(run, inputs), on_kernels(run, inputs)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert_as_accurate(first["rows"], dense_latent_rows(inputs, 6), dense_latent_rows(as_float64(inputs), 6))
 
 
 def test_t3_two_whole_steps_give_the_same_bits(generator: torch.Generator) -> None:

@@ -16,7 +16,7 @@ def test_what_is_not_given_is_worked_out(d_in: int, d_sae: int) -> None:
     assert config.steps == 1000
     assert config.warmup_steps == 50
     assert config.dead_after_tokens == 100_000
-    assert config.k_aux == max(1, d_in // 2)
+    assert config.k_aux == min(1024, max(1, d_in // 2))
 
 
 def test_what_is_given_is_kept() -> None:
@@ -36,10 +36,12 @@ def test_what_is_given_is_kept() -> None:
         ("lr", float("nan"), "lr: expected a positive number, got nan"),
         ("warmup_steps", -1, "warmup_steps: expected a number that is not negative, got -1"),
         ("decay_fraction", 1.5, r"decay_fraction: expected a fraction from 0 to 1, got 1\.5"),
+        ("precision", "fp8", "precision: expected one of float32, tf32, bf16, got 'fp8'"),
+        ("moments", "float16", "moments: expected one of float32, bf16, got 'float16'"),
         ("auxk_alpha", -0.1, r"auxk_alpha: expected a number that is not negative, got -0\.1"),
     ],
 )
-def test_settings_out_of_range_are_named(name: str, value: float, message: str) -> None:
+def test_settings_out_of_range_are_named(name: str, value: object, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         TrainConfig(**{name: value})  # type: ignore[arg-type]
 

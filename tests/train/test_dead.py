@@ -1,8 +1,17 @@
 from __future__ import annotations
 
-import torch
+from typing import Any
 
-from flashsae.train.dead import DeadLatents
+import pytest
+import torch
+from torch import Tensor
+
+from flashsae import SAE, SAEConfig, ops
+from flashsae.ops.validate import Precision
+from flashsae.train.dead import DeadLatents, DeadRows, _rounded_up, auxk_loss
+
+D, N, K, B = 6, 30, 4, 13
+DEAD = [0, 3, 7, 8, 21]
 
 
 def test_dead_counts_tokens_and_selected_zeros_do_not_count() -> None:
@@ -15,3 +24,146 @@ def test_dead_counts_tokens_and_selected_zeros_do_not_count() -> None:
     assert dead.mask().tolist() == [False, False, True]
     dead.update(torch.tensor([[0.5]]), torch.tensor([[2]]))
     assert dead.mask().tolist() == [False, False, False]
+
+
+def _table(dead: list[int], capacity: int) -> DeadRows:
+    counter = DeadLatents(N, after_tokens=10)
+    counter.tokens_since_fired[dead] = 10
+    return counter.rows(capacity)
+
+
+def test_the_table_lists_the_dead_in_order_and_marks_what_is_left_over() -> None:
+    latents, is_dead, slots = _table([21, 3, 8], 5)
+    assert latents.tolist() == [3, 8, 21, 0, 0]
+    assert is_dead.tolist() == [True, True, True, False, False]
+    assert slots.dtype == torch.int32
+    assert {latent: slot for latent, slot in enumerate(slots.tolist()) if slot >= 0} == {3: 0, 8: 1, 21: 2}
+
+
+@pytest.mark.parametrize("dead", [[], [0], list(range(N))])
+def test_tables_of_none_of_one_and_of_all(dead: list[int]) -> None:
+    latents, is_dead, slots = _table(dead, N)
+    assert latents[is_dead].tolist() == dead
+    assert slots.tolist() == [dead.index(latent) if latent in dead else -1 for latent in range(N)]
+
+
+def test_on_the_cpu_the_capacity_is_the_number_of_the_dead() -> None:
+    counter = DeadLatents(N, after_tokens=10)
+    assert counter.capacity(0, batch_tokens=64) == 0
+    counter.tokens_since_fired[[1, 5]] = 10
+    counter.tokens_since_fired[9] = 9
+    assert counter.capacity(1, batch_tokens=64) == 2
+
+
+def test_a_capacity_is_rounded_up_by_an_eighth_at_most() -> None:
+    for count in range(1, 5000):
+        rounded = _rounded_up(count, 1 << 20)
+        assert count <= rounded <= max(count * 9 / 8, count + 15)
+        assert rounded % 16 == 0
+        assert _rounded_up(count, count + 1) in (count, count + 1)
+    assert len({_rounded_up(count, 1 << 20) for count in range(1, 5000)}) < 100
+
+
+def _sae(dtype: torch.dtype = torch.float64) -> SAE:
+    sae = SAE(SAEConfig(D, N, K), seed=2, dtype=dtype)
+    with torch.no_grad():
+        sae.b_enc.normal_(std=0.3, generator=torch.Generator().manual_seed(3))
+        sae.b_dec.normal_(std=0.3, generator=torch.Generator().manual_seed(4))
+    return sae
+
+
+def _dense_auxk(sae: SAE, x: Tensor, residual: Tensor, dead: list[int], k_aux: int) -> Tensor:
+    """Write AuxK as the paper does, over all latents."""
+    is_dead = torch.zeros(N, dtype=torch.bool).index_fill_(0, torch.tensor(dead), True)
+    pre_acts = (x - sae.b_dec) @ sae.W_enc_T.T + sae.b_enc
+    chosen = torch.where(is_dead, pre_acts, -torch.inf).topk(min(k_aux, len(dead)), dim=1).indices
+    code = torch.relu(pre_acts) * torch.zeros_like(pre_acts).scatter(1, chosen, 1.0)
+    target = residual.detach()
+    return (target - code @ sae.W_dec).square().sum() / (target - target.mean(0)).square().sum()
+
+
+def _loss_and_gradients(sae: SAE, loss: Tensor) -> dict[str, Tensor]:
+    sae.zero_grad()
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in sae.named_parameters() if parameter.grad is not None}
+    return {"loss": loss.detach(), **gradients}
+
+
+@pytest.mark.parametrize("capacity", [len(DEAD), 16, N])
+@pytest.mark.parametrize("k_aux", [1, 3, len(DEAD), 12])
+def test_auxk_is_that_of_the_paper_whatever_rows_are_left_over(
+    k_aux: int, capacity: int, generator: torch.Generator
+) -> None:
+    sae = _sae()
+    x, residual = (torch.randn(B, D, generator=generator, dtype=torch.float64) for _ in range(2))
+    ours = _loss_and_gradients(sae, auxk_loss(sae, x, residual, _table(DEAD, capacity), k_aux))
+    theirs = _loss_and_gradients(sae, _dense_auxk(sae, x, residual, DEAD, k_aux))
+    assert ours.keys() == theirs.keys() == {"loss", "W_enc_T", "W_dec", "b_enc", "b_dec"}
+    for name, expected in theirs.items():
+        torch.testing.assert_close(ours[name], expected, rtol=1e-12, atol=1e-14, msg=name)
+    for name in ("W_enc_T", "W_dec", "b_enc"):
+        touched = ours[name].reshape(N, -1).abs().sum(1).nonzero()[:, 0].tolist()
+        assert touched == DEAD, name
+
+
+def test_without_dead_latents_the_loss_and_its_gradients_are_zero(generator: torch.Generator) -> None:
+    sae = _sae()
+    x, residual = (torch.randn(B, D, generator=generator, dtype=torch.float64) for _ in range(2))
+    ours = _loss_and_gradients(sae, auxk_loss(sae, x, residual, _table([], 16), 3))
+    assert ours["loss"].item() == 0.0
+    assert all(not bool(tensor.any()) for tensor in ours.values())
+
+
+def test_auxk_is_one_where_nothing_is_explained_and_its_target_is_fixed(generator: torch.Generator) -> None:
+    sae = _sae()
+    with torch.no_grad():
+        sae.W_dec.zero_()
+    x = torch.randn(400, D, generator=generator, dtype=torch.float64)
+    residual = torch.randn(400, D, generator=generator, dtype=torch.float64, requires_grad=True)
+    loss = auxk_loss(sae, x, residual, _table(DEAD, 8), 3)
+    assert loss.item() == pytest.approx(1.0, abs=0.02)
+    loss.backward()
+    assert residual.grad is None
+    assert sae.W_dec.grad is not None
+
+
+def test_auxk_does_not_depend_on_the_unit_of_the_residual(generator: torch.Generator) -> None:
+    sae = _sae()
+    with torch.no_grad():
+        sae.b_enc.zero_()
+        sae.b_dec.zero_()
+    x, residual = (torch.randn(B, D, generator=generator, dtype=torch.float64) for _ in range(2))
+    one, eight = (auxk_loss(sae, s * x, s * residual, _table(DEAD, 8), 3).item() for s in (1, 8))
+    assert one == pytest.approx(eight, rel=1e-12)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_in_kernels_rows_that_stand_for_no_latent_are_never_active(
+    precision: Precision, monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("FLASHSAE_BACKEND", "triton")
+    monkeypatch.setenv("FLASHSAE_DENSE_ABOVE", "1")
+    codes = []
+    original = ops.encode_topk
+
+    def encode_topk(*args: Any, **kwargs: Any) -> Any:
+        codes.append(original(*args, **kwargs))
+        return codes[-1]
+
+    monkeypatch.setattr(ops, "encode_topk", encode_topk)
+    sae = _sae(torch.float32)
+    sae.precision = precision
+    with torch.no_grad():
+        sae.W_enc_T[0] = 100.0  # the latent whose row stands in the rows left over, which lives
+    x = torch.randn(B, D, generator=generator) * 10.0 ** torch.linspace(-3, 6, B)[:, None]
+    residual = torch.randn(B, D, generator=generator)
+    dead = DEAD[1:]
+    results = [_loss_and_gradients(sae, auxk_loss(sae, x, residual, _table(dead, capacity), 8)) for capacity in (4, 16)]
+    acts, indices, *_ = codes[1]
+    assert acts.shape == (B, 8)
+    assert bool((indices >= len(dead)).any())
+    assert not bool(acts[indices >= len(dead)].any())
+    assert bool(acts[indices < len(dead)].any())
+    for name, expected in results[0].items():
+        torch.testing.assert_close(results[1][name], expected, msg=name)

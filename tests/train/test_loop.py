@@ -1,19 +1,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor
 
 from dense import dense_step_losses
-from flashsae import SAE, SparseCode, TrainConfig
+from flashsae import TrainConfig, ops
 from flashsae.data.shuffle import RowShuffle
 from flashsae.data.sources import ArraySource
 from flashsae.data.synthetic import SuperpositionModel
 from flashsae.errors import CheckpointError, DataError
 from flashsae.io.checkpoint import list_checkpoints
-from flashsae.optim import lr_factor
+from flashsae.ops import materialize
+from flashsae.ops.adam_rows.reference import merge_halves
+from flashsae.ops.latent_rows.factors import factors_of
+from flashsae.ops.validate import Precision
+from flashsae.optim import FactoredAdam, lr_factor
 from flashsae.train import TrainState, init_state, train, train_step
 from flashsae.train.config import ResolvedConfig
 from flashsae.train.loop import to_checkpoint
@@ -52,12 +57,8 @@ def test_two_runs_of_one_seed_are_equal_and_of_two_are_not() -> None:
     assert not _equal(_bits(states[0]), _bits(states[2]))
 
 
-@pytest.mark.parametrize("stop_at", [1, 20, 33])
-def test_resuming_is_bit_exact(stop_at: int, tmp_path: Path) -> None:
-    """A stop between two checkpoints loses steps, never bits."""
-    config = _config()
-    whole = _state(config)
-    train(whole, config)
+def _stop_and_resume(config: ResolvedConfig, stop_at: int, checkpoints: Path) -> TrainState:
+    """Train until a batch is missing, then again from the newest checkpoint."""
 
     class Stop(Exception):  # noqa: N818
         pass
@@ -72,15 +73,68 @@ def test_resuming_is_bit_exact(stop_at: int, tmp_path: Path) -> None:
 
         state.batches.next_batch = next_batch  # type: ignore[method-assign]
 
-    stopped = _state(config, tmp_path)
+    stopped = _state(config, checkpoints)
     interrupt(stopped)
     with pytest.raises(Stop):
-        train(stopped, config, checkpoints=tmp_path)
-    resumed = _state(config, tmp_path)
+        train(stopped, config, checkpoints=checkpoints)
+    resumed = _state(config, checkpoints)
     assert resumed.step == stop_at // 20 * 20
-    train(resumed, config, checkpoints=tmp_path)
+    train(resumed, config, checkpoints=checkpoints)
+    return resumed
+
+
+@pytest.mark.parametrize("stop_at", [1, 20, 33])
+def test_resuming_is_bit_exact(stop_at: int, tmp_path: Path) -> None:
+    """A stop between two checkpoints loses steps, never bits."""
+    whole = _state(_config())
+    train(whole, _config())
+    resumed = _stop_and_resume(_config(), stop_at, tmp_path)
     assert _equal(_bits(resumed), _bits(whole))
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000060"]
+
+
+@pytest.mark.parametrize(("precision", "moments"), [("bf16", "float32"), ("float32", "bf16"), ("bf16", "bf16")])
+def test_halves_and_narrow_moments_resume_bit_for_bit(
+    precision: Precision, moments: Literal["float32", "bf16"], tmp_path: Path
+) -> None:
+    config = _config(precision=precision, moments=moments, clip_norm=0.5)
+    whole = _state(config)
+    train(whole, config)
+    resumed = _stop_and_resume(config, 33, tmp_path)
+    bits = _bits(whole)
+    assert _equal(_bits(resumed), bits)
+    assert bits["sae.W_dec"].dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
+    assert bits["adam.0.exp_avg"].dtype == (torch.bfloat16 if moments == "bf16" else torch.float32)
+    assert ("adam.0.low" in bits) == (precision == "bf16")
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_the_finished_sae_is_float32_and_whole(precision: Precision) -> None:
+    config = _config(precision=precision)
+    state = _state(config, x=16 * X)
+    assert state.scale != 1.0
+    finished = train(state, config)
+    assert {parameter.dtype for parameter in finished.parameters()} == {torch.float32}
+    assert all(parameter.requires_grad for parameter in finished.parameters())
+    for name in ("W_enc_T", "W_dec"):
+        learnt = getattr(state.sae, name).detach()
+        whole = getattr(finished, name).detach()
+        if precision == "float32":
+            assert torch.equal(whole, learnt)
+        else:
+            low = state.optimizer.state[getattr(state.sae, name)]["low"]
+            assert torch.equal(whole, merge_halves(learnt, low))
+            assert not torch.equal(whole, learnt.float())
+    torch.testing.assert_close(finished.W_dec.norm(dim=1), torch.ones(64))
+    torch.testing.assert_close(finished.b_dec, state.sae.b_dec / state.scale)
+
+
+def test_the_precision_of_the_settings_is_that_of_the_sae() -> None:
+    for precision in ("float32", "tf32", "bf16"):
+        state = _state(_config(precision=precision))
+        assert state.sae.precision == precision
+        assert state.current_sae().precision == precision
+        assert state.finished_sae().precision is None
 
 
 def test_the_step_is_that_of_a_dense_sae_with_plain_adam() -> None:
@@ -130,17 +184,25 @@ def test_auxk_revives_dead_latents() -> None:
 def test_auxk_chooses_among_the_dead_latents_only(monkeypatch: pytest.MonkeyPatch) -> None:
     config = _config(k_aux=8)
     state = _state(config)
-    state.dead.tokens_since_fired[[3, 9, 40]] = 10**6
+    dead = [3, 9, 40]
+    state.dead.tokens_since_fired[dead] = 10**6
+    rows = state.sae.W_enc_T.detach()[dead].clone()
     asked = []
-    original = SAE.encode_aux
+    original = ops.encode_topk
 
-    def encode_aux(sae: SAE, x: Tensor, mask: Tensor, k_aux: int) -> tuple[SparseCode, SparseCode]:
-        asked.append((mask.nonzero()[:, 0].tolist(), k_aux))
-        return original(sae, x, mask, k_aux)
+    def encode_topk(x: Tensor, W_enc_T: Tensor, b_enc: Tensor, k: int, **settings: Any) -> Any:
+        asked.append((W_enc_T.detach().clone(), k))
+        return original(x, W_enc_T, b_enc, k, **settings)
 
-    monkeypatch.setattr(SAE, "encode_aux", encode_aux)
-    train_step(state, state.batches.next_batch(), config)
-    assert asked == [([3, 9, 40], 3)]  # no more than there are
+    monkeypatch.setattr(ops, "encode_topk", encode_topk)
+    before = state.sae.W_dec.detach().clone()
+    metrics = train_step(state, state.batches.next_batch(), config)
+    (all_rows, k), (aux_rows, k_aux) = asked
+    assert (len(all_rows), k) == (64, config.k)
+    assert torch.equal(aux_rows, rows)
+    assert k_aux == 3  # no more than there are
+    assert metrics["loss"].item() == pytest.approx((metrics["fvu"] + config.auxk_alpha * metrics["auxk_loss"]).item())
+    assert bool((state.sae.W_dec[dead] != before[dead]).any(dim=1).all())
 
 
 def test_the_learning_rate_follows_the_schedule() -> None:
@@ -149,18 +211,41 @@ def test_the_learning_rate_follows_the_schedule() -> None:
     rates = []
     for _ in range(60):
         train_step(state, state.batches.next_batch(), config)
-        rates.append(state.optimizer.param_groups[0]["lr"])
+        rates.append(state.optimizer.param_groups[0]["lr"].item())
+        assert all(group["lr"].item() == rates[-1] for group in state.optimizer.param_groups)
     assert rates == pytest.approx([config.lr * lr_factor(step, 60, 10, 30) for step in range(60)])
     assert rates[0] < rates[9] == max(rates) > rates[59] > 0
 
 
-def test_clipping_bounds_the_norm_of_the_gradient() -> None:
-    config = _config(clip_norm=1e-3)
+def test_clipping_bounds_the_norm_of_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    gradients = []
+    original = FactoredAdam.step
+
+    def step(optimizer: FactoredAdam) -> None:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        materialize(parameters)
+        state.sae.project_decoder_grad()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in parameters]))
+        original(optimizer)
+
+    monkeypatch.setattr(FactoredAdam, "step", step)
+    x = _state(_config()).batches.next_batch()
+    for clip_norm in (1e9, 1e-3):
+        config = _config(clip_norm=clip_norm)
+        state = _state(config)
+        norm = train_step(state, x, config)["grad_norm"].item()
+        assert norm == pytest.approx(gradients[0].norm().item(), rel=1e-5)
+    assert norm > 1e-3
+    assert gradients[1].norm().item() == pytest.approx(1e-3, rel=1e-3)
+    torch.testing.assert_close(gradients[1] / 1e-3, gradients[0] / norm, rtol=1e-2, atol=1e-5)
+
+
+def test_a_step_leaves_no_gradients_and_no_factors_behind() -> None:
+    config = _config()
     state = _state(config)
-    norm = train_step(state, state.batches.next_batch(), config)["grad_norm"]
-    gradient = torch.cat([p.grad.flatten() for p in state.sae.parameters() if p.grad is not None])
-    assert norm.item() > 1e-3
-    assert gradient.norm().item() == pytest.approx(1e-3, rel=1e-3)
+    train_step(state, state.batches.next_batch(), config)
+    assert all(parameter.grad is None for parameter in state.sae.parameters())
+    assert factors_of(state.sae.W_dec) == factors_of(state.sae.W_enc_T) == []
 
 
 def test_nan_stops_with_step_and_source_and_the_checkpoint_is_intact(tmp_path: Path) -> None:

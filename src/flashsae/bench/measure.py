@@ -27,7 +27,7 @@ TOLERANCE = {"bf16": 2.0**-5, "fp16": 2.0**-5, "tf32": 2.0**-8, "float32": 2.0**
 
 
 class WholeStep(Protocol):
-    """A training step of some implementation, as `flashsae.bench.peers.Step` and `flashsae.bench.ours.OurStep` are."""
+    """A training step of some implementation, as `flashsae.bench.dense.Step` and `flashsae.bench.ours.OurStep` are."""
 
     @property
     def squared_error(self) -> Callable[[float, Tensor], float]:
@@ -149,9 +149,12 @@ def measure_ours(
         assert isinstance(step, OurStep)
         if ceilings is None or device.type != "cuda":
             return {}
-        steps = profiled_steps(lambda i: step.run(xs[i % len(xs)]), device)
+        try:
+            steps = profiled_steps(lambda i: step.run(xs[i % len(xs)]), device)
+        except RuntimeError as error:  # the step itself was timed
+            return {"stages": [], "stages_why": f"the profiler failed: {error}"[:200]}
         if not steps:
-            return {"stages": [], "stages_why": "the profiler saw no kernels on this device"}
+            return {"stages": [], "stages_why": "the profiler saw no kernels"}
         times = stage_times(steps, parameter_order(step), record["median_ms"])
         return {"stages": stage_records(times, step, shape, ceilings)}
 

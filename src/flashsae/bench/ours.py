@@ -18,7 +18,7 @@ from flashsae.ops.validate import Precision
 from flashsae.optim import ADAM_EPS, FactoredAdam
 from flashsae.train.config import ResolvedConfig, TrainConfig
 from flashsae.train.dead import DeadLatents
-from flashsae.train.loop import TrainState, _build_optimizer, train_step
+from flashsae.train.loop import TrainState, build_optimizer, train_step
 
 SAMPLED_ROWS = 48
 ROW_TOLERANCE = 0.02  # of the learning rate, which is about what Adam moves each weight by
@@ -115,7 +115,7 @@ def make_config(problem: Problem, variant: Variant) -> ResolvedConfig:
 
 
 def make_state(
-    problem: Problem, config: ResolvedConfig, build_optimizer: BuildOptimizer = _build_optimizer
+    problem: Problem, config: ResolvedConfig, build_optimizer: BuildOptimizer = build_optimizer
 ) -> TrainState:
     """Return the state of a training that starts from the weights of a float32 problem, without data."""
     shape = problem.shape

@@ -8,57 +8,17 @@ device. What was chosen for each stands in its docstring.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flashsae.bench.dense import Step, autocast, backward, dense, dense_compiled
 from flashsae.bench.problem import Problem, total_variance
-from flashsae.bench.timing import float32_products
 from flashsae.errors import require
-from flashsae.optim import ADAM_EPS, default_lr
-
-
-def _backward(loss: Tensor) -> None:
-    loss.backward()  # type: ignore[no-untyped-call]
-
-
-@dataclass(frozen=True)
-class Step:
-    """One implementation, ready to run: `backward(loss(x))`, then `update()`.
-
-    Args:
-        loss: from x, [B, d_in] float32, to the scalar that it trains on.
-        update: all that follows backward: gradients adjusted, optimiser, decoder adjusted, gradients forgotten.
-        state: its parameters and buffers.
-        squared_error: from its loss and x to the sum of squared errors.
-        backward: of the loss, times a scale where its recipe has one.
-        products: how float32 products are computed around all of it: "tf32", "ieee", or None for as they are.
-    """
-
-    loss: Callable[[Tensor], Tensor]
-    update: Callable[[], None]
-    state: tuple[Tensor, ...]
-    squared_error: Callable[[float, Tensor], float]
-    backward: Callable[[Tensor], None] = _backward
-    products: str | None = None
-
-    def settings(self) -> AbstractContextManager[None]:
-        """Return the context in which all of it is to run."""
-        return float32_products(self.products)
-
-    def run(self, x: Tensor) -> Tensor:
-        """Do a whole training step; return the loss before it."""
-        loss = self.loss(x)
-        self.backward(loss)
-        self.update()
-        return loss.detach()
 
 
 @dataclass(frozen=True)
@@ -85,10 +45,6 @@ class Peer:
         return importlib.util.find_spec(self.module) is not None
 
 
-def _autocast(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> torch.autocast:
-    return torch.autocast(device.type, dtype)
-
-
 def _state(module: nn.Module) -> tuple[Tensor, ...]:
     return (*module.parameters(), *module.buffers())
 
@@ -101,63 +57,6 @@ def _load(*pairs: tuple[Tensor, Tensor]) -> None:
 
 def _sum_per_token(loss: float, x: Tensor) -> float:
     return loss * len(x)
-
-
-def unit_norm_adam(weights: Iterable[Tensor], W_dec: Tensor) -> Callable[[], None]:
-    """Return an update by fused `torch.optim.Adam` that projects the gradient of the decoder and keeps its rows at 1.
-
-    Args:
-        weights: all parameters.
-        W_dec: [d_sae, d_in], that of the decoder among them.
-    """
-    adam = torch.optim.Adam(weights, default_lr(len(W_dec)), eps=ADAM_EPS, fused=W_dec.is_cuda)
-
-    @torch.no_grad()
-    def update() -> None:
-        assert W_dec.grad is not None
-        W_dec.grad.addcmul_((W_dec.grad * W_dec).sum(1, keepdim=True), W_dec, value=-1)
-        adam.step()
-        adam.zero_grad()
-        W_dec.div_(W_dec.norm(dim=1, keepdim=True))
-
-    return update
-
-
-def dense(problem: Problem, precision: str = "bf16", *, compiled: bool = False) -> Step:
-    """Dense PyTorch with autograd: linear, topk, relu, scatter, matmul; fused Adam, projection, unit norm.
-
-    Args:
-        problem: whose weights it starts from.
-        precision: "bf16" (autocast), "tf32" or "float32" (IEEE), by the settings of torch.backends, put back later.
-        compiled: forward and backward through torch.compile.
-    """
-    weights = tuple(weight.clone().requires_grad_() for weight in problem.weights)
-    W_enc_T, b_enc, W_dec, b_dec = weights
-    device, k = W_dec.device, problem.shape.k
-
-    def loss(x: Tensor) -> Tensor:
-        with _autocast(device) if precision == "bf16" else contextlib.nullcontext():
-            pre_acts = F.linear(x - b_dec, W_enc_T, b_enc)
-            top = pre_acts.topk(k, dim=-1, sorted=False)
-            latent_acts = torch.zeros_like(pre_acts).scatter(-1, top.indices, top.values.relu())
-            x_hat = latent_acts @ W_dec + b_dec
-        return (x_hat - x).square().sum()
-
-    if compiled:
-        torch.compiler.reset()  # else a second size is compiled for any size, which is slower
-        loss = torch.compile(loss, dynamic=False)
-    return Step(
-        loss,
-        unit_norm_adam(weights, W_dec),
-        weights,
-        lambda value, x: value,
-        products={"bf16": None, "tf32": "tf32", "float32": "ieee"}[precision],
-    )
-
-
-def dense_compiled(problem: Problem) -> Step:
-    """Dense PyTorch in bf16 autocast, forward and backward through torch.compile."""
-    return dense(problem, compiled=True)
 
 
 def sparsify(problem: Problem) -> Step:
@@ -212,7 +111,7 @@ def sae_lens(problem: Problem) -> Step:
 
     def loss(x: Tensor) -> Tensor:
         given = step_input(sae_in=x, coefficients={}, dead_neuron_mask=None, n_training_steps=0, is_logging_step=False)
-        with _autocast(x.device):
+        with autocast(x.device):
             result: Tensor = sae.training_forward_pass(given).loss
         return result
 
@@ -250,12 +149,12 @@ def dictionary_learning(problem: Problem) -> Step:
     _load((sae.encoder.weight, W_enc_T), (sae.encoder.bias, b_enc), (decoder, W_dec.T), (sae.b_dec, b_dec))
 
     def loss(x: Tensor) -> Tensor:
-        with _autocast(device):
+        with autocast(device):
             result: Tensor = trainer.loss(x.to(torch.bfloat16), step=0)
         return result
 
     def update() -> None:
-        with _autocast(device):
+        with autocast(device):
             decoder.grad = top_k.remove_gradient_parallel_to_decoder_directions(
                 decoder, decoder.grad, shape.d_in, shape.d_sae
             )
@@ -292,7 +191,7 @@ def openai(problem: Problem) -> Step:
     scaler = torch.amp.GradScaler(device.type)
 
     def loss(x: Tensor) -> Tensor:
-        with _autocast(device, torch.float16):
+        with autocast(device, torch.float16):
             result: Tensor = kernels.mse(sae(x)[0], x)
         return result
 
@@ -309,7 +208,7 @@ def openai(problem: Problem) -> Step:
         update,
         _state(sae),
         lambda value, x: value * x.numel(),
-        backward=lambda value: _backward(scaler.scale(value)),
+        backward=lambda value: backward(scaler.scale(value)),
     )
 
 

@@ -108,13 +108,17 @@ def split_steps(kernels: Sequence[Kernel], steps: int) -> list[list[Kernel]]:
 def stage_times(steps: Sequence[Sequence[Kernel]], parameters: Sequence[str], step_ms: float) -> dict[str, float]:
     """Return the milliseconds of each stage; they add up to `step_ms`.
 
-    Each stage has its kernels' share of the time from the first kernel of a step to the end of its last. Pauses between
-    kernels, and kernels of no stage, are everything else.
+    Each stage has its kernels' share of the time that a step takes on the device. Pauses between kernels, and kernels
+    of no stage, are everything else; but not the pause in which the device waits for the host at the start, which is
+    there only because profiled steps do not follow each other.
     """
     shares: dict[str, float] = {}
     for kernels in steps:
-        span = max(kernel.end for kernel in kernels) - kernels[0].start
-        for kernel, stage in zip(kernels, stages_of([kernel.name for kernel in kernels], parameters)):
+        stages = stages_of([kernel.name for kernel in kernels], parameters)
+        begin = next((i for i, stage in enumerate(stages) if stage != REST), 0)
+        span = max(kernel.end for kernel in kernels) - kernels[begin].start
+        span += sum(kernel.end - kernel.start for kernel in kernels[:begin])
+        for kernel, stage in zip(kernels, stages):
             if stage != REST:
                 shares[stage] = shares.get(stage, 0.0) + (kernel.end - kernel.start) / span / len(steps)
     times = {stage: step_ms * shares[stage] for stage in ORDER if stage in shares}

@@ -29,9 +29,9 @@ from flashsae.ops.validate import Precision, check_k
 FORMAT = "flashsae.bench.step"
 FORMAT_VERSION = 1
 HOW_STAGES = (
-    "Kernels of replayed steps under the profiler: each stage has its share of the time from the first kernel of a "
-    "step to its last, of the step as it was measured. Ceilings, measured just before: gemm, the dense product of this "
-    "size; copy, in the memory of the device; gather, of rows from its cache."
+    "Kernels of replayed steps under the profiler: each stage has its kernels' share of a step on the device, times "
+    "the step as it was measured; everything else has the pauses too. Ceilings, measured just before: gemm, the dense "
+    "product of this size; copy, in the memory of the device; gather, of rows from its cache."
 )
 HOW_STEPS = (
     "Forward, backward and optimiser; median and 10th to 90th percentile of the time between two events on the device. "
@@ -82,7 +82,8 @@ def bench_step(
     with console.status(f"{OURS}, {precision}"):
         ours = measure_ours(Variant(precision), shape, device, seconds, ceilings=ceilings)
     stages = ours.pop("stages", [])
-    why = ours.pop("stages_why", "" if device.type == "cuda" else "stages are read on a GPU only")
+    is_timed = ours["status"] == "ok"
+    why = ours.pop("stages_why", "stages are read on a GPU only" if is_timed else "our step was not timed")
     steps = [{"name": OURS, "precision": precision, **ours}]
     for peer in (DENSE, *(LIBRARIES if peers else ())):
         with console.status(peer.name):

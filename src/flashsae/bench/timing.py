@@ -145,9 +145,14 @@ def float32_products(kind: str | None) -> Iterator[None]:
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     try:
-        matmul.fp32_precision = kind
+        older = torch.get_float32_matmul_precision()
+    except RuntimeError:  # raised where only the newer setting was used
+        older = "highest"
+    try:
+        torch.set_float32_matmul_precision({"tf32": "high", "ieee": "highest"}[kind])  # sets both settings alike
         yield
     finally:
+        torch.set_float32_matmul_precision(older)
         matmul.fp32_precision = before
 
 

@@ -82,7 +82,7 @@ def init_state(
         scale = _unit_scale(sample)
         sae.initialize_from((sample * scale).float())
     dead = DeadLatents(config.d_sae, config.dead_after_tokens, device)
-    state = TrainState(sae, _build_optimizer(sae, config), dead, batches, scale)
+    state = TrainState(sae, build_optimizer(sae, config), dead, batches, scale)
     if found:
         checkpoint = load_checkpoint(found[-1])
         check_settings(config, checkpoint)
@@ -90,7 +90,8 @@ def init_state(
     return state
 
 
-def _build_optimizer(sae: SAE, config: ResolvedConfig) -> FactoredAdam:
+def build_optimizer(sae: SAE, config: ResolvedConfig) -> FactoredAdam:
+    """Return the optimiser of a training; with bf16 products it splits the weights of `sae`."""
     groups: list[dict[str, Any]] = [
         {"params": [sae.W_dec], "unit_norm": True},
         {"params": [sae.W_enc_T, sae.b_enc, sae.b_dec]},

@@ -52,10 +52,13 @@ def adam_rows(
         reference.
     Source: Kingma and Ba 2015; the projection Bricken et al. 2023; the pass ours, docs/methodology.md#the-latent-pass.
     """
-    _check(weights, low)
+    _check(weights, low, gradient)
+    dtypes = (torch.float64,) if weights.dtype == torch.float64 else (torch.float32, torch.bfloat16)
     for name, moment in zip(("exp_avg", "exp_avg_sq"), moments):
         check_shape(name, moment, tuple(weights.shape))
-        check_float(name, moment)
+        _check_contiguous(name, moment)
+        if moment.dtype not in dtypes:
+            raise DtypeError(f"{name}: expected {' or '.join(map(str, dtypes))}, got {moment.dtype}.")
     if _fits_kernels(weights, rule.unit_norm):
         from flashsae.ops.adam_rows.launch import launch_adam_rows
 
@@ -92,7 +95,7 @@ def row_squares(weights: Tensor, gradient: RowGradient, unit_norm: bool, *, low:
     Cost: B·k·d elements gathered; reads the weights, 2 bytes each if split, if `unit_norm`. Writes d_sae numbers.
     Source: ours, docs/methodology.md#clipping.
     """
-    _check(weights, low)
+    _check(weights, low, gradient)
     if use_kernels(weights):
         from flashsae.ops.adam_rows.launch import launch_row_squares
 
@@ -101,13 +104,19 @@ def row_squares(weights: Tensor, gradient: RowGradient, unit_norm: bool, *, low:
     return reference.row_squares(gradient.total(whole), whole, unit_norm)
 
 
-def _check(weights: Tensor, low: Tensor | None) -> None:
+def _check_contiguous(name: str, tensor: Tensor) -> None:
+    if not tensor.is_contiguous():
+        raise ShapeError(f"{name}: expected a contiguous tensor, which is changed in place. Call .contiguous() first.")
+
+
+def _check(weights: Tensor, low: Tensor | None, gradient: RowGradient) -> None:
     check_shape("weights", weights, ("d_sae", "d"))
     check_float("weights", weights)
-    if not weights.is_contiguous():
-        raise ShapeError("weights: expected a contiguous tensor, which is changed in place. Call .contiguous() first.")
+    _check_contiguous("weights", weights)
+    gradient.check(weights)
     if low is not None:
         check_shape("low", low, tuple(weights.shape))
+        _check_contiguous("low", low)
         if (weights.dtype, low.dtype) != (torch.bfloat16, torch.int16):
             raise DtypeError(
                 f"weights and low: expected halves, bfloat16 and int16, got {weights.dtype} and {low.dtype}."

@@ -127,7 +127,7 @@ def weight_gradient(
         grad, sums = dense.latent_rows(top_indices, coeffs, rows, len(like))
         factor: Factor = RowFactor(grad, None)
     else:
-        factor = SparseFactor(index, coeffs, rows)
+        factor = SparseFactor(index, coeffs.detach(), rows)  # a graph behind it would stay alive until it is used
     if factors is not None:
         factors.append(factor)
         return None, sums
@@ -218,6 +218,23 @@ class RowGradient:
         whole += [factor.dense() for factor in rows]
         return cls(_joined(sparse), _sum(whole) if whole else None)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no gradient at all."""
+        return self.sparse is None and self.dense is None
+
+    def check(self, weights: Tensor) -> None:
+        """Raise ShapeError unless this fits a [d_sae, d] weight matrix."""
+        d_sae, d = weights.shape
+        if self.sparse is not None:
+            check_shape("gradient.sparse.rows", self.sparse.rows, ("B", d))
+            check_shape("gradient.sparse.coeffs", self.sparse.coeffs, (len(self.sparse.rows), self.sparse.index.k))
+            check_shape("gradient.sparse.index.offsets", self.sparse.index.offsets, (d_sae + 1,))
+        if self.slots is not None:
+            check_shape("gradient.slots", self.slots, (d_sae,))
+        if self.dense is not None:
+            check_shape("gradient.dense", self.dense, (d_sae if self.slots is None else "C", d))
+
     def total(self, like: Tensor) -> Tensor:
         """Return the gradient as numbers, of the shape, dtype and device of a weight matrix; zeros for no part."""
         parts = [] if self.sparse is None else [self.sparse.dense()]
@@ -227,9 +244,10 @@ class RowGradient:
 
 
 def _sum(parts: list[Tensor]) -> Tensor:
+    """Add tensors in the compute dtype; one alone stays as it is."""
     total = parts[0]
     for part in parts[1:]:
-        total = total + part
+        total = total.to(compute_dtype(total.dtype)) + part.to(compute_dtype(part.dtype))
     return total
 
 

@@ -1,0 +1,117 @@
+"""From dense PyTorch to our step, one technique at a time: what each of them is worth.
+
+Each rung is a whole training step: forward, backward, Adam, decoder projected and kept at unit norm; products in bf16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flashsae import ops
+from flashsae.bench.dense import Step, dense, unit_norm_adam
+from flashsae.bench.measure import WholeStep
+from flashsae.bench.ours import OurStep, Variant, build_ours, make_config, make_state
+from flashsae.bench.problem import Problem
+from flashsae.nn.sae import SAE
+from flashsae.optim import FactoredAdam
+from flashsae.train.config import ResolvedConfig
+from flashsae.train.graph import CapturedSteps
+from flashsae.train.graph import Step as GraphStep
+from flashsae.train.loop import build_optimizer
+
+
+class _DenseTopk(torch.autograd.Function):
+    """Dense pre-activations and torch.topk; the gradient of the encoder by the index of the code."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W_enc_T: Tensor, b_enc: Tensor, b_dec: Tensor, k: int) -> tuple[Tensor, ...]:
+        centred = (x - b_dec).bfloat16()
+        top = F.linear(centred, W_enc_T.bfloat16(), b_enc.bfloat16()).topk(k, dim=-1, sorted=False)
+        acts, index = top.values.float().relu(), ops.build_index(top.indices, len(W_enc_T))
+        ctx.save_for_backward(centred, W_enc_T, acts)
+        ctx.index = index
+        ctx.mark_non_differentiable(top.indices, index.entries, index.latents, index.offsets)
+        ctx.set_materialize_grads(False)
+        return acts, top.indices, index.entries, index.latents, index.offsets
+
+    @staticmethod
+    def backward(ctx: Any, grad_acts: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        centred, W_enc_T, acts = ctx.saved_tensors
+        grad_pre = torch.where(acts > 0, grad_acts, 0.0)
+        grad_W_enc_T = ops.latent_rows(ctx.index, grad_pre, centred, dtype=torch.float32)
+        sums = torch.zeros_like(W_enc_T[:, 0]).index_add_(0, ctx.index.top_indices.flatten(), grad_pre.flatten())
+        return None, grad_W_enc_T, sums, -(sums @ W_enc_T), None
+
+
+def sparse_decode(problem: Problem) -> Step:
+    """Dense encode and torch.topk; decode, loss and all gradients through the k active latents; fused torch Adam."""
+    weights = tuple(weight.clone().requires_grad_() for weight in problem.weights)
+    W_enc_T, b_enc, W_dec, b_dec = weights
+
+    def loss(x: Tensor) -> Tensor:
+        acts, indices, *lists = _DenseTopk.apply(x, W_enc_T, b_enc, b_dec, problem.shape.k)
+        index = ops.LatentIndex(*lists, problem.shape.k)
+        return ops.decode_loss(acts, indices, W_dec, b_dec, x, index=index, precision="bf16").loss
+
+    return Step(loss, unit_norm_adam(weights, W_dec), weights, lambda value, x: value)
+
+
+def fused_selection(problem: Problem) -> Step:
+    """As before, with `encode_topk`: the pre-activations are selected from a piece at a time, exactly."""
+    weights = tuple(weight.clone().requires_grad_() for weight in problem.weights)
+    W_enc_T, b_enc, W_dec, b_dec = weights
+
+    def loss(x: Tensor) -> Tensor:
+        top_acts, top_indices, index = ops.encode_topk(
+            x, W_enc_T, b_enc, problem.shape.k, b_dec=b_dec, precision="bf16", return_index=True
+        )
+        return ops.decode_loss(top_acts, top_indices, W_dec, b_dec, x, index=index, precision="bf16").loss
+
+    return Step(loss, unit_norm_adam(weights, W_dec), weights, lambda value, x: value)
+
+
+class _Uncaptured(CapturedSteps):
+    """Runs every step as it is called."""
+
+    def __call__(self, step: GraphStep, x: Tensor, kind: Hashable) -> dict[str, Tensor]:
+        return step(x)
+
+
+def _whole_weights(sae: SAE, config: ResolvedConfig) -> FactoredAdam:
+    return build_optimizer(sae, ResolvedConfig(**asdict(config) | {"precision": "tf32"}))  # only bf16 splits them
+
+
+def latent_pass(problem: Problem) -> OurStep:
+    """As before, with gradients as factors and `FactoredAdam` in one pass over float32 weights."""
+    config = make_config(problem, Variant("bf16"))
+    return _uncaptured(OurStep(make_state(problem, config, _whole_weights), config))
+
+
+def split_weights(problem: Problem) -> OurStep:
+    """As before, with weights in two halves of 16 bits, of which products read one."""
+    return _uncaptured(build_ours(problem, Variant("bf16")))
+
+
+def _uncaptured(step: OurStep) -> OurStep:
+    return replace(step, state=replace(step.state, captured=_Uncaptured()))
+
+
+def captured(problem: Problem) -> OurStep:
+    """As before, replayed as a CUDA graph: our step."""
+    return build_ours(problem, Variant("bf16"))
+
+
+RUNGS: dict[str, Callable[[Problem], WholeStep]] = {
+    "dense PyTorch": dense,
+    "+ sparse decode and backward": sparse_decode,
+    "+ exact fused selection": fused_selection,
+    "+ latent pass from factors": latent_pass,
+    "+ split weights": split_weights,
+    "+ CUDA graph": captured,
+}

@@ -1,0 +1,115 @@
+"""What a training step of another implementation is made of, and dense PyTorch as one."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flashsae.bench.problem import Problem
+from flashsae.bench.timing import float32_products
+from flashsae.optim import ADAM_EPS, default_lr
+
+
+def backward(loss: Tensor) -> None:
+    """Do the backward pass."""
+    loss.backward()  # type: ignore[no-untyped-call]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One implementation, ready to run: `backward(loss(x))`, then `update()`.
+
+    Args:
+        loss: from x, [B, d_in] float32, to the scalar that it trains on.
+        update: all that follows backward: gradients adjusted, optimiser, decoder adjusted, gradients forgotten.
+        state: its parameters and buffers.
+        squared_error: from its loss and x to the sum of squared errors.
+        backward: of the loss, times a scale where its recipe has one.
+        products: how float32 products are computed around all of it: "tf32", "ieee", or None for as they are.
+    """
+
+    loss: Callable[[Tensor], Tensor]
+    update: Callable[[], None]
+    state: tuple[Tensor, ...]
+    squared_error: Callable[[float, Tensor], float]
+    backward: Callable[[Tensor], None] = backward
+    products: str | None = None
+
+    def settings(self) -> AbstractContextManager[None]:
+        """Return the context in which all of it is to run."""
+        return float32_products(self.products)
+
+    def run(self, x: Tensor) -> Tensor:
+        """Do a whole training step; return the loss before it."""
+        loss = self.loss(x)
+        self.backward(loss)
+        self.update()
+        return loss.detach()
+
+
+def autocast(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> torch.autocast:
+    """Return the context in which products are rounded to 16 bits."""
+    return torch.autocast(device.type, dtype)
+
+
+def unit_norm_adam(weights: Iterable[Tensor], W_dec: Tensor) -> Callable[[], None]:
+    """Return an update by fused `torch.optim.Adam` that projects the gradient of the decoder and keeps its rows at 1.
+
+    Args:
+        weights: all parameters.
+        W_dec: [d_sae, d_in], that of the decoder among them.
+    """
+    adam = torch.optim.Adam(weights, default_lr(len(W_dec)), eps=ADAM_EPS, fused=W_dec.is_cuda)
+
+    @torch.no_grad()
+    def update() -> None:
+        assert W_dec.grad is not None
+        W_dec.grad.addcmul_((W_dec.grad * W_dec).sum(1, keepdim=True), W_dec, value=-1)
+        adam.step()
+        adam.zero_grad()
+        W_dec.div_(W_dec.norm(dim=1, keepdim=True))
+
+    return update
+
+
+def dense(problem: Problem, precision: str = "bf16", *, compiled: bool = False) -> Step:
+    """Dense PyTorch with autograd: linear, topk, relu, scatter, matmul; fused Adam, projection, unit norm.
+
+    Args:
+        problem: whose weights it starts from.
+        precision: "bf16" (autocast), "tf32" or "float32" (IEEE), by the settings of torch.backends, put back later.
+        compiled: forward and backward through torch.compile.
+    """
+    weights = tuple(weight.clone().requires_grad_() for weight in problem.weights)
+    W_enc_T, b_enc, W_dec, b_dec = weights
+    device, k = W_dec.device, problem.shape.k
+
+    def loss(x: Tensor) -> Tensor:
+        with autocast(device) if precision == "bf16" else contextlib.nullcontext():
+            pre_acts = F.linear(x - b_dec, W_enc_T, b_enc)
+            top = pre_acts.topk(k, dim=-1, sorted=False)
+            latent_acts = torch.zeros_like(pre_acts).scatter(-1, top.indices, top.values.relu())
+            x_hat = latent_acts @ W_dec + b_dec
+        return (x_hat - x).square().sum()
+
+    if compiled:
+        torch.compiler.reset()  # else a second size is compiled for any size, which is slower
+        loss = torch.compile(loss, dynamic=False)
+    return Step(
+        loss,
+        unit_norm_adam(weights, W_dec),
+        weights,
+        lambda value, x: value,
+        products={"bf16": None, "tf32": "tf32", "float32": "ieee"}[precision],
+    )
+
+
+def dense_compiled(problem: Problem) -> Step:
+    """Dense PyTorch in bf16 autocast, forward and backward through torch.compile."""
+    return dense(problem, compiled=True)

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from flashsae.bench import measure
+from flashsae.bench.dense import Step, dense
+from flashsae.bench.measure import check_step, measure_ours, measure_step
+from flashsae.bench.ours import OurStep, Variant, build_ours
+from flashsae.bench.problem import Problem, Shape, dense_squared_error, make_problem
+from flashsae.errors import MissingExtraError
+
+CPU, SHAPE = torch.device("cpu"), Shape("x", 64, 12, 100, 5)
+
+
+@pytest.fixture
+def never_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("timed")
+
+    monkeypatch.setattr(measure, "time_runs", refuse)
+
+
+def _half(problem: Problem) -> Step:
+    step = dense(problem)
+    return replace(step, squared_error=lambda value, x: value / 2)
+
+
+def _frozen(problem: Problem) -> Step:
+    return replace(dense(problem), update=lambda: None)
+
+
+def _diverging(problem: Problem) -> Step:
+    step = dense(problem)
+
+    def update() -> None:
+        step.update()
+        with torch.no_grad():
+            step.state[0].fill_(torch.nan)
+
+    return replace(step, update=update)
+
+
+@pytest.mark.parametrize(
+    ("build", "why"),
+    [
+        (_half, "squared error: expected about"),
+        (_frozen, "loss: expected less than"),
+        (_diverging, "got nan"),
+    ],
+)
+@pytest.mark.usefixtures("never_timed")
+def test_a_wrong_result_is_refused_and_not_timed(build: Callable[[Problem], Step], why: str) -> None:
+    record = measure_step(build, SHAPE, "bf16", CPU, 0.01)
+    assert record["status"] == "wrong result"
+    assert why in record["why"]
+    assert "median_ms" not in record
+
+
+@pytest.mark.usefixtures("never_timed")
+def test_a_wrong_update_of_ours_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OurStep, "wrong_after_first", lambda self: "W_dec: wrong. ")
+    assert measure_ours(Variant("float32"), SHAPE, CPU, 0.01) == {"status": "wrong result", "why": "W_dec: wrong."}
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (torch.OutOfMemoryError("x"), "out of memory"),
+        (MissingExtraError("pip install it"), "not installed"),
+        (RuntimeError("oh"), "failed"),
+    ],
+)
+def test_what_cannot_run_is_recorded(error: Exception, status: str) -> None:
+    def build(problem: Problem) -> Step:
+        raise error
+
+    record = measure_step(build, SHAPE, "bf16", CPU, 0.01)
+    assert record["status"] == status
+    assert record.get("why", "") == {"failed": "RuntimeError: oh", "not installed": "pip install it"}.get(status, "")
+
+
+def test_what_is_right_is_timed() -> None:
+    record = measure_step(dense, SHAPE, "bf16", CPU, 0.01, more=lambda step, record, xs: {"inputs": len(xs)})
+    assert record["status"] == "ok"
+    assert 0 < record["p10_ms"] <= record["median_ms"] <= record["p90_ms"]
+    assert record["tokens_per_s"] == pytest.approx(64e3 / record["median_ms"])
+    assert record["peak_bytes"] is record["reserved_bytes"] is None
+    assert record["inputs"] == 2
+
+
+def test_the_check_does_three_updates_of_one_batch() -> None:
+    problem, seen = make_problem(SHAPE, torch.float32, CPU), list[Tensor]()
+    step = dense(problem)
+
+    def loss(x: Tensor) -> Tensor:
+        seen.append(x)
+        return step.loss(x)
+
+    assert check_step(replace(step, loss=loss), problem.xs[0], dense_squared_error(problem), "bf16") == ""
+    assert len(seen) == 4
+    assert all(x is problem.xs[0] for x in seen)
+
+
+@pytest.mark.parametrize(("precision", "off"), [("bf16", 0.04), ("tf32", 0.005), ("float32", 0.0005)])
+def test_each_precision_has_its_tolerance(precision: str, off: float) -> None:
+    problem = make_problem(SHAPE, torch.float32, CPU)
+    expected = dense_squared_error(problem) * (1 + off)
+    assert "squared error" in check_step(dense(problem, "float32"), problem.xs[0], expected, precision)
+    expected = dense_squared_error(problem) * (1 + off / 4)
+    assert check_step(build_ours(problem, Variant("float32")), problem.xs[0], expected, precision) == ""

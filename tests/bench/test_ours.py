@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+from flashsae.bench.ours import Variant, build_ours, expected_rows, make_state
+from flashsae.bench.problem import Shape, dense_squared_error, make_problem
+from flashsae.train.config import ResolvedConfig
+
+CPU, SHAPE = torch.device("cpu"), Shape("x", 64, 12, 100, 5)
+PROBLEM = make_problem(SHAPE, torch.float32, CPU)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [Variant(), Variant("tf32"), Variant("float32"), Variant(moments="bf16"), Variant(clip_norm=1.0)],
+    ids=str,
+)
+def test_steps_start_from_the_problem_and_fall(variant: Variant) -> None:
+    step, x = build_ours(PROBLEM, variant), PROBLEM.xs[0]
+    losses = [float(step.run(x)) for _ in range(4)]
+    assert losses == sorted(losses, reverse=True)
+    assert step.squared_error(losses[0], x) == pytest.approx(dense_squared_error(PROBLEM), rel=0.02)
+    assert (step.expected is not None) == (variant == Variant("float32"))
+
+
+def test_the_first_float32_update_is_that_of_torch_adam() -> None:
+    step = build_ours(PROBLEM, Variant("float32"))
+    assert "W_enc_T after a step: " in step.wrong_after_first()  # no step was done yet
+    step.run(PROBLEM.xs[0])
+    assert step.wrong_after_first() == ""
+
+
+def test_another_learning_rate_is_found_wrong() -> None:
+    right = build_ours(PROBLEM, Variant("float32"))
+    config = ResolvedConfig(**asdict(right.config) | {"lr": 1.1 * right.config.lr})
+    step = replace(right, state=make_state(PROBLEM, config), config=config)
+    step.run(PROBLEM.xs[0])
+    assert "W_dec after a step: " in step.wrong_after_first()
+
+
+def test_expected_rows_are_of_latents_that_fired() -> None:
+    rows = expected_rows(PROBLEM, 1e-3)
+    moved = (rows.W_enc_T - PROBLEM.W_enc_T[rows.latents]).abs().amax(1)
+    assert len(rows.latents) > 10
+    assert float(moved.min()) > 1e-4
+    torch.testing.assert_close(rows.W_dec.norm(dim=1), torch.ones(len(rows.latents)))
+
+
+def test_dead_latents_stay_dead_and_get_the_auxiliary_loss() -> None:
+    problem = make_problem(SHAPE, torch.float32, CPU, tied=True, dead=20)
+    step = build_ours(problem, Variant())
+    before = step.state.sae.W_enc_T[:20].float().clone()
+    for _ in range(3):
+        step.run(problem.xs[0])
+    assert step.config.k_aux == 20
+    assert step.state.dead.mask().sum() == 20
+    assert not torch.equal(before, step.state.sae.W_enc_T[:20].float())
