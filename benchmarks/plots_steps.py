@@ -25,9 +25,12 @@ from benchmarks.drawing import (
     table,
 )
 from benchmarks.steps import DEAD_FRACTION, VARIANTS, WITH_VARIANTS
+from flashsae.bench.ceilings import Ceilings
+from flashsae.bench.cost import predict_stages
 from flashsae.bench.measure import OURS
 from flashsae.bench.peers import DENSE_COMPILED, LIBRARIES
-from flashsae.bench.stages import ORDER
+from flashsae.bench.problem import Shape
+from flashsae.bench.stages import ENCODE, ORDER
 
 GROUPS = ("step", "scale", "ablation")
 PEERS = {
@@ -57,7 +60,8 @@ def step_text(results: Results) -> str:
         return ""
     parts = [results.footer(*GROUPS)]
     if results.sizes("step"):
-        parts += [whole_table(results), stages_table(results, "step", STAGE_TEXT), variants_table(results)]
+        parts += [whole_table(results), stages_table(results, "step", STAGE_TEXT)]
+        parts += [predicted_table(results), variants_table(results)]
     if results.sizes("scale"):
         parts += [scale_table(results), stages_table(results, "scale", f"{OURS} by stage, as above:")]
     if results.sizes("ablation"):
@@ -91,6 +95,25 @@ def stages_table(results: Results, group: str, text: str) -> str:
     rows.append(["whole step", *(ms_text(record) for record in found)])
     heads = ["stage", *(f"{shape['name']}, ms" for shape in sizes)]
     return f"{text}\n\n{table(heads, rows)}"
+
+
+def predicted_table(results: Results) -> str:
+    """Return what the model of cost says of each stage, and how far that is from what was measured."""
+    sizes, columns = results.sizes("step"), []
+    copy, gather = ((results.get("ceiling", "", name, "") or {}).get("gbs", 0.0) for name in ("copy", "gather"))
+    for shape, record in zip(sizes, results.row("step", OURS, "bf16")):
+        measured = {stage["name"]: stage for stage in (record or {}).get("stages", [])}
+        if not measured:
+            return ""
+        encode = measured[ENCODE]
+        gemm = encode["tflops"] / encode["share_of_ceiling"]
+        predicted = predict_stages(Shape(**shape), Ceilings(copy, gather, gemm, "bf16"))
+        predicted["whole step"] = sum(predicted.values())
+        times = {name: stage["ms"] for name, stage in measured.items()} | {"whole step": record["median_ms"]}
+        columns.append({name: f"{number(ms)} ({ms / times[name] - 1:+.0%})" for name, ms in predicted.items()})
+    rows = [[name, *(column[name] for column in columns)] for name in columns[0]]
+    text = "**Predicted** by the model of cost below from the ceilings of the same run (in brackets: off by)."
+    return f"{text}\n\n{table(['stage', *(shape['name'] for shape in sizes)], rows)}"
 
 
 def variants_table(results: Results) -> str:

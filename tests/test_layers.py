@@ -33,7 +33,7 @@ train.config train.plan train.dead train.graph train.records train.callbacks tra
 settings
 evaluate.heldout
 report.tokens report.snippets report.plots report.render
-bench.timing bench.problem bench.gather bench.ceilings bench.dense bench.peers bench.ours bench.stages
+bench.timing bench.problem bench.gather bench.ceilings bench.dense bench.peers bench.ours bench.stages bench.cost
 bench.measure bench.step
 run cli testing
 """.split()  # noqa: SIM905 - reads as the layers that it lists
