@@ -1,8 +1,8 @@
-"""Train from a cache of activations, and see how much of the step's own rate is left: `python -m benchmarks.pipeline`.
+"""Training from data, beside steps whose batch lies on the device already: `python -m benchmarks.pipeline cache model`.
 
-Writes a cache of random activations to a folder (it should lie in the page cache: it was just written), trains on it
-exactly as `flashsae train` does, and compares tokens a second with steps whose batch lies on the device already.
-Appends one JSON line, and writes a trace of some steps for chrome://tracing or ui.perfetto.dev.
+`cache` writes a cache of random activations (which then lies in the page cache) and trains on it exactly as
+`flashsae train` does. `model` trains on what a language model gives meanwhile. Each appends one JSON line with the
+tokens a second of both, and what a trace of some steps shows.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import cyclopts
 import safetensors.torch
@@ -21,12 +21,20 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.measure import facts
 from flashsae.data.cache import TOKENS_FOLDER, ActivationCache, CacheIndex, shard_path
-from flashsae.data.shuffle import RowShuffle
+from flashsae.data.language_model import LanguageModelConfig, LanguageModelSource
+from flashsae.data.shuffle import shuffled
+from flashsae.data.sources import RowSource, StreamSource
+from flashsae.data.text import open_text
 from flashsae.train.callbacks import Callback, JsonlLog
-from flashsae.train.config import TrainConfig
+from flashsae.train.config import ResolvedConfig, TrainConfig
 from flashsae.train.loop import TrainState, init_state, train, train_step
 
+Source = RowSource | StreamSource
+Span = tuple[float, float]
 RESULTS = Path(__file__).parent / "results"
+TRACED_STEPS = 10
+DRAWN_STEPS = 4
+MERGED_MS = 0.02  # spans closer to each other than this are one when drawn
 
 
 def write_random_cache(folder: Path, d_in: int, rows: int, shard_rows: int = 32768) -> None:
@@ -45,27 +53,72 @@ def write_random_cache(folder: Path, d_in: int, rows: int, shard_rows: int = 327
 
 
 class Tracer(Callback):
-    """Notes when steps were handed to the device, and traces some of them."""
+    """Traces some steps of a training."""
 
-    def __init__(self, first: int, steps: int, path: Path | None) -> None:
-        self._first, self._last, self._path = first, first + steps, path
+    def __init__(self, first: int, path: Path) -> None:
+        self._first, self._path = first, path
         self._profile: Any = None
 
     def on_step(self, step: int) -> None:
         """Begin or end the trace."""
-        if self._path is None:
-            return
         if step == self._first:
             torch.cuda.synchronize()
             self._profile = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
             self._profile.__enter__()
-        if step == self._last and self._profile is not None:
+        if step == self._first + TRACED_STEPS:
             torch.cuda.synchronize()
             self._profile.__exit__(None, None, None)
             self._profile.export_chrome_trace(str(self._path))
 
 
-def resident_rate(state: TrainState, x: torch.Tensor, config: Any, steps: int) -> float:
+def union(spans: list[Span], gap: float = 0.0) -> list[Span]:
+    """Return spans in order, those that overlap or are less than `gap` apart as one."""
+    found: list[Span] = []
+    for start, end in sorted(spans):
+        if found and start <= found[-1][1] + gap:
+            found[-1] = found[-1][0], max(end, found[-1][1])
+        else:
+            found.append((start, end))
+    return found
+
+
+def length(spans: list[Span]) -> float:
+    """Return how long spans are that do not overlap."""
+    return sum(end - start for start, end in spans)
+
+
+def read_trace(path: Path) -> dict[str, Any]:
+    """Return what a trace shows of the stream that trains and of the one that fetches batches; milliseconds.
+
+    busy_share: of the time between its first and last kernel, in which the training stream runs one. fetch_ms: of
+    copies and kernels on other streams, a step; fetch_hidden_share: of those, while the training stream is busy.
+    timeline: spans of both streams over some steps.
+    """
+    events = [e for e in json.loads(path.read_text())["traceEvents"] if e.get("cat") in ("kernel", "gpu_memcpy")]
+    training = {e["args"]["stream"] for e in events if "adam_rows_kernel" in e["name"]}
+
+    def spans(is_training: bool) -> list[Span]:
+        chosen = (e for e in events if (e["args"]["stream"] in training) == is_training)
+        return [(e["ts"] / 1e3, (e["ts"] + e["dur"]) / 1e3) for e in chosen]
+
+    train, fetch = union(spans(True)), union(spans(False))
+    begin, end = train[0][0], train[-1][1]
+    fetch = [span for span in fetch if span[0] >= begin and span[1] <= end]
+    hidden = length(train) + length(fetch) - length(union(train + fetch))
+    until = begin + (end - begin) * DRAWN_STEPS / TRACED_STEPS
+    timeline = {
+        name: [(start - begin, stop - begin) for start, stop in union(found, MERGED_MS) if start < until]
+        for name, found in (("training", train), ("fetching", fetch))
+    }
+    return {
+        "busy_share": length(train) / (end - begin),
+        "fetch_ms": length(fetch) / TRACED_STEPS,
+        "fetch_hidden_share": hidden / length(fetch) if fetch else None,
+        "timeline": timeline,
+    }
+
+
+def resident_rate(state: TrainState, x: torch.Tensor, config: ResolvedConfig, steps: int) -> float:
     """Return tokens a second of steps whose batch is on the device."""
     for _ in range(4):
         train_step(state, x, config)
@@ -77,51 +130,91 @@ def resident_rate(state: TrainState, x: torch.Tensor, config: Any, steps: int) -
     return steps * len(x) / (time.perf_counter() - start)
 
 
+def source_rate(source: StreamSource, tokens: int) -> float:
+    """Return tokens a second of a source that nothing runs beside; the first chunks are not counted."""
+    chunks = source.chunks("train")
+    for _ in range(4):
+        next(chunks)
+    torch.cuda.synchronize()
+    start, found = time.perf_counter(), 0
+    while found < tokens:
+        found += len(next(chunks)[0].acts)
+    torch.cuda.synchronize()
+    return found / (time.perf_counter() - start)
+
+
+def measure(name: str, source: Source, config: TrainConfig, trace: Path) -> dict[str, Any]:
+    """Train as `flashsae train` does; return the rate of the second half beside that of steps on a resident batch."""
+    settings, device = config.resolve(source.d_in), torch.device("cuda")
+    batches = shuffled(source, settings.batch_tokens, seed=0, buffer_tokens=settings.shuffle_tokens)
+    state = init_state(settings, batches, device)
+    x = torch.randn(settings.batch_tokens, source.d_in, device=device).bfloat16()
+    resident = resident_rate(state, x, settings, settings.steps // 4)
+    alone = None if isinstance(source, RowSource) else source_rate(source, settings.steps * settings.batch_tokens // 4)
+    state.step = 0
+    with tempfile.TemporaryDirectory() as folder:
+        train(state, settings, callbacks=[JsonlLog(Path(folder)), Tracer(settings.steps // 4, trace)])
+        lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    rates = [json.loads(line)["tokens_per_second"] for line in lines][len(lines) // 2 :]
+    rate = len(rates) / sum(1 / rate for rate in rates)
+    shape = {"d_in": source.d_in, "d_sae": settings.d_sae, "k": settings.k, "batch_tokens": settings.batch_tokens}
+    slower = resident if alone is None else min(resident, alone)
+    return {
+        "group": "pipeline", "name": name, "shape": shape, "tokens_per_second": rate, "share": rate / slower,
+        "resident_tokens_per_second": resident, "source_tokens_per_second": alone, "rates": rates,
+    } | read_trace(trace)  # fmt: skip
+
+
 def main(
-    *,
+    *arms: Literal["cache", "model"],
     d_in: int = 4096,
     d_sae: int = 131072,
     k: int = 64,
     batch_tokens: int = 8192,
     steps: int = 120,
     rows: int = 196608,
+    model: str = "minilm",
+    hookpoint: str = "encoder.layer.2",
     out: Path = RESULTS / "pipeline.jsonl",
-    trace: Path | None = None,
+    traces: Path | None = None,
 ) -> None:
-    """Compare training from a cache with steps on resident batches.
+    """Compare training from data with steps on resident batches.
 
     Args:
-        d_in, d_sae, k, batch_tokens: of the SAE and its training; the default is size L.
+        arms: where activations come from.
+        d_in: of the cache.
+        d_sae, k, batch_tokens: of the SAE and its training; the default is size L.
         steps: to train for; the rate is that of the second half.
         rows: of the cache.
+        model, hookpoint: for `model`, as for `flashsae train`.
         out: file to append a JSON line to.
-        trace: file for a trace of ten steps.
+        traces: folder to keep the traces in, for chrome://tracing or ui.perfetto.dev.
     """
-    device = torch.device("cuda")
     config = TrainConfig(
         d_sae=d_sae, k=k, batch_tokens=batch_tokens, tokens=batch_tokens * steps, precision="bf16",
-        log_every_steps=10, checkpoint_every_steps=10 * steps,
-    ).resolve(d_in)  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        write_random_cache(Path(folder) / "cache", d_in, rows)
-        source = ActivationCache(Path(folder) / "cache")
-        state = init_state(config, RowShuffle(source, batch_tokens, seed=0, window_rows=config.shuffle_tokens), device)
-        x = torch.randn(batch_tokens, d_in, device=device).bfloat16()
-        resident = resident_rate(state, x, config, steps // 4)
-        state.step = 0
-        train(state, config, callbacks=[JsonlLog(Path(folder)), Tracer(steps // 4, 10, trace)])
-        lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
-    rates = [json.loads(line)["tokens_per_second"] for line in lines][len(lines) // 2 :]
-    rate = len(rates) / sum(1 / rate for rate in rates)
-    record = {
-        "group": "pipeline", "shape": {"d_in": d_in, "d_sae": d_sae, "k": k, "batch_tokens": batch_tokens},
-        "tokens_per_second": rate, "resident_tokens_per_second": resident, "share": rate / resident, "rates": rates,
-    }  # fmt: skip
-    with out.open("a") as file:
-        file.write(json.dumps(record | facts(device)) + "\n")
-    Console().print(
-        f"{rate:,.0f} tokens/s from the cache, {resident:,.0f} from a batch on the device: {rate / resident:.1%}"
-    )
+        shuffle_tokens=16 * batch_tokens, log_every_steps=10, checkpoint_every_steps=10 * steps,
+    )  # fmt: skip
+    for arm in arms or ("cache",):
+        with tempfile.TemporaryDirectory() as folder:
+            source: Source
+            if arm == "cache":
+                write_random_cache(Path(folder) / "cache", d_in, rows)
+                source = ActivationCache(Path(folder) / "cache")
+            else:
+                settings = LanguageModelConfig(model, (hookpoint,), context_length=128)
+                source = LanguageModelSource(settings, open_text("python-docs"))
+            if traces is not None:
+                traces.mkdir(parents=True, exist_ok=True)
+            record = measure(arm, source, config, (traces or Path(folder)) / f"{arm}.json")
+        with out.open("a") as file:
+            file.write(json.dumps(record | facts(torch.device("cuda"))) + "\n")
+        alone = record["source_tokens_per_second"]
+        Console().print(
+            f"{arm}: {record['tokens_per_second']:,.0f} tokens/s, {record['resident_tokens_per_second']:,.0f} from a "
+            f"batch on the device{'' if alone is None else f', {alone:,.0f} from the source alone'}: "
+            f"{record['share']:.1%}; training stream busy {record['busy_share']:.1%} of the time, "
+            f"fetching takes {record['fetch_ms']:.2f} ms a step, hidden {record['fetch_hidden_share'] or 0:.1%}"
+        )
 
 
 if __name__ == "__main__":

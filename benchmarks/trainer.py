@@ -94,13 +94,14 @@ def dense(source: ActivationCache, config: ResolvedConfig, autocast: bool) -> tu
 
 def main(
     cache: Path, *, d_sae: int = 32768, k: int = 32, steps: int = 1000, batch_tokens: int = 1024,
-    out: Path = RESULTS / "trainer.jsonl",
+    dead_after_tokens: int = 10_000_000, seed: int = 0, out: Path = RESULTS / "trainer.jsonl",
 ) -> None:  # fmt: skip
     """Train every arm on the same cached activations and append one JSON line each.
 
     Args:
         cache: folder that `flashsae cache` wrote.
-        d_sae, k, steps, batch_tokens: of the training.
+        d_sae, k, steps, batch_tokens, dead_after_tokens, seed: of the training. With the default no latent counts as
+            dead within 1000 steps; with less, AuxK has something to do.
         out: JSON lines file.
     """
     torch.set_float32_matmul_precision("highest")
@@ -109,8 +110,9 @@ def main(
 
     def settings(precision: Precision) -> ResolvedConfig:
         return TrainConfig(
-            d_sae=d_sae, k=k, tokens=steps * batch_tokens, batch_tokens=batch_tokens, precision=precision, device="cuda"
-        ).resolve(source.d_in)
+            d_sae=d_sae, k=k, tokens=steps * batch_tokens, batch_tokens=batch_tokens, precision=precision,
+            dead_after_tokens=dead_after_tokens, seed=seed, device="cuda",
+        ).resolve(source.d_in)  # fmt: skip
 
     arms: dict[str, Callable[[], tuple[SAE, list[float]]]] = {
         "dense float32": lambda: dense(source, settings("float32"), autocast=False),
@@ -126,7 +128,8 @@ def main(
         apart = result.fvu / reference - 1
         print(f"{name:20s} held-out FVU {result.fvu:.6f} ({apart:+.3%} of dense float32), last batch {curve[-1]:.6f}")
         record = {
-            "arm": name, "d_in": source.d_in, "d_sae": d_sae, "k": k, "batch_tokens": batch_tokens,
+            "group": "trainer", "arm": name, "d_in": source.d_in, "d_sae": d_sae, "k": k, "batch_tokens": batch_tokens,
+            "dead_after_tokens": dead_after_tokens, "seed": seed,
             "held_out_tokens": result.tokens, "held_out_fvu": result.fvu, "fvu": curve,
         }  # fmt: skip
         with out.open("a") as file:

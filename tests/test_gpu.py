@@ -25,10 +25,7 @@ from flashsae.testing import assert_as_accurate, integer_inputs
 from selection import HARD, hard_inputs, selection_mistakes
 from steps import Tensors, leaves, step_inputs, whole_step
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 
 
 DEVICE = "cuda"

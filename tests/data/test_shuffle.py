@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -61,6 +61,22 @@ def test_the_buffer_gives_out_every_row_and_mixes_far() -> None:
     assert (counts == 0).sum() <= 300
     steps = drawn.diff().abs()
     assert steps.median() > 50
+
+
+def test_the_buffer_reads_for_each_batch_what_the_last_one_took() -> None:
+    read: list[int] = []
+
+    def chunks() -> Iterator[Tensor]:
+        for chunk in _x().split(10):
+            read.append(len(chunk))
+            yield chunk
+
+    batches = BufferShuffle(IterableSource(chunks()), 30, seed=0, buffer_tokens=300)
+    totals = []
+    for _ in range(20):
+        batches.next_batch()
+        totals.append(sum(read))
+    assert totals == [300 + 30 * i for i in range(20)]
 
 
 @pytest.mark.parametrize("make", [_rows, lambda: _rows(window_rows=100, block_rows=8), _buffer])

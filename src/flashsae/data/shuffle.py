@@ -136,7 +136,10 @@ class RowShuffle:
 
 
 class BufferShuffle:
-    """Rows of a stream, mixed in a buffer that is refilled and permuted whenever half of it is used up.
+    """Rows of a stream, mixed in a buffer: all that is in it is permuted again whenever half of it was given out.
+
+    What a batch leaves free is filled before the next one, so a language model that is read has as much to do for every
+    batch, and can do it while the device trains on the last one.
 
     Args:
         source: read forwards; from the start again when an epoch ends.
@@ -152,52 +155,56 @@ class BufferShuffle:
             )
         self._source = source
         self._batch_tokens = batch_tokens
-        self._capacity = buffer_tokens
         self._generator = _generator(seed)
         self._epoch = 0
         self._cursor: Cursor | None = None
         self._chunks: Iterator[tuple[Chunk, Cursor]] | None = None
-        self._buffer: Tensor | None = None  # [capacity, d_in]; made when the first chunk shows dtype and device
-        self._order = torch.zeros(0, dtype=torch.int64)  # rows of the buffer still to be given out
         self._rest: Tensor | None = None  # of the last chunk, what the buffer had no room for
+        self._buffer: Tensor | None = None  # [buffer_tokens, d_in]; made when the first chunk shows dtype and device
+        # every place in the buffer is in one of three: to be given out in this order; filled since; free
+        self._order, self._arrived = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
+        self._free = torch.arange(buffer_tokens)
+        self._capacity = buffer_tokens
 
     def next_batch(self) -> Tensor:
         """Return the next batch. Raises DataError when a source that can be read only once has ended."""
-        if len(self._order) < max(self._batch_tokens, self._capacity // 2):
-            self._refill()
+        self._fill()
         if self._buffer is None or len(self._order) < self._batch_tokens:
             raise DataError(
                 f"{self._source.name} ended: {len(self._order)} rows are left, fewer than a batch of "
                 f"{self._batch_tokens}. Give more data, or set tokens to what there is."
             )
-        batch = self._buffer.index_select(0, self._order[: self._batch_tokens].to(self._buffer.device))
-        self._order = self._order[self._batch_tokens :]
-        return batch
+        places, self._order = self._order[: self._batch_tokens], self._order[self._batch_tokens :]
+        self._free = torch.cat([self._free, places])
+        return self._rows_at(places)
 
     def sample(self, tokens: int) -> Tensor:
         """Return up to `tokens` rows of the buffer."""
         if self._buffer is None:
-            self._refill()
+            self._fill()
         if self._buffer is None:
             raise DataError(f"{self._source.name} is empty: expected at least one row of activations.")
-        return self._buffer[self._order[:tokens].to(self._buffer.device)]
+        return self._rows_at(self._order[:tokens])
 
-    def _refill(self) -> None:
-        if self._buffer is not None:
-            left = self._buffer[self._order.to(self._buffer.device)]
-            self._buffer[: len(left)] = left
-        filled = len(self._order)
-        while filled < self._capacity:
+    def _rows_at(self, places: Tensor) -> Tensor:
+        assert self._buffer is not None
+        return self._buffer.index_select(0, places.to(self._buffer.device))
+
+    def _fill(self) -> None:
+        """Read rows into all free places; permute all if less than half, or than a batch, is left of the order."""
+        while len(self._free):
             rows = self._next_rows()
             if rows is None:
                 break
             if self._buffer is None:
                 self._buffer = rows.new_empty(self._capacity, rows.shape[1])
-            room = self._capacity - filled
-            self._buffer[filled : filled + len(rows[:room])] = rows[:room]
-            filled += len(rows[:room])
-            self._rest = rows[room:].clone() if len(rows) > room else None
-        self._order = torch.randperm(filled, generator=self._generator)
+            places, self._free = self._free[: len(rows)], self._free[len(rows) :]
+            self._buffer[places.to(self._buffer.device)] = rows[: len(places)]
+            self._arrived = torch.cat([self._arrived, places])
+            self._rest = rows[len(places) :].clone() if len(rows) > len(places) else None
+        if len(self._order) < max(self._batch_tokens, self._capacity // 2):
+            there = torch.cat([self._order, self._arrived])
+            self._order, self._arrived = there[torch.randperm(len(there), generator=self._generator)], there[:0]
 
     def _next_rows(self) -> Tensor | None:
         """Return more rows of the stream, beginning a new epoch where one ends; None if there are none for ever."""
@@ -216,14 +223,15 @@ class BufferShuffle:
         return None
 
     def state(self) -> State:
-        """Return the cursor and the contents of the buffer, in the order in which they would be given out."""
+        """Return the cursor and the contents of the buffer: first those to be given out, in their order."""
+        device = None if self._buffer is None else str(self._buffer.device)
+        place = {"epoch": self._epoch, "cursor": self._cursor, "arrived": len(self._arrived), "device": device}
         tensors = {"generator": self._generator.get_state()}
         if self._buffer is not None:
-            tensors["buffer"] = self._buffer[self._order.to(self._buffer.device)].cpu()
+            tensors["buffer"] = self._rows_at(torch.cat([self._order, self._arrived])).cpu()
         if self._rest is not None:
             tensors["rest"] = self._rest.cpu()
-        device = None if self._buffer is None else str(self._buffer.device)
-        return {"epoch": self._epoch, "cursor": self._cursor, "device": device}, tensors
+        return place, tensors
 
     def restore(self, state: State) -> None:
         """Go on where the state was taken."""
@@ -234,7 +242,8 @@ class BufferShuffle:
             rows = tensors["buffer"].to(place["device"])
             self._buffer = rows.new_empty(self._capacity, rows.shape[1])
             self._buffer[: len(rows)] = rows
-            self._order = torch.arange(len(rows))
+            ends = len(rows) - place["arrived"], len(rows)
+            self._order, self._arrived, self._free = torch.arange(self._capacity).tensor_split(ends)
         self._rest = tensors["rest"].to(place["device"]) if "rest" in tensors else None
 
 

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from flashsae.data.prefetch import Prefetcher
+from flashsae.data.shuffle import shuffled
+from flashsae.data.sources import ArraySource, Chunk, Cursor, IterableSource
+from flashsae.errors import DataError
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def _keep_busy(device: str) -> None:
+    if device == "cuda":
+        torch.cuda._sleep(2_000_000)  # about a millisecond
+
+
+class Stream:
+    """Activations that take their device a while, as those of a language model do."""
+
+    name, d_in = "a model", 64
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+
+    def chunks(self, split: str, cursor: Cursor | None = None) -> Iterator[tuple[Chunk, Cursor]]:
+        for number in range((cursor or {"number": 0})["number"], 10):
+            rows = torch.arange(1000.0, device=self.device) + 1000 * number
+            _keep_busy(self.device)
+            yield Chunk(rows[:, None].repeat(1, self.d_in).cos(), torch.full((1000,), number)), {"number": number + 1}
+
+
+@pytest.mark.parametrize("kind", ["rows", "stream"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_batches_are_those_of_the_source(device: str, kind: str, generator: torch.Generator) -> None:
+    source = ArraySource(torch.randn(4096, 512, generator=generator)) if kind == "rows" else Stream(device)
+    plain, behind = (shuffled(source, 256, seed=0, buffer_tokens=2048) for _ in range(2))
+    expected, found = [], []
+    with Prefetcher(behind, torch.device(device)) as batches:
+        for step in range(40):
+            is_checkpoint = step % 10 == 9
+            batch = batches.next_batch(ahead=not is_checkpoint)
+            _keep_busy(device)  # training is late: it reads the batch when the next one is there already
+            found.append(batch.clone())
+            expected.append(plain.next_batch())
+            if is_checkpoint:
+                (place, tensors), (expected_place, expected_tensors) = behind.state(), plain.state()
+                assert place == expected_place
+                assert all(torch.equal(tensors[name], tensor) for name, tensor in expected_tensors.items())
+    for number, (a, b) in enumerate(zip(found, expected)):
+        assert a.device.type == device
+        assert torch.equal(a.cpu(), b.cpu()), number
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_error_of_the_source_comes_with_the_batch_that_it_belongs_to(
+    device: str, generator: torch.Generator
+) -> None:
+    x = torch.randn(2048, 8, generator=generator)
+    batches = shuffled(IterableSource(iter(x.split(100))), 256, seed=0, buffer_tokens=512)
+    with Prefetcher(batches, torch.device(device)) as fetched:
+        for _ in range(8):
+            fetched.next_batch(ahead=True)
+        with pytest.raises(DataError, match="the iterable x ended"):
+            fetched.next_batch(ahead=True)
