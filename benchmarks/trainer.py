@@ -27,7 +27,7 @@ from flashsae.train.loop import TrainState, init_state, train_step
 
 Params = dict[str, Tensor]
 RESULTS = Path(__file__).parent / "results"
-HELD_OUT = 0.1
+HELD_OUT = 0.2
 
 
 def start(source: ActivationCache, config: ResolvedConfig) -> TrainState:
@@ -94,14 +94,14 @@ def dense(source: ActivationCache, config: ResolvedConfig, autocast: bool) -> tu
 
 def main(
     cache: Path, *, d_sae: int = 32768, k: int = 32, steps: int = 1000, batch_tokens: int = 1024,
-    dead_after_tokens: int = 10_000_000, seed: int = 0, out: Path = RESULTS / "trainer.jsonl",
+    dead_after_tokens: int = 102_400, seed: int = 0, out: Path = RESULTS / "trainer.jsonl",
 ) -> None:  # fmt: skip
     """Train every arm on the same cached activations and append one JSON line each.
 
     Args:
         cache: folder that `flashsae cache` wrote.
-        d_sae, k, steps, batch_tokens, dead_after_tokens, seed: of the training. With the default no latent counts as
-            dead within 1000 steps; with less, AuxK has something to do.
+        d_sae, k, steps, batch_tokens, dead_after_tokens, seed: of the training. Its own default of ten million
+            tokens would leave AuxK nothing to do within 1000 steps.
         out: JSON lines file.
     """
     torch.set_float32_matmul_precision("highest")

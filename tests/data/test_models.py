@@ -53,6 +53,17 @@ def test_the_forward_stops_behind_the_last_hooked_module(tiny: ModuleType, name:
     assert len(layers) == n_layers
 
 
+def test_attention_that_prepares_for_each_shape_is_left_out(tiny: ModuleType) -> None:
+    model = tiny.gpt2().base_model
+    enabled: list[bool] = []
+    model.h[0].register_forward_hook(lambda *_: enabled.append(torch.backends.cuda.cudnn_sdp_enabled()))
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    reader = tiny.source(dataclasses.replace(tiny.SMALL, hookpoints=("h.0",)), model=model)
+    next(reader.chunks("train"))
+    assert enabled == [False, False]
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
+
+
 def test_hooks_are_gone_and_the_model_is_frozen_afterwards(tiny: ModuleType) -> None:
     model = tiny.gpt2()
     reader = tiny.source(model=model)

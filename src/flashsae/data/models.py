@@ -109,6 +109,17 @@ def _unknown_hookpoint(pattern: str, names: Sequence[str]) -> ConfigError:
     return ConfigError(f"hookpoints: the model has no module {pattern!r}. Near: {near}.{span}")
 
 
+@contextmanager
+def _no_cudnn_attention() -> Iterator[None]:
+    """Leave cuDNN's attention out: it prepares for every new shape for about 60 ms, and texts have many lengths."""
+    was_enabled = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(was_enabled)
+
+
 class _AllSeen(Exception):  # noqa: N818 - not an error: it ends a forward whose rest nobody needs
     pass
 
@@ -155,7 +166,7 @@ class HookedModel:
             for name in self.hookpoints
         ]
         try:
-            with torch.no_grad():
+            with torch.no_grad(), _no_cudnn_attention():
                 self.model(
                     input_ids=input_ids.to(self.device),
                     attention_mask=attention_mask.to(self.device),
