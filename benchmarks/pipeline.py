@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -132,7 +133,7 @@ def resident_rate(state: TrainState, x: torch.Tensor, config: ResolvedConfig, st
 
 def source_rate(source: StreamSource, tokens: int) -> float:
     """Return tokens a second of a source that nothing runs beside; the first chunks are not counted."""
-    chunks = source.chunks("train")
+    chunks = chain.from_iterable(source.chunks("train") for _ in count())  # epoch after epoch
     for _ in range(4):
         next(chunks)
     torch.cuda.synchronize()

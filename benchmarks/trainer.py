@@ -1,14 +1,14 @@
 """The whole trainer beside a dense one, same seed and data: tier T4. `python -m benchmarks.trainer CACHE`.
 
-`flashsae.train` with all it does (AuxK, clipping off, schedule, latent pass, split weights, CUDA graph) against dense
-autograd with the same recipe and `torch.optim.Adam`, in float32 (TF32 off) and in bf16 autocast. The measure is the
-FVU of held-out tokens at the end. Needs a cache from `flashsae cache`.
+`flashsae.train` with all it does (AuxK, schedule, latent pass, split weights, CUDA graph) against dense autograd with
+the same recipe and `torch.optim.Adam`, in float32 (TF32 off) and in bf16 (dense: autocast). The measure is the FVU of
+held-out tokens at the end. Needs a cache from `flashsae cache`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import cyclopts
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import facts
+from flashsae.bench.measure import OURS
 from flashsae.data.cache import ActivationCache
 from flashsae.data.shuffle import RowShuffle
 from flashsae.evaluate.heldout import evaluate, held_out_batches
@@ -27,7 +28,8 @@ from flashsae.train.loop import TrainState, init_state, train_step
 
 Params = dict[str, Tensor]
 RESULTS = Path(__file__).parent / "results"
-HELD_OUT = 0.2
+HELD_OUT = 0.1
+PRECISIONS: tuple[Precision, ...] = ("float32", "bf16")
 
 
 def start(source: ActivationCache, config: ResolvedConfig) -> TrainState:
@@ -94,46 +96,46 @@ def dense(source: ActivationCache, config: ResolvedConfig, autocast: bool) -> tu
 
 def main(
     cache: Path, *, d_sae: int = 32768, k: int = 32, steps: int = 1000, batch_tokens: int = 1024,
-    dead_after_tokens: int = 102_400, seed: int = 0, out: Path = RESULTS / "trainer.jsonl",
+    dead_after_tokens: int = 102_400, seeds: int = 3, out: Path = RESULTS / "trainer.jsonl",
 ) -> None:  # fmt: skip
     """Train every arm on the same cached activations and append one JSON line each.
 
     Args:
         cache: folder that `flashsae cache` wrote.
-        d_sae, k, steps, batch_tokens, dead_after_tokens, seed: of the training. Its own default of ten million
-            tokens would leave AuxK nothing to do within 1000 steps.
+        d_sae, k, steps, batch_tokens, dead_after_tokens: of the training. Its own default of ten million tokens would
+            leave AuxK nothing to do within 1000 steps.
+        seeds: how many; each decides start and order, the same for all arms.
         out: JSON lines file.
     """
     torch.set_float32_matmul_precision("highest")
     source = ActivationCache(cache, held_out=HELD_OUT)
     held_out = list(held_out_batches(source, 1 << 20))
 
-    def settings(precision: Precision) -> ResolvedConfig:
+    def settings(precision: Precision, seed: int) -> ResolvedConfig:
         return TrainConfig(
             d_sae=d_sae, k=k, tokens=steps * batch_tokens, batch_tokens=batch_tokens, precision=precision,
             dead_after_tokens=dead_after_tokens, seed=seed, device="cuda",
         ).resolve(source.d_in)  # fmt: skip
 
-    arms: dict[str, Callable[[], tuple[SAE, list[float]]]] = {
-        "dense float32": lambda: dense(source, settings("float32"), autocast=False),
-        "flashsae float32": lambda: ours(source, settings("float32")),
-        "dense bf16 autocast": lambda: dense(source, settings("float32"), autocast=True),
-        "flashsae bf16": lambda: ours(source, settings("bf16")),
-    }
-    reference = 0.0
-    for name, run in arms.items():
-        sae, curve = run()
-        result = evaluate(sae, held_out)
-        reference = reference or result.fvu
-        apart = result.fvu / reference - 1
-        print(f"{name:20s} held-out FVU {result.fvu:.6f} ({apart:+.3%} of dense float32), last batch {curve[-1]:.6f}")
-        record = {
-            "group": "trainer", "arm": name, "d_in": source.d_in, "d_sae": d_sae, "k": k, "batch_tokens": batch_tokens,
-            "dead_after_tokens": dead_after_tokens, "seed": seed,
-            "held_out_tokens": result.tokens, "held_out_fvu": result.fvu, "fvu": curve,
-        }  # fmt: skip
-        with out.open("a") as file:
-            file.write(json.dumps(record | facts(torch.device("cuda"))) + "\n")
+    for seed in range(seeds):
+        reference = 0.0
+        for precision, arm in product(PRECISIONS, ("dense", OURS)):
+            if arm == OURS:
+                sae, curve = ours(source, settings(precision, seed))
+            else:
+                sae, curve = dense(source, settings("float32", seed), autocast=precision == "bf16")
+            result = evaluate(sae, held_out)
+            reference = result.fvu if arm == "dense" else reference
+            apart = f"({result.fvu / reference - 1:+.3%})" if arm == OURS else ""
+            print(f"seed {seed}: {arm:8s} {precision:7s} held-out FVU {result.fvu:.6f} {apart}", flush=True)
+            record = {
+                "group": "trainer", "arm": arm, "precision": precision, "seed": seed, "d_in": source.d_in,
+                "d_sae": d_sae, "k": k, "batch_tokens": batch_tokens, "dead_after_tokens": dead_after_tokens,
+                "train_tokens": len(source.split_rows("train")), "held_out_tokens": result.tokens,
+                "held_out_fvu": result.fvu, "fvu": curve,
+            }  # fmt: skip
+            with out.open("a") as file:
+                file.write(json.dumps(record | facts(torch.device("cuda"))) + "\n")
 
 
 if __name__ == "__main__":

@@ -174,16 +174,23 @@ def _group_max(selection: _Selection, products: Tensor, facts: tuple[Tensor, Ten
     return low, other
 
 
+def _tile_and_warps(k: int) -> tuple[int, int]:
+    """Return how many keys a program of the selection looks at once, and its warps, as measured (LOG.md)."""
+    if k <= 128:
+        return 256, 1 if k <= 64 else 2
+    return 1024 if k < 512 else 2048, 4
+
+
 def _select(selection: _Selection, products: Tensor, out: tuple[Tensor, Tensor]) -> None:
     layout, rows = selection.layout, len(products)
     maxima, supers = _group_max(selection, products, None)
     short = max(64, 2 * triton.next_power_of_2(layout.k))
     scratch = torch.empty(rows, 2, short, dtype=torch.int32, device=products.device)
+    tile, warps = _tile_and_warps(layout.k)
     kernels.encode_topk_select_kernel[(rows,)](
         products, selection.b_enc, selection.key_scale, selection.mask, maxima, supers, scratch, *out,
         selection.n, layout.k, layout.groups, layout.supers, products.stride(0),
-        GROUP=layout.group, SUPER=layout.super, BLOCK_S=layout.block_s, SHORT=short, TILE=256,
-        num_warps=1 if layout.k <= 64 else 2 if layout.k <= 128 else 8,
+        GROUP=layout.group, SUPER=layout.super, BLOCK_S=layout.block_s, SHORT=short, TILE=tile, num_warps=warps,
     )  # fmt: skip
 
 
