@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import count
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from flashsae.data.prefetch import Prefetcher
 from flashsae.data.shuffle import shuffled
 from flashsae.data.sources import ArraySource, Chunk, Cursor, IterableSource
 from flashsae.errors import DataError
+from flashsae.train import TrainConfig, fit
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -66,3 +68,21 @@ def test_an_error_of_the_source_comes_with_the_batch_that_it_belongs_to(
             fetched.next_batch(ahead=True)
         with pytest.raises(DataError, match="the iterable x ended"):
             fetched.next_batch(ahead=True)
+
+
+@pytest.mark.gpu
+def test_steps_are_captured_while_a_model_runs_in_the_other_thread() -> None:
+    held: list[torch.Tensor] = []
+
+    def model() -> Iterator[torch.Tensor]:
+        for number in count():
+            if number < 400:  # forbidden while another thread captures, unless that is told
+                held.append(torch.empty((number + 1) << 18, device="cuda"))
+            rows = torch.randn(64, 64, device="cuda")
+            assert bool(rows.isfinite().all())
+            yield rows
+
+    config = TrainConfig(batch_tokens=2048, shuffle_tokens=4096, tokens=2048 * 12, device="cuda", precision="bf16")
+    sae = fit(model(), d_sae=512, k=8, config=config, progress=False)
+    assert len(held) == 400
+    assert bool(sae.W_dec.isfinite().all())

@@ -40,7 +40,8 @@ class CapturedSteps:
             return step(x)  # compiles what is missing, which a capture must not
         if self._graph is None or self._x is None:
             self._x, self._graph = x.clone(), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            # other threads may do as they like meanwhile: one fetches the next batch, with a language model or without
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self._metrics = step(self._x)
         else:
             self._x.copy_(x)
