@@ -96,7 +96,8 @@ def dense(source: ActivationCache, config: ResolvedConfig, autocast: bool) -> tu
 
 def main(
     cache: Path, *, d_sae: int = 32768, k: int = 32, steps: int = 1000, batch_tokens: int = 1024,
-    dead_after_tokens: int = 102_400, seeds: int = 3, out: Path = RESULTS / "trainer.jsonl",
+    dead_after_tokens: int = 102_400, seeds: int = 6, first_seed: int = 0,
+    out: Path = RESULTS / "trainer.jsonl",
 ) -> None:  # fmt: skip
     """Train every arm on the same cached activations and append one JSON line each.
 
@@ -104,7 +105,7 @@ def main(
         cache: folder that `flashsae cache` wrote.
         d_sae, k, steps, batch_tokens, dead_after_tokens: of the training. Its own default of ten million tokens would
             leave AuxK nothing to do within 1000 steps.
-        seeds: how many; each decides start and order, the same for all arms.
+        seeds, first_seed: how many seeds, and the first; each decides start and order, the same for all arms.
         out: JSON lines file.
     """
     torch.set_float32_matmul_precision("highest")
@@ -117,7 +118,7 @@ def main(
             dead_after_tokens=dead_after_tokens, seed=seed, device="cuda",
         ).resolve(source.d_in)  # fmt: skip
 
-    for seed in range(seeds):
+    for seed in range(first_seed, first_seed + seeds):
         reference = 0.0
         for precision, arm in product(PRECISIONS, ("dense", OURS)):
             if arm == OURS:
