@@ -121,7 +121,7 @@ def read_trace(path: Path) -> dict[str, Any]:
 
 def resident_rate(state: TrainState, x: torch.Tensor, config: ResolvedConfig, steps: int) -> float:
     """Return tokens a second of steps whose batch is on the device."""
-    for _ in range(4):
+    for _ in range(steps):
         train_step(state, x, config)
     torch.cuda.synchronize()
     start = time.perf_counter()

@@ -141,7 +141,8 @@ def main(
                 "group": "trainer", "arm": arm, "precision": precision, "seed": seed, "d_in": source.d_in,
                 "d_sae": d_sae, "k": k, "batch_tokens": batch_tokens, "dead_after_tokens": dead_after_tokens,
                 "train_tokens": len(source.split_rows("train")), "held_out_tokens": result.tokens,
-                "held_out_fvu": result.fvu, "fvu": curve,
+                "held_out_fvu": result.fvu,
+                "fvu": [round(sum(ten) / 10, 6) for ten in zip(*[iter(curve)] * 10)],  # means of ten steps
             }  # fmt: skip
             with out.open("a") as file:
                 file.write(json.dumps(record | facts(torch.device("cuda"))) + "\n")

@@ -76,7 +76,7 @@ def test_steps_are_captured_while_a_model_runs_in_the_other_thread() -> None:
 
     def model() -> Iterator[torch.Tensor]:
         for number in count():
-            if number < 400:  # forbidden while another thread captures, unless that is told
+            if number < 400:  # memory and random numbers: neither may be asked for while a step is captured
                 held.append(torch.empty(3 << 20, device="cuda"))
             rows = torch.randn(64, 64, device="cuda")
             assert bool(rows.isfinite().all())

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import cycle
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,11 +44,15 @@ class Prefetcher:
     Args:
         batches: what to read. Nobody else may read them meanwhile.
         device: where batches go.
+        exclusive: held while a batch is fetched, so that whoever else takes it has the device to itself.
     """
 
-    def __init__(self, batches: Batches, device: torch.device) -> None:
+    def __init__(
+        self, batches: Batches, device: torch.device, exclusive: AbstractContextManager[Any] | None = None
+    ) -> None:
         self._batches = batches
         self._device = device
+        self._exclusive = exclusive or nullcontext()
         self._slots: Iterator[_Slot] | None = None
         self._ahead: Future[_Fetched] | None = None
         self._last: _Slot | None = None
@@ -79,7 +85,7 @@ class Prefetcher:
         return fetched.batch
 
     def _fetch(self) -> _Fetched:
-        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+        with self._exclusive, torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             batch = self._batches.next_batch()
             if batch.device.type != "cpu":
                 ready = torch.cuda.Event()  # type: ignore[no-untyped-call]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ class CapturedSteps:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._x: Tensor | None = None
         self._metrics: dict[str, Tensor] = {}
+        self.capturing = Lock()
+        """Held while a step is captured: no other thread may then draw random numbers on the device."""
 
     def __call__(self, step: Step, x: Tensor, kind: Hashable) -> dict[str, Tensor]:
         """Do one step.
@@ -40,8 +43,7 @@ class CapturedSteps:
             return step(x)  # compiles what is missing, which a capture must not
         if self._graph is None or self._x is None:
             self._x, self._graph = x.clone(), torch.cuda.CUDAGraph()
-            # other threads may do as they like meanwhile: one fetches the next batch, with a language model or without
-            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            with self.capturing, torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self._metrics = step(self._x)
         else:
             self._x.copy_(x)

@@ -201,7 +201,7 @@ def train(
             stack.enter_context(callback)
             callback.on_start(state.step, config.steps)
         clock, records = _Clock(state.step), Records()
-        batches = stack.enter_context(Prefetcher(state.batches, device))
+        batches = stack.enter_context(Prefetcher(state.batches, device, state.captured.capturing))
         while state.step < config.steps:
             step = state.step + 1
             is_last = step == config.steps
