@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
 from types import ModuleType
 from typing import Any
 
@@ -15,6 +16,7 @@ from flashsae.data.language_model import LanguageModelConfig, LanguageModelSourc
 from flashsae.data.models import load_language_model, resolve_hookpoints
 from flashsae.data.sources import Split, split_mask
 from flashsae.data.text import open_text
+from flashsae.data.windows import Block, TokenBatch, Windows
 from flashsae.errors import ConfigError, DataError
 
 
@@ -41,6 +43,28 @@ def test_activations_are_those_of_hidden_states(tiny: ModuleType, name: str) -> 
     assert reader.d_in == 16
     assert chunk.acts.requires_grad is False
     assert not chunk.acts.is_inference()
+
+
+def test_a_block_of_documents_is_cut_while_the_model_reads_the_one_before(
+    tiny: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut: list[int] = []
+    second_is_cut = threading.Event()
+    batches = Windows.batches
+
+    def watched(self: Windows, block: Block) -> list[TokenBatch]:
+        cut.append(block[0][0])
+        if len(cut) == 2:
+            second_is_cut.set()
+        return batches(self, block)
+
+    monkeypatch.setattr(Windows, "batches", watched)
+    chunks = tiny.source(text=open_text(tiny.DOCUMENTS * 3)).chunks("train")
+    _, cursor = next(chunks)
+    assert cursor["document"] == 0
+    assert second_is_cut.wait(timeout=60)
+    assert cut[1] > 0
+    chunks.close()
 
 
 def test_a_submodule_that_gives_a_tuple_and_one_that_gives_no_sequence(tiny: ModuleType) -> None:

@@ -7,6 +7,7 @@ windows of a block of documents are batched by length, in an order that depends 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, Literal
@@ -18,7 +19,7 @@ from flashsae.backend import resolve_device
 from flashsae.data.models import HookedModel, load_language_model, resolve_hookpoints
 from flashsae.data.sources import Chunk, Cursor, Split, check_held_out, split_mask
 from flashsae.data.text import TextDataset
-from flashsae.data.windows import TokenBatch, Windows
+from flashsae.data.windows import Block, TokenBatch, Windows
 from flashsae.errors import ConfigError, DataError
 
 _BLOCK_CHARACTERS_PER_TOKEN = 32
@@ -173,8 +174,7 @@ class LanguageModelSource:
         """
         place = cursor or {"document": 0, "batch": 0, "dropped": 0}
         done, dropped = place["batch"], place["dropped"]
-        for block in self._blocks(split, place["document"]):
-            batches = self._windows.batches(block)
+        for block, batches in self._batched_blocks(split, place["document"]):
             for number in range(done, len(batches)):
                 chunks, n_dropped = self._read(batches[number])
                 dropped += n_dropped
@@ -183,10 +183,27 @@ class LanguageModelSource:
                 yield chunks, {"document": document, "batch": n_done, "dropped": dropped}
             done = 0
 
-    def _blocks(self, split: Split | None, start: int) -> Iterator[list[tuple[int, str]]]:
+    def _batched_blocks(self, split: Split | None, start: int) -> Iterator[tuple[Block, list[TokenBatch]]]:
+        """Yield blocks with their batches; a thread cuts the next block while the model reads this one."""
+        blocks = self._blocks(split, start)
+
+        def cut() -> tuple[Block, list[TokenBatch]]:
+            block = next(blocks, [])
+            return block, self._windows.batches(block)
+
+        with ThreadPoolExecutor(1, "flashsae-tokenizer") as pool:
+            ahead = pool.submit(cut)
+            while True:
+                block, batches = ahead.result()
+                if not block:
+                    return
+                ahead = pool.submit(cut)
+                yield block, batches
+
+    def _blocks(self, split: Split | None, start: int) -> Iterator[Block]:
         """Yield the (number, document)s of a split from `start` on, a block at a time."""
         limit = self.config.max_documents
-        block: list[tuple[int, str]] = []
+        block: Block = []
         room = characters = _BLOCK_CHARACTERS_PER_TOKEN * self.config.batch_tokens
         for number, document in takewhile(lambda row: limit is None or row[0] < limit, self.text.numbered(start)):
             if split is None or self._is_in(split, number):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from flashsae.errors import ConfigError
+
+Block: TypeAlias = list[tuple[int, str]]
+"""Documents with their numbers."""
 
 _PROBE = "A short sentence to look at."
 
@@ -80,7 +83,7 @@ class Windows:
         """Return a small input to learn shapes from."""
         return self._batch([self._windows(0, self._encode([_PROBE], special=False)[0])[0]])
 
-    def batches(self, block: list[tuple[int, str]]) -> list[TokenBatch]:
+    def batches(self, block: Block) -> list[TokenBatch]:
         """Batch the windows of a block of (number, document), the longest first."""
         encoded = self._encode([text for _, text in block], special=False) if block else []
         windows = [w for (number, _), ids in zip(block, encoded, strict=True) for w in self._windows(number, ids)]
