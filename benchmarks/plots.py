@@ -15,7 +15,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks import plots_steps
+from benchmarks import plots_runs, plots_steps
 from benchmarks.drawing import (
     BLUE,
     DENSE,
@@ -221,48 +221,45 @@ def replace_tables(path: Path, text: str) -> bool:
     return bool(found)
 
 
-def read(path: Path) -> Results:
+def read(path: Path) -> list[Record]:
     """Read JSON lines; none where there is no such file."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return Results(json.loads(line) for line in lines if line.strip())
+    return [json.loads(line) for line in lines if line.strip()]
 
 
 @app.default
-def main(
-    results: Path = HERE / "results" / "ops.jsonl",
-    steps: Path = HERE / "results" / "step.jsonl",
-    counters: Path = HERE / "results" / "counters.jsonl",
-    docs: Path = HERE.parent / "docs",
-) -> None:
-    """Draw the pictures of docs and write the tables of performance.md.
+def main(results: Path = HERE / "results", docs: Path = HERE.parent / "docs") -> None:
+    """Draw the pictures of docs, and write the tables of performance.md and numerics.md.
 
     Args:
-        results: JSON lines that `benchmarks.run` has written of operations.
-        steps: JSON lines that it has written of whole steps, if it has.
-        counters: JSON lines that `benchmarks.counters` has written, if it has.
-        docs: folder of the pictures and of performance.md. If that has no markers, the tables are printed.
+        results: folder of JSON lines that the benchmarks have written. What is not there is left out.
+        docs: folder of the pictures and pages. Tables of a page without markers are printed.
     """
-    found, whole = read(results), read(steps)
-    has_operations = any(key[0].startswith(("ops", "paper", "sweep")) for key in found.by_key)
-    if not has_operations and not any(whole.sizes(group) for group in plots_steps.GROUPS):
-        raise SystemExit(f"{results}, {steps}: expected results of benchmarks.run, found none.")
-    figures: dict[str, tuple[Callable[[Results], Figure | None], Results]] = {
-        "performance-sweep.png": (sweep_figure, found),
-        "performance-step.png": (step_figure, found),
-        "performance-whole-step.png": (plots_steps.whole_figure, whole),
-        "performance-scale.png": (plots_steps.scale_figure, whole),
-        "performance-ablation.png": (plots_steps.ablation_figure, whole),
+    found, whole = Results(read(results / "ops.jsonl")), Results(read(results / "step.jsonl"))
+    pipeline, trainer = read(results / "pipeline.jsonl"), read(results / "trainer.jsonl")
+    counters = read(results / "counters.jsonl")
+    if not (found.by_key or whole.by_key or pipeline or trainer):
+        raise SystemExit(f"{results}: expected results of benchmarks, found none.")
+    figures: dict[str, Callable[[], Figure | None]] = {
+        "performance-sweep.png": lambda: sweep_figure(found),
+        "performance-step.png": lambda: step_figure(found),
+        "performance-whole-step.png": lambda: plots_steps.whole_figure(whole),
+        "performance-scale.png": lambda: plots_steps.scale_figure(whole),
+        "performance-ablation.png": lambda: plots_steps.ablation_figure(whole),
+        "performance-pipeline.png": lambda: plots_runs.pipeline_figure(pipeline),
+        "numerics-trainer.png": lambda: plots_runs.trainer_figure(trainer),
     }
-    for name, (draw, source) in figures.items():
+    for name, draw in figures.items():
         with rc_context(STYLE):
-            if figure := draw(source):
+            if figure := draw():
                 figure.savefig(docs / name, dpi=DPI)
         print(f"{docs / name}: {'drawn' if figure else 'nothing to draw'}")
-    parts = [plots_steps.step_text(whole), all_tables(found) if has_operations else ""]
-    if counters.exists():
-        parts.append(counters_table([json.loads(line) for line in counters.read_text("utf-8").splitlines()]))
-    text, page = "\n\n".join(part for part in parts if part), docs / "performance.md"
-    print(f"{page}: tables replaced" if replace_tables(page, text) else text)
+    parts = [plots_steps.step_text(whole), plots_runs.pipeline_text(pipeline)]
+    parts += [all_tables(found) if found.by_key else "", counters_table(counters) if counters else ""]
+    pages = {"performance.md": parts, "numerics.md": [plots_runs.trainer_text(trainer)]}
+    for name, texts in pages.items():
+        text = "\n\n".join(part for part in texts if part)
+        print(f"{docs / name}: tables replaced" if replace_tables(docs / name, text) else text)
 
 
 if __name__ == "__main__":

@@ -55,6 +55,45 @@ def test_on_the_cpu_the_capacity_is_the_number_of_the_dead() -> None:
     assert counter.capacity(1, batch_tokens=64) == 2
 
 
+def _fire(counter: DeadLatents, generator: torch.Generator, tokens: int) -> None:
+    """Let every latent fire with a chance between 0.01 and 0.4 in a step of so many tokens."""
+    chance = torch.linspace(0.01, 0.4, len(counter.tokens_since_fired))
+    fired = torch.rand(len(chance), generator=generator) < chance
+    counter.update(fired.float().expand(tokens, -1), torch.arange(len(chance)).expand(tokens, -1))
+
+
+@pytest.mark.parametrize("after_steps", [0.5, 1, 3, 20, 70, 600])
+def test_on_a_gpu_the_capacity_bounds_the_dead_and_a_resumed_run_has_the_same(
+    after_steps: float, generator: torch.Generator
+) -> None:
+    counter = DeadLatents(2000, after_tokens=int(8 * after_steps))
+    capacities, saved = [], {}
+    for step in range(200):
+        capacities.append(counter._bounded(step, 8))
+        assert capacities[-1] >= int(counter.mask().sum())
+        _fire(counter, generator, 8)
+        if step == 100:  # a checkpoint
+            counter.finish_reading()
+            saved = {"tokens": counter.tokens_since_fired.clone(), "bounds": list(counter.bounds)}
+            rng = generator.get_state()
+    resumed = DeadLatents(2000, after_tokens=int(8 * after_steps))
+    resumed.tokens_since_fired, resumed.bounds = saved["tokens"], saved["bounds"]
+    generator.set_state(rng)
+    for step in range(101, 200):
+        assert resumed._bounded(step, 8) == capacities[step]
+        _fire(resumed, generator, 8)
+
+
+@pytest.mark.parametrize("after_steps", [20, 600])
+def test_on_a_gpu_the_capacity_is_near_the_number_of_the_dead(after_steps: int) -> None:
+    counter = DeadLatents(2000, after_tokens=8 * after_steps)
+    counter.tokens_since_fired[:100] = 8 * after_steps
+    everything = torch.arange(100, 2000).expand(8, -1)
+    for step in range(200):
+        assert counter._bounded(step, 8) == 112
+        counter.update(torch.ones(8, 1900), everything)
+
+
 def test_a_capacity_is_rounded_up_by_an_eighth_at_most() -> None:
     for count in range(1, 5000):
         rounded = _rounded_up(count, 1 << 20)

@@ -15,7 +15,7 @@ from flashsae.nn.sae import SAE
 from flashsae.shapes import Activations, TopActs, TopIndices
 
 PERIOD = 16
-"""Steps between two looks of the host at how many latents are dead, where looking would make it wait."""
+"""Steps between two looks of the host at how many latents are dead, at most, where looking would make it wait."""
 
 _NEVER = -1e30  # bias of a row that stands for no latent: never above 0
 
@@ -47,7 +47,8 @@ class DeadLatents:
         self.tokens_since_fired = torch.zeros(d_sae, dtype=torch.int64, device=device)
         """[d_sae], int64."""
         self.bounds: list[int] = []
-        """What `capacity` goes by on a GPU: the bound in force, and the next. A resumed run must go by the same."""
+        """What `capacity` goes by on a GPU: the bound in force, the next one, and what it returned last. A resumed run
+        must go by the same."""
         self._after_tokens = after_tokens
         self._pending: Tensor | None = None
         self._is_read: torch.cuda.Event | None = None
@@ -81,7 +82,8 @@ class DeadLatents:
         """Return a number that the dead latents of this step do not exceed, without a wait for a GPU.
 
         On the CPU it is their number. On a GPU it is bounded by how many can be dead at most within the next steps,
-        counted every PERIOD steps and read PERIOD steps later; rounded up, so that shapes seldom change.
+        counted every so many steps and read as many later: few where `after_tokens` are few steps, or nearly all could
+        be dead by then. Rounded up, and lowered every PERIOD steps only, so that shapes seldom change.
 
         Args:
             step: counting from 0; to be called at every step.
@@ -89,28 +91,37 @@ class DeadLatents:
         """
         if self.tokens_since_fired.device.type == "cpu":
             return int(self.mask().sum())
+        return self._bounded(step, batch_tokens)
+
+    def _bounded(self, step: int, batch_tokens: int) -> int:
+        period = max(1, min(PERIOD, self._after_tokens // (32 * batch_tokens)))
         if not self.bounds:
-            now = int(self._count_soon(batch_tokens))
-            self.bounds = [now, now]
-        if step % PERIOD == 0:
+            now = int(self._count_within(2 * period * batch_tokens))
+            self.bounds = [now, now, 0]
+        if step % period == 0:
             self.finish_reading()
-            self.bounds = [self.bounds[1], self.bounds[1]]
-            self._pending = torch.empty((), dtype=torch.int64, pin_memory=True)
-            self._pending.copy_(self._count_soon(batch_tokens), non_blocking=True)
-            self._is_read = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._is_read.record()
-        return _rounded_up(self.bounds[0], len(self.tokens_since_fired))
+            soon = self._count_within(2 * period * batch_tokens)
+            self.bounds[0] = self.bounds[1]
+            self._pending = torch.empty((), dtype=torch.int64, pin_memory=soon.is_cuda).copy_(soon, non_blocking=True)
+            if soon.is_cuda:
+                self._is_read = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                self._is_read.record()
+        needed = _rounded_up(self.bounds[0], len(self.tokens_since_fired))
+        if needed > self.bounds[2] or step % PERIOD == 0:
+            self.bounds[2] = needed
+        return self.bounds[2]
 
     def finish_reading(self) -> None:
         """Wait for a count that is on its way, so that `bounds` holds it."""
-        if self._pending is not None and self._is_read is not None:
-            self._is_read.synchronize()
+        if self._pending is not None:
+            if self._is_read is not None:
+                self._is_read.synchronize()
             self.bounds[1] = int(self._pending)
             self._pending = None
 
-    def _count_soon(self, batch_tokens: int) -> Tensor:
-        """Return how many latents can be dead within 2 · PERIOD steps at most."""
-        return (self.tokens_since_fired >= self._after_tokens - 2 * PERIOD * batch_tokens).sum()
+    def _count_within(self, tokens: int) -> Tensor:
+        """Return how many latents can be dead after so many more tokens at most."""
+        return (self.tokens_since_fired >= self._after_tokens - tokens).sum()
 
 
 def auxk_loss(sae: SAE, x: Activations, residual: Activations, dead: DeadRows, k_aux: int) -> Float[Tensor, ""]:

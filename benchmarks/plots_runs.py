@@ -1,0 +1,119 @@
+"""Tables and pictures of whole trainings: held-out FVU beside dense ones, and what a trace shows of fetching data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import mean
+
+from matplotlib.figure import Figure
+
+from benchmarks.drawing import BLUE, GREY, ORANGE, RED, WIDTH, Record, table
+from benchmarks.trainer import ARMS, DENSE, REVERSED
+from flashsae.bench.measure import OURS
+
+LOOKS = {DENSE: (RED, "-"), REVERSED: (GREY, "-"), OURS: (BLUE, "--")}
+
+
+def _settings(records: Sequence[Record]) -> list[int]:
+    """Return the different numbers of tokens after which a latent counts as dead, the largest first."""
+    return sorted({record["dead_after_tokens"] for record in records}, reverse=True)
+
+
+def _by_arm(records: Sequence[Record], dead_after: int) -> dict[tuple[str, str], dict[int, Record]]:
+    """Return the records of each arm by seed; of several of one seed the last."""
+    found: dict[tuple[str, str], dict[int, Record]] = {}
+    for record in records:
+        if record["dead_after_tokens"] == dead_after:
+            found.setdefault((record["precision"], record["arm"]), {})[record["seed"]] = record
+    return {arm: found[arm] for arm in ARMS if arm in found}
+
+
+def trainer_text(records: Sequence[Record]) -> str:
+    """Return what whole trainings reached, one table for each setting."""
+    if not records:
+        return ""
+    one = records[0]
+    parts = [
+        f"d_in {one['d_in']}, d_sae {one['d_sae']}, k {one['k']}, {one['batch_tokens']} tokens a step, "
+        f"{10 * len(one['fvu'])} steps on {one['train_tokens']:,} tokens, {one['held_out_tokens']:,} held out; "
+        f"{one['gpu']}, torch {one['torch']}. In brackets: the difference to the dense one of the same precision and "
+        "seed.",
+    ]
+    for dead_after in _settings(records):
+        arms = _by_arm(records, dead_after)
+        seeds = sorted({seed for runs in arms.values() for seed in runs})
+        rows = []
+        for (precision, arm), runs in arms.items():
+            dense = arms[precision, DENSE]
+            apart = {seed: run["held_out_fvu"] / dense[seed]["held_out_fvu"] - 1 for seed, run in runs.items()}
+            cells = [
+                "" if seed not in runs
+                else f"{runs[seed]['held_out_fvu']:.5f}" + ("" if arm == DENSE else f" ({apart[seed]:+.2%})")
+                for seed in seeds
+            ]  # fmt: skip
+            rows.append([f"{arm}, {precision}", *cells, "" if arm == DENSE else f"{mean(apart.values()):+.2%}"])
+        title = f"Dead after {dead_after:,} tokens" + (", so no AuxK:" if dead_after > 1e7 - 1 else ", so with AuxK:")
+        parts += [title, table(["training", *(f"seed {seed}" for seed in seeds), "mean difference"], rows)]
+    return "\n\n".join(parts)
+
+
+def trainer_figure(records: Sequence[Record]) -> Figure | None:
+    """Draw FVU against steps, the first seed of each setting, a column for each precision."""
+    if not records:
+        return None
+    settings, precisions = _settings(records), dict.fromkeys(precision for precision, _ in ARMS)
+    figure = Figure(figsize=(WIDTH, 2.6 * len(settings)), layout="constrained")
+    grid = figure.subplots(len(settings), len(precisions), squeeze=False, sharey=True, sharex=True)
+    for line, dead_after in zip(grid, settings):
+        arms = _by_arm(records, dead_after)
+        for axes, precision in zip(line, precisions):
+            for (of, arm), runs in arms.items():
+                if of == precision:
+                    colour, style = LOOKS[arm]
+                    curve = runs[min(runs)]["fvu"]
+                    axes.plot([10 * i + 5 for i in range(len(curve))], curve, style, color=colour, label=arm, lw=1.2)
+            axes.set(yscale="log", ylabel="FVU, mean of ten steps", xlabel="step")
+            axes.set_title(f"{precision}, dead after {dead_after:,} tokens", loc="left")
+            axes.legend(frameon=False, fontsize=7)
+    return figure
+
+
+def pipeline_text(records: Sequence[Record]) -> str:
+    """Return how near training from data comes to steps on a batch that is there already."""
+    last = {record["name"]: record for record in records}
+    if not last:
+        return ""
+    heads = ["activations from", "tokens/s", "batch on the device", "source alone", "of the slower"]
+    heads += ["training stream busy", "fetching, ms a step", "of it hidden"]
+    rows = []
+    for name, r in last.items():
+        alone = r["source_tokens_per_second"]
+        rows.append([
+            {"cache": "a cache", "model": "a language model"}[name], f"{r['tokens_per_second']:,.0f}",
+            f"{r['resident_tokens_per_second']:,.0f}", "" if alone is None else f"{alone:,.0f}", f"{r['share']:.1%}",
+            f"{r['busy_share']:.1%}", f"{r['fetch_ms']:.2f}", f"{r['fetch_hidden_share'] or 0:.0%}",
+        ])  # fmt: skip
+    shapes = "; ".join(
+        f"{name}: B = {r['shape']['batch_tokens']}, d_in = {r['shape']['d_in']}, d_sae = {r['shape']['d_sae']}, "
+        f"k = {r['shape']['k']}, commit {r['commit']}"
+        for name, r in last.items()
+    )
+    text = "`python -m benchmarks.pipeline`: `flashsae train` beside steps on one batch that stays on the device."
+    return (
+        f"### Training from data\n\n{text} The last three columns are from a trace. {shapes}.\n\n{table(heads, rows)}"
+    )
+
+
+def pipeline_figure(records: Sequence[Record]) -> Figure | None:
+    """Draw when the stream that trains and the one that fetches are busy."""
+    last = {record["name"]: record for record in records}
+    if not last:
+        return None
+    figure = Figure(figsize=(WIDTH, 1.5 * len(last)), layout="constrained")
+    for axes, (name, record) in zip(figure.subplots(len(last), 1, squeeze=False)[:, 0], last.items()):
+        for row, (stream, colour) in enumerate({"training": BLUE, "fetching": ORANGE}.items()):
+            spans = [(start, end - start) for start, end in record["timeline"][stream]]
+            axes.broken_barh(spans, (row - 0.3, 0.6), color=colour)
+        axes.set(yticks=[0, 1], yticklabels=["training", "fetching"], xlabel="ms", ylim=(1.6, -0.6))
+        axes.set_title(f"from a {name}: when each stream of the device is busy", loc="left")
+    return figure
