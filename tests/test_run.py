@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -9,15 +10,22 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.console import Console
 
 import flashsae
 from flashsae.data.cache import ActivationCache
+from flashsae.data.language_model import LanguageModelSource
+from flashsae.data.open import ActivationsConfig
 from flashsae.data.text import open_text
+from flashsae.run import execute, new_run
 from flashsae.settings import RunConfig
+from flashsae.train import TrainConfig
 
 FLASHSAE = [sys.executable, "-c", "from flashsae.cli import main; main()"]
 
@@ -44,8 +52,9 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
 
 
-def _call(*arguments: str | Path) -> str:
-    done = subprocess.run(_command(*arguments), capture_output=True, text=True, check=False, env=_environment())
+def _call(*arguments: str | Path, cwd: Path | None = None) -> str:
+    command = _command(*arguments)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=_environment(), cwd=cwd)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -149,6 +158,43 @@ def test_sigterm_stops_like_ctrl_c_and_two_processes_do_not_share_a_run(text: Pa
     output, _ = process.communicate()
     assert process.returncode == 130
     assert f"Go on with: flashsae train --resume {run}" in output
+
+
+def test_a_plan_says_what_a_run_needs_and_makes_nothing(text: Path, tmp_path: Path) -> None:
+    def plan(*arguments: str) -> str:
+        output = _call("train", "minilm", text, *_settings(), "--plan", *arguments, cwd=tmp_path)
+        return " ".join(output.replace("│", " ").split())
+
+    cached, streamed = plan(), plan("--stream")
+    assert "TopK, d_sae 512, k 8: 394,112 parameters" in cached
+    assert "24,576 tokens in 96 steps of 256" in cached
+    assert "weights 0.00, moments of Adam 0.00" in cached
+    assert "language model" not in cached
+    assert "language model 0.09" in streamed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_language_model_is_let_go_before_training(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models: list[weakref.ref[LanguageModelSource]] = []
+
+    class Watched(LanguageModelSource):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            models.append(weakref.ref(self))
+
+    def no_training(*args: Any, **kwargs: Any) -> None:
+        gc.collect()
+        raise InterruptedError(f"{[model() for model in models]}")
+
+    monkeypatch.setattr("flashsae.data.open.LanguageModelSource", Watched)
+    monkeypatch.setattr("flashsae.run.train", no_training)
+    train = TrainConfig(d_sae=64, k=4, tokens=2048, batch_tokens=256, device="cpu")
+    activations = ActivationsConfig("minilm", str(text), hookpoint="encoder.layer.0", context_length=64, held_out=0.3)
+    run = new_run(RunConfig(activations, train, report=False), tmp_path / "run")
+    with pytest.raises(InterruptedError, match=r"^\[None\]$"):
+        execute(run, Console(quiet=True))
 
 
 def test_streaming_needs_no_cache_and_resumes(text: Path, tmp_path: Path) -> None:

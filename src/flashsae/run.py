@@ -102,12 +102,14 @@ def _execute(run: Path, config: RunConfig, console: Console) -> None:
     device = resolve_device(config.train.device)
     console.print(_plan_table(config.train, prepared, device, run))
     opened = _open(prepared, config, console)
+    resolved = {hookpoint: _resolved(config, prepared, hookpoint) for hookpoint in opened.sources}
+    del prepared  # with it goes a language model whose activations are cached
     if len(opened.sources) == 1:
         ((hookpoint, source),) = opened.sources.items()
-        _execute_one(run, _resolved(config, prepared, hookpoint), source, opened, console)
+        _execute_one(run, resolved[hookpoint], source, opened, console)
         return
     for hookpoint, source in opened.sources.items():
-        part, one = run / hookpoint, _resolved(config, prepared, hookpoint)
+        part, one = run / hookpoint, resolved[hookpoint]
         if not part.exists():
             new_run(one, part)
         console.rule(hookpoint)
@@ -265,7 +267,9 @@ def _describe_latents(run: Path, sae: SAE, hookpoint: str, opened: Opened, conso
 def _plan_table(config: TrainConfig, prepared: Prepared, device: torch.device, run: Path | None) -> Table:
     settings = config.resolve(next(iter(prepared.widths.values())))
     is_stream = prepared.cache_bytes == 0
-    plan = make_plan(settings, device, 4 * settings.shuffle_tokens * settings.d_in if is_stream else 0)
+    width = 2 if device.type == "cuda" else 4  # of an activation, as the language model gives it
+    buffer_bytes = width * settings.shuffle_tokens * settings.d_in if is_stream else 0
+    plan = make_plan(settings, device, buffer_bytes, prepared.model_bytes)
     rows = {
         "model": f"{prepared.config.model} at {', '.join(prepared.widths)}, d_in {settings.d_in}",
         "text": prepared.how,

@@ -147,6 +147,11 @@ class LanguageModelSource:
         """Width of the activations; ConfigError where there are several hookpoints (see `widths`)."""
         return self.widths[self._only_hookpoint()]
 
+    @property
+    def model_bytes(self) -> int:
+        """Memory that the parameters of the model take."""
+        return sum(p.numel() * p.element_size() for p in self._model.model.parameters())
+
     def _only_hookpoint(self) -> str:
         if len(self.hookpoints) != 1:
             raise ConfigError(

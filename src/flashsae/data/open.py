@@ -113,6 +113,7 @@ class Prepared:
         config: the settings that led here, filled in.
         how: where they come from, for the plan.
         cache_bytes: size of the cache, at most; 0 for a stream.
+        model_bytes: of the language model, if it stays in memory beside the training.
         open: does the long work: called with a function that hears of the rows cached so far.
     """
 
@@ -120,6 +121,7 @@ class Prepared:
     config: ActivationsConfig
     how: str
     cache_bytes: int
+    model_bytes: int
     open: Callable[[Progress], Opened]
 
 
@@ -158,7 +160,8 @@ def prepare_activations(
                 f"at once give --activations FOLDER instead of --stream (a cache of about {size / 1e9:.0f} GB)."
             )
         opened = Opened({source.hookpoints[0]: source}, lambda: source.tokenizer)
-        return Prepared(source.widths, config, f"{text.name}, streamed beside the training", 0, lambda _: opened)
+        how = f"{text.name}, streamed beside the training"
+        return Prepared(source.widths, config, how, 0, source.model_bytes, lambda _: opened)
 
     def write_and_open(on_progress: Progress) -> Opened:
         write_cache(place, source, max_tokens=rows, on_progress=on_progress)
@@ -166,7 +169,7 @@ def prepare_activations(
 
     config = replace(config, activations=place.resolve())
     how = f"{text.name}, to be cached in {place}: {rows:,} tokens at most"
-    return Prepared(source.widths, config, how, size, write_and_open)
+    return Prepared(source.widths, config, how, size, 0, write_and_open)
 
 
 def cache_activations(
@@ -222,7 +225,7 @@ def _prepare_cache(config: ActivationsConfig, place: Path) -> Prepared:
     widths = {name: cache.d_in for name, cache in caches.items()}
     size = 2 * first.n_rows * sum(widths.values())
     how = f"{first.dataset}: {first.n_rows:,} tokens, cached in {place}"
-    return Prepared(widths, replace(config, activations=place.resolve()), how, size, lambda _: opened)
+    return Prepared(widths, replace(config, activations=place.resolve()), how, size, 0, lambda _: opened)
 
 
 def _check_asked(config: ActivationsConfig, place: Path) -> ActivationsConfig:

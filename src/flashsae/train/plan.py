@@ -9,6 +9,7 @@ import torch
 from flashsae.ops.encode_topk.reference import WORKSPACE_BYTES
 from flashsae.train.config import ResolvedConfig
 
+_CUBLAS_BYTES = 32 << 20  # workspace of its products
 _PROCESS_BYTES = 700 << 20  # Python, torch, transformers and a small model, in the memory of the host
 
 
@@ -19,7 +20,7 @@ class Plan:
     Args:
         parameters: of the SAE.
         steps: of Adam.
-        peak_bytes: estimate of the largest memory in use while training, on `device`; without the language model.
+        peak_bytes: estimate of the largest memory in use while training, on `device`.
         parts: what it is made of, in bytes by name.
     """
 
@@ -29,13 +30,14 @@ class Plan:
     parts: dict[str, int]
 
 
-def make_plan(config: ResolvedConfig, device: torch.device, data_bytes: int = 0) -> Plan:
+def make_plan(config: ResolvedConfig, device: torch.device, buffer_bytes: int = 0, model_bytes: int = 0) -> Plan:
     """Work out the size of a training.
 
     Args:
         config: settings.
         device: of the training.
-        data_bytes: of the shuffle buffer, if there is one; pages of a cache belong to the system, which may drop them.
+        buffer_bytes: of the shuffle buffer, if there is one; pages of a cache the system may drop at will.
+        model_bytes: of a language model that runs beside the training; what it needs to run comes on top.
     """
     n, d, B = config.d_sae, config.d_in, config.batch_tokens
     matrices, biases = 2 * n * d, n + d
@@ -48,8 +50,10 @@ def make_plan(config: ResolvedConfig, device: torch.device, data_bytes: int = 0)
         parts["batches on their way"] = 2 * 2 * B * d
     else:
         parts["Python and libraries"] = _PROCESS_BYTES
-    if data_bytes:
-        parts["shuffle buffer"] = data_bytes
+    if buffer_bytes:
+        parts["shuffle buffer"] = buffer_bytes
+    if model_bytes:
+        parts["language model"] = model_bytes
     return Plan(matrices + biases, config.steps, sum(parts.values()), parts)
 
 
@@ -69,7 +73,7 @@ def _gpu_step(config: ResolvedConfig) -> int:
     errors = B * d * (4 if config.precision == "bf16" else 8)  # reconstruction and residual
     dead = 0.05 * n if config.auxk_alpha else 0  # a guess: how many latents will be dead
     auxk = dead * d * 2 * 2 * 2 + 3 * B * dead * 2
-    return int(tokens + code + max(workspace, errors + auxk) + 32 * n)
+    return int(tokens + code + max(workspace, errors + auxk) + 32 * n + _CUBLAS_BYTES)
 
 
 def _cpu_step(config: ResolvedConfig) -> int:
