@@ -20,6 +20,9 @@ lint: $(VENV)/.dev
 # needs a CUDA device; measures everything, with the libraries of the extra `peers` if they are installed, and draws it
 bench-gpu: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.run all
+	$(BIN)/python -m benchmarks.pipeline cache model
+	test -d build/activations || $(BIN)/flashsae cache --out build/activations
+	$(BIN)/python -m benchmarks.trainer build/activations
 	$(BIN)/python -m benchmarks.plots
 
 # the stamp of a set-up depends on what it was made from, so a changed pin is installed by the next call

@@ -23,7 +23,7 @@ from flashsae.optim import FactoredAdam
 from flashsae.train.config import ResolvedConfig
 from flashsae.train.graph import CapturedSteps
 from flashsae.train.graph import Step as GraphStep
-from flashsae.train.loop import build_optimizer
+from flashsae.train.state import build_optimizer
 
 
 class _DenseTopk(torch.autograd.Function):

@@ -28,7 +28,8 @@ from flashsae.data.sources import RowSource, StreamSource
 from flashsae.data.text import open_text
 from flashsae.train.callbacks import Callback, JsonlLog
 from flashsae.train.config import ResolvedConfig, TrainConfig
-from flashsae.train.loop import TrainState, init_state, train, train_step
+from flashsae.train.loop import train, train_step
+from flashsae.train.state import TrainState, init_state
 
 Source = RowSource | StreamSource
 Span = tuple[float, float]

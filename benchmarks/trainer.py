@@ -24,7 +24,8 @@ from flashsae.nn.sae import SAE
 from flashsae.ops.validate import Precision
 from flashsae.optim import ADAM_EPS, lr_factor
 from flashsae.train.config import ResolvedConfig, TrainConfig
-from flashsae.train.loop import TrainState, init_state, train_step
+from flashsae.train.loop import train_step
+from flashsae.train.state import TrainState, init_state
 
 Params = dict[str, Tensor]
 RESULTS = Path(__file__).parent / "results"

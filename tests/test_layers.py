@@ -29,7 +29,8 @@ data.python_docs data.text
 data.models data.windows data.language_model
 data.cache data.cache_writer data.open
 io.checkpoint
-train.config train.plan train.dead train.graph train.records train.callbacks train.loop train.fit
+train.config train.plan train.dead train.graph train.records train.callbacks train.state train.loop
+train.fit
 settings
 evaluate.heldout
 report.tokens report.snippets report.plots report.render

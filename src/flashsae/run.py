@@ -37,8 +37,9 @@ from flashsae.report.snippets import collect_snippets, token_strings, write_snip
 from flashsae.settings import CONFIG_FILE, RunConfig
 from flashsae.train.callbacks import LOG_FILE, JsonlLog, ProgressBar, StageBar, build_logger, check_logger, read_log
 from flashsae.train.config import ResolvedConfig, TrainConfig
-from flashsae.train.loop import init_state, train
+from flashsae.train.loop import train
 from flashsae.train.plan import make_plan
+from flashsae.train.state import init_state
 
 MEASURE_TOKENS = 8192
 EVALUATION_TOKENS = 1 << 18

@@ -21,7 +21,7 @@ from flashsae.ops.validate import Precision
 from flashsae.optim import FactoredAdam, lr_factor
 from flashsae.train import TrainState, init_state, train, train_step
 from flashsae.train.config import ResolvedConfig
-from flashsae.train.loop import to_checkpoint
+from flashsae.train.state import to_checkpoint
 
 MODEL = SuperpositionModel(16, 40, active=3.0)
 X = MODEL.sample(4000, seed=1)

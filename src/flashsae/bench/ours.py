@@ -18,7 +18,8 @@ from flashsae.ops.validate import Precision
 from flashsae.optim import ADAM_EPS, FactoredAdam
 from flashsae.train.config import ResolvedConfig, TrainConfig
 from flashsae.train.dead import DeadLatents
-from flashsae.train.loop import TrainState, build_optimizer, train_step
+from flashsae.train.loop import train_step
+from flashsae.train.state import TrainState, build_optimizer
 
 SAMPLED_ROWS = 48
 ROW_TOLERANCE = 0.02  # of the learning rate, which is about what Adam moves each weight by

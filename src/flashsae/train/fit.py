@@ -20,7 +20,8 @@ from flashsae.files import only_one, storage_errors
 from flashsae.nn.sae import SAE
 from flashsae.train.callbacks import Callback, JsonlLog, ProgressBar
 from flashsae.train.config import TrainConfig
-from flashsae.train.loop import init_state, train
+from flashsae.train.loop import train
+from flashsae.train.state import init_state
 
 LEAST_TOKENS = 2_000_000
 """About 2000 steps: fewer leave some directions unfound, however small the data."""

@@ -1,0 +1,179 @@
+"""What changes while training: how it begins, what of it is saved, and how it is put back bit for bit."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flashsae.data.shuffle import Batches
+from flashsae.errors import CheckpointError, ConfigError
+from flashsae.io.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
+from flashsae.nn.sae import SAE, SAEConfig
+from flashsae.optim import FactoredAdam
+from flashsae.train.config import ResolvedConfig
+from flashsae.train.dead import DeadLatents
+from flashsae.train.graph import CapturedSteps
+
+INIT_TOKENS = 8192
+
+
+@dataclass
+class TrainState:
+    """Everything that changes while training."""
+
+    sae: SAE
+    optimizer: FactoredAdam
+    dead: DeadLatents
+    batches: Batches
+    scale: float = 1.0
+    """What activations are multiplied by, so that one learning rate fits the biases whatever the unit of x."""
+    step: int = 0
+    captured: CapturedSteps = field(default_factory=CapturedSteps)
+
+    def current_sae(self) -> SAE:
+        """Return the SAE for activations as they come, without the scale; shares weights with the one in training."""
+        return self.sae.rescaled(self.scale)
+
+    def finished_sae(self) -> SAE:
+        """Return the SAE for activations as they come. Where weights are split, with whole ones, on the CPU."""
+        sae = self.current_sae()
+        for name in ("W_enc_T", "W_dec"):
+            whole = self.optimizer.float32_weights(getattr(self.sae, name))
+            setattr(sae, name, nn.Parameter(whole))
+        sae.precision = None
+        return sae.to(sae.W_dec.device)
+
+
+def init_state(
+    config: ResolvedConfig, batches: Batches, device: torch.device, checkpoints: Path | None = None
+) -> TrainState:
+    """Return the state to start from.
+
+    Args:
+        config: settings.
+        batches: of activations.
+        device: for the SAE.
+        checkpoints: folder whose newest checkpoint is gone on from, if it holds one. Otherwise, and for None, the
+            start: random unit directions, b_dec at the mean of some tokens.
+    Raises:
+        ConfigError: k_aux is larger than a GPU can select.
+        CheckpointError: the newest checkpoint is damaged or foreign. It is not passed over silently.
+    """
+    if device.type == "cuda" and config.auxk_alpha and config.k_aux > 1024:
+        raise ConfigError(f"k_aux: expected at most 1024 on a GPU, got {config.k_aux}.")
+    found = [] if checkpoints is None else list_checkpoints(checkpoints)
+    sae = SAE(SAEConfig(config.d_in, config.d_sae, config.k), seed=config.seed).to(device)
+    sae.precision = config.precision
+    scale = 1.0
+    if not found:
+        sample = batches.sample(INIT_TOKENS).to(device, torch.float64)
+        scale = _unit_scale(sample)
+        sae.initialize_from((sample * scale).float())
+    dead = DeadLatents(config.d_sae, config.dead_after_tokens, device)
+    state = TrainState(sae, build_optimizer(sae, config), dead, batches, scale)
+    if found:
+        checkpoint = load_checkpoint(found[-1])
+        check_settings(config, checkpoint)
+        restore(state, checkpoint)
+    return state
+
+
+def build_optimizer(sae: SAE, config: ResolvedConfig) -> FactoredAdam:
+    """Return the optimiser of a training; with bf16 products it splits the weights of `sae`."""
+    groups: list[dict[str, Any]] = [
+        {"params": [sae.W_dec], "unit_norm": True},
+        {"params": [sae.W_enc_T, sae.b_enc, sae.b_dec]},
+    ]
+    optimizer = FactoredAdam(
+        groups,
+        config.lr,
+        split_weights=config.precision == "bf16",
+        state_dtype=torch.bfloat16 if config.moments == "bf16" else torch.float32,
+    )
+    for group in optimizer.param_groups:
+        group["lr"] = optimizer.param_groups[0]["lr"]  # one tensor, so one launch sets it
+    return optimizer
+
+
+def _unit_scale(x: Tensor) -> float:
+    """Return the power of two that brings the standard deviation of a coordinate next to 1/4; 1 where x does not vary.
+
+    Weights have no unit, since decoder rows have norm 1; biases have that of x, and Adam moves them by about lr a step.
+    Multiplying by a power of two rounds nothing, so the finished SAE is exactly the one that was trained.
+    """
+    variance = (x - x.mean(0)).square().sum(1).mean().item()
+    if not 0.0 < variance < math.inf:
+        return 1.0
+    return 2.0 ** round(math.log2(x.shape[1] / variance) / 2 - 2)
+
+
+def to_checkpoint(state: TrainState, config: ResolvedConfig) -> Checkpoint:
+    """Return everything of the state that must survive a kill."""
+    place, data = state.batches.state()
+    tensors = {f"sae.{name}": tensor for name, tensor in state.sae.state_dict().items()}
+    for number, moments in state.optimizer.state_dict()["state"].items():
+        tensors |= {f"adam.{number}.{name}": tensor for name, tensor in moments.items()}
+    state.dead.finish_reading()
+    tensors["dead.tokens_since_fired"] = state.dead.tokens_since_fired
+    tensors["rng.torch"] = torch.get_rng_state()
+    tensors |= {f"data.{name}": tensor for name, tensor in data.items()}
+    return Checkpoint(
+        state.step,
+        {"data": place, "scale": state.scale, "config": asdict(config), "dead_bounds": state.dead.bounds},
+        tensors,
+    )
+
+
+FREE_TO_CHANGE = ("device", "log_every_steps", "evaluate_every_steps", "checkpoint_every_steps")
+"""Settings that decide no byte of the result."""
+
+
+def check_settings(config: ResolvedConfig, checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError if a checkpoint was written with other settings; names each with both values."""
+    saved = checkpoint.state.get("config", {})
+    differences = [
+        f"{name} was {saved.get(name)!r} and is {value!r} now"
+        for name, value in asdict(config).items()
+        if name not in FREE_TO_CHANGE and saved.get(name) != value
+    ]
+    if differences:
+        raise CheckpointError(
+            f"the checkpoint of step {checkpoint.step} does not fit these settings: {'; '.join(differences)}. Resume "
+            "with the settings of the run, or start a new one."
+        )
+
+
+def restore(state: TrainState, checkpoint: Checkpoint) -> None:
+    """Put a fresh state where the checkpoint was taken.
+
+    Raises:
+        CheckpointError: the checkpoint is of other sizes or of other data.
+    """
+    tensors = checkpoint.tensors
+    for name, parameter in state.sae.state_dict().items():
+        saved = tensors.get(f"sae.{name}")
+        if saved is None or saved.shape != parameter.shape:
+            got = "nothing" if saved is None else list(saved.shape)
+            raise CheckpointError(
+                f"the checkpoint of step {checkpoint.step} does not fit these settings: expected {name} of the shape "
+                f"{list(parameter.shape)}, got {got}. Resume with the settings of the run, or start a new one."
+            )
+        parameter.copy_(saved)
+    for number, moments in state.optimizer.state_dict()["state"].items():
+        for name, tensor in moments.items():
+            tensor.copy_(tensors[f"adam.{number}.{name}"])
+    for group in state.optimizer.param_groups:
+        group["step"].fill_(checkpoint.step)
+    state.dead.tokens_since_fired.copy_(tensors["dead.tokens_since_fired"])
+    state.dead.bounds = list(checkpoint.state["dead_bounds"])
+    torch.set_rng_state(tensors["rng.torch"])
+    prefix = "data."
+    data = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+    state.batches.restore((checkpoint.state["data"], data))
+    state.scale = checkpoint.state["scale"]
+    state.step = checkpoint.step
