@@ -32,7 +32,7 @@ RESULTS = Path(__file__).parent / "results"
 HELD_OUT = 0.1
 DENSE, REVERSED = "dense", "dense, batches reversed"
 ARMS: tuple[tuple[Precision, str], ...] = (
-    ("float32", DENSE), ("float32", REVERSED), ("float32", OURS), ("bf16", DENSE), ("bf16", OURS),
+    ("float32", DENSE), ("float32", REVERSED), ("float32", OURS), ("bf16", DENSE), ("bf16", REVERSED), ("bf16", OURS),
 )  # fmt: skip
 
 
