@@ -21,6 +21,7 @@ from flashsae.ops import build_index
 from flashsae.ops.adam_rows import AdamRule
 from flashsae.ops.adam_rows.launch import launch_adam_rows, launch_row_squares
 from flashsae.ops.decode_sparse.launch import launch_decode, launch_decode_loss, launch_dots, launch_residual
+from flashsae.ops.dense.launch import launch_dense_code
 from flashsae.ops.encode_topk.launch import launch_center, launch_encode_topk
 from flashsae.ops.latent_rows.factors import RowGradient, SparseFactor
 from flashsae.ops.latent_rows.launch import launch_column_sums, launch_latent_rows, launch_latent_sums
@@ -102,6 +103,7 @@ def launch_everything() -> None:
         launch_decode_loss(acts, indices, W, b_dec, x, weights)
         launch_residual(W[:2], b_dec, x, weights)
         launch_dots(x, indices, W)
+        launch_dense_code(acts, indices, 40, dtype)
         index = build_index(indices, 40)
         launch_latent_sums(index, acts)
         launch_latent_sums(index, acts.to(dtype))

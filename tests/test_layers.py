@@ -13,7 +13,8 @@ SRC = Path(__file__).parents[1] / "src" / "flashsae"
 
 ORDER = """
 errors files shapes backend
-ops.register ops.validate ops.index ops.dense
+ops.register ops.validate ops.index
+ops.dense.kernels ops.dense.launch ops.dense.op
 ops.latent_rows.reference ops.latent_rows.kernels ops.latent_rows.launch ops.latent_rows.op
 ops.latent_rows.factors
 ops.decode_sparse.reference ops.decode_sparse.kernels ops.decode_sparse.launch ops.decode_sparse.op

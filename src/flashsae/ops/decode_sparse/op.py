@@ -9,8 +9,8 @@ from torch import Tensor
 
 from flashsae.backend import use_dense, use_kernels
 from flashsae.errors import ShapeError
-from flashsae.ops import dense
 from flashsae.ops.decode_sparse import reference
+from flashsae.ops.dense import op as dense
 from flashsae.ops.index import LatentIndex, build_index
 from flashsae.ops.latent_rows.factors import factors_of, is_dense, weight_gradient
 from flashsae.ops.latent_rows.op import column_sums

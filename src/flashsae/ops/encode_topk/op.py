@@ -301,7 +301,7 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]
             has_index = ctx.with_index and not ctx.k_aux
             index = LatentIndex(rest[0], rest[1], rest[2], k) if has_index else build_index(top_indices, len(W_enc_T))
         if needs_W:
-            grad_W, sums = weight_gradient(ctx.factors, top_indices, index, grad_pre, rows, W_enc_T)
+            grad_W, sums = weight_gradient(ctx.factors, top_indices, index, grad_pre, rows, W_enc_T, with_sums=True)
         if sums is None:
             sums = latent_sums(index or build_index(top_indices, len(W_enc_T)), grad_pre)
         grad_b_enc = sums.to(ctx.bias_dtype) if needs_b_enc else None

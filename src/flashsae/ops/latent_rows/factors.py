@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashsae.backend import use_dense, use_kernels
-from flashsae.ops import dense
+from flashsae.ops.dense import op as dense
 from flashsae.ops.index import LatentIndex, build_index
 from flashsae.ops.latent_rows.op import sum_rows
 from flashsae.ops.register import differentiate, operator
@@ -108,7 +108,7 @@ def is_dense(rows: Tensor, k: int, d_sae: int) -> bool:
 
 def weight_gradient(
     factors: list[Factor] | None, top_indices: Tensor, index: LatentIndex | None, coeffs: Tensor, rows: Tensor,
-    like: Tensor,
+    like: Tensor, with_sums: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """Leave the gradient of a weight matrix on its list, or compute it where there is no list.
 
@@ -118,13 +118,14 @@ def weight_gradient(
         index: of top_indices; None if `is_dense`.
         coeffs, rows: as in `SparseFactor`.
         like: [d_sae, d], the matrix.
+        with_sums: whether the sums of coefficients are of use.
     Returns:
         the gradient, dtype of the matrix, or None where it is left on the list; and the sum of the coefficients of each
         latent, [d_sae], or None where it does not come for free.
     """
     sums: Tensor | None = None
     if index is None:
-        grad, sums = dense.latent_rows(top_indices, coeffs, rows, len(like))
+        grad, sums = dense.latent_rows(top_indices, coeffs, rows, len(like), with_sums)
         factor: Factor = RowFactor(grad, None)
     else:
         factor = SparseFactor(index, coeffs.detach(), rows)  # a graph behind it would stay alive until it is used

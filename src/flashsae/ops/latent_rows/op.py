@@ -7,7 +7,7 @@ from torch import Tensor
 
 from flashsae.backend import use_dense, use_kernels
 from flashsae.errors import ShapeError
-from flashsae.ops import dense
+from flashsae.ops.dense import op as dense
 from flashsae.ops.index import LatentIndex
 from flashsae.ops.latent_rows import reference
 from flashsae.ops.register import operator

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flashsae.backend import use_kernels
 from flashsae.ops.validate import compute_dtype
 from flashsae.shapes import Activations, InputBias, LatentActs, LatentBias, TopActs, TopIndices, Weights
 
@@ -23,7 +24,7 @@ def product(top_acts: TopActs, top_indices: TopIndices, W_dec: Weights) -> Activ
     """Multiply the dense code by W_dec: -> [B, d_in], dtype of W_dec."""
     x_hat = W_dec.new_empty(len(top_acts), W_dec.shape[1])
     for part in _parts(len(top_acts), len(W_dec)):
-        torch.mm(_code(top_acts[part], top_indices[part], W_dec), W_dec, out=x_hat[part])
+        torch.mm(code(top_acts[part], top_indices[part], W_dec), W_dec, out=x_hat[part])
     return x_hat
 
 
@@ -36,8 +37,10 @@ def decode_sparse_grad_acts(grad_x_hat: Activations, top_indices: TopIndices, W_
     return grad_acts
 
 
-def latent_rows(top_indices: TopIndices, coeffs: TopActs, rows: Activations, d_sae: int) -> tuple[Weights, LatentBias]:
-    """Multiply the transposed dense code by rows, and sum it: -> [d_sae, d], dtype of rows, and [d_sae], compute dtype.
+def latent_rows(
+    top_indices: TopIndices, coeffs: TopActs, rows: Activations, d_sae: int, with_sums: bool = False
+) -> tuple[Weights, LatentBias | None]:
+    """Multiply the transposed dense code by rows: -> [d_sae, d], dtype of rows; sum it: -> [d_sae], compute dtype.
 
     The code is rounded to the dtype of rows; sums over parts of the tokens are added in the compute dtype.
     """
@@ -45,15 +48,15 @@ def latent_rows(top_indices: TopIndices, coeffs: TopActs, rows: Activations, d_s
     parts = _parts(len(rows), d_sae)
     like = rows.new_empty(d_sae, 0)
     if len(parts) == 1:
-        code = _code(coeffs, top_indices, like)
-        return code.T @ rows, code.sum(0, dtype=dtype)
+        whole = code(coeffs, top_indices, like)
+        return whole.T @ rows, whole.sum(0, dtype=dtype) if with_sums else None
     total = torch.zeros(d_sae, rows.shape[1], dtype=dtype, device=rows.device)
     sums = torch.zeros(d_sae, dtype=dtype, device=rows.device)
     for part in parts:
-        code = _code(coeffs[part], top_indices[part], like)
-        total += code.T @ rows[part]
-        sums += code.sum(0, dtype=dtype)
-    return total.to(rows.dtype), sums
+        piece = code(coeffs[part], top_indices[part], like)
+        total += piece.T @ rows[part]
+        sums += piece.sum(0, dtype=dtype)
+    return total.to(rows.dtype), sums if with_sums else None
 
 
 def _parts(tokens: int, d_sae: int) -> list[slice]:
@@ -61,7 +64,12 @@ def _parts(tokens: int, d_sae: int) -> list[slice]:
     return [slice(start, start + step) for start in range(0, tokens, step)]
 
 
-def _code(top_acts: TopActs, top_indices: TopIndices, weights: Tensor) -> LatentActs:
-    """Return the dense code in the dtype of [d_sae, ...] weights: entries are rounded to it, repeats summed in it."""
-    code = weights.new_zeros(len(top_acts), len(weights))
-    return code.scatter_add_(1, top_indices.long(), top_acts.to(weights.dtype))
+def code(top_acts: TopActs, top_indices: TopIndices, weights: Tensor) -> LatentActs:
+    """Return the dense code in the dtype of [d_sae, ...] weights; repeats are summed."""
+    if use_kernels(weights):
+        from flashsae.ops.dense.launch import LARGEST_K, launch_dense_code
+
+        if top_indices.shape[1] <= LARGEST_K:
+            return launch_dense_code(top_acts, top_indices, len(weights), weights.dtype)
+    zeros = weights.new_zeros(len(top_acts), len(weights))
+    return zeros.scatter_add_(1, top_indices.long(), top_acts.to(weights.dtype))

@@ -1,0 +1,1 @@
+"""The operations as dense matrix products."""
