@@ -7,15 +7,6 @@ from flashsae.ops.dense import op as dense
 from flashsae.testing import assert_as_accurate, poison_empty
 
 
-@pytest.fixture(autouse=True, params=["reference", "triton"])
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("FLASHSAE_BACKEND", request.param)
-    if request.param == "reference":
-        return "cpu"
-    pytest.importorskip("triton")
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("B", "k", "n"), [(0, 3, 7), (1, 1, 1), (5, 7, 7), (9, 3, 1025), (3, 300, 2100)])

@@ -8,15 +8,6 @@ from flashsae.ops.variance import total_variance
 from flashsae.testing import assert_as_accurate, integer_inputs, poison_empty
 
 
-@pytest.fixture(autouse=True, params=["reference", "triton"])
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("FLASHSAE_BACKEND", request.param)
-    if request.param == "reference":
-        return "cpu"
-    pytest.importorskip("triton")
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 @pytest.mark.parametrize(("B", "d"), [(0, 3), (1, 1), (1, 70), (64, 64), (65, 3), (300, 130)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_t1_as_accurate_as_torch(B: int, d: int, dtype: torch.dtype, device: str, generator: torch.Generator) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 import pytest
@@ -69,18 +70,18 @@ def test_on_a_gpu_the_capacity_bounds_the_dead_and_a_resumed_run_has_the_same(
     counter = DeadLatents(2000, after_tokens=int(8 * after_steps))
     capacities, saved = [], {}
     for step in range(200):
-        capacities.append(counter._bounded(step, 8))
+        capacities.append(counter._bounded_capacity(step, 8))
         assert capacities[-1] >= int(counter.mask().sum())
         _fire(counter, generator, 8)
         if step == 100:  # a checkpoint
             counter.finish_reading()
-            saved = {"tokens": counter.tokens_since_fired.clone(), "bounds": list(counter.bounds)}
+            saved = {"tokens": counter.tokens_since_fired.clone(), "bounds": copy(counter.bounds)}
             rng = generator.get_state()
     resumed = DeadLatents(2000, after_tokens=int(8 * after_steps))
     resumed.tokens_since_fired, resumed.bounds = saved["tokens"], saved["bounds"]
     generator.set_state(rng)
     for step in range(101, 200):
-        assert resumed._bounded(step, 8) == capacities[step]
+        assert resumed._bounded_capacity(step, 8) == capacities[step]
         _fire(resumed, generator, 8)
 
 
@@ -90,7 +91,7 @@ def test_on_a_gpu_the_capacity_is_near_the_number_of_the_dead(after_steps: int) 
     counter.tokens_since_fired[:100] = 8 * after_steps
     everything = torch.arange(100, 2000).expand(8, -1)
     for step in range(200):
-        assert counter._bounded(step, 8) == 112
+        assert counter._bounded_capacity(step, 8) == 112
         counter.update(torch.ones(8, 1900), everything)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -34,6 +35,21 @@ class DeadRows(NamedTuple):
     slots: Int[Tensor, " d_sae"]
 
 
+@dataclass
+class Bounds:
+    """What is known of how many latents can be dead. A resumed run must go by the same.
+
+    Args:
+        in_force: bound of the steps that are done now.
+        following: bound of the steps behind these.
+        capacity: rows of the table.
+    """
+
+    in_force: int
+    following: int
+    capacity: int
+
+
 class DeadLatents:
     """Count for each latent the tokens since it was last active. Selected with the value 0 does not count as active.
 
@@ -46,9 +62,8 @@ class DeadLatents:
     def __init__(self, d_sae: int, after_tokens: int, device: torch.device | str = "cpu") -> None:
         self.tokens_since_fired = torch.zeros(d_sae, dtype=torch.int64, device=device)
         """[d_sae], int64."""
-        self.bounds: list[int] = []
-        """What `capacity` goes by on a GPU: the bound in force, the next one, and what it returned last. A resumed run
-        must go by the same."""
+        self.bounds: Bounds | None = None
+        """What `capacity` goes by on a GPU; None before its first call."""
         self._after_tokens = after_tokens
         self._pending: Tensor | None = None
         self._is_read: torch.cuda.Event | None = None
@@ -91,32 +106,33 @@ class DeadLatents:
         """
         if self.tokens_since_fired.device.type == "cpu":
             return int(self.mask().sum())
-        return self._bounded(step, batch_tokens)
+        return self._bounded_capacity(step, batch_tokens)
 
-    def _bounded(self, step: int, batch_tokens: int) -> int:
+    def _bounded_capacity(self, step: int, batch_tokens: int) -> int:
+        # looking ahead 2 · period steps is then looking ahead a sixteenth of after_tokens at most, if it can be so few
         period = max(1, min(PERIOD, self._after_tokens // (32 * batch_tokens)))
-        if not self.bounds:
+        if self.bounds is None:
             now = int(self._count_within(2 * period * batch_tokens))
-            self.bounds = [now, now, 0]
+            self.bounds = Bounds(now, now, 0)
         if step % period == 0:
             self.finish_reading()
             soon = self._count_within(2 * period * batch_tokens)
-            self.bounds[0] = self.bounds[1]
+            self.bounds.in_force = self.bounds.following
             self._pending = torch.empty((), dtype=torch.int64, pin_memory=soon.is_cuda).copy_(soon, non_blocking=True)
             if soon.is_cuda:
                 self._is_read = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 self._is_read.record()
-        needed = _rounded_up(self.bounds[0], len(self.tokens_since_fired))
-        if needed > self.bounds[2] or step % PERIOD == 0:
-            self.bounds[2] = needed
-        return self.bounds[2]
+        needed = _rounded_up(self.bounds.in_force, len(self.tokens_since_fired))
+        if needed > self.bounds.capacity or step % PERIOD == 0:
+            self.bounds.capacity = needed
+        return self.bounds.capacity
 
     def finish_reading(self) -> None:
         """Wait for a count that is on its way, so that `bounds` holds it."""
-        if self._pending is not None:
+        if self._pending is not None and self.bounds is not None:
             if self._is_read is not None:
                 self._is_read.synchronize()
-            self.bounds[1] = int(self._pending)
+            self.bounds.following = int(self._pending)
             self._pending = None
 
     def _count_within(self, tokens: int) -> Tensor:

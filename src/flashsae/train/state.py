@@ -16,7 +16,7 @@ from flashsae.io.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
 from flashsae.nn.sae import SAE, SAEConfig
 from flashsae.optim import FactoredAdam
 from flashsae.train.config import ResolvedConfig
-from flashsae.train.dead import DeadLatents
+from flashsae.train.dead import Bounds, DeadLatents
 from flashsae.train.graph import CapturedSteps
 
 INIT_TOKENS = 8192
@@ -119,12 +119,13 @@ def to_checkpoint(state: TrainState, config: ResolvedConfig) -> Checkpoint:
     for number, moments in state.optimizer.state_dict()["state"].items():
         tensors |= {f"adam.{number}.{name}": tensor for name, tensor in moments.items()}
     state.dead.finish_reading()
+    bounds = None if state.dead.bounds is None else asdict(state.dead.bounds)
     tensors["dead.tokens_since_fired"] = state.dead.tokens_since_fired
     tensors["rng.torch"] = torch.get_rng_state()
     tensors |= {f"data.{name}": tensor for name, tensor in data.items()}
     return Checkpoint(
         state.step,
-        {"data": place, "scale": state.scale, "config": asdict(config), "dead_bounds": state.dead.bounds},
+        {"data": place, "scale": state.scale, "config": asdict(config), "dead_bounds": bounds},
         tensors,
     )
 
@@ -170,7 +171,8 @@ def restore(state: TrainState, checkpoint: Checkpoint) -> None:
     for group in state.optimizer.param_groups:
         group["step"].fill_(checkpoint.step)
     state.dead.tokens_since_fired.copy_(tensors["dead.tokens_since_fired"])
-    state.dead.bounds = list(checkpoint.state["dead_bounds"])
+    bounds = checkpoint.state["dead_bounds"]
+    state.dead.bounds = None if bounds is None else Bounds(**bounds)
     torch.set_rng_state(tensors["rng.torch"])
     prefix = "data."
     data = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
