@@ -13,7 +13,7 @@ from flashsae.data.shuffle import RowShuffle
 from flashsae.data.sources import ArraySource
 from flashsae.data.synthetic import SuperpositionModel
 from flashsae.errors import CheckpointError, DataError
-from flashsae.io.checkpoint import list_checkpoints
+from flashsae.io.checkpoint import list_checkpoints, save_checkpoint
 from flashsae.ops import materialize
 from flashsae.ops.adam_rows.reference import merge_halves
 from flashsae.ops.latent_rows.factors import factors_of
@@ -21,6 +21,7 @@ from flashsae.ops.validate import Precision
 from flashsae.optim import FactoredAdam, lr_factor
 from flashsae.train import TrainState, init_state, train, train_step
 from flashsae.train.config import ResolvedConfig
+from flashsae.train.dead import Bounds
 from flashsae.train.state import to_checkpoint
 
 MODEL = SuperpositionModel(16, 40, active=3.0)
@@ -47,6 +48,13 @@ def _bits(state: TrainState) -> dict[str, Tensor]:
 
 def _equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_checkpoint_keeps_what_a_gpu_goes_by(tmp_path: Path) -> None:
+    state = _state(_config())
+    state.dead.bounds = Bounds(3, 5, 16)
+    save_checkpoint(tmp_path, to_checkpoint(state, _config()))
+    assert _state(_config(), tmp_path).dead.bounds == Bounds(3, 5, 16)
 
 
 def test_two_runs_of_one_seed_are_equal_and_of_two_are_not() -> None:
