@@ -160,6 +160,7 @@ def measure(name: str, source: Source, config: TrainConfig, trace: Path) -> dict
     rates = [json.loads(line)["tokens_per_second"] for line in lines][len(lines) // 2 :]
     rate = len(rates) / sum(1 / rate for rate in rates)
     shape = {"d_in": source.d_in, "d_sae": settings.d_sae, "k": settings.k, "batch_tokens": settings.batch_tokens}
+    shape["dead_after_tokens"] = settings.dead_after_tokens
     slower = resident if alone is None else min(resident, alone)
     return {
         "group": "pipeline", "name": name, "shape": shape, "tokens_per_second": rate, "share": rate / slower,
@@ -175,6 +176,7 @@ def main(
     batch_tokens: int = 8192,
     steps: int = 120,
     rows: int = 196608,
+    dead_after_tokens: int = 10_000_000,
     model: str = "minilm",
     hookpoint: str = "encoder.layer.2",
     out: Path = RESULTS / "pipeline.jsonl",
@@ -188,6 +190,8 @@ def main(
         d_sae, k, batch_tokens: of the SAE and its training; the default is size L.
         steps: to train for; the rate is that of the second half.
         rows: of the cache.
+        dead_after_tokens: as for `flashsae train`; the default is that of a long run, in which no latent is dead after
+            so few steps, so that a step does what it does in `benchmarks.run step`. Fewer make AuxK part of it.
         model, hookpoint: for `model`, as for `flashsae train`.
         out: file to append a JSON line to.
         traces: folder to keep the traces in, for chrome://tracing or ui.perfetto.dev.
@@ -195,6 +199,7 @@ def main(
     config = TrainConfig(
         d_sae=d_sae, k=k, batch_tokens=batch_tokens, tokens=batch_tokens * steps, precision="bf16",
         shuffle_tokens=16 * batch_tokens, log_every_steps=10, checkpoint_every_steps=10 * steps,
+        dead_after_tokens=dead_after_tokens,
     )  # fmt: skip
     for arm in arms or ("cache",):
         with tempfile.TemporaryDirectory() as folder:

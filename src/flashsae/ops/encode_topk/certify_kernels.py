@@ -173,8 +173,8 @@ def encode_topk_finish_kernel(
         values = tl.load(dots_ptr + row * CAPACITY + slot, mask=inside, other=0.0)
         values += tl.load(bias_ptr + latents, mask=inside, other=0.0).to(tl.float32)
         keys = _keys_of(values, latents, inside, scale_ptr, mask_ptr)
-        lowest = tl.min(tl.where(inside, keys, KEY_NAN))
-        _write_selection(keys, latents, values, k, lowest, top_acts_ptr + row * k, top_indices_ptr + row * k)
+        tau = _kth_key(keys, k, tl.min(tl.where(inside, keys, KEY_NAN)))
+        _write_selection(keys, latents, values, k, tau, top_acts_ptr + row * k, top_indices_ptr + row * k)
 
 
 @triton.jit

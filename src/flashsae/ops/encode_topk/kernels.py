@@ -91,13 +91,15 @@ def _kth_key_in_memory(keys_ptr, n, k, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _choose(keys, k, low):
-    """Return which keys are the k largest, the first of equal ones, their places in order, and a key that all reach."""
-    tau = _kth_key(keys, k, low)
-    tied = keys == tau
-    room = k - tl.sum((keys > tau).to(tl.int32))
-    chosen = (keys > tau) | (tied & (tl.cumsum(tied.to(tl.int32)) <= room))
-    return chosen, tl.cumsum(chosen.to(tl.int32)) - 1, tau
+def _choose(keys, k, tau):
+    """Return which keys are the k largest, the first of equal ones, and their places in order; tau as of _kth_key."""
+    chosen = keys >= tau
+    if tl.sum(chosen.to(tl.int32)) > k:
+        above = keys > tau
+        tied = chosen & (above == 0)
+        room = k - tl.sum(above.to(tl.int32))
+        chosen = above | (tied & (tl.cumsum(tied.to(tl.int32)) <= room))
+    return chosen, tl.cumsum(chosen.to(tl.int32)) - 1
 
 
 @triton.jit
@@ -108,13 +110,19 @@ def _pre_acts(raw_ptr, bias_ptr, latents, inside):
 
 
 @triton.jit
-def _write_selection(keys, latents, values, k, low, top_acts_ptr, top_indices_ptr):
-    """Write the k largest of a row, lowest latent first; `keys` stand in ascending order of `latents`."""
-    chosen, position, _ = _choose(keys, k, low)
+def _write(chosen, position, keys, latents, values, top_acts_ptr, top_indices_ptr):
+    """Write what was chosen of a row to its places."""
     acts = tl.where(values > 0.0, values, tl.where(values != values, values, 0.0))
     acts = tl.where(keys == KEY_MASKED, 0.0, acts)
     tl.store(top_acts_ptr + position, acts, mask=chosen)
     tl.store(top_indices_ptr + position, latents.to(tl.int64), mask=chosen)
+
+
+@triton.jit
+def _write_selection(keys, latents, values, k, tau, top_acts_ptr, top_indices_ptr):
+    """Write the k largest of a row, lowest latent first; `keys` stand in ascending order of `latents`."""
+    chosen, position = _choose(keys, k, tau)
+    _write(chosen, position, keys, latents, values, top_acts_ptr, top_indices_ptr)
 
 
 @triton.jit
@@ -361,7 +369,8 @@ def encode_topk_select_kernel(
         group = tl.load(other_row + slot, mask=slot < found, other=0)
         if found > k:
             keys = tl.load(max_row + group, mask=slot < found, other=KEY_NONE)
-            chosen, position, tau = _choose(keys, k, tau)
+            tau = _kth_key(keys, k, tau)
+            chosen, position = _choose(keys, k, tau)
             tl.store(list_row + position, group, mask=chosen)
         else:
             tl.store(list_row + slot, group, mask=slot < found)
@@ -371,4 +380,46 @@ def encode_topk_select_kernel(
     latents = tl.load(other_row + slot, mask=slot < found, other=0)
     values = _pre_acts(raw_row, bias_ptr, latents, slot < found)
     keys = _keys_of(values, latents, slot < found, scale_ptr, mask_ptr)
+    tau = _kth_key(keys, k, tau)
     _write_selection(keys, latents, values, k, tau, top_acts_ptr + row * k, top_indices_ptr + row * k)
+
+
+@triton.jit
+def encode_topk_whole_kernel(
+    raw_ptr,  # [rows, stride]
+    bias_ptr,  # [n]
+    scale_ptr,  # [n] or None
+    mask_ptr,  # [n] int8 or None
+    list_ptr,  # [rows, k] int32 scratch; may be the memory of top_acts_ptr
+    top_acts_ptr,  # [rows, k]
+    top_indices_ptr,  # [rows, k]
+    n,
+    k,
+    raw_stride,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Choose k of a row that is held at once, for rows of which groups would leave out little."""
+    row = tl.program_id(0).to(tl.int64)
+    raw_row = raw_ptr + row * raw_stride
+    latents = tl.arange(0, BLOCK)
+    inside = latents < n
+    keys = _keys_of(_pre_acts(raw_row, bias_ptr, latents, inside), latents, inside, scale_ptr, mask_ptr)
+    low = tl.min(tl.where(inside, keys, KEY_NAN))
+    high = tl.max(keys)
+    # plain bisection of 32 bits: more steps than _kth_key takes, each with one sum over the row instead of three
+    while low < high:
+        middle = _middle(low, high)
+        count = tl.sum((keys >= middle).to(tl.int32))
+        high = tl.where(count > k, high, tl.where(count == k, middle, middle - 1))
+        low = tl.where(count >= k, middle, low)
+    chosen, position = _choose(keys, k, low)
+    list_row = list_ptr + row * k
+    tl.store(list_row + position, latents, mask=chosen)
+    tl.debug_barrier()
+    slot = tl.arange(0, BLOCK_K)
+    latents = tl.load(list_row + slot, mask=slot < k, other=0)
+    values = _pre_acts(raw_row, bias_ptr, latents, slot < k)
+    keys = _keys_of(values, latents, slot < k, scale_ptr, mask_ptr)
+    tl.debug_barrier()
+    _write(slot < k, slot, keys, latents, values, top_acts_ptr + row * k, top_indices_ptr + row * k)

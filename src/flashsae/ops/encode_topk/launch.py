@@ -19,6 +19,9 @@ from flashsae.shapes import Choice
 LARGEST_K = 1024
 """What a program holds in registers."""
 
+WHOLE_ROW = 8192
+"""Latents of a row that a program of the selection holds at once, at most."""
+
 REDO_PROGRAMS = 32
 """Rows redone in float32 at once; each needs two scratch rows of d_sae numbers."""
 
@@ -182,14 +185,22 @@ def _tile_and_warps(k: int) -> tuple[int, int]:
 
 
 def _select(selection: _Selection, products: Tensor, out: tuple[Tensor, Tensor]) -> None:
-    layout, rows = selection.layout, len(products)
+    layout, rows, n = selection.layout, len(products), selection.n
+    if n <= WHOLE_ROW and n < 16 * layout.k:
+        block = max(32, triton.next_power_of_2(n))
+        kernels.encode_topk_whole_kernel[(rows,)](
+            products, selection.b_enc, selection.key_scale, selection.mask, out[0].view(torch.int32), *out,
+            n, layout.k, products.stride(0),
+            BLOCK=block, BLOCK_K=triton.next_power_of_2(layout.k), num_warps=max(1, block // 1024),
+        )  # fmt: skip
+        return
     maxima, supers = _group_max(selection, products, None)
     short = max(64, 2 * triton.next_power_of_2(layout.k))
     scratch = torch.empty(rows, 2, short, dtype=torch.int32, device=products.device)
     tile, warps = _tile_and_warps(layout.k)
     kernels.encode_topk_select_kernel[(rows,)](
         products, selection.b_enc, selection.key_scale, selection.mask, maxima, supers, scratch, *out,
-        selection.n, layout.k, layout.groups, layout.supers, products.stride(0),
+        n, layout.k, layout.groups, layout.supers, products.stride(0),
         GROUP=layout.group, SUPER=layout.super, BLOCK_S=layout.block_s, SHORT=short, TILE=tile, num_warps=warps,
     )  # fmt: skip
 
