@@ -160,10 +160,11 @@ def measure(name: str, source: Source, config: TrainConfig, trace: Path) -> dict
     rates = [json.loads(line)["tokens_per_second"] for line in lines][len(lines) // 2 :]
     rate = len(rates) / sum(1 / rate for rate in rates)
     shape = {"d_in": source.d_in, "d_sae": settings.d_sae, "k": settings.k, "batch_tokens": settings.batch_tokens}
-    shape["dead_after_tokens"] = settings.dead_after_tokens
+    auxk = state.dead.bounds is not None and state.dead.bounds.capacity > 0
     slower = resident if alone is None else min(resident, alone)
     return {
-        "group": "pipeline", "name": name, "shape": shape, "tokens_per_second": rate, "share": rate / slower,
+        "group": "pipeline", "name": name, "auxk": auxk, "shape": shape,
+        "tokens_per_second": rate, "share": rate / slower,
         "resident_tokens_per_second": resident, "source_tokens_per_second": alone, "rates": rates,
     } | read_trace(trace)  # fmt: skip
 

@@ -78,9 +78,14 @@ def trainer_figure(records: Sequence[Record]) -> Figure | None:
     return figure
 
 
+def _last_pipelines(records: Sequence[Record]) -> dict[str, Record]:
+    sources = {"cache": "a cache", "model": "a language model"}
+    return {sources[r["name"]] + (", AuxK" if r["auxk"] else ""): r for r in records}
+
+
 def pipeline_text(records: Sequence[Record]) -> str:
     """Return how near training from data comes to steps on a batch that is there already."""
-    last = {record["name"]: record for record in records}
+    last = _last_pipelines(records)
     if not last:
         return ""
     heads = ["activations from", "tokens/s", "batch on the device", "source alone", "of the slower"]
@@ -89,7 +94,7 @@ def pipeline_text(records: Sequence[Record]) -> str:
     for name, r in last.items():
         alone = r["source_tokens_per_second"]
         rows.append([
-            {"cache": "a cache", "model": "a language model"}[name], f"{r['tokens_per_second']:,.0f}",
+            name, f"{r['tokens_per_second']:,.0f}",
             f"{r['resident_tokens_per_second']:,.0f}", "" if alone is None else f"{alone:,.0f}", f"{r['share']:.1%}",
             f"{r['busy_share']:.1%}", f"{r['fetch_ms']:.2f}", f"{r['fetch_hidden_share'] or 0:.0%}",
         ])  # fmt: skip
@@ -106,7 +111,7 @@ def pipeline_text(records: Sequence[Record]) -> str:
 
 def pipeline_figure(records: Sequence[Record]) -> Figure | None:
     """Draw when the stream that trains and the one that fetches are busy."""
-    last = {record["name"]: record for record in records}
+    last = _last_pipelines(records)
     if not last:
         return None
     figure = Figure(figsize=(WIDTH, 1.5 * len(last)), layout="constrained")
@@ -115,5 +120,5 @@ def pipeline_figure(records: Sequence[Record]) -> Figure | None:
             spans = [(start, end - start) for start, end in record["timeline"][stream]]
             axes.broken_barh(spans, (row - 0.3, 0.6), color=colour)
         axes.set(yticks=[0, 1], yticklabels=["training", "fetching"], xlabel="ms", ylim=(1.6, -0.6))
-        axes.set_title(f"from a {name}: when each stream of the device is busy", loc="left")
+        axes.set_title(f"from {name}: when each stream of the device is busy", loc="left")
     return figure

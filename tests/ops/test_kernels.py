@@ -87,10 +87,10 @@ def test_t0_encode(
     assert_same(on_kernels(run, inputs), on_reference(run, inputs), exact)
 
 
-@pytest.mark.parametrize("allowed", [60, 4, 0])
+@pytest.mark.parametrize(("allowed", "k_aux"), [(60, 11), (60, 40), (4, 11), (4, 40), (0, 11)])
 @pytest.mark.parametrize("precision", ["float32", "tf32", "bf16"])
-def test_t0_encode_aux_and_key_scale(precision: str, allowed: int, generator: torch.Generator) -> None:
-    k, k_aux, d_sae = 5, 11, 101
+def test_t0_encode_aux_and_key_scale(precision: str, allowed: int, k_aux: int, generator: torch.Generator) -> None:
+    k, d_sae = 5, 101  # 11 are selected by groups, 40 from whole rows
     inputs = encode_inputs(37 if allowed == 60 and precision != "tf32" else 6, 13, d_sae, k, k_aux, generator)
     inputs["mask"] = torch.zeros(d_sae, dtype=torch.bool)
     inputs["mask"][torch.randperm(d_sae, generator=generator)[:allowed]] = True
@@ -180,14 +180,15 @@ def test_t0_a_row_with_too_many_candidates_is_redone(
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy, in the interpreter
 @pytest.mark.parametrize(
-    ("precision", "capacity"), [("float32", None), ("float32", 16), ("tf32", None), ("bf16", None)]
+    ("precision", "capacity", "k"),
+    [("float32", None, 5), ("float32", 16, 5), ("tf32", None, 5), ("bf16", None, 5), ("bf16", None, 20)],
 )
 def test_nan_and_infinity_show_and_harm_no_other_row(
-    precision: str, capacity: int | None, monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
+    precision: str, capacity: int | None, k: int, monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
 ) -> None:
     if capacity:
         monkeypatch.setattr(Layout, "capacity", property(lambda self: capacity))
-    k, d_sae = 5, 90
+    d_sae = 90
     p = {"x": torch.randn(6, 13, generator=generator), "W": torch.randn(d_sae, 13, generator=generator)}
 
     def run(inputs: Tensors) -> Tensors:
