@@ -109,7 +109,11 @@ def read_trace(path: Path) -> dict[str, Any]:
     hidden = length(train) + length(fetch) - length(union(train + fetch))
     until = begin + (end - begin) * DRAWN_STEPS / TRACED_STEPS
     timeline = {
-        name: [(start - begin, stop - begin) for start, stop in union(found, MERGED_MS) if start < until]
+        name: [
+            (round(start - begin, 3), round(stop - begin, 3))
+            for start, stop in union(found, MERGED_MS)
+            if start < until
+        ]
         for name, found in (("training", train), ("fetching", fetch))
     }
     return {

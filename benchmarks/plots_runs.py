@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import mean
+from statistics import mean, stdev
 
 from matplotlib.figure import Figure
 
@@ -11,6 +11,7 @@ from benchmarks.drawing import BLUE, GREY, ORANGE, RED, WIDTH, Record, table
 from benchmarks.trainer import ARMS, DENSE, REVERSED
 from flashsae.bench.measure import OURS
 
+Arms = dict[tuple[str, str], dict[int, Record]]  # by precision and arm, then by seed
 LOOKS = {DENSE: (RED, "-"), REVERSED: (GREY, "-"), OURS: (BLUE, "--")}
 
 
@@ -19,13 +20,30 @@ def _settings(records: Sequence[Record]) -> list[int]:
     return sorted({record["dead_after_tokens"] for record in records}, reverse=True)
 
 
-def _by_arm(records: Sequence[Record], dead_after: int) -> dict[tuple[str, str], dict[int, Record]]:
+def _by_arm(records: Sequence[Record], dead_after: int) -> Arms:
     """Return the records of each arm by seed; of several of one seed the last."""
-    found: dict[tuple[str, str], dict[int, Record]] = {}
+    found: Arms = {}
     for record in records:
         if record["dead_after_tokens"] == dead_after:
             found.setdefault((record["precision"], record["arm"]), {})[record["seed"]] = record
     return {arm: found[arm] for arm in ARMS if arm in found}
+
+
+def _apart(arms: Arms, arm: tuple[str, str]) -> dict[int, float]:
+    """Return for each seed how far the FVU is from that of the dense one of the same precision."""
+    dense = arms[arm[0], DENSE]
+    return {seed: run["held_out_fvu"] / dense[seed]["held_out_fvu"] - 1 for seed, run in arms[arm].items()}
+
+
+def _cell(arms: Arms, arm: tuple[str, str], seed: int) -> str:
+    if seed not in arms[arm]:
+        return ""
+    return f"{arms[arm][seed]['held_out_fvu']:.5f}" + ("" if arm[1] == DENSE else f" ({_apart(arms, arm)[seed]:+.2%})")
+
+
+def _spread(arms: Arms, arm: tuple[str, str]) -> str:
+    apart = list(_apart(arms, arm).values())
+    return f"{mean(apart):+.2%} ± {stdev(apart) / len(apart) ** 0.5:.2%}"
 
 
 def trainer_text(records: Sequence[Record]) -> str:
@@ -42,18 +60,10 @@ def trainer_text(records: Sequence[Record]) -> str:
     for dead_after in _settings(records):
         arms = _by_arm(records, dead_after)
         seeds = sorted({seed for runs in arms.values() for seed in runs})
-        rows = []
-        for (precision, arm), runs in arms.items():
-            dense = arms[precision, DENSE]
-            apart = {seed: run["held_out_fvu"] / dense[seed]["held_out_fvu"] - 1 for seed, run in runs.items()}
-            cells = [
-                "" if seed not in runs
-                else f"{runs[seed]['held_out_fvu']:.5f}" + ("" if arm == DENSE else f" ({apart[seed]:+.2%})")
-                for seed in seeds
-            ]  # fmt: skip
-            rows.append([f"{arm}, {precision}", *cells, "" if arm == DENSE else f"{mean(apart.values()):+.2%}"])
+        rows = [[f"seed {seed}", *(_cell(arms, arm, seed) for arm in arms)] for seed in seeds]
+        rows.append(["mean ± standard error", *("" if arm[1] == DENSE else _spread(arms, arm) for arm in arms)])
         title = f"Dead after {dead_after:,} tokens" + (", so no AuxK:" if dead_after > 1e7 - 1 else ", so with AuxK:")
-        parts += [title, table(["training", *(f"seed {seed}" for seed in seeds), "mean difference"], rows)]
+        parts += [title, table(["", *(f"{arm}, {precision}" for precision, arm in arms)], rows)]
     return "\n\n".join(parts)
 
 
@@ -88,24 +98,22 @@ def pipeline_text(records: Sequence[Record]) -> str:
     last = _last_pipelines(records)
     if not last:
         return ""
-    heads = ["activations from", "tokens/s", "batch on the device", "source alone", "of the slower"]
-    heads += ["training stream busy", "fetching, ms a step", "of it hidden"]
+    heads = ["activations from", "B", "d_in", "d_sae", "k", "tokens/s", "batch on the device", "source alone"]
+    heads += ["of the slower", "training stream busy", "fetching, ms a step", "of it hidden"]
     rows = []
     for name, r in last.items():
         alone = r["source_tokens_per_second"]
         rows.append([
-            name, f"{r['tokens_per_second']:,.0f}",
-            f"{r['resident_tokens_per_second']:,.0f}", "" if alone is None else f"{alone:,.0f}", f"{r['share']:.1%}",
+            name, *(f"{r['shape'][size]}" for size in ("batch_tokens", "d_in", "d_sae", "k")),
+            f"{r['tokens_per_second']:,.0f}", f"{r['resident_tokens_per_second']:,.0f}",
+            "" if alone is None else f"{alone:,.0f}", f"{r['share']:.1%}",
             f"{r['busy_share']:.1%}", f"{r['fetch_ms']:.2f}", f"{r['fetch_hidden_share'] or 0:.0%}",
         ])  # fmt: skip
-    shapes = "; ".join(
-        f"{name}: B = {r['shape']['batch_tokens']}, d_in = {r['shape']['d_in']}, d_sae = {r['shape']['d_sae']}, "
-        f"k = {r['shape']['k']}, commit {r['commit']}"
-        for name, r in last.items()
-    )
-    text = "`python -m benchmarks.pipeline`: `flashsae train` beside steps on one batch that stays on the device."
+    text = "`python -m benchmarks.pipeline`: `flashsae train` beside steps on one batch that stays on the device. "
+    commits = ", ".join(dict.fromkeys(r["commit"] for r in last.values()))
     return (
-        f"### Training from data\n\n{text} The last three columns are from a trace. {shapes}.\n\n{table(heads, rows)}"
+        f"### Training from data\n\n{text}The last three columns are from a trace. Commit {commits}.\n\n"
+        f"{table(heads, rows)}"
     )
 
 

@@ -14,7 +14,7 @@ SORT_MS, ENTRY_MS, LATENT_MS = 0.045, 6.5e-8, 4e-8  # of the index: launches, ea
 CACHE_BYTES = 40e6  # of the second-level cache that rows stay in while weights stream through it
 NEAR_BYTES, FAR_BYTES = 0.6e9, 4e9  # of W_dec: below, many rows are found in the cache; above, in no page table either
 WHOLE_ROWS = 1.05  # of the decoder's pass, which sees whole rows, over the encoder's
-NEAR_RATE, FAR_RATE = 1.25, 0.85  # times a copy
+NEAR_RATE, FAR_RATE = 1.3, 0.85  # times a copy
 COLUMN_RATE = 0.85  # of a copy, with which the rows of W_enc are added up
 
 
