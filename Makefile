@@ -21,8 +21,10 @@ lint: $(VENV)/.dev
 bench-gpu: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.run all
 	$(BIN)/python -m benchmarks.pipeline cache model
+	$(BIN)/python -m benchmarks.pipeline cache --dead-after-tokens 100000
 	test -d build/activations || $(BIN)/flashsae cache --out build/activations
 	$(BIN)/python -m benchmarks.trainer build/activations
+	$(BIN)/python -m benchmarks.trainer build/activations --dead-after-tokens 102400
 	$(BIN)/python -m benchmarks.plots
 
 # the stamp of a set-up depends on what it was made from, so a changed pin is installed by the next call

@@ -8,11 +8,11 @@ from statistics import mean, stdev
 from matplotlib.figure import Figure
 
 from benchmarks.drawing import BLUE, GREY, ORANGE, RED, WIDTH, Record, table
-from benchmarks.trainer import ARMS, DENSE, REVERSED
+from benchmarks.trainer import ARMS, DENSE, NUDGED, REVERSED
 from flashsae.bench.measure import OURS
 
 Arms = dict[tuple[str, str], dict[int, Record]]  # by precision and arm, then by seed
-LOOKS = {DENSE: (RED, "-"), REVERSED: (GREY, "-"), OURS: (BLUE, "--")}
+LOOKS = {DENSE: (RED, "-"), REVERSED: (GREY, "-"), NUDGED: (ORANGE, "-"), OURS: (BLUE, "--")}
 
 
 def _settings(records: Sequence[Record]) -> list[int]:

@@ -2,8 +2,9 @@
 
 `flashsae.train` with all it does (AuxK, schedule, latent pass, split weights, CUDA graph) against dense autograd with
 the same recipe and `torch.optim.Adam`, in float32 (TF32 off) and in bf16 (dense: autocast). The measure is the FVU of
-held-out tokens at the end. Training is chaotic, so the dense one runs a second time with the tokens of each batch in
-another order: what that changes is no loss of accuracy. Needs a cache from `flashsae cache`.
+held-out tokens at the end. Training is chaotic, so the dense one runs again with the tokens of each batch in another
+order, and again from weights one rounding away: what that changes is no loss of accuracy. Needs a cache from
+`flashsae cache`.
 """
 
 from __future__ import annotations
@@ -30,10 +31,9 @@ from flashsae.train.state import TrainState, init_state
 Params = dict[str, Tensor]
 RESULTS = Path(__file__).parent / "results"
 HELD_OUT = 0.1
-DENSE, REVERSED = "dense", "dense, batches reversed"
-ARMS: tuple[tuple[Precision, str], ...] = (
-    ("float32", DENSE), ("float32", REVERSED), ("float32", OURS), ("bf16", DENSE), ("bf16", REVERSED), ("bf16", OURS),
-)  # fmt: skip
+DENSE, REVERSED, NUDGED = "dense", "dense, batches reversed", "dense, start one rounding away"
+PRECISIONS: tuple[Precision, ...] = ("float32", "bf16")
+ARMS = [(precision, arm) for precision in PRECISIONS for arm in (DENSE, REVERSED, NUDGED, OURS)]
 
 
 def start(source: ActivationCache, config: ResolvedConfig) -> TrainState:
@@ -69,20 +69,32 @@ def dense_losses(x: Tensor, p: Params, dead: Tensor, config: ResolvedConfig) -> 
     return fvu, missed / (target - target.mean(0)).square().sum(), (latent_acts > 0).sum(0)
 
 
-def dense(source: ActivationCache, config: ResolvedConfig, *, autocast: bool, reverse: bool) -> tuple[SAE, list[float]]:
+def nudge(sae: SAE) -> None:
+    """Move every weight by one rounding or none, at random."""
+    generator = torch.Generator().manual_seed(0)
+    eps = torch.finfo(torch.float32).eps
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            steps = torch.randint(-1, 2, parameter.shape, generator=generator).to(parameter.device)
+            parameter.mul_(1 + eps * steps)
+
+
+def dense(source: ActivationCache, config: ResolvedConfig, arm: str, *, autocast: bool) -> tuple[SAE, list[float]]:
     """Train the dense SAE with naive autograd; return the SAE and the FVU of each step.
 
-    With `reverse` the tokens of a batch stand in the opposite order: the same mathematics, sums rounded otherwise.
+    REVERSED: the tokens of a batch stand in the opposite order, the same mathematics with sums rounded otherwise.
     """
     state = start(source, config)
     sae, curve = state.sae, []
+    if arm == NUDGED:
+        nudge(sae)
     params = {name: p.detach().clone().requires_grad_() for name, p in sae.named_parameters()}
     adam = torch.optim.Adam(params.values(), lr=config.lr, eps=ADAM_EPS)
     since_fired = torch.zeros(config.d_sae, dtype=torch.int64, device=config.device)
     decay_steps = round(config.decay_fraction * config.steps)
     for step in range(config.steps):
         x = state.batches.next_batch().to(config.device).float() * state.scale
-        x = x.flip(0) if reverse else x
+        x = x.flip(0) if arm == REVERSED else x
         with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
             fvu, aux, active = dense_losses(x, params, since_fired >= config.dead_after_tokens, config)
         adam.zero_grad()
@@ -104,7 +116,7 @@ def dense(source: ActivationCache, config: ResolvedConfig, *, autocast: bool, re
 
 def main(
     cache: Path, *, d_sae: int = 32768, k: int = 32, steps: int = 1000, batch_tokens: int = 1024,
-    dead_after_tokens: int = 10_000_000, seeds: int = 3, first_seed: int = 0,
+    dead_after_tokens: int = 10_000_000, seeds: int = 8, first_seed: int = 0,
     out: Path = RESULTS / "trainer.jsonl",
 ) -> None:  # fmt: skip
     """Train every arm on the same cached activations and append one JSON line each.
@@ -132,12 +144,11 @@ def main(
             if arm == OURS:
                 sae, curve = ours(source, settings(precision, seed))
             else:
-                options = {"autocast": precision == "bf16", "reverse": arm == REVERSED}
-                sae, curve = dense(source, settings("float32", seed), **options)
+                sae, curve = dense(source, settings("float32", seed), arm, autocast=precision == "bf16")
             result = evaluate(sae, held_out)
             reference = result.fvu if arm == DENSE else reference
             apart = f"({result.fvu / reference - 1:+.3%})" if arm != DENSE else ""
-            print(f"seed {seed}: {arm:23s} {precision:7s} held-out FVU {result.fvu:.6f} {apart}", flush=True)
+            print(f"seed {seed}: {arm:30s} {precision:7s} held-out FVU {result.fvu:.6f} {apart}", flush=True)
             record = {
                 "group": "trainer", "arm": arm, "precision": precision, "seed": seed, "d_in": source.d_in,
                 "d_sae": d_sae, "k": k, "batch_tokens": batch_tokens, "dead_after_tokens": dead_after_tokens,
