@@ -189,8 +189,8 @@ def _moments_are_right() -> None:
 
 KERNEL_BUGS = {
     "dropped tail": ("decode_sparse", "kernels", "inside = column < d", "inside = column < d - 1", _step_is_right),
-    "indices written one place off": (
-        "encode_topk", "kernels", "top_indices_ptr + position", "top_indices_ptr + (position + 1) % k", _step_is_right,
+    "index of the latent beside": (
+        "encode_topk", "kernels", "position, latents.to(tl.int64)", "position, (latents ^ 1).to(tl.int64)", _step_is_right,
     ),
     "no ReLU": ("encode_topk", "kernels", "acts = tl.where(values > 0.0, values,", "acts = tl.where(True, values,",
                 _step_is_right),
