@@ -190,7 +190,8 @@ def _moments_are_right() -> None:
 KERNEL_BUGS = {
     "dropped tail": ("decode_sparse", "kernels", "inside = column < d", "inside = column < d - 1", _step_is_right),
     "index of the latent beside": (
-        "encode_topk", "kernels", "position, latents.to(tl.int64)", "position, (latents ^ 1).to(tl.int64)", _step_is_right,
+        "encode_topk", "kernels", "position, latents.to(tl.int64)", "position, (latents ^ 1).to(tl.int64)",
+        _step_is_right,
     ),
     "no ReLU": ("encode_topk", "kernels", "acts = tl.where(values > 0.0, values,", "acts = tl.where(True, values,",
                 _step_is_right),
