@@ -69,6 +69,15 @@ def test_bad_settings_are_one_sentence(
     assert not (tmp_path / "run").exists()  # so the corrected command can be given at once
 
 
+@pytest.mark.parametrize("setting", [("--held-out", "0.1"), ("--stream",), ("--activations", "acts")])
+def test_a_cache_takes_no_setting_that_it_would_ignore(
+    setting: tuple[str, ...], text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = _error(capsys, "cache", "minilm", text, "--out", tmp_path / "acts", *setting)
+    assert f"Unknown option: {setting[0]}" in message
+    assert not (tmp_path / "acts").exists()
+
+
 def test_bad_data_sets_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     empty = tmp_path / "empty.txt"
     empty.write_text("\n\n")

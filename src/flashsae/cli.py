@@ -17,7 +17,7 @@ from rich.table import Table
 from flashsae import __version__, backend
 from flashsae.bench.problem import Shape
 from flashsae.bench.step import bench_step
-from flashsae.data.open import ActivationsConfig, cache_activations
+from flashsae.data.open import ActivationsConfig, ReadingConfig, cache_activations
 from flashsae.errors import ConfigError, FlashSAEError
 from flashsae.ops.validate import Precision
 from flashsae.run import discard_if_empty, draw_report, execute, new_run, show_plan
@@ -36,6 +36,7 @@ bench = App(name="bench", help="Measure speed and memory on this machine.")
 app.command(bench)
 
 Activations = Annotated[ActivationsConfig, Parameter(name="*", group="Activations")]
+Reading = Annotated[ReadingConfig, Parameter(name="*", group="Activations")]
 Training = Annotated[TrainConfig, Parameter(name="*", group=Group("Training", sort_key=2))]
 
 
@@ -84,7 +85,7 @@ def train(
 
 @app.command
 def cache(
-    activations: Activations = ActivationsConfig(),  # noqa: B008 - frozen
+    reading: Reading = ReadingConfig(),  # noqa: B008 - frozen
     *,
     out: Path,
     max_tokens: int | None = None,
@@ -104,7 +105,7 @@ def cache(
     bar.start(0, max_tokens)
     try:
         cache_activations(
-            activations,
+            reading,
             out,
             max_tokens=max_tokens,
             device=str(backend.resolve_device(device)),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from flashsae.data.cache import ActivationCache
 from flashsae.data.cache_writer import write_cache
@@ -22,10 +22,12 @@ DEFAULT_HOOKPOINT = "encoder.layer.2"
 DEFAULT_CONTEXT_LENGTH = 256
 MODEL_BATCH_TOKENS = 8192
 
+Config = TypeVar("Config", bound="ReadingConfig")
+
 
 @dataclass(frozen=True)
-class ActivationsConfig:
-    """Which activations to train on.
+class ReadingConfig:
+    """What a language model reads, and where in it activations are taken.
 
     Args:
         model: Model to read: a name on the Hugging Face hub, a folder, or minilm, which needs no download.
@@ -34,10 +36,6 @@ class ActivationsConfig:
             python-docs, which ships with Python. Default: python-docs.
         hookpoint: Module path in the model whose output is taken, such as layers.6 or h.3.mlp. A * stands for
             anything but a dot and trains one SAE for each match. Default: encoder.layer.2, for minilm.
-        activations: Cache of activations, as written by flashsae cache. Written first if there is none.
-            Default: a cache beside the run, or no cache if it would exceed 8 GB.
-        stream: Run the model beside the training and write no cache; --no-stream always writes one.
-        held_out: Fraction of the documents that training never sees; the final figures are measured on them.
         context_length: Tokens in one input of the model. Default: 256.
         mask_special: Leave out special tokens. Default: yes.
         max_norm_ratio: Leave out tokens whose norm exceeds so many times the median. Default: keep all.
@@ -49,9 +47,6 @@ class ActivationsConfig:
     model: str | None = None
     dataset: str | None = None
     hookpoint: str | None = field(default=None, kw_only=True)
-    activations: Path | None = field(default=None, kw_only=True)
-    stream: bool | None = field(default=None, kw_only=True)
-    held_out: float = field(default=0.05, kw_only=True)
     context_length: int | None = field(default=None, kw_only=True)
     mask_special: bool | None = field(default=None, kw_only=True)
     max_norm_ratio: float | None = field(default=None, kw_only=True)
@@ -60,18 +55,14 @@ class ActivationsConfig:
     text_subset: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        if check_held_out(self.held_out) == 0.0:
-            raise ConfigError("held_out: expected more than 0, since the final figures are measured on it, got 0.")
         if self.context_length is not None and self.context_length < 1:
             raise ConfigError(f"context_length: expected a positive number, got {self.context_length}.")
-        if self.stream and self.activations is not None:
-            raise ConfigError("stream: expected no --activations beside --stream, which writes and reads no cache.")
         if self.hookpoint is None and self.model not in (None, MINILM):
             raise ConfigError(
                 f"hookpoint: expected a module path of {self.model}, such as --hookpoint layers.6, got nothing."
             )
 
-    def filled(self) -> ActivationsConfig:
+    def filled(self: Config) -> Config:
         """Return the settings with every default that is fixed filled in."""
         return replace(
             self,
@@ -81,6 +72,29 @@ class ActivationsConfig:
             context_length=self.context_length or DEFAULT_CONTEXT_LENGTH,
             mask_special=self.mask_special is not False,
         )
+
+
+@dataclass(frozen=True)
+class ActivationsConfig(ReadingConfig):
+    """Which activations to train on.
+
+    Args:
+        activations: Cache of activations, as written by flashsae cache. Written first if there is none.
+            Default: a cache beside the run, or no cache if it would exceed 8 GB.
+        stream: Run the model beside the training and write no cache; --no-stream always writes one.
+        held_out: Fraction of the documents that training never sees; the final figures are measured on them.
+    """
+
+    activations: Path | None = field(default=None, kw_only=True)
+    stream: bool | None = field(default=None, kw_only=True)
+    held_out: float = field(default=0.05, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if check_held_out(self.held_out) == 0.0:
+            raise ConfigError("held_out: expected more than 0, since the final figures are measured on it, got 0.")
+        if self.stream and self.activations is not None:
+            raise ConfigError("stream: expected no --activations beside --stream, which writes and reads no cache.")
 
 
 @dataclass(frozen=True)
@@ -173,7 +187,7 @@ def prepare_activations(
 
 
 def cache_activations(
-    config: ActivationsConfig, place: Path, *, max_tokens: int | None, device: str, on_progress: Progress | None = None
+    config: ReadingConfig, place: Path, *, max_tokens: int | None, device: str, on_progress: Progress | None = None
 ) -> None:
     """Write a cache, or go on with one: see `write_cache`. Arguments as for `prepare_activations`."""
     config = config.filled()
@@ -181,12 +195,12 @@ def cache_activations(
     write_cache(place, source, max_tokens=max_tokens, on_progress=on_progress)
 
 
-def _open_text(config: ActivationsConfig) -> TextDataset:
+def _open_text(config: ReadingConfig) -> TextDataset:
     assert config.dataset is not None
     return open_text(config.dataset, split=config.text_split, column=config.text_column, subset=config.text_subset)
 
 
-def _language_model_config(config: ActivationsConfig, device: str) -> LanguageModelConfig:
+def _language_model_config(config: ReadingConfig, device: str) -> LanguageModelConfig:
     assert config.model is not None
     assert config.hookpoint is not None
     assert config.context_length is not None
@@ -201,7 +215,7 @@ def _language_model_config(config: ActivationsConfig, device: str) -> LanguageMo
     )
 
 
-def _cache_name(config: ActivationsConfig, reading: LanguageModelConfig, text: TextDataset, rows: int) -> str:
+def _cache_name(config: ReadingConfig, reading: LanguageModelConfig, text: TextDataset, rows: int) -> str:
     """Return a folder name that differs wherever the cached bytes would, also between bfloat16 and float32 models."""
     settings = (config.model, config.hookpoint, config.context_length, config.mask_special, config.max_norm_ratio)
     how_read = (reading.batch_tokens, str(reading.resolved_dtype()))
@@ -209,7 +223,7 @@ def _cache_name(config: ActivationsConfig, reading: LanguageModelConfig, text: T
     return f"{run_name(config)}-{digest}"
 
 
-def run_name(config: ActivationsConfig) -> str:
+def run_name(config: ReadingConfig) -> str:
     """Return a readable name for what is trained on, fit for a folder."""
     filled = config.filled()
     return f"{Path(filled.model or '').name}-{filled.hookpoint}".replace("*", "all")

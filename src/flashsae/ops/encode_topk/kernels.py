@@ -2,7 +2,8 @@
 
 Keys are float32 values mapped to int32 so that integers order as the values do; NaN is the largest. Two passes:
 `group_max` reduces groups of consecutive latents to their largest key, `select` reads again only the groups that can
-hold a selected latent. Why that is exact, also for ties, is proved in docs/methodology.md#exact-selection.
+hold a selected latent. Why that is exact, also for ties, is proved in docs/methodology.md#exact-selection. A row of few
+latents is chosen from in one pass, by `whole`.
 """
 
 from __future__ import annotations
