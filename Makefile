@@ -20,11 +20,12 @@ lint: $(VENV)/.dev
 # needs a CUDA device; measures everything, with the libraries of the extra `peers` if they are installed, and draws it
 bench-gpu: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.run all
-	$(BIN)/python -m benchmarks.pipeline cache model
-	$(BIN)/python -m benchmarks.pipeline cache --dead-after-tokens 100000
+	$(BIN)/python -m benchmarks.pipeline cache auxk
+	$(BIN)/python -m benchmarks.pipeline model --batch-tokens 4096 --steps 480
 	test -d build/activations || $(BIN)/flashsae cache --out build/activations
 	$(BIN)/python -m benchmarks.trainer build/activations
 	$(BIN)/python -m benchmarks.trainer build/activations --dead-after-tokens 102400
+	if command -v ncu >/dev/null; then $(BIN)/python -m benchmarks.counters; fi
 	$(BIN)/python -m benchmarks.plots
 
 # the stamp of a set-up depends on what it was made from, so a changed pin is installed by the next call

@@ -1,8 +1,9 @@
-"""Training from data, beside steps whose batch lies on the device already: `python -m benchmarks.pipeline cache model`.
+"""Training from data, beside steps whose batch is on the device: `python -m benchmarks.pipeline cache auxk model`.
 
 `cache` writes a cache of random activations (which then lies in the page cache) and trains on it exactly as
-`flashsae train` does. `model` trains on what a language model gives meanwhile. Each appends one JSON line with the
-tokens a second of both, and what a trace of some steps shows.
+`flashsae train` does, in the steps of a long run in which no latent is dead yet; `auxk` in steps with dead latents.
+`model` trains on what a language model gives meanwhile. Each appends one JSON line with the tokens a second of both,
+and what a trace of some steps shows.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import cyclopts
 import safetensors.torch
@@ -31,11 +33,14 @@ from flashsae.train.config import ResolvedConfig, TrainConfig
 from flashsae.train.loop import train, train_step
 from flashsae.train.state import TrainState, init_state
 
+Arm = Literal["cache", "auxk", "model"]
 Source = RowSource | StreamSource
 Span = tuple[float, float]
 RESULTS = Path(__file__).parent / "results"
 TRACED_STEPS = 10
 DRAWN_STEPS = 4
+NEVER_DEAD = 10_000_000  # tokens, more than any arm trains on; the default of long runs
+DEAD_AFTER_STEPS = 12  # in the arm with AuxK
 MERGED_MS = 0.02  # spans closer to each other than this are one when drawn
 
 
@@ -164,24 +169,44 @@ def measure(name: str, source: Source, config: TrainConfig, trace: Path) -> dict
     rates = [json.loads(line)["tokens_per_second"] for line in lines][len(lines) // 2 :]
     rate = len(rates) / sum(1 / rate for rate in rates)
     shape = {"d_in": source.d_in, "d_sae": settings.d_sae, "k": settings.k, "batch_tokens": settings.batch_tokens}
-    auxk = state.dead.bounds is not None and state.dead.bounds.capacity > 0
     slower = resident if alone is None else min(resident, alone)
     return {
-        "group": "pipeline", "name": name, "auxk": auxk, "shape": shape,
-        "tokens_per_second": rate, "share": rate / slower,
+        "group": "pipeline", "name": name, "shape": shape, "tokens_per_second": rate, "share": rate / slower,
         "resident_tokens_per_second": resident, "source_tokens_per_second": alone, "rates": rates,
     } | read_trace(trace)  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """Of a training; the default is L, and 120 steps.
+
+    Args:
+        d_in: of the cache.
+        d_sae, k, batch_tokens: of the SAE and its training.
+        steps: to train for; the rate is that of the second half.
+        rows: of the cache.
+    """
+
+    d_in: int = 4096
+    d_sae: int = 131072
+    k: int = 64
+    batch_tokens: int = 8192
+    steps: int = 120
+    rows: int = 196608
+
+    def config(self, arm: Arm) -> TrainConfig:
+        """Return the settings of an arm."""
+        B = self.batch_tokens
+        return TrainConfig(
+            d_sae=self.d_sae, k=self.k, batch_tokens=B, tokens=B * self.steps, precision="bf16",
+            shuffle_tokens=16 * B, log_every_steps=10, checkpoint_every_steps=10 * self.steps,
+            dead_after_tokens=DEAD_AFTER_STEPS * B if arm == "auxk" else NEVER_DEAD,
+        )  # fmt: skip
+
+
 def main(
-    *arms: Literal["cache", "model"],
-    d_in: int = 4096,
-    d_sae: int = 131072,
-    k: int = 64,
-    batch_tokens: int = 8192,
-    steps: int = 120,
-    rows: int = 196608,
-    dead_after_tokens: int = 10_000_000,
+    *arms: Arm,
+    sizes: Annotated[Sizes, cyclopts.Parameter(name="*")] = Sizes(),
     model: str = "minilm",
     hookpoint: str = "encoder.layer.2",
     out: Path = RESULTS / "pipeline.jsonl",
@@ -191,33 +216,22 @@ def main(
 
     Args:
         arms: where activations come from.
-        d_in: of the cache.
-        d_sae, k, batch_tokens: of the SAE and its training; the default is size L.
-        steps: to train for; the rate is that of the second half.
-        rows: of the cache.
-        dead_after_tokens: as for `flashsae train`; the default is that of a long run, in which no latent is dead after
-            so few steps, so that a step does what it does in `benchmarks.run step`. Fewer make AuxK part of it.
         model, hookpoint: for `model`, as for `flashsae train`.
         out: file to append a JSON line to.
         traces: folder to keep the traces in, for chrome://tracing or ui.perfetto.dev.
     """
-    config = TrainConfig(
-        d_sae=d_sae, k=k, batch_tokens=batch_tokens, tokens=batch_tokens * steps, precision="bf16",
-        shuffle_tokens=16 * batch_tokens, log_every_steps=10, checkpoint_every_steps=10 * steps,
-        dead_after_tokens=dead_after_tokens,
-    )  # fmt: skip
     for arm in arms or ("cache",):
         with tempfile.TemporaryDirectory() as folder:
             source: Source
-            if arm == "cache":
-                write_random_cache(Path(folder) / "cache", d_in, rows)
-                source = ActivationCache(Path(folder) / "cache")
-            else:
+            if arm == "model":
                 settings = LanguageModelConfig(model, (hookpoint,), context_length=128)
                 source = LanguageModelSource(settings, open_text("python-docs"))
+            else:
+                write_random_cache(Path(folder) / "cache", sizes.d_in, sizes.rows)
+                source = ActivationCache(Path(folder) / "cache")
             if traces is not None:
                 traces.mkdir(parents=True, exist_ok=True)
-            record = measure(arm, source, config, (traces or Path(folder)) / f"{arm}.json")
+            record = measure(arm, source, sizes.config(arm), (traces or Path(folder)) / f"{arm}.json")
         with out.open("a") as file:
             file.write(json.dumps(record | facts(torch.device("cuda"))) + "\n")
         alone = record["source_tokens_per_second"]

@@ -62,7 +62,8 @@ def trainer_text(records: Sequence[Record]) -> str:
         seeds = sorted({seed for runs in arms.values() for seed in runs})
         rows = [[f"seed {seed}", *(_cell(arms, arm, seed) for arm in arms)] for seed in seeds]
         rows.append(["mean ± standard error", *("" if arm[1] == DENSE else _spread(arms, arm) for arm in arms)])
-        title = f"Dead after {dead_after:,} tokens" + (", so no AuxK:" if dead_after > 1e7 - 1 else ", so with AuxK:")
+        has_auxk = dead_after < 10 * len(one["fvu"]) * one["batch_tokens"]
+        title = f"Dead after {dead_after:,} tokens, so {'with' if has_auxk else 'no'} AuxK:"
         parts += [title, table(["", *(f"{arm}, {precision}" for precision, arm in arms)], rows)]
     return "\n\n".join(parts)
 
@@ -89,8 +90,9 @@ def trainer_figure(records: Sequence[Record]) -> Figure | None:
 
 
 def _last_pipelines(records: Sequence[Record]) -> dict[str, Record]:
-    sources = {"cache": "a cache", "model": "a language model"}
-    return {sources[r["name"]] + (", AuxK" if r["auxk"] else ""): r for r in records}
+    """Return the last record of each arm by where its activations come from."""
+    sources = {"cache": "a cache", "auxk": "a cache, AuxK", "model": "a language model"}
+    return {sources[record["name"]]: record for record in records}
 
 
 def pipeline_text(records: Sequence[Record]) -> str:

@@ -267,10 +267,7 @@ def _describe_latents(run: Path, sae: SAE, hookpoint: str, opened: Opened, conso
 
 def _plan_table(config: TrainConfig, prepared: Prepared, device: torch.device, run: Path | None) -> Table:
     settings = config.resolve(next(iter(prepared.widths.values())))
-    is_stream = prepared.cache_bytes == 0
-    width = 2 if device.type == "cuda" else 4  # of an activation, as the language model gives it
-    buffer_bytes = width * settings.shuffle_tokens * settings.d_in if is_stream else 0
-    plan = make_plan(settings, device, buffer_bytes, prepared.model_bytes)
+    plan = make_plan(settings, device, prepared.row_bytes * settings.shuffle_tokens, prepared.model_bytes)
     rows = {
         "model": f"{prepared.config.model} at {', '.join(prepared.widths)}, d_in {settings.d_in}",
         "text": prepared.how,
@@ -281,7 +278,7 @@ def _plan_table(config: TrainConfig, prepared: Prepared, device: torch.device, r
         f"auxiliary loss with weight {settings.auxk_alpha:.3g}",
         "peak memory": f"about {plan.peak_bytes / 1e9:.2f} GB on {device}: "
         + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in plan.parts.items())
-        + ("" if is_stream else f"; {prepared.cache_bytes / 1e9:.1f} GB on disk at most"),
+        + (f"; {prepared.cache_bytes / 1e9:.1f} GB on disk at most" if prepared.cache_bytes else ""),
     }
     if run is not None:
         rows["run folder"] = str(run)

@@ -126,17 +126,19 @@ class Prepared:
         widths: d_in by hookpoint.
         config: the settings that led here, filled in.
         how: where they come from, for the plan.
-        cache_bytes: size of the cache, at most; 0 for a stream.
-        model_bytes: of the language model, if it stays in memory beside the training.
         open: does the long work: called with a function that hears of the rows cached so far.
+        cache_bytes: size of the cache, at most; 0 for a stream.
+        row_bytes: of the activations of a token in the shuffle buffer of a stream; a cache needs no buffer.
+        model_bytes: of the language model, if it stays in memory beside the training.
     """
 
     widths: dict[str, int]
     config: ActivationsConfig
     how: str
-    cache_bytes: int
-    model_bytes: int
     open: Callable[[Progress], Opened]
+    cache_bytes: int = 0
+    row_bytes: int = 0
+    model_bytes: int = 0
 
 
 def prepare_activations(
@@ -175,7 +177,10 @@ def prepare_activations(
             )
         opened = Opened({source.hookpoints[0]: source}, lambda: source.tokenizer)
         how = f"{text.name}, streamed beside the training"
-        return Prepared(source.widths, config, how, 0, source.model_bytes, lambda _: opened)
+        row_bytes = source.d_in * source.dtype.itemsize
+        return Prepared(
+            source.widths, config, how, lambda _: opened, row_bytes=row_bytes, model_bytes=source.model_bytes
+        )
 
     def write_and_open(on_progress: Progress) -> Opened:
         write_cache(place, source, max_tokens=rows, on_progress=on_progress)
@@ -183,7 +188,7 @@ def prepare_activations(
 
     config = replace(config, activations=place.resolve())
     how = f"{text.name}, to be cached in {place}: {rows:,} tokens at most"
-    return Prepared(source.widths, config, how, size, 0, write_and_open)
+    return Prepared(source.widths, config, how, write_and_open, cache_bytes=size)
 
 
 def cache_activations(
@@ -239,7 +244,8 @@ def _prepare_cache(config: ActivationsConfig, place: Path) -> Prepared:
     widths = {name: cache.d_in for name, cache in caches.items()}
     size = 2 * first.n_rows * sum(widths.values())
     how = f"{first.dataset}: {first.n_rows:,} tokens, cached in {place}"
-    return Prepared(widths, replace(config, activations=place.resolve()), how, size, 0, lambda _: opened)
+    config = replace(config, activations=place.resolve())
+    return Prepared(widths, config, how, lambda _: opened, cache_bytes=size)
 
 
 def _check_asked(config: ActivationsConfig, place: Path) -> ActivationsConfig:

@@ -40,10 +40,8 @@ def train_step(state: TrainState, x: Tensor, config: ResolvedConfig, scale: floa
 
     def compute(x: Tensor) -> dict[str, Tensor]:
         # scaled before it is narrowed: float64 input may be out of the range of float32
-        wide = torch.promote_types(x.dtype, torch.float32)
-        # times a tensor, not a number: widened and scaled at once, without a copy between
-        scaled = x if scale == 1.0 else x * torch.full((1,), scale, dtype=wide, device=x.device)
-        return _compute_step(state, scaled.float(), config, capacity)
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        return _compute_step(state, (x if scale == 1.0 else x * scale).float(), config, capacity)
 
     metrics = state.captured(compute, x, (capacity, scale))
     state.step += 1

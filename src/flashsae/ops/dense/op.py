@@ -55,7 +55,8 @@ def latent_rows(
     for part in parts:
         piece = code(coeffs[part], top_indices[part], like)
         total += piece.T @ rows[part]
-        sums += piece.sum(0, dtype=dtype)
+        if with_sums:
+            sums += piece.sum(0, dtype=dtype)
     return total.to(rows.dtype), sums if with_sums else None
 
 

@@ -185,22 +185,30 @@ def _tile_and_warps(k: int) -> tuple[int, int]:
 
 
 def _select(selection: _Selection, products: Tensor, out: tuple[Tensor, Tensor]) -> None:
-    layout, rows, n = selection.layout, len(products), selection.n
-    if n <= min(WHOLE_ROW, 8 * layout.k):  # as measured (LOG.md): more latents are faster by groups
-        block = max(32, triton.next_power_of_2(n))
-        kernels.encode_topk_whole_kernel[(rows,)](
-            products, selection.b_enc, selection.key_scale, selection.mask, out[0].view(torch.int32), *out,
-            n, layout.k, products.stride(0),
-            BLOCK=block, BLOCK_K=triton.next_power_of_2(layout.k), num_warps=max(1, block // 1024),
-        )  # fmt: skip
-        return
+    if selection.n <= min(WHOLE_ROW, 8 * selection.layout.k):  # as measured (LOG.md)
+        _select_from_rows(selection, products, out)
+    else:
+        _select_by_groups(selection, products, out)
+
+
+def _select_from_rows(selection: _Selection, products: Tensor, out: tuple[Tensor, Tensor]) -> None:
+    n, k = selection.n, selection.layout.k
+    block = max(32, triton.next_power_of_2(n))
+    kernels.encode_topk_whole_kernel[(len(products),)](
+        products, selection.b_enc, selection.key_scale, selection.mask, out[0].view(torch.int32), *out,
+        n, k, products.stride(0), BLOCK=block, BLOCK_K=triton.next_power_of_2(k), num_warps=max(1, block // 1024),
+    )  # fmt: skip
+
+
+def _select_by_groups(selection: _Selection, products: Tensor, out: tuple[Tensor, Tensor]) -> None:
+    layout, rows = selection.layout, len(products)
     maxima, supers = _group_max(selection, products, None)
     short = max(64, 2 * triton.next_power_of_2(layout.k))
     scratch = torch.empty(rows, 2, short, dtype=torch.int32, device=products.device)
     tile, warps = _tile_and_warps(layout.k)
     kernels.encode_topk_select_kernel[(rows,)](
         products, selection.b_enc, selection.key_scale, selection.mask, maxima, supers, scratch, *out,
-        n, layout.k, layout.groups, layout.supers, products.stride(0),
+        selection.n, layout.k, layout.groups, layout.supers, products.stride(0),
         GROUP=layout.group, SUPER=layout.super, BLOCK_S=layout.block_s, SHORT=short, TILE=tile, num_warps=warps,
     )  # fmt: skip
 

@@ -216,7 +216,7 @@ def _encode_topk_fake(
     return result
 
 
-@operator(_encode_topk_fake)
+@operator(_encode_topk_fake)  # its arguments are flat, because operators take no dataclasses
 def _encode_topk(
     x: Tensor,
     W_enc_T: Tensor,
