@@ -12,7 +12,8 @@ import pytest
 SRC = Path(__file__).parents[1] / "src" / "flashsae"
 
 ORDER = """
-errors files shapes backend
+errors precision settings.kinds settings.reading settings.training settings.run
+files shapes backend
 ops.register ops.validate ops.index
 ops.dense.kernels ops.dense.launch ops.dense.op
 ops.latent_rows.reference ops.latent_rows.kernels ops.latent_rows.launch ops.latent_rows.op
@@ -32,7 +33,6 @@ data.cache data.cache_writer data.open
 io.checkpoint
 train.config train.plan train.dead train.graph train.records train.callbacks train.state train.loop
 train.fit
-settings
 evaluate.heldout
 report.tokens report.snippets report.plots report.render
 bench.timing bench.problem bench.gather bench.ceilings bench.dense bench.peers bench.ours bench.stages bench.cost

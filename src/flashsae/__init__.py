@@ -1,9 +1,17 @@
-"""FlashSAE: exact, sparse-aware, memory-efficient training of sparse autoencoders."""
+"""FlashSAE: exact, sparse-aware, memory-efficient training of sparse autoencoders.
 
-from flashsae import data, errors, nn, ops
-from flashsae.evaluate import evaluate
-from flashsae.nn import SAE, SAEConfig, SparseCode
-from flashsae.train import TrainConfig, fit
+What is here is imported when it is first asked for: torch takes seconds, and `flashsae --help` needs none of it.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flashsae import data, errors, nn, ops
+    from flashsae.evaluate.heldout import evaluate
+    from flashsae.nn import SAE, SAEConfig, SparseCode
+    from flashsae.settings.training import TrainConfig
+    from flashsae.train.fit import fit
 
 __version__ = "0.1.0"
 
@@ -20,3 +28,33 @@ __all__ = [
     "nn",
     "ops",
 ]
+
+_HOMES = {
+    "SAE": "nn",
+    "SAEConfig": "nn",
+    "SparseCode": "nn",
+    "TrainConfig": "settings",
+    "evaluate": "evaluate",
+    "fit": "train",
+}
+
+import_module("flashsae.evaluate")
+globals().pop("evaluate")  # the package is where imports find it; here, the name is that of the function in it
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(import_module(f"flashsae.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
+    if not name.startswith("_"):
+        try:
+            return import_module(f"flashsae.{name}")
+        except ModuleNotFoundError as error:
+            if error.name != f"flashsae.{name}":
+                raise  # the module is there; something it needs is not
+    raise AttributeError(f"module 'flashsae' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

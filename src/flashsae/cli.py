@@ -17,11 +17,12 @@ from rich.table import Table
 from flashsae import __version__, backend
 from flashsae.bench.problem import Shape
 from flashsae.bench.step import bench_step
-from flashsae.data.open import ActivationsConfig, ReadingConfig, cache_activations
+from flashsae.data.open import cache_activations
 from flashsae.errors import ConfigError, FlashSAEError
 from flashsae.ops.validate import Precision
 from flashsae.run import discard_if_empty, draw_report, execute, new_run, show_plan
-from flashsae.settings import CONFIG_FILE, RunConfig, check_toml
+from flashsae.settings.reading import ActivationsConfig, ReadingConfig
+from flashsae.settings.run import CONFIG_FILE, RunConfig, check_toml
 from flashsae.train.callbacks import StageBar
 from flashsae.train.config import TrainConfig
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -13,6 +12,7 @@ from flashsae.errors import CheckpointError, ConfigError, DtypeError, FlashSAEEr
 from flashsae.ops.adam_rows import AdamRule, adam_rows, row_squares
 from flashsae.ops.adam_rows.reference import merge_halves, split_halves
 from flashsae.ops.latent_rows.factors import RowGradient, collect_factors, factors_of
+from flashsae.settings.training import default_lr as default_lr
 
 ADAM_BETAS = (0.9, 0.999)
 _ROWS = 8192  # of a matrix that is split or merged, at once
@@ -230,15 +230,6 @@ def _rule(parameter: Tensor, group: dict[str, Any]) -> AdamRule:
     beta1, beta2 = group["betas"]
     unit_norm = group["unit_norm"] and parameter.dim() == 2
     return AdamRule(beta1, beta2, group["eps"], group["weight_decay"], unit_norm)
-
-
-def default_lr(d_sae: int) -> float:
-    """Return a learning rate for batches of some thousand tokens: 8e-4 at 16384 latents, falling as 1 / sqrt(d_sae).
-
-    Source: the exponent is that of Gao et al. 2024, section 3; the constant is ours, measured on runs of a million
-        tokens (LOG.md). Runs of a billion tokens, or far larger batches, do well with a quarter of it.
-    """
-    return 8e-4 / math.sqrt(d_sae / 2**14)
 
 
 def lr_factor(step: int, steps: int, warmup_steps: int, decay_steps: int) -> float:

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from flashsae.errors import ConfigError, require
-
-MINILM = "minilm"
+from flashsae.settings.reading import MINILM
 
 
 @contextmanager

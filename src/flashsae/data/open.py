@@ -4,97 +4,22 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from flashsae.data.cache import ActivationCache
 from flashsae.data.cache_writer import write_cache
 from flashsae.data.language_model import LanguageModelConfig, LanguageModelSource
-from flashsae.data.models import MINILM, match_hookpoints
-from flashsae.data.sources import Chunk, Source, check_held_out
-from flashsae.data.text import PYTHON_DOCS, TextDataset, open_text
+from flashsae.data.models import match_hookpoints
+from flashsae.data.sources import Chunk, Source
+from flashsae.data.text import TextDataset, open_text
 from flashsae.errors import ConfigError, DataError
+from flashsae.settings.reading import ActivationsConfig, ReadingConfig
 
 LARGEST_DEFAULT_CACHE = 8 * 10**9
-DEFAULT_HOOKPOINT = "encoder.layer.2"
-DEFAULT_CONTEXT_LENGTH = 256
 MODEL_BATCH_TOKENS = 8192
-
-Config = TypeVar("Config", bound="ReadingConfig")
-
-
-@dataclass(frozen=True)
-class ReadingConfig:
-    """What a language model reads, and where in it activations are taken.
-
-    Args:
-        model: Model to read: a name on the Hugging Face hub, a folder, or minilm, which needs no download.
-            Default: minilm.
-        dataset: Text to read: a name on the Hugging Face hub, a .txt, .jsonl or .parquet file, a folder of such, or
-            python-docs, which ships with Python. Default: python-docs.
-        hookpoint: Module path in the model whose output is taken, such as layers.6 or h.3.mlp. A * stands for
-            anything but a dot and trains one SAE for each match. Default: encoder.layer.2, for minilm.
-        context_length: Tokens in one input of the model. Default: 256.
-        mask_special: Leave out special tokens. Default: yes.
-        max_norm_ratio: Leave out tokens whose norm exceeds so many times the median. Default: keep all.
-        text_column: Column of the data set that holds the text.
-        text_split: Split of a hub data set.
-        text_subset: Subset (configuration) of a hub data set.
-    """
-
-    model: str | None = None
-    dataset: str | None = None
-    hookpoint: str | None = field(default=None, kw_only=True)
-    context_length: int | None = field(default=None, kw_only=True)
-    mask_special: bool | None = field(default=None, kw_only=True)
-    max_norm_ratio: float | None = field(default=None, kw_only=True)
-    text_column: str = field(default="text", kw_only=True)
-    text_split: str = field(default="train", kw_only=True)
-    text_subset: str | None = field(default=None, kw_only=True)
-
-    def __post_init__(self) -> None:
-        if self.context_length is not None and self.context_length < 1:
-            raise ConfigError(f"context_length: expected a positive number, got {self.context_length}.")
-        if self.hookpoint is None and self.model not in (None, MINILM):
-            raise ConfigError(
-                f"hookpoint: expected a module path of {self.model}, such as --hookpoint layers.6, got nothing."
-            )
-
-    def filled(self: Config) -> Config:
-        """Return the settings with every default that is fixed filled in."""
-        return replace(
-            self,
-            model=self.model or MINILM,
-            dataset=self.dataset or PYTHON_DOCS,
-            hookpoint=self.hookpoint or DEFAULT_HOOKPOINT,
-            context_length=self.context_length or DEFAULT_CONTEXT_LENGTH,
-            mask_special=self.mask_special is not False,
-        )
-
-
-@dataclass(frozen=True)
-class ActivationsConfig(ReadingConfig):
-    """Which activations to train on.
-
-    Args:
-        activations: Cache of activations, as written by flashsae cache. Written first if there is none.
-            Default: a cache beside the run, or no cache if it would exceed 8 GB.
-        stream: Run the model beside the training and write no cache; --no-stream always writes one.
-        held_out: Fraction of the documents that training never sees; the final figures are measured on them.
-    """
-
-    activations: Path | None = field(default=None, kw_only=True)
-    stream: bool | None = field(default=None, kw_only=True)
-    held_out: float = field(default=0.05, kw_only=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if check_held_out(self.held_out) == 0.0:
-            raise ConfigError("held_out: expected more than 0, since the final figures are measured on it, got 0.")
-        if self.stream and self.activations is not None:
-            raise ConfigError("stream: expected no --activations beside --stream, which writes and reads no cache.")
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flashsae.errors import ConfigError, DataError, DtypeError, ShapeError
+from flashsae.errors import DataError, DtypeError, ShapeError
 from flashsae.ops.validate import FLOATS
+from flashsae.settings.reading import check_held_out as check_held_out
 
 Split = Literal["train", "held_out"]
 Cursor: TypeAlias = dict[str, int]
@@ -96,13 +97,6 @@ class RowSource(Protocol):
 
 
 Source: TypeAlias = StreamSource | RowSource
-
-
-def check_held_out(fraction: float) -> float:
-    """Return `fraction` if it can be a held-out fraction, else raise ConfigError."""
-    if not 0.0 <= fraction < 1.0:
-        raise ConfigError(f"held_out is a fraction of the data: expected 0 <= held_out < 1, got {fraction}.")
-    return fraction
 
 
 def split_mask(group: Tensor, held_out: float, split: Split) -> Tensor:

@@ -18,8 +18,8 @@ from typing import Any, TypeAlias
 
 from flashsae.data.python_docs import python_docs
 from flashsae.errors import DataError, FlashSAEError, require
+from flashsae.settings.reading import PYTHON_DOCS
 
-PYTHON_DOCS = "python-docs"
 _FINGERPRINT_BYTES = 1 << 16
 
 Rows: TypeAlias = Iterator[tuple[int, str]]

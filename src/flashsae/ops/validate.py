@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from flashsae.errors import ConfigError, DtypeError, ShapeError
-
-Precision = Literal["float32", "tf32", "bf16"]
-"""What products are computed in; docs/numerics.md."""
+from flashsae.precision import Precision as Precision
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import tomli_w
 
-from flashsae.data.open import ActivationsConfig
 from flashsae.errors import CheckpointError, ConfigError
-from flashsae.train.config import TrainConfig
+from flashsae.settings.kinds import check_fields
+from flashsae.settings.reading import ActivationsConfig
+from flashsae.settings.training import TrainConfig
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -36,6 +37,9 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     logger: tuple[str, ...] = ()
     report: bool = True
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def to_toml(self) -> str:
         """Return the settings as TOML, one flat table; what is None is left out."""

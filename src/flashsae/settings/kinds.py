@@ -1,0 +1,228 @@
+"""The one check of settings: every value against the type that its field declares, wherever the value comes from.
+
+A field's annotation says all: `int`, `float`, `bool`, `str`, `Path`, a `Literal`, `tuple[str, ...]`, each perhaps
+`| None`, and the range in an `Annotated`. Values from Python and TOML pass `check`, words of a command line `parse`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+import os
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from flashsae.errors import ConfigError
+
+_LARGEST_INT = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values that a number may have.
+
+    Args:
+        words: what is expected, for messages.
+        holds: tells whether a number is in range.
+    """
+
+    words: str
+    holds: Callable[[float], bool]
+
+
+POSITIVE = Range("a positive number", lambda value: 0 < value < math.inf)
+NOT_NEGATIVE = Range("a number that is not negative", lambda value: 0 <= value < math.inf)
+FRACTION = Range("a fraction from 0 to 1", lambda value: 0 <= value <= 1)
+
+PositiveInt = Annotated[int, POSITIVE]
+PositiveFloat = Annotated[float, POSITIVE]
+NonNegativeInt = Annotated[int, NOT_NEGATIVE]
+NonNegativeFloat = Annotated[float, NOT_NEGATIVE]
+Fraction = Annotated[float, FRACTION]
+
+
+def check_fields(settings: Any) -> None:
+    """Check every field of a frozen dataclass; put 1e6 for an int, or ~/acts for a Path, as what they mean.
+
+    Raises:
+        ConfigError: a value has another type than its field declares, or is out of its range.
+    """
+    for name, annotation in declared_types(settings.__class__).items():
+        value = getattr(settings, name)
+        meant = check(name, value, annotation)
+        if meant is not value:
+            object.__setattr__(settings, name, meant)
+
+
+@functools.cache
+def declared_types(dataclass: Any) -> dict[str, Any]:
+    """Return the annotation of each field of a dataclass, by name."""
+    hints = get_type_hints(dataclass, include_extras=True)
+    return {field.name: hints[field.name] for field in fields(dataclass)}
+
+
+def check(name: str, value: Any, annotation: Any) -> Any:
+    """Return a value as its declared type has it.
+
+    Args:
+        name: of the setting, for messages.
+        value: from Python or TOML.
+        annotation: the declared type.
+    Raises:
+        ConfigError: the value is of another type, or out of range.
+    """
+    kind, limits, is_optional = _unwrap(annotation)
+    if value is None and is_optional:
+        return None
+    try:
+        meant = _CHECKS.get(get_origin(kind) or kind, _instance)(value, kind)
+    except (TypeError, ValueError):
+        raise ConfigError(f"{name}: expected {_words(kind)}, got {_shown(value)}.") from None
+    for limit in limits:
+        if not limit.holds(meant):
+            raise ConfigError(f"{name}: expected {limit.words}, got {_shown(value)}.")
+    return meant
+
+
+def parse(word: str, annotation: Any) -> Any:
+    """Return what a word of the command line means as a declared type, unchecked where it means nothing.
+
+    Args:
+        word: as it was typed.
+        annotation: the declared type; of a tuple, that of one element.
+    """
+    kind, _, _ = _unwrap(annotation)
+    if kind is int or kind is float:
+        try:
+            return int(word)
+        except ValueError:
+            pass
+        try:
+            return float(word)
+        except ValueError:
+            return word
+    return word
+
+
+def _unwrap(annotation: Any) -> tuple[Any, list[Range], bool]:
+    """Return the bare type of an annotation, its ranges, and whether None is allowed."""
+    limits: list[Range] = []
+    is_optional = False
+    while True:
+        origin = get_origin(annotation)
+        if origin is Annotated:
+            limits += [limit for limit in annotation.__metadata__ if isinstance(limit, Range)]
+            annotation = annotation.__origin__
+        elif origin in (Union, types.UnionType):
+            is_optional = True
+            (annotation,) = (choice for choice in get_args(annotation) if choice is not type(None))
+        else:
+            return annotation, limits, is_optional
+
+
+def _int(value: Any, kind: Any) -> int:
+    if isinstance(value, bool):
+        raise TypeError
+    if isinstance(value, float):
+        if not value.is_integer():
+            raise ValueError
+        value = int(value)  # 1e6 is how people write a million
+    number = operator.index(value)
+    if abs(number) > _LARGEST_INT:
+        raise ValueError
+    return number
+
+
+def _float(value: Any, kind: Any) -> float:
+    if isinstance(value, (bool, str, bytes)):
+        raise TypeError
+    return float(value)
+
+
+def _bool(value: Any, kind: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError
+    return value
+
+
+def _str(value: Any, kind: Any) -> str:
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise TypeError
+    return value
+
+
+def _path(value: Any, kind: Any) -> Path:
+    return expand(_str(value, kind))
+
+
+def expand(path: str | Path) -> Path:
+    """Return a path with ~ put as the home folder.
+
+    Raises:
+        ConfigError: ~somebody, and there is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{path}: there is no such user; write the home folder in full.") from error
+
+
+def _literal(value: Any, kind: Any) -> Any:
+    if not isinstance(value, str) or value not in get_args(kind):
+        raise ValueError
+    return value
+
+
+def _tuple(value: Any, kind: Any) -> tuple[Any, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise TypeError
+    element = get_args(kind)[0]
+    try:
+        return tuple(check("", each, element) for each in value)
+    except ConfigError:
+        raise ValueError from None
+
+
+def _instance(value: Any, kind: Any) -> Any:
+    if not isinstance(value, kind):
+        raise TypeError
+    return value
+
+
+_CHECKS: dict[Any, Callable[[Any, Any], Any]] = {
+    int: _int,
+    float: _float,
+    bool: _bool,
+    str: _str,
+    Path: _path,
+    Literal: _literal,
+    tuple: _tuple,
+}
+
+
+def _words(kind: Any) -> str:
+    """Return what a type expects, for messages."""
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(get_args(kind))}"
+    if get_origin(kind) is tuple:
+        element = _unwrap(get_args(kind)[0])[0]
+        return f"a list of {'whole numbers' if element is int else 'texts'}"
+    words = {
+        int: "a whole number below 2**63, such as 1_000_000",
+        float: "a number",
+        bool: "true or false",
+        str: "a text",
+        Path: "a path",
+    }
+    return words.get(kind, f"a {getattr(kind, '__name__', kind)}")
+
+
+def _shown(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 80 else f"{shown[:77]}..."
