@@ -26,8 +26,8 @@ ops.adam_rows.reference ops.adam_rows.kernels ops.adam_rows.launch ops.adam_rows
 metrics
 nn.losses nn.sae
 optim
-data.sources data.synthetic data.shuffle data.prefetch
-data.python_docs data.text
+data.fingerprint data.sources data.synthetic data.shuffle data.prefetch
+data.python_docs data.text_files data.text
 data.models data.windows data.language_model
 data.cache data.cache_writer data.open
 io.checkpoint

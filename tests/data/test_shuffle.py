@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Callable, Iterator
+from types import ModuleType
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ from torch import Tensor
 
 from flashsae.data.shuffle import Batches, BufferShuffle, RowShuffle, shuffled
 from flashsae.data.sources import ArraySource, IterableSource
+from flashsae.data.text import open_text
 from flashsae.errors import CheckpointError, ConfigError, DataError
 
 N = 1000
@@ -137,6 +141,47 @@ def test_other_data_cannot_be_gone_on_with() -> None:
     batches = RowShuffle(ArraySource(_x(900)), 30, seed=3)
     with pytest.raises(CheckpointError, match=r"x has 900 training rows now, 1000 when the checkpoint was written"):
         batches.restore(RowShuffle(ArraySource(_x()), 30, seed=3).state())
+
+
+@pytest.mark.parametrize("done", [0, 2, 6])
+def test_a_generator_that_fits_into_the_buffer_is_not_read_again_behind_a_restored_state(done: int) -> None:
+    def make() -> BufferShuffle:
+        return BufferShuffle(IterableSource(iter(_x(200).split(77))), 30, seed=3, buffer_tokens=300)
+
+    uninterrupted = make()
+    _draw(uninterrupted, done)
+    place, tensors = uninterrupted.state()
+    state = json.loads(json.dumps(place)), {name: tensor.clone() for name, tensor in tensors.items()}
+    expected = _draw(uninterrupted, 6 - done)
+    resumed = make()
+    resumed.restore(state)
+    assert torch.equal(_draw(resumed, 6 - done), expected)
+    for each in (uninterrupted, resumed):
+        with pytest.raises(DataError, match="ended: 20 rows are left"):
+            each.next_batch()
+
+
+def test_other_data_of_the_same_shape_cannot_be_gone_on_with(tiny: ModuleType) -> None:
+    changes: list[tuple[Batches, Batches, str]] = [
+        (RowShuffle(ArraySource(_x()), 30, seed=3), RowShuffle(ArraySource(_x() + 1), 30, seed=3), "rows was"),
+        (_buffer(), BufferShuffle(IterableSource(list((_x() + 1).split(77))), 30, seed=3, buffer_tokens=300), "first"),
+    ]
+    reading = tiny.source()
+    model = reading._model.model
+    others = {
+        "text was": tiny.source(text=open_text([*tiny.DOCUMENTS[:-1], "the mat"]), model=model),
+        "model was": tiny.source(model=tiny.gpt2(layers=4)),
+        "context_length was 16 and is 12 now": tiny.source(
+            dataclasses.replace(tiny.SMALL, context_length=12), model=model
+        ),
+        "held_out was 0.2 and is 0.3 now": tiny.source(model=model, held_out=0.3),
+    }
+    for message, other in others.items():
+        changes.append((*(BufferShuffle(s, 30, seed=3, buffer_tokens=300) for s in (reading, other)), message))
+    for before, after, message in changes:
+        before.next_batch()
+        with pytest.raises(CheckpointError, match=f"reading something else than .*{message}"):
+            after.restore(before.state())
 
 
 def test_the_kind_of_source_decides_the_kind_of_shuffle() -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import takewhile
 from typing import Any, Literal
 
@@ -16,7 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from flashsae.backend import resolve_device
-from flashsae.data.models import HookedModel, load_language_model, resolve_hookpoints
+from flashsae.data.fingerprint import text_digest
+from flashsae.data.models import (
+    HookedModel,
+    load_language_model,
+    loaded_fingerprint,
+    model_fingerprint,
+    resolve_hookpoints,
+)
 from flashsae.data.sources import Chunk, Cursor, Split, check_held_out, split_mask
 from flashsae.data.text import TextDataset
 from flashsae.data.windows import Block, TokenBatch, Windows
@@ -117,6 +125,7 @@ class LanguageModelSource:
             batch_tokens=config.batch_tokens,
             mask_special=config.mask_special,
         )
+        self._is_given = loaded is not None
         self._model = HookedModel(model, self.hookpoints)
         self.widths, self.dtype = self._probe()
 
@@ -151,6 +160,28 @@ class LanguageModelSource:
     def model_bytes(self) -> int:
         """Memory that the parameters of the model take."""
         return sum(p.numel() * p.element_size() for p in self._model.model.parameters())
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What decides the activations, by name, as JSON: fingerprints of text and model, and the settings.
+
+        Free of paths, so that what was moved is still the same. Model, tokenizer and text are read for it once.
+        """
+        settings = {name: value for name, value in asdict(self.config).items() if name not in ("model", "device")}
+        model, tokenizer = self._model.model, self.tokenizer
+        return {
+            "text": self.text.fingerprint,
+            "model": loaded_fingerprint(model, tokenizer) if self._is_given else model_fingerprint(self.config.model),
+            **settings,
+            "hookpoints": list(self.hookpoints),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "held_out": self._held_out,
+        }
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digits that stand for the weights, the tokenizer and the settings of reading, not for text and split."""
+        return text_digest([repr(sorted((k, v) for k, v in self.identity.items() if k not in ("text", "held_out")))])
 
     def _only_hookpoint(self) -> str:
         if len(self.hookpoints) != 1:

