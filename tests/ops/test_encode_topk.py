@@ -7,6 +7,7 @@ from torch import Tensor
 from dense import dense_encode, dense_topk
 from flashsae.errors import ConfigError, DtypeError, ShapeError
 from flashsae.ops import build_index, encode_topk, encode_topk_aux
+from flashsae.ops.encode_topk.reference import select_topk
 from flashsae.testing import assert_as_accurate, integer_inputs, poison_empty
 
 SHAPES = [(0, 5, 7, 3), (1, 1, 1, 1), (1, 8, 16, 16), (37, 13, 101, 1), (37, 13, 101, 7), (64, 24, 96, 33)]
@@ -35,6 +36,15 @@ def test_t0_integers_are_bitwise_equal(
     expected = dense_topk(pre_acts, k)  # integers tie all the time
     assert torch.equal(top_indices, expected)
     assert torch.equal(top_acts.float(), pre_acts.gather(1, expected).relu())
+
+
+@pytest.mark.parametrize("largest", [2, 9, 1000])
+@pytest.mark.parametrize(("d_sae", "k"), [(101, 1), (128, 7), (135, 7), (127, 7), (1031, 33)])
+def test_t0_long_rows_are_searched_by_groups(d_sae: int, k: int, largest: int, generator: torch.Generator) -> None:
+    keys = torch.randint(0, largest, (150, d_sae), generator=generator).float()
+    keys[50:100, : d_sae // 2] -= largest  # the largest lie together
+    keys[100:, : -(d_sae // 6)] -= largest
+    assert torch.equal(select_topk(keys, k), dense_topk(keys, k))
 
 
 @pytest.mark.parametrize(("B", "d_in", "d_sae", "k"), SHAPES)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from flashsae.ops.validate import compute_dtype
 from flashsae.shapes import Activations, InputBias, TopActs, TopIndices, Weights
-
-_GATHER_ELEMENTS = 1 << 19  # decoder rows gathered at once; about the size of a CPU core's cache
 
 
 def decode_sparse(top_acts: TopActs, top_indices: TopIndices, W_dec: Weights, b_dec: InputBias | None) -> Activations:
@@ -24,11 +23,11 @@ def decode_sparse(top_acts: TopActs, top_indices: TopIndices, W_dec: Weights, b_
 def decode_sparse_grad_acts(grad_x_hat: Activations, top_indices: TopIndices, W_dec: Weights) -> TopActs:
     """Dot product of each selected decoder row with its token's gradient: -> [B, k], in the compute dtype."""
     dtype = compute_dtype(W_dec.dtype)
-    (B, k), d_in = top_indices.shape, W_dec.shape[1]
-    grad_acts = torch.empty(B, k, dtype=dtype, device=W_dec.device)
-    step = max(1, _GATHER_ELEMENTS // (k * d_in))
-    for start in range(0, B, step):
-        part = slice(start, start + step)
-        rows = W_dec[top_indices[part].long()].to(dtype)
-        torch.bmm(rows, grad_x_hat[part, :, None].to(dtype), out=grad_acts[part, :, None])
-    return grad_acts
+    (B, k), device = top_indices.shape, W_dec.device
+    starts = torch.arange(B, device=device) * k
+    token = torch.arange(B, device=device).repeat_interleave(k)
+    # what autograd does for the weights of an embedding bag: dot products where the rows lie, without a copy of them
+    dots: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        grad_x_hat.to(dtype), W_dec.to(dtype), top_indices.flatten().long(), starts, token, 0
+    )
+    return dots.view(B, k)
