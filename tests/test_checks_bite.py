@@ -17,7 +17,7 @@ from torch import Tensor
 from dense import dense_encode, dense_topk
 from flashsae.ops import build_index, decode_sparse, encode_topk, latent_rows
 from flashsae.ops.adam_rows import AdamRule, adam_rows, row_squares
-from flashsae.ops.latent_rows.factors import RowGradient, SparseFactor
+from flashsae.ops.factors import RowGradient, SparseFactor
 from flashsae.ops.latent_rows.reference import RUN
 from flashsae.testing import assert_as_accurate, integer_inputs, poison_empty
 from selection import hard_inputs, selection_mistakes

@@ -19,7 +19,7 @@ from flashsae.ops import build_index, decode_loss, decode_sparse, encode_topk
 from flashsae.ops.adam_rows import AdamRule, adam_rows, row_squares
 from flashsae.ops.adam_rows.reference import merge_halves
 from flashsae.ops.encode_topk.launch import launch_encode_topk
-from flashsae.ops.latent_rows.factors import RowGradient, SparseFactor
+from flashsae.ops.factors import RowGradient, SparseFactor
 from flashsae.ops.validate import Precision
 from flashsae.testing import assert_as_accurate, integer_inputs
 from selection import HARD, hard_inputs, selection_mistakes

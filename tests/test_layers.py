@@ -17,12 +17,13 @@ files shapes backend
 ops.register ops.validate ops.index
 ops.dense.kernels ops.dense.launch ops.dense.op
 ops.latent_rows.reference ops.latent_rows.kernels ops.latent_rows.launch ops.latent_rows.op
-ops.latent_rows.factors
+ops.factors
+ops.adam_rows.reference ops.adam_rows.kernels ops.adam_rows.launch ops.adam_rows.op
+ops.factored ops.gradients
 ops.decode_sparse.reference ops.decode_sparse.kernels ops.decode_sparse.launch ops.decode_sparse.op
 ops.encode_topk.reference ops.encode_topk.kernels ops.encode_topk.certify_kernels ops.encode_topk.launch
 ops.encode_topk.op
 ops.variance.reference ops.variance.kernels ops.variance.launch ops.variance.op
-ops.adam_rows.reference ops.adam_rows.kernels ops.adam_rows.launch ops.adam_rows.op
 metrics
 nn.losses nn.sae
 optim

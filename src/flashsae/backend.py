@@ -65,7 +65,7 @@ def use_kernels(tensor: torch.Tensor) -> bool:
             )
         return True
     if tensor.is_cuda and not _has_triton():
-        _log_once("triton is not installed: operations on CUDA tensors run as plain PyTorch, which is slower")
+        log_once("triton is not installed: operations on CUDA tensors run as plain PyTorch, which is slower")
     return tensor.is_cuda and _has_triton()
 
 
@@ -86,7 +86,7 @@ def use_dense(k: int, d_sae: int, weights: torch.Tensor) -> bool:
     limit = float(os.environ.get("FLASHSAE_DENSE_ABOVE", DENSE_ABOVE.get(weights.dtype, 1.0)))
     if k <= limit * d_sae:
         return False
-    _log_once(
+    log_once(
         f"{k} of {d_sae} latents a token is a density above 1/{d_sae / max(1, limit * d_sae):.0f}: decode and weight "
         "gradients run as dense matrix products (FLASHSAE_DENSE_ABOVE=1 forces the sparse kernels)"
     )
@@ -94,7 +94,8 @@ def use_dense(k: int, d_sae: int, weights: torch.Tensor) -> bool:
 
 
 @functools.cache
-def _log_once(message: str) -> None:
+def log_once(message: str) -> None:
+    """Log a message if it is new."""
     logging.getLogger("flashsae").info(message)
 
 

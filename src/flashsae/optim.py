@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
-from flashsae.errors import CheckpointError, ConfigError, DtypeError, FlashSAEError
+from flashsae.errors import CheckpointError, ConfigError, DtypeError, FlashSAEError, ShapeError
 from flashsae.ops.adam_rows import AdamRule, adam_rows, row_squares
 from flashsae.ops.adam_rows.reference import merge_halves, split_halves
-from flashsae.ops.latent_rows.factors import RowGradient, collect_factors, factors_of
+from flashsae.ops.factored import FactoredGradient
+from flashsae.ops.factors import RowGradient
+from flashsae.ops.gradients import collect_factors
+from flashsae.ops.validate import check_float
 from flashsae.settings.training import default_lr as default_lr
 
 ADAM_BETAS = (0.9, 0.999)
@@ -19,45 +24,68 @@ _ROWS = 8192  # of a matrix that is split or merged, at once
 ADAM_EPS = 6.25e-10
 """As in Gao et al. 2024. The loss is a fraction of variance, so gradients of rare latents are far below 1e-8."""
 
+_OF_TORCH = ("params", "foreach", "fused", "capturable", "differentiable", "amsgrad", "maximize")
+"""Keys of a group of torch.optim.Adam that say how it computes, or that must be off."""
+
 
 class FactoredAdam(torch.optim.Optimizer):
     """Adam that consumes gradients as factors: `loss.backward(); optimizer.step()`, and no [d_sae, d_in] gradient.
 
-    The same numbers as `torch.optim.Adam` (rows without gradient move by their momentum too), in one reading and one
-    writing of weights and moments. From its construction on, backward passes leave factors on the weight matrices
-    given here (`flashsae.ops.collect_factors`); ordinary gradients in `.grad` are added to them.
+    The same numbers as `torch.optim.Adam` with the same eps (rows without gradient move by their momentum too), in one
+    reading and one writing of weights and moments. While it lives, backward passes leave a
+    `flashsae.ops.FactoredGradient` on the weight matrices given here; ordinary gradients are consumed as well.
 
     Args:
         params: parameters, or groups of them as dicts. A group may set every argument below.
         lr: learning rate. Kept as a float64 tensor on the device, which `torch.optim.lr_scheduler` changes in place,
-            and a CUDA graph reads anew at each replay.
-        betas, eps, weight_decay: as in `torch.optim.Adam`.
+            and a CUDA graph reads anew at each replay. A number put in its place is used too.
+        betas, eps, weight_decay, decoupled_weight_decay: as in `torch.optim.Adam`, whose default eps is 1e-8. Read at
+            every step; a CUDA graph keeps those it was captured with.
         unit_norm: keep rows of matrices at norm 1: project their gradients, and scale rows after each step.
         split_weights: turn float32 matrices into bfloat16 parameters, and keep the 16 bits that these lack here. Steps
             change the float32 numbers and lose nothing; products read bfloat16; 4 bytes a weight are 2 + 2.
-            `float32_weights` gives the whole numbers.
+            `float32_weights` gives the whole numbers. Weights that somebody else writes into the parameter count as
+            they stand there; those that are loaded together with a state of this optimiser, with the bits in it.
         state_dtype: torch.bfloat16 keeps moments in half the memory, with stochastic rounding. Approximate: the only
             option here that changes results.
     Raises:
-        ConfigError, DtypeError: an argument is out of range, or weights to split are not float32.
-    Source: Kingma and Ba 2015; the pass over factors ours, docs/methodology.md#the-latent-pass.
+        ConfigError, DtypeError, ShapeError: an argument is out of range, a parameter is not contiguous or not float, or
+            weights to split are not float32.
+    Source: Kingma and Ba 2015; Loshchilov and Hutter 2019 for decoupled weight decay; the pass over factors ours,
+        docs/methodology.md#the-latent-pass.
     """
 
     def __init__(
         self,
         params: Iterable[Tensor] | Iterable[dict[str, Any]],
-        lr: float,
+        lr: float | Tensor,
         *,
         betas: tuple[float, float] = ADAM_BETAS,
         eps: float = ADAM_EPS,
         weight_decay: float = 0.0,
+        decoupled_weight_decay: bool = False,
         unit_norm: bool = False,
         split_weights: bool = False,
         state_dtype: torch.dtype = torch.float32,
     ) -> None:
-        self._betas: list[Tensor] = []
+        self._begin()
         rule = {"betas": betas, "eps": eps, "weight_decay": weight_decay, "unit_norm": unit_norm}
-        super().__init__(params, {"lr": lr, "split_weights": split_weights, "state_dtype": state_dtype, **rule})
+        storage = {"split_weights": split_weights, "state_dtype": state_dtype}
+        super().__init__(params, {"lr": lr, "decoupled_weight_decay": decoupled_weight_decay, **storage, **rule})
+
+    def _begin(self) -> None:
+        """Make what is not part of the state: it is the same again after a copy or a pickle."""
+        self._collection = collect_factors()
+        weakref.finalize(self, self._collection.stop).atexit = False
+        self._versions: WeakIdKeyDictionary = WeakIdKeyDictionary()  # of split weights that the low halves belong to
+        self._betas: tuple[object, Tensor] | None = None
+        self._rates: dict[int, Tensor] = {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._begin()
+        super().__setstate__(state)
+        for parameter in self._parameters():
+            self._watch(parameter)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, with settings of their own; raises as the constructor does."""
@@ -68,10 +96,8 @@ class FactoredAdam(torch.optim.Optimizer):
         except FlashSAEError:
             self.param_groups.pop()
             raise
-        device = group["params"][0].device
+        device = group["params"][0].device if group["params"] else None
         group["lr"] = torch.tensor(float(group["lr"]), dtype=torch.float64, device=device)
-        group["step"] = torch.zeros((), dtype=torch.float64, device=device)
-        self._betas.append(torch.tensor(group["betas"], dtype=torch.float64, device=device))
         for parameter in group["params"]:
             self._prepare(parameter, group)
 
@@ -79,15 +105,20 @@ class FactoredAdam(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what `state_dict` returned, into the tensors that are there: a captured graph goes on with them.
 
+        A state of `torch.optim.Adam` fits too, unless weights are split here or moments are narrow.
+
         Raises:
             CheckpointError: it is of other parameters.
         """
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = before(self, state_dict) or state_dict
         groups, loaded = self.param_groups, state_dict["param_groups"]
         ours = [self.state[p] for p in self._parameters()]
         theirs = [state_dict["state"].get(number, {}) for group in loaded for number in group["params"]]
-        fits = [len(g["params"]) for g in groups] == [len(g["params"]) for g in loaded] and all(
-            {name: (t.shape, t.dtype) for name, t in a.items()} == {name: (t.shape, t.dtype) for name, t in b.items()}
-            for a, b in zip(ours, theirs)
+        fits = (
+            [len(g["params"]) for g in groups] == [len(g["params"]) for g in loaded]
+            and all(_fits(a, b) for a, b in zip(ours, theirs))
+            and not any(g.get("amsgrad") or g.get("maximize") for g in loaded)
         )
         if not fits:
             raise CheckpointError(
@@ -96,27 +127,55 @@ class FactoredAdam(torch.optim.Optimizer):
             )
         for mine, saved in zip(ours, theirs):
             for name, tensor in mine.items():
-                tensor.copy_(saved[name])
-        for number, (group, saved) in enumerate(zip(groups, loaded)):
+                tensor.copy_(torch.as_tensor(saved[name])) if saved else tensor.zero_()
+        for group, saved in zip(groups, loaded):
             for name, value in saved.items():
-                if name in ("lr", "step"):
-                    group[name].copy_(torch.as_tensor(value))
-                elif name != "params":
+                if name == "lr" and isinstance(group["lr"], Tensor):
+                    group["lr"].copy_(torch.as_tensor(value))
+                elif name not in _OF_TORCH:
                     group[name] = value
-            self._betas[number].copy_(torch.tensor(group["betas"], dtype=torch.float64))
+        self._versions.clear()  # the weights of this state may come before or after it
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     @torch.no_grad()
     def _prepare(self, parameter: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
         if parameter.dim() == 2:
-            collect_factors(parameter)
             if group["split_weights"]:
                 parameter.data, state["low"] = _split(parameter.data)
             if dtype == torch.float32:
                 dtype = group["state_dtype"]
+        state["step"] = torch.zeros((), dtype=torch.float64, device=parameter.device)
         for name in ("exp_avg", "exp_avg_sq"):
             state[name] = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
+        self._watch(parameter)
+
+    def _watch(self, parameter: Tensor) -> None:
+        if parameter.dim() == 2:
+            self._collection.add(parameter)
+        if "low" in self.state[parameter]:
+            self._versions[parameter] = parameter._version
+
+    def _refresh(self, parameter: Tensor) -> dict[str, Any]:
+        """Return the state of a parameter, after whatever was done to the parameter since the last step."""
+        state: dict[str, Any] = self.state[parameter]
+        if state["exp_avg"].device != parameter.device:
+            state |= {name: value.to(parameter.device) for name, value in state.items()}
+        if (state["exp_avg"].dtype == torch.float64) != (parameter.dtype == torch.float64):
+            wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+            state |= {name: state[name].to(wide) for name in ("exp_avg", "exp_avg_sq")}
+        if "low" in state:
+            if parameter.dtype != torch.bfloat16:
+                raise DtypeError(
+                    f"split weights: expected torch.bfloat16 parameters, got {parameter.dtype}. Convert the module "
+                    "before this optimiser is built, or take its float32_weights."
+                )
+            if parameter in self._versions and self._versions[parameter] != parameter._version:
+                state["low"].zero_()
+            self._versions[parameter] = parameter._version
+        return state
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -129,30 +188,48 @@ class FactoredAdam(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group, betas in zip(self.param_groups, self._betas):
-            group["step"] += 1
-            bias_correction = 1 - betas ** group["step"]
-            for parameter in group["params"]:
-                state, gradient = self.state[parameter], _gradient(parameter)
-                if gradient.is_empty:  # passed over, as by torch.optim.Adam
-                    continue
-                adam_rows(
-                    _matrix(parameter),
-                    (_matrix(state["exp_avg"]), _matrix(state["exp_avg_sq"])),
-                    gradient,
-                    group["lr"],
-                    group["step"],
-                    bias_correction,
-                    _rule(parameter, group),
-                    low=state.get("low"),
-                )
+        # parameters without a gradient are passed over, as by torch.optim.Adam
+        active = [(p, n, group) for n, group in enumerate(self.param_groups) for p in group["params"]]
+        active = [(p, n, group) for p, n, group in active if p.grad is not None]
+        states = [self._refresh(parameter) for parameter, _, _ in active]
+        corrections = self._count_step(active, states)
+        for (parameter, number, group), state, correction in zip(active, states, corrections):
+            adam_rows(
+                _matrix(parameter),
+                (_matrix(state["exp_avg"]), _matrix(state["exp_avg_sq"])),
+                _gradient(parameter),
+                self._rate(number, group, parameter.device),
+                state["step"],
+                correction,
+                _rule(parameter, group),
+                low=state.get("low"),
+            )
+            if "low" in state:
+                self._versions[parameter] = parameter._version
         return loss
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget gradients and factors."""
-        super().zero_grad(set_to_none)
-        for parameter in self._parameters():
-            (factors_of(parameter) or []).clear()
+    def _count_step(self, active: list[tuple[Tensor, int, dict[str, Any]]], states: list[dict[str, Any]]) -> list[Any]:
+        """Count a step of each parameter; return 1 - beta1^step and 1 - beta2^step, [2] float64 each."""
+        if len({parameter.device for parameter, _, _ in active}) > 1:
+            return [self._count_step([one], [state])[0] for one, state in zip(active, states)]
+        if not active:
+            return []
+        torch._foreach_add_([state["step"] for state in states], 1)
+        key = active[0][0].device, tuple(tuple(map(float, group["betas"])) for _, _, group in active)
+        if self._betas is None or self._betas[0] != key:
+            self._betas = key, torch.tensor(key[1], dtype=torch.float64, device=key[0])
+        steps = torch.stack([state["step"] for state in states])
+        return list((1 - self._betas[1] ** steps[:, None]).unbind(0))
+
+    def _rate(self, number: int, group: dict[str, Any], device: torch.device) -> Tensor:
+        """Return the learning rate of a group as a tensor on the device, whatever was put in its place."""
+        lr = group["lr"]
+        if isinstance(lr, Tensor):
+            return lr.to(device, torch.float64).reshape(())
+        rate = self._rates.get(number)
+        if rate is None or rate.device != device:
+            rate = self._rates[number] = torch.zeros((), dtype=torch.float64, device=device)
+        return rate.fill_(lr)
 
     @torch.no_grad()
     def clip_grad_norm(self, max_norm: float) -> Tensor:
@@ -163,26 +240,26 @@ class FactoredAdam(torch.optim.Optimizer):
         Returns:
             scalar: the norm before, of gradients as `step` uses them (projected where `unit_norm`).
         """
+        gradients = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not gradients:
+            return torch.zeros(())
         squares = [
-            row_squares(_matrix(p), _gradient(p), _rule(p, group).unit_norm, low=self.state[p].get("low")).sum()
-            for group in self.param_groups
-            for p in group["params"]
+            row_squares(_matrix(p), _gradient(p), _rule(p, group).unit_norm, low=self._refresh(p).get("low")).sum()
+            for p, group in gradients
         ]
         norm = torch.stack(squares).sum().sqrt()
         scale = (max_norm / (norm + 1e-6)).clamp_max(1.0)
-        for parameter in self._parameters():
-            factors = factors_of(parameter) or []
-            factors[:] = [factor.scaled(scale) for factor in factors]
-            if parameter.grad is not None:
-                parameter.grad.mul_(scale)
+        for parameter, _ in gradients:
+            parameter.grad.mul_(scale)
         return norm
 
+    @torch.no_grad()
     def float32_weights(self, parameter: Tensor) -> Tensor:
         """Return a parameter with all its bits: a new float32 tensor on the CPU where it is split, else its values."""
-        low = self.state[parameter].get("low")
+        low = self._refresh(parameter).get("low")
         if low is None:
             return parameter.detach()
-        whole = torch.empty(parameter.shape, dtype=torch.float32)
+        whole = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
         for out, high_rows, low_rows in zip(*(torch.split(t, _ROWS) for t in (whole, parameter.detach(), low))):
             out.copy_(merge_halves(high_rows, low_rows))
         return whole
@@ -199,11 +276,28 @@ def _check(group: dict[str, Any]) -> None:
             "lr, eps, weight_decay: expected numbers that are not negative, and betas in [0, 1), got "
             f"{lr}, {eps}, {weight_decay} and {group['betas']}."
         )
+    for parameter in group["params"]:
+        check_float("params", parameter)
+        if not parameter.is_contiguous():
+            raise ShapeError(
+                f"params: expected contiguous parameters, got one of shape {list(parameter.shape)} and strides "
+                f"{list(parameter.stride())}. Set parameter.data = parameter.data.contiguous() first."
+            )
     wrong = [p.dtype for p in group["params"] if group["split_weights"] and p.dim() == 2 and p.dtype != torch.float32]
     if wrong:
         raise DtypeError(f"split_weights: expected float32 parameters, got {wrong[0]}.")
     if group["state_dtype"] not in (torch.float32, torch.bfloat16):
         raise ConfigError(f"state_dtype: expected torch.float32 or torch.bfloat16, got {group['state_dtype']}.")
+
+
+def _fits(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
+    """Tell whether a saved state of a parameter can be taken over; an empty one is that before the first step."""
+    if not theirs:
+        return "low" not in ours
+    return ours.keys() == theirs.keys() and all(
+        name == "step" or (tensor.shape, tensor.dtype) == (theirs[name].shape, theirs[name].dtype)
+        for name, tensor in ours.items()
+    )
 
 
 def _split(whole: Tensor) -> tuple[Tensor, Tensor]:
@@ -221,15 +315,20 @@ def _matrix(tensor: Tensor) -> Tensor:
 
 
 def _gradient(parameter: Tensor) -> RowGradient:
-    if parameter.dim() == 2:
-        return RowGradient.of(parameter)
-    return RowGradient() if parameter.grad is None else RowGradient(dense=parameter.grad.reshape(1, -1))
+    grad = parameter.grad
+    assert grad is not None
+    if grad.is_sparse:
+        raise DtypeError("a gradient is a sparse tensor, which Adam does not take: use .grad.to_dense().")
+    if isinstance(grad, FactoredGradient):
+        return grad.row_gradient()
+    return RowGradient(dense=grad if parameter.dim() == 2 else grad.reshape(1, -1))
 
 
 def _rule(parameter: Tensor, group: dict[str, Any]) -> AdamRule:
-    beta1, beta2 = group["betas"]
+    beta1, beta2 = map(float, group["betas"])
     unit_norm = group["unit_norm"] and parameter.dim() == 2
-    return AdamRule(beta1, beta2, group["eps"], group["weight_decay"], unit_norm)
+    weight_decay, decoupled = float(group["weight_decay"]), group["decoupled_weight_decay"]
+    return AdamRule(beta1, beta2, float(group["eps"]), weight_decay, unit_norm, decoupled)
 
 
 def lr_factor(step: int, steps: int, warmup_steps: int, decay_steps: int) -> float:

@@ -11,7 +11,7 @@ from flashsae.errors import DtypeError, ShapeError
 from flashsae.ops import build_index
 from flashsae.ops.adam_rows import AdamRule, adam_rows, row_squares
 from flashsae.ops.adam_rows.reference import merge_halves, round_stochastically, split_halves
-from flashsae.ops.latent_rows.factors import RowGradient, SparseFactor
+from flashsae.ops.factors import RowGradient, SparseFactor
 from flashsae.ops.latent_rows.reference import RUN
 from flashsae.testing import assert_as_accurate, integer_inputs
 from on_both import DEVICE, as_float64, assert_same, on_kernels, on_reference

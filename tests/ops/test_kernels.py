@@ -432,7 +432,7 @@ def test_dense_dispatch_gives_the_same_integers_and_says_so_once(
 ) -> None:
     inputs = step_inputs(11, 6, 50, generator, integer=True)
     sparse = on_kernels(lambda q: whole_step(q, 3), inputs)
-    backend._log_once.cache_clear()
+    backend.log_once.cache_clear()
     monkeypatch.setenv("FLASHSAE_DENSE_ABOVE", "0")
     with caplog.at_level(logging.INFO, "flashsae"):
         dense = [on_kernels(lambda q: whole_step(q, 3), inputs) for _ in range(2)]

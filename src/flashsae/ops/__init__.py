@@ -2,11 +2,15 @@
 
 from flashsae.ops.decode_sparse import DecodeLoss, decode_loss, decode_sparse
 from flashsae.ops.encode_topk import TwoCodes, encode_topk, encode_topk_aux
+from flashsae.ops.factored import FactoredGradient
+from flashsae.ops.gradients import Collection, collect_factors, materialize, take_rows
 from flashsae.ops.index import LatentIndex, build_index
-from flashsae.ops.latent_rows import collect_factors, latent_rows, materialize, take_rows
+from flashsae.ops.latent_rows import latent_rows
 
 __all__ = [
+    "Collection",
     "DecodeLoss",
+    "FactoredGradient",
     "LatentIndex",
     "TwoCodes",
     "build_index",

@@ -165,11 +165,12 @@ def restore(state: TrainState, checkpoint: Checkpoint) -> None:
                 f"{list(parameter.shape)}, got {got}. Resume with the settings of the run, or start a new one."
             )
         parameter.copy_(saved)
-    for number, moments in state.optimizer.state_dict()["state"].items():
-        for name, tensor in moments.items():
-            tensor.copy_(tensors[f"adam.{number}.{name}"])
-    for group in state.optimizer.param_groups:
-        group["step"].fill_(checkpoint.step)
+    adam = state.optimizer.state_dict()
+    adam["state"] = {
+        number: {name: tensors[f"adam.{number}.{name}"] for name in moments}
+        for number, moments in adam["state"].items()
+    }
+    state.optimizer.load_state_dict(adam)
     state.dead.tokens_since_fired.copy_(tensors["dead.tokens_since_fired"])
     bounds = checkpoint.state["dead_bounds"]
     state.dead.bounds = None if bounds is None else Bounds(**bounds)

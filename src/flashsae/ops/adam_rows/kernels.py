@@ -84,7 +84,7 @@ def adam_rows_kernel(
     bias_correction_ptr,  # [2] float64: 1 - beta1^step, 1 - beta2^step
     one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay,
     k, d, row_stride,
-    UNIT_NORM: tl.constexpr, RUN: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
+    UNIT_NORM: tl.constexpr, DECOUPLED: tl.constexpr, RUN: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One step of Adam on a row; with UNIT_NORM the program sees the whole row, projects its gradient and scales it."""
     latent = tl.program_id(0)
@@ -101,9 +101,12 @@ def adam_rows_kernel(
     )  # fmt: skip
     if UNIT_NORM:
         gradient -= tl.sum(gradient * weights) * weights
-    gradient += weight_decay * weights
+    if not DECOUPLED:
+        gradient += weight_decay * weights
     exp_avg += one_minus_beta1 * (gradient - exp_avg)
     exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * gradient * gradient
+    if DECOUPLED:
+        weights *= (1 - tl.load(lr_ptr).to(tl.float64) * weight_decay).to(tl.float32)
     step_size = (tl.load(lr_ptr).to(tl.float64) / tl.load(bias_correction_ptr)).to(tl.float32)
     second = tl.load(bias_correction_ptr + 1).to(tl.float32)
     weights -= step_size * exp_avg / (tl.sqrt(exp_avg_sq / second) + eps)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flashsae.ops.adam_rows import kernels
 from flashsae.ops.adam_rows.reference import AdamRule
-from flashsae.ops.latent_rows.factors import RowGradient
+from flashsae.ops.factors import RowGradient
 from flashsae.ops.latent_rows.launch import launch_partial
 from flashsae.ops.latent_rows.reference import RUN
 from flashsae.ops.validate import rows_contiguous
@@ -32,7 +32,8 @@ def launch_adam_rows(
     kernels.adam_rows_kernel[grid](
         weights, low, *moments, *lists, *scalars,
         1 - rule.beta1, rule.beta2, 1 - rule.beta2, rule.eps, rule.weight_decay,
-        *sizes, UNIT_NORM=rule.unit_norm, RUN=RUN, BLOCK_E=4 if tile["BLOCK_D"] > 1024 else 2, **tile,
+        *sizes, UNIT_NORM=rule.unit_norm, DECOUPLED=rule.decoupled, RUN=RUN,
+        BLOCK_E=4 if tile["BLOCK_D"] > 1024 else 2, **tile,
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from flashsae.backend import use_kernels
 from flashsae.errors import DtypeError, ShapeError
 from flashsae.ops.adam_rows import reference
 from flashsae.ops.adam_rows.reference import AdamRule
-from flashsae.ops.latent_rows.factors import RowGradient
+from flashsae.ops.factors import RowGradient
 from flashsae.ops.validate import check_float, check_shape, compute_dtype
 
 
@@ -30,8 +30,8 @@ def adam_rows(
         g = Σ coeffs · rows;  g −= (g·w) w;  m += (1 − β1)(g − m);  v = β2 v + (1 − β2) g²
         w −= lr / (1 − β1ᵗ) · m / (√(v / (1 − β2ᵗ)) + ε);  w /= ‖w‖
 
-    The second and the last formula only with `rule.unit_norm`. Rows without gradient move by their momentum, as in
-    dense Adam.
+    The second and the last formula only with `rule.unit_norm`; weight decay in either place that `rule` says. Rows
+    without gradient move by their momentum, as in dense Adam.
 
     Args:
         weights: [d_sae, d], float. With `low`: bfloat16, the high halves of float32 weights.
@@ -63,6 +63,8 @@ def adam_rows(
         from flashsae.ops.adam_rows.launch import launch_adam_rows
 
         launch_adam_rows(weights, low, moments, gradient, (lr, step, bias_correction), rule)
+        # kernels write behind autograd's back: a graph that needs the old weights must notice
+        torch.autograd.graph.increment_version([weights, *moments])
         return
     dtype = compute_dtype(weights.dtype)
     before = weights.to(dtype) if low is None else reference.merge_halves(weights, low)

@@ -17,8 +17,9 @@ class AdamRule:
     Args:
         beta1, beta2: decay of the moments.
         eps: added to the root of the second moment.
-        weight_decay: times the weights, added to the gradient as in `torch.optim.Adam`.
+        weight_decay: times the weights, added to the gradient as in `torch.optim.Adam`; see `decoupled`.
         unit_norm: keep rows at norm 1: project the gradient, and scale rows after the step.
+        decoupled: shrink the weights by lr · weight_decay instead of adding to the gradient, as in AdamW.
     """
 
     beta1: float = 0.9
@@ -26,6 +27,7 @@ class AdamRule:
     eps: float = 6.25e-10
     weight_decay: float = 0.0
     unit_norm: bool = False
+    decoupled: bool = False
 
 
 def split_halves(weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,10 +83,13 @@ def adam_rows(
     """Return the weights after a step of Adam, all [d_sae, d] of one dtype; both moments change in place."""
     if rule.unit_norm:
         gradient = projected(gradient, weights)
-    gradient = gradient + rule.weight_decay * weights
+    if not rule.decoupled:
+        gradient = gradient + rule.weight_decay * weights
     exp_avg.lerp_(gradient, 1 - rule.beta1)
     exp_avg_sq.mul_(rule.beta2).addcmul_(gradient, gradient, value=1 - rule.beta2)
     first, second = bias_correction
+    if rule.decoupled:
+        weights = weights * (1 - lr.double() * rule.weight_decay).to(weights.dtype)
     step_size = (lr.double() / first).to(weights.dtype)
     weights = weights - step_size * exp_avg / ((exp_avg_sq / second.to(weights.dtype)).sqrt() + rule.eps)
     if rule.unit_norm:

@@ -11,8 +11,8 @@ from flashsae.backend import use_dense, use_kernels
 from flashsae.errors import ShapeError
 from flashsae.ops.decode_sparse import reference
 from flashsae.ops.dense import op as dense
+from flashsae.ops.gradients import collects, is_dense, weight_gradient
 from flashsae.ops.index import LatentIndex, build_index
-from flashsae.ops.latent_rows.factors import factors_of, is_dense, weight_gradient
 from flashsae.ops.latent_rows.op import column_sums
 from flashsae.ops.register import differentiate, operator
 from flashsae.ops.validate import (
@@ -197,7 +197,7 @@ def _decode_grad_acts(grad_x_hat: Tensor, top_indices: Tensor, W_dec: Tensor) ->
 
 def _save_decode(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     top_acts, top_indices, W_dec, b_dec, index, rounded = inputs
-    ctx.rounded, ctx.factors = rounded, factors_of(W_dec)
+    ctx.rounded, ctx.as_factor = rounded, collects(W_dec)
     ctx.save_for_backward(top_acts, top_indices, W_dec, *index)
     ctx.bias_dtype = None if b_dec is None else b_dec.dtype
 
@@ -211,7 +211,7 @@ def _decode_backward(ctx: Any, grad_x_hat: Tensor) -> tuple[Tensor | list[None] 
         grad_acts = torch.ops.flashsae.decode_grad_acts(grad_x_hat, top_indices, rows).to(top_acts.dtype)
     if needs_W_dec:
         index = _index(lists, top_indices, W_dec, grad_x_hat)
-        grad_W_dec, _ = weight_gradient(ctx.factors, top_indices, index, top_acts, grad_x_hat, W_dec)
+        grad_W_dec, _ = weight_gradient(ctx.as_factor, top_indices, index, top_acts, grad_x_hat, W_dec)
     if needs_b_dec:
         ones = grad_x_hat.new_ones(grad_x_hat.shape[0])
         grad_b_dec = column_sums(ones, grad_x_hat, ctx.bias_dtype)
@@ -278,7 +278,7 @@ def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
     top_acts, top_indices, W_dec, b_dec, target, weights, index, _ = inputs
     residual, grad_acts = output[2], output[3]
     ctx.set_materialize_grads(False)  # only the errors have a gradient: no zeros for the rest
-    ctx.has_weights, ctx.factors = weights is not None, factors_of(W_dec)
+    ctx.has_weights, ctx.as_factor = weights is not None, collects(W_dec)
     optional = [] if weights is None else [weights]
     ctx.save_for_backward(top_acts, top_indices, W_dec, residual, grad_acts, *optional, *index)
     ctx.dtypes = None if b_dec is None else b_dec.dtype, target.dtype
@@ -295,7 +295,7 @@ def _loss_backward(ctx: Any, grad_errors: Tensor, *_others: Tensor) -> tuple[Ten
     if needs_W_dec:
         index = _index(lists, top_indices, W_dec, residual)
         coeffs = top_acts.to(slope.dtype) * slope[:, None]
-        grad_W_dec, _ = weight_gradient(ctx.factors, top_indices, index, coeffs, residual, W_dec)
+        grad_W_dec, _ = weight_gradient(ctx.as_factor, top_indices, index, coeffs, residual, W_dec)
     if needs_b_dec:
         grad_b_dec = column_sums(slope, residual, bias_dtype)
     if needs_target:

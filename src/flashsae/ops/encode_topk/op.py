@@ -10,8 +10,8 @@ from torch import Tensor
 from flashsae.backend import use_kernels
 from flashsae.errors import ConfigError, DtypeError
 from flashsae.ops.encode_topk import reference
+from flashsae.ops.gradients import collects, is_dense, weight_gradient
 from flashsae.ops.index import LatentIndex, build_index
-from flashsae.ops.latent_rows.factors import factors_of, is_dense, weight_gradient
 from flashsae.ops.latent_rows.op import column_sums, latent_sums
 from flashsae.ops.register import differentiate, operator
 from flashsae.ops.validate import Precision, check_float, check_k, check_precision, check_shape, compute_dtype
@@ -276,7 +276,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     centred = x if b_dec is None else output[-1]
     ctx.save_for_backward(centred, W_enc_T, *codes, *lists)
     ctx.k_aux, ctx.with_index, ctx.x_dtype = k_aux, with_index, x.dtype
-    ctx.bias_dtype, ctx.factors = b_enc.dtype, factors_of(W_enc_T)
+    ctx.bias_dtype, ctx.as_factor = b_enc.dtype, collects(W_enc_T)
     ctx.set_materialize_grads(False)  # the indices have none: no zeros for them
     ctx.precision = precision
 
@@ -301,7 +301,7 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]
             has_index = ctx.with_index and not ctx.k_aux
             index = LatentIndex(rest[0], rest[1], rest[2], k) if has_index else build_index(top_indices, len(W_enc_T))
         if needs_W:
-            grad_W, sums = weight_gradient(ctx.factors, top_indices, index, grad_pre, rows, W_enc_T, with_sums=True)
+            grad_W, sums = weight_gradient(ctx.as_factor, top_indices, index, grad_pre, rows, W_enc_T, with_sums=True)
         if sums is None:
             sums = latent_sums(index or build_index(top_indices, len(W_enc_T)), grad_pre)
         grad_b_enc = sums.to(ctx.bias_dtype) if needs_b_enc else None

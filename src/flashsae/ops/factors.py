@@ -1,0 +1,151 @@
+"""Gradients of weight matrices as factors: small things whose products they are, instead of [d_sae, d_in] numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flashsae.ops.index import LatentIndex, build_index
+from flashsae.ops.latent_rows.op import sum_rows
+from flashsae.ops.validate import check_shape, compute_dtype
+
+
+@dataclass(frozen=True)
+class SparseFactor:
+    """The gradient Σ over entries of coeffs · rows, as `latent_rows` sums it.
+
+    Args:
+        index: of the code.
+        coeffs: [B, k], float32 (float64 for float64).
+        rows: [B, d], float.
+    """
+
+    index: LatentIndex
+    coeffs: Tensor
+    rows: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that this keeps alive, though it may be shared with others."""
+        return sum(t.nbytes for t in (self.coeffs, self.rows, *self.index[:3]))
+
+    def scaled(self, scale: Tensor | float) -> SparseFactor:
+        """Return a factor whose gradient is this one times a scalar."""
+        return SparseFactor(self.index, self.coeffs * scale, self.rows)
+
+    def dense(self) -> Tensor:
+        """Return the gradient: [d_sae, d], compute dtype."""
+        return sum_rows(self.index, self.coeffs, self.rows, compute_dtype(self.rows.dtype))
+
+
+@dataclass(frozen=True)
+class RowFactor:
+    """A gradient of some rows only.
+
+    Args:
+        rows: [C, d], float: the gradients.
+        slots: [d_sae], int32: which of them each latent has; -1 for none. None: row i is that of latent i.
+    """
+
+    rows: Tensor
+    slots: Tensor | None
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that this keeps alive."""
+        return self.rows.nbytes
+
+    def scaled(self, scale: Tensor | float) -> RowFactor:
+        """Return a factor whose gradient is this one times a scalar."""
+        return RowFactor((self.rows * scale).to(self.rows.dtype), self.slots)
+
+    def dense(self) -> Tensor:
+        """Return the gradient: [d_sae, d], compute dtype."""
+        rows = self.rows.to(compute_dtype(self.rows.dtype))
+        if self.slots is None:
+            return rows
+        return torch.where((self.slots >= 0)[:, None], rows[self.slots.clamp_min(0)], 0.0)
+
+
+Factor = SparseFactor | RowFactor
+
+
+@dataclass(frozen=True)
+class RowGradient:
+    """The whole gradient of a weight matrix as the latent pass reads it: a sparse part and a part of given rows.
+
+    Args:
+        sparse: summed over its entries; None for nothing.
+        dense: [C, d], float; None for nothing.
+        slots: [d_sae], int32: row of `dense` for each latent, -1 for none; None: row i is that of latent i.
+    """
+
+    sparse: SparseFactor | None = None
+    dense: Tensor | None = None
+    slots: Tensor | None = None
+
+    @classmethod
+    def of(cls, factors: Sequence[Factor]) -> RowGradient:
+        """Join factors, such as those of several backward passes.
+
+        Several sparse factors become one over all their tokens, so that accumulating over small batches is the same
+        sum as that of one large batch.
+        """
+        sparse = [factor for factor in factors if isinstance(factor, SparseFactor)]
+        rows = [factor for factor in factors if isinstance(factor, RowFactor)]
+        if rows and all(factor.slots is rows[0].slots for factor in rows):
+            return cls(_joined(sparse), added([factor.rows for factor in rows]), rows[0].slots)
+        return cls(_joined(sparse), added([factor.dense() for factor in rows]) if rows else None)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no gradient at all."""
+        return self.sparse is None and self.dense is None
+
+    def check(self, weights: Tensor) -> None:
+        """Raise ShapeError unless this fits a [d_sae, d] weight matrix."""
+        d_sae, d = weights.shape
+        if self.sparse is not None:
+            check_shape("gradient.sparse.rows", self.sparse.rows, ("B", d))
+            check_shape("gradient.sparse.coeffs", self.sparse.coeffs, (len(self.sparse.rows), self.sparse.index.k))
+            check_shape("gradient.sparse.index.offsets", self.sparse.index.offsets, (d_sae + 1,))
+        if self.slots is not None:
+            check_shape("gradient.slots", self.slots, (d_sae,))
+        if self.dense is not None:
+            check_shape("gradient.dense", self.dense, (d_sae if self.slots is None else "C", d))
+
+    def total(self, like: Tensor) -> Tensor:
+        """Return the gradient as numbers, of the shape, dtype and device of a weight matrix; zeros for no part."""
+        parts = [] if self.sparse is None else [self.sparse.dense()]
+        if self.dense is not None:
+            parts.append(RowFactor(self.dense, self.slots).dense())
+        return added(parts).to(like.dtype) if parts else torch.zeros_like(like)
+
+
+def added(parts: list[Tensor]) -> Tensor:
+    """Add tensors in the compute dtype; one alone stays as it is."""
+    total = parts[0]
+    for part in parts[1:]:
+        total = total.to(compute_dtype(total.dtype)) + part.to(compute_dtype(part.dtype))
+    return total
+
+
+def _joined(factors: list[SparseFactor]) -> SparseFactor | None:
+    """Return one factor over the tokens of all; codes narrower than the widest are filled up with coefficients of 0."""
+    if len(factors) < 2:
+        return factors[0] if factors else None
+    k = max(factor.index.k for factor in factors)
+    coeffs, indices = [], []
+    for factor in factors:
+        missing = k - factor.index.k
+        coeffs.append(F.pad(factor.coeffs, (0, missing)))
+        indices.append(F.pad(factor.index.top_indices, (0, missing)))
+    dtype = factors[0].rows.dtype
+    for factor in factors[1:]:
+        dtype = torch.promote_types(dtype, factor.rows.dtype)
+    index = build_index(torch.cat(indices), factors[0].index.d_sae)
+    return SparseFactor(index, torch.cat(coeffs), torch.cat([factor.rows.to(dtype) for factor in factors]))
