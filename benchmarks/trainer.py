@@ -25,6 +25,7 @@ from flashsae.nn.sae import SAE
 from flashsae.ops.validate import Precision
 from flashsae.optim import ADAM_EPS, lr_factor
 from flashsae.train.config import ResolvedConfig, TrainConfig
+from flashsae.train.dead import LEAST_RESIDUAL
 from flashsae.train.loop import train_step
 from flashsae.train.state import TrainState, init_state
 
@@ -52,21 +53,26 @@ def ours(source: ActivationCache, config: ResolvedConfig) -> tuple[SAE, list[flo
     return state.finished_sae().to(config.device), torch.stack(curve).tolist()
 
 
-def dense_losses(x: Tensor, p: Params, dead: Tensor, config: ResolvedConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """Return FVU and AuxK loss of a dense SAE, and on how many tokens each latent was active."""
+def dense_losses(
+    x: Tensor, p: Params, dead: Tensor, config: ResolvedConfig, variance: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return loss and AuxK loss of a dense SAE, and on how many tokens each latent was active.
+
+    As `flashsae.train` defines them: relative to the variance of a token in the initial sample.
+    """
     pre_acts = (x - p["b_dec"]) @ p["W_enc_T"].T + p["b_enc"]
     top = pre_acts.topk(config.k, dim=1)
     latent_acts = torch.zeros_like(pre_acts).scatter(1, top.indices, top.values.relu())
     residual = x - (latent_acts @ p["W_dec"] + p["b_dec"]).float()
-    fvu = residual.square().sum() / (x - x.mean(0)).square().sum()
+    fvu = residual.square().sum() / (len(x) * variance)
     k_aux = min(config.k_aux, int(dead.sum()))
     if k_aux == 0:
         return fvu, torch.zeros_like(fvu), (latent_acts > 0).sum(0)
     masked = pre_acts.masked_fill(~dead, -torch.inf).topk(k_aux, dim=1)
     aux_acts = torch.zeros_like(pre_acts).scatter(1, masked.indices, masked.values.relu())
     target = residual.detach()
-    missed = (target - (aux_acts @ p["W_dec"]).float()).square().sum()
-    return fvu, missed / (target - target.mean(0)).square().sum(), (latent_acts > 0).sum(0)
+    missed = (target - (aux_acts @ p["W_dec"]).float()).square().sum() / (len(x) * variance)
+    return fvu, missed / fvu.detach().clamp_min(LEAST_RESIDUAL), (latent_acts > 0).sum(0)
 
 
 def nudge(sae: SAE) -> None:
@@ -96,7 +102,8 @@ def dense(source: ActivationCache, config: ResolvedConfig, arm: str, *, autocast
         x = state.batches.next_batch().to(config.device).float() * state.scale
         x = x.flip(0) if arm == REVERSED else x
         with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-            fvu, aux, active = dense_losses(x, params, since_fired >= config.dead_after_tokens, config)
+            dead = since_fired >= config.dead_after_tokens
+            fvu, aux, active = dense_losses(x, params, dead, config, state.variance)
         adam.zero_grad()
         (fvu + config.auxk_alpha * aux).backward()
         with torch.no_grad():

@@ -13,7 +13,7 @@ SRC = Path(__file__).parents[1] / "src" / "flashsae"
 
 ORDER = """
 errors precision settings.kinds settings.reading settings.training settings.run
-files shapes backend
+files shapes backend neutral
 ops.register ops.validate ops.index
 ops.dense.kernels ops.dense.launch ops.dense.op
 ops.latent_rows.reference ops.latent_rows.kernels ops.latent_rows.launch ops.latent_rows.op
@@ -32,7 +32,7 @@ data.python_docs data.text_files data.text
 data.models data.windows data.language_model
 data.cache data.cache_writer data.open
 io.checkpoint
-train.config train.plan train.dead train.graph train.records train.callbacks train.state train.loop
+train.config train.plan train.dead train.graph train.records train.callbacks train.sample train.state train.loop
 train.fit
 evaluate.heldout
 report.tokens report.snippets report.plots report.render

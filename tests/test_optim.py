@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from flashsae import SAE, SAEConfig
 from flashsae.data.synthetic import SuperpositionModel
 from flashsae.errors import CheckpointError, ConfigError, DtypeError, ShapeError
-from flashsae.nn import fvu_weights
+from flashsae.nn import fvu_weights, token_variance
 from flashsae.ops import FactoredGradient, collect_factors, decode_loss, materialize, take_rows
 from flashsae.ops.factors import RowFactor
 from flashsae.optim import ADAM_EPS, FactoredAdam, default_lr, lr_factor
@@ -42,7 +42,7 @@ def _sae(dtype: torch.dtype = F32) -> SAE:
 
 
 def _loss(sae: SAE, x: Tensor) -> Tensor:
-    return sae.decode_loss(sae.encode(x), x, weights=fvu_weights(x)).loss
+    return sae.decode_loss(sae.encode(x), x, weights=fvu_weights(x, token_variance(x))).loss
 
 
 def _groups(sae: SAE) -> list[dict[str, Any]]:

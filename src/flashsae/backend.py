@@ -122,6 +122,17 @@ def resolve_device(device: str = "auto") -> torch.device:
     return resolved
 
 
+def check_single_process() -> None:
+    """Raise ConfigError in one of several processes, such as torchrun starts: each would train the same SAE."""
+    for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        size = os.environ.get(name, "1").strip()
+        if size.isdigit() and int(size) > 1:
+            raise ConfigError(
+                f"{name} is {size}: a training is one process, and each of these would train the same SAE. Start it "
+                "once, without torchrun, accelerate or mpirun."
+            )
+
+
 def describe() -> dict[str, str]:
     """Return what `flashsae doctor` prints of the machine: versions, devices and threads by name."""
     facts = {

@@ -26,6 +26,14 @@ class DataError(FlashSAEError, ValueError):
     """Activations or text are empty, too small, not finite, or not what was asked for."""
 
 
+class DataEndedError(DataError):
+    """A source that can be read only once has ended before the training."""
+
+
+class FlashSAEWarning(UserWarning):
+    """A training goes on, but its result may not be what was meant."""
+
+
 class CheckpointError(FlashSAEError):
     """A checkpoint, cache or saved SAE is damaged, foreign, or of another format version."""
 

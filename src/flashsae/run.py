@@ -21,10 +21,11 @@ from pathlib import Path
 import torch
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from flashsae import files
-from flashsae.backend import resolve_device
+from flashsae.backend import check_single_process, resolve_device
 from flashsae.data.open import Opened, Prepared, prepare_activations, run_name
 from flashsae.data.shuffle import shuffled
 from flashsae.data.sources import Source
@@ -35,7 +36,16 @@ from flashsae.nn.sae import SAE
 from flashsae.report.render import render_report
 from flashsae.report.snippets import collect_snippets, token_strings, write_snippets
 from flashsae.settings import CONFIG_FILE, RunConfig
-from flashsae.train.callbacks import LOG_FILE, JsonlLog, ProgressBar, StageBar, build_logger, check_logger, read_log
+from flashsae.train.callbacks import (
+    LOG_FILE,
+    JsonlLog,
+    ProgressBar,
+    StageBar,
+    Warn,
+    build_logger,
+    check_logger,
+    read_log,
+)
 from flashsae.train.config import ResolvedConfig, TrainConfig
 from flashsae.train.loop import train
 from flashsae.train.plan import make_plan
@@ -88,6 +98,7 @@ def execute(run: Path, console: Console) -> None:
     Raises:
         FlashSAEError: says what to do; everything written before is intact.
     """
+    check_single_process()
     config = RunConfig.from_toml(run / CONFIG_FILE)
     if config.report:
         for package in ("jinja2", "matplotlib"):
@@ -197,9 +208,9 @@ def _execute_one(run: Path, config: RunConfig, source: Source, opened: Opened, c
     sae = train(
         state,
         settings,
-        callbacks=[JsonlLog(run), ProgressBar(console), *loggers],
+        callbacks=[Warn(lambda message: _warn(console, message)), JsonlLog(run), ProgressBar(console), *loggers],
         checkpoints=run / "checkpoints",
-        measure=lambda sae: {"held_out_fvu": evaluate(sae, held_out).fvu},
+        measure=lambda sae: _measure(sae, held_out),
     )
     del state  # its memory may be needed for the whole weights
     sae = sae.to(device)
@@ -216,6 +227,17 @@ def _execute_one(run: Path, config: RunConfig, source: Source, opened: Opened, c
         console.print(f"{name}: {path.resolve()}", highlight=False, soft_wrap=True)
 
 
+def _warn(console: Console, message: str) -> None:
+    console.print(f"[bold yellow]Warning:[/] {escape(message)}", highlight=False, soft_wrap=True)
+
+
+def _measure(sae: SAE, held_out: list[torch.Tensor]) -> dict[str, float]:
+    """Return held-out figures for a line of the log."""
+    evaluation = evaluate(sae, held_out)
+    without = {"held_out_fvu_without_outliers": evaluation.fvu_without_outliers} if evaluation.outliers else {}
+    return {"held_out_fvu": evaluation.fvu, **without}
+
+
 def _evaluate(run: Path, sae: SAE, source: Source, settings: ResolvedConfig) -> dict[str, float]:
     """Measure on held-out tokens and write evaluation.json."""
     evaluation = evaluate(sae, held_out_batches(source, EVALUATION_TOKENS))
@@ -224,16 +246,18 @@ def _evaluate(run: Path, sae: SAE, source: Source, settings: ResolvedConfig) -> 
     seconds = sum((r["tokens"] - start) / r["tokens_per_second"] for start, r in zip(before, log))
     result = {
         "fvu": evaluation.fvu,
+        "fvu_without_outliers": evaluation.fvu_without_outliers,
+        "outliers": evaluation.outliers,
         "l0": evaluation.l0,
         "dead_latents": log[-1]["dead_latents"],
         "d_in": settings.d_in,
         "d_sae": settings.d_sae,
         "k": settings.k,
         "held_out_tokens": evaluation.tokens,
-        "train_tokens": settings.steps * settings.batch_tokens,
-        "steps": settings.steps,
+        "train_tokens": log[-1]["tokens"],
+        "steps": log[-1]["step"],
         "train_seconds": seconds,
-        "tokens_per_second": settings.steps * settings.batch_tokens / seconds,
+        "tokens_per_second": log[-1]["tokens"] / seconds,
     }
     files.write_atomic(run / "evaluation.json", json.dumps(result, indent=2) + "\n")
     return result
@@ -288,12 +312,21 @@ def _plan_table(config: TrainConfig, prepared: Prepared, device: torch.device, r
 def _result_table(result: dict[str, float]) -> Table:
     rows = {
         "held-out FVU": f"{result['fvu']:.4f}   ({1 - result['fvu']:.1%} of the variance explained)",
+        **_without_outliers(result),
         "L0": f"{result['l0']:.1f}",
         "dead latents": f"{result['dead_latents']:.0f} of {result['d_sae']:,} "
         f"({result['dead_latents'] / result['d_sae']:.1%})",
         "tokens/s": f"{result['tokens_per_second']:,.0f}",
     }
     return _table("Result", rows)
+
+
+def _without_outliers(result: dict[str, float]) -> dict[str, str]:
+    if not result["outliers"]:
+        return {}
+    fvu = result["fvu_without_outliers"]
+    which = f"{result['outliers']:,} of {result['held_out_tokens']:,} tokens, of norms above 10 times the median"
+    return {"without outliers": f"{fvu:.4f}   ({which})"}
 
 
 def _table(title: str, rows: Mapping[str, str]) -> Table:

@@ -36,7 +36,7 @@ def test_held_out_fvu_is_within_half_a_percent_of_a_dense_reference(cache: Activ
     batches = RowShuffle(cache, 256, seed=0)
     W_dec = params["W_dec"]
     for step in range(config.steps):
-        _, loss = dense_step_losses(batches.next_batch().float() * state.scale, params, config.k)
+        _, loss = dense_step_losses(batches.next_batch().float() * state.scale, params, config.k, state.variance)
         adam.zero_grad()
         loss.backward()
         with torch.no_grad():
@@ -52,7 +52,7 @@ def test_held_out_fvu_is_within_half_a_percent_of_a_dense_reference(cache: Activ
     reference = FVU()
     with torch.no_grad():
         scaled = held_out * state.scale
-        reference.update(scaled, dense_step_losses(scaled, params, config.k)[0])
+        reference.update(scaled, dense_step_losses(scaled, params, config.k, state.variance)[0])
     ours = flashsae.evaluate(sae, held_out).fvu
     assert 0.05 < reference.compute() < 0.5  # it has learnt something, and not everything
     assert ours == pytest.approx(reference.compute(), rel=0.005)

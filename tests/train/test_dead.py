@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from flashsae import SAE, SAEConfig, ops
+from flashsae.nn import fvu_weights
 from flashsae.ops.validate import Precision
-from flashsae.train.dead import DeadLatents, DeadRows, _rounded_up, auxk_loss
+from flashsae.train.dead import LEAST_RESIDUAL, DeadLatents, DeadRows, _rounded_up, auxk_loss
 
 D, N, K, B = 6, 30, 4, 13
 DEAD = [0, 3, 7, 8, 21]
@@ -119,7 +120,14 @@ def _dense_auxk(sae: SAE, x: Tensor, residual: Tensor, dead: list[int], k_aux: i
     chosen = torch.where(is_dead, pre_acts, -torch.inf).topk(min(k_aux, len(dead)), dim=1).indices
     code = torch.relu(pre_acts) * torch.zeros_like(pre_acts).scatter(1, chosen, 1.0)
     target = residual.detach()
-    return (target - code @ sae.W_dec).square().sum() / (target - target.mean(0)).square().sum()
+    return (target - code @ sae.W_dec).square().sum() / target.square().sum()
+
+
+def _auxk(sae: SAE, x: Tensor, residual: Tensor, dead: DeadRows, k_aux: int, variance: float = 1.0) -> Tensor:
+    """Return the loss for a residual as it may come out of the decode."""
+    weights = fvu_weights(x, variance)
+    decoded = ops.DecodeLoss((weights * residual.square().sum(1)).sum(), x - residual, residual)
+    return auxk_loss(sae, x, decoded, weights, dead, k_aux)
 
 
 def _loss_and_gradients(sae: SAE, loss: Tensor) -> dict[str, Tensor]:
@@ -136,7 +144,7 @@ def test_auxk_is_that_of_the_paper_whatever_rows_are_left_over(
 ) -> None:
     sae = _sae()
     x, residual = (torch.randn(B, D, generator=generator, dtype=torch.float64) for _ in range(2))
-    ours = _loss_and_gradients(sae, auxk_loss(sae, x, residual, _table(DEAD, capacity), k_aux))
+    ours = _loss_and_gradients(sae, _auxk(sae, x, residual, _table(DEAD, capacity), k_aux))
     theirs = _loss_and_gradients(sae, _dense_auxk(sae, x, residual, DEAD, k_aux))
     assert ours.keys() == theirs.keys() == {"loss", "W_enc_T", "W_dec", "b_enc", "b_dec"}
     for name, expected in theirs.items():
@@ -149,7 +157,7 @@ def test_auxk_is_that_of_the_paper_whatever_rows_are_left_over(
 def test_without_dead_latents_the_loss_and_its_gradients_are_zero(generator: torch.Generator) -> None:
     sae = _sae()
     x, residual = (torch.randn(B, D, generator=generator, dtype=torch.float64) for _ in range(2))
-    ours = _loss_and_gradients(sae, auxk_loss(sae, x, residual, _table([], 16), 3))
+    ours = _loss_and_gradients(sae, _auxk(sae, x, residual, _table([], 16), 3))
     assert ours["loss"].item() == 0.0
     assert all(not bool(tensor.any()) for tensor in ours.values())
 
@@ -160,8 +168,8 @@ def test_auxk_is_one_where_nothing_is_explained_and_its_target_is_fixed(generato
         sae.W_dec.zero_()
     x = torch.randn(400, D, generator=generator, dtype=torch.float64)
     residual = torch.randn(400, D, generator=generator, dtype=torch.float64, requires_grad=True)
-    loss = auxk_loss(sae, x, residual, _table(DEAD, 8), 3)
-    assert loss.item() == pytest.approx(1.0, abs=0.02)
+    loss = _auxk(sae, x, residual, _table(DEAD, 8), 3)
+    assert loss.item() == pytest.approx(1.0, rel=1e-12)
     loss.backward()
     assert residual.grad is None
     assert sae.W_dec.grad is not None
@@ -173,8 +181,20 @@ def test_auxk_does_not_depend_on_the_unit_of_the_residual(generator: torch.Gener
         sae.b_enc.zero_()
         sae.b_dec.zero_()
     x, residual = (torch.randn(B, D, generator=generator, dtype=torch.float64) for _ in range(2))
-    one, eight = (auxk_loss(sae, s * x, s * residual, _table(DEAD, 8), 3).item() for s in (1, 8))
+    one, eight = (_auxk(sae, s * x, s * residual, _table(DEAD, 8), 3, variance=float(s * s)).item() for s in (1, 8))
     assert one == pytest.approx(eight, rel=1e-12)
+
+
+def test_a_batch_that_is_met_exactly_does_not_blow_up_the_loss(generator: torch.Generator) -> None:
+    sae, x = _sae(), torch.randn(B, D, generator=generator, dtype=torch.float64)
+    nearly, exactly = (
+        _loss_and_gradients(sae, _auxk(sae, x, residual * x, _table(DEAD, 8), 3, variance=float(D)))
+        for residual in (1e-30, 0.0)
+    )
+    code_squares = nearly["loss"].item() * LEAST_RESIDUAL
+    assert 0 < code_squares < 10  # of the order of the variance: over a thousandth of it, and over nothing less
+    for name, expected in nearly.items():
+        torch.testing.assert_close(exactly[name], expected, msg=name)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
@@ -199,7 +219,7 @@ def test_in_kernels_rows_that_stand_for_no_latent_are_never_active(
     x = torch.randn(B, D, generator=generator) * 10.0 ** torch.linspace(-3, 6, B)[:, None]
     residual = torch.randn(B, D, generator=generator)
     dead = DEAD[1:]
-    results = [_loss_and_gradients(sae, auxk_loss(sae, x, residual, _table(dead, capacity), 8)) for capacity in (4, 16)]
+    results = [_loss_and_gradients(sae, _auxk(sae, x, residual, _table(dead, capacity), 8)) for capacity in (4, 16)]
     acts, indices, *_ = codes[1]
     assert acts.shape == (B, 8)
     assert bool((indices >= len(dead)).any())

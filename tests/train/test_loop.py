@@ -154,7 +154,7 @@ def test_the_step_is_that_of_a_dense_sae_with_plain_adam() -> None:
     for step in range(60):
         x = state.batches.next_batch()
         ours = train_step(state, x, config)["loss"].item()
-        _, loss = dense_step_losses(twin.next_batch(), params, config.k)
+        _, loss = dense_step_losses(twin.next_batch(), params, config.k, state.variance)
         assert ours == pytest.approx(loss.item(), rel=1e-3), step
         adam.zero_grad()
         loss.backward()

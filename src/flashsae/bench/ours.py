@@ -77,8 +77,8 @@ class OurStep:
         return train_step(self.state, x, self.config)["fvu"]
 
     def squared_error(self, fvu: float, x: Tensor) -> float:
-        """Return the sum of squared errors that an FVU stands for."""
-        return fvu * total_variance(x)
+        """Return the sum of squared errors that the FVU of a step stands for."""
+        return fvu * len(x) * self.state.variance
 
     def wrong_after_first(self) -> str:
         """Say what is wrong with the weights after the first step, "" if nothing or not known."""
@@ -130,7 +130,8 @@ def make_state(
     dead = DeadLatents(shape.d_sae, config.dead_after_tokens, problem.device)
     dead.tokens_since_fired[: problem.dead] = config.dead_after_tokens
     no_batches = cast(Batches, None)  # each step is given its batch
-    return TrainState(sae, build_optimizer(sae, config), dead, no_batches)
+    variance = total_variance(problem.xs[0]) / len(problem.xs[0])
+    return TrainState(sae, build_optimizer(sae, config), dead, no_batches, variance=variance)
 
 
 def build_ours(problem: Problem, variant: Variant) -> OurStep:

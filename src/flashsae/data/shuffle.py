@@ -9,8 +9,18 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from flashsae.data.sources import Chunk, Cursor, RowSource, Source, StreamSource, check_finite, identity_of, is_finite
-from flashsae.errors import CheckpointError, ConfigError, DataError
+from flashsae.data.sources import (
+    Chunk,
+    Cursor,
+    RowSource,
+    Source,
+    StreamSource,
+    check_finite,
+    identity_of,
+    is_finite,
+    what_is_not_finite,
+)
+from flashsae.errors import CheckpointError, ConfigError, DataEndedError, DataError
 
 State: TypeAlias = tuple[dict[str, Any], dict[str, Tensor]]
 """What resumes a shuffle: a part for JSON and a part for tensors."""
@@ -18,6 +28,9 @@ State: TypeAlias = tuple[dict[str, Any], dict[str, Tensor]]
 
 class Batches(Protocol):
     """An endless sequence of shuffled batches."""
+
+    epoch_tokens: int | None
+    """Tokens of an epoch; None as long as no epoch has been seen to its end."""
 
     def next_batch(self) -> Tensor:
         """Return the next [batch_tokens, d_in] activations, dtype and device of the source."""
@@ -76,6 +89,7 @@ class RowShuffle:
             )
         self._block_rows = block_rows if len(self._rows) > window_rows else 1
         self._blocks_per_window = max(1, window_rows // self._block_rows)
+        self.epoch_tokens: int | None = len(self._rows)
         self._epoch, self._window, self._offset = 0, 0, 0
         self._order = self._window_rows()
 
@@ -126,12 +140,12 @@ class RowShuffle:
     def restore(self, state: State) -> None:
         """Go on at a place; raises CheckpointError if the source is another, or has another number of rows now."""
         place = state[0]
+        _check_identity(self._source, place)
         if place["rows"] != len(self._rows):
             raise CheckpointError(
                 f"{self._source.name} has {len(self._rows)} training rows now, {place['rows']} when the checkpoint was "
                 "written. Resume with the same data, or start a new run."
             )
-        _check_identity(self._source, place)
         self._epoch, self._window, self._offset = place["epoch"], place["window"], place["offset"]
         self._order = self._window_rows()
 
@@ -159,6 +173,9 @@ class BufferShuffle:
         self._generator = _generator(seed)
         self._epoch = 0
         self._is_over = False  # what can be read only once has been read; not so behind a restored state
+        self.epoch_tokens: int | None = None
+        self._counted: int | None = 0  # rows read of this epoch; None if it was gone on with in its middle
+        self._whole: int | None = None  # rows of the epoch before
         self._cursor: Cursor | None = None
         self._chunks: Iterator[tuple[Chunk, Cursor]] | None = None
         self._rest: Tensor | None = None  # of the last chunk, what the buffer had no room for
@@ -169,12 +186,12 @@ class BufferShuffle:
         self._capacity = buffer_tokens
 
     def next_batch(self) -> Tensor:
-        """Return the next batch. Raises DataError when a source that can be read only once has ended."""
+        """Return the next batch. Raises DataEndedError when a source that can be read only once has ended."""
         self._fill()
         if self._buffer is None or len(self._order) < self._batch_tokens:
-            raise DataError(
+            raise DataEndedError(
                 f"{self._source.name} ended: {len(self._order)} rows are left, fewer than a batch of "
-                f"{self._batch_tokens}. Give more data, or set tokens to what there is."
+                f"{self._batch_tokens}."
             )
         places, self._order = self._order[: self._batch_tokens], self._order[self._batch_tokens :]
         self._free = torch.cat([self._free, places])
@@ -220,12 +237,20 @@ class BufferShuffle:
             for chunk, cursor in self._chunks:
                 self._cursor = cursor
                 if len(chunk.acts):
+                    self._count(len(chunk.acts))
                     check_finite(chunk.acts, f"{self._source.name}, groups {_span(chunk.group)}")
                     return chunk.acts
             self._chunks, self._cursor = None, None
+            self._whole, self._counted = self._counted, 0
             self._epoch += 1
         self._is_over = True
         return None
+
+    def _count(self, rows: int) -> None:
+        """Count the rows of an epoch; the size of the last one is known once another one begins."""
+        if self._counted is not None:
+            self.epoch_tokens = self.epoch_tokens or self._whole
+            self._counted += rows
 
     def state(self) -> State:
         """Return the cursor and the contents of the buffer: first those to be given out, in their order."""
@@ -251,6 +276,7 @@ class BufferShuffle:
         _check_identity(self._source, place)
         self._epoch, self._cursor, self._chunks = place["epoch"], place["cursor"], None
         self._is_over = place.get("is_over", False)
+        self._counted = None
         self._generator.set_state(tensors["generator"])
         if "buffer" in tensors:
             rows = tensors["buffer"].to(place["device"])
@@ -279,9 +305,9 @@ def _check_identity(source: Source, place: dict[str, Any]) -> None:
 def _check_rows(batch: Tensor, index: Tensor, name: str) -> None:
     """Raise DataError naming the row of the source that holds NaN or Inf."""
     if not is_finite(batch):
-        bad = index[~torch.isfinite(batch).all(dim=1).cpu()]
+        bad = index[~torch.isfinite(batch.float()).all(dim=1).cpu()]
         raise DataError(
-            f"{name}: row {int(bad[0])} holds NaN or Inf ({len(bad)} such rows in this batch). "
+            f"{name}: row {int(bad[0])} holds {what_is_not_finite(batch)} ({len(bad)} such rows in this batch). "
             "Find out where they come from, or drop those rows, and start again; checkpoints are intact."
         )
 

@@ -7,7 +7,7 @@ A `StreamSource` can only be read forwards and resumed at a cursor; a `RowSource
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flashsae.data.fingerprint import rows_digest
+from flashsae.data.fingerprint import rows_digest, tensors_digest
 from flashsae.errors import DataError, DtypeError, ShapeError
 from flashsae.ops.validate import FLOATS
 from flashsae.settings.reading import check_held_out as check_held_out
@@ -26,6 +26,7 @@ Cursor: TypeAlias = dict[str, int]
 """A place in a stream, as JSON: opaque to everyone but the source that made it."""
 
 _ARRAY_CHUNK_ROWS = 8192
+_HASHED_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -134,20 +135,25 @@ def _shift(h: Tensor, bits: int) -> Tensor:
 
 
 def is_finite(acts: Tensor) -> bool:
-    """Tell whether a tensor is free of NaN and Inf; ten times as fast as asking every element."""
-    return acts.numel() == 0 or all(bool(torch.isfinite(bound)) for bound in torch.aminmax(acts))
+    """Tell whether float32 holds a tensor without NaN and Inf; ten times as fast as asking every element."""
+    return acts.numel() == 0 or all(bool(torch.isfinite(bound.float())) for bound in torch.aminmax(acts))
 
 
 def check_finite(acts: Tensor, where: str) -> None:
-    """Raise DataError if `acts` ([n, d_in]) holds NaN or Inf; the message says how many rows and which first."""
+    """Raise DataError if `acts` ([n, d_in]) holds NaN or Inf, or would in float32; says how many rows, and which."""
     if is_finite(acts):
         return
-    bad = ~torch.isfinite(acts).all(dim=1)
-    first = int(bad.nonzero()[0])
+    bad = ~torch.isfinite(acts.float()).all(dim=1)
     raise DataError(
-        f"{where}: {int(bad.sum())} of {len(acts)} rows hold NaN or Inf (first: row {first}). "
-        "Find out where they come from, or drop those rows, and start again; checkpoints are intact."
+        f"{where}: {int(bad.sum())} of {len(acts)} rows hold {what_is_not_finite(acts)} (first: row "
+        f"{int(bad.nonzero()[0])}). Find out where they come from, or drop those rows, and start again; checkpoints "
+        "are intact."
     )
+
+
+def what_is_not_finite(acts: Tensor) -> str:
+    """Return what to call the reason why `is_finite` is False."""
+    return "numbers beyond float32" if bool(torch.isfinite(acts).all()) else "NaN or Inf"
 
 
 def check_acts(x: Tensor, what: str) -> Tensor:
@@ -187,8 +193,10 @@ class ArraySource:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint must find again: a sample of the rows, and how they are split."""
-        return {"rows": rows_digest(self._x), "held_out": self._held_out}
+        """What a checkpoint must find again: all rows of up to 64 MiB, a sample of more, and how they are split."""
+        is_small = self._x.numel() * self._x.element_size() <= _HASHED_BYTES
+        rows = tensors_digest([("x", self._x)]) if is_small else rows_digest(self._x)
+        return {"kind": "array", "rows": rows, "held_out": self._held_out}
 
     def split_rows(self, split: Split) -> Tensor:
         """Return the row numbers of a split: [n], int64, ascending."""
@@ -210,16 +218,51 @@ class ArraySource:
 
 def as_acts(x: Tensor | np.ndarray, what: str) -> Tensor:
     """Return x as a tensor without copying it if it is [tokens, d_in] of a float dtype, else say what is wrong."""
-    return check_acts(x if isinstance(x, Tensor) else _as_tensor(x), what)
+    return check_acts(x if isinstance(x, Tensor) else _as_tensor(x, what), what)
 
 
-def _as_tensor(x: np.ndarray) -> Tensor:
+def batch_acts(batch: Any, what: str) -> Tensor:
+    """Return a batch of an iterable as a tensor: itself, or the only one in a tuple, list or dict.
+
+    Raises:
+        ShapeError, DtypeError: it is not one float [tokens, d_in].
+    """
+    if isinstance(batch, Mapping):
+        if len(batch) != 1:
+            raise DtypeError(
+                f"{what}: expected one tensor, got a dict of {', '.join(map(str, batch)) or 'nothing'}. Choose one: "
+                "(batch['acts'] for batch in x)."
+            )
+        (batch,) = batch.values()
+    if isinstance(batch, tuple | list):
+        if len(batch) != 1:
+            raise DtypeError(
+                f"{what}: expected one tensor, got a {type(batch).__name__} of {len(batch)}. Choose one: (batch[0] for "
+                "batch in x)."
+            )
+        batch = batch[0]  # what a DataLoader over a TensorDataset yields
+    return as_acts(batch, what)
+
+
+def iterate(x: Any) -> Iterator[Any]:
+    """Return an iterator over batches; raises DtypeError if x is no iterable."""
+    try:
+        return iter(x)
+    except TypeError as error:
+        raise DtypeError(
+            f"x: expected a tensor, a numpy array or an iterable of such, got {type(x).__name__}."
+        ) from error
+
+
+def _as_tensor(x: np.ndarray, what: str) -> Tensor:
     if not isinstance(x, np.ndarray):
-        raise DtypeError(f"x: expected a tensor, a numpy array or an iterable of such, got {type(x).__name__}.")
+        raise DtypeError(f"{what}: expected a tensor, a numpy array or an iterable of such, got {type(x).__name__}.")
     if x.dtype.kind != "f" or x.dtype.itemsize > 8:
-        raise DtypeError(f"x: expected a float array, got {x.dtype}. Convert it: x.astype('float32').")
+        raise DtypeError(f"{what}: expected a float array, got {x.dtype}. Convert it: x.astype('float32').")
     if any(stride < 0 for stride in x.strides) or not x.dtype.isnative:
-        raise DtypeError("x: expected an array that torch can share, got reversed strides or bytes. Copy it: x.copy().")
+        raise DtypeError(
+            f"{what}: expected an array that torch can share, got reversed strides or bytes. Copy it: x.copy()."
+        )
     return torch.from_numpy(x) if x.flags.writeable else _read_only_tensor(x)
 
 
@@ -236,7 +279,7 @@ class IterableSource:
     Args:
         batches: read once if it is an iterator, once an epoch otherwise.
     Raises:
-        ShapeError, DtypeError: a batch is not [tokens, d_in] or not float, or the width changes.
+        ShapeError, DtypeError: a batch is not [tokens, d_in] or not float, or width, dtype or device change.
     """
 
     def __init__(self, batches: Iterable[Tensor | np.ndarray], *, name: str = "the iterable x") -> None:
@@ -248,16 +291,12 @@ class IterableSource:
 
     def _first_width(self) -> int:
         """Read the first batch for its width and keep it, so that a generator loses nothing."""
-        try:
-            self._iterator = iter(self._batches)
-        except TypeError as error:
-            raise DtypeError(
-                f"x: expected a tensor, a numpy array or an iterable of such, got {type(self._batches).__name__}."
-            ) from error
+        self._iterator = iterate(self._batches)
         self._ahead = next((self._tensor(batch) for batch in self._iterator), None)
         if self._ahead is None:
             raise DataError(f"{self.name} is empty: expected at least one [tokens, d_in] batch.")
-        self.identity = {"first batch": rows_digest(self._ahead)}
+        self.identity = {"kind": "iterable", "first batch": rows_digest(self._ahead)}
+        self._kind = self._ahead.dtype, self._ahead.device
         return int(self._ahead.shape[1])
 
     @property
@@ -266,9 +305,7 @@ class IterableSource:
         return self._d_in
 
     def _tensor(self, batch: Any) -> Tensor:
-        if isinstance(batch, tuple | list) and len(batch) == 1:
-            batch = batch[0]  # what a DataLoader over a TensorDataset yields
-        return as_acts(batch, f"a batch of {self.name}")
+        return batch_acts(batch, f"a batch of {self.name}")
 
     def _epoch(self) -> Iterator[Tensor]:
         iterator, self._iterator = self._iterator, None
@@ -292,6 +329,12 @@ class IterableSource:
             if acts.shape[1] != self._d_in:
                 raise ShapeError(
                     f"batch {number} of {self.name}: expected [tokens, {self._d_in}], got {list(acts.shape)}."
+                )
+            if (acts.dtype, acts.device) != self._kind:
+                expected, device = self._kind
+                raise DtypeError(
+                    f"batch {number} of {self.name}: expected {expected} on {device}, as the first batch, got "
+                    f"{acts.dtype} on {acts.device}. Convert all of them: (batch.float() for batch in x)."
                 )
             group = torch.arange(row, row + len(acts))
             row += len(acts)

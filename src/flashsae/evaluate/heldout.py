@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from copy import copy
 from dataclasses import dataclass
+from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashsae.data.sources import Source, as_acts, check_finite
+from flashsae.data.sources import RowSource, Source, as_acts, batch_acts, check_finite, iterate
 from flashsae.errors import ConfigError, DataError
-from flashsae.metrics import FVU, LatentActivity
+from flashsae.metrics import FVU, LatentActivity, norm_limit
+from flashsae.neutral import neutral
 from flashsae.nn.sae import SAE
 
+NORM_TOKENS = 8192
+"""Tokens whose median norm says which are outliers."""
+
 _COSINE_ROWS = 1024
+_READ_ROWS = 8192
+_NONE = torch.zeros(0)
 
 
 @dataclass(frozen=True)
@@ -23,50 +32,101 @@ class Evaluation:
     """Figures of an SAE on some tokens.
 
     Args:
-        fvu: Σ‖x − x_hat‖² / Σ‖x − mean x‖² over all of them, in float64.
+        fvu: Σ‖x − x_hat‖² / Σ‖x − mean x‖² over all of them, in float64, of x as it was given.
         l0: mean number of active latents (value > 0) a token.
         tokens: how many tokens.
         latent_density: [d_sae], float64, fraction of the tokens on which each latent is active.
+        fvu_without_outliers: fvu over the other tokens, and about their mean. Where a few tokens of huge norm hold most
+            of the variance, fvu is about them, and this about the rest.
+        outliers: tokens whose norm exceeds 10 times the median norm of the first 8192 tokens (of an array or a larger
+            batch: of up to as many at equal distances).
     """
 
     fvu: float
     l0: float
     tokens: int
     latent_density: Tensor
+    fvu_without_outliers: float
+    outliers: int
 
 
+@neutral()
 @torch.no_grad()
 def evaluate(
     sae: SAE, x: Tensor | np.ndarray | Iterable[Tensor | np.ndarray], *, batch_tokens: int = 4096
 ) -> Evaluation:
     """Measure an SAE.
 
+    Only what the SAE reads is rounded to its dtype; x_hat is compared with x as it was given.
+
     Args:
         sae: on any device.
-        x: [tokens, d_in], tensor or numpy, or an iterable of such batches; held-out tokens, if the figures are to
-            mean anything.
+        x: anything that `flashsae.fit` takes, [tokens, d_in] in all; held-out tokens, if the figures are to mean
+            anything.
         batch_tokens: tokens encoded at once.
     Raises:
-        DataError: there are no tokens, or one holds NaN or Inf.
+        DataError: there are no tokens, or one holds NaN, Inf, or more than float32 does.
         ShapeError, DtypeError: x does not fit the SAE.
     """
-    if batch_tokens < 1:
-        raise ConfigError(f"batch_tokens: expected a positive number, got {batch_tokens}.")
+    if isinstance(batch_tokens, bool) or not hasattr(batch_tokens, "__index__") or batch_tokens < 1:
+        raise ConfigError(f"batch_tokens: expected a positive int, got {batch_tokens!r}.")
+    first, batches = _begin(x)
+    limit = norm_limit(torch.cat([_norms(batch[:: 1 + len(batch) // NORM_TOKENS]) for batch in first] or [_NONE]))
     fvu, activity = FVU(), LatentActivity(sae.config.d_sae, sae.W_dec.device)
-    for batch in [x] if isinstance(x, Tensor | np.ndarray) else x:
-        for part in torch.split(as_acts(batch, "x"), batch_tokens):
+    others, outliers = fvu, 0
+    for batch in batches:
+        for part in torch.split(batch, int(batch_tokens)):
             check_finite(part, "x")
-            part = part.to(sae.W_dec.device, sae.W_dec.dtype)
-            code = sae.encode(part)
-            fvu.update(part, sae.decode(code))
+            code = sae.encode(part.to(sae.W_dec.device, sae.W_dec.dtype))
             activity.update(code.top_acts, code.top_indices)
+            part, x_hat = part.to(sae.W_dec.device), sae.decode(code)
+            is_outlier = _norms(part) > limit
+            if others is fvu and bool(is_outlier.any()):
+                others = copy(fvu)
+            fvu.update(part, x_hat)
+            if others is not fvu:
+                others.update(part[~is_outlier], x_hat[~is_outlier])
+                outliers += int(is_outlier.sum())
     if activity.tokens == 0:
         raise DataError("x is empty: expected at least one token to evaluate on. Give more data or a larger held_out.")
-    return Evaluation(fvu.compute(), activity.l0(), activity.tokens, activity.latent_density().cpu())
+    density = activity.latent_density().cpu()
+    return Evaluation(fvu.compute(), activity.l0(), activity.tokens, density, others.compute(), outliers)
+
+
+def _begin(x: Any) -> tuple[list[Tensor], Iterator[Tensor]]:
+    """Return tokens to know the usual norm from, and all batches from the first."""
+    if isinstance(x, Tensor | np.ndarray):
+        acts = as_acts(x, "x")
+        return [acts], iter([acts])
+    batches = (batch_acts(batch, "a batch of x") for batch in iterate(x))
+    first: list[Tensor] = []
+    while sum(map(len, first)) < NORM_TOKENS:
+        batch = next(batches, None)
+        if batch is None:
+            break
+        first.append(batch)
+    return first, chain(first, batches)
+
+
+def _norms(x: Tensor) -> Tensor:
+    """Return the norm of each token: [B], float64."""
+    norms: Tensor = x.double().norm(dim=1)
+    return norms
 
 
 def held_out_batches(source: Source, max_tokens: int) -> Iterator[Tensor]:
-    """Yield the first held-out activations of a source, [n, d_in] each, `max_tokens` in all at most."""
+    """Yield held-out activations of a source, [n, d_in] each, `max_tokens` in all at most; the same in every call.
+
+    Where any row can be read, they lie at equal distances in all that is held out, and so do those of each batch. A
+    stream gives the first ones; its documents come shuffled.
+    """
+    if isinstance(source, RowSource):
+        rows = source.split_rows("held_out")
+        tokens = min(max_tokens, len(rows))
+        rows = rows[torch.arange(tokens, dtype=torch.int64) * len(rows) // max(tokens, 1)]
+        batches = -(-tokens // _READ_ROWS)
+        yield from (source.rows(rows[start::batches]) for start in range(batches))
+        return
     left = max_tokens
     for chunk, _ in source.chunks("held_out"):
         acts = chunk.acts[:left]
@@ -77,6 +137,7 @@ def held_out_batches(source: Source, max_tokens: int) -> Iterator[Tensor]:
             return
 
 
+@neutral()
 @torch.no_grad()
 def latent_geometry(sae: SAE) -> dict[str, Tensor]:
     """Describe the directions of an SAE.

@@ -14,7 +14,7 @@ from flashsae import files
 from flashsae.errors import CheckpointError
 
 FORMAT = "flashsae.checkpoint"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _MANIFEST = "manifest.json"
 _TENSORS = "tensors.safetensors"
 _STATE = "state.json"

@@ -2,25 +2,52 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flashsae.ops.variance import total_variance
+from flashsae.errors import ConfigError
+from flashsae.ops.validate import compute_dtype
 from flashsae.shapes import Activations
 
 
-def fvu_weights(target: Activations) -> Float[Tensor, " B"]:
-    """Return the weight of each token that makes a squared error a fraction of the variance of the target.
+def fvu_weights(x: Activations, variance: float) -> Float[Tensor, " B"]:
+    """Return the weight of each token that makes a squared error a fraction of a given variance.
 
-        weights = 1 / Σ‖target − mean_B target‖²
+        weights = 1 / (B · variance)
 
-    With them `flashsae.ops.decode_loss` gives the FVU of the batch, or, with what the SAE left over as target, the
-    AuxK loss. Both are scale-free: multiplying every activation by a number changes neither.
+    With them `flashsae.ops.decode_loss` gives Σ‖x − x_hat‖² / (B · variance): an estimate of the FVU whose
+    denominator is fixed, so that no batch can make it vanish, be it of one token or of equal ones.
 
     Args:
-        target: [B, d_in]. The mean is that of the batch, so this estimates the FVU of the whole set.
+        x: [B, d_in], a batch.
+        variance: of a token, the mean of ‖x − mean x‖² over a sample of the data: `token_variance(sample)`.
     Returns:
-        [B], float32 (float64 for float64), all equal. A constant batch gives large finite weights, not NaN.
+        [B], float32 (float64 for float64), all equal, on the device of x.
+    Raises:
+        ConfigError: the variance is not a positive number.
     Gradients: none.
+    Source: Gao et al. 2024 scale the loss by the variance of an initial sample in their code; the paper does not say.
     """
-    return (1 / total_variance(target.detach()).clamp_min(1e-30)).repeat(len(target))
+    if not 0.0 < variance < math.inf:
+        raise ConfigError(f"variance: expected a positive number, got {variance}. Take that of a larger sample.")
+    weight = 1 / (max(len(x), 1) * variance)
+    return torch.full((len(x),), weight, dtype=compute_dtype(x.dtype), device=x.device)
+
+
+@torch.no_grad()
+def token_variance(x: Activations) -> float:
+    """Return the mean of ‖x − mean x‖² over tokens, in float64; 0 if it is no more than float64 rounds away.
+
+    Args:
+        x: [n, d_in], float.
+    """
+    if len(x) == 0:
+        return 0.0
+    wide = x.detach().double()
+    mean = wide.mean(0)
+    mean = mean + (wide - mean).mean(0)
+    variance = (wide - mean).square().sum(1).mean().item()
+    return variance if variance > mean.mul(1e-12).square().sum().item() else 0.0

@@ -143,7 +143,7 @@ class SAE(nn.Module):
         Args:
             code: of B tokens.
             target: [B, d_in], float; x itself.
-            weights: [B], of the tokens, as from `fvu_weights`.
+            weights: [B], of the tokens, as from `flashsae.nn.fvu_weights`.
         """
         return ops.decode_loss(
             code.top_acts,

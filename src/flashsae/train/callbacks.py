@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -41,6 +41,9 @@ class Callback:
     def on_log(self, record: Mapping[str, float]) -> None:
         """A line of the log: step, tokens, loss, fvu, l0, dead_latents, lr, tokens_per_second, ..."""
 
+    def on_warning(self, message: str) -> None:
+        """The training goes on, but its result may not be what was meant; a sentence or two that say why."""
+
     def close(self) -> None:
         """Training has ended, or failed."""
 
@@ -51,6 +54,21 @@ class Callback:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class Warn(Callback):
+    """Pass warnings on.
+
+    Args:
+        warn: called with each message.
+    """
+
+    def __init__(self, warn: Callable[[str], None]) -> None:
+        self._warn = warn
+
+    def on_warning(self, message: str) -> None:
+        """Pass on a warning."""
+        self._warn(message)
 
 
 class JsonlLog(Callback):

@@ -10,13 +10,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from flashsae import ops
-from flashsae.metrics import count_active
-from flashsae.nn.losses import fvu_weights
+from flashsae.metrics import count_active, is_dead
 from flashsae.nn.sae import SAE
 from flashsae.shapes import Activations, TopActs, TopIndices
 
 PERIOD = 16
 """Steps between two looks of the host at how many latents are dead, at most, where looking would make it wait."""
+
+LEAST_RESIDUAL = 1e-3
+"""Of the variance: a residual of less counts as this much, so that a batch met exactly cannot blow up the loss."""
 
 _NEVER = -1e30  # bias of a row that stands for no latent: never above 0
 
@@ -80,7 +82,7 @@ class DeadLatents:
 
     def mask(self) -> Tensor:
         """Return which latents are dead: [d_sae], bool."""
-        return self.tokens_since_fired >= self._after_tokens
+        return is_dead(self.tokens_since_fired, self._after_tokens)
 
     def rows(self, capacity: int) -> DeadRows:
         """Return a table of the dead latents, which must be no more than `capacity`; no wait for the device."""
@@ -140,36 +142,39 @@ class DeadLatents:
         return (self.tokens_since_fired >= self._after_tokens - tokens).sum()
 
 
-def auxk_loss(sae: SAE, x: Activations, residual: Activations, dead: DeadRows, k_aux: int) -> Float[Tensor, ""]:
+def auxk_loss(
+    sae: SAE, x: Activations, decoded: ops.DecodeLoss, weights: Float[Tensor, " B"], dead: DeadRows, k_aux: int
+) -> Float[Tensor, ""]:
     """Compute how badly dead latents explain what the living ones left over.
 
-        Σ‖residual − residual_hat‖² / Σ‖residual − mean_B residual‖²
+        Σ‖residual − residual_hat‖² / Σ‖residual‖²
 
     residual_hat is the reconstruction from the k_aux largest dead latents of each token, without b_dec.
 
     Args:
         sae: whose latents are dead.
         x: [B, d_in].
-        residual: [B, d_in], x − x_hat; no gradient flows into it.
+        decoded: of x and its code, with these weights; no gradient flows into it.
+        weights: [B], all equal, from `flashsae.nn.fvu_weights`.
         dead: the dead latents; their rows are all that is read or changed.
         k_aux: dead latents to use for each token.
     Returns:
-        scalar; 0 if no latent is dead. About 1 when the dead latents explain nothing. To be weighted by auxk_alpha
-        (1/32).
+        scalar; 0 if no latent is dead. 1 when the dead latents give nothing. To be weighted by auxk_alpha (1/32).
     Gradients: W_dec, W_enc_T and b_enc at dead latents, and b_dec.
+    Numerics: the denominator is `decoded.loss`, in the same unit as the numerator, and so costs nothing. It is no less
+        than a thousandth of the variance of the sample: no batch can make it vanish.
     Cost: as `encode_topk` and `decode_loss` with as many latents as the table has rows.
     Source: Gao et al. 2024, "Scaling and evaluating sparse autoencoders", appendix A.2. The paper leaves the
-        normalisation open; here it is the variance of the residual in the batch.
+        normalisation open; here it is the squared residual of the batch.
     """
     W_enc_T, W_dec = (ops.take_rows(W, dead.latents, dead.slots) for W in (sae.W_enc_T, sae.W_dec))
     b_enc = torch.where(dead.is_dead, sae.b_enc.index_select(0, dead.latents), _NEVER)
     k = min(k_aux, len(dead.latents))
     acts, indices = ops.encode_topk(x, W_enc_T, b_enc, k, b_dec=sae.b_dec, precision=sae.precision)
-    target = residual.detach()
-    loss = ops.decode_loss(
-        acts, indices, W_dec, None, target, weights=fvu_weights(target), precision=sae.precision
+    missed = ops.decode_loss(
+        acts, indices, W_dec, None, decoded.residual.detach(), weights=weights, precision=sae.precision
     ).loss
-    return loss * dead.is_dead[0]
+    return missed / decoded.loss.detach().clamp_min(LEAST_RESIDUAL) * dead.is_dead[0]
 
 
 def _rounded_up(count: int, largest: int) -> int:

@@ -6,20 +6,22 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from warnings import warn
 
 import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor
 
-from flashsae.backend import resolve_device
+from flashsae.backend import check_single_process, resolve_device
 from flashsae.data.shuffle import shuffled
 from flashsae.data.sources import ArraySource, IterableSource
-from flashsae.errors import CheckpointError, ConfigError, StorageError
+from flashsae.errors import CheckpointError, ConfigError, FlashSAEWarning, StorageError
 from flashsae.files import only_one, storage_errors
+from flashsae.neutral import neutral
 from flashsae.nn.sae import SAE
-from flashsae.train.callbacks import Callback, JsonlLog, ProgressBar
-from flashsae.train.config import TrainConfig
+from flashsae.train.callbacks import Callback, JsonlLog, ProgressBar, Warn
+from flashsae.train.config import ResolvedConfig, TrainConfig
 from flashsae.train.loop import train
 from flashsae.train.state import init_state
 
@@ -27,6 +29,7 @@ LEAST_TOKENS = 2_000_000
 """About 2000 steps: fewer leave some directions unfound, however small the data."""
 
 
+@neutral()
 def fit(
     x: Tensor | np.ndarray | Iterable[Tensor | np.ndarray],
     *,
@@ -40,9 +43,12 @@ def fit(
 ) -> SAE:
     """Train a TopK SAE on activations.
 
+    What the caller has set for all of PyTorch (autocast, default dtype and device, gradient mode, ...) changes nothing.
+
     Args:
         x: [tokens, d_in], a float tensor, numpy array or memory-mapped array, read in random order; or any iterable
-            of such batches, read in its order through a shuffle buffer. d_in is taken from it.
+            of such batches (or of tuples and dicts of one, as a DataLoader gives), read in its order through a shuffle
+            buffer. d_in is taken from it. If it can be read only once and ends early, the training ends with it.
         d_sae: number of latents.
         k: latents active for each token.
         tokens: tokens to train on, repeats counted. Default: those of `config`; without one, ten
@@ -50,14 +56,18 @@ def fit(
         config: every other setting; its d_sae, k and tokens give way to those above.
         run: folder for metrics.jsonl and checkpoints. Must not exist, unless `resume`. None writes nothing.
         resume: go on from the newest checkpoint in `run`, bit for bit, with the same x and settings.
-        progress: show a progress bar on standard error.
+        progress: say what will be done, and show a progress bar, on standard error.
     Returns:
         the trained SAE, on the device it was trained on.
     Raises:
-        ShapeError, DtypeError, ConfigError: an argument does not fit.
-        DataError: x is empty, holds NaN or Inf, or ended early.
+        ShapeError, DtypeError, ConfigError: an argument does not fit, or this is one of several processes.
+        DataError: x is empty, does not vary, holds NaN or Inf or what float32 cannot hold, or ended before the first
+            step.
         StorageError, CheckpointError: `run` exists, or cannot be written or resumed.
+    Warns:
+        FlashSAEWarning: x ended early; its tokens come more than 100 times; few of them hold most of the variance.
     """
+    check_single_process()
     if resume and run is None:
         raise ConfigError("resume: expected run=FOLDER beside it, the folder to go on in.")
     source = ArraySource(x) if isinstance(x, Tensor | np.ndarray) else IterableSource(x)
@@ -80,12 +90,25 @@ def fit(
         with storage_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
     checkpoints = None if folder is None else folder / "checkpoints"
-    callbacks: list[Callback] = [] if folder is None else [JsonlLog(folder)]
+    callbacks: list[Callback] = [Warn(_warn)] if folder is None else [Warn(_warn), JsonlLog(folder)]
     if progress:
-        callbacks.append(ProgressBar(Console(stderr=True)))
-    alone = nullcontext() if folder is None else only_one(folder)
-    with alone, torch.inference_mode(False), torch.enable_grad():  # whatever the caller had switched off
+        console = Console(stderr=True)
+        console.print(_what_will_be_done(settings, batches.epoch_tokens, device), highlight=False, soft_wrap=True)
+        callbacks.append(ProgressBar(console))
+    with nullcontext() if folder is None else only_one(folder):
         state = init_state(settings, batches, device, checkpoints)
         sae = train(state, settings, callbacks=callbacks, checkpoints=checkpoints)
         del state  # its memory may be needed for the whole weights
         return sae.to(device)
+
+
+def _what_will_be_done(config: ResolvedConfig, rows: int | None, device: torch.device) -> str:
+    repeats = "" if rows is None else f" (each of the {rows:,} in x about {config.tokens / rows:,.3g} times)"
+    return (
+        f"TopK SAE, d_in {config.d_in:,}, d_sae {config.d_sae:,}, k {config.k}, on {device}: {config.tokens:,} tokens"
+        f"{repeats} in {config.steps:,} steps of {config.batch_tokens:,}. tokens= changes how long it takes."
+    )
+
+
+def _warn(message: str) -> None:
+    warn(message, FlashSAEWarning, stacklevel=2)

@@ -5,20 +5,22 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from flashsae.data.prefetch import Prefetcher
-from flashsae.errors import FlashSAEError
+from flashsae.errors import DataEndedError, FlashSAEError
 from flashsae.io.checkpoint import save_checkpoint
-from flashsae.nn.losses import fvu_weights
+from flashsae.neutral import neutral
 from flashsae.nn.sae import SAE
 from flashsae.optim import lr_factor
 from flashsae.train.callbacks import Callback
 from flashsae.train.config import ResolvedConfig
 from flashsae.train.dead import auxk_loss
+from flashsae.train.plan import repeats_warning
 from flashsae.train.records import Records
 from flashsae.train.state import TrainState, to_checkpoint
 
@@ -32,8 +34,9 @@ def train_step(state: TrainState, x: Tensor, config: ResolvedConfig, scale: floa
         config: settings.
         scale: what to multiply x by, in float32 or wider, before anything else.
     Returns:
-        scalars on the device: loss, fvu, l0, and auxk_loss and grad_norm where they are computed. To be read before
-        the next step, which may overwrite them.
+        scalars on the device: fvu, Σ‖x − x_hat‖² / (batch_tokens · variance of a token of the initial sample), which
+        estimates the FVU of the whole set; loss, that and auxk_alpha times the auxiliary loss; l0; and auxk_loss and
+        grad_norm where they are computed. To be read before the next step, which may overwrite them.
     """
     capacity = state.dead.capacity(state.step, len(x)) if config.auxk_alpha else 0
     state.optimizer.param_groups[0]["lr"].fill_(_learning_rate(state.step, config))  # that of all groups
@@ -58,10 +61,12 @@ def _compute_step(state: TrainState, x: Tensor, config: ResolvedConfig, capacity
     sae, optimizer = state.sae, state.optimizer
     optimizer.zero_grad()
     code = sae.encode(x)
-    loss, _, residual = sae.decode_loss(code, x, weights=fvu_weights(x))
+    weights = state.loss_weights(x)
+    decoded = sae.decode_loss(code, x, weights=weights)
+    loss = decoded.loss
     metrics = {"fvu": loss.detach()}
     if capacity:
-        aux = auxk_loss(sae, x, residual, state.dead.rows(capacity), config.k_aux)
+        aux = auxk_loss(sae, x, decoded, weights, state.dead.rows(capacity), config.k_aux)
         loss = loss + config.auxk_alpha * aux
         metrics["auxk_loss"] = aux.detach()
     metrics["loss"] = loss.detach()
@@ -76,6 +81,7 @@ def _compute_step(state: TrainState, x: Tensor, config: ResolvedConfig, capacity
     return metrics
 
 
+@neutral()
 def train(
     state: TrainState,
     config: ResolvedConfig,
@@ -84,7 +90,7 @@ def train(
     checkpoints: Path | None = None,
     measure: Callable[[SAE], dict[str, float]] | None = None,
 ) -> SAE:
-    """Train until all steps are done.
+    """Train until all steps are done, or until data that can be read only once has ended.
 
     Args:
         state: from `init_state`, or restored from a checkpoint; changed in place.
@@ -96,7 +102,8 @@ def train(
         the trained SAE, in units of the activations as they come; on the CPU if its weights were split, because the
         state may leave no room for whole ones on the device.
     Raises:
-        DataError: activations hold NaN or Inf, or ended; or the loss is not finite. Says which step and source.
+        DataError: activations hold NaN or Inf, or ended before the first step; or the loss is not finite. Says which
+            step and source.
         StorageError: a checkpoint or log could not be written. What was written before is intact.
     """
     device = state.sae.W_dec.device
@@ -104,35 +111,117 @@ def train(
         for callback in callbacks:
             stack.enter_context(callback)
             callback.on_start(state.step, config.steps)
-        clock, records = _Clock(state.step), Records()
+        run = _Run(state, config, callbacks, checkpoints, measure)
+        for message in state.warnings:
+            run.warn(message)
         batches = stack.enter_context(Prefetcher(state.batches, device, state.captured.capturing))
         while state.step < config.steps:
-            step = state.step + 1
-            is_last = step == config.steps
-            is_checkpoint = checkpoints is not None and (is_last or step % config.checkpoint_every_steps == 0)
-            is_measured = measure is not None and (is_last or step % config.evaluate_every_steps == 0)
+            run.warn_of_repeats()
+            is_checkpoint = run.is_due(config.checkpoint_every_steps) and checkpoints is not None
+            is_measured = run.is_due(config.evaluate_every_steps) and measure is not None
             try:
                 # nothing is read beyond a checkpoint before it is written: it holds the place in the data
-                batch = batches.next_batch(ahead=not (is_last or is_checkpoint))
+                batch = batches.next_batch(ahead=not (is_checkpoint or state.step + 1 == config.steps))
+            except DataEndedError as error:
+                if state.step == 0:
+                    raise
+                run.end_early(error)
+                break
             except FlashSAEError as error:
                 raise type(error)(f"step {state.step}: {error}") from error
-            metrics = train_step(state, batch, config, state.scale)
-            must_know = is_last or is_checkpoint or is_measured  # whether all is well, before anything is written
-            if must_know or step % config.log_every_steps == 0:
-                dead_latents = state.dead.mask().sum()
-                records.add(_known(state, config, clock), {**metrics, "dead_latents": dead_latents})
-            for record in records.ready(wait=must_know):
-                if is_measured and measure is not None and record["step"] == step:
-                    record |= measure(state.current_sae())
-                for callback in callbacks:
-                    callback.on_log(record)
-            for callback in callbacks:
-                callback.on_step(state.step)
-            if is_checkpoint and checkpoints is not None:
-                save_checkpoint(checkpoints, to_checkpoint(state, config))
-            if is_checkpoint or is_measured:
-                clock.restart(state.step)
+            run.metrics = train_step(state, batch, config, state.scale)
+            run.after_step(is_measured=is_measured, is_checkpoint=is_checkpoint)
     return state.finished_sae()
+
+
+@dataclass
+class _Run:
+    """What goes on around the steps of a training: log, measurements, checkpoints, warnings."""
+
+    state: TrainState
+    config: ResolvedConfig
+    callbacks: Sequence[Callback]
+    checkpoints: Path | None
+    measure: Callable[[SAE], dict[str, float]] | None
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    """Of the last step; empty before the first one of this process."""
+
+    def __post_init__(self) -> None:
+        self._clock, self._records = _Clock(self.state.step), Records()
+        self._logged_step = 0
+        self._knows_of_repeats = False
+
+    def is_due(self, every: int) -> bool:
+        """Tell whether what is done every so many steps, and behind the last one, is due behind the step now begun."""
+        step = self.state.step + 1
+        return step == self.config.steps or step % every == 0
+
+    def after_step(self, *, is_measured: bool, is_checkpoint: bool) -> None:
+        """Log the step that was done; measure and save if that is due."""
+        step, config = self.state.step, self.config
+        must_know = step == config.steps or is_checkpoint or is_measured  # if all is well, before anything is written
+        if must_know or step % config.log_every_steps == 0:
+            self._begin_record()
+        self._log(wait=must_know, is_measured=is_measured)
+        for callback in self.callbacks:
+            callback.on_step(step)
+        if is_checkpoint:
+            self._save()
+        if is_checkpoint or is_measured:
+            self._clock.restart(step)
+
+    def end_early(self, reason: DataEndedError) -> None:
+        """Finish with the steps that were done, because the data ended."""
+        state, config = self.state, self.config
+        if self.metrics:  # else a run that had ended so is resumed, and all is written
+            is_new = self._logged_step != state.step
+            if is_new:
+                self._begin_record()
+            self._log(wait=True, is_measured=is_new)
+            self._save()
+        tokens = state.step * config.batch_tokens
+        rate = _learning_rate(state.step - 1, config) / config.lr
+        self.warn(
+            f"{reason} The SAE is that of {tokens:,} tokens, not {config.tokens:,}: step {state.step:,} of "
+            f"{config.steps:,}, where the learning rate was {rate:.0%} of its peak. With tokens={tokens} it falls to 0 "
+            "over what there is."
+        )
+
+    def warn(self, message: str) -> None:
+        """Tell all callbacks."""
+        for callback in self.callbacks:
+            callback.on_warning(message)
+
+    def warn_of_repeats(self) -> None:
+        """Warn once, as soon as it is known how many tokens there are, if each comes too often."""
+        if self._knows_of_repeats or self.state.batches.epoch_tokens is None:
+            return
+        self._knows_of_repeats = True
+        message = repeats_warning(self.config.tokens, self.state.batches.epoch_tokens)
+        if message:
+            self.warn(message)
+
+    def _begin_record(self) -> None:
+        state, config = self.state, self.config
+        known = {
+            "step": state.step,
+            "tokens": state.step * config.batch_tokens,
+            "lr": _learning_rate(state.step - 1, config),
+            "tokens_per_second": self._clock.rate(state.step, config.batch_tokens),
+        }
+        self._records.add(known, {**self.metrics, "dead_latents": state.dead.mask().sum()})
+        self._logged_step = state.step
+
+    def _log(self, *, wait: bool, is_measured: bool) -> None:
+        for record in self._records.ready(wait=wait):
+            if is_measured and self.measure is not None and record["step"] == self.state.step:
+                record |= self.measure(self.state.current_sae())
+            for callback in self.callbacks:
+                callback.on_log(record)
+
+    def _save(self) -> None:
+        if self.checkpoints is not None:
+            save_checkpoint(self.checkpoints, to_checkpoint(self.state, self.config))
 
 
 class _Clock:
@@ -148,13 +237,3 @@ class _Clock:
         rate = (step - self._step) * batch_tokens / max(time.perf_counter() - self._start, 1e-9)
         self.restart(step)
         return rate
-
-
-def _known(state: TrainState, config: ResolvedConfig, clock: _Clock) -> dict[str, float]:
-    """Return what the host knows of a step without asking the device."""
-    return {
-        "step": state.step,
-        "tokens": state.step * config.batch_tokens,
-        "lr": _learning_rate(state.step - 1, config),
-        "tokens_per_second": clock.rate(state.step, config.batch_tokens),
-    }

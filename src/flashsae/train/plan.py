@@ -9,6 +9,9 @@ import torch
 from flashsae.ops.encode_topk.reference import WORKSPACE_BYTES
 from flashsae.train.config import ResolvedConfig
 
+MOST_REPEATS = 100
+"""A run that trains more often on each token warns: it learns these tokens, and not what others like them are."""
+
 _CUBLAS_BYTES = 32 << 20  # workspace of its products
 _PROCESS_BYTES = 700 << 20  # Python, torch, transformers and a small model, in the memory of the host
 
@@ -55,6 +58,22 @@ def make_plan(config: ResolvedConfig, device: torch.device, buffer_bytes: int = 
     if model_bytes:
         parts["language model"] = model_bytes
     return Plan(matrices + biases, config.steps, sum(parts.values()), parts)
+
+
+def repeats_warning(tokens: int, rows: int) -> str:
+    """Return a sentence if a training repeats its data more than 100 times, else "".
+
+    Args:
+        tokens: to train on.
+        rows: tokens that there are.
+    """
+    if tokens <= MOST_REPEATS * rows:
+        return ""
+    return (
+        f"there are {rows:,} tokens to train on, so each comes about {tokens / rows:,.0f} times in {tokens:,}: the SAE "
+        f"will fit these and little else. Give more data, or set tokens to {10 * rows:,} or so; a few passes teach "
+        "most of what there is."
+    )
 
 
 def _gpu_step(config: ResolvedConfig) -> int:

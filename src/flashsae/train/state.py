@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,14 @@ from torch import Tensor, nn
 from flashsae.data.shuffle import Batches
 from flashsae.errors import CheckpointError, ConfigError
 from flashsae.io.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
+from flashsae.neutral import neutral
+from flashsae.nn.losses import fvu_weights
 from flashsae.nn.sae import SAE, SAEConfig
 from flashsae.optim import FactoredAdam
 from flashsae.train.config import ResolvedConfig
 from flashsae.train.dead import Bounds, DeadLatents
 from flashsae.train.graph import CapturedSteps
+from flashsae.train.sample import measure_sample
 
 INIT_TOKENS = 8192
 
@@ -32,8 +34,19 @@ class TrainState:
     batches: Batches
     scale: float = 1.0
     """What activations are multiplied by, so that one learning rate fits the biases whatever the unit of x."""
+    variance: float = 1.0
+    """Of a token of the initial sample, times scale²: what the loss is relative to, for the whole of the training."""
     step: int = 0
+    warnings: tuple[str, ...] = ()
+    """Sentences about the data, for the user."""
     captured: CapturedSteps = field(default_factory=CapturedSteps)
+    _weights: Tensor | None = None
+
+    def loss_weights(self, x: Tensor) -> Tensor:
+        """Return the weight of each token of a batch [B, d_in] in the loss; the same tensor while B is the same."""
+        if self._weights is None or len(self._weights) != len(x):
+            self._weights = fvu_weights(x, self.variance)
+        return self._weights
 
     def current_sae(self) -> SAE:
         """Return the SAE for activations as they come, without the scale; shares weights with the one in training."""
@@ -49,6 +62,7 @@ class TrainState:
         return sae.to(sae.W_dec.device)
 
 
+@neutral()
 def init_state(
     config: ResolvedConfig, batches: Batches, device: torch.device, checkpoints: Path | None = None
 ) -> TrainState:
@@ -61,21 +75,23 @@ def init_state(
         checkpoints: folder whose newest checkpoint is gone on from, if it holds one. Otherwise, and for None, the
             start: random unit directions, b_dec at the mean of some tokens.
     Raises:
+        DataError: the activations do not vary, or are too large or too small for float32.
         ConfigError: k_aux is larger than a GPU can select.
-        CheckpointError: the newest checkpoint is damaged or foreign. It is not passed over silently.
+        CheckpointError: the newest checkpoint is damaged, foreign, or of other data. It is not passed over silently.
     """
     if device.type == "cuda" and config.auxk_alpha and config.k_aux > 1024:
         raise ConfigError(f"k_aux: expected at most 1024 on a GPU, got {config.k_aux}.")
     found = [] if checkpoints is None else list_checkpoints(checkpoints)
     sae = SAE(SAEConfig(config.d_in, config.d_sae, config.k), seed=config.seed).to(device)
     sae.precision = config.precision
-    scale = 1.0
+    scale, variance = 1.0, 1.0
+    warnings: tuple[str, ...] = ()
     if not found:
-        sample = batches.sample(INIT_TOKENS).to(device, torch.float64)
-        scale = _unit_scale(sample)
-        sae.initialize_from((sample * scale).float())
+        sample = measure_sample(batches.sample(INIT_TOKENS).to(device, torch.float64))
+        scale, variance, warnings = sample.scale, sample.variance, sample.warnings
+        sae.initialize_from(sample.x)
     dead = DeadLatents(config.d_sae, config.dead_after_tokens, device)
-    state = TrainState(sae, build_optimizer(sae, config), dead, batches, scale)
+    state = TrainState(sae, build_optimizer(sae, config), dead, batches, scale, variance, warnings=warnings)
     if found:
         checkpoint = load_checkpoint(found[-1])
         check_settings(config, checkpoint)
@@ -100,18 +116,6 @@ def build_optimizer(sae: SAE, config: ResolvedConfig) -> FactoredAdam:
     return optimizer
 
 
-def _unit_scale(x: Tensor) -> float:
-    """Return the power of two that brings the standard deviation of a coordinate next to 1/4; 1 where x does not vary.
-
-    Weights have no unit, since decoder rows have norm 1; biases have that of x, and Adam moves them by about lr a step.
-    Multiplying by a power of two rounds nothing, so the finished SAE is exactly the one that was trained.
-    """
-    variance = (x - x.mean(0)).square().sum(1).mean().item()
-    if not 0.0 < variance < math.inf:
-        return 1.0
-    return 2.0 ** round(math.log2(x.shape[1] / variance) / 2 - 2)
-
-
 def to_checkpoint(state: TrainState, config: ResolvedConfig) -> Checkpoint:
     """Return everything of the state that must survive a kill."""
     place, data = state.batches.state()
@@ -125,7 +129,13 @@ def to_checkpoint(state: TrainState, config: ResolvedConfig) -> Checkpoint:
     tensors |= {f"data.{name}": tensor for name, tensor in data.items()}
     return Checkpoint(
         state.step,
-        {"data": place, "scale": state.scale, "config": asdict(config), "dead_bounds": bounds},
+        {
+            "data": place,
+            "scale": state.scale,
+            "variance": state.variance,
+            "config": asdict(config),
+            "dead_bounds": bounds,
+        },
         tensors,
     )
 
@@ -178,5 +188,5 @@ def restore(state: TrainState, checkpoint: Checkpoint) -> None:
     prefix = "data."
     data = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
     state.batches.restore((checkpoint.state["data"], data))
-    state.scale = checkpoint.state["scale"]
+    state.scale, state.variance = checkpoint.state["scale"], checkpoint.state["variance"]
     state.step = checkpoint.step
