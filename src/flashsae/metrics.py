@@ -41,7 +41,7 @@ class FVU:
         x64 = x.detach().double()
         error = x_hat.detach().double() - x64
         if self._unit == 0.0:
-            self._unit = _unit_of(torch.stack([x64.abs().amax(), error.abs().amax()]).amax().item())
+            self._unit = unit_of(torch.stack([x64.abs().amax(), error.abs().amax()]).amax().item())
         unit = self._unit or 1.0
         self._residual += (error * unit).square().sum().item()
         x64 = x64 * unit
@@ -68,7 +68,7 @@ class FVU:
         return self._residual / self._deviations
 
 
-def _unit_of(largest: float) -> float:
+def unit_of(largest: float) -> float:
     """Return the power of two that brings a number near 1; 0 for 0."""
     return math.ldexp(1.0, min(1000, -math.frexp(largest)[1])) if largest else 0.0
 

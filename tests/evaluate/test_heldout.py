@@ -73,7 +73,7 @@ def test_whatever_fit_takes_is_measured(kind: str, generator: torch.Generator) -
     result, expected = evaluate(sae, _kinds(x)[kind], batch_tokens=10), evaluate(sae, x)
     assert result.fvu == pytest.approx(expected.fvu, rel=1e-9)
     assert (result.tokens, result.l0) == (101, expected.l0)
-    config = TrainConfig(batch_tokens=17, tokens=34)
+    config = TrainConfig(batch_tokens=17, tokens=34, shuffle_tokens=64)
     assert fit(_kinds(x)[kind], d_sae=20, k=3, config=config, progress=False).config.d_in == 6
 
 

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +12,21 @@ import torch
 
 import flashsae
 from flashsae import SAE, TrainConfig
+from flashsae.backend import check_single_process
 from flashsae.data.synthetic import SuperpositionModel
-from flashsae.errors import CheckpointError, ConfigError, DataError, DtypeError, StorageError
+from flashsae.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DtypeError,
+    FlashSAEError,
+    FlashSAEWarning,
+    StorageError,
+)
 from flashsae.files import only_one
 from flashsae.metrics import direction_recovery
+from flashsae.train import plan
+from flashsae.train.plan import repeats_warning
 
 SMALL = TrainConfig(batch_tokens=64, tokens=64 * 30, checkpoint_every_steps=7, shuffle_tokens=256)
 X = SuperpositionModel(8, 16, active=2.0).sample(640, seed=1)
@@ -104,8 +118,8 @@ def test_bad_arguments_are_named(tmp_path: Path) -> None:
         flashsae.fit([X], d_sae=16, k=3)
     with pytest.raises(DtypeError, match="x: expected a tensor, a numpy array or an iterable of such, got NoneType"):
         flashsae.fit(None, d_sae=16, k=3)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"tokens: expected an int, such as 1_000_000, got 1000000\.0"):
-        flashsae.fit(X, d_sae=16, k=3, tokens=1e6)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"tokens: expected a whole number .*, got 1000000\.5"):
+        flashsae.fit(X, d_sae=16, k=3, tokens=1_000_000.5)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="k: expected k <= d_sae = 16, got 17"):
         flashsae.fit(X, d_sae=16, k=17)
     with pytest.raises(CheckpointError, match="none does not exist, so there is nothing to resume"):
@@ -121,7 +135,193 @@ def test_bad_arguments_are_named(tmp_path: Path) -> None:
         flashsae.fit(X.long(), d_sae=16, k=3)
     with pytest.raises(DataError, match="x has 640 rows for training, fewer than a batch of 1024"):
         flashsae.fit(X, d_sae=16, k=3)
-    with pytest.raises(DataError, match=r"the iterable x ended: .* rows are left, fewer than a batch"):
-        flashsae.fit(iter([X]), d_sae=16, k=3, config=SMALL, progress=False)
+    with pytest.raises(DataError, match=r"the iterable x ended: 63 rows are left, fewer than a batch of 64"):
+        flashsae.fit(iter([X[:63]]), d_sae=16, k=3, config=SMALL, progress=False)
     with pytest.raises(ConfigError, match="device: expected auto, cpu or a CUDA device that exists, got 'tpu'"):
         flashsae.fit(X, d_sae=16, k=3, config=TrainConfig(batch_tokens=64, device="tpu"))
+
+
+def test_a_generator_that_runs_out_ends_the_training_and_loses_nothing(tmp_path: Path) -> None:
+    with pytest.warns(FlashSAEWarning, match=r"the iterable x ended: 0 rows are left.* 640 tokens, not 1,920: step 10"):
+        sae = flashsae.fit(iter(X.split(50)), d_sae=16, k=3, config=SMALL, run=tmp_path / "run", progress=False)
+    assert flashsae.evaluate(sae, X).fvu < 0.9
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert (records[-1]["step"], records[-1]["tokens"]) == (10, 640)
+    with pytest.warns(FlashSAEWarning, match="the iterable x ended"):  # as it is, without another step
+        again = flashsae.fit(
+            iter(X.split(50)), d_sae=16, k=3, config=SMALL, run=tmp_path / "run", resume=True, progress=False
+        )
+    assert _same(again, sae)
+
+
+def test_a_run_is_not_gone_on_with_on_other_data(tmp_path: Path) -> None:
+    other, nudged = X.flip(0), X.clone()
+    nudged[321, 3] += 1e-3
+    parts = list(X.split(64))
+    flashsae.fit(X, d_sae=16, k=3, config=SMALL, run=tmp_path / "array", progress=False)
+    flashsae.fit(parts, d_sae=16, k=3, config=SMALL, run=tmp_path / "list", progress=False)
+    for run, data in [
+        ("array", other),
+        ("array", nudged),
+        ("array", X.half()),
+        ("array", parts),
+        ("array", X[:-1]),
+        ("list", X),
+        ("list", parts[::-1]),
+        ("list", list(X.split(60))),
+    ]:
+        with pytest.raises(CheckpointError, match=r"Resume with the same data"):
+            flashsae.fit(data, d_sae=16, k=3, config=SMALL, run=tmp_path / run, resume=True, progress=False)
+
+
+def test_data_that_comes_too_often_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert repeats_warning(100 * 24, 24) == ""
+    assert "each comes about 101 times in 2,424" in repeats_warning(101 * 24, 24)
+    monkeypatch.setattr(plan, "MOST_REPEATS", 3)
+    config = TrainConfig(batch_tokens=8, tokens=80, shuffle_tokens=16)
+    for x in (X[:24], [X[:24]]):  # of a list this is known at the end of its first epoch
+        with pytest.warns(FlashSAEWarning, match=r"there are 24 tokens to train on, so each comes about 3 times in 80"):
+            flashsae.fit(x, d_sae=16, k=3, config=config, progress=False)
+    flashsae.fit(X[:27], d_sae=16, k=3, config=config, progress=False)
+
+
+def test_few_tokens_that_hold_the_variance_are_told_of() -> None:
+    x = X.repeat(4, 1)
+    x[::256] = 42 * x.norm(dim=1).median() * torch.nn.functional.normalize(torch.ones(8), dim=0)
+    said = r"10 of 2,560 sampled tokens, with norms above 10 times the median, hold 85\.\d% .* --max-norm-ratio 10"
+    with pytest.warns(FlashSAEWarning, match=said):
+        flashsae.fit(x, d_sae=16, k=3, config=SMALL, progress=False)
+
+
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        for value in ("1", "", "none"):
+            monkeypatch.setenv(name, value)
+            check_single_process()
+        monkeypatch.setenv(name, "2")
+        with pytest.raises(ConfigError, match=f"{name} is 2: a training is one process"):
+            flashsae.fit(X, d_sae=16, k=3, config=SMALL, progress=False)
+        monkeypatch.delenv(name)
+
+
+def _equal_tokens(value: float) -> torch.Tensor:
+    return torch.full((640, 8), value)
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (_equal_tokens(0.0), "the activations do not vary: 640 sampled tokens are equal"),
+        (_equal_tokens(0.1), "the activations do not vary: 640 sampled tokens are equal"),
+        (X.double() * 1e40, r"x: row \d+ holds numbers beyond float32 \(x times a constant helps\)"),
+        (X.double() * 1e37, r"the activations reach \d\.\de\+37, where float32"),
+        (X.double() * 1e-40, r"the activations reach \d\.\de-\d\d, where float32"),
+        (X.double() * 1e-310, r"the activations reach \d\.\de-3\d\d, where float32"),
+        (X * 1e-42, r"the activations reach \d\.\de-4\d, where float32"),
+        (X.double() * 1e300, r"x: row \d+ holds numbers beyond float32"),
+        (X.double() + 1e12, r"the activations vary less than float32 resolves beside values of 1\.0e\+12"),
+        (torch.where(torch.arange(640)[:, None] == 600, torch.inf, X), r"x: row 600 holds NaN or Inf"),
+        ([X[:100], torch.where(X > 2, torch.nan, X)], "the iterable x, .* hold NaN or Inf"),
+        (
+            [X[:100], X[:100].double()],
+            r"batch 1 of the iterable x: expected torch\.float32 on cpu, .* got torch\.float64",
+        ),
+        ([X.double(), X.double() * 1e39], "the iterable x, .* hold numbers beyond float32"),
+    ],
+)
+def test_data_that_nothing_can_be_learnt_from_is_named(x: torch.Tensor, message: str) -> None:
+    with pytest.raises(FlashSAEError, match=message):
+        flashsae.fit(x, d_sae=16, k=3, config=SMALL, progress=False)
+
+
+def test_what_float32_rounds_away_of_data_beside_a_large_mean_is_told() -> None:
+    with pytest.warns(FlashSAEWarning, match=r"float32 rounds the activations by \d+\.\d% of their variance"):
+        flashsae.fit(X.double() + 4e6, d_sae=16, k=3, config=SMALL, progress=False)
+
+
+def test_batches_of_one_token_train() -> None:
+    def fvu(tokens: int) -> float:
+        config = TrainConfig(batch_tokens=1, tokens=tokens, lr=1e-2)
+        return flashsae.evaluate(flashsae.fit(X, d_sae=16, k=3, config=config, progress=False), X).fvu
+
+    assert fvu(200) < 0.8 * fvu(1)
+
+
+def test_a_batch_of_equal_tokens_in_the_middle_changes_little() -> None:
+    parts = list(X.split(64)) * 6
+    config = TrainConfig(batch_tokens=64, tokens=64 * 58, shuffle_tokens=128, lr=3e-3)
+
+    def train_on(parts: list[torch.Tensor]) -> float:
+        return flashsae.evaluate(flashsae.fit(parts, d_sae=16, k=3, config=config, progress=False), X).fvu
+
+    plain = train_on(parts)
+    equal = train_on([*parts[:30], X[:1].expand(128, 8), X.mean(0).expand(128, 8), *parts[30:]])
+    assert equal == pytest.approx(plain, rel=0.1)
+
+
+def _settings() -> dict[str, AbstractContextManager[object]]:
+    @contextmanager
+    def set_back(change: Callable[[], object], back: Callable[[], object]) -> Iterator[None]:
+        change()
+        try:
+            yield
+        finally:
+            back()
+
+    products = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    return {
+        "autocast": torch.autocast("cpu", torch.bfloat16),
+        "default dtype": set_back(
+            lambda: torch.set_default_dtype(torch.float64), lambda: torch.set_default_dtype(torch.float32)
+        ),
+        "default device": torch.device("meta"),
+        "inference mode": torch.inference_mode(),
+        "no_grad": torch.no_grad(),
+        "deterministic mode": set_back(
+            lambda: torch.use_deterministic_algorithms(True), lambda: torch.use_deterministic_algorithms(False)
+        ),
+        "older matmul precision": set_back(
+            lambda: torch.set_float32_matmul_precision("medium"), lambda: torch.set_float32_matmul_precision("highest")
+        ),
+        "newer matmul precision": set_back(
+            lambda: setattr(products, "fp32_precision", "bf16"), lambda: setattr(products, "fp32_precision", "none")
+        ),
+        "seed": set_back(lambda: torch.manual_seed(123), lambda: None),
+    }
+
+
+@pytest.mark.parametrize("setting", _settings())
+@pytest.mark.parametrize("kind", ["array", "list"])
+def test_what_the_caller_has_set_for_all_of_pytorch_changes_no_byte(setting: str, kind: str) -> None:
+    config = replace(SMALL, tokens=64 * 5, dead_after_tokens=64)
+    x = X if kind == "array" else list(X.split(64))
+    expected = flashsae.fit(x, d_sae=16, k=3, config=config, progress=False)
+    fvu = flashsae.evaluate(expected, X).fvu
+    with _settings()[setting]:
+        sae = flashsae.fit(x, d_sae=16, k=3, config=config, progress=False)
+        assert flashsae.evaluate(sae, X).fvu == fvu
+        before = _global_state()
+    assert _same(sae, expected)
+    with _settings()[setting]:
+        assert _global_state() == before
+
+
+def _global_state() -> tuple[object, ...]:
+    return (
+        torch.is_autocast_enabled("cpu"),
+        torch.get_default_dtype(),
+        torch.get_default_device(),
+        torch.is_inference_mode_enabled(),
+        torch.is_grad_enabled(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.mkldnn.matmul.fp32_precision,  # type: ignore[attr-defined]
+        torch.backends.cuda.matmul.fp32_precision,
+    )
+
+
+def test_progress_begins_with_what_will_be_done(capsys: pytest.CaptureFixture[str]) -> None:
+    flashsae.fit(X, d_sae=16, k=3, config=SMALL)
+    said = capsys.readouterr().err
+    assert (
+        "TopK SAE, d_in 8, d_sae 16, k 3, on cpu: 1,920 tokens (each of the 640 in x about 3 times) in 30 steps" in said
+    )

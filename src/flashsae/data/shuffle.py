@@ -140,12 +140,12 @@ class RowShuffle:
     def restore(self, state: State) -> None:
         """Go on at a place; raises CheckpointError if the source is another, or has another number of rows now."""
         place = state[0]
-        _check_identity(self._source, place)
-        if place["rows"] != len(self._rows):
+        if place.get("rows", len(self._rows)) != len(self._rows):
             raise CheckpointError(
                 f"{self._source.name} has {len(self._rows)} training rows now, {place['rows']} when the checkpoint was "
                 "written. Resume with the same data, or start a new run."
             )
+        _check_identity(self._source, place)
         self._epoch, self._window, self._offset = place["epoch"], place["window"], place["offset"]
         self._order = self._window_rows()
 

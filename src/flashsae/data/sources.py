@@ -153,7 +153,7 @@ def check_finite(acts: Tensor, where: str) -> None:
 
 def what_is_not_finite(acts: Tensor) -> str:
     """Return what to call the reason why `is_finite` is False."""
-    return "numbers beyond float32" if bool(torch.isfinite(acts).all()) else "NaN or Inf"
+    return "numbers beyond float32 (x times a constant helps)" if bool(torch.isfinite(acts).all()) else "NaN or Inf"
 
 
 def check_acts(x: Tensor, what: str) -> Tensor:

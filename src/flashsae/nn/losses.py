@@ -50,4 +50,4 @@ def token_variance(x: Activations) -> float:
     mean = wide.mean(0)
     mean = mean + (wide - mean).mean(0)
     variance = (wide - mean).square().sum(1).mean().item()
-    return variance if variance > mean.mul(1e-12).square().sum().item() else 0.0
+    return variance if variance > mean.mul(1e-14).square().sum().item() else 0.0

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from flashsae.errors import DataError
-from flashsae.metrics import OUTLIER_NORM_RATIO, VarianceSpread, variance_spread
+from flashsae.metrics import OUTLIER_NORM_RATIO, VarianceSpread, unit_of, variance_spread
 from flashsae.nn.losses import token_variance
 
 LARGEST, SMALLEST = 2.0**120, 2.0**-100
@@ -49,7 +49,7 @@ def measure_sample(x: Tensor) -> Sample:
     if largest and not SMALLEST <= largest <= LARGEST:
         raise DataError(
             f"the activations reach {largest:.1e}, where float32, in which an SAE is trained and saved, has no room "
-            f"for it: multiply them by a constant first, such as {2.0 ** -min(1000, math.frexp(largest)[1]):.1e}."
+            f"for it: multiply them by a constant first, such as {unit_of(largest):.1e}."
         )
     exponent = math.frexp(largest)[1]
     near_one = x * 2.0**-exponent
