@@ -35,7 +35,8 @@ io.checkpoint
 train.config train.plan train.dead train.graph train.records train.callbacks train.sample train.state train.loop
 train.fit
 evaluate.heldout
-report.tokens report.snippets report.plots report.render
+report.tokens report.snippet_file report.snippets report.summary report.drawing report.plots report.cards
+report.render
 bench.timing bench.problem bench.gather bench.ceilings bench.dense bench.peers bench.ours bench.stages bench.cost
 bench.measure bench.step
 run cli testing

@@ -31,10 +31,12 @@ from flashsae.data.shuffle import shuffled
 from flashsae.data.sources import Source
 from flashsae.errors import DataError, StorageError, require
 from flashsae.evaluate import evaluate, held_out_batches, latent_geometry
+from flashsae.io.checkpoint import list_checkpoints, load_checkpoint
 from flashsae.metrics import LatentActivity
 from flashsae.nn.sae import SAE
 from flashsae.report.render import render_report
 from flashsae.report.snippets import collect_snippets, token_strings, write_snippets
+from flashsae.report.summary import final_figures
 from flashsae.settings import CONFIG_FILE, RunConfig
 from flashsae.train.callbacks import (
     LOG_FILE,
@@ -155,7 +157,7 @@ def draw_report(run: Path, console: Console) -> list[Path]:
         opened = _open(_prepare(config, run), config, console)
         ((hookpoint, _),) = opened.sources.items()
         sae = SAE.load(run / "sae", device=resolve_device(config.train.device))
-        _describe_latents(run, sae, hookpoint, opened, console)
+        _describe_latents(run, sae, hookpoint, opened, console, _dead_at_the_end(run))
     return [render_report(run)]
 
 
@@ -212,6 +214,7 @@ def _execute_one(run: Path, config: RunConfig, source: Source, opened: Opened, c
         checkpoints=run / "checkpoints",
         measure=lambda sae: _measure(sae, held_out),
     )
+    is_dead = state.dead.mask()
     del state  # its memory may be needed for the whole weights
     sae = sae.to(device)
     metadata = {"model": config.activations.model, "hookpoint": hookpoint, "train": asdict(settings)}
@@ -219,7 +222,7 @@ def _execute_one(run: Path, config: RunConfig, source: Source, opened: Opened, c
     with console.status("evaluating on held-out tokens"):
         result = _evaluate(run, sae, source, settings)
     if config.report:
-        _describe_latents(run, sae, hookpoint, opened, console)
+        _describe_latents(run, sae, hookpoint, opened, console, is_dead)
         with console.status("drawing the report"):
             render_report(run)
     console.print(_result_table(result))
@@ -264,8 +267,13 @@ def _evaluate(run: Path, sae: SAE, source: Source, settings: ResolvedConfig) -> 
 
 
 @torch.no_grad()
-def _describe_latents(run: Path, sae: SAE, hookpoint: str, opened: Opened, console: Console) -> None:
-    """Write what the report says of single latents: latents.safetensors and snippets.json."""
+def _describe_latents(
+    run: Path, sae: SAE, hookpoint: str, opened: Opened, console: Console, is_dead: torch.Tensor | None
+) -> None:
+    """Write what the report says of single latents: latents.safetensors and snippets.json.
+
+    `is_dead` is [d_sae] at the end of training, None where it is not known any more.
+    """
     activity = LatentActivity(sae.config.d_sae, sae.W_dec.device)
     bar = StageBar(console, "texts of each latent", "tokens")
     bar.start(0, SNIPPET_TOKENS)
@@ -279,14 +287,26 @@ def _describe_latents(run: Path, sae: SAE, hookpoint: str, opened: Opened, conso
     tokenizer = opened.tokenizer()
     snippets = collect_snippets(
         encode,
-        opened.text_chunks(hookpoint),
+        opened.text_chunks(hookpoint, "held_out"),
         lambda ids: token_strings(tokenizer, ids),
+        training=opened.text_chunks(hookpoint, "train"),
         max_tokens=SNIPPET_TOKENS,
     )
     bar.stop()
-    density = {"latent_density": activity.latent_density().float().cpu()}
-    files.save_tensors_atomic(run / "latents.safetensors", density | latent_geometry(sae))
+    counted = {"latent_density": activity.latent_density().float().cpu()}
+    if is_dead is not None:
+        counted["is_dead"] = is_dead.cpu()
+    files.save_tensors_atomic(run / "latents.safetensors", counted | latent_geometry(sae))
     write_snippets(run / "snippets.json", snippets)
+
+
+def _dead_at_the_end(run: Path) -> torch.Tensor | None:
+    """Return which latents the newest checkpoint of a finished run calls dead: [d_sae], bool; None without one."""
+    found = list_checkpoints(run / "checkpoints")
+    if not found:
+        return None
+    checkpoint = load_checkpoint(found[-1])
+    return checkpoint.tensors["dead.tokens_since_fired"] >= int(checkpoint.state["config"]["dead_after_tokens"])
 
 
 def _plan_table(config: TrainConfig, prepared: Prepared, device: torch.device, run: Path | None) -> Table:
@@ -310,23 +330,7 @@ def _plan_table(config: TrainConfig, prepared: Prepared, device: torch.device, r
 
 
 def _result_table(result: dict[str, float]) -> Table:
-    rows = {
-        "held-out FVU": f"{result['fvu']:.4f}   ({1 - result['fvu']:.1%} of the variance explained)",
-        **_without_outliers(result),
-        "L0": f"{result['l0']:.1f}",
-        "dead latents": f"{result['dead_latents']:.0f} of {result['d_sae']:,} "
-        f"({result['dead_latents'] / result['d_sae']:.1%})",
-        "tokens/s": f"{result['tokens_per_second']:,.0f}",
-    }
-    return _table("Result", rows)
-
-
-def _without_outliers(result: dict[str, float]) -> dict[str, str]:
-    if not result["outliers"]:
-        return {}
-    fvu = result["fvu_without_outliers"]
-    which = f"{result['outliers']:,} of {result['held_out_tokens']:,} tokens, of norms above 10 times the median"
-    return {"without outliers": f"{fvu:.4f}   ({which})"}
+    return _table("Result", {figure.name: figure.line() for figure in final_figures(result)})
 
 
 def _table(title: str, rows: Mapping[str, str]) -> Table:

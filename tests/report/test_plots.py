@@ -89,6 +89,12 @@ def test_a_quantity_that_was_not_logged_has_no_figure() -> None:
     assert training_plots([], EVALUATION) == []
 
 
+def test_records_of_another_kind_are_left_out() -> None:
+    odd = [{"step": value, "l0": 8.0} for value in (True, "3", None, float("nan"), 10**400)]
+    odd += [{"step": 1, "l0": value} for value in (True, "8", [8], float("inf"), 10**400)]
+    assert training_plots(odd, EVALUATION) == []
+
+
 def test_held_out_curve_ends_at_the_final_evaluation() -> None:
     logged = [*metrics(), {"step": 50, "held_out_fvu": 0.4}]
     svg = by_name(training_plots(logged, EVALUATION), "fvu").svg
@@ -98,7 +104,9 @@ def test_held_out_curve_ends_at_the_final_evaluation() -> None:
     assert len(held_out) == 2
     assert held_out[1][0] > training[-1][0]
     again = [*logged, {"step": 100, "held_out_fvu": 0.3}]
-    assert len(path(by_name(training_plots(again, EVALUATION), "fvu").svg, "--accent")) == 2
+    plot = by_name(training_plots(again, EVALUATION), "fvu")
+    assert path(plot.svg, "--accent") == held_out
+    assert "Held-out tokens: 0.4000 at step 50, 0.2000 at step 100." in plot.caption
 
 
 def test_the_later_record_of_a_step_counts() -> None:
@@ -116,11 +124,96 @@ def test_long_runs_are_thinned_but_keep_both_ends() -> None:
     assert [curve[0][0], curve[-1][0]] == pytest.approx([short[0][0], short[1][0]])
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_captions_count_the_dead_and_the_twins() -> None:
     plots = latent_plots(arrays())
-    assert "20 of 300 never fired" in by_name(plots, "density").caption
+    assert "20 of 300 did not fire on this sample and are not drawn" in by_name(plots, "density").caption
     assert "7 of 300 latents have a neighbour above 0.9" in by_name(plots, "nearest").caption
-    assert "median 0.3" in texts(by_name(plots, "nearest").svg)
+
+
+def test_histograms_name_their_median() -> None:
+    assert "median 0.3" in texts(by_name(latent_plots(arrays()), "nearest").svg)
+
+
+SETTINGS = {"dead_after_tokens": 6000, "auxk_alpha": 0.03125, "k": 8}
+RUN = EVALUATION | {"k": 8, "train_tokens": 60_000}
+
+
+def captions(metrics: list[dict[str, Any]], run: dict[str, Any] = RUN, **settings: Any) -> dict[str, str]:
+    return {plot.name: plot.caption for plot in training_plots(metrics, run, SETTINGS | settings)}
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_captions_say_what_the_curves_show() -> None:
+    found = captions(metrics())
+    assert found["fvu"].endswith(
+        "Batches of training: 1.0000 at step 0, 0.0104 at step 95. Held-out tokens: 0.2000 at step 100."
+    )
+    assert found["l0"] == "Mean number of latents above zero in a batch: 8 throughout. A token can have k = 8 at most."
+    assert found["dead_latents"] == (
+        "Latents without a value above zero on the last 6,000 training tokens: 3 at the last logged step. "
+        "The auxiliary loss that revives them has weight 0.0312."
+    )
+    assert found["lr"] == "Of each logged step: 10⁻⁴ at the first, 10⁻⁴ at the last."
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_captions_of_a_run_that_went_badly_do_not_say_otherwise() -> None:
+    bad = [
+        {"step": step, "fvu": fvu, "l0": l0, "dead_latents": dead, "lr": lr}
+        for step, fvu, l0, dead, lr in [(0, 0.9, 7.0, 0, 1e-3), (1, 0.2, 5.0, 90, 2e-3), (2, 40.0, 0.5, 80, 0.0)]
+    ]
+    found = captions(bad, EVALUATION | {"fvu": 35.0, "train_tokens": 300}, auxk_alpha=0)
+    assert "0.9000 at step 0, 40.0000 at step 2, lowest 0.2000 at step 1. Held-out tokens: 35.0000" in found["fvu"]
+    assert "from 0.5 to 7" in found["l0"]
+    assert "80 at the last logged step, 90 at most (step 1)" in found["dead_latents"]
+    assert "None can be dead after the 300 tokens of this run" in found["dead_latents"]
+    assert found["dead_latents"].endswith("The auxiliary loss that revives them is off.")
+    assert found["lr"] == "Of each logged step: 10⁻³ at the first, 0 at the last, 0.002 at most.".replace(
+        "10⁻³", "0.001"
+    )
+    for words in ("should", "healthy", "normal", "bring"):
+        assert words not in " ".join(found.values())
+
+
+def test_a_run_of_one_line_and_unknown_settings_has_captions() -> None:
+    (line,) = [{"step": 10, "fvu": 0.5, "l0": 8.0, "dead_latents": 0, "lr": 1e-4}]
+    plots = training_plots([line], {"steps": 10, "fvu": float("nan")})
+    assert [plot.name for plot in plots] == ["fvu", "l0", "dead_latents", "lr"]
+    assert plots[0].caption.endswith("Batches of training: 0.5000 at step 10.")
+    assert plots[2].caption.endswith("on a set number of training tokens: 0 at the last logged step.")
+    assert plots[3].caption == "Of the only logged step: 10⁻⁴."
+    assert all("nan" not in plot.svg + plot.caption for plot in plots)
+
+
+@pytest.mark.parametrize("values", [[0.0, 0.0], [0.5, 0.0], [1e300, 1e-300], [-0.1, 0.2], [1e12]])
+def test_odd_curves_can_be_drawn(values: list[float]) -> None:
+    logged = [{"step": step, "fvu": value, "l0": value, "lr": value} for step, value in enumerate(values)]
+    for plot in training_plots(logged, EVALUATION | {"fvu": values[0]}):
+        ElementTree.fromstring(plot.svg)
+        assert len(texts(plot.svg)) < 30
+        assert len(path(plot.svg, "--accent")) == (1 if plot.name == "fvu" else len(values))
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_dead_is_told_from_silent_on_the_sample() -> None:
+    known = arrays() | {"is_dead": (np.arange(300) < 5).astype(float)}
+    caption = by_name(latent_plots(known), "density").caption
+    assert caption.endswith(
+        "20 of 300 did not fire on this sample and are not drawn; 5 of these were dead at the end of training."
+    )
+    assert "never" not in by_name(latent_plots(arrays()), "density").caption
+    awake = arrays() | {"latent_density": np.full(300, 0.1)}
+    assert by_name(latent_plots(awake), "density").caption.endswith("All 300 fired.")
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_the_map_says_how_many_dots_it_leaves_out() -> None:
+    assert "one of the 280 latents that fired on the sample: " in latent_map(arrays(), []).caption
+    assert (
+        "one of the 3,980 latents that fired on the sample, 2,500 of which are drawn"
+        in latent_map(arrays(4000), []).caption
+    )
 
 
 def test_log_axis_is_labelled_with_what_it_stands_for() -> None:

@@ -1,6 +1,7 @@
 import json
 import re
 import sys
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from flashsae.errors import CheckpointError, MissingExtraError
-from flashsae.report.render import printable, render_report
+from flashsae.report.render import render_report
 from flashsae.report.snippets import LatentSnippets, Snippet, Snippets, write_snippets
 
 
@@ -40,8 +41,10 @@ class Page(HTMLParser):
         return [attrs for _, attrs in self.elements if name in (attrs.get("class") or "").split()]
 
 
-def render(run: Path) -> Page:
-    return Page(render_report(run).read_text("utf-8"))
+@pytest.fixture
+def render(without_figures: None) -> Callable[[Path], Page]:
+    """Render without the figures, and read."""
+    return lambda run: Page(render_report(run).read_text("utf-8"))
 
 
 def test_report_shows_what_the_run_holds(run: Path) -> None:
@@ -49,8 +52,12 @@ def test_report_shows_what_the_run_holds(run: Path) -> None:
     assert path == run / "report.html"
     page = Page(path.read_text("utf-8"))
     for expected in (
-        "org/tiny-model", "layers.3", "org/<b>texts</b>", "0.1234", "87.7 % of variance explained", "3.97",
-        "6.2 % of 96", "512k", "65.4k", "16 → 96 latents, k = 4", "500 steps in 1 min 23 s", "4 latents, spread",
+        "org/tiny-model", "layers.3", "org/<b>texts</b>", "0.1234", "87.7% of the variance explained", "4.0",
+        "of 96 (3.1%)", "512k", "65,432",
+        "no value above 0 on the last 51,200 training tokens", "on 20,480 held-out tokens",
+        "12,345 of them are held out, too few for all examples: 8 of the 12 texts", "6 of 96 did not fire",
+        "3 of these were dead at the end of training",
+        "16 → 96 latents, k = 4", "500 steps in 1 min 23 s", "4 latents, spread",
         "512,000", "true", "violin",
     ):  # fmt: skip
         assert expected in page.text, expected
@@ -62,7 +69,7 @@ def test_report_shows_what_the_run_holds(run: Path) -> None:
     assert page.text.count("2 more") == 1
 
 
-def test_tokens_are_shaded_by_their_share_of_the_largest_value(run: Path) -> None:
+def test_tokens_are_shaded_by_their_share_of_the_largest_value(run: Path, render: Callable[[Path], Page]) -> None:
     snippet = Snippet(["a", " b", " c", "d"], [0.0, 4.0, 1.0, 0.0], 1)
     write_snippets(run / "snippets.json", Snippets(4, [LatentSnippets(3, 0.5, 8.0, 2.5, [], [2], [snippet])]))
     page = render(run)
@@ -74,7 +81,7 @@ def test_tokens_are_shaded_by_their_share_of_the_largest_value(run: Path) -> Non
 
 
 def test_report_needs_no_network(run: Path) -> None:
-    page = render(run)
+    page = Page(render_report(run).read_text("utf-8"))
     for tag, attrs in page.elements:
         assert tag not in {"link", "img", "iframe", "object", "embed", "image"}, tag
         for name in ("src", "href", "xlink:href", "action", "srcset"):
@@ -96,6 +103,7 @@ def test_text_of_the_data_set_is_never_markup(run: Path, payloads: list[str]) ->
     assert not [name for _, attrs in page.elements for name in attrs if name.startswith("on")]
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_only_the_script_of_the_report_may_run(run: Path) -> None:
     import base64
     import hashlib
@@ -109,7 +117,7 @@ def test_only_the_script_of_the_report_may_run(run: Path) -> None:
     assert "default-src 'none'" in policy
 
 
-def test_ids_are_unique(run: Path) -> None:
+def test_ids_are_unique(run: Path, render: Callable[[Path], Page]) -> None:
     ids = [attrs["id"] for _, attrs in render(run).elements if "id" in attrs]
     assert len(ids) == len(set(ids))
 
@@ -122,7 +130,7 @@ def test_rendering_twice_gives_the_same_bytes(run: Path) -> None:
     ]  # fmt: skip
 
 
-def test_run_on_plain_arrays_says_so(run: Path) -> None:
+def test_run_on_plain_arrays_says_so(run: Path, render: Callable[[Path], Page]) -> None:
     (run / "snippets.json").unlink()
     (run / "config.toml").write_text("d_sae = 96\n", "utf-8")
     page = render(run)
@@ -132,7 +140,7 @@ def test_run_on_plain_arrays_says_so(run: Path) -> None:
     assert not [1 for _, attrs in page.elements if attrs.get("id") == "query"]
 
 
-def test_run_without_logged_metrics_or_firing_latents_says_so(run: Path) -> None:
+def test_run_without_logged_metrics_or_firing_latents_says_so(run: Path, render: Callable[[Path], Page]) -> None:
     (run / "metrics.jsonl").write_text("", "utf-8")
     write_snippets(run / "snippets.json", Snippets(2000, []))
     page = render(run)
@@ -140,6 +148,7 @@ def test_run_without_logged_metrics_or_firing_latents_says_so(run: Path) -> None
     assert "No latent fired on the 2k" in page.text
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_last_line_of_the_log_may_be_cut_short(run: Path) -> None:
     whole = render_report(run).read_bytes()
     with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
@@ -196,15 +205,19 @@ def test_array_that_is_missing_or_of_another_shape_is_named(run: Path) -> None:
         render_report(run)
 
 
-def test_optional_numbers_may_be_absent_or_not_finite(run: Path) -> None:
+def test_optional_numbers_may_be_absent_or_not_finite(run: Path, render: Callable[[Path], Page]) -> None:
     stored = json.loads((run / "evaluation.json").read_text("utf-8"))
     for name in ("k", "tokens_per_second", "train_seconds"):
         del stored[name]
     (run / "evaluation.json").write_text(json.dumps(stored | {"fvu": float("nan")}), "utf-8")
     page = render(run)
     assert "not finite" in page.text
-    assert "Throughput" not in page.text
-    assert "k =" not in page.text
+    assert "tokens/s" not in page.text
+    assert "latents, k =" not in page.text
+    for value in (float("nan"), float("inf"), None, "x", True, 10**400):
+        odd = dict.fromkeys(("k", "tokens_per_second", "train_seconds"), value)
+        (run / "evaluation.json").write_text(json.dumps(stored | odd), "utf-8")
+        assert "tokens/s" not in render(run).text
 
 
 @pytest.mark.parametrize("module", ["jinja2", "matplotlib"])
@@ -214,7 +227,78 @@ def test_missing_extra_is_named(run: Path, module: str, monkeypatch: pytest.Monk
         render_report(run)
 
 
-def test_printable_text_keeps_letters_and_marks_what_would_break_a_line() -> None:
-    assert printable("é 日本 🙂") == "é 日本 🙂"
-    assert printable("a\nb\tc") == "a↵ b c"
-    assert printable("\x00\x1b\u202e\u2028\ud800") == "\ufffd" * 5
+HOSTILE = "</script><img src=x onerror=alert(1)>\"'&amp;<!--"
+
+
+def test_every_string_is_text_wherever_it_comes_from(run: Path, render: Callable[[Path], Page]) -> None:
+    import tomli_w
+
+    settings = dict.fromkeys(("model", "hookpoint", "dataset", "flashsae_version", HOSTILE), HOSTILE)
+    settings |= {  # type: ignore[assignment]
+        "logger": [HOSTILE],
+        "section": {HOSTILE: HOSTILE},
+    }
+    (run / "config.toml").write_text(tomli_w.dumps(settings), "utf-8")
+    hostile = LatentSnippets(3, 0.5, 8.0, 2.5, [HOSTILE], [2], [Snippet([HOSTILE] * 2, [0.0, 4.0], 1, "train")])
+    write_snippets(run / "snippets.json", Snippets(4, [hostile], 0))
+    page = render(run)
+    assert page.count("img") == 0
+    assert page.count("script") == 1
+    assert page.text.count(HOSTILE) >= 9
+    assert not [name for _, attrs in page.elements for name in attrs if name.startswith("on")]
+
+
+PLACES = {
+    "/home/alice/models/pythia": "pythia",
+    "/home/alice/data/": "data",
+    "~/texts/a.jsonl": "a.jsonl",
+    "~alice/texts": "texts",
+    "../../alice/x.txt": "x.txt",
+    "C:\\Users\\alice\\run": "run",
+    "\\\\server\\alice\\x": "x",
+    "file:///home/alice/m": "m",
+    "/": "a folder",
+    "EleutherAI/pythia-160m": "EleutherAI/pythia-160m",
+    "data/texts.jsonl": "data/texts.jsonl",
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_no_setting_tells_of_the_machine(run: Path, render: Callable[[Path], Page], place: str) -> None:
+    import tomli_w
+
+    settings = dict.fromkeys(("model", "dataset", "activations"), place) | {"hookpoint": "h.3", "logger": [place]}
+    (run / "config.toml").write_text(tomli_w.dumps(settings), "utf-8")
+    page = render(run)
+    text = (run / "report.html").read_text("utf-8")
+    assert page.text.count(PLACES[place]) >= 4
+    assert "alice" not in text
+    assert str(run.parent) not in text
+
+
+def test_latents_without_a_card_are_packed_in(run: Path, render: Callable[[Path], Page]) -> None:
+    (section,) = [attrs for tag, attrs in render(run).elements if attrs.get("id") == "latents"]
+    assert section["data-d-sae"] == "96"
+    assert len(str(section["data-density"])) == 128
+    assert len(str(section["data-dead"])) == 16
+
+
+def test_a_run_that_does_not_know_its_dead_latents_can_be_drawn(run: Path, render: Callable[[Path], Page]) -> None:
+    path = run / "latents.safetensors"
+    arrays = load_file(path)
+    del arrays["is_dead"]
+    save_file(arrays, path)
+    page = render(run)
+    (section,) = [attrs for tag, attrs in page.elements if attrs.get("id") == "latents"]
+    assert section["data-dead"] == ""
+    assert "which is less than dead: that is counted in training" in page.text
+
+
+@pytest.mark.parametrize("d_sae", [1, 2])
+def test_tiny_dictionaries_can_be_drawn(run: Path, render: Callable[[Path], Page], d_sae: int) -> None:
+    arrays = {name: values[50 : 50 + d_sae].clone() for name, values in load_file(run / "latents.safetensors").items()}
+    save_file(arrays, run / "latents.safetensors")
+    stored = json.loads((run / "evaluation.json").read_text("utf-8"))
+    (run / "evaluation.json").write_text(json.dumps(stored | {"d_sae": d_sae, "k": 1, "dead_latents": 0}), "utf-8")
+    page = render(run)
+    assert f"of {d_sae} (0.0%)" in page.text

@@ -1,15 +1,13 @@
-import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from flashsae.data.sources import Chunk
-from flashsae.errors import CheckpointError, ConfigError, DataError
+from flashsae.errors import ConfigError, DataError
 from flashsae.report import snippets as module
-from flashsae.report.snippets import collect_snippets, read_snippets, token_strings, write_snippets
+from flashsae.report.snippets import collect_snippets
 
 Code = tuple[Tensor, Tensor]
 
@@ -119,7 +117,7 @@ def test_rare_latents_are_shown_only_if_there_are_no_others() -> None:
 
 def test_nothing_that_fires_gives_no_latents() -> None:
     found = collect_snippets(of_dense(torch.zeros(4, 3), 2), iter([one_chunk([1] * 4, [0] * 4, [0, 1, 2, 3])]), words)
-    assert found == module.Snippets(4, [])
+    assert found == module.Snippets(4, [], 4)
 
 
 def test_reading_stops_at_max_tokens() -> None:
@@ -147,94 +145,56 @@ def test_counts_below_the_least_are_refused(setting: dict[str, int]) -> None:
         collect_snippets(of_dense(torch.ones(1, 1), 1), iter([]), words, **setting)  # type: ignore[arg-type]
 
 
-def test_json_gives_back_what_was_written(tmp_path: Path) -> None:
-    found = collect_snippets(of_dense(torch.rand(90, 6), 3), documents([30, 60]), words)
-    assert found.latents
-    write_snippets(tmp_path / "snippets.json", found)
-    assert read_snippets(tmp_path / "snippets.json") == found
+def test_held_out_documents_come_first_and_training_fills_up() -> None:
+    """Latent 0 fires in three held-out documents and in two of training, more strongly there."""
+    dense = torch.tensor([[0.1], [0.3], [0.2], [0.9], [0.8]])
+    held_out = [one_chunk([1, 2, 3], [0, 1, 2], [0] * 3)]
+    training = [one_chunk([4, 5], [3, 4], [0] * 2, first=3)]
+
+    def shown(**settings: int) -> tuple[list[tuple[float, str]], int | None]:
+        found = collect_snippets(of_dense(dense, 1), iter(held_out), words, training=iter(training), **settings)
+        (latent,) = found.latents
+        return [(s.acts[s.peak], str(s.split)) for s in latent.snippets], found.held_out_tokens
+
+    everything = [(0.9, "train"), (0.8, "train"), (0.3, "held_out"), (0.2, "held_out"), (0.1, "held_out")]
+    assert shown() == (everything, 3)
+    assert shown(per_latent=4) == ([everything[0], *everything[2:]], 3)
+    assert shown(per_latent=2) == (everything[2:4], 3)
+    assert shown(max_tokens=4) == ([everything[0], *everything[2:]], 3)
+    assert shown(max_tokens=2) == ([everything[2], everything[4]], 2)
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ('{"format": 1, "tok', "damaged"),
-        ("[]", "format 1"),
-        ('{"format": 2, "tokens": 1, "latents": []}', "format 1"),
-        ('{"format": 1, "tokens": 1}', "latents"),
-        ('{"format": 1, "tokens": 1, "latents": [3]}', "damaged"),
-    ],
-)
-def test_damaged_json_is_named(tmp_path: Path, content: str, message: str) -> None:
-    path = tmp_path / "snippets.json"
-    path.write_text(content, "utf-8")
-    with pytest.raises(CheckpointError, match=message) as error:
-        read_snippets(path)
-    assert str(path) in str(error.value)
+def test_training_is_not_read_where_held_out_documents_are_enough() -> None:
+    def training() -> Iterator[Chunk]:
+        raise AssertionError("read documents of training")
+        yield
+
+    chunk = one_chunk([1] * 4, [0] * 4, [0, 1, 2, 3])
+    found = collect_snippets(of_dense(torch.ones(4, 1), 1), iter([chunk]), words, training=training(), max_tokens=4)
+    assert found.held_out_tokens == 4
+    only = collect_snippets(of_dense(torch.ones(4, 1), 1), iter([]), words, training=iter([chunk]))
+    assert only.held_out_tokens == 0
+    assert only.latents[0].snippets[0].split == "train"
 
 
-def test_a_snippet_whose_lists_disagree_is_damaged(tmp_path: Path) -> None:
-    path = tmp_path / "snippets.json"
-    write_snippets(path, collect_snippets(of_dense(torch.rand(20, 2), 2), documents([20]), words))
-    stored = json.loads(path.read_text("utf-8"))
-    stored["latents"][0]["snippets"][0]["acts"].pop()
-    path.write_text(json.dumps(stored), "utf-8")
-    with pytest.raises(CheckpointError, match="a snippet has"):
-        read_snippets(path)
+def test_a_text_goes_on_from_chunk_to_chunk_and_ends_where_a_token_is_missing() -> None:
+    dense = torch.tensor([[0.1], [0.2], [0.9], [0.3], [0.4]])
+    chunks = [one_chunk([1, 2], [8] * 2, [3, 4]), one_chunk([3, 4, 5], [8] * 3, [5, 6, 9], first=2)]
+    (latent,) = collect_snippets(of_dense(dense, 1), iter(chunks), words).latents
+    assert latent.snippets[0].tokens == [" w1", " w2", " w3", " w4"]
 
 
-def fast(model: object, decoder: object, pre_tokenizer: object = None) -> object:
-    tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
-    raw = tokenizers.Tokenizer(model)
-    raw.decoder = decoder
-    if pre_tokenizer is not None:
-        raw.pre_tokenizer = pre_tokenizer
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=raw)
+def test_a_window_is_widened_until_it_cuts_no_character() -> None:
+    """Ids above 99 are first bytes of a character that the next id below completes."""
 
+    def characters(ids: list[int]) -> list[str]:
+        return ["" if token > 99 else f"c{token}" for token in ids]
 
-def test_word_pieces_read_as_text() -> None:
-    tokenizers = pytest.importorskip("tokenizers")
-    spaced = "un ##believ ##able , don ' t ( really ) cost $ 3 . 50 ! it ’ s a well - known x _ y"
-    pieces = spaced.split(" ")
-    vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(["[UNK]", *pieces]))}
-    tokenizer = fast(tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]"), tokenizers.decoders.WordPiece())
-    strings = token_strings(tokenizer, [vocabulary[piece] for piece in pieces])
-    assert len(strings) == len(pieces)
-    assert "".join(strings) == "unbelievable, don't (really) cost $3.50! it’s a well-known x_y"
-    assert strings[:3] == ["un", "believ", "able"]
-
-
-def test_byte_level_tokens_read_as_text() -> None:
-    tokenizers = pytest.importorskip("tokenizers")
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {letter: i for i, letter in enumerate(alphabet)} | {"Ġt": 256, "Ġth": 257}
-    model = tokenizers.models.BPE(vocabulary, [("Ġ", "t"), ("Ġt", "h")])
-    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer = fast(model, tokenizers.decoders.ByteLevel(), byte_level)
-    text = "in that\ncafé, 日本 🙂"
-    ids = tokenizer(text)["input_ids"]  # type: ignore[operator]
-    strings = token_strings(tokenizer, ids)
-    assert len(strings) == len(ids)
-    assert "".join(strings) == text
-    assert " th" in strings
-    assert strings[-4:] == ["", "", "", "🙂"]
-
-
-def test_sentence_pieces_read_as_text() -> None:
-    tokenizers = pytest.importorskip("tokenizers")
-    pieces = ["▁the", "▁ca", "f", "<0xC3>", "<0xA9>", "<0x0A>", "▁", "x"]
-    vocabulary = {piece: i for i, piece in enumerate(["<unk>", *pieces])}
-    decoders = tokenizers.decoders
-    decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    tokenizer = fast(tokenizers.models.BPE(vocabulary, [], byte_fallback=True, unk_token="<unk>"), decoder)
-    strings = token_strings(tokenizer, list(range(1, 9)))
-    assert strings == [" the", " ca", "f", "", "é", "\n", " ", "x"]
-
-
-def test_a_character_cut_off_at_the_end_is_marked() -> None:
-    tokenizers = pytest.importorskip("tokenizers")
-    vocabulary = {letter: i for i, letter in enumerate(sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = fast(tokenizers.models.BPE(vocabulary, []), tokenizers.decoders.ByteLevel())
-    assert token_strings(tokenizer, [vocabulary["a"], vocabulary["Ã"]]) == ["a", "\ufffd"]
-    assert token_strings(tokenizer, []) == []
+    ids = [1, 100, 101, 2, 3, 102, 103, 4, 5]
+    dense = torch.tensor([[0.0], [0], [0], [0], [1], [0], [0], [0], [0]])
+    chunk = one_chunk(ids, [0] * 9, list(range(9)))
+    (latent,) = collect_snippets(of_dense(dense, 1), iter([chunk]), characters, context=1).latents
+    (snippet,) = latent.snippets
+    assert snippet.tokens == ["", "", "c2", "c3", "", "", "c4"]
+    assert snippet.acts[snippet.peak] == 1.0
+    assert snippet.tokens[snippet.peak] == "c3"

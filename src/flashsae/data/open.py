@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from flashsae.data.cache import ActivationCache
 from flashsae.data.cache_writer import write_cache
 from flashsae.data.language_model import LanguageModelConfig, LanguageModelSource
 from flashsae.data.models import match_hookpoints
-from flashsae.data.sources import Chunk, Source
+from flashsae.data.sources import Chunk, Source, Split
 from flashsae.data.text import TextDataset, open_text
 from flashsae.errors import ConfigError, DataError
 from flashsae.settings.reading import ActivationsConfig, ReadingConfig
@@ -34,10 +33,9 @@ class Opened:
     sources: dict[str, Source]
     tokenizer: Callable[[], Any]
 
-    def text_chunks(self, hookpoint: str) -> Iterator[Chunk]:
-        """Yield chunks with token ids of both splits, that of training first."""
-        source = self.sources[hookpoint]
-        return (chunk for chunk, _ in chain(source.chunks("train"), source.chunks("held_out")))
+    def text_chunks(self, hookpoint: str, split: Split) -> Iterator[Chunk]:
+        """Yield the chunks of a split, with token ids."""
+        return (chunk for chunk, _ in self.sources[hookpoint].chunks(split))
 
 
 Progress = Callable[[int], None]

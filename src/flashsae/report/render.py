@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import math
 import re
 import sys
 from collections.abc import Mapping
@@ -16,8 +15,11 @@ from typing import Any
 
 from flashsae.errors import CheckpointError, require
 from flashsae.files import load_json, load_tensors, write_atomic
-from flashsae.report.plots import Array, Plot, latent_map, latent_plots, training_plots
-from flashsae.report.snippets import LatentSnippets, Snippet, Snippets, read_snippets
+from flashsae.report.cards import card, known_of_all, printable, sample_text
+from flashsae.report.drawing import Array
+from flashsae.report.plots import Plot, latent_map, latent_plots, training_plots
+from flashsae.report.snippet_file import Snippets, read_snippets
+from flashsae.report.summary import compact, count, duration, final_figures, real
 from flashsae.train.callbacks import read_log
 
 if sys.version_info >= (3, 11):
@@ -26,10 +28,10 @@ else:
     import tomli as tomllib
 
 _ARRAYS = ("latent_density", "decoder_norm", "encoder_decoder_cosine", "nearest_decoder_cosine")
+_OPTIONAL_ARRAYS = ("is_dead",)
 _EVALUATION = ("fvu", "l0", "dead_latents", "d_in", "d_sae", "held_out_tokens", "train_tokens", "steps")
-_OPEN_SNIPPETS = 4
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-"""What would break lines, turn the reading direction or not encode: each is shown as U+FFFD."""
+_FOLDERS = re.compile(r"(?:file://)?(?:~[^/\\]*|[A-Za-z]:|\.\.)?[/\\].*", re.DOTALL)
+"""A path from the root, home, a drive or the folder above: it tells of the machine, and its last part is enough."""
 
 
 @dataclass(frozen=True)
@@ -119,14 +121,15 @@ def _read_arrays(path: Path) -> dict[str, Array]:
                 f"{path}: expected an array '{name}' of shape [d_sae], got {got}; "
                 f"write it again with `flashsae train --resume {path.parent}`."
             )
-    return {name: tensors[name].double().numpy() for name in _ARRAYS}
+    known = [*_ARRAYS, *(name for name in _OPTIONAL_ARRAYS if name in tensors and tensors[name].shape == d_sae)]
+    return {name: tensors[name].double().numpy() for name in known}
 
 
 def _context(run: _Run) -> dict[str, Any]:
     """Gather what the template shows. All text in it is escaped there, except figures, style and script: ours."""
     markup = require("markupsafe", "report").Markup
     script, style = (Path(__file__).with_name(name).read_text("utf-8") for name in ("script.js", "style.css"))
-    latents = [] if run.snippets is None else [_card(latent) for latent in run.snippets.latents]
+    latents = [] if run.snippets is None else [card(latent) for latent in run.snippets.latents]
 
     def safe(plots: list[Plot]) -> list[dict[str, str]]:
         return [{"name": p.name, "title": p.title, "caption": p.caption, "svg": markup(p.svg)} for p in plots]
@@ -134,13 +137,15 @@ def _context(run: _Run) -> dict[str, Any]:
     return {
         "title": _title(run),
         "provenance": _provenance(run),
-        "summary": _summary(run.evaluation),
-        "training": safe(training_plots(run.metrics, run.evaluation)),
+        "summary": _summary(run),
+        "training": safe(training_plots(run.metrics, run.evaluation, run.settings)),
         "dictionary": safe(latent_plots(run.arrays)),
         "map": safe([latent_map(run.arrays, [latent["index"] for latent in latents])]) if latents else [],
         "read_text": run.snippets is not None,
-        "snippet_tokens": _compact(run.snippets.tokens) if run.snippets else "",
+        "snippet_tokens": compact(run.snippets.tokens) if run.snippets else "",
+        "sample": sample_text(run.snippets) if run.snippets else "",
         "latents": latents,
+        "known": known_of_all(run.arrays, run.snippets),
         "settings": [(name, _setting(value)) for name, value in _flat(run.settings)],
         "style": markup(style),
         "script": markup(script),
@@ -151,8 +156,8 @@ def _context(run: _Run) -> dict[str, Any]:
 def _title(run: _Run) -> dict[str, str]:
     model, hookpoint = run.settings.get("model"), run.settings.get("hookpoint")
     return {
-        "model": printable(str(model)) if model else "Sparse autoencoder",
-        "hookpoint": printable(str(hookpoint)) if hookpoint else "",
+        "model": _setting(model) if model else "Sparse autoencoder",
+        "hookpoint": _setting(hookpoint) if hookpoint else "",
     }
 
 
@@ -164,68 +169,38 @@ def _provenance(run: _Run) -> list[tuple[str, str]]:
         version = metadata.version("flashsae")
     except metadata.PackageNotFoundError:
         version = "unknown"
-    seconds = e.get("train_seconds")
+    k, seconds = real(e.get("k")), real(e.get("train_seconds"))
     facts = [
         ("data", settings.get("dataset")),
-        ("shape", f"{e['d_in']:,} → {e['d_sae']:,} latents" + (f", k = {e['k']}" if e.get("k") else "")),
-        ("trained", f"{e['steps']:,} steps" + (f" in {_duration(seconds)}" if seconds else "")),
+        ("shape", f"{count(e['d_in'])} → {count(e['d_sae'])} latents" + (f", k = {count(k)}" if k else "")),
+        ("trained", f"{count(e['steps'])} steps" + (f" in {duration(seconds)}" if seconds else "")),
         ("finished", finished.strftime("%d %B %Y").lstrip("0")),
         ("flashsae", settings.get("flashsae_version") or version),
     ]
-    return [(name, printable(str(value))) for name, value in facts if value]
+    return [(name, _setting(value)) for name, value in facts if value]
 
 
-def _summary(e: Mapping[str, Any]) -> list[dict[str, str]]:
-    dead = e["dead_latents"] / e["d_sae"] if e["d_sae"] else 0.0
-    explained = f"{100 * (1 - e['fvu']):.1f} % of variance explained" if math.isfinite(e["fvu"]) else "not finite"
-    cards = [
-        ("Held-out FVU", f"{e['fvu']:.4f}", f"{explained}, {_compact(e['held_out_tokens'])} tokens"),
-        ("L0", f"{e['l0']:.4g}", "active latents per token"),
-        ("Dead latents", f"{e['dead_latents']:,.0f}", f"{_percent(dead)} of {e['d_sae']:,}"),
-        ("Tokens seen", _compact(e["train_tokens"]), f"{e['train_tokens']:,} in training"),
-    ]
-    if e.get("tokens_per_second"):
-        cards.append(("Throughput", _compact(e["tokens_per_second"]), "tokens per second"))
-    return [{"name": name, "value": value, "note": note} for name, value, note in cards]
-
-
-def _card(latent: LatentSnippets) -> dict[str, Any]:
-    tallest = max(latent.histogram, default=0)
-    snippets = [_segments(snippet, latent.max_act) for snippet in latent.snippets]
-    return {
-        "index": latent.index,
-        "density": latent.density,
-        "density_text": _percent(latent.density),
-        "max_act": f"{latent.max_act:.3g}",
-        "mean_act": f"{latent.mean_act:.3g}",
-        "top_tokens": [printable(token) for token in latent.top_tokens],
-        # The square root keeps rare large values visible beside many small ones.
-        "bars": [round(math.sqrt(count / tallest), 3) if tallest else 0.0 for count in latent.histogram],
-        "snippets": snippets[:_OPEN_SNIPPETS],
-        "more": snippets[_OPEN_SNIPPETS:],
+def _summary(run: _Run) -> list[dict[str, Any]]:
+    """Return the final figures as the terminal prints them, each with what it is measured on."""
+    e = run.evaluation
+    after = real(run.settings.get("dead_after_tokens"))
+    window = "no value above 0 for a set number of training tokens"
+    notes = {
+        "held-out FVU": f"on {count(e['held_out_tokens'])} held-out tokens",
+        "L0": "active latents a held-out token",
+        "dead latents": window if after is None else f"no value above 0 on the last {count(after)} training tokens",
+        "tokens/s": "in training",
     }
-
-
-def _segments(snippet: Snippet, max_act: float) -> list[dict[str, Any]]:
-    """Split a text into runs of plain tokens and single tokens that fire, weight = value / max_act."""
-    segments: list[dict[str, Any]] = []
-    for i, (token, act) in enumerate(zip(snippet.tokens, snippet.acts)):
-        text = printable(token)
-        bare = text.lstrip(" ")
-        plain = text if act <= 0 or not bare else text[: len(text) - len(bare)]
-        if plain and segments and not segments[-1]["value"]:
-            segments[-1]["text"] += plain
-        elif plain:
-            segments.append({"text": plain, "value": "", "weight": 0.0, "peak": False})
-        if act > 0 and bare:
-            weight = round(min(act / max_act, 1.0), 2) if max_act > 0 else 0.0
-            segments.append({"text": bare, "value": f"{act:.3g}", "weight": weight, "peak": i == snippet.peak})
-    return segments
-
-
-def printable(text: str) -> str:
-    """Return text with line breaks as ↵ and other control characters as U+FFFD."""
-    return _CONTROL.sub("\ufffd", text.replace("\r\n", "\n").replace("\n", "↵ ").replace("\t", " "))
+    cards = [
+        {"name": figure.name, "value": figure.value, "notes": [figure.note, notes.get(figure.name, "")]}
+        for figure in final_figures(e)
+    ]
+    seen = {
+        "name": "tokens seen",
+        "value": compact(e["train_tokens"]),
+        "notes": [f"{count(e['train_tokens'])} in training"],
+    }
+    return [*cards, seen]
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -237,25 +212,12 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]
 
 
 def _setting(value: Any) -> str:
+    """Write a setting; of a path that tells of the machine only the last part."""
+    if isinstance(value, list):
+        return ", ".join(map(_setting, value)) or "none"
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}" if abs(value) >= 10_000 else str(value)
-    return printable(str(value).lower() if isinstance(value, bool) else str(value))
-
-
-def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.2g} %" if fraction < 0.995 else "100 %"
-
-
-def _compact(value: float) -> str:
-    """Write a count in at most four characters and a unit: 950, 12.3k, 4.1M, 2.5B."""
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= size * 0.9995:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:.3g}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes >= 60:
-        return f"{minutes // 60} h {minutes % 60} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    if _FOLDERS.fullmatch(text):
+        text = re.split(r"[/\\]", text.rstrip("/\\"))[-1] or "a folder"
+    return printable(text)

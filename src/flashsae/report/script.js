@@ -1,7 +1,41 @@
 "use strict";
 (() => {
+  // What is known of a latent that has no card: packed by cards.py, a byte of density and a bit for dead.
+  const known = document.getElementById("latents").dataset;
+  const unpack = (text) => Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+  const total = document.querySelectorAll(".card").length;
+  const unshown = document.getElementById("unshown");
+  const describe = (number) => {
+    const size = Number(known.dSae);
+    if (number >= size) return `There is no latent ${number}: this SAE has the latents 0 to ${size - 1}.`;
+    const level = unpack(known.density)[number];
+    const share = 100 * 10 ** (Number(known.low) + (level - 1) * Number(known.step));
+    const text = share < 0.001 ? share.toExponential(1) : String(Number(share.toPrecision(2)));
+    const fires = level ? `It fires on about ${text}% of ${known.sample}.` : `It did not fire on ${known.sample}.`;
+    const dead = unpack(known.dead);
+    const isDead = (dead[number >> 3] >> (number & 7)) & 1;
+    const state = dead.length ? ` At the end of training it was ${isDead ? "dead" : "alive"}.` : "";
+    return `Latent ${number} has no card; ${total} of the ${size} latents have one. ${fires}${state}`;
+  };
+  const named = (text) => (/^#?(latent-)?\d{1,15}$/.test(text) ? Number(text.match(/\d+/)[0]) : null);
+  const visit = () => {
+    unshown.hidden = true;
+    if (!location.hash.startsWith("#latent-")) return null;
+    const number = named(location.hash);
+    const card = document.getElementById(`latent-${number}`);
+    if (card) return card;
+    unshown.textContent = number === null ? `There is no latent ${location.hash.slice(8)}.` : describe(number);
+    unshown.hidden = false;
+    unshown.scrollIntoView({ block: "center" });
+    unshown.focus({ preventScroll: true });
+    return null;
+  };
   const query = document.getElementById("query");
-  if (!query) return;
+  if (!query) {
+    window.addEventListener("hashchange", visit);
+    visit();
+    return;
+  }
   const cards = document.getElementById("cards");
   const sort = document.getElementById("sort");
   const count = document.getElementById("count");
@@ -64,10 +98,13 @@
       }
     }
     if (window.Highlight && CSS.highlights) CSS.highlights.set("found", new Highlight(...marks));
-    const total = latents.length;
     count.textContent = needle ? `${shown} of ${total} latents` : `${total} latents`;
     empty.hidden = shown > 0;
     empty.querySelector("q").textContent = query.value.trim();
+    const asked = named(needle);
+    const about = asked === null || document.getElementById(`latent-${asked}`) ? "" : describe(asked);
+    unshown.textContent = about;
+    unshown.hidden = about === "";
   };
 
   const order = () => {
@@ -100,13 +137,15 @@
     query.focus({ preventScroll: true });
     query.select();
   });
-  // A dot on the map leads to its card even while a search hides it.
-  window.addEventListener("hashchange", () => {
-    const card = document.getElementById(location.hash.slice(1));
-    if (!card || !card.hidden) return;
-    clear();
+  // A dot on the map leads to its card even while a search hides it; a latent without a card is spoken of.
+  const arrive = () => {
+    const card = visit();
+    if (!card || (!card.hidden && location.hash === `#${card.id}`)) return; // the browser goes there itself
+    if (card.hidden) clear();
     card.scrollIntoView();
-  });
+  };
+  window.addEventListener("hashchange", arrive);
   order();
   filter();
+  arrive();
 })();

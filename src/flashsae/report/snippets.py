@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,9 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flashsae.data.sources import Chunk
-from flashsae.errors import CheckpointError, ConfigError, DataError
-from flashsae.files import load_json, write_atomic
-from flashsae.report.tokens import token_strings
+from flashsae.errors import ConfigError, DataError
+from flashsae.report.snippet_file import LatentSnippets, Snippet, Snippets, read_snippets, write_snippets
+from flashsae.report.tokens import TokenText, stretch_strings, token_strings
 
 __all__ = [
     "LatentSnippets",
@@ -28,60 +25,12 @@ __all__ = [
     "write_snippets",
 ]
 
-FORMAT = 1
 MIN_FIRED = 10
 """Tokens on which a latent must have fired to be shown; rarer ones are shown only if there are no others."""
 HISTOGRAM_BINS = 24
 _TOP_TOKENS = 8
 
 Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
-TokenText = Callable[[list[int]], list[str]]
-
-
-@dataclass(frozen=True)
-class Snippet:
-    """A stretch of one text around a token on which a latent fires.
-
-    Args:
-        tokens: text of each token; joined with nothing between, they read as text.
-        acts: value of the latent at each token, 0 where it does not fire.
-        peak: index of the token that the stretch was chosen for.
-    """
-
-    tokens: list[str]
-    acts: list[float]
-    peak: int
-
-
-@dataclass(frozen=True)
-class LatentSnippets:
-    """What a reader needs to guess the meaning of a latent.
-
-    Args:
-        index: number of the latent, in [0, d_sae).
-        density: fraction of the tokens read on which it fired.
-        max_act: largest value.
-        mean_act: mean over the tokens on which it fired.
-        top_tokens: texts of the tokens with the largest total activation, largest first.
-        histogram: numbers of tokens in equal bins of the value, from 0 to max_act.
-        snippets: by descending peak, at most one a document.
-    """
-
-    index: int
-    density: float
-    max_act: float
-    mean_act: float
-    top_tokens: list[str]
-    histogram: list[int]
-    snippets: list[Snippet]
-
-
-@dataclass(frozen=True)
-class Snippets:
-    """The latents that the report shows, by ascending index, and the number of tokens they were found in."""
-
-    tokens: int
-    latents: list[LatentSnippets]
 
 
 def collect_snippets(
@@ -89,6 +38,7 @@ def collect_snippets(
     chunks: Iterator[Chunk],
     token_text: TokenText,
     *,
+    training: Iterator[Chunk] | None = None,
     n_latents: int = 48,
     per_latent: int = 8,
     context: int = 16,
@@ -98,8 +48,10 @@ def collect_snippets(
 
     Args:
         encode: [n, d_in] -> (top_acts [n, k], top_indices [n, k]).
-        chunks: activations with token_ids and position.
+        chunks: activations of held-out documents, with token_ids and position.
         token_text: ids of consecutive tokens -> the text of each (see `token_strings`).
+        training: those of documents that were trained on; read only where `chunks` ends before `max_tokens`, and
+            shown only where a latent fires in too few of the held-out ones.
         n_latents: latents to show; fewer if fewer fired.
         per_latent: texts for each.
         context: tokens before and after the peak, within its model input.
@@ -117,61 +69,13 @@ def collect_snippets(
     ):
         if value < least:
             raise ConfigError(f"{name}: expected at least {least}, got {value}.")
-    code = _encode_all(encode, chunks, max_tokens)
+    code = _encode_all(encode, chunks, iter(()) if training is None else training, max_tokens)
     shown = _spread(code.counts(), n_latents)
     latents = [
         _describe(code, latent, rows, acts, token_text, per_latent, context)
         for latent, (rows, acts) in zip(shown, code.firings(shown))
     ]
-    return Snippets(len(code.token_ids), latents)
-
-
-def write_snippets(path: Path, snippets: Snippets) -> None:
-    """Write snippets.json atomically.
-
-    Raises:
-        StorageError: the file system refused.
-    """
-    write_atomic(path, json.dumps({"format": FORMAT, **asdict(snippets)}, separators=(",", ":")))
-
-
-def read_snippets(path: Path) -> Snippets:
-    """Read snippets.json.
-
-    Raises:
-        CheckpointError: the file is missing, damaged, or of another format version.
-    """
-    stored = load_json(path)
-    if not isinstance(stored, dict) or stored.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path} is not a snippets file of format {FORMAT}; evaluate the run again to rewrite it."
-        )
-    try:
-        return Snippets(int(stored["tokens"]), [_latent_from_json(latent) for latent in stored["latents"]])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} is damaged ({type(error).__name__}: {error}); evaluate the run again to rewrite it."
-        ) from error
-
-
-def _latent_from_json(stored: dict[str, Any]) -> LatentSnippets:
-    return LatentSnippets(
-        index=int(stored["index"]),
-        density=float(stored["density"]),
-        max_act=float(stored["max_act"]),
-        mean_act=float(stored["mean_act"]),
-        top_tokens=[str(token) for token in stored["top_tokens"]],
-        histogram=[int(count) for count in stored["histogram"]],
-        snippets=[_snippet_from_json(snippet) for snippet in stored["snippets"]],
-    )
-
-
-def _snippet_from_json(stored: dict[str, Any]) -> Snippet:
-    tokens, acts = [str(token) for token in stored["tokens"]], [float(act) for act in stored["acts"]]
-    peak = int(stored["peak"])
-    if len(tokens) != len(acts) or not 0 <= peak < len(tokens):
-        raise ValueError(f"a snippet has {len(tokens)} tokens, {len(acts)} activations and its peak at {peak}")
-    return Snippet(tokens, acts, peak)
+    return Snippets(len(code.token_ids), latents, code.n_held_out)
 
 
 @dataclass(frozen=True)
@@ -186,6 +90,8 @@ class _Code:
     """[n], first row of the model input that a row belongs to."""
     stop: NDArray[np.int64]
     """[n], the row behind its last."""
+    n_held_out: int
+    """The rows before this one are of held-out documents."""
 
     def counts(self) -> Tensor:
         """Return the number of tokens on which each latent up to the last that fired did fire."""
@@ -205,42 +111,41 @@ class _Code:
         return list(zip(np.split(rows[order.indices].numpy(), bounds), np.split(values, bounds)))
 
 
-def _encode_all(encode: Encode, chunks: Iterator[Chunk], max_tokens: int) -> _Code:
-    acts, indices, ids, groups, starts = [], [], [], [], []
-    read = 0
-    for chunk in chunks:
-        if chunk.token_ids is None or chunk.position is None:
-            raise DataError(
-                "snippets need activations with token_ids and position; these have none, as plain arrays do."
+def _encode_all(encode: Encode, held_out: Iterator[Chunk], training: Iterator[Chunk], max_tokens: int) -> _Code:
+    parts: list[tuple[Tensor, ...]] = []
+    read = n_held_out = 0
+    for split, chunks in (("held_out", held_out), ("train", training)):
+        while read < max_tokens and (chunk := next(chunks, None)) is not None:
+            if chunk.token_ids is None or chunk.position is None:
+                raise DataError(
+                    "snippets need activations with token_ids and position; these have none, as plain arrays do."
+                )
+            n_rows = min(len(chunk.acts), max_tokens - read)
+            if not n_rows:
+                continue
+            with torch.no_grad():
+                top_acts, top_indices = encode(chunk.acts[:n_rows])
+            known = (
+                tensor[:n_rows].to("cpu", torch.int64) for tensor in (chunk.token_ids, chunk.group, chunk.position)
             )
-        if len(chunk.acts) == 0:
-            continue
-        part = chunk.select(torch.arange(min(len(chunk.acts), max_tokens - read), device=chunk.acts.device))
-        assert part.token_ids is not None
-        assert part.position is not None
-        with torch.no_grad():
-            top_acts, top_indices = encode(part.acts)
-        acts.append(top_acts.detach().to("cpu", torch.float32))
-        indices.append(top_indices.to("cpu", torch.int32))
-        group, position = part.group.cpu().numpy(), part.position.cpu().numpy()
-        begins = np.r_[True, (np.diff(group) != 0) | (np.diff(position) <= 0)]
-        ids.append(part.token_ids.cpu().numpy().astype(np.int64))
-        groups.append(group)
-        starts.append(begins)
-        read += len(group)
-        if read >= max_tokens:
-            break
+            parts.append((top_acts.detach().to("cpu", torch.float32), top_indices.to("cpu", torch.int32), *known))
+            read += n_rows
+        n_held_out = read if split == "held_out" else n_held_out
     if not read:
         raise DataError("there is no token to collect snippets from: expected at least one chunk with rows.")
-    begins = np.concatenate(starts).nonzero()[0]
+    top_acts, top_indices, ids, group, position = (torch.cat(column) for column in zip(*parts))
+    # a model input goes on where the next position of the same document follows, also from chunk to chunk
+    follows = (group.diff() == 0) & (position.diff() == 1)
+    begins = torch.cat([torch.tensor([0]), (~follows).nonzero()[:, 0] + 1]).numpy()
     lengths = np.diff(np.append(begins, read))
     return _Code(
-        torch.cat(acts),
-        torch.cat(indices),
-        np.concatenate(ids),
-        np.concatenate(groups),
+        top_acts,
+        top_indices,
+        ids.numpy(),
+        group.numpy(),
         begins.repeat(lengths),
         (begins + lengths).repeat(lengths),
+        n_held_out,
     )
 
 
@@ -276,21 +181,30 @@ def _describe(
         top_tokens=_top_tokens(code.token_ids[rows], acts, token_text),
         histogram=np.histogram(acts, bins=HISTOGRAM_BINS, range=(0.0, max_act))[0].tolist(),
         snippets=[
-            Snippet(
-                token_text(code.token_ids[start:stop].tolist()),
-                [_short(act) for act in on_token[start:stop].tolist()],
-                peak - start,
-            )
-            for start, peak, stop in _best_windows(code, rows, acts, per_latent, context)
+            _snippet(code, on_token, window, token_text)
+            for window in _best_windows(code, rows, acts, per_latent, context)
         ],
     )
+
+
+def _snippet(
+    code: _Code, on_token: NDArray[np.float32], window: tuple[int, int, int], token_text: TokenText
+) -> Snippet:
+    """Return the text of a window (start, peak, stop), a little longer where that would cut a character."""
+    start, peak, stop = window
+    first, last = int(code.start[peak]), int(code.stop[peak])
+    offset, tokens = stretch_strings(token_text, code.token_ids[first:last].tolist(), start - first, stop - first)
+    begin = first + offset
+    acts = [_short(act) for act in on_token[begin : begin + len(tokens)].tolist()]
+    return Snippet(tokens, acts, peak - begin, "held_out" if peak < code.n_held_out else "train")
 
 
 def _best_windows(
     code: _Code, rows: NDArray[np.int64], acts: NDArray[np.float32], per_latent: int, context: int
 ) -> list[tuple[int, int, int]]:
-    """Return (start, peak, stop) of the highest peaks: one a document, and no text twice."""
+    """Return (start, peak, stop) of the highest peaks: one a document, no text twice, held-out ones first."""
     by_act = rows[np.argsort(-acts, kind="stable")]
+    by_act = by_act[np.argsort(by_act >= code.n_held_out, kind="stable")]
     first_of_document = np.sort(np.unique(code.group[by_act], return_index=True)[1])
     windows: list[tuple[int, int, int]] = []
     seen: set[bytes] = set()
@@ -304,7 +218,8 @@ def _best_windows(
         windows.append((start, peak, stop))
         if len(windows) == per_latent:
             break
-    return windows
+    peaks = dict(zip(rows.tolist(), acts.tolist()))
+    return sorted(windows, key=lambda window: -peaks[window[1]])
 
 
 def _top_tokens(ids: NDArray[np.int64], acts: NDArray[np.float32], token_text: TokenText) -> list[str]:

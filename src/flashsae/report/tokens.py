@@ -2,49 +2,92 @@
 
 from __future__ import annotations
 
-import codecs
 import re
+from collections.abc import Callable
 from typing import Any
+
+TokenText = Callable[[list[int]], list[str]]
+"""Ids of consecutive tokens -> the text of each: `token_strings` without its tokenizer."""
 
 _CLOSING = frozenset(".,!?;:)]}%-/_")
 _OPENING = frozenset("([{$-/_")
 _APOSTROPHES = frozenset("'’")
 _CONTRACTIONS = frozenset({"s", "t", "re", "ve", "ll", "d", "m"})
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_LONGEST_CHARACTER = 4
+"""Bytes of a character in UTF-8, and so tokens that can make it up."""
 
 
 def token_strings(tokenizer: Any, ids: list[int]) -> list[str]:
     """Return the text that each token adds to a sequence; joined with nothing between, they read as text.
 
-    A character that spans several byte-level tokens goes to the token that completes it; the tokens before it
-    are empty strings.
+    A character that spans several tokens goes to the one that completes it; those before it are empty strings. Bytes
+    that no character is made of, as at an end where one is cut off, are written as <0xE2>. An id that the tokenizer
+    does not know is written as <id 50300>.
 
     Args:
-        tokenizer: of transformers: word pieces, byte-level BPE or sentencepiece.
+        tokenizer: of transformers: word pieces, byte-level BPE, sentencepiece, or any other that decodes.
         ids: consecutive tokens of one text.
     Returns:
         one string a token. Leading spaces belong to the token that they introduce.
     """
-    pieces = [piece or "\ufffd" for piece in tokenizer.convert_ids_to_tokens(ids)]
+    pieces = [_piece(tokenizer, token) for token in ids]
+    added = tokenizer.get_added_vocab()
     if _joins(tokenizer, "##b", "ab"):
         return _word_pieces(pieces)
     if _joins(tokenizer, "Ġb", "a b"):
-        return _decode([_byte_level(piece) for piece in pieces])
+        return _decode([_as_it_is(piece) if piece in added else _byte_level(piece) for piece in pieces])
     if _joins(tokenizer, "▁b", "a b"):
-        return _decode([_sentence_piece(piece) for piece in pieces])
-    return [str(tokenizer.decode([token])) for token in ids]
+        return _decode([_as_it_is(piece) if piece in added else _sentence_piece(piece) for piece in pieces])
+    return _by_difference(tokenizer, ids, pieces)
+
+
+def stretch_strings(token_text: TokenText, ids: list[int], start: int, stop: int) -> tuple[int, list[str]]:
+    """Return the texts of a stretch of tokens, widened until no character is cut off at its ends.
+
+    Args:
+        token_text: ids of consecutive tokens -> the text of each.
+        ids: of the whole text.
+        start: the first token that must be in the stretch.
+        stop: the token behind the last.
+    Returns:
+        where the stretch starts, and the text of each of its tokens.
+    """
+    first = max(0, start - _LONGEST_CHARACTER + 1)
+    texts = token_text(ids[first : stop + _LONGEST_CHARACTER - 1])
+    low, high = start - first, stop - first
+    while low > 0 and not texts[low - 1]:
+        low -= 1
+    while high < len(texts) and not texts[high - 1]:
+        high += 1
+    return first + low, texts[low:high]
+
+
+def _piece(tokenizer: Any, token: int) -> str:
+    try:
+        piece = tokenizer.convert_ids_to_tokens(token)
+    except (IndexError, KeyError, OverflowError):
+        piece = None
+    return _unknown(token) if piece is None else str(piece)
+
+
+def _unknown(token: int) -> str:
+    return f"<id {token}>"
 
 
 def _joins(tokenizer: Any, piece: str, joined: str) -> bool:
     """Tell a kind of tokenizer by what it makes of `piece` behind an "a"; the classes have no better mark."""
-    return str(tokenizer.convert_tokens_to_string(["a", piece])).strip() == joined
+    try:
+        return str(tokenizer.convert_tokens_to_string(["a", piece])).strip() == joined
+    except (TypeError, ValueError, KeyError):  # a tokenizer of single bytes or letters, which takes no such piece
+        return False
 
 
 def _word_pieces(pieces: list[str]) -> list[str]:
     """Word pieces do not store spaces: put them where English has them."""
     strings = []
     for i, piece in enumerate(pieces):
-        if piece.startswith("##"):
+        if piece.startswith("##") and piece != "##":
             strings.append(piece[2:])
         else:
             strings.append(piece if i == 0 or _glued(pieces, i) else f" {piece}")
@@ -76,18 +119,43 @@ _BYTE_OF = _byte_alphabet()
 def _byte_level(piece: str) -> bytes:
     try:
         return bytes(_BYTE_OF[letter] for letter in piece)
-    except KeyError:  # an added token, stored as it is
-        return piece.encode("utf-8", "replace")
+    except KeyError:  # what no byte-level vocabulary holds
+        return _as_it_is(piece)
 
 
 def _sentence_piece(piece: str) -> bytes:
     byte = _BYTE_PIECE.fullmatch(piece)
-    return bytes([int(byte[1], 16)]) if byte else piece.replace("▁", " ").encode("utf-8", "replace")
+    return bytes([int(byte[1], 16)]) if byte else _as_it_is(piece.replace("▁", " "))
+
+
+def _as_it_is(piece: str) -> bytes:
+    return piece.encode("utf-8", "replace")
 
 
 def _decode(parts: list[bytes]) -> list[str]:
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    strings = [decoder.decode(part) for part in parts]
-    if strings:
-        strings[-1] += decoder.decode(b"", final=True)
+    """Decode parts of one text in UTF-8: each character where its last byte is, other bytes as <0xE2>."""
+    owners = [number for number, part in enumerate(parts) for _ in part]
+    strings = [""] * len(parts)
+    end = 0
+    for letter in b"".join(parts).decode("utf-8", "surrogateescape"):
+        is_byte = "\udc80" <= letter <= "\udcff"
+        end += 1 if is_byte else len(letter.encode())
+        strings[owners[end - 1]] += f"<0x{ord(letter) - 0xDC00:02X}>" if is_byte else letter
+    return strings
+
+
+def _by_difference(tokenizer: Any, ids: list[int], pieces: list[str]) -> list[str]:
+    """Give each token what the decoded text grows by with it, for tokenizers whose pieces we cannot read."""
+    strings: list[str] = []
+    known: list[int] = []
+    before = ""
+    for number, (token, piece) in enumerate(zip(ids, pieces)):
+        if piece == _unknown(token):
+            strings.append(piece)
+            continue
+        known.append(token)
+        text = str(tokenizer.decode(known, clean_up_tokenization_spaces=False))
+        is_unfinished = text.endswith("\ufffd") and number + 1 < len(ids)
+        strings.append("" if is_unfinished else text[len(before) :] if text.startswith(before) else piece)
+        before = before if is_unfinished else text
     return strings

@@ -1,0 +1,85 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from flashsae.report.summary import compact, count, duration, final_figures, fvu_text, percent, real
+
+
+def test_figures_are_those_of_the_evaluation() -> None:
+    evaluation = {"fvu": 0.08956, "l0": 32.0, "dead_latents": 29.0, "d_sae": 4096, "tokens_per_second": 16244.6}
+    assert [f"{figure.name}: {figure.line()}" for figure in final_figures(evaluation)] == [
+        "held-out FVU: 0.0896 (91.0% of the variance explained)",
+        "L0: 32.0",
+        "dead latents: 29 of 4,096 (0.7%)",
+        "tokens/s: 16,245",
+    ]
+
+
+def test_outliers_are_named_where_there_are_any() -> None:
+    evaluation = {"fvu": 0.037, "fvu_without_outliers": 0.32, "outliers": 16, "l0": 8.0, "dead_latents": 0}
+    evaluation |= {"d_sae": 512, "held_out_tokens": 4096}
+    names = {figure.name: figure.line() for figure in final_figures(evaluation)}
+    assert names["without outliers"] == "0.3200 (less 16 of 4,096 tokens, of norms above 10 times the median)"
+    assert "without outliers" not in {figure.name for figure in final_figures(evaluation | {"outliers": 0})}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 10**400])
+def test_what_is_not_finite_is_called_so(value: float) -> None:
+    evaluation = dict.fromkeys(("fvu", "l0", "dead_latents", "d_sae", "tokens_per_second"), value)
+    assert [figure.line() for figure in final_figures(evaluation)] == [
+        "not finite",
+        "not finite",
+        "not finite of not finite",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "expected"),
+    [
+        ({"fvu": 2e-6}, "2.00e-06 (100.0% of the variance explained)"),
+        ({"fvu": 1.5}, "1.5000 (worse than the mean)"),
+        ({"fvu": 1e12}, "1.00e+12 (worse than the mean)"),
+        ({"fvu": 0.0}, "0.0000 (100.0% of the variance explained)"),
+    ],
+)
+def test_small_and_large_unexplained_variance_can_be_read(evaluation: dict[str, float], expected: str) -> None:
+    figures = final_figures(evaluation | {"l0": 1.0, "dead_latents": 0, "d_sae": 0})
+    assert figures[0].line() == expected
+    assert figures[2].line() == "0 of 0"
+
+
+def test_few_of_many_are_not_none() -> None:
+    assert [percent(fraction) for fraction in (0.0, 1 / 131072, 0.0005, 0.0625, 1.0)] == [
+        "0.0%", "<0.1%", "0.1%", "6.2%", "100.0%",
+    ]  # fmt: skip
+
+
+def test_numbers_in_words() -> None:
+    assert [compact(value) for value in (0, 950, 12345, 4.1e6, 2.5e9, float("nan"))] == [
+        "0", "950", "12.3k", "4.1M", "2.5B", "not finite",
+    ]  # fmt: skip
+    assert [duration(seconds) for seconds in (0.4, 83.0, 7260)] == ["0 s", "1 min 23 s", "2 h 1 min"]
+    assert [count(value) for value in (7.0, 1048576, True, "7", None)] == ["7", "1,048,576", *["not finite"] * 3]
+    assert fvu_text(0.30534) == "0.3053"
+    assert [real(value) for value in (3, 2.5, True, "3", None, float("nan"))] == [3.0, 2.5, None, None, None, None]
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_the_terminal_and_the_report_say_the_same(run: Path) -> None:
+    from io import StringIO
+
+    from rich.console import Console
+
+    from flashsae.report.render import render_report
+    from flashsae.run import _result_table
+
+    evaluation = json.loads((run / "evaluation.json").read_text("utf-8"))
+    terminal = Console(file=StringIO(), width=100)
+    terminal.print(_result_table(evaluation))
+    printed = terminal.file.getvalue()  # type: ignore[attr-defined]
+    page = render_report(run).read_text("utf-8")
+    for figure in final_figures(evaluation):
+        assert figure.line() in printed
+        assert f">{figure.value}<" in page
+        assert figure.note in page
