@@ -26,6 +26,9 @@ NANS = torch.tensor([0x7FC00000, 0x7F800001, 0x7FFFFFFF, -1, -0x400000, -0x7FFFF
 """Of both signs, among them those whose bits a rounding would carry over."""
 
 
+PARTS = ["nothing", "sparse", "dense", "slots", "sparse dense", "sparse slots"]
+
+
 @pytest.fixture
 def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
@@ -154,6 +157,22 @@ def test_twenty_steps_are_those_of_torch_adam(weight_decay: float, unit_norm: bo
         assert_as_accurate(ours, theirs, truth)
 
 
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize(("split", "moments"), [(False, F32), (True, BF16)])
+def test_t3_any_number_of_rows_at_once_gives_the_same_bits(
+    split: bool, moments: torch.dtype, parts: str, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    d = 7
+    p = inputs_of(RUN + 9, 2, 11, d, parts, generator, integer=False)
+    results = []
+    for rows in (11, 4, 1):
+        monkeypatch.setattr("flashsae.ops.adam_rows.op._CACHED_ELEMENTS", rows * d)
+        squares = row_squares(p["weights"], gradient_of(p), unit_norm=True)
+        results.append(one_step(p, AdamRule(unit_norm=True), split=split, moments=moments) | {"squares": squares})
+    for name, whole in results[0].items():
+        assert all(torch.equal(whole, part[name]) for part in results[1:]), name
+
+
 def test_rows_without_gradient_move_by_their_momentum(generator: torch.Generator) -> None:
     gradients = [torch.randn(2, 3, generator=generator), *[torch.zeros(2, 3)] * 3]
     after = our_steps(torch.ones(2, 3), gradients, AdamRule())
@@ -174,7 +193,6 @@ def test_t1_steps_of_the_kernels_are_those_of_torch_adam(unit_norm: bool, genera
 
 
 SHAPES = [(0, 2, 5, 3), (1, 1, 1, 1), (9, 1, 6, 7), (37, 3, 11, 37), (5, 2, 4, 130), (5, 2, 3, 600), (RUN + 9, 2, 3, 5)]
-PARTS = ["nothing", "sparse", "dense", "slots", "sparse dense", "sparse slots"]
 
 
 @pytest.mark.usefixtures("_kernels")

@@ -118,6 +118,15 @@ class RowGradient:
         if self.dense is not None:
             check_shape("gradient.dense", self.dense, (d_sae if self.slots is None else "C", d))
 
+    def part(self, start: int, stop: int) -> RowGradient:
+        """Return the gradient of the rows from start to stop alone, for the reference: kernels want whole codes."""
+        sparse, dense, slots = self.sparse, self.dense, self.slots
+        if sparse is not None:
+            sparse = SparseFactor(sparse.index.part(start, stop), sparse.coeffs, sparse.rows)
+        if slots is not None:
+            return RowGradient(sparse, dense, slots[start:stop])
+        return RowGradient(sparse, None if dense is None else dense[start:stop])
+
     def total(self, like: Tensor) -> Tensor:
         """Return the gradient as numbers, of the shape, dtype and device of a weight matrix; zeros for no part."""
         parts = [] if self.sparse is None else [self.sparse.dense()]

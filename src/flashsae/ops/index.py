@@ -41,6 +41,12 @@ class LatentIndex(NamedTuple):
         """Entries of each latent: [d_sae], int32."""
         return self.offsets.diff()
 
+    def part(self, start: int, stop: int) -> LatentIndex:
+        """Return the lists of the latents from start to stop alone: of an incomplete code. Waits for a GPU."""
+        first, last = (int(self.offsets[latent]) for latent in (start, stop))
+        latents, offsets = self.latents[first:last] - start, self.offsets[start : stop + 1] - first
+        return LatentIndex(self.entries[first:last], latents, offsets, self.k)
+
     @property
     def d_sae(self) -> int:
         """Number of latents."""

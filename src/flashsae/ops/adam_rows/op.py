@@ -12,6 +12,8 @@ from flashsae.ops.adam_rows.reference import AdamRule
 from flashsae.ops.factors import RowGradient
 from flashsae.ops.validate import check_float, check_shape, compute_dtype
 
+_CACHED_ELEMENTS = 1 << 18
+
 
 @torch.no_grad()
 def adam_rows(
@@ -66,13 +68,32 @@ def adam_rows(
         # kernels write behind autograd's back: a graph that needs the old weights must notice
         torch.autograd.graph.increment_version([weights, *moments])
         return
-    dtype = compute_dtype(weights.dtype)
+    for start, stop in _parts(weights):
+        _step_part(start, stop, weights, low, moments, gradient, (lr, step, bias_correction), rule)
+
+
+def _parts(weights: Tensor) -> list[tuple[int, int]]:
+    """Return the rows, from and to, that the reference takes at once: as many as fit in the cache of a CPU core."""
+    n, d = weights.shape
+    rows = max(1, _CACHED_ELEMENTS // max(1, d) if weights.is_cpu and not use_kernels(weights) else n)
+    return [(start, min(start + rows, n)) for start in range(0, n, rows)]
+
+
+def _step_part(
+    start: int, stop: int, weights: Tensor, low: Tensor | None, moments: tuple[Tensor, Tensor], gradient: RowGradient,
+    scalars: tuple[Tensor, Tensor, Tensor], rule: AdamRule,
+) -> None:  # fmt: skip
+    """Do the step of the rows from start to stop."""
+    dtype, (lr, step, bias_correction) = compute_dtype(weights.dtype), scalars
+    weights, low = weights[start:stop], None if low is None else low[start:stop]
     before = weights.to(dtype) if low is None else reference.merge_halves(weights, low)
-    wide = [moment.to(dtype) for moment in moments]
-    after = reference.adam_rows(before, wide[0], wide[1], gradient.total(before), lr, bias_correction, rule)
-    for number, (moment, value) in enumerate(zip(moments, wide)):
+    narrow = [moment[start:stop] for moment in moments]
+    wide = [moment.to(dtype) for moment in narrow]
+    part = gradient if len(moments[0]) == stop - start else gradient.part(start, stop)
+    after = reference.adam_rows(before, wide[0], wide[1], part.total(before), lr, bias_correction, rule)
+    for number, (moment, value) in enumerate(zip(narrow, wide)):
         rounded = moment.dtype == torch.bfloat16
-        moment.copy_(reference.round_stochastically(value, step, number) if rounded else value)
+        moment.copy_(reference.round_stochastically(value, step, number, start) if rounded else value)
     if low is None:
         weights.copy_(after)
     else:
@@ -102,8 +123,12 @@ def row_squares(weights: Tensor, gradient: RowGradient, unit_norm: bool, *, low:
         from flashsae.ops.adam_rows.launch import launch_row_squares
 
         return launch_row_squares(weights, gradient, unit_norm)
-    whole = weights.to(compute_dtype(weights.dtype)) if low is None else reference.merge_halves(weights, low)
-    return reference.row_squares(gradient.total(whole), whole, unit_norm)
+    squares = weights.new_empty(len(weights), dtype=compute_dtype(weights.dtype))
+    for start, stop in _parts(weights):
+        rows = weights[start:stop]
+        whole = rows.to(squares.dtype) if low is None else reference.merge_halves(rows, low[start:stop])
+        squares[start:stop] = reference.row_squares(gradient.part(start, stop).total(whole), whole, unit_norm)
+    return squares
 
 
 def _check_contiguous(name: str, tensor: Tensor) -> None:

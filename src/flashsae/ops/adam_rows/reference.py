@@ -43,13 +43,13 @@ def merge_halves(high: Tensor, low: Tensor) -> Tensor:
     return ((high.view(torch.int16).int() << 16) + low.int()).view(torch.float32)
 
 
-def round_stochastically(values: Weights, step: Tensor, number: int) -> Weights:
+def round_stochastically(values: Weights, step: Tensor, number: int, first_row: int = 0) -> Weights:
     """Round float32 to bfloat16 up or down, with the chance that makes the mean right; up in magnitude.
 
     The 16 random bits of a number are the half `number` (0 or 1) of a hash of step, row and column.
     """
-    d_sae, d = values.shape
-    rows = torch.arange(d_sae, device=values.device)[:, None]
+    n, d = values.shape
+    rows = torch.arange(first_row, first_row + n, device=values.device)[:, None]
     columns = torch.arange(d, device=values.device)
     bits = _mixed(_mixed(rows + step.long() * 0x9E3779B1) + columns)
     noise = (bits >> 16 if number else bits) & 0xFFFF
@@ -83,12 +83,12 @@ def adam_rows(
     """Return the weights after a step of Adam, all [d_sae, d] of one dtype; both moments change in place."""
     if rule.unit_norm:
         gradient = projected(gradient, weights)
-    if not rule.decoupled:
+    if rule.weight_decay and not rule.decoupled:
         gradient = gradient + rule.weight_decay * weights
     exp_avg.lerp_(gradient, 1 - rule.beta1)
     exp_avg_sq.mul_(rule.beta2).addcmul_(gradient, gradient, value=1 - rule.beta2)
     first, second = bias_correction
-    if rule.decoupled:
+    if rule.weight_decay and rule.decoupled:
         weights = weights * (1 - lr.double() * rule.weight_decay).to(weights.dtype)
     step_size = (lr.double() / first).to(weights.dtype)
     weights = weights - step_size * exp_avg / ((exp_avg_sq / second.to(weights.dtype)).sqrt() + rule.eps)
