@@ -7,8 +7,10 @@ import importlib.util
 import logging
 import os
 import platform
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 
 import torch
 
@@ -108,18 +110,34 @@ def resolve_device(device: str = "auto") -> torch.device:
     Raises:
         ConfigError: no such device here.
     """
-    name = os.environ.get("FLASHSAE_DEVICE", "auto") if device == "auto" else device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = os.environ.get("FLASHSAE_DEVICE", "auto") if device == "auto" else device
+    setting = "device" if chosen == device else "FLASHSAE_DEVICE"
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if chosen == "auto" else chosen
     try:
         resolved = torch.device(name)
+        if resolved.type not in ("cpu", "cuda"):
+            raise RuntimeError(f"FlashSAE does not run on {resolved.type}")
         torch.empty(0, device=resolved)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
-            f"device: expected auto, cpu or a CUDA device that exists, got {name!r} ({reason})."
+            f"{setting}: expected auto, cpu or a CUDA device that exists, got {name!r} ({reason})."
         ) from error
     return resolved
+
+
+def memory_bytes(device: torch.device) -> int | None:
+    """Return all the memory that a device has, or that a container leaves of it; None where it cannot be told."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    try:
+        sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    except (AttributeError, OSError, ValueError):  # not on Windows
+        return None
+    for limit in ("memory.max", "memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # no container, or one without a limit
+            sizes.append(int(Path("/sys/fs/cgroup", limit).read_text()))
+    return min(sizes)
 
 
 def check_single_process() -> None:

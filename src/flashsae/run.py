@@ -12,24 +12,19 @@ RUN/report.html          all of it to look at
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
-from itertools import chain, count
 from pathlib import Path
 
 import torch
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from flashsae import files
-from flashsae.backend import check_single_process, resolve_device
-from flashsae.data.open import Opened, Prepared, prepare_activations, run_name
+from flashsae.backend import resolve_device
+from flashsae.data.open import Opened, Prepared, prepare_activations
 from flashsae.data.shuffle import shuffled
 from flashsae.data.sources import Source
-from flashsae.errors import DataError, StorageError, require
 from flashsae.evaluate import evaluate, held_out_batches, latent_geometry
 from flashsae.io.checkpoint import list_checkpoints, load_checkpoint
 from flashsae.metrics import LatentActivity
@@ -37,58 +32,17 @@ from flashsae.nn.sae import SAE
 from flashsae.report.render import render_report
 from flashsae.report.snippets import collect_snippets, token_strings, write_snippets
 from flashsae.report.summary import final_figures
-from flashsae.settings import CONFIG_FILE, RunConfig
-from flashsae.train.callbacks import (
-    LOG_FILE,
-    JsonlLog,
-    ProgressBar,
-    StageBar,
-    Warn,
-    build_logger,
-    check_logger,
-    read_log,
-)
+from flashsae.settings.run import CONFIG_FILE, RunConfig
+from flashsae.start import begun, check, check_rows, nothing_held_out, plan_table, table
+from flashsae.start import new_run as new_run
+from flashsae.train.callbacks import LOG_FILE, JsonlLog, ProgressBar, StageBar, Warn, build_logger, read_log
 from flashsae.train.config import ResolvedConfig, TrainConfig
 from flashsae.train.loop import train
-from flashsae.train.plan import make_plan
 from flashsae.train.state import init_state
 
 MEASURE_TOKENS = 8192
 EVALUATION_TOKENS = 1 << 18
 SNIPPET_TOKENS = 150_000
-
-RUNS = Path("runs")
-"""Where runs go that are given no folder."""
-
-
-def new_run(config: RunConfig, run: Path | None = None) -> Path:
-    """Make the folder of a run with its settings in it; a kill leaves no folder or a whole one.
-
-    Args:
-        config: the settings.
-        run: folder, must not exist. None: a new one under runs/, named after model and hookpoint.
-    Raises:
-        StorageError: the folder exists or cannot be made.
-    """
-    if run is None:
-        names = (run_name(config.activations) + suffix for suffix in chain([""], (f"-{n}" for n in count(2))))
-        run = next(path for path in map(RUNS.joinpath, names) if not path.exists())
-    if run.exists():
-        raise StorageError(
-            f"{run} exists already and is not overwritten. Go on with it: flashsae train --resume {run}, or give "
-            "another folder."
-        )
-    with files.atomic_directory(run) as folder:
-        (folder / CONFIG_FILE).write_text(config.to_toml(), "utf-8")
-    return run
-
-
-def discard_if_empty(run: Path) -> bool:
-    """Remove a run that failed before anything but its settings was written; return whether it was so."""
-    if [path.name for path in run.iterdir()] != [CONFIG_FILE]:
-        return False
-    shutil.rmtree(run)
-    return True
 
 
 def execute(run: Path, console: Console) -> None:
@@ -100,21 +54,15 @@ def execute(run: Path, console: Console) -> None:
     Raises:
         FlashSAEError: says what to do; everything written before is intact.
     """
-    check_single_process()
-    config = RunConfig.from_toml(run / CONFIG_FILE)
-    if config.report:
-        for package in ("jinja2", "matplotlib"):
-            require(package, "report")  # now, not after hours of training
-    for name in config.logger:
-        check_logger(name)
+    config = begun(run)
+    check(config)
     with files.only_one(run):
         _execute(run, config, console)
 
 
 def _execute(run: Path, config: RunConfig, console: Console) -> None:
     prepared = _prepare(config, run)
-    device = resolve_device(config.train.device)
-    console.print(_plan_table(config.train, prepared, device, run))
+    console.print(plan_table(config, prepared, run))
     opened = _open(prepared, config, console)
     resolved = {hookpoint: _resolved(config, prepared, hookpoint) for hookpoint in opened.sources}
     del prepared  # with it goes a language model whose activations are cached
@@ -130,14 +78,21 @@ def _execute(run: Path, config: RunConfig, console: Console) -> None:
         _execute_one(part, one, source, opened, console)
 
 
-def show_plan(config: RunConfig, console: Console) -> None:
+def show_plan(config: RunConfig, run: Path, console: Console) -> None:
     """Print what a run with these settings will do and need; make nothing.
 
+    Args:
+        config: the settings.
+        run: its folder, which need not exist.
+        console: to print on.
     Raises:
-        ConfigError, DataError: as `execute`, before it does anything.
+        FlashSAEError: as `execute`, as far as it can be told before the long work.
     """
-    prepared = _prepare(config, RUNS / "plan")
-    console.print(_plan_table(config.train, prepared, resolve_device(config.train.device), None))
+    check(config)
+    prepared = _prepare(config, run)
+    shown = plan_table(config, prepared, run)
+    check_rows(config, prepared)
+    console.print(shown)
 
 
 def draw_report(run: Path, console: Console) -> list[Path]:
@@ -149,7 +104,7 @@ def draw_report(run: Path, console: Console) -> list[Path]:
     Raises:
         CheckpointError: the run is not finished, or something in it is damaged.
     """
-    config = RunConfig.from_toml(run / CONFIG_FILE)
+    config = begun(run)
     parts = sorted(path.parent for path in run.glob(f"*/{CONFIG_FILE}"))
     if parts:
         return [path for part in parts for path in draw_report(part, console)]
@@ -201,10 +156,7 @@ def _execute_one(run: Path, config: RunConfig, source: Source, opened: Opened, c
     batches = shuffled(source, settings.batch_tokens, seed=settings.seed, buffer_tokens=settings.shuffle_tokens)
     held_out = list(held_out_batches(source, MEASURE_TOKENS))
     if not held_out:
-        raise DataError(
-            f"{source.name} is too small: no document fell to the held-out part, {config.activations.held_out:.3g} of "
-            "all. Give more text or a larger held_out."
-        )
+        raise nothing_held_out(source, config)
     state = init_state(settings, batches, device, run / "checkpoints")
     loggers = [build_logger(name, run, asdict(settings)) for name in config.logger]
     sae = train(
@@ -309,34 +261,5 @@ def _dead_at_the_end(run: Path) -> torch.Tensor | None:
     return checkpoint.tensors["dead.tokens_since_fired"] >= int(checkpoint.state["config"]["dead_after_tokens"])
 
 
-def _plan_table(config: TrainConfig, prepared: Prepared, device: torch.device, run: Path | None) -> Table:
-    settings = config.resolve(next(iter(prepared.widths.values())))
-    plan = make_plan(settings, device, prepared.row_bytes * settings.shuffle_tokens, prepared.model_bytes)
-    rows = {
-        "model": f"{prepared.config.model} at {', '.join(prepared.widths)}, d_in {settings.d_in}",
-        "text": prepared.how,
-        "SAE": f"TopK, d_sae {settings.d_sae:,}, k {settings.k}: {plan.parameters:,} parameters",
-        "training": f"{settings.tokens:,} tokens in {plan.steps:,} steps of {settings.batch_tokens:,}, "
-        f"learning rate {settings.lr:.2g}",
-        "dead latents": f"after {settings.dead_after_tokens:,} tokens without a value above 0; "
-        f"auxiliary loss with weight {settings.auxk_alpha:.3g}",
-        "peak memory": f"about {plan.peak_bytes / 1e9:.2f} GB on {device}: "
-        + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in plan.parts.items())
-        + (f"; {prepared.cache_bytes / 1e9:.1f} GB on disk at most" if prepared.cache_bytes else ""),
-    }
-    if run is not None:
-        rows["run folder"] = str(run)
-    return _table("Plan", rows)
-
-
 def _result_table(result: dict[str, float]) -> Table:
-    return _table("Result", {figure.name: figure.line() for figure in final_figures(result)})
-
-
-def _table(title: str, rows: Mapping[str, str]) -> Table:
-    table = Table(title=title, title_justify="left", show_header=False, box=box.SIMPLE, pad_edge=False)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in rows.items():
-        table.add_row(name, value)
-    return table
+    return table("Result", {figure.name: figure.line() for figure in final_figures(result)})

@@ -53,6 +53,7 @@ class Prepared:
         cache_bytes: size of the cache, at most; 0 for a stream.
         row_bytes: of the activations of a token in the shuffle buffer of a stream; a cache needs no buffer.
         model_bytes: of the language model, if it stays in memory beside the training.
+        opened: the activations, where no long work is left.
     """
 
     widths: dict[str, int]
@@ -62,6 +63,7 @@ class Prepared:
     cache_bytes: int = 0
     row_bytes: int = 0
     model_bytes: int = 0
+    opened: Opened | None = None
 
 
 def prepare_activations(

@@ -75,7 +75,7 @@ def check(name: str, value: Any, annotation: Any) -> Any:
     Raises:
         ConfigError: the value is of another type, or out of range.
     """
-    kind, limits, is_optional = _unwrap(annotation)
+    kind, limits, is_optional = unwrap(annotation)
     if value is None and is_optional:
         return None
     try:
@@ -95,7 +95,7 @@ def parse(word: str, annotation: Any) -> Any:
         word: as it was typed.
         annotation: the declared type; of a tuple, that of one element.
     """
-    kind, _, _ = _unwrap(annotation)
+    kind, _, _ = unwrap(annotation)
     if kind is int or kind is float:
         try:
             return int(word)
@@ -108,7 +108,7 @@ def parse(word: str, annotation: Any) -> Any:
     return word
 
 
-def _unwrap(annotation: Any) -> tuple[Any, list[Range], bool]:
+def unwrap(annotation: Any) -> tuple[Any, list[Range], bool]:
     """Return the bare type of an annotation, its ranges, and whether None is allowed."""
     limits: list[Range] = []
     is_optional = False
@@ -211,7 +211,7 @@ def _words(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return f"one of {', '.join(get_args(kind))}"
     if get_origin(kind) is tuple:
-        element = _unwrap(get_args(kind)[0])[0]
+        element = unwrap(get_args(kind)[0])[0]
         return f"a list of {'whole numbers' if element is int else 'texts'}"
     words = {
         int: "a whole number below 2**63, such as 1_000_000",

@@ -43,14 +43,8 @@ class RunConfig:
 
     def to_toml(self) -> str:
         """Return the settings as TOML, one flat table; what is None is left out."""
-        flat = {**asdict(self.activations), **asdict(self.train), "logger": list(self.logger), "report": self.report}
-        return tomli_w.dumps(
-            {
-                name: str(value) if isinstance(value, Path) else value
-                for name, value in flat.items()
-                if value is not None
-            }
-        )
+        flat = {**asdict(self.activations), **asdict(self.train), "logger": self.logger, "report": self.report}
+        return tomli_w.dumps({name: _plain(value) for name, value in flat.items() if value is not None})
 
     @classmethod
     def from_toml(cls, path: Path) -> RunConfig:
@@ -60,25 +54,35 @@ class RunConfig:
             CheckpointError: the file is missing or damaged.
         """
         try:
-            flat: dict[str, Any] = tomllib.loads(path.read_text("utf-8"))
-            if "activations" in flat:
-                flat["activations"] = Path(flat["activations"])
+            flat = read_toml(path)
             activations = {f.name: flat.pop(f.name) for f in fields(ActivationsConfig) if f.name in flat}
             settings = {f.name: flat.pop(f.name) for f in fields(TrainConfig) if f.name in flat}
-            logger = tuple(flat.pop("logger", ()))
-            return cls(ActivationsConfig(**activations), TrainConfig(**settings), logger, **flat)
+            return cls(ActivationsConfig(**activations), TrainConfig(**settings), **flat)
         except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(
                 f"cannot read the settings of the run from {path}: {error}. Name a folder that flashsae train made."
             ) from error
 
 
-def check_toml(path: Path) -> None:
-    """Raise ConfigError if a file of settings is missing or is not TOML."""
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return list(value)
+    return str(value) if isinstance(value, Path) else value
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return the settings in a file.
+
+    Raises:
+        ConfigError: the file is missing, is not TOML, or has sections; says so without naming the file.
+    """
     try:
-        settings = tomllib.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"config: cannot read {path} as TOML: {error}.") from error
+        settings = tomllib.loads(path.read_text("utf-8-sig"))
+    except OSError as error:
+        raise ConfigError(error.strerror or str(error)) from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"it is not TOML ({error})") from error
     sections = [name for name, value in settings.items() if isinstance(value, dict)]
     if sections:
-        raise ConfigError(f"config: expected settings without sections in {path}, got the section [{sections[0]}].")
+        raise ConfigError(f"expected settings without sections, got the section [{sections[0]}]")
+    return settings

@@ -25,12 +25,14 @@ class Plan:
         steps: of Adam.
         peak_bytes: estimate of the largest memory in use while training, on `device`.
         parts: what it is made of, in bytes by name.
+        kept_bytes: of these, what is there from the first step to the last: weights, moments and a shuffle buffer.
     """
 
     parameters: int
     steps: int
     peak_bytes: int
     parts: dict[str, int]
+    kept_bytes: int
 
 
 def make_plan(config: ResolvedConfig, device: torch.device, buffer_bytes: int = 0, model_bytes: int = 0) -> Plan:
@@ -57,7 +59,8 @@ def make_plan(config: ResolvedConfig, device: torch.device, buffer_bytes: int = 
         parts["shuffle buffer"] = buffer_bytes
     if model_bytes:
         parts["language model"] = model_bytes
-    return Plan(matrices + biases, config.steps, sum(parts.values()), parts)
+    kept = sum(parts.get(name, 0) for name in ("weights", "moments of Adam", "shuffle buffer"))
+    return Plan(matrices + biases, config.steps, sum(parts.values()), parts, kept)
 
 
 def repeats_warning(tokens: int, rows: int) -> str:

@@ -1,0 +1,121 @@
+"""What a command was given: the words of its line and a TOML file, both checked against the declared types."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from cyclopts import App, Token
+from cyclopts.argument import Argument, ArgumentCollection
+from cyclopts.exceptions import UnknownOptionError
+
+from flashsae.errors import ConfigError
+from flashsae.settings.kinds import check, declared_types, parse, unwrap
+from flashsae.settings.run import read_toml
+
+_BESIDE_RESUME = {"resume", "plan"}
+_EVERYWHERE = {"--help", "-h", "--version"}
+
+
+class Given:
+    """Looks at what a command was given before anything is made of it, and adds what stands in a file.
+
+    Called by cyclopts, as one of `App.config`. A word of the command line goes before the file.
+
+    Args:
+        words: of the command line.
+        file: TOML with settings by their names; None where there is none.
+    Raises:
+        ConfigError: a value is not what its setting declares, the file has what the command does not, or other
+            settings stand beside `resume`.
+        UnknownOptionError: the command has no such option; named before a setting is missed that was misspelt.
+    """
+
+    def __init__(self, words: Sequence[str], file: Path | None) -> None:
+        self._words = words
+        self._file = file
+
+    def __call__(self, app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+        """Check the arguments of a command, and fill in those of the file."""
+        _refuse_unknown(self._words, arguments)
+        leaves = {each.field_info.name: each for each in arguments if each.parse and not each.children}
+        command = app.default_command
+        if command is None or not leaves:
+            return
+        declared = _declared(command)
+        given = [name for name, argument in leaves.items() if argument.tokens]
+        for name in given:
+            _check_words(name, leaves[name], declared[name])
+        if self._file is not None:
+            given += self._add(self._file, " ".join(commands), leaves, declared)
+        beside = [name for name in given if name not in _BESIDE_RESUME]
+        if "resume" in given and beside:
+            raise ConfigError(
+                f"resume: expected no other setting beside it, got {beside[0]}; a run is gone on with as it was begun."
+            )
+
+    def _add(self, file: Path, command: str, leaves: dict[str, Argument], declared: dict[str, Any]) -> list[str]:
+        """Give the arguments that the command line leaves open what the file has for them; return all of its names."""
+        try:
+            settings = read_toml(file)
+        except ConfigError as error:
+            raise ConfigError(f"config: cannot read {file}: {error}.") from error
+        for key, value in settings.items():
+            if key not in leaves:
+                near = difflib.get_close_matches(key.replace("-", "_"), leaves, n=1)
+                hint = f" Did you mean {near[0]}?" if near else f" flashsae {command} --help names all that there are."
+                raise ConfigError(f"{file}: there is no setting {key!r} of flashsae {command}.{hint}")
+            try:
+                meant = check(key, value, declared[key])
+            except ConfigError as error:
+                raise ConfigError(f"{file}: {error}") from error
+            if not leaves[key].tokens:
+                for each in meant if isinstance(meant, tuple) else (meant,):
+                    word = str(each).lower() if isinstance(each, bool) else str(each)
+                    leaves[key].append(Token(keyword=key, value=word, source=str(file)))
+        return list(settings)
+
+
+def _refuse_unknown(words: Iterable[str], arguments: ArgumentCollection) -> None:
+    for word in words:
+        if word == "--":
+            return
+        option = word.partition("=")[0]
+        if re.match("--|-[A-Za-z]", option) and option not in _EVERYWHERE:
+            try:
+                arguments.match(option)
+            except ValueError:
+                token = Token(keyword=option, source="cli")
+                raise UnknownOptionError(token=token, argument_collection=arguments) from None
+
+
+def _declared(command: Callable[..., Any]) -> dict[str, Any]:
+    """Return the declared type of each setting of a command; those of its dataclasses are its own."""
+    declared: dict[str, Any] = {}
+    for name, annotation in get_type_hints(command, include_extras=True).items():
+        kind: Any = unwrap(annotation)[0]
+        if is_dataclass(kind):
+            declared |= declared_types(unwrap(annotation)[0])
+        else:
+            declared[name] = annotation
+    return declared
+
+
+def _check_words(name: str, argument: Argument, annotation: Any) -> None:
+    """Check the words of a setting and write each as what it means, ~ and 1e6 for an int put out in full."""
+    kind = unwrap(annotation)[0]
+    element = get_args(kind)[0] if get_origin(kind) is tuple else annotation
+    if unwrap(element)[0] is bool:
+        return  # a flag; its words are those of cyclopts
+    checked = []
+    for token in argument.tokens:
+        meant = parse(token.value, element)
+        if isinstance(meant, str) and unwrap(element)[0] in (int, float):
+            checked.append(token)  # no number at all, which cyclopts tells
+        else:
+            checked.append(token.evolve(value=str(check(name, meant, element))))
+    argument.tokens[:] = checked

@@ -1,0 +1,241 @@
+"""The commands: what each takes, and which function does it. Torch is imported by those that need it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, Group, Parameter
+from rich.console import Console
+
+from flashsae import __version__
+from flashsae.arguments import Given
+from flashsae.errors import FlashSAEError
+from flashsae.precision import Precision
+from flashsae.settings.kinds import PositiveFloat, PositiveInt
+from flashsae.settings.reading import ActivationsConfig, ReadingConfig
+from flashsae.settings.run import RunConfig
+from flashsae.settings.training import TrainConfig
+
+
+def _examples(*lines: str) -> str:
+    return "\n".join(("Examples:", "", *(f"    {line}" for line in lines)))
+
+
+app = App(
+    name="flashsae",
+    help="Train sparse autoencoders: exact, sparse-aware, on any machine.",
+    version=__version__,
+    default_parameter=Parameter(negative_iterable=()),
+    help_epilogue=_examples(
+        "flashsae train                     a first SAE in a few minutes: no GPU, no download",
+        "flashsae train --help              every setting, its meaning and its default",
+        "flashsae train --config my.toml    settings from a file",
+    ),
+)
+app.meta.group_parameters = Group("Everywhere")
+bench = App(
+    name="bench",
+    help="Measure speed and memory on this machine.",
+    help_epilogue=_examples("flashsae bench step --d-sae 65536"),
+)
+app.command(bench)
+
+Activations = Annotated[ActivationsConfig, Parameter(name="*", group="Activations")]
+Reading = Annotated[ReadingConfig, Parameter(name="*", group="Activations")]
+Training = Annotated[TrainConfig, Parameter(name="*", group=Group("Training", sort_key=2))]
+
+
+@app.command(
+    help_epilogue=_examples(
+        "flashsae train --plan",
+        "flashsae train gpt2 my-text.jsonl --hookpoint h.6 --d-sae 16384",
+        "flashsae train --activations acts --hookpoint h.6 --run runs/wider",
+        "flashsae train --resume runs/wider",
+    )
+)
+def train(
+    activations: Activations = ActivationsConfig(),  # noqa: B008 - frozen
+    *,
+    training: Training = TrainConfig(),  # noqa: B008 - frozen
+    run: Path | None = None,
+    resume: Path | None = None,
+    logger: Annotated[tuple[str, ...], Parameter(show_default=False)] = (),
+    report: bool = True,
+    plan: bool = False,
+) -> None:
+    """Train a sparse autoencoder on the activations of a language model, measure it and draw a report.
+
+    Without arguments: a TopK SAE on a small transformer that reads the documentation of Python, in a few minutes.
+
+    Args:
+        run: Folder of the run; must not exist. Default: a new one under runs/.
+        resume: Go on with the run in this folder, exactly where its newest checkpoint left it. Takes its settings
+            from there.
+        logger: tensorboard or wandb, beside metrics.jsonl. May be repeated. Default: neither.
+        report: End with report.html.
+        plan: Check everything and print what the run will do, how much memory it needs and for what; then stop.
+    """
+    from flashsae import start
+    from flashsae.run import execute, show_plan
+
+    console = Console()
+    config = RunConfig(activations, training, logger, report) if resume is None else start.begun(resume)
+    start.check(config)
+    folder = start.place_of(config, run) if resume is None else resume
+    if plan:
+        show_plan(config, folder, console)
+        return
+    if resume is None:
+        start.new_run(config, folder)
+    try:
+        execute(folder, console)
+    except BaseException as error:
+        if resume is None and start.discard_if_empty(folder):
+            raise
+        how = f"go on with: flashsae train --resume {folder}"
+        if isinstance(error, KeyboardInterrupt):
+            console.print(f"\nStopped; {how}", highlight=False, soft_wrap=True)
+            raise SystemExit(130) from None
+        if isinstance(error, FlashSAEError):
+            raise type(error)(f"{error}\nThe run is in {folder}; {how}") from error
+        raise
+
+
+@app.command(
+    help_epilogue=_examples(
+        "flashsae cache gpt2 my-text.jsonl --hookpoint 'h.*' --out acts",
+        "flashsae train --activations acts --hookpoint h.6",
+    )
+)
+def cache(
+    reading: Reading = ReadingConfig(),  # noqa: B008 - frozen
+    *,
+    out: Path,
+    max_tokens: PositiveInt | None = None,
+    device: str = "auto",
+) -> None:
+    """Write the activations of a language model to disk, to train on them with flashsae train --activations.
+
+    A cache that was interrupted is gone on with; one of other settings is refused.
+
+    Args:
+        out: Folder of the cache.
+        max_tokens: Stop after so many tokens. Default: all of the data set.
+        device: auto, cpu, cuda, cuda:1 ...
+    """
+    from flashsae.backend import resolve_device
+    from flashsae.data.open import cache_activations
+    from flashsae.train.callbacks import StageBar
+
+    console = Console()
+    place = str(resolve_device(device))
+    bar = StageBar(console, "activations", "tokens")
+    bar.start(0, max_tokens)
+    try:
+        cache_activations(reading, out, max_tokens=max_tokens, device=place, on_progress=bar.update)
+    except KeyboardInterrupt:
+        bar.stop()
+        console.print("\nStopped; the same command goes on where it was.", highlight=False)
+        raise SystemExit(130) from None
+    finally:
+        bar.stop()
+    console.print(f"Train on them: flashsae train --activations {out}", highlight=False, soft_wrap=True)
+
+
+@app.command(help_epilogue=_examples("flashsae report runs/minilm-encoder.layer.2"))
+def report(run: Path) -> None:
+    """Draw the report of a finished run again.
+
+    Args:
+        run: Folder of the run.
+    """
+    from flashsae.run import draw_report
+
+    console = Console()
+    for path in draw_report(run, console):
+        console.print(str(path.resolve()), highlight=False, soft_wrap=True)
+
+
+@app.command(help_epilogue=_examples("flashsae doctor"))
+def doctor() -> None:
+    """Print versions, devices, and which backends work here and why not."""
+    from rich.table import Table
+
+    from flashsae import backend
+
+    console = Console()
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in backend.describe().items():
+        table.add_row(name, value)
+    console.print(table)
+    console.print()
+    for each in backend.backends():
+        mark = "[green]works[/]" if each.works else "[yellow]does not work[/]"
+        console.print(f"backend {each.name}: {mark}: {each.reason}", highlight=False)
+
+
+@bench.command(
+    help_epilogue=_examples(
+        "flashsae bench step",
+        "flashsae bench step --d-in 2048 --d-sae 65536 --k 64 --json step.json",
+        "flashsae bench step --no-peers --precision float32",
+    )
+)
+def step(
+    *,
+    d_in: PositiveInt = 768,
+    d_sae: PositiveInt = 24576,
+    k: PositiveInt = 32,
+    batch_tokens: PositiveInt = 4096,
+    precision: Precision = "bf16",
+    peers: bool = True,
+    seconds: PositiveFloat = 1.0,
+    json: Path | None = None,
+    tiny: Annotated[bool, Parameter(show=False)] = False,
+) -> None:
+    """Measure a whole training step: ours by stage, then beside dense PyTorch and other libraries.
+
+    Needs a GPU. An implementation is timed only if its result is that of the dense float32 code. Other libraries come
+    with pip install 'flashsae[peers]'.
+
+    Args:
+        d_in: Width of the activations.
+        d_sae: Number of latents.
+        k: Latents active for each token.
+        batch_tokens: Tokens in a step.
+        precision: Of our products; others keep that of their own recipe, mostly bf16.
+        peers: Measure the libraries that are installed, beside dense PyTorch.
+        seconds: Budget of each measurement, without building and warm-up.
+        json: File for the results. Default: none is written.
+        tiny: Toy sizes on any device, to try the command.
+    """
+    from flashsae.bench.problem import Shape
+    from flashsae.bench.step import bench_step
+
+    shape = Shape("", batch_tokens, d_in, d_sae, k)
+    bench_step(shape, precision, peers=peers, seconds=seconds, is_tiny=tiny, path=json, console=Console())
+
+
+@app.meta.default
+def _with_config(
+    *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
+    config: Annotated[
+        Path | None, Parameter(help="TOML file with settings by their names here, such as k = 64.")
+    ] = None,
+) -> None:
+    app.config = (Given(tokens, config),)
+    app(tokens, exit_on_error=False, print_error=False)
+
+
+def run(words: Sequence[str]) -> None:
+    """Do what the words of a command line ask for.
+
+    Raises:
+        CycloptsError: they are no command.
+        FlashSAEError: the command cannot be done.
+        SystemExit: it is done, or was stopped.
+    """
+    app.config = ()
+    app.meta(list(words), exit_on_error=False, print_error=False)

@@ -1,0 +1,199 @@
+"""What is settled before a run begins: that its settings can work here, where it goes, and what it will need."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from itertools import chain, count
+from pathlib import Path
+
+import torch
+from rich import box
+from rich.table import Table
+
+from flashsae import files
+from flashsae.backend import check_single_process, memory_bytes, resolve_device
+from flashsae.data.open import Prepared, run_name
+from flashsae.data.shuffle import shuffled
+from flashsae.data.sources import RowSource, Source
+from flashsae.errors import ConfigError, DataError, StorageError, require
+from flashsae.settings.run import CONFIG_FILE, RunConfig
+from flashsae.train.callbacks import check_logger
+from flashsae.train.plan import Plan, make_plan
+
+RUNS = Path("runs")
+"""Where runs go that are given no folder."""
+
+
+def begun(run: Path) -> RunConfig:
+    """Return the settings of a run that was begun.
+
+    Raises:
+        CheckpointError: there is none in this folder.
+    """
+    return RunConfig.from_toml(run / CONFIG_FILE)
+
+
+def check(config: RunConfig) -> None:
+    """Raise what a run would, as far as it can be told before anything is read.
+
+    Raises:
+        ConfigError: no such device or logger, or this is one of several processes.
+        MissingExtraError: a package is missing that the run needs at its end.
+    """
+    check_single_process()
+    resolve_device(config.train.device)
+    if config.report:
+        for package in ("jinja2", "matplotlib"):
+            require(package, "report")  # now, not after hours of training
+    for name in config.logger:
+        check_logger(name)
+
+
+def place_of(config: RunConfig, run: Path | None = None) -> Path:
+    """Return the folder that a new run gets, and make nothing.
+
+    Args:
+        config: the settings.
+        run: the folder that was asked for. None: a new one under runs/, named after model and hookpoint.
+    Raises:
+        StorageError: the folder exists already, or cannot be made there.
+    """
+    if run is None:
+        names = (run_name(config.activations) + suffix for suffix in chain([""], (f"-{n}" for n in count(2))))
+        run = next(path for path in map(RUNS.joinpath, names) if not path.exists())
+    with files.storage_errors(run):
+        try:
+            is_folder = run.is_dir() if run.lstat() else False
+        except (FileNotFoundError, NotADirectoryError):
+            _check_parent(run)
+            return run
+    if is_folder:
+        raise StorageError(
+            f"{run} exists already and is not overwritten. Go on with it: flashsae train --resume {run}, or give "
+            "another folder."
+        )
+    raise StorageError(f"{run} is a file, and a run is a folder. Give another name.")
+
+
+def _check_parent(run: Path) -> None:
+    parent = next(path for path in run.absolute().parents if path.exists())
+    if not parent.is_dir():
+        raise StorageError(f"{run} cannot be made: {parent} is a file. Give another folder.")
+    if not os.access(parent, os.W_OK):
+        raise StorageError(f"{run} cannot be made: {parent} may not be written to. Give another folder.")
+
+
+def new_run(config: RunConfig, run: Path | None = None) -> Path:
+    """Make the folder of a run with its settings in it; a kill leaves no folder or a whole one.
+
+    Args:
+        config: the settings.
+        run: folder, must not exist. None: a new one under runs/, named after model and hookpoint.
+    Raises:
+        StorageError: the folder exists or cannot be made.
+    """
+    run = place_of(config, run)
+    with files.atomic_directory(run) as folder:
+        (folder / CONFIG_FILE).write_text(config.to_toml(), "utf-8")
+    return run
+
+
+def discard_if_empty(run: Path) -> bool:
+    """Remove a run that failed before anything but its settings was written; return whether it was so."""
+    if any(path.name != CONFIG_FILE and not path.name.startswith(".") for path in run.iterdir()):
+        return False
+    shutil.rmtree(run)
+    if run.parent == RUNS and not any(RUNS.iterdir()):
+        RUNS.rmdir()
+    return True
+
+
+def plan_table(config: RunConfig, prepared: Prepared, run: Path) -> Table:
+    """Return what a run will do and need.
+
+    Args:
+        config: the settings.
+        prepared: its activations.
+        run: its folder, which need not exist.
+    Raises:
+        ConfigError: k > d_sae, or the training cannot fit into the memory of the device.
+    """
+    device = resolve_device(config.train.device)
+    resolved = [config.train.resolve(width) for width in prepared.widths.values()]
+    settings = max(resolved, key=lambda each: each.d_sae * each.d_in)
+    plan = make_plan(settings, device, prepared.row_bytes * settings.shuffle_tokens, prepared.model_bytes)
+    warning = _check_memory(plan, device)
+    rows = {
+        "model": f"{prepared.config.model} at {', '.join(prepared.widths)}, d_in {settings.d_in}",
+        "text": prepared.how,
+        "SAE": f"TopK, d_sae {settings.d_sae:,}, k {settings.k}: {plan.parameters:,} parameters",
+        "training": f"{settings.tokens:,} tokens in {plan.steps:,} steps of {settings.batch_tokens:,}, "
+        f"learning rate {settings.lr:.2g}",
+        "dead latents": f"after {settings.dead_after_tokens:,} tokens without a value above 0; "
+        f"auxiliary loss with weight {settings.auxk_alpha:.3g}",
+        "peak memory": f"about {plan.peak_bytes / 1e9:.2f} GB on {device}: "
+        + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in plan.parts.items())
+        + warning,
+        "run folder": str(run),
+    }
+    if prepared.cache_bytes:
+        rows["disk"] = f"{prepared.cache_bytes / 1e9:.2f} GB at most for the cache" + _disk_warning(prepared, run)
+    return table("Plan", rows)
+
+
+def check_rows(config: RunConfig, prepared: Prepared) -> None:
+    """Raise what training would, once it begins, over activations that are there to be looked at.
+
+    Raises:
+        ConfigError, DataError: too few rows for a batch, or none held out.
+    """
+    if prepared.opened is None:
+        return
+    for source in prepared.opened.sources.values():
+        shuffled(source, config.train.batch_tokens, seed=0, buffer_tokens=config.train.shuffle_tokens)
+        if isinstance(source, RowSource) and not len(source.split_rows("held_out")):
+            raise nothing_held_out(source, config)
+
+
+def nothing_held_out(source: Source, config: RunConfig) -> DataError:
+    """Return the error of a source that no document of which fell to the held-out part."""
+    return DataError(
+        f"{source.name} is too small: no document fell to the held-out part, {config.activations.held_out:.3g} of "
+        "all. Give more text or a larger held_out."
+    )
+
+
+def _check_memory(plan: Plan, device: torch.device) -> str:
+    """Return a warning if a training may not fit, else ""; raise ConfigError if it cannot."""
+    there_is = memory_bytes(device)
+    if there_is is None:
+        return ""
+    if plan.kept_bytes > there_is:
+        raise ConfigError(
+            f"d_sae: a training of this size keeps {plan.kept_bytes / 1e9:,.1f} GB from step to step, and {device} has "
+            f"{there_is / 1e9:,.1f} GB in all. Take a smaller --d-sae or --shuffle-tokens, or --moments bf16."
+        )
+    if plan.peak_bytes > 0.9 * there_is:
+        return f"; may not fit, since {device} has {there_is / 1e9:.2f} GB in all"
+    return ""
+
+
+def _disk_warning(prepared: Prepared, run: Path) -> str:
+    """Return a warning if a cache that is yet to be written may not fit, else ""."""
+    if prepared.opened is not None:
+        return ", there already"
+    place = (prepared.config.activations or run).absolute()
+    free = shutil.disk_usage(next(path for path in (place, *place.parents) if path.exists())).free
+    return f"; may not fit, since {free / 1e9:.2f} GB are free" if prepared.cache_bytes > free else ""
+
+
+def table(title: str, rows: Mapping[str, str]) -> Table:
+    """Return a table of names and what there is to say of them."""
+    made = Table(title=title, title_justify="left", show_header=False, box=box.SIMPLE, pad_edge=False)
+    made.add_column(no_wrap=True)
+    made.add_column(overflow="fold")
+    for name, value in rows.items():
+        made.add_row(name, value)
+    return made
