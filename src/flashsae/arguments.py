@@ -44,7 +44,7 @@ class Given:
         _refuse_unknown(self._words, arguments)
         leaves = {each.field_info.name: each for each in arguments if each.parse and not each.children}
         command = app.default_command
-        if command is None or not leaves:
+        if command is None:
             return
         declared = _declared(command)
         given = [name for name, argument in leaves.items() if argument.tokens]
@@ -64,20 +64,25 @@ class Given:
             settings = read_toml(file)
         except ConfigError as error:
             raise ConfigError(f"config: cannot read {file}: {error}.") from error
+        given = []
         for key, value in settings.items():
-            if key not in leaves:
-                near = difflib.get_close_matches(key.replace("-", "_"), leaves, n=1)
+            name = key.replace("-", "_")
+            if name not in leaves:
+                near = difflib.get_close_matches(name, leaves, n=1)
                 hint = f" Did you mean {near[0]}?" if near else f" flashsae {command} --help names all that there are."
                 raise ConfigError(f"{file}: there is no setting {key!r} of flashsae {command}.{hint}")
+            if name in given:
+                raise ConfigError(f"{file}: {name} stands there twice.")
+            given.append(name)
             try:
-                meant = check(key, value, declared[key])
+                meant = check(name, value, declared[name])
             except ConfigError as error:
                 raise ConfigError(f"{file}: {error}") from error
-            if not leaves[key].tokens:
+            if not leaves[name].tokens:
                 for each in meant if isinstance(meant, tuple) else (meant,):
                     word = str(each).lower() if isinstance(each, bool) else str(each)
-                    leaves[key].append(Token(keyword=key, value=word, source=str(file)))
-        return list(settings)
+                    leaves[name].append(Token(keyword=key, value=word, source=str(file)))
+        return given
 
 
 def _refuse_unknown(words: Iterable[str], arguments: ArgumentCollection) -> None:

@@ -51,12 +51,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _call(words: Sequence[str]) -> None:
-    from cyclopts import CycloptsError
+    from cyclopts import CycloptsError, UnusedCliTokensError
 
     from flashsae.commands import run
 
     try:
         run(words)
+    except UnusedCliTokensError as error:
+        _end(f"flashsae: nothing takes the words {', '.join(map(repr, error.unused_tokens or ()))}; see --help.", 2)
     except CycloptsError as error:
         _end(f"flashsae: {' '.join(str(error).split())}", 2)
 

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from flashsae.data.cache import ActivationCache
+from flashsae.data.cache import INDEX_FILE, ActivationCache
 from flashsae.data.cache_writer import write_cache
 from flashsae.data.language_model import LanguageModelConfig, LanguageModelSource
 from flashsae.data.models import match_hookpoints
 from flashsae.data.sources import Chunk, Source, Split
 from flashsae.data.text import TextDataset, open_text
-from flashsae.errors import ConfigError, DataError
+from flashsae.errors import CheckpointError, ConfigError, DataError
 from flashsae.settings.reading import ActivationsConfig, ReadingConfig
 
 LARGEST_DEFAULT_CACHE = 8 * 10**9
 MODEL_BATCH_TOKENS = 8192
+_OF_TEXT = ("text_column", "text_split", "text_subset")
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def prepare_activations(
         DataError: the text is missing or empty, or the cache holds something else than is asked for.
         CheckpointError: the cache is damaged.
     """
-    if config.activations is not None and ActivationCache.is_complete(config.activations):
+    if config.activations is not None and is_complete_cache(config):
         return _prepare_cache(config if is_checked else _check_asked(config, config.activations), config.activations)
     config = config.filled()
     text = _open_text(config)
@@ -104,7 +106,13 @@ def prepare_activations(
         how = f"{text.name}, streamed beside the training"
         row_bytes = source.d_in * source.dtype.itemsize
         return Prepared(
-            source.widths, config, how, lambda _: opened, row_bytes=row_bytes, model_bytes=source.model_bytes
+            source.widths,
+            config,
+            how,
+            lambda _: opened,
+            row_bytes=row_bytes,
+            model_bytes=source.model_bytes,
+            opened=opened,
         )
 
     def write_and_open(on_progress: Progress) -> Opened:
@@ -116,18 +124,54 @@ def prepare_activations(
     return Prepared(source.widths, config, how, write_and_open, cache_bytes=size)
 
 
+def is_complete_cache(config: ActivationsConfig) -> bool:
+    """Tell whether the cache that settings name is there, or may be written there.
+
+    Raises:
+        ConfigError: it is not, and nothing says that it should be written.
+        CheckpointError: what is there is no cache, or a damaged one.
+    """
+    place = config.activations
+    if place is None:
+        return False
+    if place.exists():
+        return _is_cache(place) and ActivationCache.is_complete(place)
+    if config.model is None and config.dataset is None:
+        raise ConfigError(
+            f"activations: there is no cache at {place}. Check the path; to write a cache there, name the model and "
+            f"the text too: flashsae train MODEL TEXT --hookpoint PATH --activations {place}."
+        )
+    return False
+
+
+def _is_cache(place: Path) -> bool:
+    """Tell a folder with a cache from an empty one; raise CheckpointError where something else is."""
+    if not place.is_dir():
+        raise CheckpointError(f"{place} is a file, and a cache of activations is a folder. Give another name.")
+    if (place / INDEX_FILE).exists():
+        return True
+    if any(not path.name.startswith(".") for path in place.iterdir()):
+        raise CheckpointError(
+            f"{place} holds other files and no {INDEX_FILE}: it is no activation cache. Choose a new folder."
+        )
+    return False
+
+
 def cache_activations(
     config: ReadingConfig, place: Path, *, max_tokens: int | None, device: str, on_progress: Progress | None = None
 ) -> None:
     """Write a cache, or go on with one: see `write_cache`. Arguments as for `prepare_activations`."""
     config = config.filled()
+    if place.exists():
+        _is_cache(place)
     source = LanguageModelSource(_language_model_config(config, device), _open_text(config), held_out=0.0)
     write_cache(place, source, max_tokens=max_tokens, on_progress=on_progress)
 
 
 def _open_text(config: ReadingConfig) -> TextDataset:
     assert config.dataset is not None
-    return open_text(config.dataset, split=config.text_split, column=config.text_column, subset=config.text_subset)
+    given = {"split": config.text_split, "column": config.text_column, "subset": config.text_subset}
+    return open_text(config.dataset, **{name: value for name, value in given.items() if value is not None})
 
 
 def _language_model_config(config: ReadingConfig, device: str) -> LanguageModelConfig:
@@ -155,14 +199,19 @@ def _cache_name(config: ReadingConfig, reading: LanguageModelConfig, text: TextD
 
 def run_name(config: ReadingConfig) -> str:
     """Return a readable name for what is trained on, fit for a folder."""
-    filled = config.filled()
-    return f"{Path(filled.model or '').name}-{filled.hookpoint}".replace("*", "all")
+    if isinstance(config, ActivationsConfig) and config.activations is not None and is_complete_cache(config):
+        held = ActivationCache.read_settings(config.activations)
+        names = list(held["hookpoints"])
+        model, hookpoint = held["model"], config.hookpoint or (names[0] if len(names) == 1 else "all")
+    else:
+        filled = config.filled()
+        model, hookpoint = filled.model, filled.hookpoint
+    name = f"{Path(model or '').resolve().name}-{hookpoint}".replace("*", "all")
+    return re.sub(r"[^\w.-]+", "-", name)[:120]
 
 
 def _prepare_cache(config: ActivationsConfig, place: Path) -> Prepared:
-    names = list(ActivationCache.read_settings(place)["hookpoints"])
-    if config.hookpoint is not None:
-        names = match_hookpoints(config.hookpoint, names) or [config.hookpoint]  # the cache says what it holds instead
+    names = _held_hookpoints(config.hookpoint, list(ActivationCache.read_settings(place)["hookpoints"]))
     caches = {name: ActivationCache(place, name, config.held_out) for name in names}
     first = next(iter(caches.values()))
     opened = Opened(dict(caches), first.read_tokenizer)
@@ -170,28 +219,42 @@ def _prepare_cache(config: ActivationsConfig, place: Path) -> Prepared:
     size = 2 * first.n_rows * sum(widths.values())
     how = f"{first.dataset}: {first.n_rows:,} tokens, cached in {place}"
     config = replace(config, activations=place.resolve())
-    return Prepared(widths, config, how, lambda _: opened, cache_bytes=size)
+    return Prepared(widths, config, how, lambda _: opened, cache_bytes=size, opened=opened)
+
+
+def _held_hookpoints(pattern: str | None, held: list[str]) -> list[str]:
+    """Return which of the hookpoints of a cache a pattern stands for; all, where there is none."""
+    if pattern is None:
+        return held
+    without_prefix = pattern.partition(".")[2]  # the name of the base model in its parent, such as transformer.
+    return match_hookpoints(pattern, held) or match_hookpoints(without_prefix, held) or [pattern]
 
 
 def _check_asked(config: ActivationsConfig, place: Path) -> ActivationsConfig:
-    """Return the settings with those of a cache filled in; raise DataError where others were given."""
+    """Return the settings with those of a cache filled in.
+
+    Raises:
+        ConfigError: settings of a text stand there without a text, which the cache makes meaningless.
+        DataError: the cache was written with others.
+    """
     held = ActivationCache.read_settings(place)
-    asked = {
-        "model": config.model,
-        "dataset": None if config.dataset is None else _open_text(config).name,
-        "context_length": config.context_length,
-        "mask_special": config.mask_special,
-        "max_norm_ratio": config.max_norm_ratio,
-    }
+    asked = {f.name: getattr(config, f.name) for f in fields(ReadingConfig) if f.name not in ("hookpoint", *_OF_TEXT)}
+    of_text = [name for name in _OF_TEXT if getattr(config, name) is not None]
+    if config.dataset is not None:
+        asked["dataset"] = _open_text(config).name
+    elif of_text:
+        raise ConfigError(
+            f"{of_text[0]}: expected nothing beside --activations {place}, a cache whose text has been read. Leave it "
+            "out."
+        )
     differences = [
-        f"{name} is {held[name]!r} there, {value!r} was asked for"
+        f"{name} is {held.get(name)!r} there, {value!r} was asked for"
         for name, value in asked.items()
-        if value is not None and held[name] != value
+        if value is not None and held.get(name) != (list(value) if isinstance(value, tuple) else value)
     ]
     if differences:
         raise DataError(
             f"the cache {place} holds other activations: {'; '.join(differences)}. Leave these settings out, or name "
             "another folder."
         )
-    hookpoint = config.hookpoint or next(iter(held["hookpoints"]))
-    return replace(config, model=held["model"], hookpoint=hookpoint, context_length=held["context_length"])
+    return replace(config, model=held["model"], context_length=held["context_length"])

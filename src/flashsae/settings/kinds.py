@@ -212,12 +212,12 @@ def _words(kind: Any) -> str:
         return f"one of {', '.join(get_args(kind))}"
     if get_origin(kind) is tuple:
         element = unwrap(get_args(kind)[0])[0]
-        return f"a list of {'whole numbers' if element is int else 'texts'}"
+        return f"a list of {'whole numbers' if element is int else 'strings'}"
     words = {
         int: "a whole number below 2**63, such as 1_000_000",
         float: "a number",
         bool: "true or false",
-        str: "a text",
+        str: "a string",
         Path: "a path",
     }
     return words.get(kind, f"a {getattr(kind, '__name__', kind)}")

@@ -38,13 +38,14 @@ class ReadingConfig:
         dataset: Text to read: a name on the Hugging Face hub, a .txt, .jsonl or .parquet file, a folder of such, or
             python-docs, which ships with Python. Default: python-docs.
         hookpoint: Module path in the model whose output is taken, such as layers.6 or h.3.mlp. A * stands for
-            anything but a dot and trains one SAE for each match. Default: encoder.layer.2, for minilm.
+            anything but a dot and trains one SAE for each match. Default: encoder.layer.2 of minilm; with a cache,
+            all that it holds.
         context_length: Tokens in one input of the model. Default: 256.
         mask_special: Leave out special tokens. Default: yes.
         max_norm_ratio: Leave out tokens whose norm exceeds so many times the median. Default: keep all.
-        text_column: Column of the data set that holds the text.
-        text_split: Split of a hub data set.
-        text_subset: Subset (configuration) of a hub data set.
+        text_column: Column of the data set that holds the text. Default: text.
+        text_split: Split of a hub data set. Default: train.
+        text_subset: Subset (configuration) of a hub data set. Default: the only one.
     """
 
     model: str | None = None
@@ -53,19 +54,23 @@ class ReadingConfig:
     context_length: PositiveInt | None = field(default=None, kw_only=True)
     mask_special: bool | None = field(default=None, kw_only=True)
     max_norm_ratio: MoreThanOne | None = field(default=None, kw_only=True)
-    text_column: str = field(default="text", kw_only=True)
-    text_split: str = field(default="train", kw_only=True)
+    text_column: str | None = field(default=None, kw_only=True)
+    text_split: str | None = field(default=None, kw_only=True)
     text_subset: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+    def filled(self: Config) -> Config:
+        """Return the settings with every default that is fixed filled in.
+
+        Raises:
+            ConfigError: there is a model and no hookpoint.
+        """
         if self.hookpoint is None and self.model not in (None, MINILM):
             raise ConfigError(
                 f"hookpoint: expected a module path of {self.model}, such as --hookpoint layers.6, got nothing."
             )
-
-    def filled(self: Config) -> Config:
-        """Return the settings with every default that is fixed filled in."""
         return replace(
             self,
             model=self.model or MINILM,
@@ -81,8 +86,9 @@ class ActivationsConfig(ReadingConfig):
     """Which activations to train on.
 
     Args:
-        activations: Cache of activations, as written by flashsae cache. Written first if there is none.
-            Default: a cache beside the run, or no cache if it would exceed 8 GB.
+        activations: Folder of a cache of activations, as flashsae cache writes it. Where a model and a text are named
+            too and there is none, it is written first. Default: a cache beside the run, or none if it would exceed
+            8 GB.
         stream: Run the model beside the training and write no cache; --no-stream always writes one.
         held_out: Fraction of the documents that training never sees; the final figures are measured on them.
     """
