@@ -94,12 +94,12 @@ def train(
     except BaseException as error:
         if resume is None and start.discard_if_empty(folder):
             raise
-        how = f"go on with: flashsae train --resume {folder}"
+        how = f"flashsae train --resume {folder}"
         if isinstance(error, KeyboardInterrupt):
-            console.print(f"\nStopped; {how}", highlight=False, soft_wrap=True)
+            console.print(f"\nStopped. Go on with: {how}", highlight=False, soft_wrap=True)
             raise SystemExit(130) from None
         if isinstance(error, FlashSAEError):
-            raise type(error)(f"{error}\nThe run is in {folder}; {how}") from error
+            raise type(error)(f"{error}\nThe run is in {folder}; go on with: {how}") from error
         raise
 
 
@@ -137,7 +137,7 @@ def cache(
         cache_activations(reading, out, max_tokens=max_tokens, device=place, on_progress=bar.update)
     except KeyboardInterrupt:
         bar.stop()
-        console.print("\nStopped; the same command goes on where it was.", highlight=False)
+        console.print("\nStopped. The same command goes on where it was.", highlight=False)
         raise SystemExit(130) from None
     finally:
         bar.stop()
