@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashsae.data.sources import RowSource, Source, as_acts, batch_acts, check_finite, iterate
+from flashsae.data.acts import as_acts, batch_acts, check_finite, iterate
+from flashsae.data.sources import RowSource, Source
 from flashsae.errors import ConfigError, DataError
 from flashsae.metrics import FVU, LatentActivity, norm_limit
 from flashsae.neutral import neutral

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 import operator
 import os
 import types
@@ -138,7 +139,7 @@ def _int(value: Any, kind: Any) -> int:
 
 
 def _float(value: Any, kind: Any) -> float:
-    if isinstance(value, (bool, str, bytes)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError
     return float(value)
 
