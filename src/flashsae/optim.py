@@ -131,7 +131,7 @@ class FactoredAdam(torch.optim.Optimizer):
         for group, saved in zip(groups, loaded):
             for name, value in saved.items():
                 if name == "lr" and isinstance(group["lr"], Tensor):
-                    group["lr"].copy_(torch.as_tensor(value))
+                    group["lr"].copy_(torch.as_tensor(value, dtype=torch.float64))
                 elif name not in _OF_TORCH:
                     group[name] = value
         self._versions.clear()  # the weights of this state may come before or after it

@@ -117,8 +117,8 @@ def weight_gradient(
         grad, sums = dense.latent_rows(top_indices, coeffs, rows, len(like), with_sums)
         return FactoredGradient([RowFactor(grad, None)], like) if as_factor else grad.to(like.dtype), sums
     if as_factor:
-        # a graph behind the coefficients would stay alive until they are used
-        return FactoredGradient([SparseFactor(index, coeffs.detach(), rows)], like), None
+        # a graph behind them would stay alive until they are used
+        return FactoredGradient([SparseFactor(index, coeffs.detach(), rows.detach())], like), None
     return sum_rows(index, coeffs, rows, like.dtype), None
 
 
