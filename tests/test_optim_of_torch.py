@@ -121,7 +121,8 @@ def test_schedulers(name: str) -> None:
 def test_settings_that_are_changed_by_hand_are_read_at_the_next_step() -> None:
     twins = Twins()
     changes: list[dict[str, Any]] = [
-        {"lr": 1e-4}, {"betas": (0.5, 0.6)}, {"eps": 1e-2}, {"weight_decay": 0.7}, {"lr": torch.tensor(0.05, dtype=F64)},
+        {"lr": 1e-4}, {"betas": (0.5, 0.6)}, {"eps": 1e-2}, {"weight_decay": 0.7},
+        {"lr": torch.tensor(0.05, dtype=F64)},
         {"lr": 0.0}, {"decoupled_weight_decay": True}, {"lr": 3e-3, "betas": (0.0, 0.9)},
     ]  # fmt: skip
     for change in changes:

@@ -96,9 +96,9 @@ def use_dense(k: int, d_sae: int, weights: torch.Tensor) -> bool:
 
 
 @functools.cache
-def log_once(message: str) -> None:
+def log_once(message: str, level: int = logging.INFO) -> None:
     """Log a message if it is new."""
-    logging.getLogger("flashsae").info(message)
+    logging.getLogger("flashsae").log(level, message)
 
 
 def resolve_device(device: str = "auto") -> torch.device:

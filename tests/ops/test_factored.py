@@ -13,8 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flashsae import SAE, SAEConfig
-from flashsae.nn import fvu_weights
+from flashsae import SAE, SAEConfig, backend
 from flashsae.ops import FactoredGradient, collect_factors
 from flashsae.ops.factors import RowFactor
 from flashsae.optim import FactoredAdam
@@ -42,7 +41,7 @@ def _x(number: int = 0, dtype: torch.dtype = F64) -> Tensor:
 
 
 def _loss(sae: SAE, x: Tensor) -> Tensor:
-    return sae.decode_loss(sae.encode(x), x, weights=fvu_weights(x)).loss
+    return sae.decode_loss(sae.encode(x), x).loss / x.numel()
 
 
 def _pair(dtype: torch.dtype = F64) -> tuple[SAE, SAE, FactoredAdam]:
@@ -442,3 +441,21 @@ def test_numbers_that_are_rows_of_a_factor_are_copied_before_they_are_written_to
     gradient.clamp_(0.0, 0.5)
     assert torch.equal(rows, torch.ones(4, 3))
     assert torch.equal(gradient.materialize(), torch.full((4, 3), 0.5))
+
+
+def test_what_torch_compile_traces_leaves_ordinary_gradients_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    ours, theirs, _ = _pair()
+    backend.log_once.cache_clear()
+    compiled = torch.compile(_loss, backend="aot_eager", fullgraph=True)
+    with caplog.at_level("WARNING", "flashsae"):
+        for sae in (ours, theirs):
+            sae.zero_grad()
+        with collect_factors(ours.W_dec, ours.W_enc_T):
+            compiled(ours, _x()).backward()
+            compiled(ours, _x(1)).backward()
+    _loss(theirs, _x()).backward()
+    _loss(theirs, _x(1)).backward()
+    assert type(ours.W_dec.grad) is Tensor
+    _same(ours, theirs)
+    assert [record.message for record in caplog.records if "torch.compile traces leave" in record.message]
+    assert len(caplog.records) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -73,7 +74,8 @@ def collects(weights: Tensor) -> bool:
     if len(_COLLECTIONS) and type(weights) not in (Tensor, torch.nn.Parameter):
         log_once(
             "operations that torch.compile traces leave ordinary gradients of [d_sae, d_in] numbers and no factors: "
-            "call flashsae outside of what is compiled to keep the backward pass sparse"
+            "call flashsae outside of what is compiled to keep the backward pass sparse",
+            logging.WARNING,
         )
     return False
 
