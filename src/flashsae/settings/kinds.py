@@ -81,7 +81,9 @@ def check(name: str, value: Any, annotation: Any) -> Any:
         return None
     try:
         meant = _CHECKS.get(get_origin(kind) or kind, _instance)(value, kind)
-    except (TypeError, ValueError):
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from error
+    except (TypeError, ValueError, OverflowError):
         raise ConfigError(f"{name}: expected {_words(kind)}, got {_shown(value)}.") from None
     for limit in limits:
         if not limit.holds(meant):
@@ -171,7 +173,7 @@ def expand(path: str | Path) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        raise ConfigError(f"{path}: there is no such user; write the home folder in full.") from error
+        raise ConfigError(f"expected a path whose user exists, got {str(path)!r}.") from error
 
 
 def _literal(value: Any, kind: Any) -> Any:
