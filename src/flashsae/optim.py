@@ -242,7 +242,7 @@ class FactoredAdam(torch.optim.Optimizer):
         """
         gradients = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not gradients:
-            return torch.zeros(())
+            return torch.zeros((), dtype=torch.float32, device="cpu")
         squares = [
             row_squares(_matrix(p), _gradient(p), _rule(p, group).unit_norm, low=self._refresh(p).get("low")).sum()
             for p, group in gradients
