@@ -27,9 +27,9 @@ ops.variance.reference ops.variance.kernels ops.variance.launch ops.variance.op
 metrics
 nn.losses nn.sae
 optim
-data.acts data.fingerprint data.sources data.synthetic data.shuffle data.prefetch
+data.fingerprint data.sources data.synthetic data.shuffle data.prefetch
 data.python_docs data.text_files data.text
-data.models data.windows data.language_model
+data.models data.weights data.windows data.documents data.hooked data.language_model
 data.cache data.cache_writer data.open
 io.checkpoint
 train.config train.plan train.dead train.graph train.records train.callbacks train.sample train.state train.loop

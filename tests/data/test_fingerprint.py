@@ -12,8 +12,8 @@ import torch
 
 from flashsae.data import fingerprint
 from flashsae.data.fingerprint import files_digest, rows_digest, tensors_digest
-from flashsae.data.models import loaded_fingerprint, model_fingerprint
 from flashsae.data.text import TextDataset, open_text
+from flashsae.data.weights import loaded_fingerprint, model_fingerprint
 from flashsae.errors import ConfigError, DataError
 
 

@@ -55,6 +55,46 @@ def bert() -> nn.Module:
     return BertModel(BertConfig(vocab_size=64, max_position_embeddings=32, **sizes))
 
 
+_SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+_HALVES = {
+    f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 2), ("attention_heads", 2))
+}
+_BART = {"vocab_size": 64, "d_model": 16, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, **_HALVES}
+_IMAGES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+_IMAGES |= {"image_size": 8, "patch_size": 4}
+_T5 = {"vocab_size": 64, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+
+
+def _make(family: str, **settings: Any) -> nn.Module:
+    import transformers
+
+    torch.manual_seed(0)
+    model: nn.Module = getattr(transformers, f"{family}Model")(getattr(transformers, f"{family}Config")(**settings))
+    return model
+
+
+MORE_FAMILIES: dict[str, Callable[[], nn.Module]] = {
+    "gpt2": gpt2,
+    "llama": llama,
+    "gpt_neox": lambda: _make("GPTNeoX", vocab_size=64, max_position_embeddings=32, **_SIZES),
+    "opt": lambda: _make(
+        "OPT", vocab_size=64, hidden_size=16, ffn_dim=24, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=32, word_embed_proj_dim=16,
+    ),
+    "bloom": lambda: _make("Bloom", vocab_size=64, hidden_size=16, n_layer=2, n_head=2),
+    "roberta": lambda: _make("Roberta", vocab_size=64, max_position_embeddings=34, pad_token_id=1, **_SIZES),
+    "t5": lambda: _make("T5", decoder_start_token_id=0, **_T5),
+    "bart": lambda: _make("Bart", max_position_embeddings=32, **_BART),
+    "whisper": lambda: _make(
+        "Whisper", pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1, **_BART
+    ),
+    "clip": lambda: _make(
+        "CLIP", vision_config=_IMAGES,
+        text_config={"vocab_size": 64, "max_position_embeddings": 32, "bos_token_id": 0, "eos_token_id": 1, **_SIZES},
+    ),
+    "vit": lambda: _make("ViT", **_IMAGES),
+}  # fmt: skip
+"""Families that differ in what reads text, how long it may be and what modules give."""
 FAMILIES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "gpt2": (gpt2, "h.*"),
     "llama": (llama, "layers.*"),

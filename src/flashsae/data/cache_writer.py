@@ -67,18 +67,11 @@ def _write(
             source.tokenizer.save_pretrained(aside)
     writer = _Writer(directory, index, shard_rows)
     n_rows = sum(index.shards)
-    for chunks, cursor in source.chunks_by_hookpoint(None, index.cursor):
-        room = None if max_tokens is None else max_tokens - n_rows
-        n_rows += writer.add({name: chunk.select(_first(chunk, room)) for name, chunk in chunks.items()}, cursor)
+    for chunks, cursor in source.chunks_by_hookpoint(None, index.cursor, max_tokens):
+        n_rows += writer.add(chunks, cursor)
         if on_progress is not None:
             on_progress(n_rows)
-        if n_rows == max_tokens:
-            break
     writer.finish()
-
-
-def _first(chunk: Chunk, n: int | None) -> Tensor:
-    return torch.arange(len(chunk.acts) if n is None else min(n, len(chunk.acts)))
 
 
 def _settings(source: LanguageModelSource, shard_rows: int, max_tokens: int | None) -> dict[str, Any]:
@@ -99,6 +92,11 @@ def _settings(source: LanguageModelSource, shard_rows: int, max_tokens: int | No
         "batch_tokens": config.batch_tokens,
         "mask_special": config.mask_special,
         "max_norm_ratio": config.max_norm_ratio,
+        "skip_first": config.skip_first,
+        "exclude_ids": list(config.exclude_ids),
+        "prepend_bos": config.prepend_bos,
+        "shuffle_documents": config.shuffle_documents,
+        "document_seed": config.document_seed,
         "max_documents": config.max_documents,
         "max_tokens": max_tokens,
         "shard_rows": shard_rows,

@@ -10,24 +10,20 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import takewhile
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from flashsae.backend import resolve_device
+from flashsae.data.documents import Place, ReadingOrder
 from flashsae.data.fingerprint import text_digest
-from flashsae.data.models import (
-    HookedModel,
-    load_language_model,
-    loaded_fingerprint,
-    model_fingerprint,
-    resolve_hookpoints,
-)
+from flashsae.data.hooked import HookedModel, context_limit, look
+from flashsae.data.models import Loading, load_with_account, resolve_hookpoints
 from flashsae.data.sources import Chunk, Cursor, Split, check_held_out, split_mask
 from flashsae.data.text import TextDataset
-from flashsae.data.windows import Block, TokenBatch, Windows
+from flashsae.data.weights import check_loaded, loaded_fingerprint, model_fingerprint
+from flashsae.data.windows import Choice, TokenBatch, Windows, first_tokens
 from flashsae.errors import ConfigError, DataError
 
 _BLOCK_CHARACTERS_PER_TOKEN = 32
@@ -48,6 +44,11 @@ class LanguageModelConfig:
         mask_special: leave out the tokens that the tokenizer adds, and its special tokens anywhere else.
         max_norm_ratio: leave out tokens whose norm exceeds so many times the median of their forward at any
             hookpoint (attention sinks); None keeps all.
+        skip_first: leave out so many positions at the beginning of each model input, special tokens counted.
+        exclude_ids: leave out the tokens with these ids.
+        prepend_bos: begin each model input with the BOS token, or never do; None: as the tokenizer does.
+        shuffle_documents: mix the order of the documents, some millions of characters at a time.
+        document_seed: of that order.
         max_documents: an epoch ends before this document number, whatever the split; None reads all.
         dtype: of the model and its activations; "auto" is float32 on a CPU and bfloat16 on a GPU.
         device: "auto" is the GPU where there is one.
@@ -61,6 +62,11 @@ class LanguageModelConfig:
     batch_tokens: int = 8192
     mask_special: bool = True
     max_norm_ratio: float | None = None
+    skip_first: int = 0
+    exclude_ids: tuple[int, ...] = ()
+    prepend_bos: bool | None = None
+    shuffle_documents: bool = False
+    document_seed: int = 0
     max_documents: int | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str = "auto"
@@ -75,6 +81,13 @@ class LanguageModelConfig:
             )
         if self.max_norm_ratio is not None and not self.max_norm_ratio > 1.0:
             raise ConfigError(f"max_norm_ratio: expected more than 1 or None, got {self.max_norm_ratio}.")
+        if not 0 <= self.skip_first < self.context_length:
+            raise ConfigError(
+                f"skip_first: expected 0 or more, and fewer than the {self.context_length} tokens of an input "
+                f"(context_length), got {self.skip_first}."
+            )
+        if not isinstance(self.exclude_ids, tuple) or any(not isinstance(i, int) or i < 0 for i in self.exclude_ids):
+            raise ConfigError(f"exclude_ids: expected a tuple of token ids, got {self.exclude_ids!r}.")
         if self.max_documents is not None and self.max_documents < 1:
             raise ConfigError(f"max_documents: expected at least 1 or None, got {self.max_documents}.")
         if self.dtype not in ("auto", "float32", "bfloat16"):
@@ -112,7 +125,10 @@ class LanguageModelSource:
         self.config = config
         self.text = text
         self._held_out = check_held_out(held_out)
-        model, self.tokenizer = loaded or load_language_model(config.model, config.resolved_dtype())
+        if loaded is None:
+            model, self.tokenizer, loading = load_with_account(config.model, config.resolved_dtype())
+        else:
+            (model, self.tokenizer), loading = loaded, Loading()
         model = getattr(model, "base_model", model)
         if loaded is None:
             model = model.to(resolve_device(config.device))
@@ -123,33 +139,21 @@ class LanguageModelSource:
             self.tokenizer,
             context_length=config.context_length,
             batch_tokens=config.batch_tokens,
-            mask_special=config.mask_special,
+            choice=Choice(config.mask_special, config.skip_first, config.exclude_ids),
+            prepend_bos=config.prepend_bos,
         )
         self._is_given = loaded is not None
         self._model = HookedModel(model, self.hookpoints)
-        self.widths, self.dtype = self._probe()
+        seen = look(self._model, self._windows.probe(), config.model)
+        check_loaded(config.model, loading, seen.trace, self.hookpoints)
+        self.widths, self.dtype = seen.widths, seen.dtype
 
     def _check_context(self, model: nn.Module) -> None:
-        settings = getattr(model, "config", None)
-        limits = (getattr(settings, "max_position_embeddings", None), self.tokenizer.model_max_length)
-        limit = min(limit for limit in limits if limit)
+        limit = context_limit(model, self.tokenizer)
         if self.config.context_length > limit:
             raise ConfigError(
                 f"context_length: {self.config.model} reads at most {limit} tokens, got {self.config.context_length}."
             )
-
-    def _probe(self) -> tuple[dict[str, int], torch.dtype]:
-        """Read a few words to learn the width at every hookpoint, which no two models call the same."""
-        batch = self._windows.probe()
-        outputs = self._model(batch.ids, batch.attention)
-        for name, output in outputs.items():
-            if output.dim() != 3 or output.shape[:2] != batch.ids.shape:
-                raise ConfigError(
-                    f"hookpoints: expected an output of shape [sequences, length, d], got {list(output.shape)} from "
-                    f"{name} for {list(batch.ids.shape)} tokens; choose a module of the residual stream, an MLP or an "
-                    "attention output."
-                )
-        return {name: int(out.shape[2]) for name, out in outputs.items()}, next(iter(outputs.values())).dtype
 
     @property
     def d_in(self) -> int:
@@ -174,6 +178,7 @@ class LanguageModelSource:
             "model": loaded_fingerprint(model, tokenizer) if self._is_given else model_fingerprint(self.config.model),
             **settings,
             "hookpoints": list(self.hookpoints),
+            "exclude_ids": list(self.config.exclude_ids),
             "dtype": str(self.dtype).removeprefix("torch."),
             "held_out": self._held_out,
         }
@@ -197,59 +202,64 @@ class LanguageModelSource:
         return ((chunk[name], behind) for chunk, behind in self.chunks_by_hookpoint(split, cursor))
 
     def chunks_by_hookpoint(
-        self, split: Split | None, cursor: Cursor | None = None
+        self, split: Split | None, cursor: Cursor | None = None, max_tokens: int | None = None
     ) -> Iterator[tuple[dict[str, Chunk], Cursor]]:
         """Yield one epoch, a forward at a time: a chunk for each hookpoint, of the same tokens.
 
         Args:
             split: "train", "held_out", or None for all documents. The others do not reach the model.
-            cursor: start there; None is the beginning. Its "dropped" counts the tokens that the norm filter left
-                out up to there.
+            cursor: start there; None is the beginning. Its "rows" counts the tokens up to there, its "dropped" those
+                that the norm filter left out.
+            max_tokens: end behind so many tokens, counted from the beginning: the first ones in the order of reading.
         Raises:
             DataError: activations are NaN or Inf; names the hookpoint and the documents.
         """
-        place = cursor or {"document": 0, "batch": 0, "dropped": 0}
-        done, dropped = place["batch"], place["dropped"]
-        for block, batches in self._batched_blocks(split, place["document"]):
+        place = {"document": 0, "offset": 0, "batch": 0, "dropped": 0, "rows": 0, "rows_before": 0, **(cursor or {})}
+        done, dropped, rows, before = (place[name] for name in ("batch", "dropped", "rows", "rows_before"))
+        for batches, begin, behind in self._batched_blocks(split, Place(place["document"], place["offset"])):
+            if max_tokens is not None:
+                batches = first_tokens(batches, max_tokens - before)
             for number in range(done, len(batches)):
                 chunks, n_dropped = self._read(batches[number])
                 dropped += n_dropped
+                rows += len(next(iter(chunks.values())).acts)
                 block_ends = number + 1 == len(batches)
-                document, n_done = (block[-1][0] + 1, 0) if block_ends else (block[0][0], number + 1)
-                yield chunks, {"document": document, "batch": n_done, "dropped": dropped}
+                goes_on, n_done = (behind, 0) if block_ends else (begin, number + 1)
+                before = rows if block_ends else before
+                yield chunks, {
+                    **asdict(goes_on), "batch": n_done, "dropped": dropped, "rows": rows, "rows_before": before
+                }  # fmt: skip
             done = 0
+            if rows == max_tokens:
+                return
 
-    def _batched_blocks(self, split: Split | None, start: int) -> Iterator[tuple[Block, list[TokenBatch]]]:
-        """Yield blocks with their batches; a thread cuts the next block while the model reads this one."""
-        blocks = self._blocks(split, start)
+    def _batched_blocks(self, split: Split | None, start: Place) -> Iterator[tuple[list[TokenBatch], Place, Place]]:
+        """Yield the batches of blocks with their places; a thread cuts the next one while the model reads."""
+        characters = _BLOCK_CHARACTERS_PER_TOKEN * self.config.batch_tokens
+        order = ReadingOrder(characters, self.config.document_seed if self.config.shuffle_documents else None)
+        blocks = order.blocks(self._documents(split, start.document), start.offset)
 
-        def cut() -> tuple[Block, list[TokenBatch]]:
-            block = next(blocks, [])
-            return block, self._windows.batches(block)
+        def cut() -> tuple[list[TokenBatch], Place, Place] | None:
+            found = next(blocks, None)
+            return None if found is None else (self._windows.batches(found[0]), found[1], found[2])
 
         with ThreadPoolExecutor(1, "flashsae-tokenizer") as pool:
             ahead = pool.submit(cut)
             while True:
-                block, batches = ahead.result()
-                if not block:
+                block = ahead.result()
+                if block is None:
                     return
                 ahead = pool.submit(cut)
-                yield block, batches
-
-    def _blocks(self, split: Split | None, start: int) -> Iterator[Block]:
-        """Yield the (number, document)s of a split from `start` on, a block at a time."""
-        limit = self.config.max_documents
-        block: Block = []
-        room = characters = _BLOCK_CHARACTERS_PER_TOKEN * self.config.batch_tokens
-        for number, document in takewhile(lambda row: limit is None or row[0] < limit, self.text.numbered(start)):
-            if split is None or self._is_in(split, number):
-                block.append((number, document))
-                room -= len(document)
-            if room <= 0:
                 yield block
-                block, room = [], characters
-        if block:
-            yield block
+
+    def _documents(self, split: Split | None, start: int) -> Iterator[tuple[int, str]]:
+        """Yield the (number, document)s of a split from `start` on."""
+        limit = self.config.max_documents
+        for number, document in self.text.numbered(start):
+            if limit is not None and number >= limit:
+                return
+            if split is None or self._is_in(split, number):
+                yield number, document
 
     def _is_in(self, split: Split, document: int) -> bool:
         return bool(split_mask(torch.tensor([document]), self._held_out, split)[0])
@@ -275,8 +285,9 @@ class LanguageModelSource:
     def _check_finite(self, name: str, acts: Tensor, documents: Tensor) -> None:
         if bool(acts.isfinite().all()):
             return
+        half = "" if acts.dtype == torch.float32 else ", or read in float32, as on the CPU (device cpu)"
         bad = sorted(set(documents[~acts.isfinite().all(dim=1).cpu()].tolist()))
         raise DataError(
             f"{self.config.model} gives NaN or Inf at {name} for the documents {bad[:10]} of {self.text.name} "
-            f"({len(bad)} in all). Try dtype float32, or take those documents out."
+            f"({len(bad)} in all). Take those documents out{half}."
         )

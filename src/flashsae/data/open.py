@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from flashsae.data.cache_writer import write_cache
 from flashsae.data.language_model import LanguageModelConfig, LanguageModelSource
 from flashsae.data.models import match_hookpoints
 from flashsae.data.sources import Chunk, Source, Split
-from flashsae.data.text import TextDataset, open_text
+from flashsae.data.text import TextDataset, check_splits, open_text
 from flashsae.errors import CheckpointError, ConfigError, DataError
 from flashsae.settings.reading import ActivationsConfig, ReadingConfig
 
@@ -88,6 +88,7 @@ def prepare_activations(
         return _prepare_cache(config if is_checked else _check_asked(config, config.activations), config.activations)
     config = config.filled()
     text = _open_text(config)
+    check_splits(text, config.held_out)
     rows = int(tokens / (1 - config.held_out))
     reading = _language_model_config(config, device)
     place = config.activations or folder / _cache_name(config, reading, text, rows)
@@ -164,7 +165,9 @@ def cache_activations(
     config = config.filled()
     if place.exists():
         _is_cache(place)
-    source = LanguageModelSource(_language_model_config(config, device), _open_text(config), held_out=0.0)
+    text = _open_text(config)
+    check_splits(text, None)
+    source = LanguageModelSource(_language_model_config(config, device), text, held_out=0.0)
     write_cache(place, source, max_tokens=max_tokens, on_progress=on_progress)
 
 
@@ -185,15 +188,20 @@ def _language_model_config(config: ReadingConfig, device: str) -> LanguageModelC
         batch_tokens=max(MODEL_BATCH_TOKENS, config.context_length),
         mask_special=config.mask_special is not False,
         max_norm_ratio=config.max_norm_ratio,
+        skip_first=config.skip_first or 0,
+        exclude_ids=config.exclude_ids or (),
+        prepend_bos=config.prepend_bos,
+        shuffle_documents=config.shuffle_documents is not False,
+        document_seed=config.document_seed or 0,
         device=device,
     )
 
 
 def _cache_name(config: ReadingConfig, reading: LanguageModelConfig, text: TextDataset, rows: int) -> str:
     """Return a folder name that differs wherever the cached bytes would, also between bfloat16 and float32 models."""
-    settings = (config.model, config.hookpoint, config.context_length, config.mask_special, config.max_norm_ratio)
-    how_read = (reading.batch_tokens, str(reading.resolved_dtype()))
-    digest = hashlib.sha256(repr((*settings, *how_read, text.name, rows)).encode()).hexdigest()[:8]
+    settings = {name: value for name, value in asdict(reading).items() if name not in ("dtype", "device")}
+    how_read = (sorted(settings.items()), str(reading.resolved_dtype()))
+    digest = hashlib.sha256(repr((*how_read, text.name, rows)).encode()).hexdigest()[:8]
     return f"{run_name(config)}-{digest}"
 
 

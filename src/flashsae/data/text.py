@@ -13,10 +13,14 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
+
 from flashsae.data.fingerprint import files_digest, text_digest
 from flashsae.data.python_docs import python_docs
-from flashsae.data.text_files import READERS, field_of, find_files, first_line
-from flashsae.errors import DataError, FlashSAEError, require
+from flashsae.data.sources import Split, split_mask
+from flashsae.data.text_files import READERS, field_of, files_of_split, find_files, first_line
+from flashsae.errors import ConfigError, DataError, FlashSAEError, require
+from flashsae.settings.kinds import expand
 from flashsae.settings.reading import PYTHON_DOCS
 
 Rows: TypeAlias = Iterator[tuple[int, str]]
@@ -31,12 +35,14 @@ class TextDataset:
         rows: called with a number, yields (number, text) from there on; may yield blank texts.
         identify: returns the fingerprint; None takes the name for it.
         n_documents: how many there are, blank ones included, where that is known without reading all.
+        is_cut_at_blanks: documents are what stands between blank lines, which not everybody expects.
     """
 
     name: str
     rows: Callable[[int], Rows]
     identify: Callable[[], str] | None = None
     n_documents: int | None = None
+    is_cut_at_blanks: bool = False
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -49,42 +55,92 @@ class TextDataset:
         Raises:
             DataError: a row cannot be read; names it.
         """
-        return ((number, text) for number, text in self.rows(start) if text.strip())
+        return ((number, _encodable(text)) for number, text in self.rows(start) if text.strip())
 
     def documents(self, start: int = 0) -> Iterator[str]:
         """Yield the documents from number `start` on."""
         return (text for _, text in self.numbered(start))
 
 
+def _encodable(text: str) -> str:
+    """Return a text that can be written as UTF-8: halves of surrogate pairs, left by cut emojis, become U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
 def open_text(
     dataset: str | Path | Sequence[str],
     *,
-    split: str = "train",
-    column: str = "text",
+    split: str | None = None,
+    column: str | None = None,
     subset: str | None = None,
 ) -> TextDataset:
     """Open a data set of documents; nothing but its beginning is read.
 
     Args:
         dataset: ``"python-docs"``, the documentation that comes with Python (about half a million tokens of
-            English, no download); a .txt (paragraphs between blank lines), .jsonl, .json or .parquet file; a
-            folder or a glob pattern of such; a data set's name on the Hugging Face hub; or the texts themselves.
-        split: of a hub data set.
-        column: the field that holds the text, in .jsonl, .json, .parquet and hub data sets.
+            English, no download); a .txt (a document is what stands between blank lines), .jsonl, .json or .parquet
+            file; a folder or a glob pattern of such, hidden files left out; a data set's name on the Hugging Face hub;
+            or the texts themselves.
+        split: of a hub data set, or of a folder whose files or folders are named after splits. None: train; all files
+            where none is named so.
+        column: the field that holds the text, in .jsonl, .json, .parquet and hub data sets. None: text.
         subset: of a hub data set, where it has several.
     Raises:
         DataError: there is no such data, its kind is unknown, it is damaged or empty, or lacks the column.
+        ConfigError: a setting means nothing for this kind of data.
         MissingExtraError: a parquet file or a hub data set needs the extra `hf`.
     """
     if isinstance(dataset, Path) or (isinstance(dataset, str) and _looks_local(dataset)):
-        text = _from_files(Path(dataset).expanduser(), column)
-    elif isinstance(dataset, str):
-        text = _from_python_docs() if dataset == PYTHON_DOCS else _from_hub(dataset, subset, split, column)
+        _refuse("a file or folder", text_subset=subset)
+        text = _from_files(expand(dataset), split, column)
+    elif isinstance(dataset, str) and dataset != PYTHON_DOCS:
+        text = _from_hub(dataset, subset, split or "train", column or "text")
     else:
-        text = _from_list(dataset)
+        _refuse("this text", text_split=split, text_column=column, text_subset=subset)
+        text = _from_python_docs() if isinstance(dataset, str) else _from_list(dataset)
     if next(text.numbered(), None) is None:
         raise DataError(f"{text.name} is empty: expected at least one document that is not blank.")
     return text
+
+
+def check_splits(text: TextDataset, held_out: float | None) -> None:
+    """Check, before a model runs, that a text has documents to train on and documents to measure on.
+
+    Args:
+        text: read only until both were found.
+        held_out: fraction of the documents that training never sees; None if that is not decided yet.
+    Raises:
+        DataError: there is but one document, or none falls to one of the two parts.
+    """
+    splits: tuple[Split, ...] = ("train", "held_out")
+    seen, missing = 0, set(splits)
+    for number, _ in text.numbered():
+        seen += 1
+        if held_out is None:
+            missing -= {"train" if seen == 1 else "held_out"}
+        else:
+            missing -= {split for split in splits if bool(split_mask(torch.tensor([number]), held_out, split)[0])}
+        if not missing:
+            return
+    if seen == 1:
+        why, size = "it is one document, which cannot be split", ""
+    elif "held_out" in missing:
+        why, size = f"no document fell to the held-out part, {held_out or 0:.3g} of all {seen}", " or a larger held_out"
+    else:
+        why, size = f"all {seen} documents fell to the held-out part", " or a smaller held_out"
+    hint = " (a .txt is cut into documents at blank lines; .jsonl has one a line)" if text.is_cut_at_blanks else ""
+    raise DataError(f"{text.name} is too small: {why}. Give more documents{hint}{size}.")
+
+
+def _refuse(what: str, **settings: str | None) -> None:
+    """Raise ConfigError where a setting is given that means nothing for the text."""
+    for name, value in settings.items():
+        if value is not None:
+            raise ConfigError(f"{name}: expected nothing beside {what}, which has no such thing, got {value!r}.")
 
 
 def _numbered(texts: Iterable[str], start: int) -> Rows:
@@ -115,26 +171,28 @@ def _looks_local(dataset: str) -> bool:
     """Tell a path from a name on the hub, which is ``owner/name``, or of old a ``name`` without a suffix."""
     if dataset == PYTHON_DOCS:
         return False
-    path = Path(dataset).expanduser()
+    path = expand(dataset)
     hub_name = re.fullmatch(r"\w[\w.-]*/[\w.-]+|\w[\w-]*", dataset)
     return path.exists() or path.suffix.lower() in READERS or not hub_name
 
 
-def _from_files(path: Path, column: str) -> TextDataset:
-    files = find_files(path)
+def _from_files(path: Path, split: str | None, column: str | None) -> TextDataset:
+    files, of_split = files_of_split(path, find_files(path), split)
+    if is_txt := all(file.suffix.lower() == ".txt" for file in files):
+        _refuse(".txt files", text_column=column)
+        cut = ", a document between blank lines"
+    else:
+        cut = f", column {column or 'text'!r}"
     digest = files_digest(files, names=False)
     size = sum(file.stat().st_size for file in files)
-    of = "" if all(file.suffix.lower() == ".txt" for file in files) else f", column {column!r}"
-    name = f"{path.resolve()} ({len(files)} file{'s' * (len(files) > 1)}, {size} bytes{of}, sha256 {digest})"
+    what = f"{len(files)} file{'s' * (len(files) > 1)}{of_split}, {size} bytes{cut}"
 
     def rows(start: int) -> Rows:
-        return _numbered(chain.from_iterable(READERS[f.suffix.lower()](f, column) for f in files), start)
+        readers = (READERS[file.suffix.lower()](file, column or "text") for file in files)
+        return _numbered(chain.from_iterable(readers), start)
 
-    return TextDataset(name, rows, lambda: _with_column(digest, of))
-
-
-def _with_column(digest: str, of: str) -> str:
-    return text_digest([digest, of]) if of else digest
+    name = f"{path.resolve()} ({what}, sha256 {digest})"
+    return TextDataset(name, rows, lambda: text_digest([digest, cut]), is_cut_at_blanks=is_txt)
 
 
 def _from_hub(dataset: str, subset: str | None, split: str, column: str) -> TextDataset:

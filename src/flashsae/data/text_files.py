@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import glob
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from flashsae.errors import DataError, FlashSAEError, require
+from flashsae.errors import ConfigError, DataError, FlashSAEError, require
 
 
 def find_files(path: Path) -> list[Path]:
@@ -18,12 +19,57 @@ def find_files(path: Path) -> list[Path]:
         if path.suffix.lower() not in READERS:
             raise DataError(f"{path}: cannot read a '{path.suffix}' file as text; expected one of {known}.")
         return [path]
-    found = path.rglob("*") if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
+    found = _visible(path) if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
     files = sorted(file for file in found if file.is_file() and file.suffix.lower() in READERS)
     if not files:
         what = f"it holds no file ending in {known}" if path.is_dir() else "no such file, folder or match"
         raise DataError(f"text {str(path)!r}: {what}. Check the path (relative paths start at {Path.cwd()}).")
     return files
+
+
+def _visible(folder: Path) -> Iterator[Path]:
+    """Yield what lies in a folder and no editor, notebook or system has hidden there: .git, .ipynb_checkpoints, ._x."""
+    for file in folder.rglob("*"):
+        if not any(part.startswith(".") or part == "__MACOSX" for part in file.relative_to(folder).parts):
+            yield file
+
+
+_SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+
+
+def files_of_split(path: Path, files: list[Path], split: str | None) -> tuple[list[Path], str]:
+    """Return those files that belong to a split by their names or folders, such as test-00000.parquet, and a remark.
+
+    Args:
+        path: what the files were found under.
+        files: in order.
+        split: None: that of training where several splits are named so, else all files.
+    Raises:
+        ConfigError: a split is asked for and no file is named after it.
+    """
+    names = {file: _words(file if file == path or not path.is_dir() else file.relative_to(path)) for file in files}
+    wanted = set(_SPLITS.get((split or "train").lower(), ((split or "train").lower(),)))
+    chosen = [file for file in files if names[file] & wanted]
+    if split is None:
+        others = {word for name in ("validation", "test") for word in _SPLITS[name]}
+        if not path.is_dir() or not chosen or not any(names[file] & others for file in files):
+            return files, ""
+    if not chosen:
+        raise ConfigError(
+            f"text_split: no file of {path} is named after the split {split!r}. Name the files or folder of that split "
+            "as the text, or leave the setting out."
+        )
+    return chosen, f" of split {split or 'train'!r}"
+
+
+def _words(path: Path) -> set[str]:
+    """Return the words in the name of a file and of its folders."""
+    own = path.parts if not path.is_absolute() else path.parts[-1:]
+    return {word for part in own for word in re.split(r"[^a-z]+", part.lower()) if word}
 
 
 def _read_txt(file: Path, column: str) -> Iterator[str]:
@@ -40,10 +86,12 @@ def _read_txt(file: Path, column: str) -> Iterator[str]:
 
 def _lines(file: Path) -> Iterator[tuple[int, str]]:
     try:
-        with open(file, encoding="utf-8") as stream:
+        with open(file, encoding="utf-8-sig") as stream:  # some editors begin a file with a byte order mark
             yield from enumerate(stream, start=1)
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not UTF-8 text ({error.reason}); convert it to UTF-8.") from error
+    except OSError as error:
+        raise DataError(f"cannot read {file}: {error.strerror}. Check the file and its permissions.") from error
 
 
 def _read_json_lines(file: Path, column: str) -> Iterator[str]:
@@ -66,7 +114,7 @@ def _read_json(file: Path, column: str) -> Iterator[str]:
 def _parse(source: str, where: str) -> Any:
     try:
         return json.loads(source)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where} is not JSON ({error}); repair it or take it out.") from error
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, TypeVar
 
 from flashsae.errors import ConfigError
-from flashsae.settings.kinds import PositiveInt, Range, check_fields
+from flashsae.settings.kinds import NonNegativeInt, PositiveInt, Range, check_fields
 
 MINILM = "minilm"
 """The model that needs no download."""
@@ -43,8 +43,17 @@ class ReadingConfig:
         context_length: Tokens in one input of the model. Default: 256.
         mask_special: Leave out special tokens. Default: yes.
         max_norm_ratio: Leave out tokens whose norm exceeds so many times the median. Default: keep all.
+        skip_first: Leave out so many positions at the beginning of each input of the model, special tokens counted: the
+            first ones are attention sinks in many models. Default: 0.
+        exclude_ids: Leave out the tokens with these ids. May be repeated.
+        prepend_bos: Begin each input with the tokenizer's BOS token, or with --no-prepend-bos never. Default: as the
+            tokenizer does it.
+        shuffle_documents: Read documents in an order that document_seed decides, mixed over some millions of
+            characters at a time; --no-shuffle-documents keeps that of the data set. Default: yes.
+        document_seed: Of the order of the documents. Default: 0.
         text_column: Column of the data set that holds the text. Default: text.
-        text_split: Split of a hub data set. Default: train.
+        text_split: Split of a hub data set, or of a folder whose files or folders are named after splits. Default:
+            train; in a folder without such names, everything.
         text_subset: Subset (configuration) of a hub data set. Default: the only one.
     """
 
@@ -54,12 +63,26 @@ class ReadingConfig:
     context_length: PositiveInt | None = field(default=None, kw_only=True)
     mask_special: bool | None = field(default=None, kw_only=True)
     max_norm_ratio: MoreThanOne | None = field(default=None, kw_only=True)
+    skip_first: NonNegativeInt | None = field(default=None, kw_only=True)
+    exclude_ids: tuple[NonNegativeInt, ...] | None = field(default=None, kw_only=True)
+    prepend_bos: bool | None = field(default=None, kw_only=True)
+    shuffle_documents: bool | None = field(default=None, kw_only=True)
+    document_seed: NonNegativeInt | None = field(default=None, kw_only=True)
     text_column: str | None = field(default=None, kw_only=True)
     text_split: str | None = field(default=None, kw_only=True)
     text_subset: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.exclude_ids is not None:
+            object.__setattr__(self, "exclude_ids", tuple(sorted(set(self.exclude_ids))))
+        if self.context_length is not None and (self.skip_first or 0) >= self.context_length:
+            raise ConfigError(
+                f"skip_first: expected fewer than the {self.context_length} tokens of an input (context_length), got "
+                f"{self.skip_first}."
+            )
+        if self.document_seed is not None and self.shuffle_documents is False:
+            raise ConfigError("document_seed: expected nothing beside --no-shuffle-documents, which needs no seed.")
 
     def filled(self: Config) -> Config:
         """Return the settings with every default that is fixed filled in.
@@ -78,6 +101,10 @@ class ReadingConfig:
             hookpoint=self.hookpoint or DEFAULT_HOOKPOINT,
             context_length=self.context_length or DEFAULT_CONTEXT_LENGTH,
             mask_special=self.mask_special is not False,
+            skip_first=self.skip_first or 0,
+            exclude_ids=self.exclude_ids or (),
+            shuffle_documents=self.shuffle_documents is not False,
+            document_seed=None if self.shuffle_documents is False else self.document_seed or 0,
         )
 
 

@@ -1,0 +1,79 @@
+"""The order in which documents are read: block by block, as they come or mixed, and on from any block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from flashsae.data.fingerprint import text_digest
+from flashsae.data.windows import Block
+
+_WINDOW_CHARACTERS = 1 << 24
+"""Characters of documents that are mixed with each other, and that are in memory for it: some thousand web pages."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a block begins.
+
+    Args:
+        document: number of the first document of its window, in the order of the data set.
+        offset: documents of that window that come before the block in the order of reading.
+    """
+
+    document: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class ReadingOrder:
+    """Documents in blocks.
+
+    Args:
+        block_characters: least characters of a block, but for the last one of a window.
+        seed: of the order; None keeps that of the data set.
+    """
+
+    block_characters: int
+    seed: int | None = None
+
+    def blocks(self, documents: Iterable[tuple[int, str]], offset: int) -> Iterator[tuple[Block, Place, Place]]:
+        """Yield blocks, each with the place where it begins and that of the block behind it.
+
+        Documents are cut into windows of consecutive ones. The order in a window is a function of the seed and of the
+        number of its first document alone, so reading can begin at any window.
+
+        Args:
+            documents: (number, text) with ascending numbers, from the beginning of a window on.
+            offset: documents of the first window to leave out.
+        """
+        size = self.block_characters if self.seed is None else max(self.block_characters, _WINDOW_CHARACTERS)
+        for window in _cut(documents, size):
+            first, behind = window[0][0], Place(window[-1][0] + 1, 0)
+            for block in _cut(self._ordered(window)[offset:], self.block_characters):
+                begin, offset = Place(first, offset), offset + len(block)
+                yield block, begin, behind if offset == len(window) else Place(first, offset)
+            offset = 0
+
+    def _ordered(self, window: Block) -> Block:
+        if self.seed is None:
+            return window
+        digits = text_digest([f"documents {self.seed} {window[0][0]}"])
+        generator = torch.Generator().manual_seed(int(digits, 16))
+        return [window[i] for i in torch.randperm(len(window), generator=generator).tolist()]
+
+
+def _cut(documents: Iterable[tuple[int, str]], characters: int) -> Iterator[Block]:
+    """Yield lists of consecutive documents of at least so many characters, and the rest."""
+    part: Block = []
+    room = characters
+    for number, document in documents:
+        part.append((number, document))
+        room -= len(document)
+        if room <= 0:
+            yield part
+            part, room = [], characters
+    if part:
+        yield part

@@ -1,0 +1,161 @@
+"""What can be read of models of many families, and one sentence for each that cannot, before anything is made."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from flashsae.data.hooked import context_limit, text_reader
+from flashsae.data.text import open_text
+from flashsae.errors import ConfigError
+
+TEXT = open_text(["the cat sat on a mat"] * 3)
+
+
+def read(tiny: ModuleType, family: str, hookpoint: str, context_length: int = 16) -> Any:
+    config = dataclasses.replace(
+        tiny.SMALL, hookpoints=(hookpoint,), context_length=context_length, batch_tokens=128, device="cpu"
+    )
+    return tiny.source(config, TEXT, model=tiny.MORE_FAMILIES[family](), held_out=0.0)
+
+
+@pytest.mark.parametrize(
+    ("family", "hookpoint"),
+    [
+        ("opt", "decoder.layers.1"),
+        ("bloom", "h.1"),
+        ("gpt_neox", "layers.1"),
+        ("roberta", "encoder.layer.1"),
+        ("t5", "encoder.block.1"),
+        ("t5", "encoder.block.0.layer.1"),
+        ("bart", "encoder.layers.1"),
+        ("clip", "text_model.encoder.layers.1"),
+    ],
+)
+def test_every_token_of_many_families_is_read(tiny: ModuleType, family: str, hookpoint: str) -> None:
+    reader = read(tiny, family, hookpoint)
+    assert reader.widths == {hookpoint: 16}
+    assert len(tiny.collect(reader, None)[0][hookpoint].acts) == 18
+
+
+@pytest.mark.parametrize(
+    ("family", "hookpoint", "message"),
+    [
+        ("t5", "decoder.block.1", r"decoder\.block\.1 does not read text alone in T5Model; choose a module of encoder"),
+        ("t5", "decoder", "decoder does not read text alone"),
+        ("bart", "decoder.layers.0", "choose a module of encoder"),
+        ("clip", "vision_model.encoder.layers.0", "choose a module of text_model"),
+        ("whisper", "encoder.layers.0", "WhisperModel reads input_features, not text"),
+        ("whisper", "decoder.layers.0", "WhisperModel reads input_features, not text"),
+        ("vit", "embeddings", "ViTModel reads pixel_values, not text"),
+    ],
+)
+def test_what_reads_no_text_is_refused(tiny: ModuleType, family: str, hookpoint: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        read(tiny, family, hookpoint)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "hookpoint"), [("gpt2", "wpe"), ("llama", "rotary_emb"), ("opt", "decoder.embed_positions")]
+)
+def test_positions_are_no_activations(tiny: ModuleType, family: str, hookpoint: str) -> None:
+    with pytest.raises(ConfigError, match=f"depends on the tokens, got from {hookpoint} the same for every sequence"):
+        read(tiny, family, hookpoint)
+
+
+class Odd(nn.Module):
+    """Gives what a test asks for, of inputs [sequences, length]."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, hidden: torch.Tensor) -> Any:
+        ids = hidden[..., 0].long()
+        return {
+            "int": 3,
+            "None": None,
+            "empty tuple": (),
+            "nested": ((hidden,),),
+            "ids": torch.stack([ids, ids], -1),
+            "flat": hidden.flatten(0, 1),
+            "heads": hidden[:, None],
+            "first token": hidden[:, :1],
+            "tuple": (hidden, 3),
+            "dict": {"a": hidden},
+            "expanded positions": torch.arange(hidden.shape[1])[None, :, None].expand(2, -1, 4).float(),
+        }[self.kind]
+
+
+class WithOdd(nn.Module):
+    """Embeds, runs an odd module and ends."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.embed, self.odd = nn.Embedding(64, 8), Odd(kind)
+        self.config = SimpleNamespace(is_encoder_decoder=False)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        hidden = self.embed(input_ids)
+        self.odd(hidden)
+        return torch.as_tensor(hidden)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("int", "odd gives no tensor but int"),
+        ("None", "odd gives no tensor but NoneType"),
+        ("empty tuple", "odd gives no tensor but tuple"),
+        ("nested", "odd gives no tensor but tuple"),
+        ("ids", r"got \[1, 16, 2\] of torch\.int64 from odd"),
+        ("flat", r"got \[32, 8\] of torch\.float32 from odd"),
+        ("heads", r"got \[1, 1, 16, 8\]"),
+        ("first token", r"got \[1, 1, 8\]"),
+        ("expanded positions", "depends on the tokens, got from odd the same"),
+    ],
+)
+def test_other_outputs_are_refused_in_one_sentence(tiny: ModuleType, kind: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        tiny.source(dataclasses.replace(tiny.SMALL, hookpoints=("odd",)), TEXT, model=WithOdd(kind))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["tuple", "dict"])
+def test_the_first_tensor_of_several_is_taken(tiny: ModuleType, kind: str) -> None:
+    assert tiny.source(dataclasses.replace(tiny.SMALL, hookpoints=("odd",)), TEXT, model=WithOdd(kind)).d_in == 8
+
+
+@pytest.mark.parametrize(
+    ("family", "limit"), [("roberta", 32), ("bart", 32), ("opt", 32), ("clip", 32), ("gpt2", 32), ("llama", 32)]
+)
+def test_the_limit_of_the_context_is_that_of_the_model(tiny: ModuleType, family: str, limit: int) -> None:
+    hookpoint = {"gpt2": "h.1", "llama": "layers.1", "opt": "decoder.layers.1", "roberta": "encoder.layer.1"}
+    hookpoint |= {"bart": "encoder.layers.1", "clip": "text_model.encoder.layers.1"}
+    read(tiny, family, hookpoint[family], limit)
+    with pytest.raises(ConfigError, match=f"context_length: tiny reads at most {limit} tokens, got {limit + 1}"):
+        read(tiny, family, hookpoint[family], limit + 1)
+
+
+def test_a_model_without_a_limit_is_read_at_any_length(tiny: ModuleType) -> None:
+    assert context_limit(tiny.MORE_FAMILIES["bloom"](), SimpleNamespace(model_max_length=None)) == float("inf")
+    read(tiny, "bloom", "h.1", 100)
+    read(tiny, "t5", "encoder.block.1", 100)
+
+
+def test_a_limit_that_no_setting_tells_is_found_before_anything_is_made(tiny: ModuleType) -> None:
+    model = tiny.gpt2().base_model
+    model.config = SimpleNamespace(is_encoder_decoder=False)
+    with pytest.raises(ConfigError, match=r"tiny cannot read 40 tokens of text \(\w+: .*\)\. Try a smaller context"):
+        tiny.source(dataclasses.replace(tiny.SMALL, context_length=40), TEXT, model=model)
+
+
+def test_the_whole_model_reads_where_it_has_one_half() -> None:
+    model = nn.Linear(2, 2)
+    assert text_reader(model) is model
