@@ -50,7 +50,7 @@ def _train(text: Path, run: Path, *more: str | Path) -> tuple[str | Path, ...]:
         (["--hookpoint", "encoder.layer.77"], "no module 'encoder.layer.77'"),
         (["--context-length", "0"], "context_length: expected a positive number, got 0."),
         (["--context-length", "9999"], "context_length: minilm reads at most 512 tokens, got 9999."),
-        (["--batch-tokens", "5000"], "rows for training, fewer than a batch of 5000"),
+        (["--batch-tokens", "5000"], "batch_tokens: expected batch_tokens <= tokens = 512, got 5000."),
         (["--device", "cuda:9"], "device: expected auto, cpu or a CUDA device that exists, got 'cuda:9'"),
         (["--logger", "mlflow"], "logger: expected one of tensorboard, wandb, got 'mlflow'."),
         (["--kk", "3"], "Unknown option: --kk"),

@@ -27,7 +27,7 @@ ops.variance.reference ops.variance.kernels ops.variance.launch ops.variance.op
 metrics
 nn.losses nn.sae
 optim
-data.fingerprint data.sources data.synthetic data.shuffle data.prefetch
+data.acts data.fingerprint data.sources data.synthetic data.shuffle data.prefetch
 data.python_docs data.text_files data.text
 data.models data.weights data.windows data.documents data.hooked data.language_model
 data.cache data.cache_writer data.open

@@ -45,11 +45,11 @@ def _triton() -> Backend:
     return Backend("triton", True, f"kernels for {torch.cuda.get_device_name()}")
 
 
-def use_kernels(tensor: torch.Tensor) -> bool:
-    """Return whether an operation on this tensor runs as Triton kernels.
+def use_kernels(*tensors: torch.Tensor) -> bool:
+    """Return whether an operation on these tensors, all on one device, runs as Triton kernels.
 
     FLASHSAE_BACKEND chooses: "auto" (kernels on a CUDA device, where Triton works), "reference" (never), "triton"
-    (always). float64 always takes the reference: the kernels accumulate in float32.
+    (always). float64 in any of them always takes the reference: the kernels accumulate in float32.
 
     Raises:
         ConfigError: FLASHSAE_BACKEND is "triton" but kernels cannot run here, or it is none of the three.
@@ -57,8 +57,9 @@ def use_kernels(tensor: torch.Tensor) -> bool:
     choice = os.environ.get("FLASHSAE_BACKEND", "auto")
     if choice not in ("auto", "triton", "reference"):
         raise ConfigError(f"FLASHSAE_BACKEND: expected auto, triton or reference, got {choice!r}.")
-    if choice == "reference" or tensor.dtype == torch.float64:
+    if choice == "reference" or any(tensor.dtype == torch.float64 for tensor in tensors):
         return False
+    tensor = tensors[0]
     if choice == "triton":
         if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
             raise ConfigError(
@@ -96,9 +97,9 @@ def use_dense(k: int, d_sae: int, weights: torch.Tensor) -> bool:
 
 
 @functools.cache
-def log_once(message: str) -> None:
+def log_once(message: str, level: int = logging.INFO) -> None:
     """Log a message if it is new."""
-    logging.getLogger("flashsae").info(message)
+    logging.getLogger("flashsae").log(level, message)
 
 
 def resolve_device(device: str = "auto") -> torch.device:
@@ -117,7 +118,7 @@ def resolve_device(device: str = "auto") -> torch.device:
         resolved = torch.device(name)
         if resolved.type not in ("cpu", "cuda"):
             raise RuntimeError(f"FlashSAE does not run on {resolved.type}")
-        torch.empty(0, device=resolved)
+        torch.empty(0, dtype=torch.float32, device=resolved)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(

@@ -22,6 +22,10 @@ class ConfigError(FlashSAEError, ValueError):
     """A setting is out of range, or two settings contradict each other."""
 
 
+class GradientError(FlashSAEError, RuntimeError):
+    """A derivative was asked for that the operations do not have."""
+
+
 class DataError(FlashSAEError, ValueError):
     """Activations or text are empty, too small, not finite, or not what was asked for."""
 

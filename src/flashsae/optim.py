@@ -131,7 +131,7 @@ class FactoredAdam(torch.optim.Optimizer):
         for group, saved in zip(groups, loaded):
             for name, value in saved.items():
                 if name == "lr" and isinstance(group["lr"], Tensor):
-                    group["lr"].copy_(torch.as_tensor(value))
+                    group["lr"].copy_(torch.as_tensor(value, dtype=torch.float64))
                 elif name not in _OF_TORCH:
                     group[name] = value
         self._versions.clear()  # the weights of this state may come before or after it
@@ -242,7 +242,7 @@ class FactoredAdam(torch.optim.Optimizer):
         """
         gradients = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not gradients:
-            return torch.zeros(())
+            return torch.zeros((), dtype=torch.float32, device="cpu")
         squares = [
             row_squares(_matrix(p), _gradient(p), _rule(p, group).unit_norm, low=self._refresh(p).get("low")).sum()
             for p, group in gradients

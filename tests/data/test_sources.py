@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from flashsae.data.sources import ArraySource, IterableSource, RowSource, check_finite, split_mask
+from flashsae.data.acts import check_finite
+from flashsae.data.sources import ArraySource, IterableSource, RowSource, split_mask
 from flashsae.errors import ConfigError, DataError, DtypeError, ShapeError
 
 

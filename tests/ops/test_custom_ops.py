@@ -51,15 +51,17 @@ def _operands(name: str, device: str) -> list[tuple[Any, ...]]:
             (x, W, b, bias, None, None, 3, 0, "bf16", 1 << 20, True),
         ],
         "decode_sparse": [
-            (acts, indices, W, None, [], False),
-            (acts, indices, W, bias, lists, True),
-            (acts, indices.int(), *half, [], False),
+            (acts, indices, W, None, [], False, torch.float32),
+            (acts, indices, W, bias, lists, True, torch.bfloat16),
+            (acts, indices.int(), *half, [], False, torch.bfloat16),
+            (acts, indices, half[0], None, [], False, torch.float32),
         ],
-        "decode_grad_acts": [(rows, indices, W.detach())],
+        "decode_grad_acts": [(rows, indices, W.detach(), torch.float32), (rows, indices, W.detach(), torch.float64)],
         "decode_loss": [
             (acts, indices, W, None, rows, None, [], False),
             (acts, indices, W, bias, x, weights, lists, True),
             (acts, indices, *half, x, weights, lists, False),
+            (acts, indices, *half, x.detach().double().requires_grad_(), weights, lists, False),
         ],
         "latent_rows": [
             (*lists, acts.detach(), rows, torch.float32),
@@ -68,13 +70,14 @@ def _operands(name: str, device: str) -> list[tuple[Any, ...]]:
         "latent_sums": [(*lists, acts.detach()), (*lists, acts.detach().bfloat16())],
         "column_sums": [(weights, rows, torch.float32), (weights, rows.bfloat16(), torch.bfloat16)],
         "take_rows": [(W, torch.tensor([7, 2, 0], device=device), _slots(device))],
+        "total_variance": [(rows,), (rows.bfloat16(),), (rows.double(),)],
         "center": [(rows, bias.detach(), False), (rows, bias.detach(), True)],
     }[name]
 
 
 OPERATORS = [
     "encode_topk", "center", "decode_sparse", "decode_grad_acts", "decode_loss", "latent_rows", "column_sums",
-    "latent_sums", "take_rows",
+    "latent_sums", "take_rows", "total_variance",
 ]  # fmt: skip
 
 

@@ -120,9 +120,7 @@ def make_state(
 ) -> TrainState:
     """Return the state of a training that starts from the weights of a float32 problem, without data."""
     shape = problem.shape
-    with torch.device("meta"):
-        sae = SAE(SAEConfig(shape.d_in, shape.d_sae, shape.k), seed=None)
-    sae = sae.to_empty(device=problem.device)
+    sae = SAE(SAEConfig(shape.d_in, shape.d_sae, shape.k), seed=None, device=problem.device)
     sae.precision = config.precision
     with torch.no_grad():
         for parameter, value in zip((sae.W_enc_T, sae.b_enc, sae.W_dec, sae.b_dec), problem.weights):

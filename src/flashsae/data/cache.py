@@ -23,8 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flashsae.data.acts import check_finite
 from flashsae.data.models import quiet_transformers
-from flashsae.data.sources import Chunk, Cursor, Split, check_finite, check_held_out, split_mask
+from flashsae.data.sources import Chunk, Cursor, Split, check_held_out, split_mask
 from flashsae.errors import CheckpointError, ConfigError, DataError
 from flashsae.files import load_manifest, load_tensors, write_atomic
 

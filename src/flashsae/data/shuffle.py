@@ -9,17 +9,8 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from flashsae.data.sources import (
-    Chunk,
-    Cursor,
-    RowSource,
-    Source,
-    StreamSource,
-    check_finite,
-    identity_of,
-    is_finite,
-    what_is_not_finite,
-)
+from flashsae.data.acts import check_finite, is_finite, what_is_not_finite
+from flashsae.data.sources import Chunk, Cursor, RowSource, Source, StreamSource, identity_of
 from flashsae.errors import CheckpointError, ConfigError, DataEndedError, DataError
 
 State: TypeAlias = tuple[dict[str, Any], dict[str, Tensor]]

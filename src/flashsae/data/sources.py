@@ -6,8 +6,7 @@ A `StreamSource` can only be read forwards and resumed at a cursor; a `RowSource
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
@@ -16,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flashsae.data.acts import as_acts, batch_acts, iterate
 from flashsae.data.fingerprint import rows_digest, tensors_digest
 from flashsae.errors import DataError, DtypeError, ShapeError
-from flashsae.ops.validate import FLOATS
 from flashsae.settings.reading import check_held_out as check_held_out
 
 Split = Literal["train", "held_out"]
@@ -134,41 +133,6 @@ def _shift(h: Tensor, bits: int) -> Tensor:
     return (h >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def is_finite(acts: Tensor) -> bool:
-    """Tell whether float32 holds a tensor without NaN and Inf; ten times as fast as asking every element."""
-    return acts.numel() == 0 or all(bool(torch.isfinite(bound.float())) for bound in torch.aminmax(acts))
-
-
-def check_finite(acts: Tensor, where: str) -> None:
-    """Raise DataError if `acts` ([n, d_in]) holds NaN or Inf, or would in float32; says how many rows, and which."""
-    if is_finite(acts):
-        return
-    bad = ~torch.isfinite(acts.float()).all(dim=1)
-    raise DataError(
-        f"{where}: {int(bad.sum())} of {len(acts)} rows hold {what_is_not_finite(acts)} (first: row "
-        f"{int(bad.nonzero()[0])}). Find out where they come from, or drop those rows, and start again; checkpoints "
-        "are intact."
-    )
-
-
-def what_is_not_finite(acts: Tensor) -> str:
-    """Return what to call the reason why `is_finite` is False."""
-    return "numbers beyond float32 (x times a constant helps)" if bool(torch.isfinite(acts).all()) else "NaN or Inf"
-
-
-def check_acts(x: Tensor, what: str) -> Tensor:
-    """Return x without its graph if it is [tokens, d_in] of a float dtype, else say what is wrong."""
-    if x.layout != torch.strided:
-        raise DtypeError(f"{what}: expected a dense tensor, got the layout {x.layout}. Convert it: x.to_dense().")
-    if x.dim() != 2 or x.shape[1] == 0:
-        raise ShapeError(f"{what}: expected the shape [tokens, d_in], got {list(x.shape)}.")
-    if x.dtype not in FLOATS:
-        raise DtypeError(
-            f"{what}: expected float32, float64, bfloat16 or float16, got {x.dtype}. Convert it: x.float()."
-        )
-    return x.detach()
-
-
 class ArraySource:
     """Activations in one tensor, numpy array or memory-mapped array; each row is its own group.
 
@@ -214,63 +178,6 @@ class ArraySource:
             group = torch.arange(start, stop)
             chunk = Chunk(self._x[start:stop], group).select(split_mask(group, self._held_out, split))
             yield chunk, {"row": stop}
-
-
-def as_acts(x: Tensor | np.ndarray, what: str) -> Tensor:
-    """Return x as a tensor without copying it if it is [tokens, d_in] of a float dtype, else say what is wrong."""
-    return check_acts(x if isinstance(x, Tensor) else _as_tensor(x, what), what)
-
-
-def batch_acts(batch: Any, what: str) -> Tensor:
-    """Return a batch of an iterable as a tensor: itself, or the only one in a tuple, list or dict.
-
-    Raises:
-        ShapeError, DtypeError: it is not one float [tokens, d_in].
-    """
-    if isinstance(batch, Mapping):
-        if len(batch) != 1:
-            raise DtypeError(
-                f"{what}: expected one tensor, got a dict of {', '.join(map(str, batch)) or 'nothing'}. Choose one: "
-                "(batch['acts'] for batch in x)."
-            )
-        (batch,) = batch.values()
-    if isinstance(batch, tuple | list):
-        if len(batch) != 1:
-            raise DtypeError(
-                f"{what}: expected one tensor, got a {type(batch).__name__} of {len(batch)}. Choose one: (batch[0] for "
-                "batch in x)."
-            )
-        batch = batch[0]  # what a DataLoader over a TensorDataset yields
-    return as_acts(batch, what)
-
-
-def iterate(x: Any) -> Iterator[Any]:
-    """Return an iterator over batches; raises DtypeError if x is no iterable."""
-    try:
-        return iter(x)
-    except TypeError as error:
-        raise DtypeError(
-            f"x: expected a tensor, a numpy array or an iterable of such, got {type(x).__name__}."
-        ) from error
-
-
-def _as_tensor(x: np.ndarray, what: str) -> Tensor:
-    if not isinstance(x, np.ndarray):
-        raise DtypeError(f"{what}: expected a tensor, a numpy array or an iterable of such, got {type(x).__name__}.")
-    if x.dtype.kind != "f" or x.dtype.itemsize > 8:
-        raise DtypeError(f"{what}: expected a float array, got {x.dtype}. Convert it: x.astype('float32').")
-    if any(stride < 0 for stride in x.strides) or not x.dtype.isnative:
-        raise DtypeError(
-            f"{what}: expected an array that torch can share, got reversed strides or bytes. Copy it: x.copy()."
-        )
-    return torch.from_numpy(x) if x.flags.writeable else _read_only_tensor(x)
-
-
-def _read_only_tensor(x: np.ndarray) -> Tensor:
-    """Share memory with an array that must not be written; torch warns of it, and nothing here writes."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*not writable.*")
-        return torch.from_numpy(x)
 
 
 class IterableSource:

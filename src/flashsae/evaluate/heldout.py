@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashsae.data.sources import RowSource, Source, as_acts, batch_acts, check_finite, iterate
+from flashsae.data.acts import as_acts, batch_acts, check_finite, iterate
+from flashsae.data.sources import RowSource, Source
 from flashsae.errors import ConfigError, DataError
 from flashsae.metrics import FVU, LatentActivity, norm_limit
 from flashsae.neutral import neutral
@@ -24,7 +25,7 @@ NORM_TOKENS = 8192
 
 _COSINE_ROWS = 1024
 _READ_ROWS = 8192
-_NONE = torch.zeros(0)
+_NONE = torch.zeros(0, dtype=torch.float32, device="cpu")
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def held_out_batches(source: Source, max_tokens: int) -> Iterator[Tensor]:
     if isinstance(source, RowSource):
         rows = source.split_rows("held_out")
         tokens = min(max_tokens, len(rows))
-        rows = rows[torch.arange(tokens, dtype=torch.int64) * len(rows) // max(tokens, 1)]
+        rows = rows[torch.arange(tokens, dtype=torch.int64, device="cpu") * len(rows) // max(tokens, 1)]
         batches = -(-tokens // _READ_ROWS)
         yield from (source.rows(rows[start::batches]) for start in range(batches))
         return
@@ -153,7 +154,7 @@ def latent_geometry(sae: SAE) -> dict[str, Tensor]:
     nearest = torch.full((len(rows),), -1.0, device=rows.device)
     for start in range(0, len(rows), _COSINE_ROWS):
         cosines = rows[start : start + _COSINE_ROWS] @ rows.T
-        own = torch.arange(len(cosines), device=rows.device)
+        own = torch.arange(len(cosines), dtype=torch.int64, device=rows.device)
         cosines[own, start + own] = -1.0
         nearest[start : start + _COSINE_ROWS] = cosines.amax(1)
     return {

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from flashsae import files, ops
 from flashsae.errors import CheckpointError, ConfigError, DtypeError, ShapeError, StorageError
-from flashsae.ops.validate import FLOATS, Precision, check_float, check_k
+from flashsae.ops.register import isolated
+from flashsae.ops.validate import FLOATS, Precision, as_int, check_float, check_k
 
 FORMAT = "flashsae.sae"
 FORMAT_VERSION = 1
@@ -33,6 +34,7 @@ class SAEConfig:
         k: latents kept for each token.
     Raises:
         ConfigError: a size is not positive, or k > d_sae.
+        DtypeError: it is no integer; those of NumPy are.
     """
 
     d_in: int
@@ -40,26 +42,39 @@ class SAEConfig:
     k: int
 
     def __post_init__(self) -> None:
-        for name in ("d_in", "d_sae"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ConfigError(f"{name}: expected a positive int, got {getattr(self, name)!r}.")
-        check_k(self.k, self.d_sae)
+        sizes = {name: as_int(name, getattr(self, name)) for name in ("d_in", "d_sae")}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ConfigError(f"{name}: expected a positive int, got {size}.")
+        for name, value in {**sizes, "k": check_k(self.k, sizes["d_sae"])}.items():
+            object.__setattr__(self, name, value)
 
 
-class SparseCode(NamedTuple):
+class _Code(NamedTuple):
+    top_acts: Tensor
+    top_indices: Tensor
+    d_sae: int
+    latent_index: ops.LatentIndex | None = None
+
+
+class SparseCode(_Code):
     """The code of some tokens: which latents are active, and how much.
 
     Args:
         top_acts: [..., k], float32 or float64, >= 0.
         top_indices: [..., k], int64, ascending within a token.
         d_sae: number of latents.
-        latent_index: of top_indices, for the backward pass; None where there is none yet.
+        latent_index: of top_indices, for the backward pass; None where there is none yet. Reads as None where
+            top_indices are not, or no longer, those that it was built of.
     """
 
-    top_acts: Tensor
-    top_indices: Tensor
-    d_sae: int
-    latent_index: ops.LatentIndex | None = None
+    __slots__ = ()
+
+    @property
+    def latent_index(self) -> ops.LatentIndex | None:
+        """The index of top_indices as they are now."""
+        index = self[3]
+        return index if index is not None and index.is_of(self.top_indices) else None
 
     def to_dense(self) -> Tensor:
         """Return latent_acts, [..., d_sae]: d_sae / k times the memory of the code."""
@@ -80,22 +95,30 @@ class SAE(nn.Module):
         config: sizes.
         seed: of the initial weights; None leaves W_enc_T and W_dec without values, to be loaded.
         dtype: of the parameters.
+        device: of the parameters, whatever the default device is. Initial weights are the same on every device.
     Source: Gao et al. 2024, section 2.3 and appendix A.1.
     """
 
-    def __init__(self, config: SAEConfig, *, seed: int | None = 0, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        config: SAEConfig,
+        *,
+        seed: int | None = 0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
         super().__init__()
         self.config = config
         self.precision: Precision | None = None
         """Of products, as in `flashsae.ops.encode_topk`; not saved. None: what fits the dtype of the weights."""
-        rows = torch.empty(config.d_sae, config.d_in, dtype=dtype)
-        if seed is not None:
-            rows.normal_(generator=torch.Generator().manual_seed(seed))
-            rows = F.normalize(rows, dim=1)
+        if seed is None:
+            rows = torch.empty(config.d_sae, config.d_in, dtype=dtype, device=device)
+        else:
+            rows = _unit_rows(config.d_sae, config.d_in, seed, dtype).to(device)
         self.W_enc_T = nn.Parameter(rows.clone())
-        self.b_enc = nn.Parameter(torch.zeros(config.d_sae, dtype=dtype))
+        self.b_enc = nn.Parameter(torch.zeros(config.d_sae, dtype=dtype, device=device))
         self.W_dec = nn.Parameter(rows)
-        self.b_dec = nn.Parameter(torch.zeros(config.d_in, dtype=dtype))
+        self.b_dec = nn.Parameter(torch.zeros(config.d_in, dtype=dtype, device=device))
 
     @property
     def W_enc(self) -> Tensor:
@@ -122,17 +145,19 @@ class SAE(nn.Module):
             return_index=True,
         )
         shape = (*x.shape[:-1], self.config.k)
-        return SparseCode(top_acts.view(shape), top_indices.view(shape), self.config.d_sae, index)
+        top_indices = top_indices.view(shape)
+        return SparseCode(top_acts.view(shape), top_indices, self.config.d_sae, index.of(top_indices))
 
     def decode(self, code: SparseCode, *, bias: bool = True) -> Tensor:
         """Return the reconstruction [..., d_in] of a code of shape [..., k]; without b_dec if `bias` is False."""
         k = code.top_acts.shape[-1]
+        top_indices, index = code.top_indices.reshape(-1, k), code.latent_index
         x_hat = ops.decode_sparse(
             code.top_acts.reshape(-1, k),
-            code.top_indices.reshape(-1, k),
+            top_indices,
             self.W_dec,
             self.b_dec if bias else None,
-            index=code.latent_index,
+            index=None if index is None else index.of(top_indices),
             precision=self.precision,
         )
         return x_hat.view(*code.top_acts.shape[:-1], self.config.d_in)
@@ -169,6 +194,7 @@ class SAE(nn.Module):
         is_fit = x.dtype == self.W_enc_T.dtype  # half-width tokens may meet half-width weights and whole biases
         return x.reshape(-1, self.config.d_in).to(x.dtype if is_fit else self.b_enc.dtype)
 
+    @isolated
     @torch.no_grad()
     def initialize_from(self, x: Tensor) -> None:
         """Set b_dec to the mean of some activations, and scale the encoder so that x_hat has the length that fits best.
@@ -192,8 +218,7 @@ class SAE(nn.Module):
 
         Selection and directions stay; biases and values of latents are divided by `factor`. Shares W_enc_T and W_dec.
         """
-        with torch.device("meta"):
-            other = SAE(self.config, seed=None, dtype=self.W_dec.dtype)
+        other = SAE(self.config, seed=None, dtype=self.W_dec.dtype, device="meta")
         other.load_state_dict(
             {"W_enc_T": self.W_enc_T, "b_enc": self.b_enc / factor, "W_dec": self.W_dec, "b_dec": self.b_dec / factor},
             assign=True,
@@ -201,6 +226,7 @@ class SAE(nn.Module):
         other.precision = self.precision
         return other
 
+    @isolated
     @torch.no_grad()
     def project_decoder_grad(self) -> None:
         """Remove from the gradient of each decoder row the part along the row, which only changes its norm."""
@@ -208,6 +234,7 @@ class SAE(nn.Module):
         if grad is not None:
             grad.addcmul_((grad * self.W_dec).sum(1, keepdim=True), self.W_dec, value=-1)
 
+    @isolated
     @torch.no_grad()
     def normalize_decoder(self) -> None:
         """Scale each row of W_dec to unit norm."""
@@ -258,8 +285,7 @@ class SAE(nn.Module):
                 f"{folder / _WEIGHTS_FILE} is damaged: its checksum is not the one in {_CONFIG_FILE}. Copy or save the "
                 "SAE again."
             )
-        with torch.device("meta"):
-            sae = cls(config, seed=None, dtype=getattr(torch, description["dtype"]))
+        sae = cls(config, seed=None, dtype=getattr(torch, description["dtype"]), device="meta")
         expected = {name: tensor.shape for name, tensor in sae.state_dict().items()}
         found = {name: tensor.shape for name, tensor in tensors.items()}
         if expected != found:
@@ -269,6 +295,13 @@ class SAE(nn.Module):
             )
         sae.load_state_dict(tensors, assign=True)
         return sae.to(device)
+
+
+@isolated
+def _unit_rows(d_sae: int, d_in: int, seed: int, dtype: torch.dtype) -> Tensor:
+    rows = torch.empty(d_sae, d_in, dtype=dtype, device="cpu")
+    rows.normal_(generator=torch.Generator("cpu").manual_seed(seed))
+    return F.normalize(rows, dim=1)
 
 
 def read_description(folder: Path) -> dict[str, Any]:

@@ -116,6 +116,9 @@ class FactoredGradient(Tensor):
         parts = "numbers" if factors is None else " + ".join(type(f).__name__ for f in factors) or "zeros"
         return f"FactoredGradient({list(self.shape)}, {self.dtype}, {self.device}: {parts})"
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return self.clone()
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.materialize().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
@@ -226,12 +229,16 @@ def _mul_(gradient: Any, scale: Any) -> Any:
     return gradient
 
 
+def _inverse(scale: float | Tensor) -> float | Tensor:
+    return 1.0 / (scale.double() if isinstance(scale, Tensor) else scale)
+
+
 def _div(gradient: Any, scale: Any) -> Any:
-    return _mul(gradient, 1.0 / scale) if _is_scalar(scale) else NotImplemented
+    return _mul(gradient, _inverse(scale)) if _is_scalar(scale) else NotImplemented
 
 
 def _div_(gradient: Any, scale: Any) -> Any:
-    return _mul_(gradient, 1.0 / scale) if _is_scalar(scale) else NotImplemented
+    return _mul_(gradient, _inverse(scale)) if _is_scalar(scale) else NotImplemented
 
 
 def _zero_(gradient: FactoredGradient) -> FactoredGradient:

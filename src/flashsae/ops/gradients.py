@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -73,7 +74,8 @@ def collects(weights: Tensor) -> bool:
     if len(_COLLECTIONS) and type(weights) not in (Tensor, torch.nn.Parameter):
         log_once(
             "operations that torch.compile traces leave ordinary gradients of [d_sae, d_in] numbers and no factors: "
-            "call flashsae outside of what is compiled to keep the backward pass sparse"
+            "call flashsae outside of what is compiled to keep the backward pass sparse",
+            logging.WARNING,
         )
     return False
 
@@ -117,8 +119,8 @@ def weight_gradient(
         grad, sums = dense.latent_rows(top_indices, coeffs, rows, len(like), with_sums)
         return FactoredGradient([RowFactor(grad, None)], like) if as_factor else grad.to(like.dtype), sums
     if as_factor:
-        # a graph behind the coefficients would stay alive until they are used
-        return FactoredGradient([SparseFactor(index, coeffs.detach(), rows)], like), None
+        # a graph behind them would stay alive until they are used
+        return FactoredGradient([SparseFactor(index, coeffs.detach(), rows.detach())], like), None
     return sum_rows(index, coeffs, rows, like.dtype), None
 
 

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flashsae.ops.validate import check_indices, check_shape
+from flashsae.errors import ShapeError
+from flashsae.ops.validate import as_int, check_indices, check_shape, has_values
 
 
 class LatentIndex(NamedTuple):
@@ -18,12 +19,39 @@ class LatentIndex(NamedTuple):
         latents: [nnz], int32. Latent of each of them, ascending.
         offsets: [d_sae + 1], int32. Latent i owns entries[offsets[i]:offsets[i + 1]].
         k: entries of each token, so entry e belongs to token e // k.
+        source: [B, k]: the indices that it was built of, which `is_of` compares with others.
+        version: how often the memory of these had been written to.
     """
 
     entries: Tensor
     latents: Tensor
     offsets: Tensor
     k: int
+    source: Tensor | None = None
+    version: int = 0
+
+    def of(self, top_indices: Tensor) -> LatentIndex:
+        """Return this index as that of `top_indices`, as they are now."""
+        return LatentIndex(self.entries, self.latents, self.offsets, self.k, top_indices, _version(top_indices))
+
+    def is_of(self, top_indices: Tensor) -> bool:
+        """Tell whether it was built of these indices, and they were not changed since; no wait for the device.
+
+        Views of the same memory, such as other leading dimensions, are the same indices. Copies are not.
+        """
+        source = self.source
+        if source is None:
+            return False
+        if not (has_values(source) and has_values(top_indices)):
+            return source is top_indices
+        is_same = source is top_indices or (
+            source.data_ptr() == top_indices.data_ptr()
+            and (source.numel(), source.dtype, source.device)
+            == (top_indices.numel(), top_indices.dtype, top_indices.device)
+            and top_indices.shape[-1:] == source.shape[-1:]
+            and (source.stride() == top_indices.stride() or (source.is_contiguous() and top_indices.is_contiguous()))
+        )
+        return is_same and _version(source) == self.version
 
     @property
     def tokens(self) -> Tensor:
@@ -53,6 +81,11 @@ class LatentIndex(NamedTuple):
         return self.offsets.shape[0] - 1
 
 
+def _version(tensor: Tensor) -> int:
+    """Return how often the memory of a tensor was written to; 0 where PyTorch does not count."""
+    return tensor._version if has_values(tensor) and not tensor.is_inference() else 0
+
+
 def build_index(top_indices: Tensor, d_sae: int) -> LatentIndex:
     """List for every latent the code entries that use it.
 
@@ -67,10 +100,15 @@ def build_index(top_indices: Tensor, d_sae: int) -> LatentIndex:
     Source: compressed sparse columns; ours: the lists serve every latent-major pass of a step.
     """
     check_shape("top_indices", top_indices, ("B", "k"))
+    d_sae = as_int("d_sae", d_sae)
     check_indices("top_indices", top_indices, d_sae)
+    if top_indices.numel() >= 2**31:
+        raise ShapeError(
+            f"top_indices: expected fewer than 2**31 entries, got {top_indices.numel()}: use fewer tokens."
+        )
     narrow = torch.int16 if d_sae < 2**15 else torch.int32  # half the bits, half the passes of a radix sort
     keys, entries = torch.sort(top_indices.flatten().to(narrow), stable=True)
     latents = keys.to(torch.int32)
     bounds = torch.arange(d_sae + 1, dtype=torch.int32, device=latents.device)
     offsets = torch.searchsorted(latents, bounds, out_int32=True)
-    return LatentIndex(entries, latents, offsets, top_indices.shape[1])
+    return LatentIndex(entries, latents, offsets, top_indices.shape[1]).of(top_indices)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 import operator
 import os
 import types
@@ -80,7 +81,9 @@ def check(name: str, value: Any, annotation: Any) -> Any:
         return None
     try:
         meant = _CHECKS.get(get_origin(kind) or kind, _instance)(value, kind)
-    except (TypeError, ValueError):
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from error
+    except (TypeError, ValueError, OverflowError):
         raise ConfigError(f"{name}: expected {_words(kind)}, got {_shown(value)}.") from None
     for limit in limits:
         if not limit.holds(meant):
@@ -138,7 +141,7 @@ def _int(value: Any, kind: Any) -> int:
 
 
 def _float(value: Any, kind: Any) -> float:
-    if isinstance(value, (bool, str, bytes)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError
     return float(value)
 
@@ -170,7 +173,7 @@ def expand(path: str | Path) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        raise ConfigError(f"{path}: there is no such user; write the home folder in full.") from error
+        raise ConfigError(f"expected a path whose user exists, got {str(path)!r}.") from error
 
 
 def _literal(value: Any, kind: Any) -> Any:

@@ -35,18 +35,20 @@ class TrainConfig:
         d_sae: Number of latents. Default: the next power of two from 8 x d_in.
         k: Latents active for each token.
         tokens: Tokens to train on, repeats counted.
-        batch_tokens: Tokens in a step.
+        batch_tokens: Tokens in a step; no more than tokens.
         precision: Of products on a GPU: float32 (certified: the latents chosen are those of float32 arithmetic), tf32,
             or bf16 (fastest: weights are kept in two halves of 16 bits, and no bit of them is lost).
         moments: float32, or bf16: half the memory of Adam's moments, rounded stochastically. Approximate.
         lr: Peak learning rate of Adam. Default: 8e-4 / sqrt(d_sae / 16384).
-        warmup_steps: Steps of linear rise of the learning rate. Default: 5 % of the steps, 1000 at most.
-        decay_fraction: Last fraction of the steps, in which the learning rate falls linearly to 0.
+        warmup_steps: Steps of linear rise of the learning rate; no more than there are. Default: 5 % of the steps, 1000
+            at most.
+        decay_fraction: Last fraction of the steps, in which the learning rate falls linearly to 0. Where it overlaps
+            the rise, the lower of both holds.
         clip_norm: Largest global norm of the gradient. Default: no clipping.
         auxk_alpha: Weight of the auxiliary loss that revives dead latents; 0 turns it off.
-        k_aux: Dead latents that the auxiliary loss uses for each token. Default: d_in / 2, 1024 at most.
-        dead_after_tokens: A latent is dead when no token of this many gave it a value above 0. Default: tokens
-            / 10, 10 million at most.
+        k_aux: Dead latents that the auxiliary loss uses for each token. Default: d_in / 2, 1024 and d_sae at most.
+        dead_after_tokens: A latent is dead when no token of this many gave it a value above 0; with more than tokens
+            none ever is. Default: tokens / 10, 10 million at most.
         shuffle_tokens: Tokens that are mixed with each other; bounds the memory of the shuffle.
         seed: Of the initial weights and of the order of the data.
         log_every_steps: Steps between two lines of the log.
@@ -89,17 +91,24 @@ class TrainConfig:
         Args:
             d_in: width of the activations.
         Raises:
-            ConfigError: k > d_sae.
+            ConfigError: k or k_aux > d_sae, batch_tokens > tokens, or warmup_steps > steps.
         """
         d_sae = self.d_sae or 1 << (8 * d_in - 1).bit_length()
-        if self.k > d_sae:
-            raise ConfigError(f"k: expected k <= d_sae = {d_sae}, got {self.k}.")
+        for name, most, what in (
+            ("k", d_sae, "d_sae"),
+            ("k_aux", d_sae, "d_sae"),
+            ("batch_tokens", self.tokens, "tokens"),
+            ("warmup_steps", self.steps, "the steps of this training"),
+        ):
+            value = getattr(self, name)
+            if value is not None and value > most:
+                raise ConfigError(f"{name}: expected {name} <= {what} = {most}, got {value}.")
         worked_out = {
             "d_in": d_in,
             "d_sae": d_sae,
             "lr": default_lr(d_sae),
             "warmup_steps": min(1000, self.steps // 20),
-            "k_aux": min(1024, max(1, d_in // 2)),
+            "k_aux": min(1024, max(1, d_in // 2), d_sae),
             "dead_after_tokens": min(10_000_000, max(1, self.tokens // 10)),
             "evaluate_every_steps": max(1, self.steps // 20),
         }

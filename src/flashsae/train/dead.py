@@ -89,10 +89,10 @@ class DeadLatents:
         dead = self.mask()
         place = dead.cumsum(0, dtype=torch.int32) - 1
         slots = torch.where(dead, place, -1)
-        numbers = torch.arange(len(dead), device=dead.device)
+        numbers = torch.arange(len(dead), dtype=torch.int64, device=dead.device)
         latents = torch.zeros(capacity + 1, dtype=torch.int64, device=dead.device)
         latents.scatter_(0, torch.where(dead, place, capacity).long(), numbers)
-        is_dead = torch.arange(capacity, device=dead.device) <= place[-1]
+        is_dead = torch.arange(capacity, dtype=torch.int64, device=dead.device) <= place[-1]
         return DeadRows(torch.where(is_dead, latents[:capacity], 0), is_dead, slots)
 
     def capacity(self, step: int, batch_tokens: int) -> int:
@@ -120,7 +120,9 @@ class DeadLatents:
             self.finish_reading()
             soon = self._count_within(2 * period * batch_tokens)
             self.bounds.in_force = self.bounds.following
-            self._pending = torch.empty((), dtype=torch.int64, pin_memory=soon.is_cuda).copy_(soon, non_blocking=True)
+            self._pending = torch.empty((), dtype=torch.int64, device="cpu", pin_memory=soon.is_cuda).copy_(
+                soon, non_blocking=True
+            )
             if soon.is_cuda:
                 self._is_read = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 self._is_read.record()

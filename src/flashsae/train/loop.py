@@ -77,7 +77,7 @@ def _compute_step(state: TrainState, x: Tensor, config: ResolvedConfig, capacity
     optimizer.step()
     optimizer.zero_grad()
     fired = state.dead.update(code.top_acts, code.top_indices)
-    metrics["l0"] = fired.sum() / len(x)
+    metrics["l0"] = fired.sum().float() / len(x)
     return metrics
 
 

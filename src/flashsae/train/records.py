@@ -26,7 +26,9 @@ class Records:
         """
         values, event = torch.stack([value.double() for value in metrics.values()]), None
         if values.is_cuda:
-            values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+            values = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True).copy_(
+                values, non_blocking=True
+            )
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
         self._pending.append((known, list(metrics), values, event))

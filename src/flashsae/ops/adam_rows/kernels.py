@@ -51,7 +51,7 @@ def _gradient(
     if dense_ptr is not None:
         slot = latent if slots_ptr is None else tl.load(slots_ptr + latent)
         at = slot.to(tl.int64) * d + column
-        total += tl.load(dense_ptr + at, mask=inside & (slot >= 0), other=0.0).to(tl.float32)
+        total += tl.load(dense_ptr + at, mask=inside & (at >= 0), other=0.0).to(tl.float32)
     return total
 
 

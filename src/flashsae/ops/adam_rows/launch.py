@@ -11,9 +11,9 @@ from torch import Tensor
 from flashsae.ops.adam_rows import kernels
 from flashsae.ops.adam_rows.reference import AdamRule
 from flashsae.ops.factors import RowGradient
-from flashsae.ops.latent_rows.launch import launch_partial
+from flashsae.ops.latent_rows.launch import launch_partial, packed_index
 from flashsae.ops.latent_rows.reference import RUN
-from flashsae.ops.validate import rows_contiguous
+from flashsae.ops.validate import packed, rows_contiguous
 
 LARGEST_ROW = 16384
 """Columns that one program holds in registers."""
@@ -30,7 +30,7 @@ def launch_adam_rows(
     lists, sizes = _gradient_arguments(gradient, weights)
     grid, tile = _tile(weights, rule.unit_norm)
     kernels.adam_rows_kernel[grid](
-        weights, low, *moments, *lists, *scalars,
+        weights, low, *moments, *lists, *packed(*scalars),
         1 - rule.beta1, rule.beta2, 1 - rule.beta2, rule.eps, rule.weight_decay,
         *sizes, UNIT_NORM=rule.unit_norm, DECOUPLED=rule.decoupled, RUN=RUN,
         BLOCK_E=4 if tile["BLOCK_D"] > 1024 else 2, **tile,
@@ -63,11 +63,11 @@ def _tile(weights: Tensor, whole_rows: bool) -> tuple[tuple[int, int], dict[str,
 def _gradient_arguments(gradient: RowGradient, weights: Tensor) -> tuple[list[Tensor | None], tuple[int, int, int]]:
     """Return what kernels take of a gradient: lists and rows, and the sizes k, d and stride of a row."""
     d = weights.shape[1]
-    dense = None if gradient.dense is None else gradient.dense.contiguous()
+    dense, slots = packed(gradient.dense, gradient.slots)
     sparse = gradient.sparse
     if sparse is None or sparse.coeffs.numel() == 0:
-        return [None] * 6 + [dense, gradient.slots], (1, d, d)
-    index, coeffs, rows = sparse.index, sparse.coeffs.contiguous(), rows_contiguous(sparse.rows)
+        return [None] * 6 + [dense, slots], (1, d, d)
+    index, coeffs, rows = packed_index(sparse.index), packed(sparse.coeffs), rows_contiguous(sparse.rows)
     partial = launch_partial(index, coeffs, rows)
-    lists = [index.entries, index.latents, index.offsets, coeffs, rows, partial, dense, gradient.slots]
+    lists = [index.entries, index.latents, index.offsets, coeffs, rows, partial, dense, slots]
     return lists, (index.k, d, rows.stride(0))

@@ -10,11 +10,13 @@ from flashsae.errors import DtypeError, ShapeError
 from flashsae.ops.adam_rows import reference
 from flashsae.ops.adam_rows.reference import AdamRule
 from flashsae.ops.factors import RowGradient
+from flashsae.ops.register import isolated
 from flashsae.ops.validate import check_float, check_shape, compute_dtype
 
 _CACHED_ELEMENTS = 1 << 18
 
 
+@isolated
 @torch.no_grad()
 def adam_rows(
     weights: Tensor,
@@ -101,6 +103,7 @@ def _step_part(
             half.copy_(value)
 
 
+@isolated
 @torch.no_grad()
 def row_squares(weights: Tensor, gradient: RowGradient, unit_norm: bool, *, low: Tensor | None = None) -> Tensor:
     """Compute the squared norm of each row of the gradient that `adam_rows` would use: for clipping.
@@ -132,7 +135,7 @@ def row_squares(weights: Tensor, gradient: RowGradient, unit_norm: bool, *, low:
 
 
 def _check_contiguous(name: str, tensor: Tensor) -> None:
-    if not tensor.is_contiguous():
+    if not tensor.is_contiguous() or tensor.is_neg():
         raise ShapeError(f"{name}: expected a contiguous tensor, which is changed in place. Call .contiguous() first.")
 
 

@@ -49,8 +49,8 @@ def round_stochastically(values: Weights, step: Tensor, number: int, first_row: 
     The 16 random bits of a number are the half `number` (0 or 1) of a hash of step, row and column.
     """
     n, d = values.shape
-    rows = torch.arange(first_row, first_row + n, device=values.device)[:, None]
-    columns = torch.arange(d, device=values.device)
+    rows = torch.arange(first_row, first_row + n, dtype=torch.int64, device=values.device)[:, None]
+    columns = torch.arange(d, dtype=torch.int64, device=values.device)
     bits = _mixed(_mixed(rows + step.long() * 0x9E3779B1) + columns)
     noise = (bits >> 16 if number else bits) & 0xFFFF
     finite = ((values.view(torch.int32) + noise.int()) & -0x10000).view(torch.float32)

@@ -7,6 +7,7 @@ import triton
 from torch import Tensor
 
 from flashsae.ops.decode_sparse import kernels
+from flashsae.ops.validate import packed, rows_contiguous
 
 LARGEST_FUSED_K = 256
 """Above this the k rows of a token no longer fit in registers, and decode and gradient are two launches."""
@@ -16,6 +17,8 @@ def launch_decode(
     top_acts: Tensor, top_indices: Tensor, W_dec: Tensor, b_dec: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """Return the reconstruction [B, d_in]."""
+    top_acts, top_indices, b_dec = packed(top_acts, top_indices, b_dec)
+    W_dec = rows_contiguous(W_dec)
     B, k = top_indices.shape
     d = W_dec.shape[1]
     x_hat = torch.empty(B, d, dtype=dtype, device=W_dec.device)
@@ -41,6 +44,8 @@ def launch_decode_loss(
     top_acts: Tensor, top_indices: Tensor, W_dec: Tensor, b_dec: Tensor | None, target: Tensor, weights: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return errors [B], x_hat, residual [B, d_in] and grad_acts [B, k]."""
+    top_acts, top_indices, b_dec, weights = packed(top_acts, top_indices, b_dec, weights)
+    W_dec, target = rows_contiguous(W_dec), rows_contiguous(target)
     B, k = top_indices.shape
     d = W_dec.shape[1]
     x_hat = torch.empty(B, d, dtype=W_dec.dtype, device=W_dec.device)
@@ -63,6 +68,8 @@ def launch_residual(
     x_hat: Tensor, b_dec: Tensor | None, target: Tensor, weights: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Return errors [B] and residual [B, d_in] of a reconstruction without its bias, which is added in place."""
+    b_dec, weights = packed(b_dec, weights)
+    target = rows_contiguous(target)
     B, d = x_hat.shape
     residual = torch.empty_like(x_hat)
     errors = torch.empty(B, dtype=torch.float32, device=x_hat.device)
@@ -76,6 +83,8 @@ def launch_residual(
 
 def launch_dots(rows: Tensor, indices: Tensor, W: Tensor, counts: Tensor | None = None) -> Tensor:
     """Return rows[b] · W[indices[b, j]], [B, k] float32; with counts [B] only the first so many of a row are set."""
+    indices, counts = packed(indices, counts)
+    rows, W = rows_contiguous(rows), rows_contiguous(W)
     B, k = indices.shape
     d = W.shape[1]
     dots = torch.empty(B, k, dtype=torch.float32, device=W.device)

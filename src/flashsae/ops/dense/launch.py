@@ -7,6 +7,7 @@ import triton
 from torch import Tensor
 
 from flashsae.ops.dense import kernels
+from flashsae.ops.validate import packed
 
 LARGEST_K = 4096
 """What a program holds in registers."""
@@ -14,7 +15,7 @@ LARGEST_K = 4096
 
 def launch_dense_code(top_acts: Tensor, top_indices: Tensor, d_sae: int, dtype: torch.dtype) -> Tensor:
     """Return the dense code: [B, d_sae], `dtype`; entries are summed in float32 and rounded once."""
-    top_acts, top_indices = top_acts.contiguous(), top_indices.contiguous()
+    top_acts, top_indices = packed(top_acts, top_indices)
     B, k = top_indices.shape
     code = torch.empty(B, d_sae, dtype=dtype, device=top_indices.device)
     if code.numel():

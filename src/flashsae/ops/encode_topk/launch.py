@@ -13,7 +13,7 @@ from torch import Tensor
 from flashsae.errors import ConfigError
 from flashsae.ops.decode_sparse.launch import launch_dots
 from flashsae.ops.encode_topk import certify_kernels, kernels
-from flashsae.ops.validate import rows_contiguous
+from flashsae.ops.validate import packed, rows_contiguous
 from flashsae.shapes import Choice
 
 LARGEST_K = 1024
@@ -21,6 +21,9 @@ LARGEST_K = 1024
 
 WHOLE_ROW = 8192
 """Latents of a row that a program of the selection holds at once, at most."""
+
+LARGEST_ROWS = 65535 * 16
+"""Rows at once, at most: a grid has no more than 65535 programs in its second dimension, each with 16 rows."""
 
 REDO_PROGRAMS = 32
 """Rows redone in float32 at once; each needs two scratch rows of d_sae numbers."""
@@ -89,7 +92,7 @@ class _Selection:
 
 def launch_center(x: Tensor, b_dec: Tensor, dtype: torch.dtype) -> Tensor:
     """Return x - b_dec, [B, d_in]."""
-    x = rows_contiguous(x)
+    x, b_dec = rows_contiguous(x), packed(b_dec)
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     if out.numel():
         (B, d), block_d = x.shape, min(1024, triton.next_power_of_2(x.shape[1]))
@@ -124,20 +127,22 @@ def launch_encode_topk(
     B, n, device = len(x), len(W_enc_T), x.device
     dtype = {"bf16": torch.bfloat16, "tf32": torch.float32, "float32": torch.float16}[precision]
     certified = precision == "float32"
-    x = x.to(torch.float32 if certified else dtype).contiguous()
-    W_enc_T = W_enc_T.to(torch.float32 if certified else dtype).contiguous()
+    b_enc, key_scale = packed(b_enc, key_scale)
+    x = packed(x.to(torch.float32 if certified else dtype))
+    W_enc_T = packed(W_enc_T.to(torch.float32 if certified else dtype))
     results = [
-        (torch.empty(B, k, device=device), torch.empty(B, k, dtype=torch.int64, device=device)) for k, _ in choices
+        (torch.empty(B, k, dtype=torch.float32, device=device), torch.empty(B, k, dtype=torch.int64, device=device))
+        for k, _ in choices
     ]
     if B == 0:
         return results
     stride = triton.cdiv(n, 8) * 8  # rows of the product stay aligned
-    rows = max(1, min(B, workspace_bytes // (stride * dtype.itemsize)))
+    rows = max(1, min(B, LARGEST_ROWS, workspace_bytes // (stride * dtype.itemsize)))
     raw = torch.empty(rows, stride, dtype=dtype, device=device)
     facts = _round(x, W_enc_T) if certified else None
     left, right = (x, W_enc_T) if facts is None else (facts.x, facts.W)
     selections = [
-        _Selection(b_enc, key_scale, None if mask is None else mask.to(torch.int8), Layout.of(n, k), n)
+        _Selection(b_enc, key_scale, None if mask is None else packed(mask.to(torch.int8)), Layout.of(n, k), n)
         for k, mask in choices
     ]
     for start in range(0, B, rows):

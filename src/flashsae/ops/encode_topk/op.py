@@ -14,7 +14,18 @@ from flashsae.ops.gradients import collects, is_dense, weight_gradient
 from flashsae.ops.index import LatentIndex, build_index
 from flashsae.ops.latent_rows.op import column_sums, latent_sums
 from flashsae.ops.register import differentiate, operator
-from flashsae.ops.validate import Precision, check_float, check_k, check_precision, check_shape, compute_dtype
+from flashsae.ops.validate import (
+    Precision,
+    as_int,
+    check_constant,
+    check_device,
+    check_float,
+    check_k,
+    check_precision,
+    check_shape,
+    compute_dtype,
+    has_values,
+)
 
 
 @overload
@@ -69,8 +80,9 @@ def encode_topk(
         b_enc: [d_sae], dtype of x, or float32.
         k: latents to keep, 1 <= k <= d_sae; at most 1024 on a GPU.
         b_dec: [d_in], dtype of x, or float32; subtracted from x first. None for no subtraction.
-        key_scale: [d_sae], float, >= 0: select by pre_acts * key_scale, as with the norms of decoder rows. The values
-            returned are not scaled. None: 1 each.
+        key_scale: [d_sae], float, finite and >= 0: select by pre_acts * key_scale, as with the norms of decoder rows.
+            The values returned are not scaled. None: 1 each. Others are refused on the CPU; on a GPU, where looking
+            would make the host wait, such a latent is selected for every token with the value NaN.
         precision: of the product, on a GPU. "float32": certified, the selection is that of float32 arithmetic at
             about the price of a float16 product; "tf32", "bf16": operands rounded to that, accumulated in float32.
             None: "bf16" for bfloat16 weights, "float32" for the others. The CPU and float64 ignore it.
@@ -84,6 +96,7 @@ def encode_topk(
         index: with `return_index`.
     Raises:
         ShapeError, DtypeError, ConfigError: names the argument, what was expected and what came.
+        GradientError: key_scale requires a gradient.
     Numerics: products accumulated in float32 (float64 for float64). Exact selection among those values; of equal
         values the lowest index wins. A NaN in a row of x gives NaN values in that row and valid indices. float16
         tensors are widened to float32. Two runs give the same bits. docs/numerics.md#certified-float32.
@@ -95,14 +108,15 @@ def encode_topk(
     Source: Makhzani and Frey 2013 (k-sparse autoencoders); Gao et al. 2024, eq. 4; selection and backward ours,
         docs/methodology.md#exact-selection.
     """
-    check_k(k, _check(x, W_enc_T, b_enc, b_dec, key_scale, workspace_bytes))
+    d_sae, workspace_bytes = _check(x, W_enc_T, b_enc, b_dec, key_scale, workspace_bytes)
+    k = check_k(k, d_sae)
     chosen = _resolve(precision, W_enc_T)
     result = torch.ops.flashsae.encode_topk(
         x, W_enc_T, b_enc, b_dec, key_scale, None, k, 0, chosen, workspace_bytes, return_index
     )
     top_acts, top_indices, _, _, *lists = result  # the last of these may be the centred tokens
     if return_index:
-        return top_acts, top_indices, LatentIndex(lists[0], lists[1], lists[2], k)
+        return top_acts, top_indices, LatentIndex(lists[0], lists[1], lists[2], k).of(top_indices)
     return top_acts, top_indices
 
 
@@ -146,12 +160,12 @@ def encode_topk_aux(
     Gradients: as in `encode_topk`, through both codes.
     Cost: that of `encode_topk` and a second reading of the pre-activations.
     """
-    d_sae = _check(x, W_enc_T, b_enc, b_dec, key_scale, workspace_bytes)
+    d_sae, workspace_bytes = _check(x, W_enc_T, b_enc, b_dec, key_scale, workspace_bytes)
     check_shape("aux_mask", aux_mask, (d_sae,))
+    check_device("aux_mask", aux_mask, x, "x")
     if aux_mask.dtype != torch.bool:
         raise DtypeError(f"aux_mask: expected torch.bool, got {aux_mask.dtype}.")
-    check_k(k, d_sae)
-    check_k(k_aux, d_sae, "k_aux")
+    k, k_aux = check_k(k, d_sae), check_k(k_aux, d_sae, "k_aux")
     chosen = _resolve(precision, W_enc_T)
     result = torch.ops.flashsae.encode_topk(
         x, W_enc_T, b_enc, b_dec, key_scale, aux_mask, k, k_aux, chosen, workspace_bytes, False
@@ -166,8 +180,8 @@ def _check(
     b_dec: Tensor | None,
     key_scale: Tensor | None,
     workspace_bytes: int,
-) -> int:
-    """Raise unless the arguments fit each other; return d_sae."""
+) -> tuple[int, int]:
+    """Raise unless the arguments fit each other; return d_sae and workspace_bytes."""
     check_shape("W_enc_T", W_enc_T, ("d_sae", "d_in"))
     d_sae, d_in = W_enc_T.shape
     check_shape("x", x, ("B", d_in))
@@ -181,9 +195,19 @@ def _check(
     if key_scale is not None:
         check_shape("key_scale", key_scale, (d_sae,))
         check_float("key_scale", key_scale)
+        check_device("key_scale", key_scale, x, "x")
+        check_constant("key_scale", key_scale)
+        if key_scale.device.type == "cpu" and has_values(key_scale) and not bool(_is_scale(key_scale).all()):
+            raise ConfigError("key_scale: expected finite numbers >= 0, got negative ones, NaN or infinity.")
+    workspace_bytes = as_int("workspace_bytes", workspace_bytes)
     if workspace_bytes <= 0:
         raise ConfigError(f"workspace_bytes: expected a positive number of bytes, got {workspace_bytes}.")
-    return d_sae
+    return d_sae, workspace_bytes
+
+
+def _is_scale(key_scale: Tensor) -> Tensor:
+    """Tell which numbers keep the order of what they multiply."""
+    return (key_scale >= 0) & (key_scale < torch.inf)
 
 
 def _resolve(precision: Precision | None, W_enc_T: Tensor) -> Precision:
@@ -231,6 +255,8 @@ def _encode_topk(
     with_index: bool,
 ) -> list[Tensor]:
     centred = _centred(x, b_dec, precision)
+    if key_scale is not None:
+        b_enc = torch.where(_is_scale(key_scale), b_enc, torch.nan)  # without a wait: what is wrong shows
     choices = [(k, None), *([(k_aux, aux_mask)] if k_aux else [])]
     if use_kernels(x):
         from flashsae.ops.encode_topk.launch import launch_encode_topk
@@ -276,7 +302,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     centred = x if b_dec is None else output[-1]
     ctx.save_for_backward(centred, W_enc_T, *codes, *lists)
     ctx.k_aux, ctx.with_index, ctx.x_dtype = k_aux, with_index, x.dtype
-    ctx.bias_dtype, ctx.as_factor = b_enc.dtype, collects(W_enc_T)
+    ctx.bias_dtypes = b_enc.dtype, None if b_dec is None else b_dec.dtype
+    ctx.as_factor = collects(W_enc_T)
     ctx.set_materialize_grads(False)  # the indices have none: no zeros for them
     ctx.precision = precision
 
@@ -293,7 +320,7 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]
     needs_x, needs_W, needs_b_enc, needs_b_dec = ctx.needs_input_grad[:4]
     grad_x = grad_W = grad_b_enc = grad_b_dec = None
     if needs_x:
-        grad_x = torch.ops.flashsae.decode_sparse(grad_pre, top_indices, W_enc_T, None, [], False).to(ctx.x_dtype)
+        grad_x = torch.ops.flashsae.decode_sparse(grad_pre, top_indices, W_enc_T, None, [], False, ctx.x_dtype)
     if needs_W or needs_b_enc or needs_b_dec:
         k, rows = top_indices.shape[1], _centred(centred, None, ctx.precision)
         index = sums = None
@@ -304,10 +331,10 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]
             grad_W, sums = weight_gradient(ctx.as_factor, top_indices, index, grad_pre, rows, W_enc_T, with_sums=True)
         if sums is None:
             sums = latent_sums(index or build_index(top_indices, len(W_enc_T)), grad_pre)
-        grad_b_enc = sums.to(ctx.bias_dtype) if needs_b_enc else None
+        grad_b_enc = sums.to(ctx.bias_dtypes[0]) if needs_b_enc else None
         if needs_b_dec:
             # Σ over tokens of -grad_pre @ W_enc_T, summed over tokens first: d_sae·d_in instead of B·k·d_in
-            grad_b_dec = column_sums(-sums, W_enc_T, ctx.bias_dtype)
+            grad_b_dec = column_sums(-sums, W_enc_T, ctx.bias_dtypes[1])
     return grad_x, grad_W, grad_b_enc, grad_b_dec, None, None, None, None, None, None, None
 
 

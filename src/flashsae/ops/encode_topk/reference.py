@@ -26,7 +26,7 @@ def encode_topk(
     workspace_bytes: int,
 ) -> list[tuple[TopActs, TopIndices]]:
     """Return for each choice the k largest of relu(x @ W_enc_T.T + b_enc) and their indices, both [B, k]."""
-    dtype = compute_dtype(W_enc_T.dtype)
+    dtype = compute_dtype(x.dtype, W_enc_T.dtype)
     weights, bias = W_enc_T.to(dtype), b_enc.to(dtype)
     indices = [torch.empty(len(x), k, dtype=torch.int64, device=x.device) for k, _ in choices]
     acts = [torch.empty(len(x), k, dtype=dtype, device=x.device) for k, _ in choices]
@@ -70,9 +70,10 @@ def _largest(keys: LatentActs, m: int) -> tuple[TopActs, TopIndices]:
     width = keys.shape[1] // _GROUP  # column j is in group j % width; what is left over is in none
     if width < 2 * m:
         return keys.topk(m, dim=1)
-    grouped, rest = keys[:, : _GROUP * width], torch.arange(_GROUP * width, keys.shape[1], device=keys.device)
+    grouped = keys[:, : _GROUP * width]
+    rest = torch.arange(_GROUP * width, keys.shape[1], dtype=torch.int64, device=keys.device)
     groups = grouped.view(len(keys), _GROUP, width).amax(1).topk(m, dim=1, sorted=False).indices
-    members = groups[:, None] + width * torch.arange(_GROUP, device=keys.device)[:, None]
+    members = groups[:, None] + width * torch.arange(_GROUP, dtype=torch.int64, device=keys.device)[:, None]
     columns = torch.cat([members.flatten(1), rest.expand(len(keys), -1)], dim=1)
     values, chosen = keys.gather(1, columns).topk(m, dim=1)
     return values, columns.gather(1, chosen)

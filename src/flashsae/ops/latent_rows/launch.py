@@ -9,11 +9,11 @@ from torch import Tensor
 from flashsae.ops.index import LatentIndex
 from flashsae.ops.latent_rows import kernels
 from flashsae.ops.latent_rows.reference import RUN
-from flashsae.ops.validate import rows_contiguous
+from flashsae.ops.validate import packed, rows_contiguous
 
 
 def launch_partial(index: LatentIndex, coeffs: Tensor, rows: Tensor) -> Tensor:
-    """Sum the pieces of runs longer than RUN: [pieces, 2, d], as `sum_run` reads them."""
+    """Sum the pieces of runs longer than RUN: [pieces, 2, d], as `sum_run` reads them; all packed."""
     nnz, d = coeffs.numel(), rows.shape[1]
     pieces = triton.cdiv(nnz, RUN)
     partial = torch.empty(pieces, 2, d, dtype=torch.float32, device=rows.device)
@@ -28,7 +28,7 @@ def launch_partial(index: LatentIndex, coeffs: Tensor, rows: Tensor) -> Tensor:
 
 def launch_latent_rows(index: LatentIndex, coeffs: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     """Return segment sums [d_sae, d]."""
-    rows = rows_contiguous(rows)
+    index, coeffs, rows = packed_index(index), packed(coeffs), rows_contiguous(rows)
     d = rows.shape[1]
     out = torch.empty(index.d_sae, d, dtype=dtype, device=rows.device)
     if coeffs.numel() == 0:
@@ -45,6 +45,7 @@ def launch_latent_rows(index: LatentIndex, coeffs: Tensor, rows: Tensor, dtype: 
 
 def launch_latent_sums(index: LatentIndex, coeffs: Tensor) -> Tensor:
     """Return the sum of the coefficients of each latent: [d_sae], float32."""
+    index, coeffs = packed_index(index), packed(coeffs)
     sums = torch.empty(index.d_sae, dtype=torch.float32, device=coeffs.device)
     nnz = coeffs.numel()
     if nnz == 0:
@@ -62,7 +63,7 @@ def launch_column_sums(coeffs: Tensor, rows: Tensor, dtype: torch.dtype) -> Tens
     """Return Σ coeffs · rows, [d], level by level until one row is left."""
     rows = rows_contiguous(rows)
     n, d = rows.shape
-    weights: Tensor | None = coeffs.contiguous()
+    weights: Tensor | None = packed(coeffs)
     run, tile = 256, {"BLOCK_E": 32, "BLOCK_D": 128}
     while True:
         pieces = triton.cdiv(n, run)
@@ -76,3 +77,9 @@ def launch_column_sums(coeffs: Tensor, rows: Tensor, dtype: torch.dtype) -> Tens
             return out[0]
         weights, rows, n = None, out, pieces
         run, tile = 1024, {"BLOCK_E": 128, "BLOCK_D": 32}  # what is left is little: few launches, many programs
+
+
+def packed_index(index: LatentIndex) -> LatentIndex:
+    """Return an index whose lists are packed."""
+    entries, latents, offsets = packed(index.entries, index.latents, index.offsets)
+    return LatentIndex(entries, latents, offsets, index.k)

@@ -11,10 +11,9 @@ from flashsae.ops.dense import op as dense
 from flashsae.ops.index import LatentIndex
 from flashsae.ops.latent_rows import reference
 from flashsae.ops.register import operator
-from flashsae.ops.validate import check_float, check_shape, compute_dtype
+from flashsae.ops.validate import check_constant, check_device, check_float, check_shape, compute_dtype
 
 
-@torch.no_grad()
 def latent_rows(index: LatentIndex, coeffs: Tensor, rows: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
     """Sum, for each latent, the rows of the tokens that use it.
 
@@ -32,8 +31,9 @@ def latent_rows(index: LatentIndex, coeffs: Tensor, rows: Tensor, *, dtype: torc
         [d_sae, d]. A latent that no token uses has a row of zeros.
     Raises:
         ShapeError, DtypeError: coeffs or rows do not fit the index or each other.
-    Numerics: deterministic; accumulated in float32 (float64 for float64), rounded once. A latent with more than 128
-        entries is summed in pieces of at most 128, the pieces in order.
+        GradientError: they require a gradient.
+    Numerics: deterministic; accumulated in float32 (float64 where coeffs or rows are), rounded once. A latent with
+        more than 128 entries is summed in pieces of at most 128, the pieces in order.
     Gradients: none; it is used inside backward passes.
     Cost: B·k·d multiply-adds; reads B·k·d elements, writes d_sae·d. Long lists are spread over the device.
     Source: ours, docs/methodology.md#sparse-backward.
@@ -42,6 +42,9 @@ def latent_rows(index: LatentIndex, coeffs: Tensor, rows: Tensor, *, dtype: torc
     check_shape("rows", rows, (coeffs.shape[0], "d"))
     check_float("coeffs", coeffs)
     check_float("rows", rows)
+    for name, tensor in (("coeffs", coeffs), ("rows", rows)):
+        check_device(name, tensor, index.entries, "the index")
+        check_constant(name, tensor)
     if coeffs.numel() != index.entries.shape[0]:
         raise ShapeError(
             f"coeffs: expected {index.entries.shape[0]} entries, those of the index, got {coeffs.numel()}."
@@ -78,12 +81,12 @@ def _latent_rows(
     entries: Tensor, latents: Tensor, offsets: Tensor, coeffs: Tensor, rows: Tensor, dtype: torch.dtype
 ) -> Tensor:
     index = LatentIndex(entries, latents, offsets, coeffs.shape[1])
-    if use_kernels(rows):
+    if use_kernels(rows, coeffs):
         if use_dense(index.k, index.d_sae, rows):
             return dense.latent_rows(index.top_indices, coeffs, rows, index.d_sae)[0].to(dtype)
         from flashsae.ops.latent_rows.launch import launch_latent_rows
 
-        return launch_latent_rows(index, coeffs.contiguous(), rows, dtype)
+        return launch_latent_rows(index, coeffs, rows, dtype)
     return reference.latent_rows(index, coeffs, rows).to(dtype)
 
 
@@ -97,7 +100,7 @@ def _latent_sums(entries: Tensor, latents: Tensor, offsets: Tensor, coeffs: Tens
     if use_kernels(coeffs):
         from flashsae.ops.latent_rows.launch import launch_latent_sums
 
-        return launch_latent_sums(index, coeffs.contiguous())
+        return launch_latent_sums(index, coeffs)
     return reference.latent_sums(index, coeffs)
 
 
@@ -107,7 +110,7 @@ def _column_sums_fake(coeffs: Tensor, rows: Tensor, dtype: torch.dtype) -> Tenso
 
 @operator(_column_sums_fake)
 def _column_sums(coeffs: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
-    if use_kernels(rows):
+    if use_kernels(rows, coeffs):
         from flashsae.ops.latent_rows.launch import launch_column_sums
 
         return launch_column_sums(coeffs, rows, dtype)

@@ -16,17 +16,17 @@ RUN = 128
 
 def latent_rows(index: LatentIndex, coeffs: TopActs, rows: Activations) -> Weights:
     """Sum coeffs * rows over the entries of each latent: [B, k], [B, d] -> [d_sae, d], compute dtype."""
-    dtype = compute_dtype(rows.dtype)
+    dtype = compute_dtype(coeffs.dtype, rows.dtype)
     weights = coeffs.to(dtype).flatten()[index.entries]
     pieces = (index.offsets.diff() + RUN - 1) // RUN  # of each latent
     first_piece = F.pad(pieces.cumsum(0), (1, 0))
     n_pieces = int(first_piece[-1])
     latent = torch.repeat_interleave(pieces, output_size=n_pieces)
-    number = torch.arange(n_pieces, device=rows.device) - first_piece[latent]
+    number = torch.arange(n_pieces, dtype=torch.int64, device=rows.device) - first_piece[latent]
     starts = index.offsets[latent] + RUN * number
     sums = _bags(index.tokens, rows.to(dtype), starts, weights)
     ones = torch.ones(n_pieces, dtype=dtype, device=rows.device)
-    return _bags(torch.arange(n_pieces, device=rows.device), sums, first_piece[:-1], ones)
+    return _bags(torch.arange(n_pieces, dtype=torch.int64, device=rows.device), sums, first_piece[:-1], ones)
 
 
 def latent_sums(index: LatentIndex, coeffs: TopActs) -> LatentBias:
@@ -36,7 +36,7 @@ def latent_sums(index: LatentIndex, coeffs: TopActs) -> LatentBias:
 
 def column_sums(coeffs: Tensor, rows: Activations) -> InputBias:
     """Sum coeffs * rows over all rows, [B], [B, d] -> [d]: the case of one latent that every token uses."""
-    tokens = torch.arange(rows.shape[0], device=rows.device)
+    tokens = torch.arange(rows.shape[0], dtype=torch.int64, device=rows.device)
     offsets = torch.arange(2, dtype=torch.int32, device=rows.device) * rows.shape[0]
     index = LatentIndex(tokens, torch.zeros_like(tokens, dtype=torch.int32), offsets, 1)
     return latent_rows(index, coeffs[:, None], rows)[0]

@@ -17,8 +17,6 @@ def launch_total_variance(x: Tensor) -> Tensor:
     """Return Σ‖x − mean‖², a float32 scalar."""
     x = rows_contiguous(x)
     B, d = x.shape
-    if B == 0:
-        return torch.zeros((), dtype=torch.float32, device=x.device)
     pieces, blocks = triton.cdiv(B, ROWS), triton.cdiv(d, 64)
     means, squares = torch.empty(2, pieces, d, dtype=torch.float32, device=x.device).unbind(0)
     out = torch.empty(blocks, dtype=torch.float32, device=x.device)

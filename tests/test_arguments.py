@@ -1,0 +1,261 @@
+"""Every setting there is arrives from a flag, a file and Python alike, or is refused by name. New ones are covered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import pytest
+import tomli_w
+
+from flashsae import commands
+from flashsae.cli import main
+from flashsae.errors import ConfigError
+from flashsae.settings import ActivationsConfig, ReadingConfig, RunConfig, TrainConfig
+from flashsae.settings.kinds import check, declared_types, unwrap
+
+OF_RUN = {name: kind for name, kind in declared_types(RunConfig).items() if name not in ("activations", "train")}
+PARTS = {"activations": ActivationsConfig, "train": TrainConfig}
+TRAIN = declared_types(ActivationsConfig) | declared_types(TrainConfig) | OF_RUN
+CACHE = declared_types(ReadingConfig) | {
+    name: kind
+    for name, kind in get_type_hints(commands.cache, include_extras=True).items()
+    if name not in ("reading", "return")
+}
+STEP = {
+    name: kind for name, kind in get_type_hints(commands.step, include_extras=True).items() if name not in ("return",)
+}
+
+Arrived = dict[str, Any]
+
+
+def other(annotation: Any, default: Any) -> Any:
+    """Return a value, as TOML has it, that a setting may have and does not have by default."""
+    kind = unwrap(annotation)[0]
+    if get_origin(kind) is tuple:
+        return [other(get_args(kind)[0], None)]
+    if get_origin(kind) is Literal:
+        return next(choice for choice in get_args(kind) if choice != default)
+    candidates: dict[Any, list[Any]] = {
+        bool: [default is not True],
+        int: [7],
+        float: [0.25, 7.5],
+        str: ["word"],
+        Path: ["~/there"],
+    }
+    return next(value for value in candidates[kind] if _may_be(value, annotation))
+
+
+def _may_be(value: Any, annotation: Any) -> bool:
+    try:
+        check("", value, annotation)
+    except ConfigError:
+        return False
+    return True
+
+
+def wrong(annotation: Any) -> Iterator[Any]:
+    """Yield values, as TOML has them, of other kinds than the setting's."""
+    kind = unwrap(annotation)[0]
+    of_any = ["no", 3, 3.7, True, ["x"], [3], [[]], ""]
+    may_be: dict[Any, Callable[[Any], bool]] = {
+        str: lambda value: isinstance(value, str) and value != "",
+        Path: lambda value: isinstance(value, str) and value != "",
+    }
+    fits = may_be.get(kind, lambda value: _may_be(value, annotation))
+    return (value for value in of_any if not fits(value))
+
+
+def words(name: str, value: Any) -> list[str]:
+    """Return the words of a command line for a setting."""
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{flag}" if value else f"--no-{flag}"]
+    return [word for each in (value if isinstance(value, list) else [value]) for word in (f"--{flag}", str(each))]
+
+
+@pytest.fixture
+def arrived(monkeypatch: pytest.MonkeyPatch) -> Arrived:
+    """What the code behind the command line is called with, instead of doing anything."""
+    seen: Arrived = {}
+
+    def take(**values: Any) -> None:
+        seen.clear()
+        seen.update(values)
+        raise SystemExit(0)
+
+    def train(config: RunConfig) -> None:
+        parts = {f.name: getattr(config, f.name) for f in fields(config)}
+        take(**vars(parts.pop("activations")), **vars(parts.pop("train")), **parts)
+
+    def cache(reading: ReadingConfig, out: Path, **others: Any) -> None:
+        take(**vars(reading), out=out, **others)
+
+    def step(shape: Any, precision: str, **others: Any) -> None:
+        take(**vars(shape), precision=precision, json=others.pop("path"), tiny=others.pop("is_tiny"), **others)
+
+    monkeypatch.setattr("flashsae.start.check", train)
+    monkeypatch.setattr("flashsae.data.open.cache_activations", cache)
+    monkeypatch.setattr("flashsae.bench.step.bench_step", step)
+    monkeypatch.setattr("flashsae.backend.resolve_device", lambda device: device)
+    return seen
+
+
+def _main(*arguments: str) -> int:
+    try:
+        main(arguments)
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+EVERY = [
+    *[("train", name) for name in TRAIN],
+    *[("cache", name) for name in CACHE],
+    *[("bench step", name) for name in STEP],
+]
+DECLARED = {"train": TRAIN, "cache": CACHE, "bench step": STEP}
+APART = ("stream",)  # what may not stand beside another setting
+
+
+def _default(name: str) -> Any:
+    for settings in (ActivationsConfig(), TrainConfig(), RunConfig()):
+        if hasattr(settings, name):
+            return getattr(settings, name)
+    return {"peers": True, "precision": "bf16"}.get(name)
+
+
+@pytest.mark.parametrize("command", DECLARED)
+@pytest.mark.parametrize("alone", [(), APART])
+def test_every_setting_arrives_from_flags_from_a_file_and_from_python(
+    command: str, alone: tuple[str, ...], arrived: Arrived, tmp_path: Path
+) -> None:
+    declared = {name: kind for name, kind in DECLARED[command].items() if (name in APART) == bool(alone)}
+    values = {name: other(annotation, _default(name)) for name, annotation in declared.items()}
+    if "context_length" in values:
+        values["context_length"] = 70  # more than what is left out of it
+    meant = {name: check(name, value, declared[name]) for name, value in values.items()}
+    assert not any(value == _default(name) for name, value in meant.items())
+    needed = ["--out", "acts"] if command == "cache" and alone else []
+
+    flags = [word for name, value in values.items() for word in words(name, value)]
+    assert _main(*command.split(), *needed, *flags) == 0
+    assert arrived.items() >= meant.items()
+    arrived.clear()
+    file = tmp_path / "my.toml"
+    file.write_text(tomli_w.dumps(values))
+    assert _main(*command.split(), *needed, "--config", str(file)) == 0
+    assert arrived.items() >= meant.items()
+    if command == "train":
+        assert {name: _in_python(name, value) for name, value in values.items()} == meant
+
+
+def _in_python(name: str, value: Any) -> Any:
+    for part, settings in PARTS.items():
+        if name in declared_types(settings):
+            built = RunConfig(**{part: settings(**{name: value})})
+            return getattr(getattr(built, part), name)
+    return getattr(RunConfig(**{name: value}), name)
+
+
+@pytest.mark.parametrize(("command", "name"), EVERY)
+def test_every_setting_of_the_wrong_kind_is_refused_by_name_and_file(
+    command: str, name: str, arrived: Arrived, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    annotation = DECLARED[command][name]
+    for value in wrong(annotation):
+        with pytest.raises(ConfigError, match=rf"^{name}: expected "):
+            _in_python(name, value) if command == "train" else check(name, value, annotation)
+    file = tmp_path / "my.toml"
+    file.write_text(tomli_w.dumps({name: value}))
+    assert _main(*command.split(), "--config", str(file), *(["--out", "a"] if command == "cache" else [])) == 1
+    told = capsys.readouterr().err
+    assert told.startswith(f"flashsae: {file}: {name}: expected "), told
+    assert told.count("\n") == 1
+    assert not arrived
+
+
+def test_a_flag_goes_before_the_file_and_the_files_name_may_have_dashes(arrived: Arrived, tmp_path: Path) -> None:
+    file = tmp_path / "my.toml"
+    file.write_text('k = 5\nd-sae = 96\nreport = false\nlogger = ["wandb"]\n', "utf-8-sig")
+    assert _main("train", "--config", str(file), "--k", "6", "--report", "--logger", "tensorboard") == 0
+    assert (arrived["k"], arrived["d_sae"]) == (6, 96)
+    assert arrived["report"] is True
+    assert arrived["logger"] == ("tensorboard",)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("kk = 5", "there is no setting 'kk' of flashsae train. Did you mean k?"),
+        ("doctor = 5", "there is no setting 'doctor' of flashsae train. flashsae train --help names all"),
+        ("cache = true", "there is no setting 'cache' of flashsae train."),
+        ("d_sae = 5\nd-sae = 6", "d_sae stands there twice."),
+        ("[train]\nk = 5", "got the section [train]"),
+        ("k = {a = 3}", "got the section [k]"),
+        ("k = = 5", "it is not TOML"),
+        ("a = " + 5000 * "[", "it is not TOML"),
+    ],
+)
+def test_a_file_that_is_wrong_is_one_sentence_with_its_name(
+    content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "my.toml"
+    file.write_text(content)
+    assert _main("train", "--config", str(file)) == 1
+    told = capsys.readouterr().err
+    assert message in told
+    assert str(file) in told
+
+
+def test_a_file_is_read_by_commands_without_settings_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "my.toml").write_text("k = 5")
+    assert _main("doctor", "--config", str(tmp_path / "my.toml")) == 1
+    assert "no setting 'k' of flashsae doctor" in capsys.readouterr().err
+    assert _main("doctor", "--config", str(tmp_path)) == 1
+    assert "Is a directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--k", "3.7"], "k: expected a whole number below 2**63, such as 1_000_000, got 3.7."),
+        (["--tokens", "1000.9"], "tokens: expected a whole number"),
+        (["--seed", "9223372036854775808"], "seed: expected a whole number below 2**63"),
+        (["--k", "1e400"], "k: expected a whole number"),
+        (["--lr", "nan"], "lr: expected a positive number, got nan."),
+        (["--lr", "inf"], "lr: expected a positive number, got inf."),
+        (["--k", "k"], "Invalid value for --k"),
+        (["--model", ""], "model: expected a string, got ''."),
+        (["--run", "~nobody-of-this-name/run"], "run: expected a path whose user exists"),
+        (["--hookpoints", "h.6"], "Unknown option: --hookpoints. Did you mean --hookpoint?"),
+        (["gpt2", "--hookpoints=h.6"], "Did you mean --hookpoint?"),
+        (["gpt2", "text", "more"], "nothing takes the words 'more'; see --help."),
+        (["-k", "3"], "Unknown option: -k."),
+        (["--resume", "runs/a", "--k", "32"], "resume: expected no other setting beside it, got k;"),
+        (["--resume", "runs/a", "--report"], "resume: expected no other setting beside it, got report;"),
+    ],
+)
+def test_words_that_are_wrong_are_one_sentence(
+    flags: list[str], message: str, arrived: Arrived, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _main("train", *flags) in (1, 2)
+    told = capsys.readouterr().err
+    assert told.startswith("flashsae: ")
+    assert message in told
+    assert told.count("\n") == 1
+    assert not arrived
+
+
+def test_a_file_beside_resume_is_refused_as_flags_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "my.toml").write_text("k = 32")
+    assert _main("train", "--resume", str(tmp_path), "--config", str(tmp_path / "my.toml")) == 1
+    assert "expected no other setting beside it, got k;" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("word", "meant"), [("1e6", 1_000_000), ("1_000", 1000), ("2.0", 2), ("0x10", 16)])
+def test_whole_numbers_may_be_written_as_people_write_them(word: str, meant: int, arrived: Arrived) -> None:
+    assert _main("train", "--tokens", word) == 0
+    assert arrived["tokens"] == meant
