@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,15 @@ pytest.importorskip("triton")
 import flashsae
 from flashsae import SAE, SAEConfig, TrainConfig
 from flashsae.data.synthetic import SuperpositionModel
-from flashsae.ops import build_index, decode_loss, decode_sparse, encode_topk
+from flashsae.ops import FactoredGradient, build_index, decode_loss, decode_sparse, encode_topk
 from flashsae.ops.adam_rows import AdamRule, adam_rows, row_squares
 from flashsae.ops.adam_rows.reference import merge_halves
 from flashsae.ops.encode_topk.launch import launch_encode_topk
 from flashsae.ops.factors import RowGradient, SparseFactor
 from flashsae.ops.validate import Precision
+from flashsae.optim import FactoredAdam
 from flashsae.testing import assert_as_accurate, integer_inputs
+from flashsae.train.graph import CapturedSteps
 from selection import HARD, hard_inputs, selection_mistakes
 from steps import Tensors, leaves, step_inputs, whole_step
 
@@ -299,6 +302,54 @@ def test_training_repeats_and_resumes_bit_for_bit(precision: Precision, moments:
         assert tensor.device.type == "cuda"
         assert torch.equal(tensor, again.state_dict()[name]), name
         assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+def test_an_old_graph_among_the_garbage_does_not_break_a_capture() -> None:
+    x = torch.ones(4, 3, device="cuda")
+
+    def leave_garbage() -> None:
+        steps = CapturedSteps()
+        for _ in range(2):
+            steps(lambda x: {"sum": x.sum()}, x, "kind")
+        cycle: list[Any] = [steps]
+        cycle.append(cycle)
+
+    def step(x: torch.Tensor) -> dict[str, torch.Tensor]:
+        _ = [[[]] for _ in range(20_000)]  # so many that Python looks for garbage
+        return {"sum": x.sum()}
+
+    gc.disable()
+    leave_garbage()
+    steps = CapturedSteps()
+    steps(lambda x: {"sum": x.sum()}, x, "kind")
+    gc.enable()
+    assert steps(step, x, "kind")["sum"].item() == 12.0
+    assert gc.isenabled()
+
+
+def test_factored_gradients_pass_through_the_tools_of_torch() -> None:
+    """Clipping and unscaling on the device, without the numbers of a gradient."""
+    x = torch.randn(300, 48, device="cuda")
+    trained = []
+    for make in (FactoredAdam, torch.optim.Adam):
+        sae = SAE(SAEConfig(48, 4000, 8), seed=1).cuda()
+        optimizer = make(sae.parameters(), 1e-3, eps=1e-6)
+        scaler = torch.amp.GradScaler("cuda", init_scale=8.0)
+        norms = []
+        for _ in range(4):
+            optimizer.zero_grad()
+            scaler.scale(sae.decode_loss(sae.encode(x), x).loss).backward()
+            scaler.unscale_(optimizer)
+            norms.append(torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0).item())
+            if make is FactoredAdam:
+                assert isinstance(sae.W_dec.grad, FactoredGradient)
+                assert sae.W_dec.grad._content.numbers is None
+            scaler.step(optimizer)
+            scaler.update()
+        trained.append((sae, norms))
+    assert trained[0][1] == pytest.approx(trained[1][1], rel=1e-4)
+    for ours, theirs in zip(*(sae.parameters() for sae, _ in trained)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
 def test_bfloat16_input_on_the_device() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+import gc
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from threading import Lock
 
 import torch
@@ -43,9 +45,21 @@ class CapturedSteps:
             return step(x)  # compiles what is missing, which a capture must not
         if self._graph is None or self._x is None:
             self._x, self._graph = x.clone(), torch.cuda.CUDAGraph()
-            with self.capturing, torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            with self.capturing, _garbage_kept(), torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self._metrics = step(self._x)
         else:
             self._x.copy_(x)
         self._graph.replay()
         return self._metrics
+
+
+@contextmanager
+def _garbage_kept() -> Iterator[None]:
+    """Collect no garbage meanwhile: an older graph among it would be destroyed, which no capture survives."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
