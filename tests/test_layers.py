@@ -39,7 +39,7 @@ report.tokens report.snippet_file report.snippets report.summary report.drawing 
 report.render
 bench.timing bench.problem bench.gather bench.ceilings bench.dense bench.peers bench.ours bench.stages bench.cost
 bench.measure bench.step
-start run arguments commands cli testing
+start run pace arguments commands cli testing
 """.split()  # noqa: SIM905 - reads as the layers that it lists
 
 

@@ -38,6 +38,8 @@ class Given:
     def __init__(self, words: Sequence[str], file: Path | None) -> None:
         self._words = words
         self._file = file
+        self.names: frozenset[str] = frozenset()
+        """Of the settings that were given, once they are checked."""
 
     def __call__(self, app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
         """Check the arguments of a command, and fill in those of the file."""
@@ -52,6 +54,7 @@ class Given:
             _check_words(name, leaves[name], declared[name])
         if self._file is not None:
             given += self._add(self._file, " ".join(commands), leaves, declared)
+        self.names = frozenset(given)
         beside = [name for name in given if name not in _BESIDE_RESUME]
         if "resume" in given and beside:
             raise ConfigError(

@@ -67,7 +67,8 @@ def train(
 ) -> None:
     """Train a sparse autoencoder on the activations of a language model, measure it and draw a report.
 
-    Without arguments: a TopK SAE on a small transformer that reads the documentation of Python, in a few minutes.
+    Without arguments: a TopK SAE on a small transformer that reads the documentation of Python, in a few minutes; on a
+    slow CPU with fewer tokens, by a measurement of a second.
 
     Args:
         run: Folder of the run; must not exist. Default: a new one under runs/.
@@ -84,6 +85,12 @@ def train(
     config = RunConfig(activations, training, logger, report) if resume is None else start.begun(resume)
     start.check(config)
     folder = start.place_of(config, run) if resume is None else resume
+    if resume is None and _is_demo(config):
+        from flashsae.pace import paced
+
+        config, why = paced(config)
+        if why:
+            console.print(why, highlight=False)
     if plan:
         show_plan(config, folder, console)
         return
@@ -101,6 +108,17 @@ def train(
         if isinstance(error, FlashSAEError):
             raise type(error)(f"{error}\nThe run is in {folder}; go on with: {how}") from error
         raise
+
+
+_BESIDE_THE_DEMO = {"run", "logger", "report", "plan"}
+"""Settings of `train` beside which it still is the demo, which chooses its tokens by the speed of the machine."""
+
+
+def _is_demo(config: RunConfig) -> bool:
+    """Tell whether nothing was given that says what to train; a default that was asked for is given too."""
+    given = {name for each in app.config if isinstance(each, Given) for name in each.names}
+    work = config.activations, config.train
+    return given <= _BESIDE_THE_DEMO and work == (ActivationsConfig(), TrainConfig())
 
 
 @app.command(
