@@ -23,6 +23,9 @@ from flashsae.data.cache import ActivationCache
 from flashsae.data.language_model import LanguageModelSource
 from flashsae.data.open import ActivationsConfig
 from flashsae.data.text import open_text
+from flashsae.files import load_tensors
+from flashsae.report.snippet_file import read_snippets
+from flashsae.report.summary import final_figures
 from flashsae.run import execute, new_run
 from flashsae.settings import RunConfig
 from flashsae.train import TrainConfig
@@ -89,6 +92,24 @@ def test_a_run_ends_with_figures_and_a_report(whole: tuple[Path, str]) -> None:
     assert log[-1]["held_out_fvu"] == pytest.approx(result["fvu"], rel=0.05)
 
 
+def test_the_report_agrees_with_the_evaluation_and_the_terminal(whole: tuple[Path, str]) -> None:
+    run, output = whole
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    page = (run / "report.html").read_text("utf-8")
+    printed = " ".join(output.split())
+    for figure in final_figures(evaluation):
+        assert f"{figure.name} {figure.line()}" in printed
+        assert f">{figure.value}<" in page
+    assert int(load_tensors(run / "latents.safetensors")["is_dead"].sum()) == evaluation["dead_latents"]
+    assert str(run.parent) not in page
+    assert str(run.parent) not in (run / "snippets.json").read_text()
+    snippets = read_snippets(run / "snippets.json")
+    splits = [snippet.split for latent in snippets.latents for snippet in latent.snippets]
+    assert None not in splits
+    assert splits.count("held_out") > 0
+    assert 0 < (snippets.held_out_tokens or 0) < snippets.tokens
+
+
 def test_the_saved_settings_are_resolved_and_make_the_same_run(whole: tuple[Path, str], tmp_path: Path) -> None:
     run, _ = whole
     config = RunConfig.from_toml(run / "config.toml")
@@ -99,6 +120,8 @@ def test_the_saved_settings_are_resolved_and_make_the_same_run(whole: tuple[Path
     assert not (tmp_path / "again" / "report.html").exists()
     assert str(tmp_path) in _call("report", tmp_path / "again")
     assert (tmp_path / "again" / "report.html").exists()
+    again, first = (folder / "latents.safetensors" for folder in (tmp_path / "again", run))
+    assert again.read_bytes() == first.read_bytes()  # also which latents were dead, though training is long over
 
 
 def _kill_when(condition: Callable[[], bool], command: list[str]) -> bool:

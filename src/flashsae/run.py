@@ -27,11 +27,12 @@ from flashsae.data.shuffle import shuffled
 from flashsae.data.sources import Source
 from flashsae.evaluate import evaluate, held_out_batches, latent_geometry
 from flashsae.io.checkpoint import list_checkpoints, load_checkpoint
-from flashsae.metrics import LatentActivity
+from flashsae.metrics import LatentActivity, is_dead
 from flashsae.nn.sae import SAE
 from flashsae.report.render import render_report
-from flashsae.report.snippets import collect_snippets, token_strings, write_snippets
+from flashsae.report.snippets import collect_snippets, write_snippets
 from flashsae.report.summary import final_figures
+from flashsae.report.tokens import token_text
 from flashsae.settings.run import CONFIG_FILE, RunConfig
 from flashsae.start import begun, check, check_rows, nothing_held_out, plan_table, table
 from flashsae.start import new_run as new_run
@@ -166,7 +167,7 @@ def _execute_one(run: Path, config: RunConfig, source: Source, opened: Opened, c
         checkpoints=run / "checkpoints",
         measure=lambda sae: _measure(sae, held_out),
     )
-    is_dead = state.dead.mask()
+    dead = state.dead.mask()
     del state  # its memory may be needed for the whole weights
     sae = sae.to(device)
     metadata = {"model": config.activations.model, "hookpoint": hookpoint, "train": asdict(settings)}
@@ -174,7 +175,7 @@ def _execute_one(run: Path, config: RunConfig, source: Source, opened: Opened, c
     with console.status("evaluating on held-out tokens"):
         result = _evaluate(run, sae, source, settings)
     if config.report:
-        _describe_latents(run, sae, hookpoint, opened, console, is_dead)
+        _describe_latents(run, sae, hookpoint, opened, console, dead)
         with console.status("drawing the report"):
             render_report(run)
     console.print(_result_table(result))
@@ -220,11 +221,11 @@ def _evaluate(run: Path, sae: SAE, source: Source, settings: ResolvedConfig) -> 
 
 @torch.no_grad()
 def _describe_latents(
-    run: Path, sae: SAE, hookpoint: str, opened: Opened, console: Console, is_dead: torch.Tensor | None
+    run: Path, sae: SAE, hookpoint: str, opened: Opened, console: Console, dead: torch.Tensor | None
 ) -> None:
     """Write what the report says of single latents: latents.safetensors and snippets.json.
 
-    `is_dead` is [d_sae] at the end of training, None where it is not known any more.
+    `dead` is [d_sae], bool, at the end of training, None where it is not known any more.
     """
     activity = LatentActivity(sae.config.d_sae, sae.W_dec.device)
     bar = StageBar(console, "texts of each latent", "tokens")
@@ -236,18 +237,17 @@ def _describe_latents(
         bar.update(activity.tokens)
         return code.top_acts, code.top_indices
 
-    tokenizer = opened.tokenizer()
     snippets = collect_snippets(
         encode,
         opened.text_chunks(hookpoint, "held_out"),
-        lambda ids: token_strings(tokenizer, ids),
+        token_text(opened.tokenizer()),
         training=opened.text_chunks(hookpoint, "train"),
         max_tokens=SNIPPET_TOKENS,
     )
     bar.stop()
     counted = {"latent_density": activity.latent_density().float().cpu()}
-    if is_dead is not None:
-        counted["is_dead"] = is_dead.cpu()
+    if dead is not None:
+        counted["is_dead"] = dead.cpu()
     files.save_tensors_atomic(run / "latents.safetensors", counted | latent_geometry(sae))
     write_snippets(run / "snippets.json", snippets)
 
@@ -258,7 +258,7 @@ def _dead_at_the_end(run: Path) -> torch.Tensor | None:
     if not found:
         return None
     checkpoint = load_checkpoint(found[-1])
-    return checkpoint.tensors["dead.tokens_since_fired"] >= int(checkpoint.state["config"]["dead_after_tokens"])
+    return is_dead(checkpoint.tensors["dead.tokens_since_fired"], checkpoint.state["config"]["dead_after_tokens"])
 
 
 def _result_table(result: dict[str, float]) -> Table:

@@ -49,7 +49,7 @@ def write_run(run: Path) -> Path:
             "fvu": 0.1 + math.exp(-step / 100),
             "auxk_loss": None,
             "l0": 4.0,
-            "dead_latents": step // 50,
+            "dead_latents": min(step // 50, 3),
             "lr": 2e-4,
         }
         for step in range(0, 501, 10)

@@ -221,6 +221,7 @@ def test_numbers_are_reached_without_a_mouse(page: Any) -> None:
 
 
 def test_page_fits_its_window_in_both_schemes(page: Any) -> None:
+    page.evaluate("document.querySelector('.act').textContent = '='.repeat(500)")
     for scheme in ("light", "dark"):
         page.emulate_media(color_scheme=scheme)
         for width in (320, 768, 1600):

@@ -147,12 +147,12 @@ def sample_text(snippets: Snippets) -> str:
     held_out = snippets.held_out_tokens
     if held_out is None:
         return "Which texts are held out was not written down."
-    texts = [snippet.split for latent in snippets.latents for snippet in latent.snippets]
-    trained = texts.count("train")
+    splits = [snippet.split for latent in snippets.latents for snippet in latent.snippets]
+    texts, trained = len(splits), splits.count("train")
     part = "All of them are held out" if held_out >= snippets.tokens else f"{held_out:,} of them are held out"
     if not trained:
-        return f"{part}, and so are all {len(texts):,} texts below: training never saw their documents."
+        return f"{part}, and so is every text below: training never saw their documents."
     return (
-        f"{part}, too few for all examples: {len(texts) - trained:,} of the {len(texts):,} texts below are of "
-        f"documents that training never saw, and {trained:,}, marked “training”, of documents that it did see."
+        f"{part}, too few for all examples: {texts - trained:,} of the {texts:,} texts below are of documents that "
+        f"training never saw, and {trained:,}, marked “training”, of documents that it did see."
     )

@@ -187,7 +187,7 @@ def _summary(run: _Run) -> list[dict[str, Any]]:
     window = "no value above 0 for a set number of training tokens"
     notes = {
         "held-out FVU": f"on {count(e['held_out_tokens'])} held-out tokens",
-        "L0": "active latents a held-out token",
+        "L0": "active latents per held-out token",
         "dead latents": window if after is None else f"no value above 0 on the last {count(after)} training tokens",
         "tokens/s": "in training",
     }

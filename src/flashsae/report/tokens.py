@@ -31,15 +31,25 @@ def token_strings(tokenizer: Any, ids: list[int]) -> list[str]:
     Returns:
         one string a token. Leading spaces belong to the token that they introduce.
     """
-    pieces = [_piece(tokenizer, token) for token in ids]
-    added = tokenizer.get_added_vocab()
+    return token_text(tokenizer)(ids)
+
+
+def token_text(tokenizer: Any) -> TokenText:
+    """Return `token_strings` of a tokenizer, which it looks at only once."""
+    added = frozenset(tokenizer.get_added_vocab())
+
+    def decoded(to_bytes: Callable[[str], bytes]) -> TokenText:
+        return lambda ids: _decode(
+            [_as_it_is(piece) if piece in added else to_bytes(piece) for piece in _pieces(tokenizer, ids)]
+        )
+
     if _joins(tokenizer, "##b", "ab"):
-        return _word_pieces(pieces)
+        return lambda ids: _word_pieces(_pieces(tokenizer, ids))
     if _joins(tokenizer, "Ġb", "a b"):
-        return _decode([_as_it_is(piece) if piece in added else _byte_level(piece) for piece in pieces])
+        return decoded(_byte_level)
     if _joins(tokenizer, "▁b", "a b"):
-        return _decode([_as_it_is(piece) if piece in added else _sentence_piece(piece) for piece in pieces])
-    return _by_difference(tokenizer, ids, pieces)
+        return decoded(_sentence_piece)
+    return lambda ids: _by_difference(tokenizer, ids)
 
 
 def stretch_strings(token_text: TokenText, ids: list[int], start: int, stop: int) -> tuple[int, list[str]]:
@@ -61,6 +71,10 @@ def stretch_strings(token_text: TokenText, ids: list[int], start: int, stop: int
     while high < len(texts) and not texts[high - 1]:
         high += 1
     return first + low, texts[low:high]
+
+
+def _pieces(tokenizer: Any, ids: list[int]) -> list[str]:
+    return [_piece(tokenizer, token) for token in ids]
 
 
 def _piece(tokenizer: Any, token: int) -> str:
@@ -144,12 +158,12 @@ def _decode(parts: list[bytes]) -> list[str]:
     return strings
 
 
-def _by_difference(tokenizer: Any, ids: list[int], pieces: list[str]) -> list[str]:
+def _by_difference(tokenizer: Any, ids: list[int]) -> list[str]:
     """Give each token what the decoded text grows by with it, for tokenizers whose pieces we cannot read."""
     strings: list[str] = []
     known: list[int] = []
     before = ""
-    for number, (token, piece) in enumerate(zip(ids, pieces)):
+    for number, (token, piece) in enumerate(zip(ids, _pieces(tokenizer, ids))):
         if piece == _unknown(token):
             strings.append(piece)
             continue
