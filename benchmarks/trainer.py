@@ -49,7 +49,7 @@ def ours(source: ActivationCache, config: ResolvedConfig) -> tuple[SAE, list[flo
     curve = []
     for _ in range(config.steps):
         batch = state.batches.next_batch().to(config.device)
-        curve.append(train_step(state, batch, config, state.scale)["fvu"].clone())
+        curve.append(train_step(state, batch, config)["fvu"].clone())
     return state.finished_sae().to(config.device), torch.stack(curve).tolist()
 
 

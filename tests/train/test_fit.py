@@ -247,18 +247,6 @@ def test_batches_of_one_token_train() -> None:
     assert fvu(200) < 0.8 * fvu(1)
 
 
-def test_a_batch_of_equal_tokens_in_the_middle_changes_little() -> None:
-    parts = list(X.split(64)) * 6
-    config = TrainConfig(batch_tokens=64, tokens=64 * 58, shuffle_tokens=128, lr=3e-3)
-
-    def train_on(parts: list[torch.Tensor]) -> float:
-        return flashsae.evaluate(flashsae.fit(parts, d_sae=16, k=3, config=config, progress=False), X).fvu
-
-    plain = train_on(parts)
-    equal = train_on([*parts[:30], X[:1].expand(128, 8), X.mean(0).expand(128, 8), *parts[30:]])
-    assert equal == pytest.approx(plain, rel=0.1)
-
-
 def _settings() -> dict[str, AbstractContextManager[object]]:
     @contextmanager
     def set_back(change: Callable[[], object], back: Callable[[], object]) -> Iterator[None]:

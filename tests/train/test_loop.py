@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dense import dense_step_losses
-from flashsae import TrainConfig, ops
+from flashsae import TrainConfig, evaluate, ops
 from flashsae.data.shuffle import RowShuffle
 from flashsae.data.sources import ArraySource
 from flashsae.data.synthetic import SuperpositionModel
@@ -154,7 +154,7 @@ def test_the_step_is_that_of_a_dense_sae_with_plain_adam() -> None:
     for step in range(60):
         x = state.batches.next_batch()
         ours = train_step(state, x, config)["loss"].item()
-        _, loss = dense_step_losses(twin.next_batch(), params, config.k, state.variance)
+        _, loss = dense_step_losses(twin.next_batch() * state.scale, params, config.k, state.variance)
         assert ours == pytest.approx(loss.item(), rel=1e-3), step
         adam.zero_grad()
         loss.backward()
@@ -167,6 +167,25 @@ def test_the_step_is_that_of_a_dense_sae_with_plain_adam() -> None:
             W_dec /= W_dec.norm(dim=1, keepdim=True)
     for name, parameter in state.sae.named_parameters():
         torch.testing.assert_close(parameter.detach(), params[name].detach(), rtol=1e-2, atol=1e-3)
+
+
+def test_a_batch_of_equal_tokens_changes_little() -> None:
+    config = _config()
+
+    def final_fvu(equal: int | None) -> float:
+        state = _state(config)
+        for step in range(config.steps):
+            x = state.batches.next_batch()
+            if equal is not None and step == 5:
+                x = x[equal : equal + 1].repeat(64, 1)
+            metrics = train_step(state, x, config)
+            assert metrics["loss"].item() < 4
+        return evaluate(state.finished_sae(), X).fvu
+
+    plain = final_fvu(None)
+    assert plain < 0.3
+    for token in (0, 1):
+        assert final_fvu(token) == pytest.approx(plain, rel=0.05)
 
 
 def test_auxk_revives_dead_latents() -> None:

@@ -25,19 +25,20 @@ from flashsae.train.records import Records
 from flashsae.train.state import TrainState, to_checkpoint
 
 
-def train_step(state: TrainState, x: Tensor, config: ResolvedConfig, scale: float = 1.0) -> dict[str, Tensor]:
+def train_step(state: TrainState, x: Tensor, config: ResolvedConfig) -> dict[str, Tensor]:
     """Do one step of Adam on one batch.
 
     Args:
         state: changed in place.
-        x: [batch_tokens, d_in], float, on the device of the SAE.
+        x: [batch_tokens, d_in], float, on the device of the SAE. Multiplied by the scale of the state, in float32 or
+            wider, before anything else.
         config: settings.
-        scale: what to multiply x by, in float32 or wider, before anything else.
     Returns:
         scalars on the device: fvu, Σ‖x − x_hat‖² / (batch_tokens · variance of a token of the initial sample), which
         estimates the FVU of the whole set; loss, that and auxk_alpha times the auxiliary loss; l0; and auxk_loss and
         grad_norm where they are computed. To be read before the next step, which may overwrite them.
     """
+    scale = state.scale
     capacity = state.dead.capacity(state.step, len(x)) if config.auxk_alpha else 0
     state.optimizer.param_groups[0]["lr"].fill_(_learning_rate(state.step, config))  # that of all groups
 
@@ -129,7 +130,7 @@ def train(
                 break
             except FlashSAEError as error:
                 raise type(error)(f"step {state.step}: {error}") from error
-            run.metrics = train_step(state, batch, config, state.scale)
+            run.metrics = train_step(state, batch, config)
             run.after_step(is_measured=is_measured, is_checkpoint=is_checkpoint)
     return state.finished_sae()
 
