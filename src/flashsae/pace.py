@@ -74,6 +74,6 @@ def training_rate(config: TrainConfig, d_in: int) -> float:
     seconds = []
     for _ in range(_WARM_UP_STEPS + _TIMED_STEPS):
         begin = time.perf_counter()
-        train_step(state, batches.next_batch(), settings, state.scale)
+        train_step(state, batches.next_batch(), settings)
         seconds.append(time.perf_counter() - begin)
     return settings.batch_tokens / median(seconds[_WARM_UP_STEPS:])
