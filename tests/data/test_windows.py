@@ -11,6 +11,7 @@ import torch
 
 from flashsae.data.language_model import LanguageModelSource
 from flashsae.data.text import open_text
+from flashsae.errors import ConfigError
 
 
 @pytest.mark.parametrize(("name", "bos"), [("gpt2", False), ("llama", True), ("bert", False)])
@@ -87,3 +88,88 @@ def test_a_batch_holds_at_most_batch_tokens(tiny: ModuleType) -> None:
     assert max(shape.numel() for shape in shapes) > 48
     n_tokens = sum(len(document.split()) for document in tiny.DOCUMENTS)
     assert sum(shape.numel() for shape in shapes) < 1.2 * n_tokens
+
+
+def test_the_first_positions_and_some_ids_can_be_left_out(tiny: ModuleType) -> None:
+    plain = tiny.collect(tiny.source(), None)[0]["h.1"]
+    changes = {"skip_first": 2, "exclude_ids": (3, 5)}
+    chosen = tiny.collect(tiny.source(dataclasses.replace(tiny.SMALL, **changes)), None)[0]["h.1"]
+    ids, position = tiny.need(plain.token_ids), tiny.need(plain.position)
+    keep = (position >= 2) & (ids != 3) & (ids != 5)
+    assert 0 < int(keep.sum()) < len(keep)
+    assert tiny.same(plain.select(keep), chosen)
+
+
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize("prepend_bos", [None, False, True])
+def test_a_window_begins_with_bos_as_asked(tiny: ModuleType, adds: bool, prepend_bos: bool | None) -> None:
+    tokenizer = tiny.word_tokenizer(bos=adds)
+    tokenizer.bos_token = "<s>"
+    config = dataclasses.replace(tiny.SMALL, prepend_bos=prepend_bos, mask_special=False)
+    reader = LanguageModelSource(config, tiny.TEXT, held_out=0.0, loaded=(tiny.gpt2(), tokenizer))
+    chunk = tiny.collect(reader, None)[0]["h.1"]
+    has_bos = adds if prepend_bos is None else prepend_bos
+    is_bos = tiny.need(chunk.token_ids) == 0
+    assert torch.equal(is_bos, (tiny.need(chunk.position) == 0) & has_bos)
+    masked = dataclasses.replace(config, mask_special=True)
+    reader = LanguageModelSource(masked, tiny.TEXT, held_out=0.0, loaded=(reader._model.model, tokenizer))
+    assert tiny.same(tiny.collect(reader, None)[0]["h.1"], chunk.select(~is_bos))
+
+
+@pytest.mark.parametrize("mask_special", [False, True])
+def test_a_text_that_begins_with_bos_gets_no_second_one(tiny: ModuleType, mask_special: bool) -> None:
+    config = dataclasses.replace(tiny.SMALL, mask_special=mask_special)
+    model = tiny.gpt2()
+    chunks = [
+        tiny.collect(tiny.source(config, open_text([text]), model=model, bos=True), None)[0]["h.1"]
+        for text in ("the cat sat", "<s> the cat sat", "<s><s> the cat sat")
+    ]
+    assert tiny.same(chunks[0], chunks[1])
+    assert tiny.same(chunks[0], chunks[2])
+    without = tiny.collect(tiny.source(config, open_text(["<s> the cat"]), model=model, bos=False), None)[0]["h.1"]
+    assert len(without.acts) > 1
+
+
+def test_tokens_marked_special_among_the_added_ones_are_masked(tiny: ModuleType) -> None:
+    from tokenizers import AddedToken
+
+    tokenizer = tiny.word_tokenizer()
+    tokenizer.add_tokens([AddedToken("<turn>", special=True), AddedToken("plainly")])
+    special, plain = (tokenizer.convert_tokens_to_ids(token) for token in ("<turn>", "plainly"))
+    assert special not in tokenizer.all_special_ids
+    text = open_text(["<turn> the cat plainly sat <turn> on a mat"])
+    reader = LanguageModelSource(tiny.SMALL, text, held_out=0.0, loaded=(tiny.gpt2(), tokenizer))
+    ids = tiny.need(tiny.collect(reader, None)[0]["h.1"].token_ids).tolist()
+    assert special not in ids
+    assert plain in ids
+    assert len(ids) == 7
+
+
+@pytest.mark.parametrize(
+    ("changes", "bos", "message"),
+    [
+        ({"skip_first": 16}, False, "skip_first: expected 0 or more, and fewer than the 16 tokens"),
+        ({"skip_first": -1}, False, "skip_first: expected 0 or more"),
+        ({"exclude_ids": (99,)}, False, r"exclude_ids: the tokenizer has the ids 0 to \d+, got 99"),
+        ({"exclude_ids": [1]}, False, "exclude_ids: expected a tuple of token ids"),
+        ({"exclude_ids": (-1,)}, False, "exclude_ids: expected a tuple of token ids"),
+        ({"prepend_bos": True}, False, "prepend_bos: the tokenizer of this model has no BOS token"),
+    ],
+)
+def test_a_choice_that_cannot_be_made_is_refused(
+    tiny: ModuleType, changes: dict[str, object], bos: bool, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        tiny.source(dataclasses.replace(tiny.SMALL, **changes), bos=bos)
+
+
+def test_skipping_all_but_what_is_added_at_the_end_is_refused(tiny: ModuleType) -> None:
+    from tokenizers import processors
+
+    tokenizer = tiny.word_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A there", special_tokens=[("there", tokenizer.convert_tokens_to_ids("there"))]
+    )
+    config = dataclasses.replace(tiny.SMALL, skip_first=15)
+    with pytest.raises(ConfigError, match="skip_first: expected fewer than 15"):
+        LanguageModelSource(config, tiny.TEXT, loaded=(tiny.gpt2(), tokenizer))

@@ -46,14 +46,12 @@ def _without_report() -> Iterator[None]:
     def passes(record: logging.LogRecord) -> bool:
         return not re.search("LOAD REPORT|Some weights of", record.getMessage())
 
-    handlers = logging.getLogger("transformers").handlers
-    for handler in handlers:
-        handler.addFilter(passes)
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(passes)
     try:
         yield
     finally:
-        for handler in handlers:
-            handler.removeFilter(passes)
+        logger.removeFilter(passes)
 
 
 @dataclass(frozen=True)
