@@ -20,7 +20,8 @@ def find_files(path: Path) -> list[Path]:
             raise DataError(f"{path}: cannot read a '{path.suffix}' file as text; expected one of {known}.")
         return [path]
     found = _visible(path) if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
-    files = sorted(file for file in found if file.is_file() and file.suffix.lower() in READERS)
+    visible = (file for file in found if "__MACOSX" not in file.parts)  # what that system adds to archives
+    files = sorted(file for file in visible if file.is_file() and file.suffix.lower() in READERS)
     if not files:
         what = f"it holds no file ending in {known}" if path.is_dir() else "no such file, folder or match"
         raise DataError(f"text {str(path)!r}: {what}. Check the path (relative paths start at {Path.cwd()}).")
@@ -30,15 +31,16 @@ def find_files(path: Path) -> list[Path]:
 def _visible(folder: Path) -> Iterator[Path]:
     """Yield what lies in a folder and no editor, notebook or system has hidden there: .git, .ipynb_checkpoints, ._x."""
     for file in folder.rglob("*"):
-        if not any(part.startswith(".") or part == "__MACOSX" for part in file.relative_to(folder).parts):
+        if not any(part.startswith(".") for part in file.relative_to(folder).parts):
             yield file
 
 
-_SPLITS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval", "evaluation"),
-}
+_SPLITS = (
+    frozenset({"train", "training"}),
+    frozenset({"validation", "valid", "val", "dev"}),
+    frozenset({"test", "testing", "eval", "evaluation"}),
+)
+"""Words that name the same split."""
 
 
 def files_of_split(path: Path, files: list[Path], split: str | None) -> tuple[list[Path], str]:
@@ -52,10 +54,11 @@ def files_of_split(path: Path, files: list[Path], split: str | None) -> tuple[li
         ConfigError: a split is asked for and no file is named after it.
     """
     names = {file: _words(file if file == path or not path.is_dir() else file.relative_to(path)) for file in files}
-    wanted = set(_SPLITS.get((split or "train").lower(), ((split or "train").lower(),)))
+    asked = (split or "train").lower()
+    wanted = next((words for words in _SPLITS if asked in words), frozenset({asked}))
     chosen = [file for file in files if names[file] & wanted]
     if split is None:
-        others = {word for name in ("validation", "test") for word in _SPLITS[name]}
+        others = frozenset().union(*_SPLITS) - wanted
         if not path.is_dir() or not chosen or not any(names[file] & others for file in files):
             return files, ""
     if not chosen:
