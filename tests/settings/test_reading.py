@@ -1,0 +1,88 @@
+"""The settings of reading: their relations, and that each reaches the model and tells caches apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flashsae.data.open import prepare_activations
+from flashsae.errors import ConfigError
+from flashsae.settings.reading import ActivationsConfig, ReadingConfig
+from flashsae.settings.run import RunConfig
+
+CHOSEN: dict[str, Any] = {
+    "skip_first": 3,
+    "exclude_ids": (1010, 1996),
+    "mask_special": False,
+    "max_norm_ratio": 4.0,
+    "shuffle_documents": False,
+    "document_seed": 7,
+}
+
+
+def test_defaults_are_those_that_are_documented() -> None:
+    filled = ReadingConfig().filled()
+    assert (filled.skip_first, filled.exclude_ids, filled.prepend_bos) == (0, (), None)
+    assert (filled.shuffle_documents, filled.document_seed) == (True, 0)
+    assert filled.filled() == filled
+    plain = ReadingConfig(shuffle_documents=False).filled()
+    assert plain.filled() == plain
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"skip_first": 256}, "skip_first: expected fewer than the 256 tokens of an input"),
+        ({"skip_first": 8, "context_length": 8}, "skip_first: expected fewer than the 8 tokens"),
+        ({"skip_first": -1}, "skip_first: expected a number that is not negative, got -1"),
+        ({"exclude_ids": (3, -1)}, "exclude_ids: expected a list of whole numbers"),
+        ({"exclude_ids": 3}, "exclude_ids: expected a list of whole numbers, got 3"),
+        ({"shuffle_documents": False, "document_seed": 1}, "document_seed: expected nothing beside --no-shuffle"),
+        ({"prepend_bos": "yes"}, "prepend_bos: expected true or false, got 'yes'"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ReadingConfig(**settings).filled()
+
+
+def test_ids_are_a_set() -> None:
+    assert ReadingConfig(exclude_ids=(5, 3, 5)) == ReadingConfig(exclude_ids=(3, 5))
+
+
+def test_settings_survive_toml(tmp_path: Path) -> None:
+    config = RunConfig(ActivationsConfig(**{**CHOSEN, "shuffle_documents": True}, prepend_bos=False).filled())
+    (tmp_path / "config.toml").write_text(config.to_toml())
+    assert RunConfig.from_toml(tmp_path / "config.toml") == config
+
+
+def prepared(tmp_path: Path, **settings: Any) -> Any:
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"the cat {i} sat on the mat, and then it went out" for i in range(60)))
+    config = ActivationsConfig(dataset=str(text), context_length=16, **settings)
+    return prepare_activations(config, tokens=100, folder=tmp_path / "activations", device="cpu")
+
+
+def test_each_setting_reaches_the_model_and_has_a_cache_of_its_own(tmp_path: Path) -> None:
+    streamed = prepared(tmp_path, stream=True).open(lambda rows: None).sources["encoder.layer.2"]
+    reached = {name: getattr(streamed.config, name) for name in CHOSEN}
+    places = {prepared(tmp_path).config.activations}
+    for name, value in CHOSEN.items():
+        source = prepared(tmp_path, stream=True, **{name: value}).open(lambda rows: None).sources["encoder.layer.2"]
+        changed = {other: getattr(source.config, other) for other in CHOSEN if other != "document_seed"}
+        assert getattr(source.config, name) == value != reached[name]
+        assert changed == {other: reached[other] for other in changed} | ({name: value} if name in changed else {})
+        assert source.fingerprint != streamed.fingerprint
+        places.add(prepared(tmp_path, **{name: value}).config.activations)
+    assert len(places) == len(CHOSEN) + 1
+
+
+def test_one_document_is_refused_before_the_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flashsae.data.open.LanguageModelSource", lambda *args, **kwargs: pytest.fail("loaded"))
+    text = tmp_path / "lines.txt"
+    text.write_text("".join(f"document {i}\n" for i in range(1000)))
+    with pytest.raises(Exception, match=r"it is one document.*cut into documents at blank lines"):
+        prepare_activations(ActivationsConfig(dataset=str(text)), tokens=100, folder=tmp_path / "x", device="cpu")
+    assert not (tmp_path / "x").exists()
