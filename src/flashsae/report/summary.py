@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from flashsae.metrics import OUTLIER_NORM_RATIO
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -60,7 +62,9 @@ def _without_outliers(evaluation: Mapping[str, Any]) -> list[Figure]:
         return []
     which = f"{count(outliers)} of {count(evaluation['held_out_tokens'])} tokens"
     fvu = fvu_text(evaluation.get("fvu_without_outliers"))
-    return [Figure("without outliers", fvu, "", f"less {which}, of norms above 10 times the median")]
+    return [
+        Figure("without outliers", fvu, "", f"less {which}, of norms above {OUTLIER_NORM_RATIO:g} times the median")
+    ]
 
 
 def explained(fvu: float) -> str:
