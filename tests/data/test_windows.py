@@ -11,7 +11,7 @@ import torch
 
 from flashsae.data.language_model import LanguageModelSource
 from flashsae.data.text import open_text
-from flashsae.errors import ConfigError
+from flashsae.errors import ConfigError, DataError
 
 
 @pytest.mark.parametrize(("name", "bos"), [("gpt2", False), ("llama", True), ("bert", False)])
@@ -173,3 +173,22 @@ def test_skipping_all_but_what_is_added_at_the_end_is_refused(tiny: ModuleType) 
     config = dataclasses.replace(tiny.SMALL, skip_first=15)
     with pytest.raises(ConfigError, match="skip_first: expected fewer than 15"):
         LanguageModelSource(config, tiny.TEXT, loaded=(tiny.gpt2(), tokenizer))
+
+
+def test_a_padding_token_that_only_the_tokenizer_has_does_no_harm(tiny: ModuleType) -> None:
+    tokenizer = tiny.word_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.pad_token_id = 64
+    reader = LanguageModelSource(tiny.SMALL, tiny.TEXT, held_out=0.0, loaded=(tiny.gpt2(), tokenizer))
+    plain = tiny.source(model=reader._model.model, held_out=0.0)
+    assert tiny.same(*(tiny.collect(source, None)[0]["h.1"] for source in (reader, plain)))
+
+
+def test_a_token_that_the_model_does_not_know_is_named(tiny: ModuleType) -> None:
+    tokenizer = tiny.word_tokenizer()
+    tokenizer.add_tokens([f"new{i}" for i in range(60)])
+    reader = LanguageModelSource(tiny.SMALL, open_text(["the new50 cat"]), loaded=(tiny.gpt2(), tokenizer))
+    with pytest.raises(
+        DataError, match=r"document 0 has the token 6\d \('new50'\), and the model knows the ids 0 to 63"
+    ):
+        tiny.collect(reader, None)

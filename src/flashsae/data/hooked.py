@@ -51,6 +51,15 @@ def context_limit(model: nn.Module, tokenizer: Any) -> float:
     return min((limit for limit in limits if isinstance(limit, int | float) and limit > 0), default=float("inf"))
 
 
+def vocabulary_size(model: nn.Module) -> int | None:
+    """Return how many token ids a model has embeddings of; None where it does not say so."""
+    try:
+        embeddings = text_reader(model).get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    return getattr(embeddings, "num_embeddings", None)
+
+
 @contextmanager
 def _no_cudnn_attention() -> Iterator[None]:
     """Leave cuDNN's attention out: it prepares for every new shape for about 60 ms, and texts have many lengths."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from flashsae.backend import resolve_device
 from flashsae.data.documents import Place, ReadingOrder
 from flashsae.data.fingerprint import text_digest
-from flashsae.data.hooked import HookedModel, context_limit, look
+from flashsae.data.hooked import HookedModel, context_limit, look, vocabulary_size
 from flashsae.data.models import Loading, load_with_account, resolve_hookpoints
 from flashsae.data.sources import Chunk, Cursor, Split, check_held_out, split_mask
 from flashsae.data.text import TextDataset
@@ -141,6 +141,7 @@ class LanguageModelSource:
             batch_tokens=config.batch_tokens,
             choice=Choice(config.mask_special, config.skip_first, config.exclude_ids),
             prepend_bos=config.prepend_bos,
+            vocabulary=vocabulary_size(model),
         )
         self._is_given = loaded is not None
         self._model = HookedModel(model, self.hookpoints)

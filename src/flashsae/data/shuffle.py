@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flashsae.data.acts import check_finite, is_finite, what_is_not_finite
-from flashsae.data.sources import Chunk, Cursor, RowSource, Source, StreamSource, identity_of
+from flashsae.data.sources import Chunk, Cursor, RowSource, StreamSource, identity_of
 from flashsae.errors import CheckpointError, ConfigError, DataEndedError, DataError
 
 State: TypeAlias = tuple[dict[str, Any], dict[str, Tensor]]
@@ -68,6 +68,7 @@ class RowShuffle:
         self, source: RowSource, batch_tokens: int, *, seed: int, window_rows: int = 1 << 18, block_rows: int = 64
     ) -> None:
         self._source = source
+        self._identity = identity_of(source)  # now: it may take a while, or fail
         self._batch_tokens = batch_tokens
         self._seed = seed
         self._rows = source.split_rows("train")
@@ -126,7 +127,7 @@ class RowShuffle:
     def state(self) -> State:
         """Return the place in the order."""
         place = {"epoch": self._epoch, "window": self._window, "offset": self._offset, "rows": len(self._rows)}
-        return {**place, "source": identity_of(self._source)}, {}
+        return {**place, "source": self._identity}, {}
 
     def restore(self, state: State) -> None:
         """Go on at a place; raises CheckpointError if the source is another, or has another number of rows now."""
@@ -136,7 +137,7 @@ class RowShuffle:
                 f"{self._source.name} has {len(self._rows)} training rows now, {place['rows']} when the checkpoint was "
                 "written. Resume with the same data, or start a new run."
             )
-        _check_identity(self._source, place)
+        _check_identity(self._source.name, self._identity, place)
         self._epoch, self._window, self._offset = place["epoch"], place["window"], place["offset"]
         self._order = self._window_rows()
 
@@ -160,6 +161,7 @@ class BufferShuffle:
                 f"shuffle_tokens: expected at least two batches ({2 * batch_tokens} tokens), got {buffer_tokens}."
             )
         self._source = source
+        self._identity = identity_of(source)  # now: it may take a while, or fail
         self._batch_tokens = batch_tokens
         self._generator = _generator(seed)
         self._epoch = 0
@@ -252,7 +254,7 @@ class BufferShuffle:
             "cursor": self._cursor,
             "arrived": len(self._arrived),
             "device": device,
-            "source": identity_of(self._source),
+            "source": self._identity,
         }
         tensors = {"generator": self._generator.get_state()}
         if self._buffer is not None:
@@ -264,7 +266,7 @@ class BufferShuffle:
     def restore(self, state: State) -> None:
         """Go on where the state was taken; raises CheckpointError if the source is another now."""
         place, tensors = state
-        _check_identity(self._source, place)
+        _check_identity(self._source.name, self._identity, place)
         self._epoch, self._cursor, self._chunks = place["epoch"], place["cursor"], None
         self._is_over = place.get("is_over", False)
         self._counted = None
@@ -278,17 +280,17 @@ class BufferShuffle:
         self._rest = tensors["rest"].to(place["device"]) if "rest" in tensors else None
 
 
-def _check_identity(source: Source, place: dict[str, Any]) -> None:
+def _check_identity(name: str, now: dict[str, Any], place: dict[str, Any]) -> None:
     """Raise CheckpointError naming what of a source is not as it was when the state was taken."""
-    saved, now = place.get("source", {}), identity_of(source)
+    saved = place.get("source", {})
     changed = [
-        f"{name} was {saved[name]!r} and is {now[name]!r} now"
-        for name in saved
-        if name in now and saved[name] != now[name]
+        f"{what} was {saved[what]!r} and is {now[what]!r} now"
+        for what in saved
+        if what in now and saved[what] != now[what]
     ]
     if changed:
         raise CheckpointError(
-            f"the checkpoint was written while reading something else than {source.name}: {'; '.join(changed)}. "
+            f"the checkpoint was written while reading something else than {name}: {'; '.join(changed)}. "
             "Resume with the same data and the same settings of reading, or start a new run."
         )
 

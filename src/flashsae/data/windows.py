@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flashsae.data.models import special_ids
-from flashsae.errors import ConfigError
+from flashsae.errors import ConfigError, DataError
 
 Block: TypeAlias = list[tuple[int, str]]
 """Documents with their numbers."""
@@ -68,6 +68,7 @@ class Windows:
         batch_tokens: tokens in one batch, padding included.
         choice: which tokens are kept.
         prepend_bos: begin each window with the BOS token, or never do; None: as the tokenizer does.
+        vocabulary: how many ids the model knows, if it says so.
     Raises:
         ConfigError: the special tokens leave no room in a window, the choice leaves no token, there is no BOS token to
             prepend, or the tokenizer is none that text can be cut for.
@@ -81,6 +82,7 @@ class Windows:
         batch_tokens: int,
         choice: Choice,
         prepend_bos: bool | None = None,
+        vocabulary: int | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._batch_tokens = batch_tokens
@@ -88,7 +90,11 @@ class Windows:
         self._special = special_ids(tokenizer)
         left_out = {*choice.exclude_ids, *(self._special if choice.mask_special else ())}
         self._left_out = torch.tensor(sorted(left_out), dtype=torch.int64)
-        self._pad = tokenizer.pad_token_id or 0
+        self._vocabulary = vocabulary
+        pad = tokenizer.pad_token_id or 0
+        self._pad = (
+            pad if vocabulary is None or pad < vocabulary else 0
+        )  # some add a padding token to the tokenizer alone
         self._prefix, self._suffix = self._added()
         self._set_bos(prepend_bos)
         self._content = context_length - len(self._prefix) - len(self._suffix)
@@ -149,6 +155,8 @@ class Windows:
         Rows of a batch stand in reading order.
         """
         encoded = self._encode([text for _, text in block], special=False) if block else []
+        for (number, _), ids in zip(block, encoded, strict=True):
+            self._check_known(number, ids)
         windows = [w for (number, _), ids in zip(block, encoded, strict=True) for w in self._windows(number, ids)]
         by_length = sorted(range(len(windows)), key=lambda place: -len(windows[place].ids))
         batches = []
@@ -160,6 +168,16 @@ class Windows:
         # whoever stops in the middle of a block has read windows of all lengths
         generator = torch.Generator().manual_seed(block[0][0] if block else 0)
         return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+    def _check_known(self, document: int, ids: list[int]) -> None:
+        """Raise DataError for an id that the model has no embedding of; on a GPU it would end the process."""
+        largest = max(ids, default=0)
+        if self._vocabulary is not None and largest >= self._vocabulary:
+            token = self._tokenizer.convert_ids_to_tokens(largest)
+            raise DataError(
+                f"document {document} has the token {largest} ({token!r}), and the model knows the ids 0 to "
+                f"{self._vocabulary - 1}. Use the tokenizer that belongs to the model."
+            )
 
     def _windows(self, document: int, ids: list[int]) -> list[_Window]:
         ids = self._without_added(ids)
