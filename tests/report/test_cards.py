@@ -72,6 +72,12 @@ def test_leading_spaces_are_not_shaded_and_quiet_text_is_left_alone() -> None:
     ]
 
 
+def test_a_text_does_not_begin_with_the_space_of_its_first_word() -> None:
+    assert segments([" of", " it"], [0.0, 1.0]) == [("of ", ""), ("it", "1")]
+    assert segments([" of", " it"], [1.0, 0.0]) == [("of", "1"), (" it", "")]
+    assert segments([" ", " it"], [1.0, 0.0]) == [("␣", "1"), (" it", "")]
+
+
 def test_listed_tokens_can_be_seen_and_are_not_endless() -> None:
     shown = card(latent(top_tokens=[" ", "\u200b", "y", "=" * 1000]))["top_tokens"]
     assert shown[:3] == ["␣", "⟨U+200B⟩", "y"]

@@ -76,7 +76,9 @@ def _segments(snippet: Snippet, max_act: float) -> list[dict[str, Any]]:
         if fires:
             weight = round(min(value / max_act, 1.0), 2) if 0 < max_act < math.inf else 0.0
             segments.append({"text": bare, "value": _values(values), "weight": weight, "peak": is_peak})
-    return segments
+    if segments and not segments[0]["value"]:
+        segments[0]["text"] = segments[0]["text"].lstrip(" ")  # of the word that the stretch begins with
+    return [segment for segment in segments if segment["text"]]
 
 
 def _values(values: list[float]) -> str:
