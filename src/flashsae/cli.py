@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 from flashsae.errors import FlashSAEError
 
@@ -23,31 +23,39 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: behind the name of the program; None takes those of the process.
     """
-    with suppress(ValueError):  # outside the main thread there are no signals to catch
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # the end of a cluster's patience: stop as for Ctrl-C
-    try:
+    with _stopped_by_signals() as is_stopped:
         try:
-            _call(sys.argv[1:] if arguments is None else arguments)
-        finally:
-            sys.stdout.flush()  # here, where a full disk or a closed pipe can still be told
-    except KeyboardInterrupt:
-        _end("\nStopped.", STOPPED)
-    except FlashSAEError as error:
-        _end(f"flashsae: {error}", 1)
-    except BrokenPipeError:  # whoever read our output has seen enough
-        _let_go_of_output()
-        raise SystemExit(1) from None
-    except OSError as error:
-        if error.strerror is None:
+            try:
+                _call(sys.argv[1:] if arguments is None else arguments)
+            finally:
+                sys.stdout.flush()  # here, where a full disk or a closed pipe can still be told
+        except SystemExit:
             raise
-        _let_go_of_output()
-        what = f"{error.filename}: " if error.filename else ""
-        _end(f"flashsae: {what}{error.strerror}.", 1)
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt) or is_stopped():  # a library may have made another error of it
+                _end("\nStopped.", STOPPED)
+            _tell(error)
             raise
-        advice = "Take a smaller --batch-tokens or --d-sae, or --moments bf16; --plan says what a run needs."
-        _end(f"flashsae: there is not enough memory ({_first_line(error)}). {advice}", 1)
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[Callable[[], bool]]:
+    """Take SIGTERM, the end of a cluster's patience, as Ctrl-C; yield what tells whether either has come."""
+    came: list[int] = []
+
+    def stop(number: int, frame: object) -> None:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    before = {}
+    with suppress(ValueError):  # outside the main thread there are no signals to catch
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, stop)
+    try:
+        yield lambda: bool(came)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _call(words: Sequence[str]) -> None:
@@ -63,6 +71,22 @@ def _call(words: Sequence[str]) -> None:
         _end(f"flashsae: {' '.join(str(error).split())}", 2)
 
 
+def _tell(error: BaseException) -> None:
+    """End with a sentence on an error whose cause lies outside of the code; return from any other."""
+    if isinstance(error, FlashSAEError):
+        _end(f"flashsae: {error}", 1)
+    if isinstance(error, BrokenPipeError):  # whoever read our output has seen enough
+        _let_go_of_output()
+        raise SystemExit(1) from None
+    if isinstance(error, OSError) and error.strerror is not None:
+        _let_go_of_output()
+        what = f"{error.filename}: " if error.filename else "what it has to say cannot be written: "
+        _end(f"flashsae: {what}{error.strerror}.", 1)
+    if _is_out_of_memory(error):
+        advice = "Take a smaller --batch-tokens or --d-sae, or --moments bf16; --plan says what a run needs."
+        _end(f"flashsae: there is not enough memory ({_first_line(error)}). {advice}", 1)
+
+
 def _end(message: str, code: int) -> None:
     print(message, file=sys.stderr)
     raise SystemExit(code) from None
@@ -76,7 +100,7 @@ def _let_go_of_output() -> None:
         os.close(nowhere)
 
 
-def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
+def _is_out_of_memory(error: BaseException) -> bool:
     """Tell memory that ran out from other faults; torch raises an error of its own on a GPU, a plain one on a CPU."""
     return (
         isinstance(error, MemoryError)

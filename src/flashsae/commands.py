@@ -27,6 +27,7 @@ app = App(
     name="flashsae",
     help="Train sparse autoencoders: exact, sparse-aware, on any machine.",
     version=__version__,
+    suppress_keyboard_interrupt=False,
     default_parameter=Parameter(negative_iterable=()),
     help_epilogue=_examples(
         "flashsae train                     a first SAE in a few minutes: no GPU, no download",
@@ -35,6 +36,7 @@ app = App(
     ),
 )
 app.meta.group_parameters = Group("Everywhere")
+app.meta.suppress_keyboard_interrupt = False
 bench = App(
     name="bench",
     help="Measure speed and memory on this machine.",
@@ -107,6 +109,7 @@ def train(
             raise SystemExit(130) from None
         if isinstance(error, FlashSAEError):
             raise type(error)(f"{error}\nThe run is in {folder}; go on with: {how}") from error
+        console.print(f"\nThe run is in {folder}; go on with: {how}", highlight=False, soft_wrap=True)
         raise
 
 

@@ -23,7 +23,7 @@ from flashsae.bench.ours import Variant
 from flashsae.bench.peers import DENSE, LIBRARIES
 from flashsae.bench.problem import Shape, tiny
 from flashsae.bench.timing import facts
-from flashsae.errors import ConfigError
+from flashsae.errors import ConfigError, StorageError
 from flashsae.ops.validate import Precision, check_k
 
 FORMAT = "flashsae.bench.step"
@@ -73,6 +73,8 @@ def bench_step(
         )
     _check(shape, seconds)
     if path is not None:  # before minutes of measuring
+        if path.is_dir():
+            raise StorageError(f"{path} is a folder; give the name of a file for the results.")
         with files.storage_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
     shape = tiny(shape) if is_tiny else shape

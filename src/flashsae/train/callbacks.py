@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -27,6 +28,7 @@ from flashsae import files
 from flashsae.errors import CheckpointError, ConfigError, require
 
 LOG_FILE = "metrics.jsonl"
+SECONDS_BETWEEN_LINES = 20
 
 
 class Callback:
@@ -126,7 +128,9 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 class StageBar:
-    """The progress of a long stage: a bar with rate and remaining time; where there is no terminal, a line a tenth.
+    """The progress of a long stage: a bar with rate and remaining time; where there is no terminal, lines.
+
+    A line a tenth, or where the end is not known, one now and then and the last.
 
     Args:
         console: to draw on.
@@ -150,6 +154,8 @@ class StageBar:
         self._total: int | None = None
         self._task: TaskID | None = None
         self._tenth = 0
+        self._done = 0
+        self._said = (0, time.monotonic())
         self._note = ""
 
     @property
@@ -171,16 +177,27 @@ class StageBar:
             return
         self._note = self._note if note is None else note
         self._bar.update(self._task, completed=done, note=self._note)
-        if self._console.is_terminal or self._total is None or 10 * done // self._total <= self._tenth:
+        self._done = done
+        if self._console.is_terminal:
             return
-        self._tenth = 10 * done // self._total
-        line = f"{self._stage}: {done:,} of {self._total:,} {self._unit}  {self._note}"
-        self._console.print(line.rstrip(), highlight=False)
+        if self._total is None:
+            if time.monotonic() - self._said[1] >= SECONDS_BETWEEN_LINES:
+                self._say()
+        elif 10 * done // self._total > self._tenth:
+            self._tenth = 10 * done // self._total
+            self._say()
+
+    def _say(self) -> None:
+        of = "" if self._total is None else f" of {self._total:,}"
+        self._console.print(f"{self._stage}: {self._done:,}{of} {self._unit}  {self._note}".rstrip(), highlight=False)
+        self._said = (self._done, time.monotonic())
 
     def stop(self) -> None:
         """Leave the bar as it is."""
         if self._bar.live.is_started:
             self._bar.stop()
+        if self._total is None and not self._console.is_terminal and self._done > self._said[0]:
+            self._say()
 
 
 class _Rate(ProgressColumn):
