@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -10,8 +12,11 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import pytest
 import tomli_w
 
-from flashsae import commands
+from flashsae import backend, commands, start
+from flashsae import run as runs
+from flashsae.bench import step as bench_step
 from flashsae.cli import main
+from flashsae.data import open as data_open
 from flashsae.errors import ConfigError
 from flashsae.settings import ActivationsConfig, ReadingConfig, RunConfig, TrainConfig
 from flashsae.settings.kinds import check, declared_types, unwrap
@@ -96,10 +101,10 @@ def arrived(monkeypatch: pytest.MonkeyPatch) -> Arrived:
     def step(shape: Any, precision: str, **others: Any) -> None:
         take(**vars(shape), precision=precision, json=others.pop("path"), tiny=others.pop("is_tiny"), **others)
 
-    monkeypatch.setattr("flashsae.start.check", train)
-    monkeypatch.setattr("flashsae.data.open.cache_activations", cache)
-    monkeypatch.setattr("flashsae.bench.step.bench_step", step)
-    monkeypatch.setattr("flashsae.backend.resolve_device", lambda device: device)
+    monkeypatch.setattr(start, "check", train)
+    monkeypatch.setattr(data_open, "cache_activations", cache)
+    monkeypatch.setattr(bench_step, "bench_step", step)
+    monkeypatch.setattr(backend, "resolve_device", lambda device: device)
     return seen
 
 
@@ -175,6 +180,37 @@ def test_every_setting_of_the_wrong_kind_is_refused_by_name_and_file(
     assert told.startswith(f"flashsae: {file}: {name}: expected "), told
     assert told.count("\n") == 1
     assert not arrived
+
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def _commands(text: str) -> list[str]:
+    """Return what a text tells to type: lines of code that begin with flashsae, and code within a line that does."""
+    whole = text.replace("\\\n", " ")
+    lines = [line.partition("#")[0] for line in re.findall(r"^ *flashsae (.*)$", whole, re.MULTILINE)]
+    within = (" ".join(words.split()) for words in re.findall(r"`flashsae ([^`]*)`", whole))
+    return [*lines, *(words for words in within if not re.search(r"--config$", words))]
+
+
+def test_every_command_in_help_and_documents_is_one(
+    arrived: Arrived, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    Path("my.toml").write_text("k = 64")
+    monkeypatch.setattr(start, "begun", lambda run: RunConfig())
+    monkeypatch.setattr(runs, "draw_report", lambda run, console: [])
+    found = [command for document in DOCUMENTS for command in _commands(document.read_text("utf-8"))]
+    for words in ((), ("train",), ("cache",), ("report",), ("doctor",), ("bench",), ("bench", "step")):
+        assert _main(*words, "--help") == 0
+        examples = capsys.readouterr().out.partition("Examples:")[2]
+        assert _commands(examples), f"flashsae {' '.join(words)} --help shows no example"
+        found += _commands(examples)
+    for command in found:
+        words = [word for word in shlex.split(command.partition("   ")[0]) if word != "..."]
+        assert _main(*words) == 0, f"flashsae {command}: {capsys.readouterr().err}"
 
 
 def test_a_flag_goes_before_the_file_and_the_files_name_may_have_dashes(arrived: Arrived, tmp_path: Path) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from flashsae.cli import main
 
@@ -55,6 +59,14 @@ def _train(text: Path, run: Path, *more: str | Path) -> tuple[str | Path, ...]:
         (["--logger", "mlflow"], "logger: expected one of tensorboard, wandb, got 'mlflow'."),
         (["--kk", "3"], "Unknown option: --kk"),
         (["--k", "many"], "Invalid value for --k"),
+        (["--device", "mps"], "device: expected auto, cpu or a CUDA device that exists, got 'mps'"),
+        (["--device", "meta"], "got 'meta' (FlashSAE does not run on meta)."),
+        (["--d-sae", "100000000000"], "keeps 922,800.0 GB from step to step, and cpu has"),
+        (["--shuffle-tokens", "10000000000000", "--stream"], "Take a smaller --d-sae or --shuffle-tokens"),
+        (
+            ["--shuffle-tokens", "100", "--stream"],
+            "shuffle_tokens: expected at least two batches (128 tokens), got 100.",
+        ),
     ],
 )
 def test_bad_settings_are_one_sentence(
@@ -76,6 +88,58 @@ def test_a_cache_takes_no_setting_that_it_would_ignore(
     message = _error(capsys, "cache", "minilm", text, "--out", tmp_path / "acts", *setting)
     assert f"Unknown option: {setting[0]}" in message
     assert not (tmp_path / "acts").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--k", "65", "--d-sae", "64"], "k: expected k <= d_sae = 64, got 65."),
+        (["--device", "cuda:9"], "device: expected auto, cpu or a CUDA device that exists, got 'cuda:9'"),
+        (["--logger", "mlflow"], "logger: expected one of tensorboard, wandb, got 'mlflow'."),
+        (["--d-sae", "100000000000"], "keeps 922,800.0 GB from step to step"),
+        (["--shuffle-tokens", "100", "--stream"], "shuffle_tokens: expected at least two batches"),
+    ],
+)
+def test_a_plan_refuses_what_the_run_refuses(
+    more: list[str], message: str, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in _error(capsys, *_train(text, tmp_path / "run", *more), "--plan")
+    assert list(tmp_path.iterdir()) == [text]
+
+
+def test_a_plan_refuses_places_that_the_run_refuses(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for plan in ((), ("--plan",)):
+        assert "is a file, and a run is a folder" in _error(capsys, *_train(text, text), *plan)
+        assert "is a file. Give another folder." in _error(capsys, *_train(text, text / "run"), *plan)
+        assert "exists already" in _error(capsys, *_train(text, tmp_path), *plan)
+        assert "too long" in _error(capsys, *_train(text, tmp_path / ("r" * 300)), *plan)
+        assert "Name a folder that flashsae train made." in _error(capsys, "train", "--resume", text, *plan)
+        with monkeypatch.context() as patch:
+            patch.setattr("os.access", lambda path, mode: False)
+            assert "may not be written to" in _error(capsys, *_train(text, tmp_path / "run"), *plan)
+        with monkeypatch.context() as patch:
+            patch.setenv("WORLD_SIZE", "2")
+            assert "WORLD_SIZE is 2" in _error(capsys, *_train(text, tmp_path / "run"), *plan)
+    assert list(tmp_path.iterdir()) == [text]
+
+
+def test_a_file_where_a_folder_belongs_is_one_sentence(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "is a file, and a cache of activations is a folder" in _error(capsys, "cache", "--out", text)
+    assert "is a file, and a cache of activations is a folder" in _error(capsys, "train", "--activations", text)
+    assert "Name a folder that flashsae train made." in _error(capsys, "report", text)
+    assert "holds other files and no index.json" in _error(capsys, "train", "--activations", tmp_path)
+    assert "is a folder; give the name of a file" in _error(capsys, "bench", "step", "--tiny", "--json", tmp_path)
+
+
+def test_a_typo_in_the_name_of_a_cache_starts_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = _error(capsys, "train", "--activations", tmp_path / "actz", "--hookpoint", "encoder.layer.0")
+    assert f"activations: there is no cache at {tmp_path / 'actz'}." in message
+    assert "name the model and the text too: flashsae train MODEL TEXT" in message
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_bad_data_sets_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -132,11 +196,30 @@ def test_a_cache_that_does_not_match_is_refused(text: Path, tmp_path: Path, caps
     assert "context_length is 256 there, 32 was asked for" in message
     message = _error(capsys, "train", *common, "--hookpoint", "encoder.layer.1", "--run", tmp_path / "b")
     assert "holds encoder.layer.0" in message
+    message = _error(capsys, "train", *common, "--text-column", "body", "--run", tmp_path / "b")
+    assert f"text_column: expected nothing beside --activations {cache}" in message
     message = _error(capsys, "train", *common, "--stream", "--run", tmp_path / "c")
     assert "expected no --activations beside --stream" in message
     assert _main("train", *common, "--run", tmp_path / "d") == 0  # all from the cache
     description = json.loads((tmp_path / "d" / "sae" / "flashsae.json").read_text())
     assert description["metadata"]["hookpoint"] == "encoder.layer.0"
+
+
+def test_a_cache_of_several_hookpoints_trains_all_and_names_the_run(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    # the name of the base model in its parent may stand in front of a hookpoint
+    assert _main("cache", "minilm", text, "--hookpoint", "bert.encoder.layer.[01]", "--out", "acts") == 0
+    sizes = ("--tokens", "512", "--batch-tokens", "64", "--d-sae", "64", "--k", "4")
+    common = ("train", "--activations", "acts", *sizes, "--no-report")
+    capsys.readouterr()
+    assert _main(*common, "--plan") == 0
+    assert "minilm at encoder.layer.0, encoder.layer.1, d_in 384" in capsys.readouterr().out
+    assert _main(*common) == 0
+    assert {path.name for path in Path("runs/minilm-all").iterdir()} >= {"encoder.layer.0", "encoder.layer.1"}
+    assert _main(*common, "--hookpoint", "bert.encoder.layer.1") == 0
+    assert (Path("runs/minilm-bert.encoder.layer.1") / "sae").exists()
 
 
 def test_a_missing_extra_is_named_before_anything_is_done(
@@ -173,3 +256,86 @@ def test_doctor_tells_versions_devices_and_backends(capsys: pytest.CaptureFixtur
     output = capsys.readouterr().out
     for words in ("flashsae", "torch", "cpu", "backend triton: does not work", "backend reference: works"):
         assert words in output
+
+
+def test_help_needs_no_torch() -> None:
+    code = (
+        "import sys\n"
+        "from flashsae.cli import main\n"
+        "try: main(['train', '--help'])\n"
+        "except SystemExit: pass\n"
+        "print([name for name in ('torch', 'numpy', 'transformers') if name in sys.modules])"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.endswith("[]\n"), output
+
+
+def _raised(error: BaseException) -> Callable[[object], None]:
+    def run(words: object) -> None:
+        raise error
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "\nStopped.\n"),
+        (PermissionError(13, "Permission denied", "acts"), 1, "flashsae: acts: Permission denied.\n"),
+        (OSError(28, "No space left on device"), 1, "cannot be written: No space left on device.\n"),
+        (MemoryError(), 1, "flashsae: there is not enough memory (MemoryError). Take a smaller"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), 1, "not enough memory (CUDA out of memory. Tried)."),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 1, "there is not enough memory"),
+        (BrokenPipeError(32, "Broken pipe"), 1, ""),
+    ],
+)
+def test_what_goes_wrong_outside_of_the_code_is_one_sentence(
+    error: BaseException, code: int, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("flashsae.commands.run", _raised(error))
+    monkeypatch.setattr("flashsae.cli._let_go_of_output", lambda: None)
+    assert _main() == code
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.strip().count("\n") == 0
+
+
+@pytest.mark.parametrize("error", [ValueError("a fault"), RuntimeError("a fault"), AssertionError()])
+def test_a_fault_of_the_code_stays_a_traceback(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flashsae.commands.run", _raised(error))
+    with pytest.raises(type(error)):
+        _main()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_also_where_a_library_makes_an_error_of_it(
+    number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(words: object) -> None:
+        try:
+            signal.raise_signal(number)
+        except KeyboardInterrupt:
+            raise ImportError("as lazy imports do") from None
+
+    monkeypatch.setattr("flashsae.commands.run", run)
+    before = signal.getsignal(number)
+    assert _main() == 130
+    assert capsys.readouterr().err == "\nStopped.\n"
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_output_that_nobody_takes_is_one_sentence_or_none() -> None:
+    command = [sys.executable, "-c", "from flashsae.cli import main; main(['--help'])"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (
+        1,
+        "flashsae: what it has to say cannot be written: No space left on device.\n",
+    )
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait() == 1

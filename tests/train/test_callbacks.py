@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from flashsae.errors import CheckpointError, ConfigError, MissingExtraError, StorageError
-from flashsae.train.callbacks import JsonlLog, ProgressBar, build_logger, read_log
+from flashsae.train.callbacks import JsonlLog, ProgressBar, StageBar, build_logger, read_log
 
 RECORD = {"step": 3, "tokens": 30, "loss": 0.5, "fvu": 0.5, "dead_latents": 2.0, "lr": 1e-3}
 
@@ -100,3 +100,17 @@ def test_a_logger_that_is_not_there_says_what_to_install(tmp_path: Path, monkeyp
         build_logger("wandb", tmp_path, {})
     with pytest.raises(ConfigError, match="logger: expected one of tensorboard, wandb, got 'mlflow'"):
         build_logger("mlflow", tmp_path, {})
+
+
+def test_without_a_terminal_a_stage_whose_end_is_not_known_tells_how_far_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out, now = io.StringIO(), [0.0]
+    monkeypatch.setattr("flashsae.train.callbacks.time.monotonic", lambda: now[0])
+    bar = StageBar(Console(file=out), "activations", "tokens")
+    bar.start(0, None)
+    for done, seconds in ((1000, 1), (2000, 21), (3000, 22), (4000, 23)):
+        now[0] = seconds
+        bar.update(done)
+    bar.stop()
+    assert out.getvalue() == "activations: 2,000 tokens\nactivations: 4,000 tokens\n"
