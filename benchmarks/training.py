@@ -20,6 +20,7 @@ from benchmarks.measure import facts
 from flashsae import ops
 from flashsae.data.cache import ActivationCache
 from flashsae.data.shuffle import RowShuffle
+from flashsae.nn.losses import token_variance
 from flashsae.nn.sae import SAE, SAEConfig
 from flashsae.optim import lr_factor
 
@@ -71,20 +72,23 @@ ARMS: dict[str, tuple[Loss, torch.dtype]] = {
 
 
 def train(
-    loss_of: Loss, batches: list[Tensor], scale: float, mean: Tensor, config: SAEConfig, dtype: torch.dtype
+    loss_of: Loss, batches: list[Tensor], scale: float, sample: Tensor, config: SAEConfig, dtype: torch.dtype
 ) -> list[float]:
-    """Train with Adam, unit-norm decoder and projected gradient; return the FVU of each step."""
+    """Train with Adam, unit-norm decoder and projected gradient; return the loss of each step.
+
+    As `flashsae.train` defines it: relative to the variance of a token in a sample.
+    """
     device = batches[0].device
     sae = SAE(config, seed=0).to(device)
     with torch.no_grad():
-        sae.b_dec.copy_(mean * scale)
+        sae.b_dec.copy_(sample.mean(0) * scale)
+    variance = token_variance(sample * scale)
     params = {name: p.detach().to(dtype).requires_grad_() for name, p in sae.named_parameters()}
     adam = torch.optim.Adam(params.values(), lr=1e-3, eps=6.25e-10)
     W_dec, curve = params["W_dec"], []
     for step, batch in enumerate(batches):
         x = (batch * scale).to(dtype)
-        variance = (x - x.mean(0)).square().sum()
-        fvu = loss_of(x, params, config.k) / variance
+        fvu = loss_of(x, params, config.k) / (len(x) * variance)
         adam.zero_grad()
         fvu.backward()
         with torch.no_grad():
@@ -118,7 +122,7 @@ def main(
     sample = torch.cat(batches[:8])
     scale = float((sample.shape[1] ** 0.5) / (4 * (sample - sample.mean(0)).square().sum(1).mean().sqrt()))
     config = SAEConfig(source.d_in, d_sae, k)
-    curves = {name: train(loss, batches, scale, sample.mean(0), config, dtype) for name, (loss, dtype) in ARMS.items()}
+    curves = {name: train(loss, batches, scale, sample, config, dtype) for name, (loss, dtype) in ARMS.items()}
     exact = curves["dense float64"]
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("a") as file:

@@ -143,9 +143,11 @@ def memory_bytes(device: torch.device) -> int | None:
 
 def check_single_process() -> None:
     """Raise ConfigError in one of several processes, such as torchrun starts: each would train the same SAE."""
-    for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
-        size = os.environ.get(name, "1").strip()
-        if size.isdigit() and int(size) > 1:
+    sizes = {name: os.environ.get(name, "").strip() for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")}
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        sizes["the size of the process group"] = str(torch.distributed.get_world_size())
+    for name, size in sizes.items():
+        if size.isdecimal() and int(size) > 1:
             raise ConfigError(
                 f"{name} is {size}: a training is one process, and each of these would train the same SAE. Start it "
                 "once, without torchrun, accelerate or mpirun."

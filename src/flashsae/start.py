@@ -8,19 +8,18 @@ from collections.abc import Mapping
 from itertools import chain, count
 from pathlib import Path
 
-import torch
 from rich import box
 from rich.table import Table
 
 from flashsae import files
-from flashsae.backend import check_single_process, memory_bytes, resolve_device
+from flashsae.backend import check_single_process, resolve_device
 from flashsae.data.open import Prepared, run_name
 from flashsae.data.shuffle import shuffled
 from flashsae.data.sources import RowSource, Source
-from flashsae.errors import ConfigError, DataError, StorageError, require
+from flashsae.errors import DataError, StorageError, require
 from flashsae.settings.run import CONFIG_FILE, RunConfig
 from flashsae.train.callbacks import check_logger
-from flashsae.train.plan import Plan, make_plan
+from flashsae.train.plan import check_memory, make_plan, repeats_warning
 
 RUNS = Path("runs")
 """Where runs go that are given no folder."""
@@ -124,13 +123,13 @@ def plan_table(config: RunConfig, prepared: Prepared, run: Path) -> Table:
     resolved = [config.train.resolve(width) for width in prepared.widths.values()]
     settings = max(resolved, key=lambda each: each.d_sae * each.d_in)
     plan = make_plan(settings, device, prepared.row_bytes * settings.shuffle_tokens, prepared.model_bytes)
-    warning = _check_memory(plan, device)
+    warning = check_memory(plan, device)
     rows = {
         "model": f"{prepared.config.model} at {', '.join(prepared.widths)}, d_in {settings.d_in}",
         "text": prepared.how,
         "SAE": f"TopK, d_sae {settings.d_sae:,}, k {settings.k}: {plan.parameters:,} parameters",
         "training": f"{settings.tokens:,} tokens in {plan.steps:,} steps of {settings.batch_tokens:,}, "
-        f"learning rate {settings.lr:.2g}",
+        f"learning rate {settings.lr:.2g}{_repeats(settings.tokens, prepared)}",
         "dead latents": f"after {settings.dead_after_tokens:,} tokens without a value above 0; "
         f"auxiliary loss with weight {settings.auxk_alpha:.3g}",
         "peak memory": f"about {plan.peak_bytes / 1e9:.2f} GB on {device}: "
@@ -165,19 +164,14 @@ def nothing_held_out(source: Source, config: RunConfig) -> DataError:
     )
 
 
-def _check_memory(plan: Plan, device: torch.device) -> str:
-    """Return a warning if a training may not fit, else ""; raise ConfigError if it cannot."""
-    there_is = memory_bytes(device)
-    if there_is is None:
+def _repeats(tokens: int, prepared: Prepared) -> str:
+    """Say how often each token comes, if that is known already; with a warning if it is too often."""
+    source = None if prepared.opened is None else next(iter(prepared.opened.sources.values()))
+    rows = len(source.split_rows("train")) if isinstance(source, RowSource) else 0
+    if tokens <= rows or not rows:
         return ""
-    if plan.kept_bytes > there_is:
-        raise ConfigError(
-            f"d_sae: a training of this size keeps {plan.kept_bytes / 1e9:,.1f} GB from step to step, and {device} has "
-            f"{there_is / 1e9:,.1f} GB in all. Take a smaller --d-sae or --shuffle-tokens, or --moments bf16."
-        )
-    if plan.peak_bytes > 0.9 * there_is:
-        return f"; may not fit, since {device} has {there_is / 1e9:.2f} GB in all"
-    return ""
+    warning = repeats_warning(tokens, rows)
+    return f"; each token about {tokens / rows:,.3g} times" + (f". Warning: {warning}" if warning else "")
 
 
 def _disk_warning(prepared: Prepared, run: Path) -> str:

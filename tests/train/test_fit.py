@@ -193,6 +193,14 @@ def test_few_tokens_that_hold_the_variance_are_told_of() -> None:
         flashsae.fit(x, d_sae=16, k=3, config=SMALL, progress=False)
 
 
+def test_what_no_machine_holds_is_refused_before_it_is_made() -> None:
+    for changes, words in (({"d_sae": 10**11}, "d_sae: a training"), ({"shuffle_tokens": 10**12}, "shuffle_tokens: a")):
+        settings = {"d_sae": 16, **changes}
+        config = replace(SMALL, shuffle_tokens=settings.pop("shuffle_tokens", 256))
+        with pytest.raises(ConfigError, match=rf"{words}.* GB"):
+            flashsae.fit(list(X.split(64)), k=3, config=config, progress=False, **settings)
+
+
 def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
         for value in ("1", "", "none"):
@@ -202,6 +210,10 @@ def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(ConfigError, match=f"{name} is 2: a training is one process"):
             flashsae.fit(X, d_sae=16, k=3, config=SMALL, progress=False)
         monkeypatch.delenv(name)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
+    with pytest.raises(ConfigError, match="the size of the process group is 3"):
+        check_single_process()
 
 
 def _equal_tokens(value: float) -> torch.Tensor:

@@ -211,6 +211,11 @@ class IterableSource:
         """Width of the activations."""
         return self._d_in
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a token."""
+        return self._d_in * self._kind[0].itemsize
+
     def _tensor(self, batch: Any) -> Tensor:
         return batch_acts(batch, f"a batch of {self.name}")
 

@@ -23,6 +23,7 @@ from flashsae.nn.sae import SAE
 from flashsae.train.callbacks import Callback, JsonlLog, ProgressBar, Warn
 from flashsae.train.config import ResolvedConfig, TrainConfig
 from flashsae.train.loop import train
+from flashsae.train.plan import check_memory, make_plan
 from flashsae.train.state import init_state
 
 LEAST_TOKENS = 2_000_000
@@ -80,6 +81,8 @@ def fit(
     base = config or TrainConfig()
     settings = replace(base, d_sae=d_sae, k=k, tokens=base.tokens if tokens is None else tokens).resolve(source.d_in)
     device = resolve_device(settings.device)
+    buffered = 0 if isinstance(source, ArraySource) else settings.shuffle_tokens * source.row_bytes
+    check_memory(make_plan(settings, device, buffered), device)
     batches = shuffled(source, settings.batch_tokens, seed=settings.seed, buffer_tokens=settings.shuffle_tokens)
     folder = None if run is None else Path(run)
     if folder is not None:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from flashsae.backend import memory_bytes
+from flashsae.errors import ConfigError
 from flashsae.ops.encode_topk.reference import WORKSPACE_BYTES
 from flashsae.train.config import ResolvedConfig
 
@@ -61,6 +63,29 @@ def make_plan(config: ResolvedConfig, device: torch.device, buffer_bytes: int = 
         parts["language model"] = model_bytes
     kept = sum(parts.get(name, 0) for name in ("weights", "moments of Adam", "shuffle buffer"))
     return Plan(matrices + biases, config.steps, sum(parts.values()), parts, kept)
+
+
+def check_memory(plan: Plan, device: torch.device) -> str:
+    """Return a warning if a training may not fit, else "".
+
+    Args:
+        plan: its size.
+        device: to train on.
+    Raises:
+        ConfigError: it cannot fit.
+    """
+    there_is = memory_bytes(device)
+    if there_is is None:
+        return ""
+    if plan.kept_bytes > there_is:
+        name = "shuffle_tokens" if 2 * plan.parts.get("shuffle buffer", 0) > plan.kept_bytes else "d_sae"
+        raise ConfigError(
+            f"{name}: a training of this size keeps {plan.kept_bytes / 1e9:,.1f} GB from step to step, and {device} has "
+            f"{there_is / 1e9:,.1f} GB in all. Take a smaller d_sae or shuffle_tokens, or bf16 moments."
+        )
+    if plan.peak_bytes > 0.9 * there_is:
+        return f"; may not fit, since {device} has {there_is / 1e9:.2f} GB in all"
+    return ""
 
 
 def repeats_warning(tokens: int, rows: int) -> str:
