@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +17,6 @@ from flashsae.errors import (
     ConfigError,
     DataError,
     DtypeError,
-    FlashSAEError,
     FlashSAEWarning,
     StorageError,
 )
@@ -185,14 +182,6 @@ def test_data_that_comes_too_often_is_told_of(monkeypatch: pytest.MonkeyPatch) -
     flashsae.fit(X[:27], d_sae=16, k=3, config=config, progress=False)
 
 
-def test_few_tokens_that_hold_the_variance_are_told_of() -> None:
-    x = X.repeat(4, 1)
-    x[::256] = 42 * x.norm(dim=1).median() * torch.nn.functional.normalize(torch.ones(8), dim=0)
-    said = r"10 of 2,560 sampled tokens, with norms above 10 times the median, hold 85\.\d% .* --max-norm-ratio 10"
-    with pytest.warns(FlashSAEWarning, match=said):
-        flashsae.fit(x, d_sae=16, k=3, config=SMALL, progress=False)
-
-
 def test_what_no_machine_holds_is_refused_before_it_is_made() -> None:
     for changes, words in (({"d_sae": 10**11}, "d_sae: a training"), ({"shuffle_tokens": 10**12}, "shuffle_tokens: a")):
         settings = {"d_sae": 16, **changes}
@@ -216,107 +205,12 @@ def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         check_single_process()
 
 
-def _equal_tokens(value: float) -> torch.Tensor:
-    return torch.full((640, 8), value)
-
-
-@pytest.mark.parametrize(
-    ("x", "message"),
-    [
-        (_equal_tokens(0.0), "the activations do not vary: 640 sampled tokens are equal"),
-        (_equal_tokens(0.1), "the activations do not vary: 640 sampled tokens are equal"),
-        (X.double() * 1e40, r"x: row \d+ holds numbers beyond float32 \(x times a constant helps\)"),
-        (X.double() * 1e37, r"the activations reach \d\.\de\+37, where float32"),
-        (X.double() * 1e-40, r"the activations reach \d\.\de-\d\d, where float32"),
-        (X.double() * 1e-310, r"the activations reach \d\.\de-3\d\d, where float32"),
-        (X * 1e-42, r"the activations reach \d\.\de-4\d, where float32"),
-        (X.double() * 1e300, r"x: row \d+ holds numbers beyond float32"),
-        (X.double() + 1e12, r"the activations vary less than float32 resolves beside values of 1\.0e\+12"),
-        (torch.where(torch.arange(640)[:, None] == 600, torch.inf, X), r"x: row 600 holds NaN or Inf"),
-        ([X[:100], torch.where(X > 2, torch.nan, X)], "the iterable x, .* hold NaN or Inf"),
-        (
-            [X[:100], X[:100].double()],
-            r"batch 1 of the iterable x: expected torch\.float32 on cpu, .* got torch\.float64",
-        ),
-        ([X.double(), X.double() * 1e39], "the iterable x, .* hold numbers beyond float32"),
-    ],
-)
-def test_data_that_nothing_can_be_learnt_from_is_named(x: torch.Tensor, message: str) -> None:
-    with pytest.raises(FlashSAEError, match=message):
-        flashsae.fit(x, d_sae=16, k=3, config=SMALL, progress=False)
-
-
-def test_what_float32_rounds_away_of_data_beside_a_large_mean_is_told() -> None:
-    with pytest.warns(FlashSAEWarning, match=r"float32 rounds the activations by \d+\.\d% of their variance"):
-        flashsae.fit(X.double() + 4e6, d_sae=16, k=3, config=SMALL, progress=False)
-
-
 def test_batches_of_one_token_train() -> None:
     def fvu(tokens: int) -> float:
         config = TrainConfig(batch_tokens=1, tokens=tokens, lr=1e-2)
         return flashsae.evaluate(flashsae.fit(X, d_sae=16, k=3, config=config, progress=False), X).fvu
 
     assert fvu(200) < 0.8 * fvu(1)
-
-
-def _settings() -> dict[str, AbstractContextManager[object]]:
-    @contextmanager
-    def set_back(change: Callable[[], object], back: Callable[[], object]) -> Iterator[None]:
-        change()
-        try:
-            yield
-        finally:
-            back()
-
-    products = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    return {
-        "autocast": torch.autocast("cpu", torch.bfloat16),
-        "default dtype": set_back(
-            lambda: torch.set_default_dtype(torch.float64), lambda: torch.set_default_dtype(torch.float32)
-        ),
-        "default device": torch.device("meta"),
-        "inference mode": torch.inference_mode(),
-        "no_grad": torch.no_grad(),
-        "deterministic mode": set_back(
-            lambda: torch.use_deterministic_algorithms(True), lambda: torch.use_deterministic_algorithms(False)
-        ),
-        "older matmul precision": set_back(
-            lambda: torch.set_float32_matmul_precision("medium"), lambda: torch.set_float32_matmul_precision("highest")
-        ),
-        "newer matmul precision": set_back(
-            lambda: setattr(products, "fp32_precision", "bf16"), lambda: setattr(products, "fp32_precision", "none")
-        ),
-        "seed": set_back(lambda: torch.manual_seed(123), lambda: None),
-    }
-
-
-@pytest.mark.parametrize("setting", _settings())
-@pytest.mark.parametrize("kind", ["array", "list"])
-def test_what_the_caller_has_set_for_all_of_pytorch_changes_no_byte(setting: str, kind: str) -> None:
-    config = replace(SMALL, tokens=64 * 5, dead_after_tokens=64)
-    x = X if kind == "array" else list(X.split(64))
-    expected = flashsae.fit(x, d_sae=16, k=3, config=config, progress=False)
-    fvu = flashsae.evaluate(expected, X).fvu
-    with _settings()[setting]:
-        sae = flashsae.fit(x, d_sae=16, k=3, config=config, progress=False)
-        assert flashsae.evaluate(sae, X).fvu == fvu
-        before = _global_state()
-    assert _same(sae, expected)
-    with _settings()[setting]:
-        assert _global_state() == before
-
-
-def _global_state() -> tuple[object, ...]:
-    return (
-        torch.is_autocast_enabled("cpu"),
-        torch.get_default_dtype(),
-        torch.get_default_device(),
-        torch.is_inference_mode_enabled(),
-        torch.is_grad_enabled(),
-        torch.are_deterministic_algorithms_enabled(),
-        torch.backends.mkldnn.matmul.fp32_precision,  # type: ignore[attr-defined]
-        torch.backends.cuda.matmul.fp32_precision,
-    )
 
 
 def test_progress_begins_with_what_will_be_done(capsys: pytest.CaptureFixture[str]) -> None:

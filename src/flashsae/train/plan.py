@@ -80,8 +80,8 @@ def check_memory(plan: Plan, device: torch.device) -> str:
     if plan.kept_bytes > there_is:
         name = "shuffle_tokens" if 2 * plan.parts.get("shuffle buffer", 0) > plan.kept_bytes else "d_sae"
         raise ConfigError(
-            f"{name}: a training of this size keeps {plan.kept_bytes / 1e9:,.1f} GB from step to step, and {device} has "
-            f"{there_is / 1e9:,.1f} GB in all. Take a smaller d_sae or shuffle_tokens, or bf16 moments."
+            f"{name}: a training of this size keeps {plan.kept_bytes / 1e9:,.1f} GB from step to step, and {device} "
+            f"has {there_is / 1e9:,.1f} GB in all. Take a smaller d_sae or shuffle_tokens, or bf16 moments."
         )
     if plan.peak_bytes > 0.9 * there_is:
         return f"; may not fit, since {device} has {there_is / 1e9:.2f} GB in all"
