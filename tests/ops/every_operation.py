@@ -146,7 +146,9 @@ def _sae(p: Tensors) -> Tensors:
 def _train(p: Tensors) -> Tensors:
     names = ("W_enc_T", "b_enc", "W_dec", "b_dec")
     with torch.inference_mode(False), torch.enable_grad():
-        W_enc_T, b_enc, W_dec, b_dec = parameters = [p[name].detach().clone().requires_grad_() for name in names]
+        W_enc_T, b_enc, W_dec, b_dec = parameters = [
+            p[name].detach().clone(memory_format=torch.contiguous_format).requires_grad_() for name in names
+        ]
         groups = [{"params": [W_dec], "unit_norm": True}, {"params": [W_enc_T, b_enc, b_dec]}]
         optimizer = FactoredAdam(groups, lr=0.125)
         acts, indices, index = ops.encode_topk(p["x"], W_enc_T, b_enc, K, b_dec=b_dec, return_index=True)

@@ -18,7 +18,7 @@ from flashsae.ops.factors import RowFactor, SparseFactor
 from flashsae.ops.index import LatentIndex
 from flashsae.ops.latent_rows.op import sum_rows
 from flashsae.ops.register import differentiate, operator
-from flashsae.ops.validate import check_shape
+from flashsae.ops.validate import check_device, check_float, check_indices, check_shape
 
 
 class Collection:
@@ -129,18 +129,24 @@ def take_rows(weights: Tensor, latents: Tensor, slots: Tensor) -> Tensor:
 
     Args:
         weights: [d_sae, d], float.
-        latents: [C], int64: of each row that is returned. Repeats may stand for latents that get no gradient.
-        slots: [d_sae], int32: row of each latent, -1 for those that are not taken.
+        latents: [C], int32 | int64: of each row that is returned. Repeats may stand for latents that get no gradient.
+        slots: [d_sae], int32 | int64: row of each latent, -1 for those that are not taken.
     Returns:
         [C, d], dtype of weights.
     Raises:
-        ShapeError: weights or slots do not fit each other.
+        ShapeError, DtypeError: weights, latents or slots do not fit each other, or indices are out of range.
     Gradients: weights (as a factor, where `collect_factors` asked for it): that of row slots[i] is that of latent i.
     Cost: C·d elements read and written, backward too.
     Source: ours, docs/methodology.md#dead-latents.
     """
     check_shape("weights", weights, ("d_sae", "d"))
+    check_float("weights", weights)
     check_shape("slots", slots, (weights.shape[0],))
+    check_shape("latents", latents, ("C",))
+    for name, indices in (("latents", latents), ("slots", slots)):
+        check_device(name, indices, weights, "weights")
+    check_indices("latents", latents, weights.shape[0])
+    check_indices("slots", slots, latents.shape[0], lowest=-1)
     rows: Tensor = torch.ops.flashsae.take_rows(weights, latents, slots)
     return rows
 

@@ -111,7 +111,7 @@ def decode_loss(
         W_dec or target is; above the dense crossover: from a product rounded to the dtype of W_dec). The gradients of
         W_dec and b_dec use the residual as returned, so rounded to the dtype of W_dec.
     Gradients: of loss by top_acts, W_dec (as in `decode_sparse`), b_dec and target. Those of the activations are
-        computed on the way. That of a target wider than W_dec decodes once more. Weights receive none. Once
+        computed on the way. That of a target of more bits than W_dec decodes once more. Weights receive none. Once
         differentiable.
     Cost: reads each of the B·k decoder rows once (k <= 256; twice above): B·k·d_in elements. Backward: that of W_dec.
     Source: ours, docs/methodology.md#sparse-decode.
@@ -313,7 +313,7 @@ def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
     ctx.set_materialize_grads(False)  # only the errors have a gradient: no zeros for the rest
     ctx.as_factor, ctx.rounded = collects(W_dec), rounded
     # the gradient of a target of more bits than the residual as returned needs one that has as many
-    is_wide = target.requires_grad and target.dtype.itemsize > residual.dtype.itemsize
+    is_wide = target.requires_grad and torch.finfo(target.dtype).eps < torch.finfo(residual.dtype).eps
     wide = (target, b_dec) if is_wide else (None, None)
     ctx.save_for_backward(top_acts, top_indices, W_dec, residual, grad_acts, weights, *wide, *index)
     ctx.dtypes = None if b_dec is None else b_dec.dtype, target.dtype

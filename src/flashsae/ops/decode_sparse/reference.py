@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashsae.ops.validate import compute_dtype
+from flashsae.ops.validate import compute_dtype, packed
 from flashsae.shapes import Activations, InputBias, TopActs, TopIndices, Weights
 
 
@@ -15,7 +15,7 @@ def decode_sparse(top_acts: TopActs, top_indices: TopIndices, W_dec: Weights, b_
     dtype = compute_dtype(top_acts.dtype, W_dec.dtype)
     if len(top_indices) == 0:
         return W_dec.new_zeros(0, W_dec.shape[1], dtype=dtype)
-    acts = top_acts.to(dtype)
+    acts, top_indices = packed(top_acts.to(dtype), top_indices)
     x_hat = F.embedding_bag(top_indices, W_dec.to(dtype), mode="sum", per_sample_weights=acts)
     return x_hat if b_dec is None else x_hat + b_dec.to(dtype)
 
@@ -29,6 +29,6 @@ def decode_sparse_grad_acts(
     token = torch.arange(B, dtype=torch.int64, device=device).repeat_interleave(k)
     # what autograd does for the weights of an embedding bag: dot products where the rows lie, without a copy of them
     dots: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        grad_x_hat.to(dtype), W_dec.to(dtype), top_indices.flatten().long(), starts, token, 0
+        grad_x_hat.to(dtype), W_dec.to(dtype), packed(top_indices).flatten().long(), starts, token, 0
     )
     return dots.view(B, k)
