@@ -240,3 +240,70 @@ def test_bad_input_is_named(sae: SAE) -> None:
 def test_code_to_dense_adds_repeats() -> None:
     code = SparseCode(torch.tensor([[1.0, 2.0]]), torch.tensor([[1, 1]]), 3)
     assert code.to_dense().tolist() == [[0.0, 3.0, 0.0]]
+
+
+def _gradients(sae: SAE, x: torch.Tensor, code: SparseCode) -> list[torch.Tensor]:
+    total = sae.decode(code).square().sum() + sae.decode_loss(code, x).loss
+    return list(torch.autograd.grad(total, [sae.W_dec, sae.b_dec]))
+
+
+def _changed(code: SparseCode, way: str) -> SparseCode:
+    other = (code.top_indices + 7) % 40
+    if way == "replaced":
+        return code._replace(top_indices=other)
+    if way == "built":
+        return SparseCode(code.top_acts, other, code.d_sae, code.latent_index)
+    if way == "copied":
+        return SparseCode(*(part.clone() if isinstance(part, torch.Tensor) else part for part in code))
+    if way == "sorted":
+        return code._replace(top_indices=code.top_indices.flip(-1), top_acts=code.top_acts.flip(-1))
+    code.top_indices.copy_(other)
+    return code
+
+
+@pytest.mark.parametrize("way", ["replaced", "built", "copied", "sorted", "in place"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_code_of_other_indices_has_their_gradients(
+    sae: SAE, way: str, compiled: bool, generator: torch.Generator
+) -> None:
+    if compiled and way in ("copied", "in place"):
+        pytest.skip("nothing is known of memory while tracing")
+    x = torch.randn(9, 12, generator=generator)
+
+    def change(x: torch.Tensor) -> SparseCode:
+        with torch.no_grad():
+            code = sae.encode(x)
+            return _changed(code, way)
+
+    run = torch.compile(change, backend="eager", fullgraph=True) if compiled else change
+    code = run(x)
+    plain = SparseCode(code.top_acts.clone(), code.top_indices.clone(), 40)
+    for ours, expected in zip(_gradients(sae, x, code), _gradients(sae, x, plain)):
+        assert torch.equal(ours, expected)
+    assert code.latent_index is None
+
+
+def test_views_of_a_code_keep_its_index(sae: SAE, generator: torch.Generator) -> None:
+    code = sae.encode(torch.randn(2, 3, 12, generator=generator))
+    assert code.latent_index is not None
+    assert code._replace(top_acts=code.top_acts * 2).latent_index is not None
+    assert code._replace(top_indices=code.top_indices.view(6, 5)).latent_index is not None
+
+
+@pytest.mark.parametrize("setting", ["meta", "autocast", "float64"])
+def test_initial_weights_do_not_depend_on_global_state(setting: str) -> None:
+    expected = SAE(SAEConfig(8, 20, 3), seed=4, dtype=torch.bfloat16)
+    default = torch.get_default_dtype()
+    try:
+        if setting == "float64":
+            torch.set_default_dtype(torch.float64)
+        with torch.autocast("cpu", enabled=setting == "autocast"), torch.device("meta" if setting == "meta" else "cpu"):
+            sae = SAE(SAEConfig(8, 20, 3), seed=4, dtype=torch.bfloat16)
+            sae.normalize_decoder()
+    finally:
+        torch.set_default_dtype(default)
+    expected.normalize_decoder()
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(sae.state_dict()[name], tensor)
+        assert sae.state_dict()[name].dtype == torch.bfloat16
+    assert SAE(SAEConfig(8, 20, 3), device="meta").W_dec.is_meta
