@@ -64,3 +64,15 @@ def test_the_choice_of_dense_products(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not use_dense(10, 10, W)
     monkeypatch.setenv("FLASHSAE_DENSE_ABOVE", "0")
     assert use_dense(1, 100_000, W)
+
+
+def test_the_memory_of_this_machine_is_known_unless_its_system_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    there_is = backend.memory_bytes(torch.device("cpu"))
+    assert there_is is not None
+    assert there_is > 10**8
+
+    def no_sysconf(name: str) -> int:
+        raise ValueError("unrecognized configuration name")
+
+    monkeypatch.setattr(backend.os, "sysconf", no_sysconf)
+    assert backend.memory_bytes(torch.device("cpu")) is None

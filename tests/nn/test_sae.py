@@ -307,3 +307,7 @@ def test_initial_weights_do_not_depend_on_global_state(setting: str) -> None:
         assert torch.equal(sae.state_dict()[name], tensor)
         assert sae.state_dict()[name].dtype == torch.bfloat16
     assert SAE(SAEConfig(8, 20, 3), device="meta").W_dec.is_meta
+
+
+def test_repr_tells_what_it_is() -> None:
+    assert repr(SAE(SAEConfig(6, 20, 3), dtype=torch.bfloat16)) == "SAE(TopK, d_in=6, d_sae=20, k=3, bfloat16, cpu)"

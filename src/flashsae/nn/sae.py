@@ -125,6 +125,12 @@ class SAE(nn.Module):
         """The encoder as the field writes it: [d_in, d_sae], a view of W_enc_T."""
         return self.W_enc_T.T
 
+    def extra_repr(self) -> str:
+        """Return what stands between the brackets of repr(sae)."""
+        config, weights = self.config, self.W_dec
+        dtype = str(weights.dtype).removeprefix("torch.")
+        return f"TopK, d_in={config.d_in}, d_sae={config.d_sae}, k={config.k}, {dtype}, {weights.device}"
+
     def encode(self, x: Tensor) -> SparseCode:
         """Return the code of some tokens.
 

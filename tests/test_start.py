@@ -1,0 +1,39 @@
+"""What is settled before a run begins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flashsae import start
+from flashsae.errors import ConfigError
+from flashsae.settings import ActivationsConfig, RunConfig
+
+
+def test_runs_are_named_after_model_and_hookpoint_and_numbered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def place(**activations: str) -> str:
+        return str(start.place_of(RunConfig(ActivationsConfig(**activations))))  # type: ignore[arg-type]
+
+    assert place() == "runs/minilm-encoder.layer.2"
+    assert place(model="owner/name", hookpoint="layers.*") == "runs/name-layers.all"
+    assert place(model="~/models/m", hookpoint="h.[0-3]") == "runs/m-h.-0-3-"
+    assert start.new_run(RunConfig()) == Path("runs/minilm-encoder.layer.2")
+    assert place() == "runs/minilm-encoder.layer.2-2"
+    with pytest.raises(ConfigError, match="hookpoint: expected a module path of owner/name"):
+        place(model="owner/name")
+
+
+def test_a_run_that_holds_nothing_is_discarded_with_the_folder_made_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = start.new_run(RunConfig())
+    (run / "metrics.jsonl").touch()
+    assert not start.discard_if_empty(run)
+    (run / "metrics.jsonl").unlink()
+    (run / ".something.partial").touch()
+    assert start.discard_if_empty(run)
+    assert list(tmp_path.iterdir()) == []
