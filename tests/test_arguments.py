@@ -285,6 +285,17 @@ def test_words_that_are_wrong_are_one_sentence(
     assert not arrived
 
 
+def test_the_file_may_lie_in_the_home_folder(
+    arrived: Arrived, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "my.toml").write_text("k = 5")
+    assert _main("train", "--config", "~/my.toml") == 0
+    assert arrived["k"] == 5
+    assert _main("train", "--config", "~nobody-of-this-name/my.toml") == 1
+    assert "expected a path whose user exists" in capsys.readouterr().err
+
+
 def test_a_file_beside_resume_is_refused_as_flags_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "my.toml").write_text("k = 32")
     assert _main("train", "--resume", str(tmp_path), "--config", str(tmp_path / "my.toml")) == 1

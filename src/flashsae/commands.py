@@ -13,7 +13,7 @@ from flashsae import __version__
 from flashsae.arguments import Given
 from flashsae.errors import FlashSAEError
 from flashsae.precision import Precision
-from flashsae.settings.kinds import PositiveFloat, PositiveInt
+from flashsae.settings.kinds import PositiveFloat, PositiveInt, expand
 from flashsae.settings.reading import ActivationsConfig, ReadingConfig
 from flashsae.settings.run import RunConfig
 from flashsae.settings.training import TrainConfig
@@ -246,7 +246,7 @@ def _with_config(
         Path | None, Parameter(help="TOML file with settings by their names here, such as k = 64.")
     ] = None,
 ) -> None:
-    app.config = (Given(tokens, config),)
+    app.config = (Given(tokens, None if config is None else expand(config)),)
     app(tokens, exit_on_error=False, print_error=False)
 
 
