@@ -5,6 +5,7 @@ import importlib.util
 import pytest
 import torch
 
+from flashsae import backend
 from flashsae.backend import backends, describe, resolve_device, use_dense, use_kernels
 from flashsae.errors import ConfigError
 

@@ -62,7 +62,7 @@ def _train(text: Path, run: Path, *more: str | Path) -> tuple[str | Path, ...]:
         (["--device", "mps"], "device: expected auto, cpu or a CUDA device that exists, got 'mps'"),
         (["--device", "meta"], "got 'meta' (FlashSAE does not run on meta)."),
         (["--d-sae", "100000000000"], "keeps 922,800.0 GB from step to step, and cpu has"),
-        (["--shuffle-tokens", "10000000000000", "--stream"], "Take a smaller --d-sae or --shuffle-tokens"),
+        (["--shuffle-tokens", "10000000000000", "--stream"], "shuffle_tokens: a training of this size keeps"),
         (
             ["--shuffle-tokens", "100", "--stream"],
             "shuffle_tokens: expected at least two batches (128 tokens), got 100.",
