@@ -133,6 +133,19 @@ def test_activations_that_are_not_finite_name_model_hookpoint_and_documents(tiny
         tiny.collect(reader, None)
 
 
+def test_what_to_do_about_nan_depends_on_the_precision(tiny: ModuleType) -> None:
+    for dtype, advice in (
+        (torch.float32, r"Take those documents out\.$"),
+        (torch.bfloat16, r"as on the CPU \(device cpu"),
+    ):
+        model = tiny.gpt2().to(dtype)
+        reader = tiny.source(text=open_text(["the cat sat"]), model=model, held_out=0.0)
+        with torch.no_grad():
+            model.base_model.wte.weight[:] = float("nan")
+        with pytest.raises(DataError, match=advice):
+            tiny.collect(reader, None)
+
+
 @pytest.mark.parametrize("split", ["train", "held_out", None])
 def test_any_cursor_goes_on_with_the_same_bytes_and_runs_nothing_twice(tiny: ModuleType, split: Split | None) -> None:
     model = tiny.gpt2()

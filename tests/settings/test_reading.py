@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import ast
+import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import flashsae
 from flashsae.data.open import prepare_activations
 from flashsae.errors import ConfigError
 from flashsae.settings.reading import ActivationsConfig, ReadingConfig
 from flashsae.settings.run import RunConfig
+from flashsae.settings.training import TrainConfig
 
 CHOSEN: dict[str, Any] = {
     "skip_first": 3,
@@ -86,3 +91,17 @@ def test_one_document_is_refused_before_the_model_is_loaded(tmp_path: Path, monk
     with pytest.raises(Exception, match=r"it is one document.*cut into documents at blank lines"):
         prepare_activations(ActivationsConfig(dataset=str(text)), tokens=100, folder=tmp_path / "x", device="cpu")
     assert not (tmp_path / "x").exists()
+
+
+def test_every_option_that_a_message_names_exists() -> None:
+    options = {f.name for config in (ActivationsConfig, TrainConfig) for f in fields(config)}
+    options |= {"out", "max_tokens", "run", "resume", "config", "report", "verify"}
+    package = Path(flashsae.__file__).parent
+    named = {}
+    for path in [*package.glob("data/*.py"), *package.glob("settings/*.py"), *package.glob("train/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found = re.findall(r"(?<![\w-])--(?:no-)?([a-z][a-z-]*)", node.value)
+                named |= {option.replace("-", "_"): path.name for option in found}
+    assert len(named) > 5
+    assert not {option: name for option, name in named.items() if option not in options}
