@@ -156,6 +156,13 @@ def test_a_limit_that_no_setting_tells_is_found_before_anything_is_made(tiny: Mo
         tiny.source(dataclasses.replace(tiny.SMALL, context_length=40), TEXT, model=model)
 
 
+def test_a_model_that_pads_its_input_is_refused(tiny: ModuleType) -> None:
+    model = tiny._make("Longformer", vocab_size=64, attention_window=[4, 4], max_position_embeddings=34, **tiny._SIZES)
+    reader = tiny.source(dataclasses.replace(tiny.SMALL, hookpoints=("encoder.layer.1",)), TEXT, model=model)
+    with pytest.raises(ConfigError, match=r"gives \[3, 8\] vectors for \[3, 6\] tokens, as models do that pad"):
+        tiny.collect(reader, None)
+
+
 def test_the_whole_model_reads_where_it_has_one_half() -> None:
     model = nn.Linear(2, 2)
     assert text_reader(model) is model

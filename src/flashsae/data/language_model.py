@@ -268,6 +268,12 @@ class LanguageModelSource:
     def _read(self, batch: TokenBatch) -> tuple[dict[str, Chunk], int]:
         """Run the model on a batch; return its chunks and how many tokens the norm filter dropped."""
         outputs = self._model(batch.ids, batch.attention)
+        for name, output in outputs.items():
+            if output.shape[:2] != batch.ids.shape:
+                raise ConfigError(
+                    f"hookpoints: {name} of {self.config.model} gives {list(output.shape[:2])} vectors for "
+                    f"{list(batch.ids.shape)} tokens, as models do that pad their input; choose another model."
+                )
         keep = batch.keep.to(self._model.device)
         acts = {name: output[keep] for name, output in outputs.items()}
         documents = batch.documents[batch.keep]
