@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain, count
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,11 +23,13 @@ from rich.console import Console
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.measure import facts
-from flashsae.data.cache import TOKENS_FOLDER, ActivationCache, CacheIndex, shard_path
+from flashsae.data.cache import ActivationCache
+from flashsae.data.cache_index import TOKENS_FOLDER, CacheIndex, CacheSettings, Shard, shard_path
 from flashsae.data.language_model import LanguageModelConfig, LanguageModelSource
 from flashsae.data.shuffle import shuffled
 from flashsae.data.sources import RowSource, StreamSource
 from flashsae.data.text import open_text
+from flashsae.documents import crc32
 from flashsae.train.callbacks import Callback, JsonlLog
 from flashsae.train.config import ResolvedConfig, TrainConfig
 from flashsae.train.loop import train, train_step
@@ -46,17 +48,28 @@ MERGED_MS = 0.02  # spans closer to each other than this are one when drawn
 
 def write_random_cache(folder: Path, d_in: int, rows: int, shard_rows: int = 32768) -> None:
     """Write a cache of random activations in the format of docs/formats.md."""
-    settings = {"model": "random", "dataset": "random", "hookpoints": {"random": d_in}, "dtype": "bfloat16"}
-    shards = [min(shard_rows, rows - start) for start in range(0, rows, shard_rows)]
+    names = {"model": "random", "dataset": "random", "model_fingerprint": "", "text_fingerprint": ""}
+    settings = CacheSettings(
+        **names,
+        hookpoints={"random": d_in},
+        dtype="bfloat16",
+        context_length=1,
+        mask_special=True,
+        max_norm_ratio=None,
+    )
+    sizes = [min(shard_rows, rows - start) for start in range(0, rows, shard_rows)]
+    shards: list[Shard] = []
     for kind in (TOKENS_FOLDER, "random"):
         (folder / kind).mkdir(parents=True)
-    for number, n in enumerate(shards):
+    for number, n in enumerate(sizes):
         group = torch.arange(n) + number * shard_rows
         tokens = {"token_ids": torch.zeros(n, dtype=torch.int32), "position": torch.zeros(n, dtype=torch.int32)}
         acts = {"activations": torch.randn(n, d_in, generator=torch.Generator().manual_seed(number)).bfloat16()}
         safetensors.torch.save_file({**tokens, "group": group}, shard_path(folder, TOKENS_FOLDER, number))
         safetensors.torch.save_file(acts, shard_path(folder, "random", number))
-    CacheIndex(settings, shards, None, True).write(folder)
+        sums = {kind: crc32(shard_path(folder, kind, number)) for kind in (TOKENS_FOLDER, "random")}
+        shards.append(Shard(n, sums))
+    CacheIndex(asdict(settings), shards, None, True).write(folder)
 
 
 class Tracer(Callback):

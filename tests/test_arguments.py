@@ -16,6 +16,7 @@ from flashsae import backend, commands, start
 from flashsae import run as runs
 from flashsae.bench import step as bench_step
 from flashsae.cli import main
+from flashsae.data import cache_index
 from flashsae.data import open as data_open
 from flashsae.errors import ConfigError
 from flashsae.settings import ActivationsConfig, ReadingConfig, RunConfig, TrainConfig
@@ -105,6 +106,7 @@ def arrived(monkeypatch: pytest.MonkeyPatch) -> Arrived:
     monkeypatch.setattr(data_open, "cache_activations", cache)
     monkeypatch.setattr(bench_step, "bench_step", step)
     monkeypatch.setattr(backend, "resolve_device", lambda device: device)
+    monkeypatch.setattr(cache_index, "verify_cache", lambda place: take(verify=place))
     return seen
 
 
@@ -122,7 +124,7 @@ EVERY = [
     *[("bench step", name) for name in STEP],
 ]
 DECLARED = {"train": TRAIN, "cache": CACHE, "bench step": STEP}
-APART = ("stream",)  # what may not stand beside another setting
+APART = ("stream", "verify")  # what may not stand beside another setting
 
 
 def _default(name: str) -> Any:
@@ -143,7 +145,7 @@ def test_every_setting_arrives_from_flags_from_a_file_and_from_python(
         values["context_length"] = 70  # more than what is left out of it
     meant = {name: check(name, value, declared[name]) for name, value in values.items()}
     assert not any(value == _default(name) for name, value in meant.items())
-    needed = ["--out", "acts"] if command == "cache" and alone else []
+    needed = ["--out", "acts"] if command == "cache" and alone and "verify" not in values else []
 
     flags = [word for name, value in values.items() for word in words(name, value)]
     assert _main(*command.split(), *needed, *flags) == 0

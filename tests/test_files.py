@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from flashsae import files
+import kill
+from flashsae import documents, files
 from flashsae.errors import CheckpointError, StorageError
 
 
@@ -91,7 +92,7 @@ def test_only_one_process_works_in_a_folder(tmp_path: Path) -> None:
 def test_tensors_round_trip(tmp_path: Path) -> None:
     tensors = {"a": torch.randn(3, 4).T, "b": torch.arange(5), "c": torch.zeros(0, 2, dtype=torch.bfloat16)}
     files.save_tensors(tmp_path / "t.safetensors", tensors)
-    for name, tensor in files.load_tensors(tmp_path / "t.safetensors").items():
+    for name, tensor in documents.load_tensors(tmp_path / "t.safetensors").items():
         assert torch.equal(tensor, tensors[name])
         assert tensor.dtype == tensors[name].dtype
 
@@ -101,8 +102,128 @@ def test_damaged_files_are_named(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"cannot read .*x\.safetensors: it is damaged"):
-        files.load_tensors(path)
+        documents.load_tensors(path)
     with pytest.raises(CheckpointError, match=r"cannot read .*x\.safetensors: it is damaged"):
-        files.load_json(path)
+        documents.load_json(path)
     with pytest.raises(CheckpointError, match="there is no such file"):
-        files.load_json(tmp_path / "none.json")
+        documents.load_json(tmp_path / "none.json")
+
+
+def _write(root: Path) -> None:
+    files.clear_leftovers(root)
+    files.write_atomic(root / "a.json", "new" * 100)
+
+
+def test_write_atomic_survives_a_kill_at_every_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def old_or_new(root: Path) -> None:
+        assert (root / "a.json").read_text() in ("old", "new" * 100)
+
+    moments = kill.survive_every_kill(
+        tmp_path,
+        monkeypatch,
+        prepare=lambda root: files.write_atomic(root / "a.json", "old"),
+        work=_write,
+        after_kill=old_or_new,
+    )
+    assert moments >= 4  # made, flushed, renamed, the folder flushed
+
+
+def _fill(root: Path) -> None:
+    with files.atomic_directory(root / "run", overwrite=True) as folder:
+        for name in ("a", "b"):
+            (folder / name).write_text("new" * 100)
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_atomic_directory_survives_a_kill_at_every_moment(
+    is_there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def prepare(root: Path) -> None:
+        if is_there:
+            with files.atomic_directory(root / "run") as folder:
+                (folder / "a").write_text("old")
+
+    def old_or_new(root: Path) -> None:
+        files.settle(root / "run")
+        if is_there:
+            assert (root / "run" / "a").read_text() in ("old", "new" * 100)
+        assert {path.name for path in root.iterdir()} <= {"run"}
+
+    kill.survive_every_kill(tmp_path, monkeypatch, prepare=prepare, work=_fill, after_kill=old_or_new)
+
+
+def test_what_somebody_is_writing_is_no_leftover(tmp_path: Path) -> None:
+    with files.atomic_directory(tmp_path / "run") as folder:
+        files.settle(tmp_path / "run")
+        (folder / "a").write_text("1")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_leftovers_of_any_version_are_cleared_and_nothing_else(tmp_path: Path) -> None:
+    for name in (".step-00000016.7.partial", ".sae.0123456789abcdef.partial", ".sae.7.old"):
+        (tmp_path / "deep" / name).mkdir(parents=True)
+    (tmp_path / "deep" / "sae").mkdir()
+    for name in (".index.json.7.partial", "mine.partial", ".mine.partial"):
+        (tmp_path / name).write_text("x")
+    files.clear_leftovers(tmp_path)
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [
+        ".mine.partial",
+        "deep",
+        "deep/sae",
+        "mine.partial",
+    ]
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "ä" * 127 + "y"])
+def test_a_name_as_long_as_the_file_system_allows_is_written(name: str, tmp_path: Path) -> None:
+    files.write_atomic(tmp_path / name, "x")
+    with files.atomic_directory(tmp_path / "deep" / name, overwrite=True):
+        pass
+    with pytest.raises(StorageError, match=r"File name too long\. Choose a shorter name"):
+        files.write_atomic(tmp_path / f"{name}x", "x")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (PermissionError(errno.EACCES, "no"), "Permission denied. Choose a folder that you may write to"),
+        (OSError(errno.EROFS, "no"), "Read-only file system. Choose a folder that you may write to"),
+        (Exception("IO error (os error 28)"), "No space left on device. Free some space"),  # as Rust tells it
+        (IsADirectoryError(errno.EISDIR, "no"), "Is a directory. Choose another folder"),
+    ],
+)
+def test_each_refusal_of_the_system_comes_with_its_own_advice(error: Exception, message: str) -> None:
+    with pytest.raises(StorageError, match=f"could not write a: {message}"), files.storage_errors(Path("a")):
+        raise error
+
+
+def test_what_is_no_refusal_of_the_system_passes(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), files.storage_errors(tmp_path):
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_files_obey_the_umask(umask: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        files.save_tensors(tmp_path / "a", {"a": torch.zeros(2)})
+        files.write_atomic(tmp_path / "b", "x")
+        with files.atomic_directory(tmp_path / "c"):
+            pass
+    finally:
+        os.umask(before)
+    modes = [(tmp_path / name).stat().st_mode & 0o777 for name in "abc"]
+    assert modes == [0o666 & ~umask, 0o666 & ~umask, 0o777 & ~umask]
+
+
+def test_where_folders_cannot_be_locked_a_file_stands_for_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "fcntl", None)  # as on Windows
+    monkeypatch.setattr(files.tempfile, "gettempdir", lambda: str(tmp_path / "locks"))
+    (tmp_path / "locks").mkdir()
+    (tmp_path / "run").mkdir()
+    with files.only_one(tmp_path / "run"):
+        with pytest.raises(StorageError, match="another process works in"), files.only_one(tmp_path / "run"):
+            pass
+        assert list((tmp_path / "run").iterdir()) == []
+    with files.only_one(tmp_path / "run", wait=True), files.only_one(tmp_path / "locks"):
+        pass

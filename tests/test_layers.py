@@ -13,7 +13,7 @@ SRC = Path(__file__).parents[1] / "src" / "flashsae"
 
 ORDER = """
 errors precision settings.kinds settings.reading settings.training settings.run
-files shapes backend neutral
+schema files documents shapes backend neutral
 ops.register ops.validate ops.index
 ops.dense.kernels ops.dense.launch ops.dense.op
 ops.latent_rows.reference ops.latent_rows.kernels ops.latent_rows.launch ops.latent_rows.op
@@ -25,14 +25,15 @@ ops.encode_topk.reference ops.encode_topk.kernels ops.encode_topk.certify_kernel
 ops.encode_topk.op
 ops.variance.reference ops.variance.kernels ops.variance.launch ops.variance.op
 metrics
-nn.losses nn.sae
+nn.losses nn.saved nn.sae
 optim
 data.acts data.fingerprint data.sources data.synthetic data.shuffle data.prefetch
 data.python_docs data.text_files data.text
 data.models data.weights data.windows data.documents data.hooked data.language_model
-data.cache data.cache_writer data.open
+data.cache_index data.cache data.cache_writer data.existing data.open
 io.checkpoint
-train.config train.plan train.dead train.graph train.records train.callbacks train.sample train.state train.loop
+train.config train.plan train.dead train.graph train.records train.log_file train.callbacks train.sample train.state
+train.loop
 train.fit
 evaluate.heldout
 report.tokens report.snippet_file report.snippets report.summary report.drawing report.plots report.cards

@@ -23,7 +23,7 @@ from flashsae.data.cache import ActivationCache
 from flashsae.data.language_model import LanguageModelSource
 from flashsae.data.open import ActivationsConfig
 from flashsae.data.text import open_text
-from flashsae.files import load_tensors
+from flashsae.documents import load_tensors
 from flashsae.report.snippet_file import read_snippets
 from flashsae.report.summary import final_figures
 from flashsae.run import execute, new_run

@@ -8,10 +8,11 @@ from typing import Annotated
 
 from cyclopts import App, Group, Parameter
 from rich.console import Console
+from rich.markup import escape
 
 from flashsae import __version__
 from flashsae.arguments import Given
-from flashsae.errors import FlashSAEError
+from flashsae.errors import ConfigError, FlashSAEError
 from flashsae.precision import Precision
 from flashsae.settings.kinds import PositiveFloat, PositiveInt, expand
 from flashsae.settings.reading import ActivationsConfig, ReadingConfig
@@ -133,9 +134,10 @@ def _is_demo(config: RunConfig) -> bool:
 def cache(
     reading: Reading = ReadingConfig(),  # noqa: B008 - frozen
     *,
-    out: Path,
+    out: Path | None = None,
     max_tokens: PositiveInt | None = None,
     device: str = "auto",
+    verify: Path | None = None,
 ) -> None:
     """Write the activations of a language model to disk, to train on them with flashsae train --activations.
 
@@ -145,23 +147,36 @@ def cache(
         out: Folder of the cache.
         max_tokens: Stop after so many tokens. Default: all of the data set.
         device: auto, cpu, cuda, cuda:1 ...
+        verify: Write nothing; read every byte of the cache in this folder and compare it with its checksums.
     """
     from flashsae.backend import resolve_device
+    from flashsae.data.cache_index import verify_cache
     from flashsae.data.open import cache_activations
     from flashsae.train.callbacks import StageBar
 
     console = Console()
+    if verify is not None:
+        if reading != ReadingConfig() or out is not None or max_tokens is not None:
+            raise ConfigError("verify: expected no other setting beside it; it writes nothing.")
+        files, size = verify_cache(verify)
+        told = f"{verify}: all {files:,} files are as they were written ({size / 1e9:.2f} GB)"
+        console.print(told, highlight=False, soft_wrap=True)
+        return
+    if out is None:
+        raise ConfigError("out: expected --out FOLDER for a cache to be written, or --verify FOLDER to check one.")
     place = str(resolve_device(device))
     bar = StageBar(console, "activations", "tokens")
     bar.start(0, max_tokens)
     try:
-        cache_activations(reading, out, max_tokens=max_tokens, device=place, on_progress=bar.update)
+        warnings = cache_activations(reading, out, max_tokens=max_tokens, device=place, on_progress=bar.update)
     except KeyboardInterrupt:
         bar.stop()
         console.print("\nStopped. The same command goes on where it was.", highlight=False)
         raise SystemExit(130) from None
     finally:
         bar.stop()
+    for warning in warnings:
+        console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True)
     console.print(f"Train on them: flashsae train --activations {out}", highlight=False, soft_wrap=True)
 
 

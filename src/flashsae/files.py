@@ -1,22 +1,44 @@
-"""Files that are either whole or not there: written aside, flushed to disk, renamed into place."""
+"""Files that are either whole or not there: written aside, flushed to disk, renamed into place.
+
+What is being written lies beside its place as `.NAME.<random>.partial`, a folder that is being replaced as
+`.NAME.<random>.old`. What a kill leaves of them is put back or removed by whoever holds the lock of the folder.
+"""
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import hashlib
-import json
 import os
+import re
+import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from flashsae.errors import CheckpointError, StorageError
+from flashsae.errors import CheckpointError, FlashSAEError, StorageError
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
+
+_LEFTOVER = re.compile(r"\.(.+)\.[^.]+\.(partial|old)", re.DOTALL)
+_FULL, _FORBIDDEN = "Free some space or choose another folder", "Choose a folder that you may write to"
+_ADVICE = {
+    errno.ENOSPC: _FULL,
+    getattr(errno, "EDQUOT", 0): _FULL,
+    errno.EACCES: _FORBIDDEN,
+    errno.EPERM: _FORBIDDEN,
+    errno.EROFS: _FORBIDDEN,
+    errno.ENAMETOOLONG: "Choose a shorter name",
+}
 
 
 @contextmanager
@@ -24,22 +46,38 @@ def storage_errors(path: Path) -> Iterator[None]:
     """Turn what the file system refuses while writing `path` into a StorageError that says what to do."""
     try:
         yield
-    except StorageError:
+    except FlashSAEError:
         raise
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise StorageError(
-            f"could not write {path}: {reason}. Free some space or choose another folder; "
-            "what was written before is intact."
-        ) from error
+    except Exception as error:
+        # libraries written in Rust raise plain exceptions that end in "(os error 28)"
+        told = re.search(r"\(os error (\d+)\)", str(error))
+        if not told and not isinstance(error, OSError | SafetensorError):
+            raise
+        number = int(told[1]) if told else getattr(error, "errno", None)
+        reason = os.strerror(number) if number else str(error)
+        advice = _ADVICE.get(number or -1, "Choose another folder")
+        raise StorageError(f"could not write {path}: {reason}. {advice}; what was written before is intact.") from error
 
 
 def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    is_folder = path.is_dir()
+    if is_folder and os.name == "nt":
+        return  # Windows opens no folders, and writes their entries through
+    descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _aside(path: Path, kind: str) -> Path:
+    """Return a name beside `path` that nobody has; a process id would not do, since containers repeat it."""
+    return path.with_name(f".{_short(path.name)}.{secrets.token_hex(8)}.{kind}")
+
+
+def _short(name: str) -> str:
+    """Return what of a name leaves room for ours in the 255 bytes that file systems allow."""
+    return os.fsdecode(os.fsencode(name)[:220])
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -48,7 +86,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     Raises:
         StorageError: the file system refused; `path` is as it was.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    aside = _aside(path, "partial")
     data = content.encode() if isinstance(content, str) else content
     with storage_errors(path):
         try:
@@ -76,88 +114,89 @@ def atomic_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         StorageError: the file system refused, or `path` exists; nothing is left behind.
     """
     with storage_errors(path):
+        settle(path)
         if path.exists() and not (overwrite and path.is_dir()):
             raise StorageError(f"{path} exists already and is not overwritten; choose another folder or remove it.")
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            aside.mkdir()
-            yield aside
-            for file in sorted(aside.rglob("*")):
-                _fsync(file)
-            _fsync(aside)
-            if path.exists():
-                old = aside.with_suffix(".old")
-                os.replace(path, old)
-                os.replace(aside, path)
-                shutil.rmtree(old)
-            else:
-                os.replace(aside, path)
-        except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise
+        aside = _aside(path, "partial")
+        aside.mkdir()
+        with only_one(aside):  # so that nobody takes it for a leftover
+            try:
+                yield aside
+                for file in sorted(aside.rglob("*")):
+                    _fsync(file)
+                _fsync(aside)
+                _swap(aside, path)
+            except BaseException:
+                shutil.rmtree(aside, ignore_errors=True)
+                raise
         _fsync(path.parent)
 
 
+def _swap(aside: Path, path: Path) -> None:
+    if not path.exists():
+        os.replace(aside, path)
+        return
+    old = _aside(path, "old")
+    with only_one(path):  # also under its other name
+        os.replace(path, old)
+        try:
+            os.replace(aside, path)
+        except BaseException:
+            os.replace(old, path)
+            raise
+        shutil.rmtree(old)
+
+
+def settle(path: Path) -> None:
+    """Put back a folder that a kill caught while it was replaced, and remove what else was left of writing it.
+
+    What another process is writing at this moment is left alone.
+    """
+    with storage_errors(path):
+        beside = list(path.parent.iterdir()) if path.parent.is_dir() else []
+    for leftover in beside:
+        match = _LEFTOVER.fullmatch(leftover.name)
+        if match and match[1] == _short(path.name) and leftover.is_dir():
+            try:
+                with only_one(leftover):
+                    _clear(leftover, path if match[2] == "old" else None)
+            except StorageError:
+                continue
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Settle everything in a folder and below; for the one who holds its lock."""
+    for parent, folders, names in os.walk(folder):
+        for name in (*folders, *names):
+            match = _LEFTOVER.fullmatch(name)
+            if match:
+                _clear(Path(parent, name), Path(parent, match[1]) if match[2] == "old" else None)
+        folders[:] = [name for name in folders if not _LEFTOVER.fullmatch(name)]
+
+
+def _clear(leftover: Path, origin: Path | None) -> None:
+    with storage_errors(leftover):
+        if origin is not None and not origin.exists():
+            os.replace(leftover, origin)
+        elif leftover.is_dir() and not leftover.is_symlink():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
+
+
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file.
+    """Write a safetensors file, readable for whom the umask allows it.
 
     Raises:
         StorageError: the file system refused.
     """
     with storage_errors(path):
+        path.touch()
+        mode = path.stat().st_mode  # the library makes a file of its own that is private
         contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
         safetensors.torch.save_file(contiguous, path)
-
-
-def save_tensors_atomic(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Replace a safetensors file; for small ones, since it is put together in memory.
-
-    Raises:
-        StorageError: the file system refused; `path` is as it was.
-    """
-    write_atomic(path, safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}))
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file into memory.
-
-    Raises:
-        CheckpointError: the file is missing or damaged.
-    """
-    try:
-        return safetensors.torch.load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read {path}: {_reason(path, error)}") from error
-
-
-def load_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        CheckpointError: the file is missing or damaged.
-    """
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {_reason(path, error)}") from error
-
-
-def load_manifest(path: Path, kind: str, version: int) -> dict[str, Any]:
-    """Read a JSON file that says what it is: {"format": kind, "format_version": version, ...}.
-
-    Raises:
-        CheckpointError: the file is missing, damaged, of something else, or of another version.
-    """
-    content = load_json(path)
-    if not isinstance(content, dict) or content.get("format") != kind:
-        raise CheckpointError(f"{path} is something else: expected the format {kind!r} of FlashSAE in it.")
-    if content.get("format_version") != version:
-        raise CheckpointError(
-            f"{path} has format version {content.get('format_version')}, this FlashSAE reads {version}. Use the "
-            f"FlashSAE that wrote it ({content.get('flashsae_version', 'unknown')}), or write it again."
-        )
-    return content
+        path.chmod(mode)
 
 
 def sha256(path: Path) -> str:
@@ -167,6 +206,27 @@ def sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def check_sha256(path: Path, expected: str | None, where: str, advice: str) -> None:
+    """Raise CheckpointError unless a file has the SHA-256 that is told of it in the file `where`."""
+    try:
+        found = sha256(path)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {refusal(path, error)} {advice}") from error
+    if found != expected:
+        raise CheckpointError(f"{path} is damaged: its checksum is not the one in {where}. {advice}")
+
+
+def refusal(path: Path, error: Exception) -> str:
+    """Say in words why a file cannot be read."""
+    if not os.path.lexists(path):
+        return "there is no such file."
+    if path.is_dir():
+        return "it is a folder, where a file is expected."
+    if isinstance(error, OSError) and error.errno:
+        return f"{os.strerror(error.errno)}."
+    return f"it is damaged or not of this format ({str(error).rstrip('.') or type(error).__name__})."
 
 
 @contextmanager
@@ -179,18 +239,37 @@ def only_one(folder: Path, *, wait: bool = False) -> Iterator[None]:
     Raises:
         StorageError: another process works in the folder.
     """
-    descriptor = os.open(folder, os.O_RDONLY)  # the lock is on the folder itself and leaves nothing in it
+    with storage_errors(folder):
+        release = _locked_file(folder, wait) if fcntl is None else _locked_folder(folder, wait)
+    if release is None:
+        raise StorageError(f"another process works in {folder}; wait for it, or choose another folder.")
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError as error:
-            raise StorageError(f"another process works in {folder}; wait for it, or choose another folder.") from error
         yield
     finally:
+        release()
+
+
+def _locked_folder(folder: Path, wait: bool) -> Callable[[], None] | None:
+    """Lock the folder itself, which leaves nothing in it; return what unlocks it, or None if another has it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BaseException as error:
         os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            return None
+        raise
+    return partial(os.close, descriptor)
 
 
-def _reason(path: Path, error: Exception) -> str:
-    if not path.exists():
-        return "there is no such file."
-    return f"it is damaged or not of this format ({error})."
+def _locked_file(folder: Path, wait: bool) -> Callable[[], None] | None:
+    """Lock a file that stands for the folder, where folders cannot be locked: as `_locked_folder`, on this machine."""
+    import filelock
+
+    stands_for = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]
+    lock = filelock.FileLock(Path(tempfile.gettempdir(), f"flashsae-{stands_for}.lock"))
+    try:
+        lock.acquire(timeout=-1 if wait else 0)
+    except filelock.Timeout:
+        return None
+    return lock.release

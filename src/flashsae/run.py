@@ -11,7 +11,6 @@ RUN/report.html          all of it to look at
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from flashsae.backend import resolve_device
 from flashsae.data.open import Opened, Prepared, prepare_activations
 from flashsae.data.shuffle import shuffled
 from flashsae.data.sources import Source
+from flashsae.documents import save_tensors_atomic, write_document
 from flashsae.evaluate import evaluate, held_out_batches, latent_geometry
 from flashsae.io.checkpoint import list_checkpoints, load_checkpoint
 from flashsae.metrics import LatentActivity, is_dead
@@ -36,8 +36,9 @@ from flashsae.report.tokens import token_text
 from flashsae.settings.run import CONFIG_FILE, RunConfig
 from flashsae.start import begun, check, check_rows, nothing_held_out, plan_table, table
 from flashsae.start import new_run as new_run
-from flashsae.train.callbacks import LOG_FILE, JsonlLog, ProgressBar, StageBar, Warn, build_logger, read_log
+from flashsae.train.callbacks import JsonlLog, ProgressBar, StageBar, Warn, build_logger
 from flashsae.train.config import ResolvedConfig, TrainConfig
+from flashsae.train.log_file import LOG_FILE, read_log
 from flashsae.train.loop import train
 from flashsae.train.state import init_state
 
@@ -58,6 +59,7 @@ def execute(run: Path, console: Console) -> None:
     config = begun(run)
     check(config)
     with files.only_one(run):
+        files.clear_leftovers(run)
         _execute(run, config, console)
 
 
@@ -65,6 +67,8 @@ def _execute(run: Path, config: RunConfig, console: Console) -> None:
     prepared = _prepare(config, run)
     console.print(plan_table(config, prepared, run))
     opened = _open(prepared, config, console)
+    for warning in opened.warnings:
+        console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True)
     resolved = {hookpoint: _resolved(config, prepared, hookpoint) for hookpoint in opened.sources}
     del prepared  # with it goes a language model whose activations are cached
     if len(opened.sources) == 1:
@@ -215,7 +219,7 @@ def _evaluate(run: Path, sae: SAE, source: Source, settings: ResolvedConfig) -> 
         "train_seconds": seconds,
         "tokens_per_second": log[-1]["tokens"] / seconds,
     }
-    files.write_atomic(run / "evaluation.json", json.dumps(result, indent=2) + "\n")
+    write_document(run / "evaluation.json", result)
     return result
 
 
@@ -248,7 +252,7 @@ def _describe_latents(
     counted = {"latent_density": activity.latent_density().float().cpu()}
     if dead is not None:
         counted["is_dead"] = dead.cpu()
-    files.save_tensors_atomic(run / "latents.safetensors", counted | latent_geometry(sae))
+    save_tensors_atomic(run / "latents.safetensors", counted | latent_geometry(sae))
     write_snippets(run / "snippets.json", snippets)
 
 

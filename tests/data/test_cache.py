@@ -13,11 +13,13 @@ import safetensors.torch
 import torch
 
 from flashsae.data.cache import ActivationCache
+from flashsae.data.cache_index import CacheIndex, shard_path
 from flashsae.data.cache_writer import write_cache
 from flashsae.data.language_model import LanguageModelSource
 from flashsae.data.shuffle import RowShuffle
 from flashsae.data.sources import RowSource, Split, split_mask
 from flashsae.data.text import open_text
+from flashsae.documents import crc32
 from flashsae.errors import CheckpointError, ConfigError, DataError
 
 
@@ -93,6 +95,16 @@ def test_rows_are_mapped_not_loaded(written: Path) -> None:
     assert len(cache.rows(torch.arange(3))) == 3
 
 
+def reseal(directory: Path) -> None:
+    """Write the checksums of the shards as they are now into the index, as if they had been written so."""
+    index = CacheIndex.read(directory)
+    index.shards = [
+        dataclasses.replace(shard, crc32={kind: crc32(shard_path(directory, kind, number)) for kind in shard.crc32})
+        for number, shard in enumerate(index.shards)
+    ]
+    index.write(directory)
+
+
 @pytest.mark.parametrize("split", ["train", "held_out"])
 def test_what_is_not_finite_is_found_by_whoever_reads_it(copy: Path, split: Split) -> None:
     bad = int(ActivationCache(copy, "h.0", held_out=0.3).split_rows(split)[1])
@@ -100,6 +112,7 @@ def test_what_is_not_finite_is_found_by_whoever_reads_it(copy: Path, split: Spli
     acts = safetensors.torch.load(shard.read_bytes())["activations"]
     acts[bad] = float("nan")
     shard.write_bytes(safetensors.torch.save({"activations": acts}))
+    reseal(copy)
     cache = ActivationCache(copy, "h.0", held_out=0.3)
     with pytest.raises(DataError, match=rf"\(h\.0\), counted from row 0: 1 of \d+ rows .*first: row {bad}\)"):
         next(cache.chunks(split))
@@ -115,8 +128,8 @@ def test_what_is_not_finite_is_found_by_whoever_reads_it(copy: Path, split: Spli
     ("change", "message"),
     [
         ({"format": "something"}, "is something else: expected the format"),
-        ({"format_version": 2}, "has format version 2, this FlashSAE reads 1"),
-        ({"shards": None}, "is damaged: it lacks 'shards'"),
+        ({"format_version": 1}, "has format version 1, this FlashSAE reads 2"),
+        ({"shards": [3]}, r"is damaged: shards\[0\]: expected an object, got 3"),
     ],
 )
 def test_an_index_that_is_not_ours_is_refused(copy: Path, change: dict[str, Any], message: str) -> None:

@@ -17,6 +17,7 @@ import pytest
 
 from flashsae import files
 from flashsae.data.cache import ActivationCache
+from flashsae.data.cache_index import CacheIndex
 from flashsae.data.cache_writer import write_cache
 from flashsae.data.language_model import LanguageModelSource
 from flashsae.data.text import open_text
@@ -44,7 +45,7 @@ def test_an_interrupted_writing_ends_with_the_same_bytes(
     assert not ActivationCache.is_complete(directory)
     with pytest.raises(CheckpointError, match=r"is not complete \(\d+ rows so far\): finish it"):
         ActivationCache(directory, "h.0")
-    done = sum(json.loads((directory / "index.json").read_text())["shards"])
+    done = CacheIndex.read(directory).rows
     assert (done > 0) == (kill_at > 4)
     write_cache(directory, cache_source, shard_rows=tiny.SHARD_ROWS, on_progress=seen.append)
     assert contents(directory) == contents(written)
@@ -58,6 +59,7 @@ def test_a_killed_process_leaves_a_cache_that_goes_on(tiny: ModuleType, written:
 import sys, time
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import tiny_models
+from flashsae.data.cache_index import CacheIndex
 from flashsae.data.cache_writer import write_cache
 write_cache({str(directory)!r}, tiny_models.source(tiny_models.CACHED), shard_rows=tiny_models.SHARD_ROWS,
     on_progress=lambda n: time.sleep(0.05))

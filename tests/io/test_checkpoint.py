@@ -14,11 +14,11 @@ def _checkpoint(step: int) -> Checkpoint:
     return Checkpoint(step, {"data": {"epoch": 1}}, {"a": torch.arange(6).view(2, 3), "b": torch.randn(4)})
 
 
-def test_round_trip_and_only_the_newest_is_kept(tmp_path: Path) -> None:
+def test_round_trip_and_only_the_two_newest_are_kept(tmp_path: Path) -> None:
     for step in (5, 100, 20_000_000, 300_000_000):
         saved = _checkpoint(step)
         path = save_checkpoint(tmp_path, saved)
-    assert list_checkpoints(tmp_path) == [path]
+    assert list_checkpoints(tmp_path) == [tmp_path / "step-20000000", path]
     loaded = load_checkpoint(path)
     assert (loaded.step, loaded.state) == (300_000_000, saved.state)
     assert all(torch.equal(loaded.tensors[name], tensor) for name, tensor in saved.tensors.items())
@@ -48,7 +48,7 @@ def test_any_damage_is_found(name: str, damage: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"format": "x"}, "is something else"), ({"format_version": 9}, "has format version 9, .* reads 2")],
+    [({"format": "x"}, "is something else"), ({"format_version": 9}, "has format version 9, .* reads 3")],
 )
 def test_foreign_checkpoints_are_refused(changes: dict[str, object], message: str, tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, _checkpoint(3))

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from flashsae import SAE, SAEConfig, SparseCode, ops
+from flashsae.documents import sealed
 from flashsae.errors import CheckpointError, ConfigError, DtypeError, ShapeError, StorageError
 from flashsae.ops.validate import Precision
 
@@ -189,7 +190,7 @@ def test_saving_overwrites_only_when_asked(sae: SAE, tmp_path: Path) -> None:
 def _edit(folder: Path, **changes: object) -> None:
     path = folder / "flashsae.json"
     description = {**json.loads(path.read_text()), **changes}
-    path.write_text(json.dumps({k: v for k, v in description.items() if v is not None}))
+    path.write_text(json.dumps(sealed({k: v for k, v in description.items() if v is not None})))
 
 
 @pytest.mark.parametrize(
@@ -197,12 +198,12 @@ def _edit(folder: Path, **changes: object) -> None:
     [
         ({"format": "other"}, "is something else: expected the format 'flashsae.sae'"),
         ({"format_version": 99}, "has format version 99, this FlashSAE reads 1"),
-        ({"architecture": "relu"}, "expected the architecture 'topk', got 'relu'"),
-        ({"k": None}, "is damaged: k missing or wrong"),
-        ({"d_in": "x", "k": 1.5}, "is damaged: d_in, k missing or wrong"),
-        ({"dtype": "floa|32"}, r"is damaged: there is no dtype 'floa\|32'"),
+        ({"architecture": "relu"}, "is damaged: architecture: expected one of topk, got 'relu'"),
+        ({"k": None}, "is damaged: k: expected a whole number, got nothing"),
+        ({"d_in": "x", "k": 1.5}, "is damaged: d_in: expected a whole number, got 'x'"),
+        ({"dtype": "floa|32"}, r"is damaged: dtype: expected one of float32, .* got 'floa\|32'"),
         ({"sha256": "0"}, "flashsae.safetensors is damaged: its checksum"),
-        ({"d_sae": 41}, r"does not fit flashsae.json: expected tensors W_dec \[41, 12\]"),
+        ({"d_sae": 41}, r"does not fit flashsae.json: expected tensors .*W_dec float32 \[41, 12\]"),
     ],
 )
 def test_a_foreign_or_damaged_folder_is_refused(
@@ -218,7 +219,7 @@ def test_truncated_weights_and_other_folders_are_refused(sae: SAE, tmp_path: Pat
     sae.save(tmp_path / "sae")
     weights = tmp_path / "sae" / "flashsae.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
-    with pytest.raises(CheckpointError, match=r"flashsae\.safetensors: it is damaged"):
+    with pytest.raises(CheckpointError, match=r"flashsae\.safetensors is damaged: its checksum"):
         SAE.load(tmp_path / "sae")
     with pytest.raises(CheckpointError, match=r"expected flashsae\.json in it, found sae"):
         SAE.load(tmp_path)

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from flashsae.documents import write_document
 from flashsae.errors import CheckpointError
 from flashsae.report.snippet_file import LatentSnippets, Snippet, Snippets, read_snippets, write_snippets
 
@@ -25,7 +26,7 @@ def test_a_file_without_splits_can_be_read(tmp_path: Path) -> None:
     write_snippets(tmp_path / "snippets.json", FOUND)
     stored = json.loads((tmp_path / "snippets.json").read_text("utf-8"))
     del stored["held_out_tokens"], stored["latents"][0]["snippets"][0]["split"]
-    (tmp_path / "snippets.json").write_text(json.dumps(stored), "utf-8")
+    write_document(tmp_path / "snippets.json", stored)
     found = read_snippets(tmp_path / "snippets.json")
     assert found.held_out_tokens is None
     assert found.latents[0].snippets[0].split is None
@@ -35,8 +36,8 @@ def test_a_file_without_splits_can_be_read(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ('{"format": 1, "tok', "damaged"),
-        ("[]", "format 1"),
-        ('{"format": 2, "tokens": 1, "latents": []}', "format 1"),
+        ("[]", "expected an object"),
+        ('{"format": 2, "tokens": 1, "latents": []}', "format: expected one of 1, got 2"),
         ('{"format": 1, "tokens": 1}', "latents"),
         ('{"format": 1, "tokens": 1, "latents": [3]}', "damaged"),
     ],
@@ -53,9 +54,12 @@ def test_a_snippet_whose_lists_disagree_is_damaged(tmp_path: Path) -> None:
     path = tmp_path / "snippets.json"
     write_snippets(path, FOUND)
     whole = path.read_text("utf-8")
-    for edit, message in (({"acts": [1.0]}, "a snippet has"), ({"split": "other"}, "of the split 'other'")):
+    for edit, message in (
+        ({"acts": [1.0]}, "a snippet has"),
+        ({"split": "other"}, r"latents\[0\]\.snippets\[0\]\.split: .*'other'"),
+    ):
         stored = json.loads(whole)
         stored["latents"][0]["snippets"][0] |= edit
-        path.write_text(json.dumps(stored), "utf-8")
+        write_document(path, stored)
         with pytest.raises(CheckpointError, match=message):
             read_snippets(path)

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import builtins
 import io
-import json
 from pathlib import Path
 
 import pytest
@@ -25,7 +24,7 @@ def test_the_log_is_cut_to_the_checkpoint_and_gone_on_with(tmp_path: Path) -> No
     with JsonlLog(tmp_path) as log:
         log.on_start(2, 10)
         log.on_log(RECORD)
-        assert json.loads(path.read_text().splitlines()[-1]) == RECORD  # at once, not at the end
+        assert read_log(path)[-1] == RECORD  # at once, not at the end
     assert [record["step"] for record in read_log(path)] == [1, 2, 3]
 
 

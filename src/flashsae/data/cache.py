@@ -1,8 +1,8 @@
 """Activations on disk: written once, shard by shard, and read at any row without being loaded.
 
-    DIR/index.json                       what is in the cache, how far it got, where to go on
+    DIR/index.json                       what is in the cache, how far it got, where to go on, and checksums of all
     DIR/tokens/00000.safetensors         token_ids int32, group int64, position int32, each [n]
-    DIR/<hookpoint>/00000.safetensors    activations [n, d] bfloat16
+    DIR/<hookpoint>/00000.safetensors    activations [n, d], bfloat16 or float32
     DIR/tokenizer/                       to draw the text without the model
 
 A shard ends with the chunk that fills it, so its rows depend on nothing but the settings; the index names a shard
@@ -11,73 +11,39 @@ only when all its files are in place. Whenever the writer is killed, writing aga
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from importlib.metadata import version as installed_version
-from itertools import accumulate
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from flashsae.data.acts import check_finite
+from flashsae.data.cache_index import (
+    DTYPES,
+    TOKENIZER_FOLDER,
+    TOKENS_FOLDER,
+    CacheIndex,
+    check_shard,
+    check_tokenizer,
+    has_index,
+    shard_path,
+)
+from flashsae.data.fingerprint import text_digest
 from flashsae.data.models import quiet_transformers
 from flashsae.data.sources import Chunk, Cursor, Split, check_held_out, split_mask
+from flashsae.documents import load_tensors
 from flashsae.errors import CheckpointError, ConfigError, DataError
-from flashsae.files import load_manifest, load_tensors, write_atomic
 
-INDEX_FILE = "index.json"
-TOKENS_FOLDER, TOKENIZER_FOLDER = "tokens", "tokenizer"
-"""The folders of a cache that are not named after a hookpoint."""
-
-_FORMAT = "flashsae.activations"
-_VERSION = 1
+VERIFIED_BYTES = 64 * 10**9
+"""The checksums of activations are verified when they are first read, if there are no more of them than this: reading
+that much takes a disk longer than it takes a core. `flashsae cache --verify` verifies any amount."""
 _CHUNK_ROWS = 8192
-
-
-@dataclass
-class CacheIndex:
-    """The content of index.json, the truth about a cache: what it does not name is not there.
-
-    Args:
-        settings: what decides the bytes of the shards.
-        shards: rows of each shard.
-        cursor: of the source, behind the last shard; None before the first.
-        complete: nothing is left to write.
-    """
-
-    settings: dict[str, Any]
-    shards: list[int] = field(default_factory=list)
-    cursor: Cursor | None = None
-    complete: bool = False
-
-    def write(self, directory: Path) -> None:
-        """Write index.json, whole or not at all; raises StorageError where the file system refuses."""
-        version = installed_version("flashsae")
-        content = {"format": _FORMAT, "format_version": _VERSION, "flashsae_version": version, **vars(self)}
-        write_atomic(directory / INDEX_FILE, json.dumps(content, indent=1) + "\n")
-
-    @staticmethod
-    def read(directory: Path) -> CacheIndex:
-        """Read index.json.
-
-        Raises:
-            CheckpointError: there is none, it is damaged, or it is of something else or of another format version.
-        """
-        path = directory / INDEX_FILE
-        content = load_manifest(path, _FORMAT, _VERSION)
-        try:
-            return CacheIndex(*(content[name] for name in ("settings", "shards", "cursor", "complete")))
-        except KeyError as error:
-            raise CheckpointError(f"{path} is damaged: it lacks {error}. Write the cache again.") from error
-
-
-def shard_path(directory: Path, kind: str, number: int) -> Path:
-    """Return where a shard lies; `kind` is a hookpoint or `TOKENS_FOLDER`."""
-    return directory / kind / f"{number:05d}.safetensors"
+_THREADS = 4
 
 
 class ActivationCache:
@@ -95,22 +61,26 @@ class ActivationCache:
     def __init__(self, directory: str | Path, hookpoint: str | None = None, held_out: float = 0.05) -> None:
         self.directory = Path(directory)
         self._held_out = check_held_out(held_out)
-        index = CacheIndex.read(self.directory)
+        self._index = index = CacheIndex.read(self.directory)
         if not index.complete:
             raise CheckpointError(
-                f"the activation cache {directory} is not complete ({sum(index.shards)} rows so far): finish it by "
+                f"the activation cache {directory} is not complete ({index.rows} rows so far): finish it by "
                 "writing it again with the same settings; it goes on where it stopped."
             )
         self.settings = index.settings
         self.model: str = index.settings["model"]
         self.dataset: str = index.settings["dataset"]
         self.hookpoint = self._choose(hookpoint)
-        self.n_rows = sum(index.shards)
+        self.dtype = DTYPES[index.settings["dtype"]]
+        self.n_rows = index.rows
         self.name = f"{directory} ({self.hookpoint})"
-        self._starts = [0, *accumulate(index.shards)]
+        self._starts = [0, *accumulate(shard.rows for shard in index.shards)]
+        self._verified: set[tuple[str, int]] = set()
+        if self.n_rows * self.d_in * self.dtype.itemsize > VERIFIED_BYTES:
+            self._verified = {(self.hookpoint, number) for number in range(len(index.shards))}
         self._acts = [
-            _map_bfloat16(shard_path(self.directory, self.hookpoint, number), (n_rows, self.d_in))
-            for number, n_rows in enumerate(index.shards)
+            _map(shard_path(self.directory, self.hookpoint, number), (shard.rows, self.d_in), self.dtype)
+            for number, shard in enumerate(index.shards)
         ]
 
     @staticmethod
@@ -120,8 +90,7 @@ class ActivationCache:
         Raises:
             CheckpointError: it holds a damaged one, or one of another format.
         """
-        directory = Path(directory)
-        return (directory / INDEX_FILE).exists() and CacheIndex.read(directory).complete
+        return has_index(Path(directory)) and CacheIndex.read(Path(directory)).complete
 
     @staticmethod
     def read_settings(directory: str | Path) -> dict[str, Any]:
@@ -144,14 +113,33 @@ class ActivationCache:
         """Width of the activations."""
         return int(self.settings["hookpoints"][self.hookpoint])
 
+    @property
+    def rounded_away(self) -> float:
+        """What bfloat16 rounds away of the activations as the model gave them, as a fraction of their variance."""
+        return self._index.rounded_away(self.hookpoint)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must find again: every byte of these activations, and how they are split."""
+        sums = [[shard.rows, shard.crc32[TOKENS_FOLDER], shard.crc32[self.hookpoint]] for shard in self._index.shards]
+        return {"activations": text_digest([repr(sums)]), "hookpoint": self.hookpoint, "held_out": self._held_out}
+
     def read_tokenizer(self) -> Any:
         """Load the tokenizer that turns `token_ids` into text again.
 
         Raises:
             MissingExtraError: transformers is not installed.
+            CheckpointError: its files are missing or damaged.
         """
+        check_tokenizer(self.directory, self._index)
         with quiet_transformers() as transformers:
-            return transformers.AutoTokenizer.from_pretrained(self.directory / TOKENIZER_FOLDER)
+            try:
+                return transformers.AutoTokenizer.from_pretrained(self.directory / TOKENIZER_FOLDER)
+            except Exception as error:  # whatever the library makes of files of another version of itself
+                raise CheckpointError(
+                    f"cannot read the tokenizer in {self.directory / TOKENIZER_FOLDER} ({str(error)[:200]}). Install "
+                    "the version of transformers that wrote it, or write the cache again."
+                ) from error
 
     def split_rows(self, split: Split) -> Tensor:
         """Return the row numbers of a split: [n], int64, ascending."""
@@ -159,16 +147,18 @@ class ActivationCache:
         return torch.cat(masks).nonzero()[:, 0]
 
     def rows(self, index: Tensor) -> Tensor:
-        """Return rows by number: index [n], int64, in any order -> [n, d_in], bfloat16, a copy; not checked for NaN.
+        """Return rows by number: index [n], int64, in any order -> [n, d_in], a copy; not checked for NaN.
 
         Raises:
             DataError: a number is out of range.
+            CheckpointError: a shard that is read for the first time is damaged.
         """
         wanted, order = index.cpu().sort(stable=True)  # each shard is visited once, and read forwards
         if len(wanted) and not 0 <= wanted[0] <= wanted[-1] < self.n_rows:
             raise DataError(f"{self.name} has rows 0 to {self.n_rows - 1}, got {wanted[0]} to {wanted[-1]}.")
         bounds = torch.searchsorted(wanted, torch.tensor(self._starts)).tolist()
-        out = torch.empty(len(wanted), self.d_in, dtype=torch.bfloat16)
+        self._verify(self.hookpoint, [n for n, (low, high) in enumerate(pairwise(bounds)) if low < high])
+        out = torch.empty(len(wanted), self.d_in, dtype=self.dtype)
         for acts, start, low, high in zip(self._acts, self._starts, bounds, bounds[1:]):
             if low < high:
                 out.index_copy_(0, order[low:high], acts.index_select(0, wanted[low:high] - start))
@@ -179,7 +169,7 @@ class ActivationCache:
 
         Raises:
             DataError: activations are NaN or Inf.
-            CheckpointError: the tokens of a shard are missing or damaged.
+            CheckpointError: a shard that is read for the first time is missing or damaged.
         """
         first = (cursor or {"row": 0})["row"]
         for number in range(len(self._acts)):
@@ -198,34 +188,42 @@ class ActivationCache:
                 yield chunk.select(split_mask(group, self._held_out, split)), {"row": end}
 
     def _tokens(self, number: int) -> dict[str, Tensor]:
+        self._verify(TOKENS_FOLDER, [number])
         path = shard_path(self.directory, TOKENS_FOLDER, number)
         tokens = load_tensors(path)
-        expected = self._starts[number + 1] - self._starts[number]
-        if {name: len(tensor) for name, tensor in tokens.items()} != dict.fromkeys(
-            ("token_ids", "group", "position"), expected
-        ):
-            raise CheckpointError(f"{path} is damaged: it does not hold the {expected} tokens of the index.")
+        rows = self._index.shards[number].rows
+        expected = {"token_ids": torch.int32, "group": torch.int64, "position": torch.int32}
+        if {name: (tensor.dtype, list(tensor.shape)) for name, tensor in tokens.items()} != {
+            name: (dtype, [rows]) for name, dtype in expected.items()
+        }:
+            raise CheckpointError(f"{path} is damaged: it does not hold the {rows} tokens of the index.")
         return tokens
 
+    def _verify(self, kind: str, numbers: list[int]) -> None:
+        """Compare shards with their checksums, each once."""
+        new = [number for number in numbers if (kind, number) not in self._verified]
+        if new:
+            with ThreadPoolExecutor(min(_THREADS, len(new))) as pool:
+                list(pool.map(lambda number: check_shard(self.directory, self._index, kind, number), new))
+            self._verified |= {(kind, number) for number in new}
 
-def _map_bfloat16(path: Path, shape: tuple[int, int]) -> Tensor:
+
+def _map(path: Path, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """Map the activations of a shard. Copy on write: torch wants an array that may be written, and nothing here writes.
 
     Raises:
         CheckpointError: the file is missing, is truncated, or holds something else.
     """
+    kind = {torch.bfloat16: "BF16", torch.float32: "F32"}[dtype]
     try:
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length)) if length <= path.stat().st_size else {}
-        found = header.get("activations", {})
-        if (found.get("dtype"), found.get("shape")) != ("BF16", list(shape)):
-            raise ValueError(f"expected bfloat16 activations of shape {list(shape)}")
-        offset = 8 + length + found["data_offsets"][0]
-        if path.stat().st_size != offset + 2 * shape[0] * shape[1]:
-            raise ValueError("its length is wrong")
-        return torch.from_numpy(np.memmap(path, np.int16, "c", offset, shape)).view(torch.bfloat16)
-    except (OSError, ValueError, KeyError) as error:
+        with safe_open(path, framework="pt") as file:  # its header was checked then, and that its length fits
+            tensor = file.get_slice("activations")
+            if (list(file.keys()), tensor.get_dtype(), tensor.get_shape()) != (["activations"], kind, list(shape)):
+                raise ValueError(f"expected {dtype} activations of shape {list(shape)}")
+        offset = path.stat().st_size - shape[0] * shape[1] * dtype.itemsize
+        integers = {2: np.int16, 4: np.int32}[dtype.itemsize]
+        return torch.from_numpy(np.memmap(path, integers, "c", offset, shape)).view(dtype)
+    except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(
             f"cannot read the shard {path}: {error}. Write the cache again into another folder."
         ) from error

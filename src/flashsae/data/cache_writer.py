@@ -5,20 +5,38 @@ The layout on disk, and the promise that writing again ends with the same bytes,
 
 from __future__ import annotations
 
+import json
 import shutil
+import zlib
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from flashsae.data.cache import INDEX_FILE, TOKENIZER_FOLDER, TOKENS_FOLDER, CacheIndex, shard_path
+from flashsae.data.cache_index import (
+    DTYPES,
+    INDEX_FILE,
+    TOKENIZER_FOLDER,
+    TOKENS_FOLDER,
+    CacheIndex,
+    CacheSettings,
+    Rounding,
+    Shard,
+    folder_crc32,
+    shard_path,
+)
 from flashsae.data.language_model import LanguageModelSource
 from flashsae.data.sources import Chunk, Cursor
 from flashsae.errors import CheckpointError, ConfigError, DataError
-from flashsae.files import atomic_directory, only_one, storage_errors, write_atomic
+from flashsae.files import atomic_directory, clear_leftovers, only_one, storage_errors, write_atomic
+from flashsae.schema import parse
+
+CacheDtype = Literal["bf16", "float32"]
+DTYPE_NAMES: dict[str, str] = {"bf16": "bfloat16", "float32": "float32"}
 
 
 def write_cache(
@@ -27,6 +45,7 @@ def write_cache(
     *,
     shard_rows: int = 32768,
     max_tokens: int | None = None,
+    dtype: CacheDtype = "bf16",
     on_progress: Callable[[int], None] | None = None,
 ) -> None:
     """Write the activations of all documents of both splits; go on where an earlier call was interrupted.
@@ -37,15 +56,18 @@ def write_cache(
             the split is made when the cache is read.
         shard_rows: least rows of a shard; that many rows of every hookpoint are held in memory.
         max_tokens: stop after so many rows; None reads the source to its end.
+        dtype: of the activations on disk. bf16 rounds away what the index tells: little, unless their mean is far
+            larger than their spread.
         on_progress: called with the rows so far after each forward; those of an earlier call count.
     Raises:
-        ConfigError: shard_rows or max_tokens is not positive, or a hookpoint's name is taken by a folder of ours.
+        ConfigError: shard_rows or max_tokens is not positive, a hookpoint's name is taken by a folder of ours, or is
+            no name for a folder.
         CheckpointError: `directory` exists and is not a cache.
         DataError: the cache was begun with other settings, or the source yields nothing.
         StorageError: the file system refused; the cache can be gone on with.
     """
     directory = Path(directory)
-    settings = _settings(source, shard_rows, max_tokens)
+    settings = _settings(source, shard_rows, max_tokens, dtype)
     with storage_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
     with only_one(directory, wait=True):  # another run may be writing the very same cache: then it is there for both
@@ -62,11 +84,13 @@ def _write(
     index = _begin(directory, settings)
     if index.complete:
         return
-    if not (directory / TOKENIZER_FOLDER).exists():
-        with atomic_directory(directory / TOKENIZER_FOLDER) as aside:
+    if index.tokenizer is None:
+        with atomic_directory(directory / TOKENIZER_FOLDER, overwrite=True) as aside:
             source.tokenizer.save_pretrained(aside)
+        index.tokenizer = folder_crc32(directory / TOKENIZER_FOLDER)
+        index.write(directory)
     writer = _Writer(directory, index, shard_rows)
-    n_rows = sum(index.shards)
+    n_rows = index.rows
     for chunks, cursor in source.chunks_by_hookpoint(None, index.cursor, max_tokens):
         n_rows += writer.add(chunks, cursor)
         if on_progress is not None:
@@ -74,61 +98,86 @@ def _write(
     writer.finish()
 
 
-def _settings(source: LanguageModelSource, shard_rows: int, max_tokens: int | None) -> dict[str, Any]:
+def _settings(
+    source: LanguageModelSource, shard_rows: int, max_tokens: int | None, dtype: CacheDtype
+) -> dict[str, Any]:
     for name, value in (("shard_rows", shard_rows), ("max_tokens", max_tokens)):
         if value is not None and value < 1:
             raise ConfigError(f"{name}: expected at least 1, got {value}.")
+    if dtype not in DTYPE_NAMES:
+        raise ConfigError(f"dtype: expected one of {', '.join(DTYPE_NAMES)}, got {dtype!r}.")
     taken = sorted({TOKENS_FOLDER, TOKENIZER_FOLDER}.intersection(source.hookpoints))
     if taken:
         raise ConfigError(f"hookpoints: a cache has a folder {taken[0]!r} of its own; leave that module out.")
-    config = source.config
-    return {
-        "model": config.model,
+    reading = {name: value for name, value in asdict(source.config).items() if name not in ("hookpoints", "device")}
+    settings = {
+        **reading,
         "dataset": source.text.name,
+        "model_fingerprint": source.identity["model"],
+        "text_fingerprint": source.identity["text"],
         "hookpoints": source.widths,
-        "dtype": "bfloat16",
+        "dtype": DTYPE_NAMES[dtype],
         "model_dtype": str(source.dtype).removeprefix("torch."),
-        "context_length": config.context_length,
-        "batch_tokens": config.batch_tokens,
-        "mask_special": config.mask_special,
-        "max_norm_ratio": config.max_norm_ratio,
-        "skip_first": config.skip_first,
-        "exclude_ids": list(config.exclude_ids),
-        "prepend_bos": config.prepend_bos,
-        "shuffle_documents": config.shuffle_documents,
-        "document_seed": config.document_seed,
-        "max_documents": config.max_documents,
         "max_tokens": max_tokens,
         "shard_rows": shard_rows,
     }
+    try:
+        parse(CacheSettings, settings, "", "")
+    except CheckpointError as error:
+        raise ConfigError(f"hookpoints: cannot name the folders of a cache after them ({error}).") from error
+    return dict(json.loads(json.dumps(settings)))
 
 
 def _begin(directory: Path, settings: dict[str, Any]) -> CacheIndex:
     """Return the index to go on from; clear what a kill left half written, in a cache of ours only."""
     with storage_errors(directory):
-        foreign = [path for path in directory.iterdir() if not path.match(".index.json.*.partial")]
-        if foreign and not (directory / INDEX_FILE).exists():
-            raise CheckpointError(
-                f"{directory} holds other files and no index.json: it is no activation cache. Choose a new folder."
-            )
-        if not foreign:
-            CacheIndex(settings).write(directory)
+        foreign = [path for path in directory.iterdir() if not path.match(f".{INDEX_FILE}.*.partial")]
+    if foreign and not (directory / INDEX_FILE).exists():
+        raise CheckpointError(
+            f"{directory} holds other files and no index.json: it is no activation cache. Choose a new folder."
+        )
+    if not foreign:
+        CacheIndex(settings).write(directory)
     index = CacheIndex.read(directory)
-    names = [name for name in {**index.settings, **settings} if index.settings.get(name) != settings.get(name)]
-    if names:
-        differences = "; ".join(
-            f"{name} is {index.settings.get(name)!r} there and {settings.get(name)!r} here" for name in names
-        )
+    differences = changes(index.settings, settings)
+    if differences and not index.shards:  # begun and never filled: nothing is lost
+        with storage_errors(directory):
+            for kind in (TOKENS_FOLDER, TOKENIZER_FOLDER, *index.settings["hookpoints"]):
+                shutil.rmtree(directory / kind, ignore_errors=True)
+        index, differences = CacheIndex(settings), []
+        index.write(directory)
+    if differences:
         raise DataError(
-            f"the activation cache {directory} was written with other settings: {differences}. Use the same settings, "
-            "choose another folder, or remove that one."
+            f"the activation cache {directory} was written with other settings: {'; '.join(differences)}. Use the same "
+            "settings, choose another folder, or remove that one."
         )
+    clear_leftovers(directory)
     with storage_errors(directory):
         for kind in (TOKENS_FOLDER, *settings["hookpoints"]):
             (directory / kind).mkdir(exist_ok=True)
-        for stray in directory.rglob(".*.partial"):
-            shutil.rmtree(stray) if stray.is_dir() else stray.unlink()
     return index
+
+
+def changes(there: dict[str, Any], here: dict[str, Any], is_here: str = " and {!r} here") -> list[str]:
+    """Say what of the settings of a cache is not as it is wanted; what was only moved to another place is the same."""
+    names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+    if "text_fingerprint" not in names and "dataset" in names:
+        names.remove("dataset")  # its name tells the place
+    if "model_fingerprint" not in names and "model" in names and _last(there["model"]) == _last(here["model"]):
+        names.remove("model")
+    words = {"text_fingerprint": "the text", "model_fingerprint": "the model (weights or tokenizer)"}
+    told = {"text_fingerprint": "dataset", "model_fingerprint": "model"}
+    return [
+        f"{words[name]} was changed since"
+        if name in words
+        else f"{name} is {there.get(name)!r} there{is_here.format(here.get(name))}"
+        for name in names
+        if told.get(name) not in names  # another name says more
+    ]
+
+
+def _last(place: str) -> str:
+    return Path(place).name
 
 
 class _Writer:
@@ -138,13 +187,21 @@ class _Writer:
         self._directory = directory
         self._index = index
         self._shard_rows = shard_rows
+        self._dtype = DTYPES[index.settings["dtype"]]
+        self._begin_shard()
+
+    def _begin_shard(self) -> None:
         self._waiting: list[dict[str, Chunk]] = []
         self._n_waiting = 0
+        self._rounding = {name: _Spread() for name in self._index.settings["hookpoints"]}
 
     def add(self, chunks: dict[str, Chunk], cursor: Cursor) -> int:
         """Take the chunks of one forward and the cursor behind them; return how many rows they are."""
+        for name, chunk in chunks.items():
+            if chunk.acts.dtype != torch.bfloat16:
+                self._rounding[name].update(chunk.acts)
         stored = {
-            name: Chunk(chunk.acts.to("cpu", torch.bfloat16), chunk.group, chunk.token_ids, chunk.position)
+            name: Chunk(chunk.acts.to("cpu", self._dtype), chunk.group, chunk.token_ids, chunk.position)
             for name, chunk in chunks.items()
         }
         n_rows = len(next(iter(stored.values())).acts)
@@ -157,27 +214,31 @@ class _Writer:
 
     def _flush(self) -> None:
         number = len(self._index.shards)
-        hookpoints = list(self._index.settings["hookpoints"])
-        tokens = [chunks[hookpoints[0]] for chunks in self._waiting]
-        self._save(
-            TOKENS_FOLDER,
-            number,
-            {
-                "token_ids": torch.cat([cast(Tensor, chunk.token_ids) for chunk in tokens]),
-                "group": torch.cat([chunk.group for chunk in tokens]),
-                "position": torch.cat([cast(Tensor, chunk.position) for chunk in tokens]),
-            },
-        )
-        for name in hookpoints:
+        tokens = [next(iter(chunks.values())) for chunks in self._waiting]
+        sums = {
+            TOKENS_FOLDER: self._save(
+                TOKENS_FOLDER,
+                number,
+                {
+                    "token_ids": torch.cat([cast(Tensor, chunk.token_ids) for chunk in tokens]),
+                    "group": torch.cat([chunk.group for chunk in tokens]),
+                    "position": torch.cat([cast(Tensor, chunk.position) for chunk in tokens]),
+                },
+            )
+        }
+        for name in self._rounding:
             acts = torch.cat([chunks[name].acts for chunks in self._waiting])
-            self._save(name, number, {"activations": acts})
-        self._index.shards.append(self._n_waiting)
+            sums[name] = self._save(name, number, {"activations": acts})
+        rounding = {name: Rounding(spread.lost, spread.variance) for name, spread in self._rounding.items()}
+        self._index.shards.append(Shard(self._n_waiting, sums, rounding))
         self._index.cursor = self._cursor
         self._index.write(self._directory)
-        self._waiting, self._n_waiting = [], 0
+        self._begin_shard()
 
-    def _save(self, kind: str, number: int, tensors: dict[str, Tensor]) -> None:
-        write_atomic(shard_path(self._directory, kind, number), safetensors.torch.save(tensors))
+    def _save(self, kind: str, number: int, tensors: dict[str, Tensor]) -> int:
+        data = safetensors.torch.save(tensors)
+        write_atomic(shard_path(self._directory, kind, number), data)
+        return zlib.crc32(data)
 
     def finish(self) -> None:
         """Write what waits and mark the cache complete."""
@@ -187,3 +248,29 @@ class _Writer:
             raise DataError(f"{self._index.settings['dataset']} gives no token to cache; give more text.")
         self._index.complete = True
         self._index.write(self._directory)
+
+
+class _Spread:
+    """What bfloat16 rounds away of activations, and their variance, summed in float64 chunk by chunk.
+
+    Source: Chan, Golub and LeVeque 1979, for variances of parts.
+    """
+
+    def __init__(self) -> None:
+        self.lost = self.variance = 0.0
+        self._rows = 0
+        self._mean = torch.zeros(0)
+
+    def update(self, x: Tensor) -> None:
+        """Add a chunk: [n, d]."""
+        if len(x) == 0:
+            return
+        x64 = x.double()
+        mean = x64.mean(0)
+        self.lost += (x64 - x.bfloat16().double()).square().sum().item()
+        self.variance += (x64 - mean).square().sum().item()
+        if self._rows:
+            share = len(x) / (self._rows + len(x))
+            self.variance += (mean - self._mean).square().sum().item() * self._rows * share
+            mean = self._mean + (mean - self._mean) * share
+        self._rows, self._mean = self._rows + len(x), mean

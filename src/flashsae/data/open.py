@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from flashsae.data.cache import INDEX_FILE, ActivationCache
+import torch
+
+from flashsae.data.cache import VERIFIED_BYTES, ActivationCache
+from flashsae.data.cache_index import FORMAT_VERSION
 from flashsae.data.cache_writer import write_cache
+from flashsae.data.existing import (
+    check_asked,
+    held_hookpoints,
+    is_cache,
+    is_complete_cache,
+    moved_place,
+    open_configured_text,
+    rounding_warning,
+)
+from flashsae.data.fingerprint import text_digest
 from flashsae.data.language_model import LanguageModelConfig, LanguageModelSource
-from flashsae.data.models import match_hookpoints
 from flashsae.data.sources import Chunk, Source, Split
-from flashsae.data.text import TextDataset, check_splits, open_text
-from flashsae.errors import CheckpointError, ConfigError, DataError
+from flashsae.data.text import TextDataset, check_splits
+from flashsae.data.weights import model_fingerprint
+from flashsae.errors import ConfigError
 from flashsae.settings.reading import ActivationsConfig, ReadingConfig
 
 LARGEST_DEFAULT_CACHE = 8 * 10**9
 MODEL_BATCH_TOKENS = 8192
-_OF_TEXT = ("text_column", "text_split", "text_subset")
 
 
 @dataclass(frozen=True)
@@ -30,10 +41,12 @@ class Opened:
     Args:
         sources: by hookpoint.
         tokenizer: that of the model; called, because loading it takes a moment.
+        warnings: sentences on what may spoil the result.
     """
 
     sources: dict[str, Source]
     tokenizer: Callable[[], Any]
+    warnings: tuple[str, ...] = ()
 
     def text_chunks(self, hookpoint: str, split: Split) -> Iterator[Chunk]:
         """Yield the chunks of a split, with token ids."""
@@ -84,20 +97,24 @@ def prepare_activations(
         DataError: the text is missing or empty, or the cache holds something else than is asked for.
         CheckpointError: the cache is damaged.
     """
+    if is_checked and config.activations is not None:
+        config = replace(config, activations=moved_place(config.activations, folder))
     if config.activations is not None and is_complete_cache(config):
-        return _prepare_cache(config if is_checked else _check_asked(config, config.activations), config.activations)
+        return _prepare_cache(config if is_checked else check_asked(config, config.activations), config.activations)
     config = config.filled()
-    text = _open_text(config)
+    text = open_configured_text(config)
     check_splits(text, config.held_out)
     rows = int(tokens / (1 - config.held_out))
     reading = _language_model_config(config, device)
-    place = config.activations or folder / _cache_name(config, reading, text, rows)
-    if not config.stream and ActivationCache.is_complete(place):
+    place = config.activations
+    if place is None and not config.stream:
+        place = folder / _cache_name(config, reading, text, rows)
+    if place is not None and ActivationCache.is_complete(place):
         return _prepare_cache(config, place)
     source = LanguageModelSource(reading, text, held_out=config.held_out)
-    size = 2 * rows * sum(source.widths.values())
+    size = (2 if config.cache_dtype == "bf16" else 4) * rows * sum(source.widths.values())
     is_too_large = config.stream is None and config.activations is None and size > LARGEST_DEFAULT_CACHE
-    if config.stream or is_too_large:
+    if place is None or is_too_large:
         if len(source.hookpoints) > 1:
             raise ConfigError(
                 f"hookpoint: expected one module for a stream, got {', '.join(source.hookpoints)}. For several SAEs "
@@ -117,7 +134,7 @@ def prepare_activations(
         )
 
     def write_and_open(on_progress: Progress) -> Opened:
-        write_cache(place, source, max_tokens=rows, on_progress=on_progress)
+        write_cache(place, source, max_tokens=rows, dtype=config.cache_dtype or "bf16", on_progress=on_progress)
         return _prepare_cache(config, place).open(on_progress)
 
     config = replace(config, activations=place.resolve())
@@ -125,56 +142,22 @@ def prepare_activations(
     return Prepared(source.widths, config, how, write_and_open, cache_bytes=size)
 
 
-def is_complete_cache(config: ActivationsConfig) -> bool:
-    """Tell whether the cache that settings name is there, or may be written there.
-
-    Raises:
-        ConfigError: it is not, and nothing says that it should be written.
-        CheckpointError: what is there is no cache, or a damaged one.
-    """
-    place = config.activations
-    if place is None:
-        return False
-    if place.exists():
-        return _is_cache(place) and ActivationCache.is_complete(place)
-    if config.model is None and config.dataset is None:
-        raise ConfigError(
-            f"activations: there is no cache at {place}. Check the path; to write a cache there, name the model and "
-            f"the text too: flashsae train MODEL TEXT --hookpoint PATH --activations {place}."
-        )
-    return False
-
-
-def _is_cache(place: Path) -> bool:
-    """Tell a folder with a cache from an empty one; raise CheckpointError where something else is."""
-    if not place.is_dir():
-        raise CheckpointError(f"{place} is a file, and a cache of activations is a folder. Give another name.")
-    if (place / INDEX_FILE).exists():
-        return True
-    if any(not path.name.startswith(".") for path in place.iterdir()):
-        raise CheckpointError(
-            f"{place} holds other files and no {INDEX_FILE}: it is no activation cache. Choose a new folder."
-        )
-    return False
-
-
 def cache_activations(
     config: ReadingConfig, place: Path, *, max_tokens: int | None, device: str, on_progress: Progress | None = None
-) -> None:
-    """Write a cache, or go on with one: see `write_cache`. Arguments as for `prepare_activations`."""
+) -> tuple[str, ...]:
+    """Write a cache, or go on with one: see `write_cache`. Arguments as for `prepare_activations`.
+
+    Returns:
+        sentences on what may spoil results.
+    """
     config = config.filled()
     if place.exists():
-        _is_cache(place)
-    text = _open_text(config)
+        is_cache(place)
+    text = open_configured_text(config)
     check_splits(text, None)
     source = LanguageModelSource(_language_model_config(config, device), text, held_out=0.0)
-    write_cache(place, source, max_tokens=max_tokens, on_progress=on_progress)
-
-
-def _open_text(config: ReadingConfig) -> TextDataset:
-    assert config.dataset is not None
-    given = {"split": config.text_split, "column": config.text_column, "subset": config.text_subset}
-    return open_text(config.dataset, **{name: value for name, value in given.items() if value is not None})
+    write_cache(place, source, max_tokens=max_tokens, dtype=config.cache_dtype or "bf16", on_progress=on_progress)
+    return tuple(filter(None, (rounding_warning(ActivationCache(place, name)) for name in source.hookpoints)))
 
 
 def _language_model_config(config: ReadingConfig, device: str) -> LanguageModelConfig:
@@ -199,10 +182,10 @@ def _language_model_config(config: ReadingConfig, device: str) -> LanguageModelC
 
 def _cache_name(config: ReadingConfig, reading: LanguageModelConfig, text: TextDataset, rows: int) -> str:
     """Return a folder name that differs wherever the cached bytes would, also between bfloat16 and float32 models."""
-    settings = {name: value for name, value in asdict(reading).items() if name not in ("dtype", "device")}
-    how_read = (sorted(settings.items()), str(reading.resolved_dtype()))
-    digest = hashlib.sha256(repr((*how_read, text.name, rows)).encode()).hexdigest()[:8]
-    return f"{run_name(config)}-{digest}"
+    settings = {name: value for name, value in asdict(reading).items() if name not in ("model", "device")}
+    settings["dtype"] = str(reading.resolved_dtype())
+    what = (model_fingerprint(reading.model), text.fingerprint, rows, config.cache_dtype, FORMAT_VERSION)
+    return f"{run_name(config)}-{text_digest([repr(sorted(settings.items())), repr(what)])[:8]}"
 
 
 def run_name(config: ReadingConfig) -> str:
@@ -219,50 +202,18 @@ def run_name(config: ReadingConfig) -> str:
 
 
 def _prepare_cache(config: ActivationsConfig, place: Path) -> Prepared:
-    names = _held_hookpoints(config.hookpoint, list(ActivationCache.read_settings(place)["hookpoints"]))
+    names = held_hookpoints(config.hookpoint, list(ActivationCache.read_settings(place)["hookpoints"]))
     caches = {name: ActivationCache(place, name, config.held_out) for name in names}
     first = next(iter(caches.values()))
-    opened = Opened(dict(caches), first.read_tokenizer)
+    warnings = tuple(filter(None, map(rounding_warning, caches.values())))
+    opened = Opened(dict(caches), first.read_tokenizer, warnings)
     widths = {name: cache.d_in for name, cache in caches.items()}
-    size = 2 * first.n_rows * sum(widths.values())
-    how = f"{first.dataset}: {first.n_rows:,} tokens, cached in {place}"
+    size = first.dtype.itemsize * first.n_rows * sum(widths.values())
+    how = f"{first.dataset}: {first.n_rows:,} tokens, cached in {place} as {str(first.dtype).removeprefix('torch.')}"
+    lost = max(cache.rounded_away for cache in caches.values())
+    if first.dtype == torch.bfloat16 and lost:
+        how += f", which rounds away {lost:.1g} of the variance"
+    if size > len(caches) * VERIFIED_BYTES:
+        how += "; too large to be verified at each run: flashsae cache --verify"
     config = replace(config, activations=place.resolve())
     return Prepared(widths, config, how, lambda _: opened, cache_bytes=size, opened=opened)
-
-
-def _held_hookpoints(pattern: str | None, held: list[str]) -> list[str]:
-    """Return which of the hookpoints of a cache a pattern stands for; all, where there is none."""
-    if pattern is None:
-        return held
-    without_prefix = pattern.partition(".")[2]  # the name of the base model in its parent, such as transformer.
-    return match_hookpoints(pattern, held) or match_hookpoints(without_prefix, held) or [pattern]
-
-
-def _check_asked(config: ActivationsConfig, place: Path) -> ActivationsConfig:
-    """Return the settings with those of a cache filled in.
-
-    Raises:
-        ConfigError: settings of a text stand there without a text, which the cache makes meaningless.
-        DataError: the cache was written with others.
-    """
-    held = ActivationCache.read_settings(place)
-    asked = {f.name: getattr(config, f.name) for f in fields(ReadingConfig) if f.name not in ("hookpoint", *_OF_TEXT)}
-    of_text = [name for name in _OF_TEXT if getattr(config, name) is not None]
-    if config.dataset is not None:
-        asked["dataset"] = _open_text(config).name
-    elif of_text:
-        raise ConfigError(
-            f"{of_text[0]}: expected nothing beside --activations {place}, a cache whose text has been read. Leave it "
-            "out."
-        )
-    differences = [
-        f"{name} is {held.get(name)!r} there, {value!r} was asked for"
-        for name, value in asked.items()
-        if value is not None and held.get(name) != (list(value) if isinstance(value, tuple) else value)
-    ]
-    if differences:
-        raise DataError(
-            f"the cache {place} holds other activations: {'; '.join(differences)}. Leave these settings out, or name "
-            "another folder."
-        )
-    return replace(config, model=held["model"], context_length=held["context_length"])

@@ -11,10 +11,14 @@ from typing import Any
 from torch import Tensor
 
 from flashsae import files
+from flashsae.documents import load_document, load_tensors, sealed
 from flashsae.errors import CheckpointError
+from flashsae.schema import Count
 
 FORMAT = "flashsae.checkpoint"
 FORMAT_VERSION = 3
+KEPT = 2
+"""Checkpoints that a run keeps: the newest, and the one before it in case that one is damaged."""
 _MANIFEST = "manifest.json"
 _TENSORS = "tensors.safetensors"
 _STATE = "state.json"
@@ -35,19 +39,28 @@ class Checkpoint:
     tensors: dict[str, Tensor]
 
 
-def save_checkpoint(directory: Path, checkpoint: Checkpoint, *, keep: int = 1) -> Path:
-    """Write a checkpoint; older ones are removed only after it is in place.
+@dataclass(frozen=True)
+class _Manifest:
+    step: Count
+    sha256: dict[str, str]
+
+
+def save_checkpoint(directory: Path, checkpoint: Checkpoint) -> Path:
+    """Write a checkpoint beside the newest that is there; older ones are removed first, to make room for it.
 
     Args:
-        directory: of all checkpoints of the run; made if need be.
+        directory: of all checkpoints of the run; made if need be. The caller holds the lock of the run.
         checkpoint: what to write.
-        keep: how many to keep, the newest ones.
     Returns:
         its folder, `directory`/step-00001000.
     Raises:
-        StorageError: the file system refused; the checkpoints that were there are intact.
+        StorageError: the file system refused; the newest checkpoint that was there is intact.
     """
     path = directory / f"step-{checkpoint.step:08d}"
+    if directory.is_dir():
+        files.clear_leftovers(directory)
+    for old in list_checkpoints(directory)[: 1 - KEPT]:
+        shutil.rmtree(old, ignore_errors=True)
     with files.atomic_directory(path, overwrite=True) as folder:
         files.save_tensors(folder / _TENSORS, checkpoint.tensors)
         (folder / _STATE).write_text(json.dumps(checkpoint.state), "utf-8")
@@ -57,36 +70,34 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint, *, keep: int = 1) -
             "step": checkpoint.step,
             "sha256": {name: files.sha256(folder / name) for name in (_TENSORS, _STATE)},
         }
-        (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", "utf-8")
-    for old in list_checkpoints(directory)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
-    _remove_partial(directory)
+        (folder / _MANIFEST).write_text(json.dumps(sealed(manifest), indent=2) + "\n", "utf-8")
     return path
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
     """Return the checkpoint folders of a run, oldest first."""
-    return sorted(path for path in directory.glob("step-*") if path.is_dir() and path.name[5:].isdigit())
+    found = [path for path in directory.glob("step-*") if path.is_dir() and path.name[5:].isdecimal()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint and verify every byte.
 
     Raises:
-        CheckpointError: it is damaged, foreign, or of another format version.
+        CheckpointError: it is damaged, foreign, renamed, or of another format version.
     """
-    manifest = files.load_manifest(path / _MANIFEST, FORMAT, FORMAT_VERSION)
-    sums = manifest.get("sha256", {})
+    older = [other.name for other in list_checkpoints(path.parent) if int(other.name[5:]) < int(path.name[5:])]
+    back = f"from {older[-1]}" if older else "from the start"
+    advice = f"Remove the folder {path.name} to go on {back}."
+    manifest = load_document(
+        path / _MANIFEST, _Manifest, head=(FORMAT, FORMAT_VERSION), must_be_sealed=True, advice=advice
+    )
+    if manifest.step != int(path.name[5:]):
+        raise CheckpointError(
+            f"{path} holds the checkpoint of step {manifest.step}: it was renamed. Give it its name "
+            f"step-{manifest.step:08d} back, or remove it."
+        )
     for name in (_TENSORS, _STATE):
-        if not (path / name).exists() or sums.get(name) != files.sha256(path / name):
-            raise CheckpointError(
-                f"{path / name} is damaged: its checksum is not the one in {_MANIFEST}. "
-                f"Remove the folder {path.name} to go on from an older checkpoint or from the start."
-            )
-    return Checkpoint(int(path.name[5:]), files.load_json(path / _STATE), files.load_tensors(path / _TENSORS))
-
-
-def _remove_partial(directory: Path) -> None:
-    """Remove what a kill in the middle of writing left behind."""
-    for partial in (*directory.glob(".step-*.partial"), *directory.glob(".step-*.old")):
-        shutil.rmtree(partial, ignore_errors=True)
+        files.check_sha256(path / name, manifest.sha256.get(name), _MANIFEST, advice)
+    state = load_document(path / _STATE, dict[str, Any], advice=advice)
+    return Checkpoint(manifest.step, state, load_tensors(path / _TENSORS))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib import metadata as packages
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,15 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flashsae import files, ops
-from flashsae.errors import CheckpointError, ConfigError, DtypeError, ShapeError, StorageError
+from flashsae import ops
+from flashsae.backend import resolve_device
+from flashsae.errors import ConfigError, DtypeError, ShapeError
+from flashsae.nn.saved import read_sae, write_sae
 from flashsae.ops.register import isolated
-from flashsae.ops.validate import FLOATS, Precision, as_int, check_float, check_k
-
-FORMAT = "flashsae.sae"
-FORMAT_VERSION = 1
-_CONFIG_FILE = "flashsae.json"
-_WEIGHTS_FILE = "flashsae.safetensors"
+from flashsae.ops.validate import Precision, as_int, check_float, check_k
 
 
 @dataclass(frozen=True)
@@ -253,27 +248,19 @@ class SAE(nn.Module):
 
         Args:
             directory: must not exist, unless `overwrite`.
-            metadata: anything JSON can hold: model, hookpoint, data set, metrics.
+            metadata: anything JSON can hold: model, hookpoint, data set, metrics; a path is written as text.
             overwrite: replace the folder, if it holds an SAE.
         Raises:
+            ConfigError: metadata hold what JSON cannot.
             StorageError: the folder exists or cannot be written.
         """
-        description = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "flashsae_version": packages.version("flashsae"),
+        content = {
             "architecture": "topk",
             "dtype": str(self.W_dec.dtype).removeprefix("torch."),
             **asdict(self.config),
-            "metadata": dict(metadata or {}),
+            "metadata": metadata or {},
         }
-        directory = Path(directory)
-        if overwrite and directory.exists() and not (directory / _CONFIG_FILE).exists():
-            raise StorageError(f"{directory} holds no FlashSAE SAE and is not replaced; choose another folder.")
-        with files.atomic_directory(directory, overwrite=overwrite) as folder:
-            files.save_tensors(folder / _WEIGHTS_FILE, self.state_dict())
-            description["sha256"] = files.sha256(folder / _WEIGHTS_FILE)
-            (folder / _CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n", "utf-8")
+        write_sae(Path(directory), self.state_dict(), content, overwrite=overwrite)
 
     @classmethod
     def load(cls, directory: str | Path, *, device: torch.device | str = "cpu") -> SAE:
@@ -281,26 +268,14 @@ class SAE(nn.Module):
 
         Raises:
             CheckpointError: the folder holds no FlashSAE SAE, a damaged one, or one of a newer format.
+            ConfigError: no such device here.
         """
-        folder = Path(directory)
-        description = read_description(folder)
-        config = SAEConfig(description["d_in"], description["d_sae"], description["k"])
-        tensors = files.load_tensors(folder / _WEIGHTS_FILE)
-        if files.sha256(folder / _WEIGHTS_FILE) != description["sha256"]:
-            raise CheckpointError(
-                f"{folder / _WEIGHTS_FILE} is damaged: its checksum is not the one in {_CONFIG_FILE}. Copy or save the "
-                "SAE again."
-            )
-        sae = cls(config, seed=None, dtype=getattr(torch, description["dtype"]), device="meta")
-        expected = {name: tensor.shape for name, tensor in sae.state_dict().items()}
-        found = {name: tensor.shape for name, tensor in tensors.items()}
-        if expected != found:
-            raise CheckpointError(
-                f"{folder / _WEIGHTS_FILE} does not fit {_CONFIG_FILE}: expected tensors "
-                f"{_shapes(expected)}, got {_shapes(found)}. Save the SAE again."
-            )
+        target = resolve_device(str(device))
+        description, tensors = read_sae(Path(directory))
+        config = SAEConfig(description.d_in, description.d_sae, description.k)
+        sae = cls(config, seed=None, dtype=getattr(torch, description.dtype), device="meta")
         sae.load_state_dict(tensors, assign=True)
-        return sae.to(device)
+        return sae.to(target)
 
 
 @isolated
@@ -308,31 +283,3 @@ def _unit_rows(d_sae: int, d_in: int, seed: int, dtype: torch.dtype) -> Tensor:
     rows = torch.empty(d_sae, d_in, dtype=dtype, device="cpu")
     rows.normal_(generator=torch.Generator("cpu").manual_seed(seed))
     return F.normalize(rows, dim=1)
-
-
-def read_description(folder: Path) -> dict[str, Any]:
-    """Return the checked flashsae.json of a folder.
-
-    Raises:
-        CheckpointError: there is none, it is damaged, foreign, or of a newer format.
-    """
-    path = folder / _CONFIG_FILE
-    if not path.exists():
-        found = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) if folder.is_dir() else "no such folder"
-        raise CheckpointError(
-            f"{folder} holds no FlashSAE SAE: expected {_CONFIG_FILE} in it, found {found or 'nothing'}."
-        )
-    description = files.load_manifest(path, FORMAT, FORMAT_VERSION)
-    if description.get("architecture") != "topk":
-        raise CheckpointError(f"{path}: expected the architecture 'topk', got {description.get('architecture')!r}.")
-    kinds = {"d_in": int, "d_sae": int, "k": int, "dtype": str, "sha256": str}
-    wrong = [key for key, kind in kinds.items() if not isinstance(description.get(key), kind)]
-    if wrong:
-        raise CheckpointError(f"{path} is damaged: {', '.join(wrong)} missing or wrong. Save the SAE again.")
-    if description["dtype"] not in (str(dtype).removeprefix("torch.") for dtype in FLOATS):
-        raise CheckpointError(f"{path} is damaged: there is no dtype {description['dtype']!r}. Save the SAE again.")
-    return description
-
-
-def _shapes(shapes: Mapping[str, torch.Size]) -> str:
-    return ", ".join(f"{name} {list(shape)}" for name, shape in sorted(shapes.items()))

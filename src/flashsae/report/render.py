@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -13,19 +12,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from flashsae.documents import load_document, load_tensors
 from flashsae.errors import CheckpointError, require
-from flashsae.files import load_json, load_tensors, write_atomic
+from flashsae.files import write_atomic
 from flashsae.report.cards import card, known_of_all, printable, sample_text
 from flashsae.report.drawing import Array
 from flashsae.report.plots import Plot, latent_map, latent_plots, training_plots
 from flashsae.report.snippet_file import Snippets, read_snippets
 from flashsae.report.summary import compact, count, duration, final_figures, real
-from flashsae.train.callbacks import read_log
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from flashsae.settings.run import load_settings
+from flashsae.train.log_file import read_log
 
 _ARRAYS = ("latent_density", "decoder_norm", "encoder_decoder_cosine", "nearest_decoder_cosine")
 _OPTIONAL_ARRAYS = ("is_dead",)
@@ -76,10 +72,7 @@ def render_report(run: Path) -> Path:
 def _load(run: Path) -> _Run:
     if not (run / "config.toml").is_file():
         raise CheckpointError(f"{run} is not the folder of a training run: it has no config.toml.")
-    try:
-        settings = tomllib.loads((run / "config.toml").read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {run / 'config.toml'}: it is damaged ({error}).") from error
+    settings = load_settings(run / "config.toml")
     of_text = ("snippets.json",) if settings.get("model") else ()
     for name in ("metrics.jsonl", "evaluation.json", "latents.safetensors", *of_text):
         if not (run / name).is_file():
@@ -99,9 +92,7 @@ def _load(run: Path) -> _Run:
 
 
 def _read_evaluation(path: Path) -> dict[str, Any]:
-    stored = load_json(path)
-    if not isinstance(stored, dict):
-        raise CheckpointError(f"{path} is damaged: expected an object, got {type(stored).__name__}.")
+    stored = load_document(path, dict[str, Any], advice=f"Write it again with `flashsae train --resume {path.parent}`.")
     for name in _EVALUATION:
         if isinstance(stored.get(name), bool) or not isinstance(stored.get(name), (int, float)):
             raise CheckpointError(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from flashsae.data.sources import Split
+from flashsae.documents import load_document, write_document
 from flashsae.errors import CheckpointError
-from flashsae.files import load_json, write_atomic
+from flashsae.schema import Count, Finite, Fraction
 
 FORMAT = 1
 
@@ -27,8 +27,8 @@ class Snippet:
     """
 
     tokens: list[str]
-    acts: list[float]
-    peak: int
+    acts: list[Finite]
+    peak: Count
     split: Split | None = None
 
 
@@ -46,12 +46,12 @@ class LatentSnippets:
         snippets: by descending peak, at most one a document.
     """
 
-    index: int
-    density: float
-    max_act: float
-    mean_act: float
+    index: Count
+    density: Fraction
+    max_act: Finite
+    mean_act: Finite
     top_tokens: list[str]
-    histogram: list[int]
+    histogram: list[Count]
     snippets: list[Snippet]
 
 
@@ -65,9 +65,16 @@ class Snippets:
         held_out_tokens: how many of the tokens are of held-out documents; None where that was not written down.
     """
 
-    tokens: int
+    tokens: Count
     latents: list[LatentSnippets]
-    held_out_tokens: int | None = None
+    held_out_tokens: Count | None = None
+
+
+@dataclass(frozen=True)
+class _File(Snippets):
+    """As it stands in the file."""
+
+    format: Literal[1] = field(kw_only=True)
 
 
 def write_snippets(path: Path, snippets: Snippets) -> None:
@@ -76,7 +83,7 @@ def write_snippets(path: Path, snippets: Snippets) -> None:
     Raises:
         StorageError: the file system refused.
     """
-    write_atomic(path, json.dumps({"format": FORMAT, **asdict(snippets)}, separators=(",", ":")))
+    write_document(path, {"format": FORMAT, **asdict(snippets)}, indent=None)
 
 
 def read_snippets(path: Path) -> Snippets:
@@ -85,39 +92,14 @@ def read_snippets(path: Path) -> Snippets:
     Raises:
         CheckpointError: the file is missing, damaged, or of another format version.
     """
-    stored = load_json(path)
-    if not isinstance(stored, dict) or stored.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path} is not a snippets file of format {FORMAT}; evaluate the run again to rewrite it."
-        )
-    try:
-        held_out = stored.get("held_out_tokens")
-        latents = [_latent_from_json(latent) for latent in stored["latents"]]
-        return Snippets(int(stored["tokens"]), latents, None if held_out is None else int(held_out))
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} is damaged ({type(error).__name__}: {error}); evaluate the run again to rewrite it."
-        ) from error
-
-
-def _latent_from_json(stored: dict[str, Any]) -> LatentSnippets:
-    return LatentSnippets(
-        index=int(stored["index"]),
-        density=float(stored["density"]),
-        max_act=float(stored["max_act"]),
-        mean_act=float(stored["mean_act"]),
-        top_tokens=[str(token) for token in stored["top_tokens"]],
-        histogram=[int(count) for count in stored["histogram"]],
-        snippets=[_snippet_from_json(snippet) for snippet in stored["snippets"]],
-    )
-
-
-def _snippet_from_json(stored: dict[str, Any]) -> Snippet:
-    tokens, acts = [str(token) for token in stored["tokens"]], [float(act) for act in stored["acts"]]
-    peak = int(stored["peak"])
-    if len(tokens) != len(acts) or not 0 <= peak < len(tokens):
-        raise ValueError(f"a snippet has {len(tokens)} tokens, {len(acts)} activations and its peak at {peak}")
-    split = stored.get("split")
-    if split not in (None, "train", "held_out"):
-        raise ValueError(f"a snippet is of the split {split!r}")
-    return Snippet(tokens, acts, peak, split)
+    advice = "Evaluate the run again to rewrite it."
+    stored = load_document(path, _File, advice=advice)
+    for latent in stored.latents:
+        for snippet in latent.snippets:
+            tokens, acts = len(snippet.tokens), len(snippet.acts)
+            if tokens != acts or snippet.peak >= tokens:
+                raise CheckpointError(
+                    f"{path} is damaged: a snippet has {tokens} tokens, {acts} activations and its peak at "
+                    f"{snippet.peak}. {advice}"
+                )
+    return Snippets(stored.tokens, stored.latents, stored.held_out_tokens)

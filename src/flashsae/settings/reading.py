@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from flashsae.errors import ConfigError
 from flashsae.settings.kinds import NonNegativeInt, PositiveInt, Range, check_fields
@@ -55,6 +55,8 @@ class ReadingConfig:
         text_split: Split of a hub data set, or of a folder whose files or folders are named after splits. Default:
             train; in a folder without such names, everything.
         text_subset: Subset (configuration) of a hub data set. Default: the only one.
+        cache_dtype: Of cached activations: bf16, or float32 at twice the size, for activations whose mean is far
+            larger than their spread. Default: bf16.
     """
 
     model: str | None = None
@@ -71,6 +73,7 @@ class ReadingConfig:
     text_column: str | None = field(default=None, kw_only=True)
     text_split: str | None = field(default=None, kw_only=True)
     text_subset: str | None = field(default=None, kw_only=True)
+    cache_dtype: Literal["bf16", "float32"] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -105,6 +108,7 @@ class ReadingConfig:
             exclude_ids=self.exclude_ids or (),
             shuffle_documents=self.shuffle_documents is not False,
             document_seed=None if self.shuffle_documents is False else self.document_seed or 0,
+            cache_dtype=self.cache_dtype or "bf16",
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import zlib
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ else:
     import tomli as tomllib
 
 CONFIG_FILE = "config.toml"
+_SEAL = "# remove this line if you change another; their crc32 is "
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class RunConfig:
     def to_toml(self) -> str:
         """Return the settings as TOML, one flat table; what is None is left out."""
         flat = {**asdict(self.activations), **asdict(self.train), "logger": self.logger, "report": self.report}
-        return tomli_w.dumps({name: _plain(value) for name, value in flat.items() if value is not None})
+        text = tomli_w.dumps({name: _plain(value) for name, value in flat.items() if value is not None})
+        return f"{_SEAL}{zlib.crc32(text.encode())}\n{text}"
 
     @classmethod
     def from_toml(cls, path: Path) -> RunConfig:
@@ -53,15 +56,37 @@ class RunConfig:
         Raises:
             CheckpointError: the file is missing or damaged.
         """
+        flat = load_settings(path)
         try:
-            flat = read_toml(path)
             activations = {f.name: flat.pop(f.name) for f in fields(ActivationsConfig) if f.name in flat}
             settings = {f.name: flat.pop(f.name) for f in fields(TrainConfig) if f.name in flat}
             return cls(ActivationsConfig(**activations), TrainConfig(**settings), **flat)
-        except (OSError, ValueError, TypeError) as error:
-            raise CheckpointError(
-                f"cannot read the settings of the run from {path}: {error}. Name a folder that flashsae train made."
-            ) from error
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(_unread(path, error)) from error
+
+
+def load_settings(path: Path) -> dict[str, Any]:
+    """Return the settings in a run's config.toml, by name, as they stand there.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or its checksum is not that of the settings.
+    """
+    try:
+        settings = _parse_toml(path)
+        head, _, body = path.read_bytes().replace(b"\r\n", b"\n").partition(b"\n")
+    except (OSError, ConfigError) as error:
+        raise CheckpointError(_unread(path, error)) from error
+    if head.startswith(_SEAL.encode()) and head != f"{_SEAL}{zlib.crc32(body)}".encode():
+        raise CheckpointError(
+            f"{path} is not as the run wrote it: its checksum does not fit. Put a copy back, or remove its first line "
+            "if you changed it on purpose."
+        )
+    return settings
+
+
+def _unread(path: Path, error: Exception) -> str:
+    reason = str(error).rstrip(".")
+    return f"cannot read the settings of the run from {path}: {reason}. Name a folder that flashsae train made."
 
 
 def _plain(value: Any) -> Any:
@@ -76,13 +101,17 @@ def read_toml(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file is missing, is not TOML, or has sections; says so without naming the file.
     """
-    try:
-        settings = tomllib.loads(path.read_text("utf-8-sig"))
-    except OSError as error:
-        raise ConfigError(error.strerror or str(error)) from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"it is not TOML ({error})") from error
+    settings = _parse_toml(path)
     sections = [name for name, value in settings.items() if isinstance(value, dict)]
     if sections:
         raise ConfigError(f"expected settings without sections, got the section [{sections[0]}]")
     return settings
+
+
+def _parse_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text("utf-8-sig"))
+    except OSError as error:
+        raise ConfigError(error.strerror or str(error)) from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"it is not TOML ({error})") from error

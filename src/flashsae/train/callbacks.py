@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -26,8 +27,8 @@ from typing_extensions import Self
 
 from flashsae import files
 from flashsae.errors import CheckpointError, ConfigError, require
+from flashsae.train.log_file import LOG_FILE, make_line, read_log
 
-LOG_FILE = "metrics.jsonl"
 SECONDS_BETWEEN_LINES = 20
 
 
@@ -45,6 +46,9 @@ class Callback:
 
     def on_warning(self, message: str) -> None:
         """The training goes on, but its result may not be what was meant; a sentence or two that say why."""
+
+    def on_checkpoint(self, step: int) -> None:
+        """A checkpoint of this step is about to be written; what was told of must be on the disk by then."""
 
     def close(self) -> None:
         """Training has ended, or failed."""
@@ -79,52 +83,43 @@ class JsonlLog(Callback):
     def __init__(self, run: Path) -> None:
         self._path = run / LOG_FILE
         self._file: TextIO | None = None
+        self._checksum = 0
 
     def on_start(self, step: int, steps: int) -> None:
-        """Open the log and cut it to what the checkpoint knows of."""
-        kept = [json.dumps(record) for record in read_log(self._path) if record["step"] <= step]
-        files.write_atomic(self._path, "".join(line + "\n" for line in kept))
+        """Open the log and cut it to what the checkpoint knows of; CheckpointError if it does not reach that far."""
+        kept = list(takewhile(lambda record: record["step"] <= step, read_log(self._path)))
+        if step and (not kept or kept[-1]["step"] != step):
+            raise CheckpointError(
+                f"{self._path} does not reach the checkpoint of step {step}: put the whole file back, or remove the "
+                "folder checkpoints to train from the start."
+            )
+        self._checksum, text = 0, ""
+        for record in kept:
+            line, self._checksum = make_line(record, self._checksum)
+            text += line + "\n"
+        files.write_atomic(self._path, text)
         with files.storage_errors(self._path):
-            self._file = self._path.open("a", encoding="utf-8")
+            self._file = self._path.open("a", encoding="utf-8", newline="\n")
 
     def on_log(self, record: Mapping[str, float]) -> None:
         """Write a line, at once."""
         if self._file is not None:
+            line, self._checksum = make_line(record, self._checksum)
             with files.storage_errors(self._path):
-                self._file.write(json.dumps(dict(record)) + "\n")
+                self._file.write(line + "\n")
                 self._file.flush()
+
+    def on_checkpoint(self, step: int) -> None:
+        """Flush the lines to the disk, so that no checkpoint is ahead of its log."""
+        if self._file is not None:
+            with files.storage_errors(self._path):
+                os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file; every line is on disk already, or its failure has been told."""
         if self._file is not None:
             with suppress(OSError):
                 self._file.close()
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a log; a last line that a kill cut short is left out.
-
-    Raises:
-        CheckpointError: another line is damaged.
-    """
-    if not path.exists():
-        return []
-    try:
-        lines = path.read_text("utf-8", errors="replace").splitlines()
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error}.") from error
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            if number < len(lines):
-                raise CheckpointError(f"{path}, line {number} is damaged. Remove that line, or the file.") from error
-            break
-        if not isinstance(record, dict):
-            raise CheckpointError(f"{path}, line {number} is damaged. Remove that line, or the file.")
-        records.append(record)
-    return records
 
 
 class StageBar:

@@ -222,6 +222,8 @@ class _Run:
 
     def _save(self) -> None:
         if self.checkpoints is not None:
+            for callback in self.callbacks:
+                callback.on_checkpoint(self.state.step)
             save_checkpoint(self.checkpoints, to_checkpoint(self.state, self.config))
 
 

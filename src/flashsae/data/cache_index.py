@@ -1,0 +1,198 @@
+"""The index of a cache of activations, index.json: what is in it, and how it is verified."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+
+from flashsae.documents import Checksum, crc32, load_document, write_document
+from flashsae.errors import CheckpointError
+from flashsae.files import refusal
+from flashsae.schema import Count, Finite, Name, Range, Size, Text, parse
+
+INDEX_FILE = "index.json"
+TOKENS_FOLDER, TOKENIZER_FOLDER = "tokens", "tokenizer"
+"""The folders of a cache that are not named after a hookpoint."""
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+FORMAT = "flashsae.activations"
+FORMAT_VERSION = 2
+_ADVICE = "Write the cache again into another folder."
+NotNegative = Annotated[float, Range(0)]
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """What decides the bytes of the shards, as far as readers need it. There are more; all are compared by name.
+
+    Args:
+        model, dataset: what they are called.
+        model_fingerprint, text_fingerprint: what they are; "" where nobody knows.
+        hookpoints: widths by module path.
+        dtype: of the shards.
+        context_length, mask_special, max_norm_ratio: how the text was read.
+    """
+
+    model: Text
+    dataset: Text
+    model_fingerprint: Text
+    text_fingerprint: Text
+    hookpoints: dict[Name, Size]
+    dtype: Literal["bfloat16", "float32"]
+    context_length: Size
+    mask_special: bool
+    max_norm_ratio: Finite | None
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What bfloat16 rounds away of the activations of a shard: Σ‖x − bfloat16(x)‖², beside Σ‖x − mean x‖²."""
+
+    lost: NotNegative = 0.0
+    variance: NotNegative = 0.0
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What the index says of a shard.
+
+    Args:
+        rows: tokens in it.
+        crc32: checksum of each of its files, by folder.
+        rounding: by hookpoint, where the model gave more than bfloat16.
+    """
+
+    rows: Size
+    crc32: dict[Name, Checksum]
+    rounding: dict[Name, Rounding] = field(default_factory=dict)
+
+
+@dataclass
+class CacheIndex:
+    """The content of index.json, the truth about a cache: what it does not name is not there.
+
+    Args:
+        settings: what decides the bytes of the shards; at least `CacheSettings`.
+        shards: in their order.
+        cursor: of the source, behind the last shard; None before the first.
+        complete: nothing is left to write.
+        tokenizer: checksum of the folder; None before it is written.
+    """
+
+    settings: dict[Text, Any]
+    shards: list[Shard] = field(default_factory=list)
+    cursor: dict[str, Count] | None = None
+    complete: bool = False
+    tokenizer: Checksum | None = None
+
+    @property
+    def rows(self) -> int:
+        """Tokens in all shards."""
+        return sum(shard.rows for shard in self.shards)
+
+    def rounded_away(self, hookpoint: str) -> float:
+        """Return what bfloat16 rounds away, as a fraction of the variance within shards."""
+        parts = [shard.rounding.get(hookpoint, Rounding()) for shard in self.shards]
+        lost, variance = sum(part.lost for part in parts), sum(part.variance for part in parts)
+        return 0.0 if lost == 0.0 else lost / variance if variance else float("inf")
+
+    def write(self, directory: Path) -> None:
+        """Write index.json, whole or not at all; raises StorageError where the file system refuses."""
+        version = installed_version("flashsae")
+        head = {"format": FORMAT, "format_version": FORMAT_VERSION, "flashsae_version": version}
+        write_document(directory / INDEX_FILE, head | asdict(self))
+
+    @staticmethod
+    def read(directory: Path) -> CacheIndex:
+        """Read index.json.
+
+        Raises:
+            CheckpointError: there is none, it is damaged, or it is of something else or of another format version.
+        """
+        path = directory / INDEX_FILE
+        index = load_document(path, CacheIndex, head=(FORMAT, FORMAT_VERSION), must_be_sealed=True, advice=_ADVICE)
+        settings = parse(CacheSettings, index.settings, str(path), _ADVICE)
+        names = {TOKENS_FOLDER, *settings.hookpoints}
+        if not settings.hookpoints or len(names) <= len(settings.hookpoints) or TOKENIZER_FOLDER in names:
+            raise CheckpointError(f"{path} is damaged: its hookpoints are {list(settings.hookpoints)}. {_ADVICE}")
+        for number, shard in enumerate(index.shards):
+            if shard.crc32.keys() != names:
+                raise CheckpointError(f"{path} is damaged: shards[{number}] lacks checksums. {_ADVICE}")
+        if index.complete and not index.shards:
+            raise CheckpointError(f"{path} is damaged: it is called complete and has no shards. {_ADVICE}")
+        return index
+
+
+def has_index(directory: Path) -> bool:
+    """Tell whether there is an index in a folder, damaged or not."""
+    return (directory / INDEX_FILE).exists()
+
+
+def shard_path(directory: Path, kind: str, number: int) -> Path:
+    """Return where a shard lies; `kind` is a hookpoint or `TOKENS_FOLDER`."""
+    return directory / kind / f"{number:05d}.safetensors"
+
+
+def check_shard(directory: Path, index: CacheIndex, kind: str, number: int) -> None:
+    """Raise CheckpointError unless a file of a shard has the checksum in the index."""
+    path = shard_path(directory, kind, number)
+    _check(path, lambda: crc32(path), index.shards[number].crc32[kind])
+
+
+def check_tokenizer(directory: Path, index: CacheIndex) -> None:
+    """Raise CheckpointError unless the files of the tokenizer have the checksum in the index."""
+    folder = directory / TOKENIZER_FOLDER
+    _check(folder, lambda: folder_crc32(folder), index.tokenizer)
+
+
+def _check(path: Path, checksum: Callable[[], int], expected: int | None) -> None:
+    try:
+        found = checksum()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {refusal(path, error)} {_ADVICE}") from error
+    if found != expected:
+        raise CheckpointError(f"{path} is damaged: its checksum is not the one in {INDEX_FILE}. {_ADVICE}")
+
+
+def folder_crc32(folder: Path) -> int:
+    """Return a CRC-32 of the names and contents of all files in a folder."""
+    total = 0
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            total = zlib.crc32(f"{path.relative_to(folder).as_posix()} {crc32(path)} ".encode(), total)
+    return total
+
+
+def verify_cache(directory: Path) -> tuple[int, int]:
+    """Read every byte of a cache and compare it with its checksums; complete or not.
+
+    Returns:
+        the number of files verified and their size in bytes.
+    Raises:
+        CheckpointError: names every file that is damaged or missing.
+    """
+    index = CacheIndex.read(directory)
+    wrong, files, size = [], 1, (directory / INDEX_FILE).stat().st_size
+    if index.tokenizer is not None:
+        try:
+            check_tokenizer(directory, index)
+        except CheckpointError:
+            wrong.append(str(directory / TOKENIZER_FOLDER))
+    for number, shard in enumerate(index.shards):
+        for kind in shard.crc32:
+            path = shard_path(directory, kind, number)
+            try:
+                check_shard(directory, index, kind, number)
+                files, size = files + 1, size + path.stat().st_size
+            except CheckpointError:
+                wrong.append(str(path))
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise CheckpointError(f"damaged or missing: {', '.join(wrong[:5])}{more}. {_ADVICE}")
+    return files, size

@@ -1,0 +1,143 @@
+"""A cache that may be there already: where it lies, whether it is what settings ask for, and what to warn of."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flashsae.data.cache import ActivationCache
+from flashsae.data.cache_index import INDEX_FILE, has_index
+from flashsae.data.cache_writer import DTYPE_NAMES, changes
+from flashsae.data.models import match_hookpoints
+from flashsae.data.text import TextDataset, open_text
+from flashsae.data.weights import model_fingerprint
+from flashsae.errors import CheckpointError, ConfigError, DataError, MissingExtraError
+from flashsae.settings.reading import ActivationsConfig, ReadingConfig
+
+MOST_ROUNDED = 1e-3
+"""Fraction of the variance that a bfloat16 cache may round away without a warning: a hundredth of a usual FVU."""
+_OF_TEXT = ("text_column", "text_split", "text_subset")
+
+
+def is_complete_cache(config: ActivationsConfig) -> bool:
+    """Tell whether the cache that settings name is there, or may be written there.
+
+    Raises:
+        ConfigError: it is not, and nothing says that it should be written.
+        CheckpointError: what is there is no cache, or a damaged one.
+    """
+    place = config.activations
+    if place is None:
+        return False
+    if place.exists():
+        return is_cache(place) and ActivationCache.is_complete(place)
+    if config.model is None and config.dataset is None:
+        raise ConfigError(
+            f"activations: there is no cache at {place}. Check the path; to write a cache there, name the model and "
+            f"the text too: flashsae train MODEL TEXT --hookpoint PATH --activations {place}."
+        )
+    return False
+
+
+def is_cache(place: Path) -> bool:
+    """Tell a folder with a cache from an empty one; raise CheckpointError where something else is."""
+    if not place.is_dir():
+        raise CheckpointError(f"{place} is a file, and a cache of activations is a folder. Give another name.")
+    if (place / INDEX_FILE).exists():
+        return True
+    if any(not path.name.startswith(".") for path in place.iterdir()):
+        raise CheckpointError(
+            f"{place} holds other files and no {INDEX_FILE}: it is no activation cache. Choose a new folder."
+        )
+    return False
+
+
+def moved_place(place: Path, folder: Path) -> Path:
+    """Return where the activations of a run lie now, which may have been moved together with it; its caches: `folder`.
+
+    Raises:
+        CheckpointError: neither where they were nor where that would have put them.
+    """
+    if has_index(place):
+        return place
+    for ancestor in folder.resolve().parents:
+        for first in range(1, len(place.parts)):
+            moved = ancestor.joinpath(*place.parts[first:])
+            if has_index(moved):
+                return moved
+    raise CheckpointError(
+        f"the activations of this run are neither in {place} nor where a move of both would have put them: put that "
+        "folder back, or start a new run."
+    )
+
+
+def check_asked(config: ActivationsConfig, place: Path) -> ActivationsConfig:
+    """Return the settings with those of a cache filled in.
+
+    Raises:
+        ConfigError: settings of a text stand there without a text, which the cache makes meaningless.
+        DataError: the cache was written with others.
+    """
+    held = ActivationCache.read_settings(place)
+    asked: dict[str, Any] = {f.name: getattr(config, f.name) for f in fields(ReadingConfig)}
+    of_text = [name for name in _OF_TEXT if asked.pop(name) is not None]
+    asked["dtype"] = config.cache_dtype and DTYPE_NAMES[config.cache_dtype]
+    if config.dataset is not None:
+        text = open_configured_text(config)
+        asked |= {"dataset": text.name, "text_fingerprint": text.fingerprint}
+    elif of_text:
+        raise ConfigError(
+            f"{of_text[0]}: expected nothing beside --activations {place}, a cache whose text has been read. Leave it "
+            "out."
+        )
+    if config.model is not None:
+        asked["model_fingerprint"] = _known_fingerprint(config.model)
+    given = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in asked.items()
+        if value is not None and name not in ("hookpoint", "cache_dtype")
+    }
+    differences = changes({name: held.get(name) for name in given}, given, ", {!r} was asked for")
+    if differences:
+        raise DataError(
+            f"the cache {place} holds other activations than were asked for: {'; '.join(differences)}. Leave these "
+            "settings out, or name another folder."
+        )
+    return replace(config, model=held["model"], context_length=held["context_length"])
+
+
+def _known_fingerprint(model: str) -> str | None:
+    """Return the fingerprint of a model; None where it is not to be had here, as when only its cache was brought."""
+    try:
+        return model_fingerprint(model)
+    except (ConfigError, MissingExtraError):
+        return None
+
+
+def held_hookpoints(pattern: str | None, held: list[str]) -> list[str]:
+    """Return which of the hookpoints of a cache a pattern stands for; all, where there is none."""
+    if pattern is None:
+        return held
+    without_prefix = pattern.partition(".")[2]  # the name of the base model in its parent, such as transformer.
+    return match_hookpoints(pattern, held) or match_hookpoints(without_prefix, held) or [pattern]
+
+
+def rounding_warning(cache: ActivationCache) -> str | None:
+    """Return a sentence where bfloat16 rounds away more of the activations than may go unnoticed, else None."""
+    if cache.dtype != torch.bfloat16 or cache.rounded_away <= MOST_ROUNDED:
+        return None
+    return (
+        f"the activations at {cache.hookpoint} have a mean so much larger than their spread that bfloat16 rounds away "
+        f"{cache.rounded_away:.1%} of their variance, which neither training nor figures will see. Cache them anew "
+        "with --cache-dtype float32."
+    )
+
+
+def open_configured_text(config: ReadingConfig) -> TextDataset:
+    """Open the text that settings name."""
+    assert config.dataset is not None
+    given = {"split": config.text_split, "column": config.text_column, "subset": config.text_subset}
+    return open_text(config.dataset, **{name: value for name, value in given.items() if value is not None})
