@@ -4,13 +4,20 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench-gpu
+.PHONY: demo test test-fast lint bench-gpu
 
 demo: $(VENV)/.demo
 	$(BIN)/flashsae train
 
+# a worker a core, eight at most; each core's worth of threads goes to one of them (tests/conftest.py)
+PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadgroup
+
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
+
+# without the tests that take many seconds each
+test-fast: $(VENV)/.dev
+	$(PYTEST) -m "not slow"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.slow
 
 SRC = Path(__file__).parents[1] / "src" / "flashsae"
 NAMES = sorted(

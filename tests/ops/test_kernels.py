@@ -91,7 +91,8 @@ def test_t0_encode(
 @pytest.mark.parametrize("precision", ["float32", "tf32", "bf16"])
 def test_t0_encode_aux_and_key_scale(precision: str, allowed: int, k_aux: int, generator: torch.Generator) -> None:
     k, d_sae = 5, 101  # 11 are selected by groups, 40 from whole rows
-    inputs = encode_inputs(37 if allowed == 60 and precision != "tf32" else 6, 13, d_sae, k, k_aux, generator)
+    B = 37 if (allowed, k_aux) == (60, 11) and precision != "tf32" else 6  # more than a block of tokens, and fewer
+    inputs = encode_inputs(B, 13, d_sae, k, k_aux, generator)
     inputs["mask"] = torch.zeros(d_sae, dtype=torch.bool)
     inputs["mask"][torch.randperm(d_sae, generator=generator)[:allowed]] = True
     inputs["scale"] = torch.randint(0, 4, (d_sae,), generator=generator).float()
@@ -421,7 +422,7 @@ def test_t0_and_t3_a_latent_active_on_every_token(B: int, k: int, generator: tor
 
 
 def test_t3_two_whole_steps_give_the_same_bits(generator: torch.Generator) -> None:
-    inputs = step_inputs(20, 13, 70, generator, integer=False)
+    inputs = step_inputs(20 if DEVICE == "cuda" else 7, 13, 70, generator, integer=False)
     first, second = (on_kernels(lambda q: whole_step(q, 4), inputs) for _ in range(2))
     for name in first:
         assert torch.equal(first[name], second[name]), name
@@ -430,7 +431,7 @@ def test_t3_two_whole_steps_give_the_same_bits(generator: torch.Generator) -> No
 def test_dense_dispatch_gives_the_same_integers_and_says_so_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, generator: torch.Generator
 ) -> None:
-    inputs = step_inputs(11, 6, 50, generator, integer=True)
+    inputs = step_inputs(5, 6, 50, generator, integer=True)
     sparse = on_kernels(lambda q: whole_step(q, 3), inputs)
     backend.log_once.cache_clear()
     monkeypatch.setenv("FLASHSAE_DENSE_ABOVE", "0")

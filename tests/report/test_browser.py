@@ -23,6 +23,9 @@ def unavailable(reason: str) -> None:
     pytest.skip(reason)
 
 
+pytestmark = pytest.mark.xdist_group("browser")
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     names = ("chromium", "google-chrome", "chromium-browser")

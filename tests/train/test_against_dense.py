@@ -27,6 +27,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> ActivationCache:
     return ActivationCache(directory, held_out=0.1)
 
 
+@pytest.mark.slow
 def test_held_out_fvu_is_within_half_a_percent_of_a_dense_reference(cache: ActivationCache) -> None:
     settings = TrainConfig(d_sae=1024, k=16, tokens=256 * 250, batch_tokens=256, auxk_alpha=0.0)
     config = settings.resolve(cache.d_in)

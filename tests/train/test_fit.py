@@ -33,6 +33,7 @@ def _same(a: SAE, b: SAE) -> bool:
     return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
 
 
+@pytest.mark.slow
 def test_known_directions_are_found() -> None:
     model = SuperpositionModel(32, 96, active=3.0, seed=1)
     x = model.sample(20_000, seed=2)

@@ -188,6 +188,7 @@ def test_a_batch_of_equal_tokens_changes_little() -> None:
         assert final_fvu(token) == pytest.approx(plain, rel=0.02)
 
 
+@pytest.mark.slow
 def test_auxk_revives_dead_latents() -> None:
     def run(auxk_alpha: float) -> tuple[int, bool]:
         config = _config(auxk_alpha=auxk_alpha, tokens=64 * 300, k_aux=8, decay_fraction=0.0)
