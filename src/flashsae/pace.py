@@ -68,7 +68,9 @@ def training_rate(config: TrainConfig, d_in: int) -> float:
         d_in: width of the activations.
     """
     settings = config.resolve(d_in)
-    x = torch.randn(4 * settings.batch_tokens, d_in, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(
+        4 * settings.batch_tokens, d_in, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu"
+    )
     batches = shuffled(ArraySource(x), settings.batch_tokens, seed=0, buffer_tokens=len(x))
     state = init_state(settings, batches, resolve_device(settings.device))
     seconds = []

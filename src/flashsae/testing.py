@@ -40,7 +40,9 @@ def integer_inputs(
     *shape: int, generator: torch.Generator, largest: int = 4, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Return small random integers as floats, so that every sum of products is exact in any order (tier T0)."""
-    values = torch.randint(-largest, largest + 1, shape, generator=generator)
+    values = torch.randint(
+        -largest, largest + 1, shape, generator=generator, dtype=torch.int64, device=generator.device
+    )
     return values.to(dtype)
 
 

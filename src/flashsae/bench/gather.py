@@ -28,6 +28,6 @@ def gather_sum(table: Tensor, indices: Tensor, out: Tensor) -> None:
 
 def gather_problem(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Return a table of 16 MB, which the cache holds, indices and room for the result."""
-    table = torch.randn(4096, 2048, device=device).bfloat16()
-    indices = torch.randint(4096, (8192, 64), device=device)
+    table = torch.randn(4096, 2048, dtype=torch.float32, device=device).bfloat16()
+    indices = torch.randint(4096, (8192, 64), dtype=torch.int64, device=device)
     return table, indices, torch.empty(8192, 2048, dtype=torch.bfloat16, device=device)

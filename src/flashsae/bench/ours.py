@@ -147,7 +147,7 @@ def expected_rows(problem: Problem, lr: float) -> Rows:
         slope = -2 / total_variance(x) * residual_of(problem, code, 0).double()
         centred = (x - problem.b_dec).double()
         active = code.top_indices.flatten()
-        spread = torch.linspace(0, len(active) - 1, SAMPLED_ROWS, device=x.device).long()
+        spread = torch.linspace(0, len(active) - 1, SAMPLED_ROWS, dtype=torch.float32, device=x.device).long()
         latents: Tensor = torch.unique(active[spread])
         grads: tuple[list[Tensor], list[Tensor]] = [], []
         for latent in latents.tolist():

@@ -105,7 +105,7 @@ def make_problem(
     generator = torch.Generator(device).manual_seed(seed)
 
     def draw(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator, device=device)
+        return torch.randn(*size, generator=generator, dtype=torch.float32, device=device)
 
     x_bytes = shape.batch_tokens * shape.d_in * dtype.itemsize
     turns = min(4, -(-L2_BYTES // x_bytes)) if device.type == "cuda" else 2

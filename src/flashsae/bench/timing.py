@@ -29,8 +29,8 @@ class Timing:
     @classmethod
     def of(cls, times_ms: Sequence[float]) -> Timing:
         """Summarise the milliseconds of some iterations."""
-        points = torch.tensor([0.5, 0.1, 0.9], dtype=torch.float64)
-        median, p10, p90 = torch.tensor(times_ms, dtype=torch.float64).quantile(points).tolist()
+        points = torch.tensor([0.5, 0.1, 0.9], dtype=torch.float64, device="cpu")
+        median, p10, p90 = torch.tensor(times_ms, dtype=torch.float64, device="cpu").quantile(points).tolist()
         return cls(median, p10, p90, len(times_ms))
 
 

@@ -156,9 +156,9 @@ class ActivationCache:
         wanted, order = index.cpu().sort(stable=True)  # each shard is visited once, and read forwards
         if len(wanted) and not 0 <= wanted[0] <= wanted[-1] < self.n_rows:
             raise DataError(f"{self.name} has rows 0 to {self.n_rows - 1}, got {wanted[0]} to {wanted[-1]}.")
-        bounds = torch.searchsorted(wanted, torch.tensor(self._starts)).tolist()
+        bounds = torch.searchsorted(wanted, torch.tensor(self._starts, dtype=torch.int64, device="cpu")).tolist()
         self._verify(self.hookpoint, [n for n, (low, high) in enumerate(pairwise(bounds)) if low < high])
-        out = torch.empty(len(wanted), self.d_in, dtype=self.dtype)
+        out = torch.empty(len(wanted), self.d_in, dtype=self.dtype, device="cpu")
         for acts, start, low, high in zip(self._acts, self._starts, bounds, bounds[1:]):
             if low < high:
                 out.index_copy_(0, order[low:high], acts.index_select(0, wanted[low:high] - start))
@@ -182,7 +182,7 @@ class ActivationCache:
                 group, ids, position = (
                     tokens[name][row - start : end - start] for name in ("group", "token_ids", "position")
                 )
-                acts = self.rows(torch.arange(row, end))
+                acts = self.rows(torch.arange(row, end, dtype=torch.int64, device="cpu"))
                 check_finite(acts, f"{self.name}, counted from row {row}")
                 chunk = Chunk(acts, group, ids, position)
                 yield chunk.select(split_mask(group, self._held_out, split)), {"row": end}

@@ -62,7 +62,10 @@ class ReadingOrder:
             return window
         digits = text_digest([f"documents {self.seed} {window[0][0]}"])
         generator = torch.Generator().manual_seed(int(digits, 16))
-        return [window[i] for i in torch.randperm(len(window), generator=generator).tolist()]
+        return [
+            window[i]
+            for i in torch.randperm(len(window), generator=generator, dtype=torch.int64, device="cpu").tolist()
+        ]
 
 
 def _cut(documents: Iterable[tuple[int, str]], characters: int) -> Iterator[Block]:

@@ -263,7 +263,7 @@ class LanguageModelSource:
                 yield number, document
 
     def _is_in(self, split: Split, document: int) -> bool:
-        return bool(split_mask(torch.tensor([document]), self._held_out, split)[0])
+        return bool(split_mask(torch.tensor([document], dtype=torch.int64, device="cpu"), self._held_out, split)[0])
 
     def _read(self, batch: TokenBatch) -> tuple[dict[str, Chunk], int]:
         """Run the model on a batch; return its chunks and how many tokens the norm filter dropped."""
@@ -280,7 +280,7 @@ class LanguageModelSource:
         for name, rows in acts.items():
             self._check_finite(name, rows, documents)
         tokens = batch.ids[batch.keep].to(torch.int32)
-        position = torch.arange(batch.ids.shape[1], dtype=torch.int32).expand_as(batch.ids)[batch.keep]
+        position = torch.arange(batch.ids.shape[1], dtype=torch.int32, device="cpu").expand_as(batch.ids)[batch.keep]
         chunks = {name: Chunk(rows, documents, tokens, position) for name, rows in acts.items()}
         ratio = self.config.max_norm_ratio
         if ratio is None or not len(tokens):

@@ -20,7 +20,7 @@ class _Slot:
     """Page-locked memory for a batch, its place on the device, and what must be over before each is written again."""
 
     def __init__(self, batch: Tensor, device: torch.device) -> None:
-        self.host = torch.empty(batch.shape, dtype=batch.dtype, pin_memory=True)
+        self.host = torch.empty(batch.shape, dtype=batch.dtype, pin_memory=True, device="cpu")
         self.device = torch.empty(batch.shape, dtype=batch.dtype, device=device)
         self.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self.used = torch.cuda.Event()  # type: ignore[no-untyped-call]

@@ -88,11 +88,17 @@ class RowShuffle:
     def _window_rows(self) -> Tensor:
         """Return the row numbers of the current window in order: [n], int64."""
         n_blocks = -(-len(self._rows) // self._block_rows)
-        blocks = torch.randperm(n_blocks, generator=_generator(self._seed, self._epoch))
+        blocks = torch.randperm(
+            n_blocks, generator=_generator(self._seed, self._epoch), dtype=torch.int64, device="cpu"
+        )
         blocks = blocks[self._window * self._blocks_per_window :][: self._blocks_per_window]
-        places = (blocks[:, None] * self._block_rows + torch.arange(self._block_rows)).flatten()
+        places = (
+            blocks[:, None] * self._block_rows + torch.arange(self._block_rows, dtype=torch.int64, device="cpu")
+        ).flatten()
         places = places[places < len(self._rows)]
-        mixed = torch.randperm(len(places), generator=_generator(self._seed, self._epoch, self._window))
+        mixed = torch.randperm(
+            len(places), generator=_generator(self._seed, self._epoch, self._window), dtype=torch.int64, device="cpu"
+        )
         return self._rows[places[mixed]]
 
     def _advance(self) -> None:
@@ -174,8 +180,11 @@ class BufferShuffle:
         self._rest: Tensor | None = None  # of the last chunk, what the buffer had no room for
         self._buffer: Tensor | None = None  # [buffer_tokens, d_in]; made when the first chunk shows dtype and device
         # every place in the buffer is in one of three: to be given out in this order; filled since; free
-        self._order, self._arrived = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
-        self._free = torch.arange(buffer_tokens)
+        self._order, self._arrived = (
+            torch.zeros(0, dtype=torch.int64, device="cpu"),
+            torch.zeros(0, dtype=torch.int64, device="cpu"),
+        )
+        self._free = torch.arange(buffer_tokens, dtype=torch.int64, device="cpu")
         self._capacity = buffer_tokens
 
     def next_batch(self) -> Tensor:
@@ -216,7 +225,10 @@ class BufferShuffle:
             self._rest = rows[len(places) :].clone() if len(rows) > len(places) else None
         if len(self._order) < max(self._batch_tokens, self._capacity // 2):
             there = torch.cat([self._order, self._arrived])
-            self._order, self._arrived = there[torch.randperm(len(there), generator=self._generator)], there[:0]
+            self._order, self._arrived = (
+                there[torch.randperm(len(there), generator=self._generator, dtype=torch.int64, device="cpu")],
+                there[:0],
+            )
 
     def _next_rows(self) -> Tensor | None:
         """Return more rows of the stream, beginning a new epoch where one ends; None if there are none for ever."""
@@ -276,7 +288,9 @@ class BufferShuffle:
             self._buffer = rows.new_empty(self._capacity, rows.shape[1])
             self._buffer[: len(rows)] = rows
             ends = len(rows) - place["arrived"], len(rows)
-            self._order, self._arrived, self._free = torch.arange(self._capacity).tensor_split(ends)
+            self._order, self._arrived, self._free = torch.arange(
+                self._capacity, dtype=torch.int64, device="cpu"
+            ).tensor_split(ends)
         self._rest = tensors["rest"].to(place["device"]) if "rest" in tensors else None
 
 

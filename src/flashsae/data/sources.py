@@ -164,7 +164,9 @@ class ArraySource:
 
     def split_rows(self, split: Split) -> Tensor:
         """Return the row numbers of a split: [n], int64, ascending."""
-        return split_mask(torch.arange(len(self._x)), self._held_out, split).nonzero()[:, 0]
+        return split_mask(torch.arange(len(self._x), dtype=torch.int64, device="cpu"), self._held_out, split).nonzero()[
+            :, 0
+        ]
 
     def rows(self, index: Tensor) -> Tensor:
         """Return rows by number: index [n], int64 -> [n, d_in], a copy."""
@@ -175,7 +177,7 @@ class ArraySource:
         first = (cursor or {"row": 0})["row"]
         for start in range(first, len(self._x), _ARRAY_CHUNK_ROWS):
             stop = min(start + _ARRAY_CHUNK_ROWS, len(self._x))
-            group = torch.arange(start, stop)
+            group = torch.arange(start, stop, dtype=torch.int64, device="cpu")
             chunk = Chunk(self._x[start:stop], group).select(split_mask(group, self._held_out, split))
             yield chunk, {"row": stop}
 
@@ -248,7 +250,7 @@ class IterableSource:
                     f"batch {number} of {self.name}: expected {expected} on {device}, as the first batch, got "
                     f"{acts.dtype} on {acts.device}. Convert all of them: (batch.float() for batch in x)."
                 )
-            group = torch.arange(row, row + len(acts))
+            group = torch.arange(row, row + len(acts), dtype=torch.int64, device="cpu")
             row += len(acts)
             if number >= skip:
                 yield Chunk(acts, group), {"batch": number + 1}

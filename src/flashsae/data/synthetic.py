@@ -27,7 +27,9 @@ class SuperpositionModel:
         if not 0 < active <= n_directions:
             raise ConfigError(f"active: expected 0 < active <= n_directions = {n_directions}, got {active}.")
         generator = torch.Generator().manual_seed(seed)
-        self.directions = F.normalize(torch.randn(n_directions, d_in, generator=generator), dim=1)
+        self.directions = F.normalize(
+            torch.randn(n_directions, d_in, generator=generator, dtype=torch.float32, device="cpu"), dim=1
+        )
         """[n_directions, d_in], unit rows: what an SAE should find."""
         self._probability = active / n_directions
         self._noise = noise
@@ -36,7 +38,7 @@ class SuperpositionModel:
         """Return activations: [tokens, d_in], float32."""
         generator = torch.Generator().manual_seed(seed)
         n, d_in = self.directions.shape
-        is_active = torch.rand(tokens, n, generator=generator) < self._probability
-        magnitude = torch.rand(tokens, n, generator=generator) + 0.5
-        noise = torch.randn(tokens, d_in, generator=generator) * self._noise
+        is_active = torch.rand(tokens, n, generator=generator, dtype=torch.float32, device="cpu") < self._probability
+        magnitude = torch.rand(tokens, n, generator=generator, dtype=torch.float32, device="cpu") + 0.5
+        noise = torch.randn(tokens, d_in, generator=generator, dtype=torch.float32, device="cpu") * self._noise
         return (is_active * magnitude) @ self.directions + noise

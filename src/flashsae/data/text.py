@@ -123,7 +123,11 @@ def check_splits(text: TextDataset, held_out: float | None) -> None:
         if held_out is None:
             missing -= {"train" if seen == 1 else "held_out"}
         else:
-            missing -= {split for split in splits if bool(split_mask(torch.tensor([number]), held_out, split)[0])}
+            missing -= {
+                split
+                for split in splits
+                if bool(split_mask(torch.tensor([number], dtype=torch.int64, device="cpu"), held_out, split)[0])
+            }
         if not missing:
             return
     if seen == 1:

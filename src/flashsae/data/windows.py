@@ -89,7 +89,7 @@ class Windows:
         self._choice = choice
         self._special = special_ids(tokenizer)
         left_out = {*choice.exclude_ids, *(self._special if choice.mask_special else ())}
-        self._left_out = torch.tensor(sorted(left_out), dtype=torch.int64)
+        self._left_out = torch.tensor(sorted(left_out), dtype=torch.int64, device="cpu")
         self._vocabulary = vocabulary
         pad = tokenizer.pad_token_id or 0
         self._pad = (
@@ -167,7 +167,10 @@ class Windows:
             del by_length[:n_fit]
         # whoever stops in the middle of a block has read windows of all lengths
         generator = torch.Generator().manual_seed(block[0][0] if block else 0)
-        return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+        return [
+            batches[i]
+            for i in torch.randperm(len(batches), generator=generator, dtype=torch.int64, device="cpu").tolist()
+        ]
 
     def _check_known(self, document: int, ids: list[int]) -> None:
         """Raise DataError for an id that the model has no embedding of; on a GPU it would end the process."""
@@ -196,16 +199,20 @@ class Windows:
         return ids[start:stop]
 
     def _batch(self, windows: list[_Window], places: list[int]) -> TokenBatch:
-        lengths = torch.tensor([len(window.ids) for window in windows])
-        position = torch.arange(int(lengths.max()))
+        lengths = torch.tensor([len(window.ids) for window in windows], dtype=torch.int64, device="cpu")
+        position = torch.arange(int(lengths.max()), dtype=torch.int64, device="cpu")
         attention = position < lengths[:, None]
-        ids = torch.full(attention.shape, self._pad)
-        ids[attention] = torch.tensor([token for window in windows for token in window.ids])
+        ids = torch.full(attention.shape, self._pad, dtype=torch.int64, device="cpu")
+        ids[attention] = torch.tensor(
+            [token for window in windows for token in window.ids], dtype=torch.int64, device="cpu"
+        )
         keep = attention & (position >= self._choice.skip_first) & ~torch.isin(ids, self._left_out)
         if self._choice.mask_special:
             keep = keep & (position >= len(self._prefix)) & (position < lengths[:, None] - len(self._suffix))
-        documents = torch.tensor([window.document for window in windows])[:, None].expand_as(ids)
-        return TokenBatch(ids, attention.long(), keep, documents, torch.tensor(places))
+        documents = torch.tensor([window.document for window in windows], dtype=torch.int64, device="cpu")[
+            :, None
+        ].expand_as(ids)
+        return TokenBatch(ids, attention.long(), keep, documents, torch.tensor(places, dtype=torch.int64, device="cpu"))
 
 
 def first_tokens(batches: list[TokenBatch], n: int) -> list[TokenBatch]:
@@ -213,7 +220,7 @@ def first_tokens(batches: list[TokenBatch], n: int) -> list[TokenBatch]:
 
     Batches of which nothing is left are left out; the others are padded as before, so that what is kept keeps its bits.
     """
-    counts = torch.zeros(sum(len(batch.order) for batch in batches), dtype=torch.int64)
+    counts = torch.zeros(sum(len(batch.order) for batch in batches), dtype=torch.int64, device="cpu")
     for batch in batches:
         counts[batch.order] = batch.keep.sum(1)
     before = counts.cumsum(0) - counts

@@ -151,7 +151,7 @@ def latent_geometry(sae: SAE) -> dict[str, Tensor]:
     Cost: 2·d_sae²·d_in FLOPs; 1024 x d_sae values in memory at once.
     """
     rows = F.normalize(sae.W_dec.float(), dim=1)
-    nearest = torch.full((len(rows),), -1.0, device=rows.device)
+    nearest = torch.full((len(rows),), -1.0, dtype=torch.float32, device=rows.device)
     for start in range(0, len(rows), _COSINE_ROWS):
         cosines = rows[start : start + _COSINE_ROWS] @ rows.T
         own = torch.arange(len(cosines), dtype=torch.int64, device=rows.device)

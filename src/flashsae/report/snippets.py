@@ -101,8 +101,8 @@ class _Code:
         """Return for each of a few latents the rows on which it fires, ascending, and its values there."""
         if not latents:
             return []
-        slot = torch.full((int(self.top_indices.max()) + 1,), -1, dtype=torch.int32)
-        slot[latents] = torch.arange(len(latents), dtype=torch.int32)
+        slot = torch.full((int(self.top_indices.max()) + 1,), -1, dtype=torch.int32, device="cpu")
+        slot[latents] = torch.arange(len(latents), dtype=torch.int32, device="cpu")
         slots = slot[self.top_indices]
         rows, columns = ((slots >= 0) & (self.top_acts > 0)).nonzero(as_tuple=True)
         order = torch.sort(slots[rows, columns], stable=True)
@@ -136,7 +136,7 @@ def _encode_all(encode: Encode, held_out: Iterator[Chunk], training: Iterator[Ch
     top_acts, top_indices, ids, group, position = (torch.cat(column) for column in zip(*parts))
     # a model input goes on where the next position of the same document follows, also from chunk to chunk
     follows = (group.diff() == 0) & (position.diff() == 1)
-    begins = torch.cat([torch.tensor([0]), (~follows).nonzero()[:, 0] + 1]).numpy()
+    begins = torch.cat([torch.tensor([0], dtype=torch.int64, device="cpu"), (~follows).nonzero()[:, 0] + 1]).numpy()
     lengths = np.diff(np.append(begins, read))
     return _Code(
         top_acts,
@@ -157,7 +157,9 @@ def _spread(counts: Tensor, n_latents: int) -> list[int]:
     ranked = fired[torch.sort(counts[fired], stable=True).indices]
     if len(ranked) > n_latents:
         # The middles of n_latents equal shares: neither the rarest nor the densest latent, which say little.
-        ranked = ranked[(torch.arange(n_latents) * 2 + 1) * len(ranked) // (2 * n_latents)]
+        ranked = ranked[
+            (torch.arange(n_latents, dtype=torch.int64, device="cpu") * 2 + 1) * len(ranked) // (2 * n_latents)
+        ]
     return [int(latent) for latent in ranked.sort().values]
 
 
