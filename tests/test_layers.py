@@ -20,9 +20,10 @@ ops.latent_rows.reference ops.latent_rows.kernels ops.latent_rows.launch ops.lat
 ops.factors
 ops.adam_rows.reference ops.adam_rows.kernels ops.adam_rows.launch ops.adam_rows.op
 ops.factored ops.gradients
-ops.decode_sparse.reference ops.decode_sparse.kernels ops.decode_sparse.launch ops.decode_sparse.op
+ops.decode_sparse.reference ops.decode_sparse.kernels ops.decode_sparse.launch ops.decode_sparse.operators
+ops.decode_sparse.op
 ops.encode_topk.reference ops.encode_topk.kernels ops.encode_topk.certify_kernels ops.encode_topk.launch
-ops.encode_topk.op
+ops.encode_topk.operators ops.encode_topk.op
 ops.variance.reference ops.variance.kernels ops.variance.launch ops.variance.op
 metrics
 nn.losses nn.saved nn.sae

@@ -119,7 +119,7 @@ def test_a_code_brings_the_index_that_the_backward_pass_needs(
         raise AssertionError("built a second time")
 
     for operation in ("encode_topk", "decode_sparse"):
-        monkeypatch.setattr(importlib.import_module(f"flashsae.ops.{operation}.op"), "build_index", build_index)
+        monkeypatch.setattr(importlib.import_module(f"flashsae.ops.{operation}.operators"), "build_index", build_index)
     (sae.decode(code).sum() + sae.decode_loss(code, x).loss).backward()
 
 
