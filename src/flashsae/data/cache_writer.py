@@ -259,7 +259,7 @@ class _Spread:
     def __init__(self) -> None:
         self.lost = self.variance = 0.0
         self._rows = 0
-        self._mean = torch.zeros(0)
+        self._mean = torch.zeros(0, dtype=torch.float32, device="cpu")
 
     def update(self, x: Tensor) -> None:
         """Add a chunk: [n, d]."""
