@@ -24,9 +24,10 @@ from flashsae.data.language_model import LanguageModelSource
 from flashsae.data.open import ActivationsConfig
 from flashsae.data.text import open_text
 from flashsae.documents import load_tensors
+from flashsae.errors import ConfigError
 from flashsae.report.snippet_file import read_snippets
 from flashsae.report.summary import final_figures
-from flashsae.run import execute, new_run
+from flashsae.run import execute, new_run, show_plan
 from flashsae.settings import RunConfig
 from flashsae.train import TrainConfig
 
@@ -251,3 +252,11 @@ def test_a_wildcard_trains_one_sae_for_each_hookpoint(text: Path, tmp_path: Path
     _call("train", "--resume", tmp_path / "run")
     assert _weights(tmp_path / "run" / "encoder.layer.1") == before
     assert _call("report", tmp_path / "run").count("report.html") == 2
+
+
+def test_one_of_several_processes_begins_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = new_run(RunConfig(), tmp_path / "run")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for begin in (lambda: execute(run, Console()), lambda: show_plan(RunConfig(), tmp_path / "other", Console())):
+        with pytest.raises(ConfigError, match="WORLD_SIZE is 2: a training is one process"):
+            begin()
