@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 import flashsae
+from flashsae.data import language_model
 from flashsae.data.open import prepare_activations
 from flashsae.errors import ConfigError
 from flashsae.settings.reading import ActivationsConfig, ReadingConfig
@@ -70,7 +72,10 @@ def prepared(tmp_path: Path, **settings: Any) -> Any:
     return prepare_activations(config, tokens=100, folder=tmp_path / "activations", device="cpu")
 
 
-def test_each_setting_reaches_the_model_and_has_a_cache_of_its_own(tmp_path: Path) -> None:
+def test_each_setting_reaches_the_model_and_has_a_cache_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(language_model, "load_with_account", functools.cache(language_model.load_with_account))
     streamed = prepared(tmp_path, stream=True).open(lambda rows: None).sources["encoder.layer.2"]
     reached = {name: getattr(streamed.config, name) for name in CHOSEN}
     places = {prepared(tmp_path).config.activations}
