@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from flashsae.errors import ConfigError, DtypeError, ShapeError
-from flashsae.ops import LatentIndex, build_index, decode_loss, decode_sparse
+from flashsae.ops import LatentIndex, build_index, decode_loss, decode_sparse, latent_rows
 
 
 @pytest.mark.parametrize(("B", "k", "d_sae"), [(0, 3, 4), (1, 1, 1), (37, 5, 11), (8, 4, 1000)])
@@ -66,6 +66,8 @@ def test_an_index_from_nowhere_is_refused(generator: torch.Generator) -> None:
         _decoded(LatentIndex(*index[:4]), top_indices, loss=False)
     with pytest.raises(DtypeError, match="index: expected a LatentIndex, from build_index, got tuple"):
         _decoded(tuple(index), top_indices, loss=False)  # type: ignore[arg-type]
+    with pytest.raises(DtypeError, match="index: expected a LatentIndex, from build_index, got NoneType"):
+        latent_rows(None, torch.ones(4, 3), torch.ones(4, 5))  # type: ignore[arg-type]
 
 
 def test_memory_that_is_used_again_is_not_taken_for_the_same() -> None:

@@ -16,7 +16,7 @@ from flashsae.backend import resolve_device
 from flashsae.errors import ConfigError, DtypeError, ShapeError
 from flashsae.nn.saved import read_sae, write_sae
 from flashsae.ops.register import isolated
-from flashsae.ops.validate import Precision, as_int, check_float, check_k
+from flashsae.ops.validate import Precision, as_int, check_float, check_k, check_ordinary
 
 
 @dataclass(frozen=True)
@@ -189,6 +189,7 @@ class SAE(nn.Module):
     def _flat(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor):
             raise DtypeError(f"x: expected a tensor, got {type(x).__name__}. Convert it: torch.as_tensor(x).")
+        check_ordinary("x", x)
         if x.dim() == 0 or x.shape[-1] != self.config.d_in:
             raise ShapeError(f"x: expected the shape [..., {self.config.d_in}], got {list(x.shape)}.")
         check_float("x", x)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flashsae.errors import ShapeError
+from flashsae.errors import DtypeError, ShapeError
 from flashsae.ops.validate import as_int, check_indices, check_shape, has_values
 
 
@@ -79,6 +79,12 @@ class LatentIndex(NamedTuple):
     def d_sae(self) -> int:
         """Number of latents."""
         return self.offsets.shape[0] - 1
+
+
+def check_index(index: LatentIndex) -> None:
+    """Raise DtypeError unless this is an index."""
+    if not isinstance(index, LatentIndex):
+        raise DtypeError(f"index: expected a LatentIndex, from build_index, got {type(index).__name__}.")
 
 
 def _version(tensor: Tensor) -> int:

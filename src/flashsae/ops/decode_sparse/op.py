@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flashsae.errors import ConfigError, DtypeError, ShapeError
+from flashsae.errors import ConfigError, ShapeError
 from flashsae.ops.decode_sparse import operators  # noqa: F401 - makes torch.ops.flashsae.decode_sparse
-from flashsae.ops.index import LatentIndex
+from flashsae.ops.index import LatentIndex, check_index
 from flashsae.ops.validate import (
     Precision,
     check_constant,
@@ -152,8 +152,7 @@ def _check(
 
 
 def _lists(index: LatentIndex, top_indices: Tensor, W_dec: Tensor) -> list[Tensor]:
-    if not isinstance(index, LatentIndex):
-        raise DtypeError(f"index: expected a LatentIndex, from build_index, got {type(index).__name__}.")
+    check_index(index)
     if (index.d_sae, index.entries.shape[0]) != (W_dec.shape[0], top_indices.numel()):
         raise ShapeError(
             f"index: expected one of {top_indices.numel()} entries and {W_dec.shape[0]} latents, got one of "

@@ -8,7 +8,7 @@ from torch import Tensor
 from flashsae.backend import use_dense, use_kernels
 from flashsae.errors import ShapeError
 from flashsae.ops.dense import op as dense
-from flashsae.ops.index import LatentIndex
+from flashsae.ops.index import LatentIndex, check_index
 from flashsae.ops.latent_rows import reference
 from flashsae.ops.register import operator
 from flashsae.ops.validate import check_constant, check_device, check_float, check_shape, compute_dtype
@@ -38,6 +38,7 @@ def latent_rows(index: LatentIndex, coeffs: Tensor, rows: Tensor, *, dtype: torc
     Cost: B·k·d multiply-adds; reads B·k·d elements, writes d_sae·d. Long lists are spread over the device.
     Source: ours, docs/methodology.md#sparse-backward.
     """
+    check_index(index)
     check_shape("coeffs", coeffs, ("B", index.k))
     check_shape("rows", rows, (coeffs.shape[0], "d"))
     check_float("coeffs", coeffs)
