@@ -45,6 +45,7 @@ LARGEST = 2**63 - 1
 Count = Annotated[int, Range(0, LARGEST)]
 Size = Annotated[int, Range(1, LARGEST)]
 Finite = Annotated[float, Range()]
+Positive = Annotated[float, Range(sys.float_info.min)]
 Fraction = Annotated[float, Range(0, 1)]
 _PRINTABLE = "[^\0\ud800-\udfff]*"
 Text = Annotated[str, Pattern(_PRINTABLE, "without NUL and lone surrogates")]

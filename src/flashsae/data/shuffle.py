@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from flashsae.data.acts import check_finite, is_finite, what_is_not_finite
 from flashsae.data.sources import Chunk, Cursor, RowSource, StreamSource, identity_of
 from flashsae.errors import CheckpointError, ConfigError, DataEndedError, DataError
+from flashsae.schema import Count, parse
 
 State: TypeAlias = tuple[dict[str, Any], dict[str, Tensor]]
 """What resumes a shuffle: a part for JSON and a part for tensors."""
@@ -48,6 +50,25 @@ def shuffled(source: StreamSource | RowSource, batch_tokens: int, *, seed: int, 
     if isinstance(source, RowSource):
         return RowShuffle(source, batch_tokens, seed=seed, window_rows=buffer_tokens)
     return BufferShuffle(source, batch_tokens, seed=seed, buffer_tokens=buffer_tokens)
+
+
+@dataclass(frozen=True)
+class _RowPlace:
+    epoch: Count
+    window: Count
+    offset: Count
+    rows: Count
+    source: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _BufferPlace:
+    epoch: Count
+    cursor: dict[str, Count] | None
+    arrived: Count
+    device: str | None
+    is_over: bool = False
+    source: dict[str, Any] = field(default_factory=dict)
 
 
 class RowShuffle:
@@ -138,6 +159,7 @@ class RowShuffle:
     def restore(self, state: State) -> None:
         """Go on at a place; raises CheckpointError if the source is another, or has another number of rows now."""
         place = state[0]
+        parse(_RowPlace, place, "the place in the data")
         if place.get("rows", len(self._rows)) != len(self._rows):
             raise CheckpointError(
                 f"{self._source.name} has {len(self._rows)} training rows now, {place['rows']} when the checkpoint was "
@@ -278,6 +300,7 @@ class BufferShuffle:
     def restore(self, state: State) -> None:
         """Go on where the state was taken; raises CheckpointError if the source is another now."""
         place, tensors = state
+        parse(_BufferPlace, place, "the place in the data")
         _check_identity(self._source.name, self._identity, place)
         self._epoch, self._cursor, self._chunks = place["epoch"], place["cursor"], None
         self._is_over = place.get("is_over", False)

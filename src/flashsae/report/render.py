@@ -81,11 +81,17 @@ def _load(run: Path) -> _Run:
                 f"finish it with `flashsae train --resume {run}`, then ask for the report again."
             )
     snippets = run / "snippets.json"
+    metrics, evaluation = read_log(run / "metrics.jsonl"), _read_evaluation(run / "evaluation.json")
+    if metrics and max(record["step"] for record in metrics) != evaluation["steps"]:
+        raise CheckpointError(
+            f"{run / 'metrics.jsonl'} is damaged: it does not end with step {evaluation['steps']}, the last one of the "
+            "training. Put a copy of it back."
+        )
     return _Run(
         run,
         settings,
-        read_log(run / "metrics.jsonl"),
-        _read_evaluation(run / "evaluation.json"),
+        metrics,
+        evaluation,
         _read_arrays(run / "latents.safetensors"),
         read_snippets(snippets) if snippets.exists() else None,
     )

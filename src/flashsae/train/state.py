@@ -16,12 +16,14 @@ from flashsae.neutral import neutral
 from flashsae.nn.losses import fvu_weights
 from flashsae.nn.sae import SAE, SAEConfig
 from flashsae.optim import FactoredAdam
+from flashsae.schema import Positive, parse
 from flashsae.train.config import ResolvedConfig
 from flashsae.train.dead import Bounds, DeadLatents
 from flashsae.train.graph import CapturedSteps
 from flashsae.train.sample import measure_sample
 
 INIT_TOKENS = 8192
+_ADVICE = "Resume with the settings and the data of the run, or start a new one."
 
 
 @dataclass
@@ -144,9 +146,21 @@ FREE_TO_CHANGE = ("device", "log_every_steps", "evaluate_every_steps", "checkpoi
 """Settings that decide no byte of the result."""
 
 
+@dataclass(frozen=True)
+class _Saved:
+    """The part of a checkpoint that JSON holds."""
+
+    data: dict[str, Any]
+    scale: Positive
+    variance: Positive
+    config: dict[str, Any]
+    dead_bounds: Bounds | None
+
+
 def check_settings(config: ResolvedConfig, checkpoint: Checkpoint) -> None:
     """Raise CheckpointError if a checkpoint was written with other settings; names each with both values."""
-    saved = checkpoint.state.get("config", {})
+    saved = checkpoint.state.get("config")
+    saved = saved if isinstance(saved, dict) else {}
     differences = [
         f"{name} was {saved.get(name)!r} and is {value!r} now"
         for name, value in asdict(config).items()
@@ -157,6 +171,11 @@ def check_settings(config: ResolvedConfig, checkpoint: Checkpoint) -> None:
             f"the checkpoint of step {checkpoint.step} does not fit these settings: {'; '.join(differences)}. Resume "
             "with the settings of the run, or start a new one."
         )
+    if checkpoint.step > config.steps:
+        raise CheckpointError(
+            f"the checkpoint of step {checkpoint.step} is behind the end of this training, which has {config.steps} "
+            "steps. Remove it, or resume with the settings of the run."
+        )
 
 
 def restore(state: TrainState, checkpoint: Checkpoint) -> None:
@@ -165,28 +184,41 @@ def restore(state: TrainState, checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: the checkpoint is of other sizes or of other data.
     """
-    tensors = checkpoint.tensors
+    where = f"the checkpoint of step {checkpoint.step}"
+    saved = parse(_Saved, checkpoint.state, where, _ADVICE)
+    state.batches.restore((saved.data, _part(checkpoint, "data.")))
     for name, parameter in state.sae.state_dict().items():
-        saved = tensors.get(f"sae.{name}")
-        if saved is None or saved.shape != parameter.shape:
-            got = "nothing" if saved is None else list(saved.shape)
-            raise CheckpointError(
-                f"the checkpoint of step {checkpoint.step} does not fit these settings: expected {name} of the shape "
-                f"{list(parameter.shape)}, got {got}. Resume with the settings of the run, or start a new one."
-            )
-        parameter.copy_(saved)
+        parameter.copy_(_tensor(checkpoint, f"sae.{name}", parameter))
     adam = state.optimizer.state_dict()
     adam["state"] = {
-        number: {name: tensors[f"adam.{number}.{name}"] for name in moments}
+        number: {name: _tensor(checkpoint, f"adam.{number}.{name}", moment) for name, moment in moments.items()}
         for number, moments in adam["state"].items()
     }
     state.optimizer.load_state_dict(adam)
-    state.dead.tokens_since_fired.copy_(tensors["dead.tokens_since_fired"])
-    bounds = checkpoint.state["dead_bounds"]
-    state.dead.bounds = None if bounds is None else Bounds(**bounds)
-    torch.set_rng_state(tensors["rng.torch"])
-    prefix = "data."
-    data = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-    state.batches.restore((checkpoint.state["data"], data))
-    state.scale, state.variance = checkpoint.state["scale"], checkpoint.state["variance"]
+    since = state.dead.tokens_since_fired
+    since.copy_(_tensor(checkpoint, "dead.tokens_since_fired", since))
+    state.dead.bounds = saved.dead_bounds
+    torch.set_rng_state(_tensor(checkpoint, "rng.torch", torch.get_rng_state()))
+    state.scale, state.variance = saved.scale, saved.variance
     state.step = checkpoint.step
+
+
+def _part(checkpoint: Checkpoint, prefix: str) -> dict[str, Tensor]:
+    tensors = checkpoint.tensors.items()
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors if name.startswith(prefix)}
+
+
+def _tensor(checkpoint: Checkpoint, name: str, like: object) -> Tensor:
+    """Return a tensor of a checkpoint; raise CheckpointError unless it is as the one that it takes the place of."""
+    saved = checkpoint.tensors.get(name)
+    fits = saved is not None and (
+        not isinstance(like, Tensor) or (saved.shape == like.shape and saved.dtype == like.dtype)
+    )
+    if saved is None or not fits:
+        got = "nothing" if saved is None else f"{list(saved.shape)}, {saved.dtype}"
+        wanted = f"of the shape {list(like.shape)}, {like.dtype}" if isinstance(like, Tensor) else "there"
+        raise CheckpointError(
+            f"the checkpoint of step {checkpoint.step} does not fit these settings: expected {name} {wanted}, got "
+            f"{got}. {_ADVICE}"
+        )
+    return saved
