@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,14 +16,14 @@ import safetensors.torch
 import torch
 
 from flashsae.data.cache import ActivationCache
-from flashsae.data.cache_index import CacheIndex, shard_path
+from flashsae.data.cache_index import CacheIndex, shard_path, verify_cache
 from flashsae.data.cache_writer import write_cache
 from flashsae.data.language_model import LanguageModelSource
 from flashsae.data.shuffle import RowShuffle
 from flashsae.data.sources import RowSource, Split, split_mask
 from flashsae.data.text import open_text
-from flashsae.documents import crc32
-from flashsae.errors import CheckpointError, ConfigError, DataError
+from flashsae.documents import crc32, sealed
+from flashsae.errors import CheckpointError, ConfigError, DataError, FlashSAEError
 
 
 def test_rows_and_tokens_are_those_of_the_stream_in_bfloat16(
@@ -174,3 +177,76 @@ def test_a_cache_of_one_hookpoint_needs_no_choice(tiny: ModuleType, tmp_path: Pa
         tiny.source(dataclasses.replace(tiny.CACHED, hookpoints=("h.1",)), open_text(tiny.DOCUMENTS[:2])),
     )
     assert ActivationCache(tmp_path / "c").hookpoint == "h.1"
+
+
+@pytest.mark.parametrize("place", ["h.0/00000.safetensors", "tokens/00001.safetensors"])
+def test_a_flipped_bit_is_found_by_whoever_reads_it_and_by_verify(copy: Path, place: str) -> None:
+    verify_cache(copy)
+    data = bytearray((copy / place).read_bytes())
+    data[-5] ^= 1
+    (copy / place).write_bytes(data)
+    with pytest.raises(CheckpointError, match=rf"{place} is damaged: its checksum is not the one in index\.json"):
+        list(ActivationCache(copy, "h.0").chunks("train"))
+    with pytest.raises(CheckpointError, match=f"damaged or missing: .*{place}"):
+        verify_cache(copy)
+    assert list(ActivationCache(copy, "h.1").rows(torch.arange(3)).shape) == [3, 16]
+
+
+@pytest.mark.parametrize("damage", ["flip", "remove a file", "remove all", "no json"])
+def test_a_damaged_tokenizer_is_one_sentence(copy: Path, damage: str) -> None:
+    file = copy / "tokenizer" / "tokenizer.json"
+    if damage == "flip":
+        file.write_bytes(file.read_bytes().replace(b"cat", b"cot"))
+    elif damage == "no json":
+        file.write_text("{")
+    elif damage == "remove a file":
+        file.unlink()
+    else:
+        shutil.rmtree(copy / "tokenizer")
+    with pytest.raises(CheckpointError, match="tokenizer is damaged: its checksum"):
+        ActivationCache(copy, "h.0").read_tokenizer()
+
+
+WRONG: list[Any] = [None, "x", "../x", -1, 1.5, 10**30, True, [], [3], {}, {"a": 1}, {"../x": 16}, float("nan"), ...]
+
+
+def _paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    if path:
+        yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value[:1]) if isinstance(value, list) else ()
+    for name, each in items:
+        yield from _paths(each, (*path, name))
+
+
+def test_each_field_of_the_index_of_each_wrong_kind_is_one_sentence_or_does_no_harm(copy: Path) -> None:
+    good = json.loads((copy / "index.json").read_text())
+    for path in list(_paths(good)):
+        for wrong, seals in itertools.product(WRONG, (sealed, dict)):
+            edited = json.loads(json.dumps(good))
+            place = edited
+            for name in path[:-1]:
+                place = place[name]
+            if wrong is ...:
+                del place[path[-1]]
+            else:
+                place[path[-1]] = wrong
+            (copy / "index.json").write_text(json.dumps(seals(edited)))
+            try:
+                cache = ActivationCache(copy, "h.0")
+                cache.rows(torch.arange(3))
+                cache.split_rows("train")
+            except FlashSAEError:
+                continue
+            assert seals is sealed or edited == good, f"{path} = {wrong!r} passes without a checksum"
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "..", "tokens", "tokenizer", "/etc"])
+def test_no_name_in_an_index_leads_out_of_its_folder(copy: Path, name: str) -> None:
+    index = json.loads((copy / "index.json").read_text())
+    index["settings"]["hookpoints"] = {name: 16}
+    for shard in index["shards"]:
+        shard["crc32"] = {"tokens": 1, name: 1}
+        shard["rounding"] = {}
+    (copy / "index.json").write_text(json.dumps(sealed(index)))
+    with pytest.raises(CheckpointError, match=r"index\.json is damaged"):
+        ActivationCache(copy)

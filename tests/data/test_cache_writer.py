@@ -14,14 +14,18 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
+import kill
 from flashsae import files
+from flashsae.data import existing
 from flashsae.data.cache import ActivationCache
 from flashsae.data.cache_index import CacheIndex
 from flashsae.data.cache_writer import write_cache
 from flashsae.data.language_model import LanguageModelSource
 from flashsae.data.text import open_text
 from flashsae.errors import CheckpointError, ConfigError, DataError, StorageError
+from flashsae.metrics import FVU
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -186,3 +190,72 @@ def test_too_little_and_bad_numbers_are_refused(
     with pytest.raises(ConfigError, match="max_tokens: expected at least 1, got 0"):
         write_cache(tmp_path / "d", cache_source, max_tokens=0)
     assert not (tmp_path / "d").exists()
+
+
+def test_writing_survives_a_kill_at_every_moment(
+    tiny: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tiny.source(dataclasses.replace(tiny.CACHED, hookpoints=("h.0",)), open_text(tiny.DOCUMENTS[:5]))
+    moments = kill.survive_every_kill(
+        tmp_path, monkeypatch, work=lambda root: write_cache(root / "cache", source, shard_rows=40)
+    )
+    assert moments > 20
+
+
+def test_a_model_that_was_replaced_in_place_is_refused(tiny: ModuleType, copy: Path) -> None:
+    model = tiny.gpt2()
+    with torch.no_grad():
+        next(model.parameters()).mul_(2)
+    with pytest.raises(DataError, match=r"other settings: the model \(weights or tokenizer\) was changed since"):
+        write_cache(copy, tiny.source(tiny.CACHED, model=model), shard_rows=tiny.SHARD_ROWS)
+
+
+def test_a_text_changed_in_its_middle_is_refused_and_one_that_was_moved_is_not(
+    tiny: ModuleType, tmp_path: Path
+) -> None:
+    (tmp_path / "a").mkdir()
+    text, other = tmp_path / "a" / "text.txt", tmp_path / "b" / "text.txt"
+    text.write_text("\n\n".join(tiny.DOCUMENTS))
+
+    def write(path: Path) -> None:
+        write_cache(tmp_path / "cache", tiny.source(tiny.CACHED, open_text(path)), shard_rows=tiny.SHARD_ROWS)
+
+    write(text)
+    text.parent.rename(other.parent)
+    before = contents(tmp_path / "cache")
+    write(other)
+    assert contents(tmp_path / "cache") == before
+    middle = len(other.read_bytes()) // 2
+    other.write_bytes(other.read_bytes()[:middle] + b"x" + other.read_bytes()[middle + 1 :])
+    with pytest.raises(DataError, match=r"dataset is .* there and .* here"):
+        write(other)
+
+
+def test_a_cache_that_was_begun_and_never_filled_takes_other_settings(
+    tiny: ModuleType, cache_source: LanguageModelSource, written: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match="gives no token to cache"):
+        write_cache(tmp_path / "c", tiny.source(tiny.CACHED, open_text(["xyzzy"])))
+    write_cache(tmp_path / "c", cache_source, shard_rows=tiny.SHARD_ROWS)
+    assert contents(tmp_path / "c") == contents(written)
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_what_bfloat16_rounds_away_is_measured_and_float32_keeps_it(
+    tiny: ModuleType, tmp_path: Path, offset: float
+) -> None:
+    model = tiny.gpt2()
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_proj.bias += offset
+    source = tiny.source(dataclasses.replace(tiny.CACHED, hookpoints=("h.1",)), model=model)
+    x = torch.cat([chunks["h.1"].acts for chunks, _ in source.chunks_by_hookpoint(None)])
+    for dtype in ("bf16", "float32"):
+        write_cache(tmp_path / dtype, source, dtype=dtype, shard_rows=10**6)
+    rounded, whole = (ActivationCache(tmp_path / dtype, "h.1") for dtype in ("bf16", "float32"))
+    assert torch.equal(whole.rows(torch.arange(len(x))), x)
+    expected = FVU()
+    expected.update(x, rounded.rows(torch.arange(len(x))))
+    assert rounded.rounded_away == pytest.approx(expected.compute(), rel=1e-9)
+    warning = existing.rounding_warning(rounded)
+    assert (warning is not None and "--cache-dtype float32" in warning) == (offset > 0)
+    assert existing.rounding_warning(whole) is None

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import kill
 from flashsae.errors import CheckpointError
 from flashsae.io.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 
@@ -56,3 +57,49 @@ def test_foreign_checkpoints_are_refused(changes: dict[str, object], message: st
     (path / "manifest.json").write_text(json.dumps({**manifest, **changes}))
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(path)
+
+
+def test_saving_survives_a_kill_at_every_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new = Checkpoint(20, {"a": 1}, {"x": torch.ones(3)}), Checkpoint(40, {"a": 2}, {"x": torch.zeros(3)})
+
+    def prepare(root: Path) -> None:
+        save_checkpoint(root, Checkpoint(10, {}, {}))
+        save_checkpoint(root, old)
+
+    def work(root: Path) -> None:
+        save_checkpoint(root, new)
+
+    def some_checkpoint_is_whole(root: Path) -> None:
+        assert load_checkpoint(list_checkpoints(root)[-1]).step in (20, 40)
+
+    kill.survive_every_kill(
+        tmp_path,
+        monkeypatch,
+        prepare=prepare,
+        work=work,
+        after_kill=some_checkpoint_is_whole,
+    )
+
+
+def test_a_renamed_checkpoint_is_refused(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, _checkpoint(3))
+    renamed = path.rename(tmp_path / "step-00000064")
+    with pytest.raises(CheckpointError, match=r"holds the checkpoint of step 3: it was renamed\. Give it its name"):
+        load_checkpoint(renamed)
+
+
+def test_the_way_back_from_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    for step, way in ((3, "from the start"), (7, "from step-00000003")):
+        path = save_checkpoint(tmp_path, _checkpoint(step))
+        (path / "state.json").write_text("{}")
+        with pytest.raises(CheckpointError, match=rf"Remove the folder {path.name} to go on {way}\."):
+            load_checkpoint(path)
+
+
+@pytest.mark.parametrize("name", ["tensors.safetensors", "state.json", "manifest.json"])
+def test_a_folder_in_the_place_of_a_file_is_one_sentence(name: str, tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, _checkpoint(3)) / name
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(CheckpointError, match=f"cannot read .*{name}: it is a folder"):
+        load_checkpoint(path.parent)

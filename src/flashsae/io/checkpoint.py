@@ -59,7 +59,7 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint) -> Path:
     path = directory / f"step-{checkpoint.step:08d}"
     if directory.is_dir():
         files.clear_leftovers(directory)
-    for old in list_checkpoints(directory)[: 1 - KEPT]:
+    for old in [other for other in list_checkpoints(directory) if other != path][: 1 - KEPT]:
         shutil.rmtree(old, ignore_errors=True)
     with files.atomic_directory(path, overwrite=True) as folder:
         files.save_tensors(folder / _TENSORS, checkpoint.tensors)

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import kill
+from flashsae import SAE, SAEConfig
+from flashsae.documents import sealed
+from flashsae.errors import CheckpointError, ConfigError, FlashSAEError
+
+OLD, NEW = SAE(SAEConfig(3, 5, 2), seed=0), SAE(SAEConfig(3, 5, 2), seed=1)
+
+
+def test_replacing_a_saved_sae_survives_a_kill_at_every_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def old_or_new(root: Path) -> None:
+        found = SAE.load(root / "sae").W_dec
+        assert any(torch.equal(found, sae.W_dec) for sae in (OLD, NEW))
+
+    moments = kill.survive_every_kill(
+        tmp_path,
+        monkeypatch,
+        prepare=lambda root: OLD.save(root / "sae"),
+        work=lambda root: NEW.save(root / "sae", overwrite=True),
+        after_kill=old_or_new,
+    )
+    assert moments > 10
+
+
+WRONG = [None, "x", "../x", -1, 0, 1.5, 10**30, True, [], {}, float("nan")]
+
+
+@pytest.mark.parametrize("name", ["format", "format_version", "architecture", "dtype", "d_in", "d_sae", "k", "sha256"])
+@pytest.mark.parametrize("seal", [True, False])
+def test_each_field_of_each_wrong_kind_is_one_sentence(name: str, seal: bool, tmp_path: Path) -> None:
+    OLD.save(tmp_path / "sae")
+    path = tmp_path / "sae" / "flashsae.json"
+    good = json.loads(path.read_text())
+    for wrong in [*WRONG, ...]:
+        edited = {key: value for key, value in {**good, name: wrong}.items() if value is not ...}
+        path.write_text(json.dumps(sealed(edited) if seal else edited))
+        with pytest.raises(CheckpointError):
+            SAE.load(tmp_path / "sae")
+
+
+@pytest.mark.parametrize("name", ["flashsae.json", "flashsae.safetensors"])
+def test_every_flipped_byte_is_found(name: str, tmp_path: Path) -> None:
+    OLD.save(tmp_path / "sae")
+    path = tmp_path / "sae" / name
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 7):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        try:
+            loaded = SAE.load(tmp_path / "sae")
+        except FlashSAEError:
+            continue
+        assert loaded.config == OLD.config
+        assert torch.equal(loaded.W_dec, OLD.W_dec)
+
+
+def test_metadata_are_what_json_holds(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"path": tmp_path, "dtype": torch.bfloat16, "n": torch.tensor([1, 2]), "t": (1, 2)}
+    OLD.save(tmp_path / "sae", metadata=given)
+    metadata = json.loads((tmp_path / "sae" / "flashsae.json").read_text())["metadata"]
+    assert metadata == {"path": str(tmp_path), "dtype": "bfloat16", "n": [1, 2], "t": [1, 2]}
+    circle: dict[str, Any] = {}
+    circle["c"] = circle
+    for wrong in ({"f": print}, {(1, 2): 3}, circle):
+        with pytest.raises(ConfigError, match="metadata: expected what JSON can hold"):
+            OLD.save(tmp_path / "other", metadata=wrong)
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_device_that_is_not_here_is_one_sentence(tmp_path: Path) -> None:
+    OLD.save(tmp_path / "sae")
+    with pytest.raises(ConfigError, match="device: expected auto, cpu or a CUDA device that exists, got 'cuda:77'"):
+        SAE.load(tmp_path / "sae", device="cuda:77")
+
+
+def test_what_version_0_1_wrote_is_read(tmp_path: Path) -> None:
+    OLD.save(tmp_path / "sae")
+    path = tmp_path / "sae" / "flashsae.json"
+    content = json.loads(path.read_text())
+    del content["crc32"]
+    path.write_text(json.dumps(content))
+    assert SAE.load(tmp_path / "sae").config == OLD.config
+
+
+def test_saved_weights_obey_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        OLD.save(tmp_path / "sae")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "sae").iterdir()} == {0o644}
