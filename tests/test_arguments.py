@@ -298,6 +298,12 @@ def test_the_file_may_lie_in_the_home_folder(
     assert "expected a path whose user exists" in capsys.readouterr().err
 
 
+def test_a_verification_takes_no_setting_that_it_would_ignore(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["--device", "auto"], ["--out", "acts"], ["minilm"]):
+        assert _main("cache", *words, "--verify", "acts") == 1
+        assert "verify: expected no other setting beside it, got " in capsys.readouterr().err
+
+
 def test_a_file_beside_resume_is_refused_as_flags_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "my.toml").write_text("k = 32")
     assert _main("train", "--resume", str(tmp_path), "--config", str(tmp_path / "my.toml")) == 1

@@ -17,7 +17,11 @@ from flashsae.errors import ConfigError
 from flashsae.settings.kinds import check, declared_types, parse, unwrap
 from flashsae.settings.run import read_toml
 
-_BESIDE_RESUME = {"resume", "plan"}
+_ALONE = {
+    "resume": ({"plan"}, "a run is gone on with as it was begun"),
+    "verify": (set[str](), "it writes nothing"),
+}
+"""Settings that stand alone: what may stand beside each, and why nothing else may."""
 _EVERYWHERE = {"--help", "-h", "--version"}
 
 
@@ -55,11 +59,10 @@ class Given:
         if self._file is not None:
             given += self._add(self._file, " ".join(commands), leaves, declared)
         self.names = frozenset(given)
-        beside = [name for name in given if name not in _BESIDE_RESUME]
-        if "resume" in given and beside:
-            raise ConfigError(
-                f"resume: expected no other setting beside it, got {beside[0]}; a run is gone on with as it was begun."
-            )
+        for name, (may, why) in _ALONE.items():
+            beside = [each for each in given if each != name and each not in may]
+            if name in given and beside:
+                raise ConfigError(f"{name}: expected no other setting beside it, got {beside[0]}; {why}.")
 
     def _add(self, file: Path, command: str, leaves: dict[str, Argument], declared: dict[str, Any]) -> list[str]:
         """Give the arguments that the command line leaves open what the file has for them; return all of its names."""
