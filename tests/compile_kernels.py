@@ -25,7 +25,6 @@ from flashsae.ops.dense.launch import launch_dense_code
 from flashsae.ops.encode_topk.launch import launch_center, launch_encode_topk
 from flashsae.ops.factors import RowGradient, SparseFactor
 from flashsae.ops.latent_rows.launch import launch_column_sums, launch_latent_rows, launch_latent_sums
-from flashsae.ops.variance.launch import launch_total_variance
 
 OPTIONS = ("num_warps", "num_stages")
 POINTERS = {
@@ -110,7 +109,6 @@ def launch_everything() -> None:
         for result in {dtype, F32}:
             launch_latent_rows(index, acts, x, result)
             launch_center(x, x[0], result)
-            launch_total_variance(x.to(result))
             launch_column_sums(acts[:, 0].repeat(70), x.repeat(70, 1), result)
     far = torch.empty(2**17, 2**12, dtype=BF16)  # no memory is touched
     for k in (32, 64):

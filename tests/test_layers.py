@@ -24,7 +24,6 @@ ops.decode_sparse.reference ops.decode_sparse.kernels ops.decode_sparse.launch o
 ops.decode_sparse.op
 ops.encode_topk.reference ops.encode_topk.kernels ops.encode_topk.certify_kernels ops.encode_topk.launch
 ops.encode_topk.operators ops.encode_topk.op
-ops.variance.reference ops.variance.kernels ops.variance.launch ops.variance.op
 metrics
 nn.losses nn.saved nn.sae
 optim

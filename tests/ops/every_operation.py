@@ -11,7 +11,6 @@ from torch import Tensor
 from flashsae import SAE, SAEConfig, ops
 from flashsae.ops.adam_rows import AdamRule, adam_rows, row_squares
 from flashsae.ops.factors import RowGradient, SparseFactor
-from flashsae.ops.variance import total_variance
 from flashsae.optim import FactoredAdam
 from flashsae.testing import integer_inputs
 from steps import Tensors
@@ -126,10 +125,6 @@ def _row_squares(p: Tensors) -> Tensors:
     return {"squares": row_squares(weights, _gradient(p), False)}
 
 
-def _total_variance(p: Tensors) -> Tensors:
-    return {"total": total_variance(p["x"])}
-
-
 def _sae(p: Tensors) -> Tensors:
     sae = SAE(SAEConfig(D_IN, D_SAE, K)).to(p["x"].device, p["W_dec"].dtype)
     with torch.no_grad():
@@ -169,7 +164,6 @@ OPERATIONS: dict[str, Callable[[Tensors], Tensors]] = {
     "build_index": _build_index,
     "adam_rows": _adam_rows,
     "row_squares": _row_squares,
-    "total_variance": _total_variance,
     "SAE": _sae,
     "FactoredAdam": _train,
 }

@@ -70,14 +70,13 @@ def _operands(name: str, device: str) -> list[tuple[Any, ...]]:
         "latent_sums": [(*lists, acts.detach()), (*lists, acts.detach().bfloat16())],
         "column_sums": [(weights, rows, torch.float32), (weights, rows.bfloat16(), torch.bfloat16)],
         "take_rows": [(W, torch.tensor([7, 2, 0], device=device), _slots(device))],
-        "total_variance": [(rows,), (rows.bfloat16(),), (rows.double(),)],
         "center": [(rows, bias.detach(), False), (rows, bias.detach(), True)],
     }[name]
 
 
 OPERATORS = [
     "encode_topk", "center", "decode_sparse", "decode_grad_acts", "decode_loss", "latent_rows", "column_sums",
-    "latent_sums", "take_rows", "total_variance",
+    "latent_sums", "take_rows",
 ]  # fmt: skip
 
 

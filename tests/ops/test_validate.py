@@ -15,7 +15,6 @@ from torch import Tensor
 from flashsae import SAE, SAEConfig, ops
 from flashsae.errors import ConfigError, DtypeError, GradientError, ShapeError
 from flashsae.ops.latent_rows.op import column_sums
-from flashsae.ops.variance import total_variance
 from on_both import DEVICE
 from steps import Tensors
 
@@ -147,7 +146,6 @@ def _call(operation: str, **changes: Any) -> None:
             ops.build_index(inputs("cpu")["top_indices"], D_SAE), p["coeffs"], p["rows"]
         ),
         "take_rows": lambda: ops.take_rows(p["W_dec"], p["latents"], p["slots"]),
-        "total_variance": lambda: total_variance(p["x"]),
     }
     calls[operation]()
 
@@ -160,7 +158,6 @@ TENSORS = {
     "build_index": ("top_indices",),
     "latent_rows": ("coeffs", "rows"),
     "take_rows": ("W_dec", "latents", "slots"),
-    "total_variance": ("x",),
 }
 ARGUMENTS = [(operation, name) for operation, names in TENSORS.items() for name in names]
 
@@ -188,9 +185,7 @@ def test_what_is_no_array_of_numbers_is_refused(operation: str, name: str, kind:
         _call(operation, **{name: make(tensor)})
 
 
-@pytest.mark.parametrize(
-    ("operation", "name"), [pair for pair in ARGUMENTS if pair[0] not in ("build_index", "total_variance")]
-)
+@pytest.mark.parametrize(("operation", "name"), [pair for pair in ARGUMENTS if pair[0] != "build_index"])
 def test_tensors_on_two_devices_are_refused(operation: str, name: str) -> None:
     with pytest.raises(DtypeError, match=r"^\w+: expected the device of .*, (cpu|meta), got (cpu|meta)"):
         _call(operation, **{name: inputs("cpu")[name].to("meta")})
@@ -214,7 +209,7 @@ def test_distributed_tensors_are_refused_in_one_sentence(tmp_path: Any) -> None:
 
 @pytest.mark.parametrize(
     ("operation", "name"),
-    [("encode_topk", "key_scale"), ("decode_loss", "weights"), ("latent_rows", "coeffs"), ("total_variance", "x")],
+    [("encode_topk", "key_scale"), ("decode_loss", "weights"), ("latent_rows", "coeffs")],
 )
 def test_what_receives_no_gradient_may_not_require_one(operation: str, name: str) -> None:
     tensor = inputs("cpu")[name].requires_grad_()
@@ -289,7 +284,7 @@ def test_too_many_entries_for_an_index_are_refused() -> None:
 def test_no_tokens_or_one(backend: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLASHSAE_BACKEND", backend)
     p = {n: t[:rows] if t.shape[:1] == (B,) else t for n, t in inputs(DEVICE).items()}
-    for name in ("encode_topk", "encode_topk_aux", "decode_sparse", "decode_loss", "latent_rows", "total_variance"):
+    for name in ("encode_topk", "encode_topk_aux", "decode_sparse", "decode_loss", "latent_rows"):
         found = OPERATIONS[name](p)
         assert all(tensor.isfinite().all() for tensor in found.values()), name
 
