@@ -159,13 +159,13 @@ class RowShuffle:
     def restore(self, state: State) -> None:
         """Go on at a place; raises CheckpointError if the source is another, or has another number of rows now."""
         place = state[0]
-        parse(_RowPlace, place, "the place in the data")
         if place.get("rows", len(self._rows)) != len(self._rows):
             raise CheckpointError(
                 f"{self._source.name} has {len(self._rows)} training rows now, {place['rows']} when the checkpoint was "
                 "written. Resume with the same data, or start a new run."
             )
         _check_identity(self._source.name, self._identity, place)
+        parse(_RowPlace, place, "the place in the data", "Resume with the same data, or start a new run.")
         self._epoch, self._window, self._offset = place["epoch"], place["window"], place["offset"]
         self._order = self._window_rows()
 
@@ -300,8 +300,8 @@ class BufferShuffle:
     def restore(self, state: State) -> None:
         """Go on where the state was taken; raises CheckpointError if the source is another now."""
         place, tensors = state
-        parse(_BufferPlace, place, "the place in the data")
         _check_identity(self._source.name, self._identity, place)
+        parse(_BufferPlace, place, "the place in the data", "Resume with the same data, or start a new run.")
         self._epoch, self._cursor, self._chunks = place["epoch"], place["cursor"], None
         self._is_over = place.get("is_over", False)
         self._counted = None
