@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import flashsae.ops.variance  # noqa: F401 - makes torch.ops.flashsae.total_variance
 import pytest
 import torch
 from torch import Tensor
 
-import flashsae.ops.variance  # noqa: F401 - makes torch.ops.flashsae.total_variance
 from flashsae.ops import build_index, decode_loss, decode_sparse, encode_topk, encode_topk_aux
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
