@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from flashsae.data.language_model import LanguageModelConfig, LanguageModelSource
 from flashsae.data.models import load_language_model
 from flashsae.data.text import open_text
+from flashsae.data.weights import Trace
 from flashsae.errors import ConfigError
 
 Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
@@ -170,3 +171,13 @@ def test_the_home_folder_may_be_a_tilde(tiny: ModuleType, tmp_path: Path, monkey
     (tmp_path / "text.txt").write_text("the cat\n\na mat")
     config = LanguageModelConfig("~/model", ("h.1",), context_length=16, batch_tokens=64, device="cpu")
     assert LanguageModelSource(config, open_text("~/text.txt")).d_in == 16
+
+
+def test_buffers_that_transformers_does_not_know_to_ignore_are_no_alarm(tiny: ModuleType) -> None:
+    model = tiny.llama()
+    ran = frozenset(model.layers[0].modules())
+    trace = Trace(model, frozenset({model.layers[0]}), ran | {model}, ran)
+    assert trace.lacks("layers.0.self_attn.q_norm.weight")
+    assert not trace.lacks("layers.0.self_attn.rotary_emb.inv_freq")
+    assert not trace.lacks("layers.1.self_attn.q_norm.weight")
+    assert not trace.lacks("lm_head.weight")
