@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import flashsae.ops.variance  # noqa: F401 - makes torch.ops.flashsae.total_variance
 import pytest
 import torch
 from torch import Tensor
