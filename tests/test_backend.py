@@ -5,8 +5,8 @@ import importlib.util
 import pytest
 import torch
 
-from flashsae import backend
-from flashsae.backend import backends, describe, resolve_device, use_dense, use_kernels
+from flashsae import backend, fit
+from flashsae.backend import backends, check_variables, describe, resolve_device, use_dense, use_kernels
 from flashsae.errors import ConfigError
 
 
@@ -65,6 +65,26 @@ def test_the_choice_of_dense_products(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not use_dense(10, 10, W)
     monkeypatch.setenv("FLASHSAE_DENSE_ABOVE", "0")
     assert use_dense(1, 100_000, W)
+
+
+def test_variables_of_nonsense_are_told_at_once_and_where_they_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    W = torch.zeros(10, 1)
+    check_variables()
+    for value in ("x", "", "nan", "-1", "inf", "2", "1/16", "0,5"):
+        monkeypatch.setenv("FLASHSAE_DENSE_ABOVE", value)
+        for check in (check_variables, lambda: use_dense(1, 10, W), lambda: fit(W, d_sae=2, k=1)):
+            with pytest.raises(
+                ConfigError, match=r"^FLASHSAE_DENSE_ABOVE: expected a density from 0 to 1, got '.*'\.$"
+            ):
+                check()
+    for value in ("0", "1", " 0.5", "1e-3"):
+        monkeypatch.setenv("FLASHSAE_DENSE_ABOVE", value)
+        check_variables()
+    for value in ("", "cuda", "Triton"):
+        monkeypatch.setenv("FLASHSAE_BACKEND", value)
+        for check in (check_variables, lambda: use_kernels(W), lambda: use_kernels(W.double())):
+            with pytest.raises(ConfigError, match=r"^FLASHSAE_BACKEND: expected auto, triton or reference, got '"):
+                check()
 
 
 def test_the_memory_of_this_machine_is_known_unless_its_system_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -296,7 +296,8 @@ def test_training_repeats_and_resumes_bit_for_bit(precision: Precision, moments:
     whole, again = fit(parts, "a"), fit(parts, "b")
     with pytest.raises(KeyboardInterrupt):
         fit(KilledInTheSecondEpoch(parts), "c")
-    assert [path.name for path in (tmp_path / "c" / "checkpoints").iterdir()] == ["step-00000020"]
+    kept = sorted(path.name for path in (tmp_path / "c" / "checkpoints").iterdir())
+    assert kept == ["step-00000010", "step-00000020"]
     resumed = fit(parts, "c", resume=True)
     for name, tensor in whole.state_dict().items():
         assert tensor.device.type == "cuda"

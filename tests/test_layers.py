@@ -36,8 +36,8 @@ train.config train.plan train.dead train.graph train.records train.log_file trai
 train.loop
 train.fit
 evaluate.heldout
-report.tokens report.snippet_file report.snippets report.summary report.drawing report.plots report.cards
-report.render
+report.tokens report.evaluation_file report.snippet_file report.snippets report.summary report.drawing report.plots
+report.cards report.render
 bench.timing bench.problem bench.gather bench.ceilings bench.dense bench.peers bench.ours bench.stages bench.cost
 bench.measure bench.step
 start run pace arguments commands cli testing

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
+import math
 import os
 import platform
 from contextlib import suppress
@@ -54,28 +55,47 @@ def use_kernels(*tensors: torch.Tensor) -> bool:
     Raises:
         ConfigError: FLASHSAE_BACKEND is "triton" but kernels cannot run here, or it is none of the three.
     """
-    choice = os.environ.get("FLASHSAE_BACKEND", "auto")
-    if choice not in ("auto", "triton", "reference"):
-        raise ConfigError(f"FLASHSAE_BACKEND: expected auto, triton or reference, got {choice!r}.")
-    if choice == "reference" or any(tensor.dtype == torch.float64 for tensor in tensors):
+    if any(tensor.dtype == torch.float64 for tensor in tensors):
+        _choice()
         return False
-    tensor = tensors[0]
+    return runs_kernels(tensors[0].device)
+
+
+def runs_kernels(device: torch.device) -> bool:
+    """Return whether operations on a device run as Triton kernels, except those in float64.
+
+    Raises:
+        ConfigError: as `use_kernels`.
+    """
+    choice = _choice()
+    if choice == "reference":
+        return False
     if choice == "triton":
-        if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             raise ConfigError(
-                f"FLASHSAE_BACKEND is triton, but the tensor is on {tensor.device}: move it to a CUDA device, or set "
+                f"FLASHSAE_BACKEND is triton, but the tensor is on {device}: move it to a CUDA device, or set "
                 "TRITON_INTERPRET=1 to run kernels (slowly) on the CPU."
             )
         return True
-    if tensor.is_cuda and not _has_triton():
+    if device.type == "cuda" and not _has_triton():
         log_once("triton is not installed: operations on CUDA tensors run as plain PyTorch, which is slower")
-    return tensor.is_cuda and _has_triton()
+    return device.type == "cuda" and _has_triton()
+
+
+def _choice() -> str:
+    choice = os.environ.get("FLASHSAE_BACKEND", "auto")
+    if choice not in ("auto", "triton", "reference"):
+        raise ConfigError(f"FLASHSAE_BACKEND: expected auto, triton or reference, got {choice!r}.")
+    return choice
 
 
 @functools.cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
+
+LARGEST_K = 1024
+"""Latents a token that the kernels can select at most: as many as a program holds in registers."""
 
 DENSE_ABOVE = {torch.bfloat16: 1 / 64, torch.float16: 1 / 64, torch.float32: 1 / 16}
 """Density k / d_sae above which matrix products of the dense code are faster than gathers, by dtype of the weights."""
@@ -85,8 +105,11 @@ def use_dense(k: int, d_sae: int, weights: torch.Tensor) -> bool:
     """Return whether k of d_sae latents a token is dense enough for matrix products. Said once in the log.
 
     FLASHSAE_DENSE_ABOVE overrides the crossover; 1 never goes dense, 0 always.
+
+    Raises:
+        ConfigError: FLASHSAE_DENSE_ABOVE is no number from 0 to 1.
     """
-    limit = float(os.environ.get("FLASHSAE_DENSE_ABOVE", DENSE_ABOVE.get(weights.dtype, 1.0)))
+    limit = _dense_above(DENSE_ABOVE.get(weights.dtype, 1.0))
     if k <= limit * d_sae:
         return False
     log_once(
@@ -94,6 +117,25 @@ def use_dense(k: int, d_sae: int, weights: torch.Tensor) -> bool:
         "gradients run as dense matrix products (FLASHSAE_DENSE_ABOVE=1 forces the sparse kernels)"
     )
     return True
+
+
+def _dense_above(default: float) -> float:
+    given = os.environ.get("FLASHSAE_DENSE_ABOVE")
+    if given is None:
+        return default
+    try:
+        limit = float(given)
+    except ValueError:
+        limit = math.nan
+    if not 0 <= limit <= 1:  # nor is NaN
+        raise ConfigError(f"FLASHSAE_DENSE_ABOVE: expected a density from 0 to 1, got {given!r}.")
+    return limit
+
+
+def check_variables() -> None:
+    """Raise ConfigError where FLASHSAE_BACKEND or FLASHSAE_DENSE_ABOVE is set to what the operations would refuse."""
+    _choice()
+    _dense_above(1.0)
 
 
 @functools.cache

@@ -21,14 +21,16 @@ from rich.table import Table
 
 from flashsae import files
 from flashsae.backend import resolve_device
+from flashsae.data.cache import ActivationCache
 from flashsae.data.open import Opened, Prepared, prepare_activations
 from flashsae.data.shuffle import shuffled
 from flashsae.data.sources import Source
-from flashsae.documents import save_tensors_atomic, write_document
+from flashsae.documents import save_tensors_atomic
 from flashsae.evaluate import evaluate, held_out_batches, latent_geometry
 from flashsae.io.checkpoint import list_checkpoints, load_checkpoint
 from flashsae.metrics import LatentActivity, is_dead
 from flashsae.nn.sae import SAE
+from flashsae.report.evaluation_file import RunEvaluation, write_evaluation
 from flashsae.report.render import render_report
 from flashsae.report.snippets import collect_snippets, write_snippets
 from flashsae.report.summary import final_figures
@@ -204,23 +206,23 @@ def _evaluate(run: Path, sae: SAE, source: Source, settings: ResolvedConfig) -> 
     log = [record for record in read_log(run / LOG_FILE) if "tokens_per_second" in record]
     before = [0.0, *(record["tokens"] for record in log)]
     seconds = sum((r["tokens"] - start) / r["tokens_per_second"] for start, r in zip(before, log))
-    result = {
-        "fvu": evaluation.fvu,
-        "fvu_without_outliers": evaluation.fvu_without_outliers,
-        "outliers": evaluation.outliers,
-        "l0": evaluation.l0,
-        "dead_latents": log[-1]["dead_latents"],
-        "d_in": settings.d_in,
-        "d_sae": settings.d_sae,
-        "k": settings.k,
-        "held_out_tokens": evaluation.tokens,
-        "train_tokens": log[-1]["tokens"],
-        "steps": log[-1]["step"],
-        "train_seconds": seconds,
-        "tokens_per_second": log[-1]["tokens"] / seconds,
-    }
-    write_document(run / "evaluation.json", result)
-    return result
+    result = RunEvaluation(
+        fvu=evaluation.fvu,
+        fvu_without_outliers=evaluation.fvu_without_outliers,
+        outliers=evaluation.outliers,
+        l0=evaluation.l0,
+        dead_latents=log[-1]["dead_latents"],
+        d_in=settings.d_in,
+        d_sae=settings.d_sae,
+        k=settings.k,
+        held_out_tokens=evaluation.tokens,
+        train_tokens=log[-1]["tokens"],
+        steps=log[-1]["step"],
+        train_seconds=seconds,
+        tokens_per_second=log[-1]["tokens"] / seconds,
+    )
+    write_evaluation(run / "evaluation.json", result)
+    return asdict(result)
 
 
 @torch.no_grad()
@@ -232,8 +234,9 @@ def _describe_latents(
     `dead` is [d_sae], bool, at the end of training, None where it is not known any more.
     """
     activity = LatentActivity(sae.config.d_sae, sae.W_dec.device)
+    source = opened.sources[hookpoint]
     bar = StageBar(console, "texts of each latent", "tokens")
-    bar.start(0, SNIPPET_TOKENS)
+    bar.start(0, min(SNIPPET_TOKENS, source.n_rows) if isinstance(source, ActivationCache) else SNIPPET_TOKENS)
 
     def encode(acts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         code = sae.encode(acts.to(sae.W_dec.device, sae.W_dec.dtype))
@@ -241,14 +244,17 @@ def _describe_latents(
         bar.update(activity.tokens)
         return code.top_acts, code.top_indices
 
-    snippets = collect_snippets(
-        encode,
-        opened.text_chunks(hookpoint, "held_out"),
-        token_text(opened.tokenizer()),
-        training=opened.text_chunks(hookpoint, "train"),
-        max_tokens=SNIPPET_TOKENS,
-    )
-    bar.stop()
+    try:
+        snippets = collect_snippets(
+            encode,
+            opened.text_chunks(hookpoint, "held_out"),
+            token_text(opened.tokenizer()),
+            training=opened.text_chunks(hookpoint, "train"),
+            max_tokens=SNIPPET_TOKENS,
+        )
+        bar.finish()
+    finally:
+        bar.stop()
     counted = {"latent_density": activity.latent_density().float().cpu()}
     if dead is not None:
         counted["is_dead"] = dead.cpu()

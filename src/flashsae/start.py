@@ -12,14 +12,14 @@ from rich import box
 from rich.table import Table
 
 from flashsae import files
-from flashsae.backend import check_single_process, resolve_device
+from flashsae.backend import check_single_process, check_variables, resolve_device
 from flashsae.data.open import Prepared, run_name
 from flashsae.data.shuffle import shuffled
 from flashsae.data.sources import RowSource, Source
 from flashsae.errors import DataError, StorageError, require
 from flashsae.settings.run import CONFIG_FILE, RunConfig
 from flashsae.train.callbacks import check_logger
-from flashsae.train.plan import check_memory, make_plan, repeats_warning
+from flashsae.train.plan import check_memory, check_selection, make_plan, repeats_warning
 
 RUNS = Path("runs")
 """Where runs go that are given no folder."""
@@ -38,11 +38,13 @@ def check(config: RunConfig) -> None:
     """Raise what a run would, as far as it can be told before anything is read.
 
     Raises:
-        ConfigError: no such device or logger, or this is one of several processes.
+        ConfigError: no such device, logger or backend, more latents a token than a GPU can select, or this is one of
+            several processes.
         MissingExtraError: a package is missing that the run needs at its end.
     """
     check_single_process()
-    resolve_device(config.train.device)
+    check_variables()
+    check_selection(config.train, resolve_device(config.train.device))
     if config.report:
         for package in ("jinja2", "matplotlib"):
             require(package, "report")  # now, not after hours of training

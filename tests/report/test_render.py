@@ -189,7 +189,7 @@ def test_damaged_file_is_named(run: Path, name: str) -> None:
 def test_evaluation_without_a_number_is_named(run: Path, value: object) -> None:
     stored = json.loads((run / "evaluation.json").read_text("utf-8"))
     (run / "evaluation.json").write_text(json.dumps(stored | {"fvu": value}), "utf-8")
-    with pytest.raises(CheckpointError, match="a number named 'fvu'"):
+    with pytest.raises(CheckpointError, match="fvu: expected a number, got"):
         render_report(run)
 
 

@@ -113,3 +113,14 @@ def test_without_a_terminal_a_stage_whose_end_is_not_known_tells_how_far_it_is(
         bar.update(done)
     bar.stop()
     assert out.getvalue() == "activations: 2,000 tokens\nactivations: 4,000 tokens\n"
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_stage_that_had_less_to_do_than_was_expected_ends_full(is_terminal: bool) -> None:
+    out = io.StringIO()
+    bar = StageBar(Console(file=out, force_terminal=is_terminal, width=120), "texts", "tokens")
+    bar.start(0, 1000)
+    bar.update(120)
+    bar.finish()
+    assert "120/120" in out.getvalue() if is_terminal else out.getvalue().endswith("texts: 120 of 120 tokens\n")
+    assert not bar._bar.live.is_started

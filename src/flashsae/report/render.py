@@ -12,11 +12,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from flashsae.documents import load_document, load_tensors
+from flashsae.documents import load_tensors
 from flashsae.errors import CheckpointError, require
 from flashsae.files import write_atomic
 from flashsae.report.cards import card, known_of_all, printable, sample_text
 from flashsae.report.drawing import Array
+from flashsae.report.evaluation_file import read_evaluation
 from flashsae.report.plots import Plot, latent_map, latent_plots, training_plots
 from flashsae.report.snippet_file import Snippets, read_snippets
 from flashsae.report.summary import compact, count, duration, final_figures, real
@@ -25,7 +26,6 @@ from flashsae.train.log_file import read_log
 
 _ARRAYS = ("latent_density", "decoder_norm", "encoder_decoder_cosine", "nearest_decoder_cosine")
 _OPTIONAL_ARRAYS = ("is_dead",)
-_EVALUATION = ("fvu", "l0", "dead_latents", "d_in", "d_sae", "held_out_tokens", "train_tokens", "steps")
 _FOLDERS = re.compile(r"(?:file://)?(?:~[^/\\]*|[A-Za-z]:|\.\.)?[/\\].*", re.DOTALL)
 """A path from the root, home, a drive or the folder above: it tells of the machine, and its last part is enough."""
 
@@ -81,7 +81,7 @@ def _load(run: Path) -> _Run:
                 f"finish it with `flashsae train --resume {run}`, then ask for the report again."
             )
     snippets = run / "snippets.json"
-    metrics, evaluation = read_log(run / "metrics.jsonl"), _read_evaluation(run / "evaluation.json")
+    metrics, evaluation = read_log(run / "metrics.jsonl"), read_evaluation(run / "evaluation.json")
     if metrics and max(record["step"] for record in metrics) != evaluation["steps"]:
         raise CheckpointError(
             f"{run / 'metrics.jsonl'} is damaged: it does not end with step {evaluation['steps']}, the last one of the "
@@ -95,17 +95,6 @@ def _load(run: Path) -> _Run:
         _read_arrays(run / "latents.safetensors"),
         read_snippets(snippets) if snippets.exists() else None,
     )
-
-
-def _read_evaluation(path: Path) -> dict[str, Any]:
-    stored = load_document(path, dict[str, Any], advice=f"Write it again with `flashsae train --resume {path.parent}`.")
-    for name in _EVALUATION:
-        if isinstance(stored.get(name), bool) or not isinstance(stored.get(name), (int, float)):
-            raise CheckpointError(
-                f"{path}: expected a number named '{name}', got {stored.get(name)!r}; "
-                f"write it again with `flashsae train --resume {path.parent}`."
-            )
-    return stored
 
 
 def _read_arrays(path: Path) -> dict[str, Array]:

@@ -187,6 +187,15 @@ class StageBar:
         self._console.print(f"{self._stage}: {self._done:,}{of} {self._unit}  {self._note}".rstrip(), highlight=False)
         self._said = (self._done, time.monotonic())
 
+    def finish(self) -> None:
+        """Leave the bar full: all is done, even if it was less than expected."""
+        if self._task is not None and self._total is not None and self._done != self._total:
+            self._total = self._done
+            self._bar.update(self._task, total=self._done)
+            if not self._console.is_terminal:
+                self._say()
+        self.stop()
+
     def stop(self) -> None:
         """Leave the bar as it is."""
         if self._bar.live.is_started:

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from flashsae.backend import check_single_process, resolve_device
+from flashsae.backend import check_single_process, check_variables, resolve_device
 from flashsae.data.shuffle import shuffled
 from flashsae.data.sources import ArraySource, IterableSource
 from flashsae.errors import CheckpointError, ConfigError, FlashSAEWarning, StorageError
@@ -23,7 +23,7 @@ from flashsae.nn.sae import SAE
 from flashsae.train.callbacks import Callback, JsonlLog, ProgressBar, Warn
 from flashsae.train.config import ResolvedConfig, TrainConfig
 from flashsae.train.loop import train
-from flashsae.train.plan import check_memory, make_plan
+from flashsae.train.plan import check_memory, check_selection, make_plan
 from flashsae.train.state import init_state
 
 LEAST_TOKENS = 2_000_000
@@ -69,6 +69,7 @@ def fit(
         FlashSAEWarning: x ended early; its tokens come more than 100 times; few of them hold most of the variance.
     """
     check_single_process()
+    check_variables()
     if resume and run is None:
         raise ConfigError("resume: expected run=FOLDER beside it, the folder to go on in.")
     source = ArraySource(x) if isinstance(x, Tensor | np.ndarray) else IterableSource(x)
@@ -81,6 +82,7 @@ def fit(
     base = config or TrainConfig()
     settings = replace(base, d_sae=d_sae, k=k, tokens=base.tokens if tokens is None else tokens).resolve(source.d_in)
     device = resolve_device(settings.device)
+    check_selection(settings, device)
     buffered = 0 if isinstance(source, ArraySource) else settings.shuffle_tokens * source.row_bytes
     check_memory(make_plan(settings, device, buffered), device)
     batches = shuffled(source, settings.batch_tokens, seed=settings.seed, buffer_tokens=settings.shuffle_tokens)

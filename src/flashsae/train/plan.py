@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from flashsae.backend import memory_bytes
+from flashsae.backend import LARGEST_K, memory_bytes, runs_kernels
 from flashsae.errors import ConfigError
 from flashsae.ops.encode_topk.reference import WORKSPACE_BYTES
-from flashsae.train.config import ResolvedConfig
+from flashsae.train.config import ResolvedConfig, TrainConfig
 
 MOST_REPEATS = 100
 """A run that trains more often on each token warns: it learns these tokens, and not what others like them are."""
@@ -63,6 +63,15 @@ def make_plan(config: ResolvedConfig, device: torch.device, buffer_bytes: int = 
         parts["language model"] = model_bytes
     kept = sum(parts.get(name, 0) for name in ("weights", "moments of Adam", "shuffle buffer"))
     return Plan(matrices + biases, config.steps, sum(parts.values()), parts, kept)
+
+
+def check_selection(config: TrainConfig, device: torch.device) -> None:
+    """Raise ConfigError if a token would select more latents than the kernels of the device can."""
+    for name, value in (("k", config.k), ("k_aux", config.k_aux if config.auxk_alpha else None)):
+        if value is not None and value > LARGEST_K and runs_kernels(device):
+            raise ConfigError(
+                f"{name}: expected at most {LARGEST_K} on a GPU, got {value}. FLASHSAE_BACKEND=reference takes any."
+            )
 
 
 def check_memory(plan: Plan, device: torch.device) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flashsae.data.shuffle import Batches
-from flashsae.errors import CheckpointError, ConfigError
+from flashsae.errors import CheckpointError
 from flashsae.io.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
 from flashsae.neutral import neutral
 from flashsae.nn.losses import fvu_weights
@@ -20,6 +20,7 @@ from flashsae.schema import Positive, parse
 from flashsae.train.config import ResolvedConfig
 from flashsae.train.dead import Bounds, DeadLatents
 from flashsae.train.graph import CapturedSteps
+from flashsae.train.plan import check_selection
 from flashsae.train.sample import measure_sample
 
 INIT_TOKENS = 8192
@@ -78,11 +79,10 @@ def init_state(
             start: random unit directions, b_dec at the mean of some tokens.
     Raises:
         DataError: the activations do not vary, or are too large or too small for float32.
-        ConfigError: k_aux is larger than a GPU can select.
+        ConfigError: k or k_aux is larger than a GPU can select.
         CheckpointError: the newest checkpoint is damaged, foreign, or of other data. It is not passed over silently.
     """
-    if device.type == "cuda" and config.auxk_alpha and config.k_aux > 1024:
-        raise ConfigError(f"k_aux: expected at most 1024 on a GPU, got {config.k_aux}.")
+    check_selection(config, device)
     found = [] if checkpoints is None else list_checkpoints(checkpoints)
     sae = SAE(SAEConfig(config.d_in, config.d_sae, config.k), seed=config.seed).to(device)
     sae.precision = config.precision

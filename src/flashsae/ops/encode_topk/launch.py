@@ -10,14 +10,12 @@ import torch
 import triton
 from torch import Tensor
 
+from flashsae.backend import LARGEST_K
 from flashsae.errors import ConfigError
 from flashsae.ops.decode_sparse.launch import launch_dots
 from flashsae.ops.encode_topk import certify_kernels, kernels
 from flashsae.ops.validate import packed, rows_contiguous
 from flashsae.shapes import Choice
-
-LARGEST_K = 1024
-"""What a program holds in registers."""
 
 WHOLE_ROW = 8192
 """Latents of a row that a program of the selection holds at once, at most."""

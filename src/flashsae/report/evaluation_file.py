@@ -1,0 +1,64 @@
+"""The file of the figures that a run ends with: evaluation.json, its content and how it is written and read."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from flashsae.documents import load_document, write_document
+from flashsae.schema import Count, Size
+
+
+@dataclass(frozen=True)
+class RunEvaluation:
+    """What a run ends with. Of the fields with a default, one that is no finite number is passed over by the report.
+
+    Args:
+        fvu: on held-out tokens.
+        l0: mean number of active latents a held-out token.
+        dead_latents: at the end of training.
+        d_in: width of the activations.
+        d_sae: number of latents.
+        held_out_tokens: that `fvu` and `l0` are measured on.
+        train_tokens: trained on, repeats counted.
+        steps: of the training.
+        fvu_without_outliers: fvu over the held-out tokens that are no outliers.
+        outliers: held-out tokens of huge norm, see `flashsae.evaluate`.
+        k: latents active for each token.
+        train_seconds: what the training took.
+        tokens_per_second: of the training.
+    """
+
+    fvu: float
+    l0: float
+    dead_latents: Count
+    d_in: Size
+    d_sae: Size
+    held_out_tokens: Count
+    train_tokens: Count
+    steps: Count
+    fvu_without_outliers: Any = None
+    outliers: Any = None
+    k: Any = None
+    train_seconds: Any = None
+    tokens_per_second: Any = None
+
+
+def write_evaluation(path: Path, evaluation: RunEvaluation) -> None:
+    """Write evaluation.json atomically.
+
+    Raises:
+        StorageError: the file system refused.
+    """
+    write_document(path, asdict(evaluation))
+
+
+def read_evaluation(path: Path) -> dict[str, Any]:
+    """Return the figures in evaluation.json by name; those that are not there, or null, are left out.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    stored = load_document(path, RunEvaluation, advice=f"Write it again with `flashsae train --resume {path.parent}`.")
+    return {name: value for name, value in asdict(stored).items() if value is not None}
