@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from flashsae.documents import load_document, write_document
-from flashsae.schema import Count, Size
+from flashsae.schema import Range
+
+Number = Annotated[float, Range(0)]
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,12 @@ class RunEvaluation:
 
     fvu: float
     l0: float
-    dead_latents: Count
-    d_in: Size
-    d_sae: Size
-    held_out_tokens: Count
-    train_tokens: Count
-    steps: Count
+    dead_latents: Number
+    d_in: Number
+    d_sae: Number
+    held_out_tokens: Number
+    train_tokens: Number
+    steps: Number
     fvu_without_outliers: Any = None
     outliers: Any = None
     k: Any = None

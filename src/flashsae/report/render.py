@@ -84,7 +84,7 @@ def _load(run: Path) -> _Run:
     metrics, evaluation = read_log(run / "metrics.jsonl"), read_evaluation(run / "evaluation.json")
     if metrics and max(record["step"] for record in metrics) != evaluation["steps"]:
         raise CheckpointError(
-            f"{run / 'metrics.jsonl'} is damaged: it does not end with step {evaluation['steps']}, the last one of the "
+            f"{run / 'metrics.jsonl'} is damaged: it does not end with step {evaluation['steps']:.0f}, the last one of the "
             "training. Put a copy of it back."
         )
     return _Run(
