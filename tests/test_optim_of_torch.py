@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler as schedulers
 
-from flashsae.errors import CheckpointError, DtypeError
+from flashsae.errors import CheckpointError, ConfigError, DtypeError
 from flashsae.ops import FactoredGradient, build_index
 from flashsae.ops.factors import SparseFactor
 from flashsae.ops.gradients import collects
@@ -319,3 +320,118 @@ def test_a_learning_rate_may_be_a_tensor() -> None:
     weights.grad = torch.ones(2, 2)
     optimizer.step()
     torch.testing.assert_close(weights.detach(), torch.full((2, 2), 0.5))
+
+
+def test_a_learning_rate_that_comes_as_a_tensor_stays_its_owners() -> None:
+    lr = torch.tensor(1e-2, dtype=F64)
+    twins = Twins()
+    twins.factored = FactoredAdam(Twins.groups(twins.ours), lr, **SETTINGS)
+    twins.adam = torch.optim.Adam(Twins.groups(twins.theirs), lr, foreach=False, **SETTINGS)
+    twins.step(times=2)
+    lr.mul_(0.1)
+    twins.step(times=2)
+    twins.check()
+
+
+@pytest.mark.parametrize("how", ["clear", "one", "replaced"])
+def test_a_state_that_was_taken_away_begins_anew(how: str) -> None:
+    twins = Twins()
+    twins.step(times=3)
+    for optimizer in (twins.factored, twins.adam):
+        if how == "clear":
+            optimizer.state.clear()
+        elif how == "one":
+            optimizer.state[optimizer.param_groups[0]["params"][0]] = {}
+        else:
+            optimizer.state = defaultdict(dict)
+    twins.step(times=3)
+    twins.check()
+
+
+def test_parameters_may_be_put_into_a_group_by_hand() -> None:
+    twins = Twins()
+    twins.factored, twins.adam = (
+        FactoredAdam([twins.ours["bias"]], LR),
+        torch.optim.Adam([twins.theirs["bias"]], LR, eps=6.25e-10, foreach=False),
+    )
+    twins.step()
+    twins.factored.param_groups[0]["params"].append(twins.ours["weights"])
+    twins.adam.param_groups[0]["params"].append(twins.theirs["weights"])
+    twins.step(times=3)
+    twins.check()
+
+
+def test_an_optimiser_may_be_built_and_stepped_in_inference_mode() -> None:
+    twins = Twins()
+    with torch.inference_mode():
+        twins.factored = FactoredAdam(Twins.groups(twins.ours), LR, **SETTINGS)
+        twins.factored.param_groups[0]["lr"] = LR
+    twins.give()
+    with torch.inference_mode():
+        twins.factored.step()
+    twins.adam.step()
+    twins.step(times=2)
+    twins.check()
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"maximize": True}, "maximize: FactoredAdam has no such form"),
+    ({"amsgrad": True}, "amsgrad: FactoredAdam has no such form"),
+    ({"betas": (0.9,)}, "betas: expected numbers, and two of them"),
+    ({"betas": 0.9}, "betas: expected numbers, and two of them"),
+    ({"lr": "a"}, "expected numbers, and two of them as betas, got 'a'"),
+    ({"lr": None}, "expected numbers"),
+    ({"lr": float("inf")}, "expected numbers that are not negative"),
+    ({"lr": torch.ones(3)}, "expected numbers"),
+    ({"eps": None}, "expected numbers"),
+    ({"unit_norm": "no"}, "unit_norm: expected True or False, got 'no'"),
+    ({"split_weights": 1}, "split_weights: expected True or False, got 1"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), REFUSED)
+def test_settings_that_mean_nothing_are_refused_and_leave_nothing_behind(
+    settings: dict[str, Any], message: str
+) -> None:
+    first, second = (nn.Parameter(torch.ones(4, 3)) for _ in range(2))
+    with pytest.raises(ConfigError, match=message):
+        FactoredAdam([{"params": [first], "split_weights": True}, {"params": [second], **settings}], LR)
+    assert first.dtype == F32
+    optimizer = FactoredAdam([first], LR)
+    with pytest.raises(ConfigError, match=message):
+        optimizer.add_param_group({"params": [second], **settings})
+    assert len(optimizer.param_groups) == 1
+    saved = copy.deepcopy(optimizer.state_dict())
+    before = copy.deepcopy(saved)
+    saved["param_groups"][0].update(settings)
+    saved["state"][0]["exp_avg"] += 1
+    with pytest.raises((ConfigError, CheckpointError)):
+        optimizer.load_state_dict(saved)
+    assert torch.equal(optimizer.state[first]["exp_avg"], before["state"][0]["exp_avg"])
+
+
+@pytest.mark.parametrize("state", [{}, {"state": {}}, torch.optim.SGD([torch.zeros(4, 3)], 0.1).state_dict()])
+def test_states_of_something_else_are_refused(state: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError, match="the state does not fit this optimiser"):
+        FactoredAdam([nn.Parameter(torch.ones(4, 3))], LR).load_state_dict(state)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_copies_made_after_somebody_wrote_to_split_weights_have_no_stale_halves(copied: Callable[[Any], Any]) -> None:
+    module, optimizer = _split()
+    new = torch.randn(N, D)
+    with torch.no_grad():
+        module.weight.copy_(new)
+    twin, other = copied((module, optimizer))
+    assert torch.equal(other.float32_weights(twin.weight), new.to(BF16).float())
+    module.weight.data = torch.randn(N, D).to(BF16)
+    assert torch.equal(optimizer.float32_weights(module.weight), module.weight.float())
+
+
+def test_a_gradient_that_is_refused_counts_no_step() -> None:
+    embedding = nn.Embedding(N, D, sparse=True)
+    optimizer = FactoredAdam(embedding.parameters(), LR)
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(DtypeError):
+        optimizer.step()
+    assert optimizer.state[embedding.weight]["step"].item() == 0.0

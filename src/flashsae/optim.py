@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -15,7 +16,7 @@ from flashsae.ops.adam_rows import AdamRule, adam_rows, row_squares
 from flashsae.ops.adam_rows.reference import merge_halves, split_halves
 from flashsae.ops.factored import FactoredGradient
 from flashsae.ops.factors import RowGradient
-from flashsae.ops.gradients import collect_factors
+from flashsae.ops.gradients import Collection
 from flashsae.ops.validate import check_float
 from flashsae.settings.training import default_lr as default_lr
 
@@ -69,13 +70,17 @@ class FactoredAdam(torch.optim.Optimizer):
         state_dtype: torch.dtype = torch.float32,
     ) -> None:
         self._begin()
+        self._is_new = True  # a group that is refused must not find the weights of another one split
         rule = {"betas": betas, "eps": eps, "weight_decay": weight_decay, "unit_norm": unit_norm}
         storage = {"split_weights": split_weights, "state_dtype": state_dtype}
         super().__init__(params, {"lr": lr, "decoupled_weight_decay": decoupled_weight_decay, **storage, **rule})
+        self._is_new = False
+        for group in self.param_groups:
+            self._prepare_group(group)
 
     def _begin(self) -> None:
         """Make what is not part of the state: it is the same again after a copy or a pickle."""
-        self._collection = collect_factors()
+        self._collection = Collection()
         weakref.finalize(self, self._collection.stop).atexit = False
         self._versions: WeakIdKeyDictionary = WeakIdKeyDictionary()  # of split weights that the low halves belong to
         self._betas: tuple[object, Tensor] | None = None
@@ -96,8 +101,14 @@ class FactoredAdam(torch.optim.Optimizer):
         except FlashSAEError:
             self.param_groups.pop()
             raise
-        device = group["params"][0].device if group["params"] else None
-        group["lr"] = torch.tensor(float(group["lr"]), dtype=torch.float64, device=device)
+        if not self._is_new:
+            self._prepare_group(group)
+
+    def _prepare_group(self, group: dict[str, Any]) -> None:
+        if not isinstance(group["lr"], Tensor):  # one that comes as a tensor stays its owner's
+            device = group["params"][0].device if group["params"] else torch.device("cpu")
+            with torch.inference_mode(False):
+                group["lr"] = torch.tensor(float(group["lr"]), dtype=torch.float64, device=device)
         for parameter in group["params"]:
             self._prepare(parameter, group)
 
@@ -112,19 +123,23 @@ class FactoredAdam(torch.optim.Optimizer):
         """
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
+        if not {"state", "param_groups"} <= state_dict.keys():
+            raise CheckpointError("the state does not fit this optimiser: expected what state_dict returned.")
         groups, loaded = self.param_groups, state_dict["param_groups"]
         ours = [self.state[p] for p in self._parameters()]
         theirs = [state_dict["state"].get(number, {}) for group in loaded for number in group["params"]]
         fits = (
             [len(g["params"]) for g in groups] == [len(g["params"]) for g in loaded]
             and all(_fits(a, b) for a, b in zip(ours, theirs))
-            and not any(g.get("amsgrad") or g.get("maximize") for g in loaded)
+            and all(_same_kind(a, b) for a, b in zip(groups, loaded))
         )
         if not fits:
             raise CheckpointError(
                 "the state does not fit this optimiser: expected that of as many parameters of the same shapes, with "
                 "the same split_weights and state_dtype. Build the optimiser as it was when the state was saved."
             )
+        for group, saved in zip(groups, loaded):
+            _check({**group, **saved, "params": group["params"]}, new=False)
         for mine, saved in zip(ours, theirs):
             for name, tensor in mine.items():
                 tensor.copy_(torch.as_tensor(saved[name])) if saved else tensor.zero_()
@@ -138,13 +153,30 @@ class FactoredAdam(torch.optim.Optimizer):
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, as every optimiser does; low halves fit the weights as they are now."""
+        self._refresh_all()
+        return super().state_dict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._refresh_all()
+        return super().__getstate__()
+
+    def _refresh_all(self) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self._refresh(parameter, group)
+
     @torch.no_grad()
+    @torch.inference_mode(False)
     def _prepare(self, parameter: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
         if parameter.dim() == 2:
-            if group["split_weights"]:
+            if group["split_weights"] and parameter.dtype == torch.float32:
                 parameter.data, state["low"] = _split(parameter.data)
+            elif group["split_weights"]:  # split before; the state was taken away
+                state["low"] = torch.zeros(parameter.shape, dtype=torch.int16, device=parameter.device)
             if dtype == torch.float32:
                 dtype = group["state_dtype"]
         state["step"] = torch.zeros((), dtype=torch.float64, device=parameter.device)
@@ -156,11 +188,15 @@ class FactoredAdam(torch.optim.Optimizer):
         if parameter.dim() == 2:
             self._collection.add(parameter)
         if "low" in self.state[parameter]:
-            self._versions[parameter] = parameter._version
+            self._versions[parameter] = _version(parameter)
 
-    def _refresh(self, parameter: Tensor) -> dict[str, Any]:
-        """Return the state of a parameter, after whatever was done to the parameter since the last step."""
-        state: dict[str, Any] = self.state[parameter]
+    @torch.no_grad()
+    def _refresh(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        """Return the state of a parameter, after whatever was done to either of them since the last step."""
+        state: dict[str, Any] = self.state.setdefault(parameter, {})
+        if "exp_avg" not in state:
+            self._prepare(parameter, group)
+            state = self.state[parameter]
         if state["exp_avg"].device != parameter.device:
             state |= {name: value.to(parameter.device) for name, value in state.items()}
         if (state["exp_avg"].dtype == torch.float64) != (parameter.dtype == torch.float64):
@@ -172,9 +208,9 @@ class FactoredAdam(torch.optim.Optimizer):
                     f"split weights: expected torch.bfloat16 parameters, got {parameter.dtype}. Convert the module "
                     "before this optimiser is built, or take its float32_weights."
                 )
-            if parameter in self._versions and self._versions[parameter] != parameter._version:
+            if parameter in self._versions and self._versions[parameter] != _version(parameter):
                 state["low"].zero_()
-            self._versions[parameter] = parameter._version
+            self._versions[parameter] = _version(parameter)
         return state
 
     @torch.no_grad()
@@ -191,13 +227,14 @@ class FactoredAdam(torch.optim.Optimizer):
         # parameters without a gradient are passed over, as by torch.optim.Adam
         active = [(p, n, group) for n, group in enumerate(self.param_groups) for p in group["params"]]
         active = [(p, n, group) for p, n, group in active if p.grad is not None]
-        states = [self._refresh(parameter) for parameter, _, _ in active]
+        gradients = [_gradient(parameter) for parameter, _, _ in active]
+        states = [self._refresh(parameter, group) for parameter, _, group in active]
         corrections = self._count_step(active, states)
-        for (parameter, number, group), state, correction in zip(active, states, corrections):
+        for (parameter, number, group), gradient, state, correction in zip(active, gradients, states, corrections):
             adam_rows(
                 _matrix(parameter),
                 (_matrix(state["exp_avg"]), _matrix(state["exp_avg_sq"])),
-                _gradient(parameter),
+                gradient,
                 self._rate(number, group, parameter.device),
                 state["step"],
                 correction,
@@ -205,7 +242,7 @@ class FactoredAdam(torch.optim.Optimizer):
                 low=state.get("low"),
             )
             if "low" in state:
-                self._versions[parameter] = parameter._version
+                self._versions[parameter] = _version(parameter)
         return loss
 
     def _count_step(self, active: list[tuple[Tensor, int, dict[str, Any]]], states: list[dict[str, Any]]) -> list[Any]:
@@ -228,7 +265,8 @@ class FactoredAdam(torch.optim.Optimizer):
             return lr.to(device, torch.float64).reshape(())
         rate = self._rates.get(number)
         if rate is None or rate.device != device:
-            rate = self._rates[number] = torch.zeros((), dtype=torch.float64, device=device)
+            with torch.inference_mode(False):
+                rate = self._rates[number] = torch.zeros((), dtype=torch.float64, device=device)
         return rate.fill_(lr)
 
     @torch.no_grad()
@@ -244,7 +282,9 @@ class FactoredAdam(torch.optim.Optimizer):
         if not gradients:
             return torch.zeros((), dtype=torch.float32, device="cpu")
         squares = [
-            row_squares(_matrix(p), _gradient(p), _rule(p, group).unit_norm, low=self._refresh(p).get("low")).sum()
+            row_squares(
+                _matrix(p), _gradient(p), _rule(p, group).unit_norm, low=self._refresh(p, group).get("low")
+            ).sum()
             for p, group in gradients
         ]
         norm = torch.stack(squares).sum().sqrt()
@@ -256,7 +296,9 @@ class FactoredAdam(torch.optim.Optimizer):
     @torch.no_grad()
     def float32_weights(self, parameter: Tensor) -> Tensor:
         """Return a parameter with all its bits: a new float32 tensor on the CPU where it is split, else its values."""
-        low = self._refresh(parameter).get("low")
+        low = next((self._refresh(p, g) for g in self.param_groups for p in g["params"] if p is parameter), {}).get(
+            "low"
+        )
         if low is None:
             return parameter.detach()
         whole = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
@@ -268,26 +310,50 @@ class FactoredAdam(torch.optim.Optimizer):
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
 
-def _check(group: dict[str, Any]) -> None:
+def _check(group: dict[str, Any], *, new: bool = True) -> None:
+    """Raise unless a group's settings are ones of this optimiser and, if it is new, its parameters can be optimised."""
     names = ("lr", "eps", "weight_decay")
-    lr, eps, weight_decay = (float(group[name]) for name in names)
-    if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and all(0 <= beta < 1 for beta in group["betas"])):
+    try:
+        lr, eps, weight_decay = (float(group[name]) for name in names)
+        beta1, beta2 = map(float, group["betas"])
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"lr, eps, weight_decay, betas: expected numbers, and two of them as betas, got "
+            f"{', '.join(repr(group[name]) for name in (*names, 'betas'))}."
+        ) from error
+    if not (math.inf > lr >= 0 and eps >= 0 and weight_decay >= 0 and 0 <= beta1 < 1 and 0 <= beta2 < 1):
         raise ConfigError(
             "lr, eps, weight_decay: expected numbers that are not negative, and betas in [0, 1), got "
             f"{lr}, {eps}, {weight_decay} and {group['betas']}."
         )
-    for parameter in group["params"]:
+    for name in ("unit_norm", "split_weights", "decoupled_weight_decay"):
+        if not isinstance(group[name], bool):
+            raise ConfigError(f"{name}: expected True or False, got {group[name]!r}.")
+    for name in ("amsgrad", "maximize"):
+        if group.get(name):
+            raise ConfigError(f"{name}: FactoredAdam has no such form of Adam; use torch.optim.Adam for it.")
+    if group["state_dtype"] not in (torch.float32, torch.bfloat16):
+        raise ConfigError(f"state_dtype: expected torch.float32 or torch.bfloat16, got {group['state_dtype']}.")
+    for parameter in group["params"] if new else ():
         check_float("params", parameter)
         if not parameter.is_contiguous():
             raise ShapeError(
                 f"params: expected contiguous parameters, got one of shape {list(parameter.shape)} and strides "
                 f"{list(parameter.stride())}. Set parameter.data = parameter.data.contiguous() first."
             )
-    wrong = [p.dtype for p in group["params"] if group["split_weights"] and p.dim() == 2 and p.dtype != torch.float32]
-    if wrong:
-        raise DtypeError(f"split_weights: expected float32 parameters, got {wrong[0]}.")
-    if group["state_dtype"] not in (torch.float32, torch.bfloat16):
-        raise ConfigError(f"state_dtype: expected torch.float32 or torch.bfloat16, got {group['state_dtype']}.")
+        if group["split_weights"] and parameter.dim() == 2 and parameter.dtype != torch.float32:
+            raise DtypeError(f"split_weights: expected float32 parameters, got {parameter.dtype}.")
+
+
+def _same_kind(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
+    """Tell whether a saved group is one of Adam as this one does it."""
+    is_adam = "betas" in theirs and not theirs.get("amsgrad") and not theirs.get("maximize")
+    return is_adam and all(theirs.get(name, ours[name]) == ours[name] for name in ("split_weights", "state_dtype"))
+
+
+def _version(parameter: Tensor) -> tuple[int, int]:
+    """Return what changes when somebody else writes to a parameter, or puts other memory in its place."""
+    return parameter._version, parameter.data_ptr()
 
 
 def _fits(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
@@ -295,7 +361,8 @@ def _fits(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
     if not theirs:
         return "low" not in ours
     return ours.keys() == theirs.keys() and all(
-        name == "step" or (tensor.shape, tensor.dtype) == (theirs[name].shape, theirs[name].dtype)
+        (name == "step" and torch.as_tensor(theirs[name]).numel() == 1)
+        or (tensor.shape, tensor.dtype) == (theirs[name].shape, theirs[name].dtype)
         for name, tensor in ours.items()
     )
 

@@ -6,7 +6,8 @@ import copy
 import gc
 import io
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from flashsae import SAE, SAEConfig, backend
-from flashsae.ops import FactoredGradient, collect_factors
+from flashsae.errors import DtypeError, GradientError, ShapeError
+from flashsae.ops import FactoredGradient, collect_factors, decode_sparse, encode_topk, materialize
 from flashsae.ops.factors import RowFactor
 from flashsae.optim import FactoredAdam
 
@@ -460,3 +462,114 @@ def test_what_torch_compile_traces_leaves_ordinary_gradients_and_says_so_once(ca
     _same(ours, theirs)
     assert [record.message for record in caplog.records if "torch.compile traces leave" in record.message]
     assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("write", ["residual", "x", "activations", "upstream"])
+def test_tensors_that_are_written_to_behind_a_backward_pass_are_noticed(write: str) -> None:
+    """An ordinary gradient is done with them; numbers that were read before stay what they were."""
+    for read_before in (False, True):
+        sae, x = _sae(), _x()
+        with collect_factors(sae.W_dec, sae.W_enc_T):
+            if write == "residual":
+                result = sae.decode_loss(sae.encode(x), x)
+                result.loss.backward()
+                W, written = sae.W_dec, result.residual
+            elif write == "x":
+                encode_topk(x, sae.W_enc_T, sae.b_enc, K)[0].sum().backward()
+                W, written = sae.W_enc_T, x
+            else:
+                acts, upstream = torch.rand(B, K, dtype=F64), torch.randn(B, D, dtype=F64)
+                decode_sparse(acts, sae.encode(x).top_indices, sae.W_dec).backward(upstream)
+                W, written = sae.W_dec, acts if write == "activations" else upstream
+        assert isinstance(W.grad, FactoredGradient)
+        before = W.grad.materialize().clone() if read_before else None
+        optimizer = FactoredAdam([W], LR)
+        written.zero_()
+        if before is not None:
+            assert torch.equal(W.grad.materialize(), before)
+            optimizer.step()
+            continue
+        for use in (optimizer.step, W.grad.norm, lambda W=W: materialize(W)):
+            with pytest.raises(GradientError, match="modified in place since: step first"):
+                use()
+
+
+def _all_reduced(g: Tensor) -> None:
+    torch.distributed.all_reduce(g)
+
+
+def _negated(g: Tensor) -> None:
+    array = g.numpy()
+    array *= -1
+
+
+def _exported(g: Tensor) -> None:
+    torch.from_dlpack(g).mul_(-1)
+
+
+def _assigned(g: Tensor) -> None:
+    g.data = -g.data
+
+
+@pytest.fixture
+def alone_in_a_group(tmp_path: Path) -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("write", [_all_reduced, _negated, _exported, _assigned, Tensor.share_memory_])
+@pytest.mark.usefixtures("alone_in_a_group")
+def test_memory_that_was_handed_out_is_the_gradient(write: Callable[[Tensor], Any]) -> None:
+    ours, theirs, optimizer = _pair()
+    for sae in (ours, theirs):
+        for name in MATRICES:
+            write(sae.get_parameter(name).grad)  # type: ignore[arg-type]
+    gradient = ours.W_dec.grad
+    assert isinstance(gradient, FactoredGradient)
+    assert gradient.factors is None
+    optimizer.step()
+    torch.optim.Adam(theirs.parameters(), LR, eps=6.25e-10).step()
+    _same(ours, theirs)
+
+
+def test_modules_with_factored_gradients_are_shared_and_sent() -> None:
+    ours, theirs, _ = _pair()
+    ours.share_memory()
+    assert ours.W_dec.grad is not None
+    assert ours.W_dec.grad.is_shared()
+    _same(ours, theirs)
+
+
+def test_asking_for_the_address_of_a_gradient_gives_that_of_its_numbers() -> None:
+    ours, _, _ = _pair()
+    gradient = ours.W_dec.grad
+    assert isinstance(gradient, FactoredGradient)
+    address = gradient.data_ptr()
+    assert address == gradient.materialize().data_ptr() != 0
+    assert gradient.untyped_storage().nbytes() == N * D * 8
+    with pytest.raises(RuntimeError, match="data pointer"):
+        torch._C._to_dlpack(ours.W_enc_T.grad)
+
+
+def test_only_matrices_that_want_a_gradient_collect() -> None:
+    sae = _sae()
+    wrong: list[tuple[Any, type[Exception], str]] = [
+        (sae, DtypeError, "parameters: expected a tensor, got SAE"),
+        (list(sae.parameters()), DtypeError, "parameters: expected a tensor, got list"),
+        (sae.b_enc, ShapeError, r"parameters: expected the shape \[d_sae, d\]"),
+        (sae.W_dec.data, GradientError, "parameters: expected leaves"),
+        (sae.W_dec * 2, GradientError, "parameters: expected leaves"),
+    ]
+    for argument, kind, message in wrong:
+        with pytest.raises(kind, match=message):
+            collect_factors(sae.W_enc_T, argument)
+    _loss(sae, _x()).backward()
+    assert type(sae.W_enc_T.grad) is Tensor
+
+
+def test_what_torch_promotes_is_promoted() -> None:
+    ours, theirs, _ = _pair(torch.float32)
+    for sae in (ours, theirs):
+        assert (sae.W_dec.grad + torch.ones(N, D, dtype=F64)).dtype == F64  # type: ignore[operator]
+        assert bool((sae.W_dec.grad / 0).isinf().any())  # type: ignore[operator]

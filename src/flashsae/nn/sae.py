@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from flashsae.backend import resolve_device
 from flashsae.errors import ConfigError, DtypeError, ShapeError
 from flashsae.nn.saved import read_sae, write_sae
 from flashsae.ops.register import isolated
-from flashsae.ops.validate import Precision, as_int, check_float, check_k, check_ordinary
+from flashsae.ops.validate import FLOATS, Precision, as_int, check_float, check_k, check_ordinary, check_shape
 
 
 @dataclass(frozen=True)
@@ -103,13 +104,22 @@ class SAE(nn.Module):
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
+        if not isinstance(config, SAEConfig):
+            raise ConfigError(f"config: expected an SAEConfig(d_in, d_sae, k), got {type(config).__name__}.")
+        if dtype not in FLOATS:
+            raise DtypeError(f"dtype: expected one of {', '.join(map(str, FLOATS))}, got {dtype!r}.")
+        try:
+            torch.empty(0, dtype=dtype, device=device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"device: expected one that exists here, got {str(device)!r} ({reason}).") from error
         self.config = config
         self.precision: Precision | None = None
         """Of products, as in `flashsae.ops.encode_topk`; not saved. None: what fits the dtype of the weights."""
         if seed is None:
             rows = torch.empty(config.d_sae, config.d_in, dtype=dtype, device=device)
         else:
-            rows = _unit_rows(config.d_sae, config.d_in, seed, dtype).to(device)
+            rows = _unit_rows(config.d_sae, config.d_in, as_int("seed", seed), dtype).to(device)
         self.W_enc_T = nn.Parameter(rows.clone())
         self.b_enc = nn.Parameter(torch.zeros(config.d_sae, dtype=dtype, device=device))
         self.W_dec = nn.Parameter(rows)
@@ -151,6 +161,7 @@ class SAE(nn.Module):
 
     def decode(self, code: SparseCode, *, bias: bool = True) -> Tensor:
         """Return the reconstruction [..., d_in] of a code of shape [..., k]; without b_dec if `bias` is False."""
+        _check_code(code)
         k = code.top_acts.shape[-1]
         top_indices, index = code.top_indices.reshape(-1, k), code.latent_index
         x_hat = ops.decode_sparse(
@@ -171,6 +182,7 @@ class SAE(nn.Module):
             target: [B, d_in], float; x itself.
             weights: [B], of the tokens, as from `flashsae.nn.fvu_weights`.
         """
+        _check_code(code)
         return ops.decode_loss(
             code.top_acts,
             code.top_indices,
@@ -206,7 +218,13 @@ class SAE(nn.Module):
 
         Args:
             x: [tokens, d_in], float; some thousands of training tokens.
+        Raises:
+            ShapeError, DtypeError: x does not fit, or holds no token.
         """
+        check_shape("x", x, ("tokens", self.config.d_in))
+        check_float("x", x)
+        if len(x) == 0:
+            raise ShapeError("x: expected at least one token, got none.")
         self.b_dec.copy_(x.mean(0, dtype=torch.float64))
         x_hat = self.decode(self.encode(x), bias=False).double()
         centered = x.double() - self.b_dec.double()
@@ -219,7 +237,14 @@ class SAE(nn.Module):
         """Return the SAE that does to x what this one does to factor · x: rescaled(x) = self(factor · x) / factor.
 
         Selection and directions stay; biases and values of latents are divided by `factor`. Shares W_enc_T and W_dec.
+
+        Args:
+            factor: a positive number.
+        Raises:
+            ConfigError: it is none.
         """
+        if not isinstance(factor, int | float) or not 0 < factor < math.inf:
+            raise ConfigError(f"factor: expected a positive number, got {factor!r}.")
         other = SAE(self.config, seed=None, dtype=self.W_dec.dtype, device="meta")
         other.load_state_dict(
             {"W_enc_T": self.W_enc_T, "b_enc": self.b_enc / factor, "W_dec": self.W_dec, "b_dec": self.b_dec / factor},
@@ -277,6 +302,11 @@ class SAE(nn.Module):
         sae = cls(config, seed=None, dtype=getattr(torch, description.dtype), device="meta")
         sae.load_state_dict(tensors, assign=True)
         return sae.to(target)
+
+
+def _check_code(code: SparseCode) -> None:
+    if not isinstance(code, SparseCode):
+        raise DtypeError(f"code: expected a SparseCode, from SAE.encode, got {type(code).__name__}.")
 
 
 @isolated

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map_only
 from typing_extensions import Self
 
 from flashsae.backend import use_kernels
+from flashsae.errors import ShapeError
 from flashsae.ops.adam_rows.op import row_squares
 from flashsae.ops.factors import Factor, RowFactor, RowGradient
 from flashsae.ops.validate import compute_dtype
@@ -52,7 +53,10 @@ class FactoredGradient(Tensor):
     @staticmethod
     def __new__(cls, factors: Sequence[Factor], like: Tensor) -> Self:
         """Make an empty shell of the shape, dtype and device of the matrix."""
-        return torch.Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)
+        shell = torch.Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)
+        # there is no memory behind it: code that asks for its address is told so instead of reading from 0
+        torch._C._set_throw_on_mutable_data_ptr(shell)
+        return shell
 
     def __init__(self, factors: Sequence[Factor], like: Tensor) -> None:
         self._content = _Content(self._bounded(list(factors)))
@@ -66,7 +70,7 @@ class FactoredGradient(Tensor):
     def row_gradient(self) -> RowGradient:
         """Return this gradient as the latent pass reads it."""
         content = self._content
-        if content.factors is None:
+        if content.factors is None or (content.numbers is not None and not all(f.is_intact for f in content.factors)):
             return RowGradient(dense=content.numbers)
         return RowGradient.of(content.factors)
 
@@ -119,12 +123,46 @@ class FactoredGradient(Tensor):
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return self.clone()
 
+    @property
+    def data(self) -> Tensor:
+        """The gradient, detached; what is assigned to it becomes the gradient."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        if value.shape != self.shape:
+            raise ShapeError(f"data: expected the shape {list(self.shape)}, got {list(value.shape)}.")
+        numbers = value._own() if isinstance(value, FactoredGradient) else value.detach()
+        Tensor.data.__set__(self, FactoredGradient([], numbers))  # type: ignore[attr-defined]
+        self._content.factors, self._content.numbers = None, numbers
+
+    # whoever is handed memory may write to it
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.materialize().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+        return self._own().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self._own().__dlpack__(**options)
+
+    def share_memory_(self) -> Self:
+        """Move the numbers to memory that processes share."""
+        self._own().share_memory_()  # type: ignore[no-untyped-call]
+        return self
+
+    def is_shared(self) -> bool:
+        """Tell whether other processes may see the numbers."""
+        return self._content.factors is None and bool(self.materialize().is_shared())  # type: ignore[no-untyped-call]
+
+    def data_ptr(self) -> int:
+        """Return the address of the numbers."""
+        return self._own().data_ptr()
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        """Return the memory of the numbers."""
+        return self._own().untyped_storage()
 
     def numpy(self, *, force: bool = False) -> Any:
         """Return the numbers as an array."""
-        return self.materialize().numpy(force=force)
+        return self._own().numpy(force=force)
 
     def tolist(self) -> Any:
         """Return the numbers as lists."""
@@ -134,8 +172,9 @@ class FactoredGradient(Tensor):
 def _on_numbers(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Run an operation on the numbers; what it may write to, also later through a view, is no sum of factors then."""
     written: set[int] = set()
+    is_declared = func.namespace == "aten"  # other libraries, such as collectives, may write without saying so
     for position, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None:
+        if argument.alias_info is not None or not is_declared:
             value = args[position] if position < len(args) else kwargs.get(argument.name)
             tree_map_only(FactoredGradient, lambda gradient: written.add(id(gradient)), value)
     wrappers: dict[int, FactoredGradient] = {}
@@ -150,6 +189,10 @@ def _on_numbers(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     plain_args, plain_kwargs = tree_map_only(FactoredGradient, numbers, (tuple(args), kwargs))
     result = func(*plain_args, **plain_kwargs)
     return tree_map_only(Tensor, lambda tensor: wrappers.get(id(tensor), tensor), result)
+
+
+def _is_divisor(value: object) -> bool:
+    return _is_scalar(value) and not (isinstance(value, int | float) and value == 0)
 
 
 def _is_scalar(value: object) -> bool:
@@ -180,7 +223,7 @@ def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Any:
     return target
 
 
-def _sum_of(first: Any, second: Any, alpha: float) -> list[Factor] | None:
+def _sum_of(first: Any, second: Any, alpha: float, in_place: bool = False) -> list[Factor] | None:
     """Return the factors of a sum; numbers of the same shape join them as rows."""
     if not isinstance(first, FactoredGradient) or alpha != 1 or first._content.factors is None:
         return None
@@ -192,7 +235,7 @@ def _sum_of(first: Any, second: Any, alpha: float) -> list[Factor] | None:
         more = [RowFactor(second.clone(), None)]
     else:
         return None
-    if (second.shape, second.device) != (first.shape, first.device):
+    if (second.shape, second.device) != (first.shape, first.device) or not (in_place or second.dtype == first.dtype):
         return None
     return first._bounded([*first._content.factors, *more])
 
@@ -203,7 +246,7 @@ def _add(first: Any, second: Any, *, alpha: float = 1) -> Any:
 
 
 def _add_(first: Any, second: Any, *, alpha: float = 1) -> Any:
-    factors = _sum_of(first, second, alpha)
+    factors = _sum_of(first, second, alpha, in_place=True)
     if factors is None:
         return NotImplemented
     first._content.set(factors)
@@ -234,11 +277,11 @@ def _inverse(scale: float | Tensor) -> float | Tensor:
 
 
 def _div(gradient: Any, scale: Any) -> Any:
-    return _mul(gradient, _inverse(scale)) if _is_scalar(scale) else NotImplemented
+    return _mul(gradient, _inverse(scale)) if _is_divisor(scale) else NotImplemented
 
 
 def _div_(gradient: Any, scale: Any) -> Any:
-    return _mul_(gradient, _inverse(scale)) if _is_scalar(scale) else NotImplemented
+    return _mul_(gradient, _inverse(scale)) if _is_divisor(scale) else NotImplemented
 
 
 def _zero_(gradient: FactoredGradient) -> FactoredGradient:

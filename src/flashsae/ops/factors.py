@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flashsae.errors import GradientError
 from flashsae.ops.index import LatentIndex, build_index
 from flashsae.ops.latent_rows.op import sum_rows
 from flashsae.ops.validate import check_shape, compute_dtype
@@ -27,6 +28,15 @@ class SparseFactor:
     index: LatentIndex
     coeffs: Tensor
     rows: Tensor
+    versions: tuple[int, ...] = field(default=(), compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "versions", self.versions or _versions(self.coeffs, self.rows))
+
+    @property
+    def is_intact(self) -> bool:
+        """Whether nobody has written to its tensors since: a backward pass that leaves them need not own them."""
+        return self.versions == _versions(self.coeffs, self.rows)
 
     @property
     def nbytes(self) -> int:
@@ -35,7 +45,8 @@ class SparseFactor:
 
     def scaled(self, scale: Tensor | float) -> SparseFactor:
         """Return a factor whose gradient is this one times a scalar."""
-        return SparseFactor(self.index, self.coeffs * scale, self.rows)
+        coeffs = self.coeffs * scale
+        return SparseFactor(self.index, coeffs, self.rows, (*_versions(coeffs), *self.versions[1:]))
 
     def dense(self) -> Tensor:
         """Return the gradient: [d_sae, d], compute dtype."""
@@ -53,6 +64,15 @@ class RowFactor:
 
     rows: Tensor
     slots: Tensor | None
+    versions: tuple[int, ...] = field(default=(), compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "versions", self.versions or _versions(self.rows))
+
+    @property
+    def is_intact(self) -> bool:
+        """As in `SparseFactor`."""
+        return self.versions == _versions(self.rows)
 
     @property
     def nbytes(self) -> int:
@@ -95,6 +115,12 @@ class RowGradient:
         Several sparse factors become one over all their tokens, so that accumulating over small batches is the same
         sum as that of one large batch.
         """
+        if not all(factor.is_intact for factor in factors):
+            raise GradientError(
+                "a gradient needs the tensors of its backward pass as they were, and one of them (x, activations, a "
+                "residual or an upstream gradient) has been modified in place since: step first, or call "
+                "flashsae.ops.materialize(parameters) before."
+            )
         sparse = [factor for factor in factors if isinstance(factor, SparseFactor)]
         rows = [factor for factor in factors if isinstance(factor, RowFactor)]
         if rows and all(factor.slots is rows[0].slots for factor in rows):
@@ -133,6 +159,11 @@ class RowGradient:
         if self.dense is not None:
             parts.append(RowFactor(self.dense, self.slots).dense())
         return added(parts).to(like.dtype) if parts else torch.zeros_like(like)
+
+
+def _versions(*tensors: Tensor) -> tuple[int, ...]:
+    """Return how often each has been written to; tensors of inference mode do not count that."""
+    return tuple(-1 if tensor.is_inference() else tensor._version for tensor in tensors)
 
 
 def added(parts: list[Tensor]) -> Tensor:

@@ -12,6 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from typing_extensions import Self
 
 from flashsae.backend import log_once, use_dense, use_kernels
+from flashsae.errors import GradientError
 from flashsae.ops.dense import op as dense
 from flashsae.ops.factored import FactoredGradient
 from flashsae.ops.factors import RowFactor, SparseFactor
@@ -24,9 +25,8 @@ from flashsae.ops.validate import check_device, check_float, check_indices, chec
 class Collection:
     """What `collect_factors` returns: the handle that ends it. Also a context manager."""
 
-    def __init__(self, parameters: Iterable[Tensor]) -> None:
+    def __init__(self) -> None:
         self._parameters: list[Tensor] = []
-        self.add(*parameters)
 
     def add(self, *parameters: Tensor) -> None:
         """Collect on these matrices too."""
@@ -63,8 +63,17 @@ def collect_factors(*parameters: Tensor) -> Collection:
         parameters: [d_sae, d], leaves of autograd. Copies, pickles and views of them collect nothing.
     Returns:
         a handle, whose `stop` ends it.
+    Raises:
+        DtypeError, ShapeError, GradientError: one of them is no tensor, no matrix, or no leaf that wants a gradient.
     """
-    return Collection(parameters)
+    for parameter in parameters:
+        check_shape("parameters", parameter, ("d_sae", "d"))
+        is_wanted = parameter.requires_grad or isinstance(parameter, torch.nn.Parameter)  # a frozen one is no mistake
+        if not (parameter.is_leaf and is_wanted):
+            raise GradientError("parameters: expected leaves that require a gradient, such as module.W_dec itself.")
+    collection = Collection()
+    collection.add(*parameters)
+    return collection
 
 
 def collects(weights: Tensor) -> bool:
@@ -81,14 +90,14 @@ def collects(weights: Tensor) -> bool:
 
 
 @torch.no_grad()
-def materialize(parameters: Iterable[Tensor]) -> None:
+def materialize(parameters: Tensor | Iterable[Tensor]) -> None:
     """Turn factored gradients into ordinary ones, for an optimiser or extension that asks for memory, not for a tensor.
 
     Args:
-        parameters: of a module; those without a factored gradient are left alone.
+        parameters: one, or those of a module; those without a factored gradient are left alone.
     Cost: [d_sae, d_in] numbers for each weight matrix, which the factors were there to avoid.
     """
-    for parameter in parameters:
+    for parameter in [parameters] if isinstance(parameters, Tensor) else parameters:
         if isinstance(parameter.grad, FactoredGradient):
             parameter.grad = parameter.grad._own()
 

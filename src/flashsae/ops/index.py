@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flashsae.errors import DtypeError, ShapeError
+from flashsae.errors import ConfigError, DtypeError, ShapeError
 from flashsae.ops.validate import as_int, check_indices, check_shape, has_values
 
 
@@ -51,7 +51,10 @@ class LatentIndex(NamedTuple):
             and top_indices.shape[-1:] == source.shape[-1:]
             and (source.stride() == top_indices.stride() or (source.is_contiguous() and top_indices.is_contiguous()))
         )
-        return is_same and _version(source) == self.version
+        if not is_same or _version(source) != self.version:
+            return False
+        # writes through .data or NumPy are not counted: on the CPU the numbers tell, a GPU would make the host wait
+        return source.device.type != "cpu" or torch.equal(self.top_indices.flatten(), source.flatten().long())
 
     @property
     def tokens(self) -> Tensor:
@@ -107,6 +110,8 @@ def build_index(top_indices: Tensor, d_sae: int) -> LatentIndex:
     """
     check_shape("top_indices", top_indices, ("B", "k"))
     d_sae = as_int("d_sae", d_sae)
+    if d_sae < 1:
+        raise ConfigError(f"d_sae: expected a positive int, got {d_sae}.")
     check_indices("top_indices", top_indices, d_sae)
     if top_indices.numel() >= 2**31:
         raise ShapeError(

@@ -106,6 +106,8 @@ def encode_topk(
     """
     d_sae, workspace_bytes = _check(x, W_enc_T, b_enc, b_dec, key_scale, workspace_bytes)
     k = check_k(k, d_sae)
+    if not isinstance(return_index, bool):
+        raise ConfigError(f"return_index: expected True or False, got {return_index!r}.")
     chosen = _resolve(precision, W_enc_T)
     result = torch.ops.flashsae.encode_topk(
         x, W_enc_T, b_enc, b_dec, key_scale, None, k, 0, chosen, workspace_bytes, return_index
@@ -196,7 +198,7 @@ def _check(
         if key_scale.device.type == "cpu" and has_values(key_scale) and not bool(is_scale(key_scale).all()):
             raise ConfigError("key_scale: expected finite numbers >= 0, got negative ones, NaN or infinity.")
     workspace_bytes = as_int("workspace_bytes", workspace_bytes)
-    if workspace_bytes <= 0:
+    if not 0 < workspace_bytes < 2**63:
         raise ConfigError(f"workspace_bytes: expected a positive number of bytes, got {workspace_bytes}.")
     return d_sae, workspace_bytes
 

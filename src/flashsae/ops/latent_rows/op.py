@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from flashsae.backend import use_dense, use_kernels
-from flashsae.errors import ShapeError
+from flashsae.errors import DtypeError, ShapeError
 from flashsae.ops.dense import op as dense
 from flashsae.ops.index import LatentIndex, check_index
 from flashsae.ops.latent_rows import reference
 from flashsae.ops.register import operator
-from flashsae.ops.validate import check_constant, check_device, check_float, check_shape, compute_dtype
+from flashsae.ops.validate import FLOATS, check_constant, check_device, check_float, check_shape, compute_dtype
 
 
 def latent_rows(index: LatentIndex, coeffs: Tensor, rows: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
@@ -50,6 +50,8 @@ def latent_rows(index: LatentIndex, coeffs: Tensor, rows: Tensor, *, dtype: torc
         raise ShapeError(
             f"coeffs: expected {index.entries.shape[0]} entries, those of the index, got {coeffs.numel()}."
         )
+    if dtype is not None and dtype not in FLOATS:
+        raise DtypeError(f"dtype: expected one of float numbers, got {dtype}.")
     return sum_rows(index, coeffs, rows, dtype or rows.dtype)
 
 
