@@ -187,3 +187,28 @@ def test_other_data_of_the_same_shape_cannot_be_gone_on_with(tiny: ModuleType) -
 def test_the_kind_of_source_decides_the_kind_of_shuffle() -> None:
     assert isinstance(shuffled(ArraySource(_x()), 10, seed=0, buffer_tokens=100), RowShuffle)
     assert isinstance(shuffled(IterableSource([_x()]), 10, seed=0, buffer_tokens=100), BufferShuffle)
+
+
+@pytest.mark.parametrize(
+    ("make", "wrong"),
+    [
+        (_rows, {"offset": N + 1}),
+        (_rows, {"window": 99}),
+        (_rows, {"epoch": -1}),
+        (_rows, {"source": 7}),
+        (_buffer, {"arrived": 10**6}),
+        (_buffer, {"device": "nonsense"}),
+        (_buffer, {"device": None}),
+        (_buffer, {"cursor": {"batch": "x"}}),
+    ],
+)
+def test_a_place_that_there_is_not_is_refused(make: Callable[[], Batches], wrong: dict[str, object]) -> None:
+    batches = make()
+    _draw(batches, 3)
+    place, tensors = batches.state()
+    with pytest.raises(CheckpointError, match=r"^the place in the data is damaged: .*\. Resume with the same data"):
+        make().restore(({**place, **wrong}, tensors))
+    if "generator" in tensors:
+        for damaged in ({}, {"generator": torch.zeros(3)}, {**tensors, "buffer": torch.zeros(10**5, 1)}):
+            with pytest.raises(CheckpointError, match="its buffer is not as it was written"):
+                make().restore((place, damaged))

@@ -171,7 +171,7 @@ class ActivationCache:
             DataError: activations are NaN or Inf.
             CheckpointError: a shard that is read for the first time is missing or damaged.
         """
-        first = (cursor or {"row": 0})["row"]
+        first = (cursor or {}).get("row", 0)
         for number in range(len(self._acts)):
             start, stop = self._starts[number], self._starts[number + 1]
             if stop <= first:

@@ -19,6 +19,10 @@ State: TypeAlias = tuple[dict[str, Any], dict[str, Tensor]]
 """What resumes a shuffle: a part for JSON and a part for tensors."""
 
 
+_PLACE = "the place in the data"
+_ADVICE = "Resume with the same data, or start a new run."
+
+
 class Batches(Protocol):
     """An endless sequence of shuffled batches."""
 
@@ -158,16 +162,20 @@ class RowShuffle:
 
     def restore(self, state: State) -> None:
         """Go on at a place; raises CheckpointError if the source is another, or has another number of rows now."""
-        place = state[0]
-        if place.get("rows", len(self._rows)) != len(self._rows):
+        saved = state[0]
+        if saved.get("rows", len(self._rows)) != len(self._rows):
             raise CheckpointError(
-                f"{self._source.name} has {len(self._rows)} training rows now, {place['rows']} when the checkpoint was "
+                f"{self._source.name} has {len(self._rows)} training rows now, {saved['rows']} when the checkpoint was "
                 "written. Resume with the same data, or start a new run."
             )
-        _check_identity(self._source.name, self._identity, place)
-        parse(_RowPlace, place, "the place in the data", "Resume with the same data, or start a new run.")
-        self._epoch, self._window, self._offset = place["epoch"], place["window"], place["offset"]
+        _check_identity(self._source.name, self._identity, saved)
+        place = parse(_RowPlace, saved, _PLACE, _ADVICE)
+        self._epoch, self._window, self._offset = place.epoch, place.window, place.offset
         self._order = self._window_rows()
+        if self._offset > len(self._order) or not len(self._order):
+            raise CheckpointError(
+                f"{_PLACE} is damaged: there is no row {self._offset} of window {self._window}. {_ADVICE}"
+            )
 
 
 class BufferShuffle:
@@ -299,27 +307,36 @@ class BufferShuffle:
 
     def restore(self, state: State) -> None:
         """Go on where the state was taken; raises CheckpointError if the source is another now."""
-        place, tensors = state
-        _check_identity(self._source.name, self._identity, place)
-        parse(_BufferPlace, place, "the place in the data", "Resume with the same data, or start a new run.")
-        self._epoch, self._cursor, self._chunks = place["epoch"], place["cursor"], None
-        self._is_over = place.get("is_over", False)
+        _check_identity(self._source.name, self._identity, state[0])
+        place, tensors = parse(_BufferPlace, state[0], _PLACE, _ADVICE), state[1]
+        self._epoch, self._cursor, self._chunks = place.epoch, place.cursor, None
+        self._is_over = place.is_over
         self._counted = None
+        try:
+            self._restore_tensors(place, tensors)
+        except (KeyError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{_PLACE} is damaged: its buffer is not as it was written. {_ADVICE}") from error
+
+    def _restore_tensors(self, place: _BufferPlace, tensors: dict[str, Tensor]) -> None:
         self._generator.set_state(tensors["generator"])
         if "buffer" in tensors:
-            rows = tensors["buffer"].to(place["device"])
+            rows = tensors["buffer"].to(torch.device(place.device or ""))
+            if place.arrived > len(rows):
+                raise ValueError("more rows have arrived than there are")
             self._buffer = rows.new_empty(self._capacity, rows.shape[1])
             self._buffer[: len(rows)] = rows
-            ends = len(rows) - place["arrived"], len(rows)
+            ends = len(rows) - place.arrived, len(rows)
             self._order, self._arrived, self._free = torch.arange(
                 self._capacity, dtype=torch.int64, device="cpu"
             ).tensor_split(ends)
-        self._rest = tensors["rest"].to(place["device"]) if "rest" in tensors else None
+        self._rest = tensors["rest"].to(torch.device(place.device or "")) if "rest" in tensors else None
 
 
 def _check_identity(name: str, now: dict[str, Any], place: dict[str, Any]) -> None:
     """Raise CheckpointError naming what of a source is not as it was when the state was taken."""
-    saved = place.get("source", {})
+    saved = place.get("source")
+    if not isinstance(saved, dict):  # which is told of where all of the place is checked
+        return
     changed = [
         f"{what} was {saved[what]!r} and is {now[what]!r} now"
         for what in saved

@@ -174,7 +174,7 @@ class ArraySource:
 
     def chunks(self, split: Split, cursor: Cursor | None = None) -> Iterator[tuple[Chunk, Cursor]]:
         """Yield one epoch of a split in order."""
-        first = (cursor or {"row": 0})["row"]
+        first = (cursor or {}).get("row", 0)
         for start in range(first, len(self._x), _ARRAY_CHUNK_ROWS):
             stop = min(start + _ARRAY_CHUNK_ROWS, len(self._x))
             group = torch.arange(start, stop, dtype=torch.int64, device="cpu")
@@ -237,7 +237,7 @@ class IterableSource:
         """Yield one epoch. There is no held-out split: evaluate on other data instead."""
         if split == "held_out":
             return
-        skip = (cursor or {"batch": 0})["batch"]
+        skip = (cursor or {}).get("batch", 0)
         row = 0
         for number, acts in enumerate(self._epoch()):
             if acts.shape[1] != self._d_in:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import re
 from collections.abc import Mapping
@@ -56,6 +57,14 @@ def render_report(run: Path) -> Path:
     run = Path(run)
     jinja2 = require("jinja2", "report")
     loaded = _load(run)
+    page = _template(jinja2).render(_context(loaded))
+    report = run / "report.html"
+    write_atomic(report, page)
+    return report
+
+
+@functools.cache
+def _template(jinja2: Any) -> Any:
     environment = jinja2.Environment(
         autoescape=True,
         undefined=jinja2.StrictUndefined,
@@ -63,10 +72,7 @@ def render_report(run: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template("template.html.j2").render(_context(loaded))
-    report = run / "report.html"
-    write_atomic(report, page)
-    return report
+    return environment.get_template("template.html.j2")
 
 
 def _load(run: Path) -> _Run:
@@ -84,8 +90,8 @@ def _load(run: Path) -> _Run:
     metrics, evaluation = read_log(run / "metrics.jsonl"), read_evaluation(run / "evaluation.json")
     if metrics and max(record["step"] for record in metrics) != evaluation["steps"]:
         raise CheckpointError(
-            f"{run / 'metrics.jsonl'} is damaged: it does not end with step {evaluation['steps']:.0f}, the last one of the "
-            "training. Put a copy of it back."
+            f"{run / 'metrics.jsonl'} is damaged: it does not end with step {evaluation['steps']:.0f}, the last one of "
+            "the training. Put a copy of it back."
         )
     return _Run(
         run,
