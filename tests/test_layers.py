@@ -29,7 +29,7 @@ nn.losses nn.saved nn.sae
 optim
 data.acts data.fingerprint data.sources data.synthetic data.shuffle data.prefetch
 data.python_docs data.text_files data.text
-data.models data.weights data.windows data.documents data.hooked data.language_model
+data.models data.weights data.windows data.reading_order data.hooked data.language_model
 data.cache_index data.cache data.cache_writer data.existing data.open
 io.checkpoint
 train.config train.plan train.dead train.graph train.records train.log_file train.callbacks train.sample train.state

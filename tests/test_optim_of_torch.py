@@ -295,10 +295,10 @@ def test_sparse_gradients_are_refused() -> None:
 def test_a_graph_that_needs_the_old_weights_notices_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setenv("FLASHSAE_BACKEND", "triton")
-    weights = nn.Parameter(torch.randn(4, 3))
+    weights = nn.Parameter(torch.randn(4, 3, device="cuda" if torch.cuda.is_available() else "cpu"))
     loss = (weights**2).sum()
     optimizer = FactoredAdam([weights], LR)
-    weights.grad = torch.ones(4, 3)
+    weights.grad = torch.ones_like(weights)
     optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()

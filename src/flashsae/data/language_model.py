@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from flashsae.backend import resolve_device
-from flashsae.data.documents import Place, ReadingOrder
 from flashsae.data.fingerprint import text_digest
 from flashsae.data.hooked import HookedModel, context_limit, look, vocabulary_size
 from flashsae.data.models import Loading, load_with_account, resolve_hookpoints
+from flashsae.data.reading_order import Place, ReadingOrder
 from flashsae.data.sources import Chunk, Cursor, Split, check_held_out, split_mask
 from flashsae.data.text import TextDataset
 from flashsae.data.weights import check_loaded, loaded_fingerprint, model_fingerprint

@@ -9,8 +9,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from flashsae.data import documents as documents_module
-from flashsae.data.documents import ReadingOrder
+from flashsae.data import reading_order
+from flashsae.data.reading_order import ReadingOrder
 from flashsae.data.sources import Split, split_mask
 from flashsae.data.text import TextDataset, open_text
 
@@ -33,7 +33,7 @@ def test_a_seed_mixes_every_document_once() -> None:
 
 
 def test_little_is_in_memory_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents_module, "_WINDOW_CHARACTERS", 60)
+    monkeypatch.setattr(reading_order, "_WINDOW_CHARACTERS", 60)
     taken: list[int] = []
 
     def watched() -> object:
@@ -49,7 +49,7 @@ def test_little_is_in_memory_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("seed", [None, 3])
 def test_reading_goes_on_behind_any_block(seed: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents_module, "_WINDOW_CHARACTERS", 60)
+    monkeypatch.setattr(reading_order, "_WINDOW_CHARACTERS", 60)
     whole = list(ReadingOrder(10, seed).blocks(DOCUMENTS, 0))
     for place, (_, _, behind) in enumerate(whole):
         expected = [number for block, _, _ in whole[place + 1 :] for number, _ in block]
@@ -60,7 +60,7 @@ def test_reading_goes_on_behind_any_block(seed: int | None, monkeypatch: pytest.
 def test_a_source_of_mixed_documents_resumes_at_any_cursor(
     tiny: ModuleType, split: Split | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(documents_module, "_WINDOW_CHARACTERS", 2000)
+    monkeypatch.setattr(reading_order, "_WINDOW_CHARACTERS", 2000)
     reader = tiny.source(dataclasses.replace(tiny.SMALL, shuffle_documents=True, batch_tokens=16, document_seed=4))
     whole = list(reader.chunks_by_hookpoint(split))
     groups = torch.cat([chunks["h.1"].group for chunks, _ in whole])
