@@ -231,6 +231,18 @@ def test_any_change_of_the_log_is_drawn_or_refused(number: int, run: Path) -> No
     check_edits(path, record, write, lambda: render_report(run))
 
 
+@pytest.mark.parametrize("kept", [0, 1, -1])
+def test_lines_that_are_missing_at_the_end_of_the_log_are_noticed(kept: int, run: Path) -> None:
+    path = run / "metrics.jsonl"
+    before = path.read_text()
+    path.write_text("".join(before.splitlines(keepends=True)[:kept]))
+    try:
+        with pytest.raises(FlashSAEError, match="does not end with step 32, the last one of the training"):
+            render_report(run)
+    finally:
+        path.write_text(before)
+
+
 def test_any_change_of_a_checkpoint_is_resumed_or_refused(run: Path) -> None:
     config = begun(run)
     assert config.activations.activations is not None
@@ -238,8 +250,9 @@ def test_any_change_of_a_checkpoint_is_resumed_or_refused(run: Path) -> None:
     settings = config.train.resolve(source.d_in)
     (*_, folder) = sorted((run / "checkpoints").iterdir())
 
+    batches = shuffled(source, settings.batch_tokens, seed=settings.seed, buffer_tokens=settings.shuffle_tokens)
+
     def resume() -> None:
-        batches = shuffled(source, settings.batch_tokens, seed=settings.seed, buffer_tokens=settings.shuffle_tokens)
         init_state(settings, batches, torch.device("cpu"), run / "checkpoints").batches.next_batch()
 
     manifest, write_manifest = as_json(folder / "manifest.json")

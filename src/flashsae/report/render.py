@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from flashsae.documents import load_tensors
+from flashsae.documents import SEAL, load_json, load_tensors
 from flashsae.errors import CheckpointError, require
 from flashsae.files import write_atomic
 from flashsae.report.cards import card, known_of_all, printable, sample_text
@@ -88,7 +88,8 @@ def _load(run: Path) -> _Run:
             )
     snippets = run / "snippets.json"
     metrics, evaluation = read_log(run / "metrics.jsonl"), read_evaluation(run / "evaluation.json")
-    if metrics and max(record["step"] for record in metrics) != evaluation["steps"]:
+    must_be_logged = metrics or SEAL in load_json(run / "evaluation.json")  # written since there are checksums
+    if must_be_logged and max((record["step"] for record in metrics), default=0) != evaluation["steps"]:
         raise CheckpointError(
             f"{run / 'metrics.jsonl'} is damaged: it does not end with step {evaluation['steps']:.0f}, the last one of "
             "the training. Put a copy of it back."
