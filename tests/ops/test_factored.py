@@ -333,6 +333,7 @@ def test_clip_grad_norm_of_torch_sees_all_gradients(
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of numpy, as which the interpreter multiplies
+@pytest.mark.filterwarnings("ignore:invalid value")  # NumPy's, in the interpreter
 @pytest.mark.parametrize("bad", [None, torch.inf, torch.nan])
 def test_grad_scaler_unscales_and_sees_what_is_not_finite(bad: float | None, precision: torch.dtype) -> None:
     if precision == F64:
@@ -370,7 +371,7 @@ def test_accumulation_takes_no_more_memory_than_numbers(precision: torch.dtype) 
     ours, theirs = _sae(precision), _sae(precision)
     FactoredAdam(ours.parameters(), LR)
     with collect_factors(ours.W_dec, ours.W_enc_T):
-        for number in range(16):
+        for number in range(16 if precision == F64 else 5):  # kernels are slow in the interpreter
             for sae in (ours, theirs):
                 _loss(sae, _x(number, precision)).backward()
             for name in MATRICES:
