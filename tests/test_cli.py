@@ -39,7 +39,8 @@ def _error(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
 
 def _train(text: Path, run: Path, *more: str | Path) -> tuple[str | Path, ...]:
     batch = () if "--batch-tokens" in more else ("--batch-tokens", "64")
-    return ("train", "minilm", text, "--run", run, "--tokens", "512", *batch, "--no-report", *more)
+    tokens = () if "--tokens" in more else ("--tokens", "512")
+    return ("train", "minilm", text, "--run", run, *tokens, *batch, "--no-report", *more)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +63,10 @@ def _train(text: Path, run: Path, *more: str | Path) -> tuple[str | Path, ...]:
         (["--device", "mps"], "device: expected auto, cpu or a CUDA device that exists, got 'mps'"),
         (["--device", "meta"], "got 'meta' (FlashSAE does not run on meta)."),
         (["--d-sae", "100000000000"], "keeps 922,800.0 GB from step to step, and cpu has"),
-        (["--shuffle-tokens", "10000000000000", "--stream"], "shuffle_tokens: a training of this size keeps"),
+        (
+            ["--shuffle-tokens", "10000000000000", "--tokens", "10000000000000", "--stream"],
+            "shuffle_tokens: a training of this size keeps",
+        ),
         (
             ["--shuffle-tokens", "100", "--stream"],
             "shuffle_tokens: expected at least two batches (128 tokens), got 100.",
@@ -79,6 +83,17 @@ def test_bad_settings_are_one_sentence(
     assert message in _error(capsys, *_train(text, tmp_path / "run", *more))
     assert "--resume" not in message
     assert not (tmp_path / "run").exists()  # so the corrected command can be given at once
+
+
+def test_a_stream_fills_its_buffer_with_what_is_trained_on_and_shows_it(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ("--stream", "--d-sae", "64", "--k", "4", "--context-length", "32", "--held-out", "0.3")
+    _main(*_train(text, tmp_path / "run", *more))
+    output = " ".join(capsys.readouterr().out.split())
+    shown = ("shuffle buffer 512 tokens,", "shuffle buffer: ", "shuffle buffer: 512 of 512", "training: 8 of 8 steps")
+    assert all(words in output for words in shown), output
+    assert sorted(shown, key=output.index) == list(shown)
 
 
 @pytest.mark.parametrize("setting", [("--held-out", "0.1"), ("--stream",), ("--activations", "acts")])

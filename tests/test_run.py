@@ -204,6 +204,8 @@ def test_a_plan_says_what_a_run_needs_and_makes_nothing(text: Path, tmp_path: Pa
     assert "weights 0.00, moments of Adam 0.00" in cached
     assert "language model" not in cached
     assert "language model 0.09" in streamed
+    assert "shuffle buffer 4,096 tokens, which the model reads before the first step" in streamed
+    assert "shuffle buffer" not in cached
     assert list(tmp_path.iterdir()) == []
 
 

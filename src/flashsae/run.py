@@ -38,7 +38,7 @@ from flashsae.report.tokens import token_text
 from flashsae.settings.run import CONFIG_FILE, RunConfig
 from flashsae.start import begun, check, check_rows, nothing_held_out, plan_table, table
 from flashsae.start import new_run as new_run
-from flashsae.train.callbacks import JsonlLog, ProgressBar, StageBar, Warn, build_logger
+from flashsae.train.callbacks import JsonlLog, ProgressBar, StageBar, Warn, build_logger, filling
 from flashsae.train.config import ResolvedConfig, TrainConfig
 from flashsae.train.log_file import LOG_FILE, read_log
 from flashsae.train.loop import train
@@ -160,11 +160,13 @@ def _execute_one(run: Path, config: RunConfig, source: Source, opened: Opened, c
     settings = config.train.resolve(source.d_in)
     device = resolve_device(settings.device)
     hookpoint = config.activations.hookpoint or ""
-    batches = shuffled(source, settings.batch_tokens, seed=settings.seed, buffer_tokens=settings.shuffle_tokens)
+    most, tokens = settings.shuffle_tokens, settings.tokens
+    batches = shuffled(source, settings.batch_tokens, seed=settings.seed, buffer_tokens=most, tokens=tokens)
     held_out = list(held_out_batches(source, MEASURE_TOKENS))
     if not held_out:
         raise nothing_held_out(source, config)
-    state = init_state(settings, batches, device, run / "checkpoints")
+    with filling(console) as on_fill:
+        state = init_state(settings, batches, device, run / "checkpoints", on_fill)
     loggers = [build_logger(name, run, asdict(settings)) for name in config.logger]
     sae = train(
         state,

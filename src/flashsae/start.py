@@ -14,7 +14,7 @@ from rich.table import Table
 from flashsae import files
 from flashsae.backend import check_single_process, check_variables, resolve_device
 from flashsae.data.open import Prepared, run_name
-from flashsae.data.shuffle import shuffled
+from flashsae.data.shuffle import buffer_size, shuffled
 from flashsae.data.sources import RowSource, Source
 from flashsae.errors import DataError, StorageError, require
 from flashsae.settings.run import CONFIG_FILE, RunConfig
@@ -124,7 +124,8 @@ def plan_table(config: RunConfig, prepared: Prepared, run: Path) -> Table:
     device = resolve_device(config.train.device)
     resolved = [config.train.resolve(width) for width in prepared.widths.values()]
     settings = max(resolved, key=lambda each: each.d_sae * each.d_in)
-    plan = make_plan(settings, device, prepared.row_bytes * settings.shuffle_tokens, prepared.model_bytes)
+    buffered = buffer_size(settings.shuffle_tokens, settings.batch_tokens, settings.tokens)
+    plan = make_plan(settings, device, prepared.row_bytes * buffered, prepared.model_bytes)
     warning = check_memory(plan, device)
     rows = {
         "model": f"{prepared.config.model} at {', '.join(prepared.widths)}, d_in {settings.d_in}",
@@ -139,6 +140,8 @@ def plan_table(config: RunConfig, prepared: Prepared, run: Path) -> Table:
         + warning,
         "run folder": str(run),
     }
+    if prepared.row_bytes:
+        rows["shuffle buffer"] = f"{buffered:,} tokens, which the model reads before the first step"
     if prepared.cache_bytes:
         rows["disk"] = f"{prepared.cache_bytes / 1e9:.2f} GB at most for the cache" + _disk_warning(prepared, run)
     return table("Plan", rows)

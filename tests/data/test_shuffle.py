@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashsae.data.shuffle import Batches, BufferShuffle, RowShuffle, shuffled
+from flashsae.data.shuffle import Batches, BufferShuffle, RowShuffle, buffer_size, shuffled
 from flashsae.data.sources import ArraySource, IterableSource
 from flashsae.data.text import open_text
 from flashsae.errors import CheckpointError, ConfigError, DataError
@@ -25,8 +25,9 @@ def _rows(batch_tokens: int = 30, **options: int) -> RowShuffle:
     return RowShuffle(ArraySource(_x(), held_out=0.1), batch_tokens, seed=3, **options)
 
 
-def _buffer(batch_tokens: int = 30, buffer_tokens: int = 300) -> BufferShuffle:
-    return BufferShuffle(IterableSource(list(_x().split(77))), batch_tokens, seed=3, buffer_tokens=buffer_tokens)
+def _buffer(batch_tokens: int = 30, buffer_tokens: int = 300, tokens: int | None = None) -> BufferShuffle:
+    source = IterableSource(list(_x().split(77)))
+    return BufferShuffle(source, batch_tokens, seed=3, buffer_tokens=buffer_tokens, tokens=tokens)
 
 
 def _draw(batches: Batches, n: int) -> Tensor:
@@ -83,7 +84,64 @@ def test_the_buffer_reads_for_each_batch_what_the_last_one_took() -> None:
     assert totals == [300 + 30 * i for i in range(20)]
 
 
-@pytest.mark.parametrize("make", [_rows, lambda: _rows(window_rows=100, block_rows=8), _buffer])
+@pytest.mark.parametrize(
+    ("tokens", "held"), [(None, 300), (10**9, 300), (301, 300), (299, 300), (200, 210), (31, 60), (1, 60)]
+)
+def test_the_buffer_holds_no_more_than_is_trained_on(tokens: int | None, held: int) -> None:
+    assert buffer_size(300, 30, tokens) == held
+    told: list[tuple[int, int]] = []
+    batches = _buffer(tokens=tokens)
+    batches.sample(10, lambda done, total: told.append((done, total)))
+    assert told[0] == (min(77, held), held)
+    assert told[-1] == (held, held)
+    batches.sample(10, lambda *_: pytest.fail("it is filled"))
+
+
+@pytest.mark.parametrize("tokens", [301, 10**9])
+def test_a_long_training_is_shuffled_as_one_whose_length_is_not_known(tokens: int) -> None:
+    assert torch.equal(_draw(_buffer(tokens=tokens), 40), _draw(_buffer(), 40))
+
+
+def test_a_buffer_that_holds_all_is_filled_once() -> None:
+    read: list[int] = []
+
+    def chunks() -> Iterator[Tensor]:
+        for chunk in _x().split(10):
+            read.append(len(chunk))
+            yield chunk
+
+    batches = BufferShuffle(IterableSource(chunks()), 30, seed=0, buffer_tokens=300, tokens=205)
+    drawn = _draw(batches, 7)
+    assert sum(read) == 210
+    assert torch.equal(drawn.sort().values, torch.arange(210.0))
+    assert (drawn.diff() == 1).double().mean() < 0.1
+    assert (_draw(batches, 7) >= 210).all()  # whoever goes on gets what comes next
+
+
+def test_a_buffer_of_an_older_version_is_gone_on_with_in_its_size() -> None:
+    older = _buffer()  # as large as it may be, though 60 tokens are trained on
+    older.next_batch()
+    place, tensors = older.state()
+    assert place.pop("holds_all") is False
+    resumed = _buffer(tokens=60)
+    resumed.restore((place, tensors))
+    again = _buffer(tokens=60)
+    again.restore(resumed.state())
+    expected = _draw(older, 20)
+    assert torch.equal(_draw(resumed, 20), expected)
+    assert torch.equal(_draw(again, 20), expected)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        _rows,
+        lambda: _rows(window_rows=100, block_rows=8),
+        _buffer,
+        lambda: _buffer(tokens=200),
+        lambda: _buffer(tokens=2000),
+    ],
+)
 @pytest.mark.parametrize("done", [0, 1, 7, 40])
 def test_a_restored_state_goes_on_bit_for_bit(make: Callable[[], Batches], done: int) -> None:
     uninterrupted = make()

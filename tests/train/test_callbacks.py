@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from flashsae.errors import CheckpointError, ConfigError, MissingExtraError, StorageError
-from flashsae.train.callbacks import JsonlLog, ProgressBar, StageBar, build_logger, read_log
+from flashsae.errors import CheckpointError, ConfigError, DataError, MissingExtraError, StorageError
+from flashsae.train.callbacks import JsonlLog, ProgressBar, StageBar, build_logger, filling, read_log
 
 RECORD = {"step": 3, "tokens": 30, "loss": 0.5, "fvu": 0.5, "dead_latents": 2.0, "lr": 1e-3}
 
@@ -124,3 +124,30 @@ def test_a_stage_that_had_less_to_do_than_was_expected_ends_full(is_terminal: bo
     bar.finish()
     assert "120/120" in out.getvalue() if is_terminal else out.getvalue().endswith("texts: 120 of 120 tokens\n")
     assert not bar._bar.live.is_started
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_buffer_that_is_filled_shows_how_far_it_is(is_terminal: bool) -> None:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=is_terminal, width=120)
+    with filling(console):
+        pass  # a buffer that a checkpoint puts back is not filled
+    assert out.getvalue() == ""
+    with filling(console) as on_fill:
+        for done in (10, 30, 60):
+            on_fill(done, 100)
+    if is_terminal:
+        assert "shuffle buffer" in out.getvalue()
+        assert "60/60" in out.getvalue()  # all that there was
+    else:
+        lines = [f"shuffle buffer: {done} tokens\n" for done in ("10 of 100", "30 of 100", "60 of 100", "60 of 60")]
+        assert out.getvalue() == "".join(lines)
+
+    def fail() -> None:
+        with filling(console) as on_fill:
+            on_fill(10, 100)
+            raise DataError("NaN")
+
+    with pytest.raises(DataError, match="NaN"):
+        fail()
+    assert console._live_stack == []

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -186,7 +188,7 @@ def test_data_that_comes_too_often_is_told_of(monkeypatch: pytest.MonkeyPatch) -
 def test_what_no_machine_holds_is_refused_before_it_is_made() -> None:
     for changes, words in (({"d_sae": 10**11}, "d_sae: a training"), ({"shuffle_tokens": 10**12}, "shuffle_tokens: a")):
         settings = {"d_sae": 16, **changes}
-        config = replace(SMALL, shuffle_tokens=settings.pop("shuffle_tokens", 256))
+        config = replace(SMALL, tokens=10**12, shuffle_tokens=settings.pop("shuffle_tokens", 256))
         with pytest.raises(ConfigError, match=rf"{words}.* GB"):
             flashsae.fit(list(X.split(64)), k=3, config=config, progress=False, **settings)
 
@@ -220,3 +222,39 @@ def test_progress_begins_with_what_will_be_done(capsys: pytest.CaptureFixture[st
     assert (
         "TopK SAE, d_in 8, d_sae 16, k 3, on cpu: 1,920 tokens (each of the 640 in x about 3 times) in 30 steps" in said
     )
+    assert "shuffle buffer" not in said
+
+
+@pytest.mark.parametrize(("tokens", "held"), [(150, 192), (64, 128), (1920, 256)])
+def test_progress_begins_with_the_buffer_of_an_iterable(
+    tokens: int, held: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = replace(SMALL, tokens=tokens)
+    shown = flashsae.fit(X.split(16), d_sae=16, k=3, config=config, run=tmp_path / "run")
+    said = capsys.readouterr().err
+    assert f"steps of 64. A shuffle buffer of {held} tokens is filled first. tokens= changes" in said
+    assert said.index(f"shuffle buffer: 32 of {held} tokens\n") < said.index(f"shuffle buffer: {held} of {held} tokens")
+    assert said.index(f"shuffle buffer: {held} of") < said.index("training: ")
+    assert _same(shown, flashsae.fit(X.split(16), d_sae=16, k=3, config=config, progress=False))
+    assert capsys.readouterr().err == ""
+    flashsae.fit(X.split(16), d_sae=16, k=3, config=config, run=tmp_path / "run", resume=True)
+    assert "shuffle buffer: " not in capsys.readouterr().err  # it is put back, not filled
+
+
+def test_a_short_training_over_an_iterable_reads_no_more_than_it_trains_on_and_resumes(tmp_path: Path) -> None:
+    config = replace(SMALL, tokens=190, shuffle_tokens=1 << 18, checkpoint_every_steps=1)
+    read: list[int] = []
+
+    class Data:
+        def __iter__(self) -> Iterator[torch.Tensor]:
+            for part in X[:80].split(16):
+                read.append(len(part))
+                yield part
+
+    whole = flashsae.fit(Data(), d_sae=16, k=3, config=config, run=tmp_path / "run", progress=False)
+    assert sum(read) == 192
+    newest = max((tmp_path / "run" / "checkpoints").iterdir())
+    assert sum(1 for _ in (tmp_path / "run" / "checkpoints").iterdir()) > 1
+    shutil.rmtree(newest)
+    resumed = flashsae.fit(Data(), d_sae=16, k=3, config=config, run=tmp_path / "run", resume=True, progress=False)
+    assert _same(resumed, whole)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
@@ -18,6 +18,8 @@ from flashsae.schema import Count, parse
 State: TypeAlias = tuple[dict[str, Any], dict[str, Tensor]]
 """What resumes a shuffle: a part for JSON and a part for tensors."""
 
+OnFill: TypeAlias = Callable[[int, int], None]
+"""Hears how many tokens a shuffle buffer holds, and how many it will, while it is filled for the first time."""
 
 _PLACE = "the place in the data"
 _ADVICE = "Resume with the same data, or start a new run."
@@ -32,8 +34,13 @@ class Batches(Protocol):
     def next_batch(self) -> Tensor:
         """Return the next [batch_tokens, d_in] activations, dtype and device of the source."""
 
-    def sample(self, tokens: int) -> Tensor:
-        """Return up to `tokens` training rows, [n, d_in], without moving on: to initialise from."""
+    def sample(self, tokens: int, on_fill: OnFill | None = None) -> Tensor:
+        """Return up to `tokens` training rows, [n, d_in], without moving on: to initialise from.
+
+        Args:
+            tokens: how many.
+            on_fill: hears of it if a shuffle buffer has to be filled for them, which may take minutes.
+        """
 
     def state(self) -> State:
         """Return what `restore` needs to go on exactly here."""
@@ -42,7 +49,9 @@ class Batches(Protocol):
         """Go on where `state` was taken."""
 
 
-def shuffled(source: StreamSource | RowSource, batch_tokens: int, *, seed: int, buffer_tokens: int) -> Batches:
+def shuffled(
+    source: StreamSource | RowSource, batch_tokens: int, *, seed: int, buffer_tokens: int, tokens: int | None = None
+) -> Batches:
     """Return shuffled batches of the train split of a source.
 
     Args:
@@ -50,10 +59,29 @@ def shuffled(source: StreamSource | RowSource, batch_tokens: int, *, seed: int, 
         batch_tokens: rows in a batch.
         seed: of the order.
         buffer_tokens: rows that are mixed with each other.
+        tokens: rows that will be trained on, if that is known: a shuffle buffer holds no more (`buffer_size`).
     """
     if isinstance(source, RowSource):
         return RowShuffle(source, batch_tokens, seed=seed, window_rows=buffer_tokens)
-    return BufferShuffle(source, batch_tokens, seed=seed, buffer_tokens=buffer_tokens)
+    return BufferShuffle(source, batch_tokens, seed=seed, buffer_tokens=buffer_tokens, tokens=tokens)
+
+
+def buffer_size(buffer_tokens: int, batch_tokens: int, tokens: int | None) -> int:
+    """Return how many rows a shuffle buffer holds: no more than are trained on, but at least two batches.
+
+    Args:
+        buffer_tokens: the most that it may hold.
+        batch_tokens: rows in a batch.
+        tokens: to train on, which makes whole batches; None if that is not known.
+    """
+    if tokens is None:
+        return buffer_tokens
+    return min(buffer_tokens, max(_whole_batches(tokens, batch_tokens), 2 * batch_tokens))
+
+
+def _whole_batches(tokens: int, batch_tokens: int) -> int:
+    """Return the rows of as many whole batches as `tokens` need."""
+    return -(-tokens // batch_tokens) * batch_tokens
 
 
 @dataclass(frozen=True)
@@ -72,6 +100,7 @@ class _BufferPlace:
     arrived: Count
     device: str | None
     is_over: bool = False
+    holds_all: bool = False
     source: dict[str, Any] = field(default_factory=dict)
 
 
@@ -147,8 +176,8 @@ class RowShuffle:
         _check_rows(batch, index, self._source.name)
         return batch
 
-    def sample(self, tokens: int) -> Tensor:
-        """Return up to `tokens` training rows at equal distances."""
+    def sample(self, tokens: int, on_fill: OnFill | None = None) -> Tensor:
+        """Return up to `tokens` training rows at equal distances; there is no buffer to be filled."""
         stride = max(1, len(self._rows) // tokens)
         index = self._rows[::stride][:tokens]
         rows = self._source.rows(index)
@@ -182,16 +211,26 @@ class BufferShuffle:
     """Rows of a stream, mixed in a buffer: all that is in it is permuted again whenever half of it was given out.
 
     What a batch leaves free is filled before the next one, so a language model that is read has as much to do for every
-    batch, and can do it while the device trains on the last one.
+    batch, and can do it while the device trains on the last one. A buffer that holds all that will be trained on is
+    filled once.
 
     Args:
         source: read forwards; from the start again when an epoch ends.
         batch_tokens: rows in a batch.
         seed: of the order.
         buffer_tokens: rows in the buffer, at least twice a batch. Memory: this many rows and one chunk.
+        tokens: rows that will be given out, if that is known: the buffer is no larger than they need (`buffer_size`).
     """
 
-    def __init__(self, source: StreamSource, batch_tokens: int, *, seed: int, buffer_tokens: int) -> None:
+    def __init__(
+        self,
+        source: StreamSource,
+        batch_tokens: int,
+        *,
+        seed: int,
+        buffer_tokens: int,
+        tokens: int | None = None,
+    ) -> None:
         if buffer_tokens < 2 * batch_tokens:
             raise ConfigError(
                 f"shuffle_tokens: expected at least two batches ({2 * batch_tokens} tokens), got {buffer_tokens}."
@@ -214,8 +253,10 @@ class BufferShuffle:
             torch.zeros(0, dtype=torch.int64, device="cpu"),
             torch.zeros(0, dtype=torch.int64, device="cpu"),
         )
-        self._free = torch.arange(buffer_tokens, dtype=torch.int64, device="cpu")
-        self._capacity = buffer_tokens
+        self._most = buffer_tokens
+        self._capacity = buffer_size(buffer_tokens, batch_tokens, tokens)
+        self._holds_all = tokens is not None and _whole_batches(tokens, batch_tokens) <= self._capacity
+        self._free = torch.arange(self._capacity, dtype=torch.int64, device="cpu")
 
     def next_batch(self) -> Tensor:
         """Return the next batch. Raises DataEndedError when a source that can be read only once has ended."""
@@ -229,10 +270,10 @@ class BufferShuffle:
         self._free = torch.cat([self._free, places])
         return self._rows_at(places)
 
-    def sample(self, tokens: int) -> Tensor:
-        """Return up to `tokens` rows of the buffer."""
+    def sample(self, tokens: int, on_fill: OnFill | None = None) -> Tensor:
+        """Return up to `tokens` rows of the buffer; `on_fill` hears of each chunk if it has to be filled first."""
         if self._buffer is None:
-            self._fill()
+            self._fill(on_fill)
         if self._buffer is None:
             raise DataError(f"{self._source.name} is empty: expected at least one row of activations.")
         return self._rows_at(self._order[:tokens])
@@ -241,8 +282,10 @@ class BufferShuffle:
         assert self._buffer is not None
         return self._buffer.index_select(0, places.to(self._buffer.device))
 
-    def _fill(self) -> None:
+    def _fill(self, on_fill: OnFill | None = None) -> None:
         """Read rows into all free places; permute all if less than half, or than a batch, is left of the order."""
+        if self._holds_all and len(self._order) >= self._batch_tokens:
+            return
         while len(self._free):
             rows = self._next_rows()
             if rows is None:
@@ -253,6 +296,8 @@ class BufferShuffle:
             self._buffer[places.to(self._buffer.device)] = rows[: len(places)]
             self._arrived = torch.cat([self._arrived, places])
             self._rest = rows[len(places) :].clone() if len(rows) > len(places) else None
+            if on_fill is not None:
+                on_fill(self._capacity - len(self._free), self._capacity)
         if len(self._order) < max(self._batch_tokens, self._capacity // 2):
             there = torch.cat([self._order, self._arrived])
             self._order, self._arrived = (
@@ -293,6 +338,7 @@ class BufferShuffle:
         place = {
             "epoch": self._epoch,
             "is_over": self._is_over,
+            "holds_all": self._holds_all,
             "cursor": self._cursor,
             "arrived": len(self._arrived),
             "device": device,
@@ -311,6 +357,8 @@ class BufferShuffle:
         place, tensors = parse(_BufferPlace, state[0], _PLACE, _ADVICE), state[1]
         self._epoch, self._cursor, self._chunks = place.epoch, place.cursor, None
         self._is_over = place.is_over
+        if self._holds_all and not place.holds_all:  # of a version whose buffers were as large as they might be
+            self._holds_all, self._capacity = False, self._most
         self._counted = None
         try:
             self._restore_tensors(place, tensors)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +26,7 @@ from rich.text import Text
 from typing_extensions import Self
 
 from flashsae import files
+from flashsae.data.shuffle import OnFill
 from flashsae.errors import CheckpointError, ConfigError, require
 from flashsae.train.log_file import LOG_FILE, make_line, read_log
 
@@ -202,6 +203,27 @@ class StageBar:
             self._bar.stop()
         if self._total is None and not self._console.is_terminal and self._done > self._said[0]:
             self._say()
+
+
+@contextmanager
+def filling(console: Console) -> Iterator[OnFill]:
+    """Show how a shuffle buffer is filled as a `StageBar`; nothing is shown unless what this gives is called.
+
+    Args:
+        console: to draw on.
+    """
+    bar = StageBar(console, "shuffle buffer", "tokens")
+
+    def on_fill(done: int, total: int) -> None:
+        if not bar.is_started:
+            bar.start(0, total)
+        bar.update(done)
+
+    try:
+        yield on_fill
+        bar.finish()
+    finally:
+        bar.stop()
 
 
 class _Rate(ProgressColumn):

@@ -14,13 +14,13 @@ from rich.console import Console
 from torch import Tensor
 
 from flashsae.backend import check_single_process, check_variables, resolve_device
-from flashsae.data.shuffle import shuffled
+from flashsae.data.shuffle import buffer_size, shuffled
 from flashsae.data.sources import ArraySource, IterableSource
 from flashsae.errors import CheckpointError, ConfigError, FlashSAEWarning, StorageError
 from flashsae.files import only_one, storage_errors
 from flashsae.neutral import neutral
 from flashsae.nn.sae import SAE
-from flashsae.train.callbacks import Callback, JsonlLog, ProgressBar, Warn
+from flashsae.train.callbacks import Callback, JsonlLog, ProgressBar, Warn, filling
 from flashsae.train.config import ResolvedConfig, TrainConfig
 from flashsae.train.loop import train
 from flashsae.train.plan import check_memory, check_selection, make_plan
@@ -83,9 +83,13 @@ def fit(
     settings = replace(base, d_sae=d_sae, k=k, tokens=base.tokens if tokens is None else tokens).resolve(source.d_in)
     device = resolve_device(settings.device)
     check_selection(settings, device)
-    buffered = 0 if isinstance(source, ArraySource) else settings.shuffle_tokens * source.row_bytes
-    check_memory(make_plan(settings, device, buffered), device)
-    batches = shuffled(source, settings.batch_tokens, seed=settings.seed, buffer_tokens=settings.shuffle_tokens)
+    most, batch_tokens = settings.shuffle_tokens, settings.batch_tokens
+    buffered, buffer_bytes = 0, 0
+    if isinstance(source, IterableSource):
+        buffered = buffer_size(most, batch_tokens, settings.tokens)
+        buffer_bytes = buffered * source.row_bytes
+    check_memory(make_plan(settings, device, buffer_bytes), device)
+    batches = shuffled(source, batch_tokens, seed=settings.seed, buffer_tokens=most, tokens=settings.tokens)
     folder = None if run is None else Path(run)
     if folder is not None:
         if resume and not folder.exists():
@@ -96,22 +100,25 @@ def fit(
             folder.mkdir(parents=True, exist_ok=True)
     checkpoints = None if folder is None else folder / "checkpoints"
     callbacks: list[Callback] = [Warn(_warn)] if folder is None else [Warn(_warn), JsonlLog(folder)]
+    console = Console(stderr=True)
     if progress:
-        console = Console(stderr=True)
-        console.print(_what_will_be_done(settings, batches.epoch_tokens, device), highlight=False, soft_wrap=True)
+        told = _what_will_be_done(settings, batches.epoch_tokens, buffered, device)
+        console.print(told, highlight=False, soft_wrap=True)
         callbacks.append(ProgressBar(console))
     with nullcontext() if folder is None else only_one(folder):
-        state = init_state(settings, batches, device, checkpoints)
+        with filling(console) if progress else nullcontext() as on_fill:
+            state = init_state(settings, batches, device, checkpoints, on_fill)
         sae = train(state, settings, callbacks=callbacks, checkpoints=checkpoints)
         del state  # its memory may be needed for the whole weights
         return sae.to(device)
 
 
-def _what_will_be_done(config: ResolvedConfig, rows: int | None, device: torch.device) -> str:
+def _what_will_be_done(config: ResolvedConfig, rows: int | None, buffered: int, device: torch.device) -> str:
+    first = f" A shuffle buffer of {buffered:,} tokens is filled first." if buffered else ""
     repeats = "" if rows is None else f" (each of the {rows:,} in x about {config.tokens / rows:,.3g} times)"
     return (
         f"TopK SAE, d_in {config.d_in:,}, d_sae {config.d_sae:,}, k {config.k}, on {device}: {config.tokens:,} tokens"
-        f"{repeats} in {config.steps:,} steps of {config.batch_tokens:,}. tokens= changes how long it takes."
+        f"{repeats} in {config.steps:,} steps of {config.batch_tokens:,}.{first} tokens= changes how long it takes."
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flashsae.data.shuffle import Batches
+from flashsae.data.shuffle import Batches, OnFill
 from flashsae.errors import CheckpointError
 from flashsae.io.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
 from flashsae.neutral import neutral
@@ -67,7 +67,11 @@ class TrainState:
 
 @neutral()
 def init_state(
-    config: ResolvedConfig, batches: Batches, device: torch.device, checkpoints: Path | None = None
+    config: ResolvedConfig,
+    batches: Batches,
+    device: torch.device,
+    checkpoints: Path | None = None,
+    on_fill: OnFill | None = None,
 ) -> TrainState:
     """Return the state to start from.
 
@@ -77,6 +81,7 @@ def init_state(
         device: for the SAE.
         checkpoints: folder whose newest checkpoint is gone on from, if it holds one. Otherwise, and for None, the
             start: random unit directions, b_dec at the mean of some tokens.
+        on_fill: hears of it if a shuffle buffer is filled at the start.
     Raises:
         DataError: the activations do not vary, or are too large or too small for float32.
         ConfigError: k or k_aux is larger than a GPU can select.
@@ -89,7 +94,7 @@ def init_state(
     scale, variance = 1.0, 1.0
     warnings: tuple[str, ...] = ()
     if not found:
-        sample = measure_sample(batches.sample(INIT_TOKENS).to(device, torch.float64))
+        sample = measure_sample(batches.sample(INIT_TOKENS, on_fill).to(device, torch.float64))
         scale, variance, warnings = sample.scale, sample.variance, sample.warnings
         sae.initialize_from(sample.x)
     dead = DeadLatents(config.d_sae, config.dead_after_tokens, device)
