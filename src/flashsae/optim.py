@@ -47,8 +47,8 @@ class FactoredAdam(torch.optim.Optimizer):
             change the float32 numbers and lose nothing; products read bfloat16; 4 bytes a weight are 2 + 2.
             `float32_weights` gives the whole numbers. Weights that somebody else writes into the parameter count as
             they stand there; those that are loaded together with a state of this optimiser, with the bits in it.
-        state_dtype: torch.bfloat16 keeps moments in half the memory, with stochastic rounding. Approximate: the only
-            option here that changes results.
+        state_dtype: torch.bfloat16 keeps moments in half the memory, with stochastic rounding. The only option
+            here that is approximate.
     Raises:
         ConfigError, DtypeError, ShapeError: an argument is out of range, a parameter is not contiguous or not float, or
             weights to split are not float32.
