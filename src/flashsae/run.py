@@ -47,6 +47,8 @@ from flashsae.train.state import init_state
 MEASURE_TOKENS = 8192
 EVALUATION_TOKENS = 1 << 18
 SNIPPET_TOKENS = 150_000
+FEW_TOKENS = 1000
+"""Held-out figures of fewer are told with their number."""
 
 
 def execute(run: Path, console: Console) -> None:
@@ -274,4 +276,7 @@ def _dead_at_the_end(run: Path) -> torch.Tensor | None:
 
 
 def _result_table(result: dict[str, float]) -> Table:
-    return table("Result", {figure.name: figure.line() for figure in final_figures(result)})
+    lines = {figure.name: figure.line() for figure in final_figures(result)}
+    if result["held_out_tokens"] < FEW_TOKENS:
+        lines["held-out FVU"] += f", on {result['held_out_tokens']:,.0f} held-out tokens"
+    return table("Result", lines)

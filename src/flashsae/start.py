@@ -13,10 +13,12 @@ from rich.table import Table
 
 from flashsae import files
 from flashsae.backend import check_single_process, check_variables, resolve_device
+from flashsae.data.models import model_place
 from flashsae.data.open import Prepared, run_name
 from flashsae.data.shuffle import buffer_size, shuffled
 from flashsae.data.sources import RowSource, Source
 from flashsae.errors import DataError, StorageError, require
+from flashsae.settings.reading import MINILM
 from flashsae.settings.run import CONFIG_FILE, RunConfig
 from flashsae.train.callbacks import check_logger
 from flashsae.train.plan import check_memory, check_selection, make_plan, repeats_warning
@@ -40,11 +42,13 @@ def check(config: RunConfig) -> None:
     Raises:
         ConfigError: no such device, logger or backend, more latents a token than a GPU can select, or this is one of
             several processes.
-        MissingExtraError: a package is missing that the run needs at its end.
+        MissingExtraError: a package is missing that the run needs, be it at its end.
     """
     check_single_process()
     check_variables()
     check_selection(config.train, resolve_device(config.train.device))
+    if config.activations.activations is None:
+        model_place(config.activations.model or MINILM)  # raises where minilm is not installed
     if config.report:
         for package in ("jinja2", "matplotlib"):
             require(package, "report")  # now, not after hours of training
@@ -127,10 +131,12 @@ def plan_table(config: RunConfig, prepared: Prepared, run: Path) -> Table:
     buffered = buffer_size(settings.shuffle_tokens, settings.batch_tokens, settings.tokens)
     plan = make_plan(settings, device, prepared.row_bytes * buffered, prepared.model_bytes)
     warning = check_memory(plan, device)
+    n = len(prepared.widths)
     rows = {
         "model": f"{prepared.config.model} at {', '.join(prepared.widths)}, d_in {settings.d_in}",
         "text": prepared.how,
-        "SAE": f"TopK, d_sae {settings.d_sae:,}, k {settings.k}: {plan.parameters:,} parameters",
+        "SAE": (f"{n} SAEs, one after another, each: " if n > 1 else "")
+        + f"TopK, d_sae {settings.d_sae:,}, k {settings.k}: {plan.parameters:,} parameters",
         "training": f"{settings.tokens:,} tokens in {plan.steps:,} steps of {settings.batch_tokens:,}, "
         f"learning rate {settings.lr:.2g}{_repeats(settings.tokens, prepared)}",
         "dead latents": f"after {settings.dead_after_tokens:,} tokens without a value above 0; "

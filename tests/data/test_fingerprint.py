@@ -87,7 +87,7 @@ def test_a_model_in_a_folder_knows_itself_by_weights_config_and_tokenizer(tiny: 
         data[-3] ^= 1
         (changed / name).write_bytes(data)
         assert model_fingerprint(str(changed)) != before, name
-    with pytest.raises(ConfigError, match="model: could not load"):
+    with pytest.raises(ConfigError, match="model: there is no such folder"):
         model_fingerprint(str(tmp_path / "nowhere" / "at" / "all"))
 
 

@@ -112,6 +112,9 @@ assert {{str(parameter.dtype) for parameter in model.parameters()}} == {{"torch.
 
 
 def test_a_model_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"could not load '.*nothing' \(.*\)\. Expected 'minilm', a folder") as caught:
-        load_language_model(str(tmp_path / "nothing"), torch.float32)
+    with pytest.raises(ConfigError, match=r"could not load 'nothing' \(.*\)\. Expected 'minilm', a folder") as caught:
+        load_language_model("nothing", torch.float32)
     assert "\n" not in str(caught.value)
+    for path in (str(tmp_path / "nothing"), "./nothing", "../nothing", "~/nothing"):
+        with pytest.raises(ConfigError, match=f"model: there is no such folder, {path}"):
+            load_language_model(path, torch.float32)

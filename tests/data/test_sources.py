@@ -52,6 +52,8 @@ def test_array_source_reads_rows_and_chunks(tmp_path: Path) -> None:
     ("x", "error", "message"),
     [
         (torch.zeros(3), ShapeError, r"x: expected the shape \[tokens, d_in\], got \[3\]"),
+        (torch.zeros(3), ShapeError, r"Make one tensor of rows: torch\.stack\(rows\)"),
+        (torch.zeros(2, 3, 4), ShapeError, r"got \[2, 3, 4\]\. Flatten it: x\.flatten\(0, -2\)"),
         (torch.zeros(3, 0), ShapeError, r"x: expected the shape \[tokens, d_in\], got \[3, 0\]"),
         (torch.zeros(0, 3), DataError, "x is empty: expected at least one row"),
         (torch.zeros(3, 3, dtype=torch.int32), DtypeError, r"x: expected float32, .* got torch\.int32"),

@@ -293,3 +293,9 @@ def test_column_sums_of_what_lies_apart(device: str) -> None:
     p = inputs(device)
     found = column_sums(_apart(p["weights"]), _apart(p["x"]), torch.float32)
     assert torch.equal(found, p["weights"] @ p["x"])
+
+
+def test_an_encoder_the_wrong_way_round_is_told_how_it_lies() -> None:
+    W_enc = inputs("cpu")["W_enc_T"].T
+    with pytest.raises(ShapeError, match=r"W_enc_T: expected \[d_sae, d_in\], one row a latent.* W_enc_T\.T"):
+        _call("encode_topk", W_enc_T=W_enc)

@@ -78,6 +78,9 @@ def test_the_terminal_and_the_report_say_the_same(run: Path) -> None:
     terminal = Console(file=StringIO(), width=100)
     terminal.print(_result_table(evaluation))
     printed = terminal.file.getvalue()  # type: ignore[attr-defined]
+    assert "tokens, on" not in printed
+    terminal.print(_result_table({**evaluation, "held_out_tokens": 999}))
+    assert ", on 999 held-out tokens" in terminal.file.getvalue()  # type: ignore[attr-defined]
     page = render_report(run).read_text("utf-8")
     for figure in final_figures(evaluation):
         assert figure.line() in printed

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -183,6 +184,32 @@ def test_data_that_comes_too_often_is_told_of(monkeypatch: pytest.MonkeyPatch) -
         with pytest.warns(FlashSAEWarning, match=r"there are 24 tokens to train on, so each comes about 3 times in 80"):
             flashsae.fit(x, d_sae=16, k=3, config=config, progress=False)
     flashsae.fit(X[:27], d_sae=16, k=3, config=config, progress=False)
+
+
+def test_repeats_that_fit_chose_are_no_surprise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["flashsae.train.fit"], "LEAST_TOKENS", 1)
+    monkeypatch.setattr(plan, "MOST_REPEATS", 3)
+    x = torch.cat([X, X.flip(0)])
+    flashsae.fit(x, d_sae=16, k=3, progress=False)  # each ten times; a warning would be an error
+    with pytest.warns(FlashSAEWarning, match="each comes about 10 times") as told:
+        flashsae.fit(x, d_sae=16, k=3, tokens=10 * len(x), progress=False)
+    assert [warning.filename for warning in told] == [__file__]  # the line that called, not one of ours
+
+
+def test_arguments_of_another_kind_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^config: expected a flashsae\.TrainConfig, got dict\.$"):
+        flashsae.fit(X, d_sae=16, k=3, config={"lr": 1e-3})  # type: ignore[arg-type]
+    for path in ("acts.npy", tmp_path):
+        with pytest.raises(DtypeError, match=r"got the path .* np\.load\(path, mmap_mode='r'\)"):
+            flashsae.fit(path, d_sae=16, k=3, tokens=64)  # type: ignore[arg-type]
+
+
+def test_the_home_folder_has_its_short_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    sae = flashsae.fit(X, d_sae=16, k=3, config=SMALL, run="~/run", progress=False)
+    sae.save("~/sae")
+    assert _same(SAE.load("~/sae"), sae)
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "sae"}
 
 
 def test_what_no_machine_holds_is_refused_before_it_is_made() -> None:

@@ -285,7 +285,7 @@ def test_nan_stops_with_step_and_source_and_the_checkpoint_is_intact(tmp_path: P
     x[bad] = torch.nan
     state = _state(config, tmp_path / "c", torch.where(torch.isnan(x), 0.0, x))  # start as if nothing were wrong
     state.batches = RowShuffle(ArraySource(x), 64, seed=0)
-    with pytest.raises(DataError, match=rf"step 30: x: row {bad} holds NaN or Inf .* checkpoints are intact"):
+    with pytest.raises(DataError, match=rf"step 30: x: row {bad} holds NaN or Inf .* drop those rows"):
         train(state, config, checkpoints=tmp_path / "c")
     assert [path.name for path in list_checkpoints(tmp_path / "c")] == ["step-00000020"]
     assert clean.step == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
+from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,11 @@ def check_acts(x: Tensor, what: str) -> Tensor:
     if x.layout != torch.strided:
         raise DtypeError(f"{what}: expected a dense tensor, got the layout {x.layout}. Convert it: x.to_dense().")
     if x.dim() != 2 or x.shape[1] == 0:
-        raise ShapeError(f"{what}: expected the shape [tokens, d_in], got {list(x.shape)}.")
+        advice = {0: "", 1: " Make one tensor of rows: torch.stack(rows).", 2: ""}
+        flatten = " Flatten it: x.flatten(0, -2)."
+        raise ShapeError(
+            f"{what}: expected the shape [tokens, d_in], got {list(x.shape)}.{advice.get(x.dim(), flatten)}"
+        )
     if x.dtype not in FLOATS:
         raise DtypeError(
             f"{what}: expected float32, float64, bfloat16 or float16, got {x.dtype}. Convert it: x.float()."
@@ -34,8 +39,7 @@ def check_finite(acts: Tensor, where: str) -> None:
     bad = ~torch.isfinite(acts.float()).all(dim=1)
     raise DataError(
         f"{where}: {int(bad.sum())} of {len(acts)} rows hold {what_is_not_finite(acts)} (first: row "
-        f"{int(bad.nonzero()[0])}). Find out where they come from, or drop those rows, and start again; checkpoints "
-        "are intact."
+        f"{int(bad.nonzero()[0])}). Find out where they come from, or drop those rows, and start again."
     )
 
 
@@ -97,7 +101,9 @@ def batch_acts(batch: Any, what: str) -> Tensor:
 
 
 def iterate(x: Any) -> Iterator[Any]:
-    """Return an iterator over batches; raises DtypeError if x is no iterable."""
+    """Return an iterator over batches; raises DtypeError if x is no iterable of such."""
+    if isinstance(x, str | PathLike):
+        raise DtypeError(f"x: expected activations, got the path {str(x)!r}. Open it: np.load(path, mmap_mode='r').")
     try:
         return iter(x)
     except TypeError as error:

@@ -177,6 +177,8 @@ def verify_cache(directory: Path) -> tuple[int, int]:
     Raises:
         CheckpointError: names every file that is damaged or missing.
     """
+    if not has_index(directory):
+        raise CheckpointError(f"{directory} holds no {INDEX_FILE}. Name a folder that flashsae cache wrote.")
     index = CacheIndex.read(directory)
     wrong, files, size = [], 1, (directory / INDEX_FILE).stat().st_size
     if index.tokenizer is not None:

@@ -110,7 +110,7 @@ class HookedModel:
         outside = [name for name in hookpoints if id(model.get_submodule(name)) not in inside]
         if outside:
             raise ConfigError(
-                f"hookpoints: {outside[0]} does not read text alone in {type(model).__name__}; choose a module of "
+                f"hookpoint: {outside[0]} does not read text alone in {type(model).__name__}; choose a module of "
                 f"{_name_of(self.reader, model)}, which does."
             )
         takes_cache = "use_cache" in inspect.signature(self.reader.forward).parameters
@@ -155,7 +155,7 @@ class HookedModel:
             for hook in hooks:
                 hook.remove()
         silent = ", ".join(name for name in self.hookpoints if name not in seen)
-        raise ConfigError(f"hookpoints: {silent} did not run when the model read text; choose another module.")
+        raise ConfigError(f"hookpoint: {silent} did not run when the model read text; choose another module.")
 
 
 def _first_tensor(name: str, output: object) -> Tensor:
@@ -165,7 +165,7 @@ def _first_tensor(name: str, output: object) -> Tensor:
     for value in values if isinstance(values, Iterable) else ():
         if isinstance(value, Tensor):
             return value
-    raise ConfigError(f"hookpoints: {name} gives no tensor but {type(output).__name__}; choose another module.")
+    raise ConfigError(f"hookpoint: {name} gives no tensor but {type(output).__name__}; choose another module.")
 
 
 @dataclass(frozen=True)
@@ -221,12 +221,12 @@ def _check_output(hookpoint: str, output: Tensor, ids: Tensor) -> None:
     one = [1, *shape[1:]] if shape[:1] == [2] else shape
     if len(shape) != 3 or shape[1] != ids.shape[1] or not output.is_floating_point():
         raise ConfigError(
-            f"hookpoints: expected an output of shape [sequences, length, d], got {one} of {output.dtype} from "
+            f"hookpoint: expected an output of shape [sequences, length, d], got {one} of {output.dtype} from "
             f"{hookpoint} for one sequence of {ids.shape[1]} tokens; {advice}"
         )
     is_same = shape[0] == 2 and not torch.equal(ids[0], ids[1]) and torch.equal(output[0], output[1])
     if shape[0] != 2 or is_same:
         raise ConfigError(
-            f"hookpoints: expected an output that depends on the tokens, got from {hookpoint} the same for every "
+            f"hookpoint: expected an output that depends on the tokens, got from {hookpoint} the same for every "
             f"sequence, as of positions; {advice}"
         )

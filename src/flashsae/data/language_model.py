@@ -153,7 +153,8 @@ class LanguageModelSource:
         limit = context_limit(model, self.tokenizer)
         if self.config.context_length > limit:
             raise ConfigError(
-                f"context_length: {self.config.model} reads at most {limit} tokens, got {self.config.context_length}."
+                f"context_length: {self.config.model} reads at most {limit} tokens, got {self.config.context_length}. "
+                f"Give --context-length {limit}."
             )
 
     @property

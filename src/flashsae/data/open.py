@@ -116,9 +116,15 @@ def prepare_activations(
     is_too_large = config.stream is None and config.activations is None and size > LARGEST_DEFAULT_CACHE
     if place is None or is_too_large:
         if len(source.hookpoints) > 1:
+            most = f"{LARGEST_DEFAULT_CACHE / 1e9:g}"
+            why = (
+                f"The cache would be {size / 1e9:.0f} GB, above {most} GB, so nothing is cached by default: give"
+                if is_too_large
+                else f"For several SAEs at once give, instead of --stream and for about {size / 1e9:.2g} GB,"
+            )
             raise ConfigError(
-                f"hookpoint: expected one module for a stream, got {', '.join(source.hookpoints)}. For several SAEs "
-                f"at once give --activations FOLDER instead of --stream (a cache of about {size / 1e9:.0f} GB)."
+                f"hookpoint: expected one module where nothing is cached, got {', '.join(source.hookpoints)}. {why} "
+                "--activations FOLDER."
             )
         opened = Opened({source.hookpoints[0]: source}, lambda: source.tokenizer)
         how = f"{text.name}, streamed beside the training"

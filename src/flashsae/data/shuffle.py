@@ -403,7 +403,7 @@ def _check_rows(batch: Tensor, index: Tensor, name: str) -> None:
         bad = index[~torch.isfinite(batch.float()).all(dim=1).cpu()]
         raise DataError(
             f"{name}: row {int(bad[0])} holds {what_is_not_finite(batch)} ({len(bad)} such rows in this batch). "
-            "Find out where they come from, or drop those rows, and start again; checkpoints are intact."
+            "Find out where they come from, or drop those rows, and start again."
         )
 
 

@@ -18,6 +18,7 @@ from flashsae.errors import ConfigError, DtypeError, ShapeError
 from flashsae.nn.saved import read_sae, write_sae
 from flashsae.ops.register import isolated
 from flashsae.ops.validate import FLOATS, Precision, as_int, check_float, check_k, check_ordinary, check_shape
+from flashsae.settings.kinds import expand
 
 
 @dataclass(frozen=True)
@@ -286,7 +287,7 @@ class SAE(nn.Module):
             **asdict(self.config),
             "metadata": metadata or {},
         }
-        write_sae(Path(directory), self.state_dict(), content, overwrite=overwrite)
+        write_sae(expand(directory), self.state_dict(), content, overwrite=overwrite)
 
     @classmethod
     def load(cls, directory: str | Path, *, device: torch.device | str = "cpu") -> SAE:
@@ -297,7 +298,7 @@ class SAE(nn.Module):
             ConfigError: no such device here.
         """
         target = resolve_device(str(device))
-        description, tensors = read_sae(Path(directory))
+        description, tensors = read_sae(expand(directory))
         config = SAEConfig(description.d_in, description.d_sae, description.k)
         sae = cls(config, seed=None, dtype=getattr(torch, description.dtype), device="meta")
         sae.load_state_dict(tensors, assign=True)

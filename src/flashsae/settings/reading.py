@@ -10,7 +10,7 @@ from flashsae.errors import ConfigError
 from flashsae.settings.kinds import NonNegativeInt, PositiveInt, Range, check_fields
 
 MINILM = "minilm"
-"""The model that needs no download."""
+"""The model that comes with the extra demo."""
 PYTHON_DOCS = "python-docs"
 """The text that needs no download."""
 DEFAULT_HOOKPOINT = "encoder.layer.2"
@@ -33,8 +33,8 @@ class ReadingConfig:
     """What a language model reads, and where in it activations are taken.
 
     Args:
-        model: Model to read: a name on the Hugging Face hub, a folder, or minilm, which needs no download.
-            Default: minilm.
+        model: Model to read: a name on the Hugging Face hub, a folder, or minilm, which comes with
+            the extra demo. Default: minilm.
         dataset: Text to read: a name on the Hugging Face hub, a .txt, .jsonl or .parquet file, a folder of such, or
             python-docs, which ships with Python. Default: python-docs.
         hookpoint: Module path in the model whose output is taken, such as layers.6 or h.3.mlp. A * stands for
@@ -95,7 +95,7 @@ class ReadingConfig:
         """
         if self.hookpoint is None and self.model not in (None, MINILM):
             raise ConfigError(
-                f"hookpoint: expected a module path of {self.model}, such as --hookpoint layers.6, got nothing."
+                f"hookpoint: expected a module path of {self.model}, such as --hookpoint layers.6 or h.6, got nothing."
             )
         return replace(
             self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -20,6 +21,7 @@ from flashsae.errors import CheckpointError, ConfigError, FlashSAEWarning, Stora
 from flashsae.files import only_one, storage_errors
 from flashsae.neutral import neutral
 from flashsae.nn.sae import SAE
+from flashsae.settings.kinds import expand
 from flashsae.train.callbacks import Callback, JsonlLog, ProgressBar, Warn, filling
 from flashsae.train.config import ResolvedConfig, TrainConfig
 from flashsae.train.loop import train
@@ -66,14 +68,18 @@ def fit(
             step.
         StorageError, CheckpointError: `run` exists, or cannot be written or resumed.
     Warns:
-        FlashSAEWarning: x ended early; its tokens come more than 100 times; few of them hold most of the variance.
+        FlashSAEWarning: x ended early; its tokens come more than 100 times, as asked for; few of them hold
+            most of the variance.
     """
     check_single_process()
     check_variables()
     if resume and run is None:
         raise ConfigError("resume: expected run=FOLDER beside it, the folder to go on in.")
+    if config is not None and not isinstance(config, TrainConfig):
+        raise ConfigError(f"config: expected a flashsae.TrainConfig, got {type(config).__name__}.")
     source = ArraySource(x) if isinstance(x, Tensor | np.ndarray) else IterableSource(x)
-    if tokens is None and config is None:
+    is_by_default = tokens is None and config is None
+    if is_by_default:
         if not isinstance(source, ArraySource):
             raise ConfigError(
                 "tokens: expected a number, because the length of an iterable is not known. Give tokens=."
@@ -90,7 +96,7 @@ def fit(
         buffer_bytes = buffered * source.row_bytes
     check_memory(make_plan(settings, device, buffer_bytes), device)
     batches = shuffled(source, batch_tokens, seed=settings.seed, buffer_tokens=most, tokens=settings.tokens)
-    folder = None if run is None else Path(run)
+    folder = None if run is None else expand(run)
     if folder is not None:
         if resume and not folder.exists():
             raise CheckpointError(f"{folder} does not exist, so there is nothing to resume; leave out resume to start.")
@@ -108,7 +114,7 @@ def fit(
     with nullcontext() if folder is None else only_one(folder):
         with filling(console) if progress else nullcontext() as on_fill:
             state = init_state(settings, batches, device, checkpoints, on_fill)
-        sae = train(state, settings, callbacks=callbacks, checkpoints=checkpoints)
+        sae = train(state, settings, callbacks=callbacks, checkpoints=checkpoints, is_told_of_repeats=is_by_default)
         del state  # its memory may be needed for the whole weights
         return sae.to(device)
 
@@ -123,4 +129,8 @@ def _what_will_be_done(config: ResolvedConfig, rows: int | None, buffered: int, 
 
 
 def _warn(message: str) -> None:
-    warn(message, FlashSAEWarning, stacklevel=2)
+    """Warn in the name of whoever called `fit`; between are frames of ours, and of the contexts around it."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("flashsae", "contextlib"):
+        frame, level = frame.f_back, level + 1
+    warn(message, FlashSAEWarning, stacklevel=level)

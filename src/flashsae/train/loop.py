@@ -90,6 +90,7 @@ def train(
     callbacks: Sequence[Callback] = (),
     checkpoints: Path | None = None,
     measure: Callable[[SAE], dict[str, float]] | None = None,
+    is_told_of_repeats: bool = False,
 ) -> SAE:
     """Train until all steps are done, or until data that can be read only once has ended.
 
@@ -99,6 +100,7 @@ def train(
         callbacks: hear of every step and every log line.
         checkpoints: folder for checkpoints; None writes none.
         measure: called now and then for figures on held-out tokens.
+        is_told_of_repeats: do not warn of tokens that come very often.
     Returns:
         the trained SAE, in units of the activations as they come; on the CPU if its weights were split, because the
         state may leave no room for whole ones on the device.
@@ -112,7 +114,7 @@ def train(
         for callback in callbacks:
             stack.enter_context(callback)
             callback.on_start(state.step, config.steps)
-        run = _Run(state, config, callbacks, checkpoints, measure)
+        run = _Run(state, config, callbacks, checkpoints, measure, is_told_of_repeats)
         for message in state.warnings:
             run.warn(message)
         batches = stack.enter_context(Prefetcher(state.batches, device, state.captured.capturing))
@@ -144,13 +146,13 @@ class _Run:
     callbacks: Sequence[Callback]
     checkpoints: Path | None
     measure: Callable[[SAE], dict[str, float]] | None
+    knows_of_repeats: bool
     metrics: dict[str, Tensor] = field(default_factory=dict)
     """Of the last step; empty before the first one of this process."""
 
     def __post_init__(self) -> None:
         self._clock, self._records = _Clock(self.state.step), Records()
         self._logged_step = 0
-        self._knows_of_repeats = False
 
     def is_due(self, every: int) -> bool:
         """Tell whether what is done every so many steps, and behind the last one, is due behind the step now begun."""
@@ -195,9 +197,9 @@ class _Run:
 
     def warn_of_repeats(self) -> None:
         """Warn once, as soon as it is known how many tokens there are, if each comes too often."""
-        if self._knows_of_repeats or self.state.batches.epoch_tokens is None:
+        if self.knows_of_repeats or self.state.batches.epoch_tokens is None:
             return
-        self._knows_of_repeats = True
+        self.knows_of_repeats = True
         message = repeats_warning(self.config.tokens, self.state.batches.epoch_tokens)
         if message:
             self.warn(message)

@@ -51,6 +51,6 @@ class Records:
             if not bool(torch.isfinite(values).all()):
                 raise DataError(
                     f"step {known['step']:.0f}: the loss is {record['loss']}, although the activations are finite: "
-                    "training diverged. Lower lr, raise warmup_steps, or set clip_norm; checkpoints are intact."
+                    "training diverged. Lower lr, raise warmup_steps, or set clip_norm."
                 )
             yield record

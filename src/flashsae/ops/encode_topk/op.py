@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from flashsae.errors import ConfigError, DtypeError
+from flashsae.errors import ConfigError, DtypeError, ShapeError
 from flashsae.ops.encode_topk import reference
 from flashsae.ops.encode_topk.operators import is_scale
 from flashsae.ops.index import LatentIndex
@@ -181,7 +181,13 @@ def _check(
 ) -> tuple[int, int]:
     """Raise unless the arguments fit each other; return d_sae and workspace_bytes."""
     check_shape("W_enc_T", W_enc_T, ("d_sae", "d_in"))
+    check_shape("x", x, ("B", "d_in"))
     d_sae, d_in = W_enc_T.shape
+    if d_in != x.shape[1] == d_sae:
+        raise ShapeError(
+            f"W_enc_T: expected [d_sae, d_in], one row a latent, with d_in {d_sae} as x has it, got "
+            f"{list(W_enc_T.shape)}. Transpose it: W_enc_T.T.contiguous()."
+        )
     check_shape("x", x, ("B", d_in))
     check_shape("b_enc", b_enc, (d_sae,))
     check_float("x", x)
