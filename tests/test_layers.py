@@ -27,7 +27,8 @@ ops.encode_topk.operators ops.encode_topk.op
 metrics
 nn.losses nn.saved nn.sae
 optim
-data.acts data.fingerprint data.sources data.synthetic data.shuffle data.prefetch
+data.acts data.fingerprint data.sources data.synthetic
+data.batches data.row_shuffle data.buffer_shuffle data.shuffle data.prefetch
 data.python_docs data.text_files data.text
 data.models data.weights data.windows data.reading_order data.hooked data.language_model
 data.cache_index data.cache data.cache_writer data.existing data.open
