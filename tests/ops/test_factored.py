@@ -20,7 +20,7 @@ from flashsae.ops import FactoredGradient, collect_factors, decode_sparse, encod
 from flashsae.ops.factors import RowFactor
 from flashsae.optim import FactoredAdam
 
-D, N, K, B, LR = 6, 160, 3, 8, 1e-2  # so many latents that a factor takes less memory than numbers
+D, N, K, B, LR = 16, 40, 3, 6, 1e-2  # so many latents that a factor takes less memory than numbers
 F64 = torch.float64
 MATRICES = ("W_enc_T", "W_dec")
 
