@@ -31,6 +31,7 @@ def precision(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     if request.param == "triton":
         pytest.importorskip("triton")
     monkeypatch.setenv("FLASHSAE_BACKEND", request.param)
+    monkeypatch.setenv("FLASHSAE_DENSE_ABOVE", "1")  # so few latents would be multiplied as a whole
     return torch.float32 if request.param == "triton" else F64
 
 
