@@ -42,16 +42,19 @@ def write_document(path: Path, content: Mapping[str, Any], *, indent: int | None
     write_atomic(path, json.dumps(sealed(content), indent=indent) + "\n")
 
 
-def load_json(path: Path) -> Any:
+def load_json(path: Path, advice: str = "") -> Any:
     """Read a JSON file.
 
+    Args:
+        path: the file.
+        advice: what to do, for messages.
     Raises:
         CheckpointError: the file is missing or damaged, repeats a name, or is nested too deeply.
     """
     try:
         return json.loads(path.read_text("utf-8"), object_pairs_hook=_without_repeats)
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"cannot read {path}: {refusal(path, error)}") from error
+        raise CheckpointError(f"cannot read {path}: {refusal(path, error)} {advice}".rstrip()) from error
 
 
 def load_document(
@@ -73,18 +76,18 @@ def load_document(
     Raises:
         CheckpointError: the file is missing, damaged, of something else, or of another version.
     """
-    content = load_json(path)
+    content = load_json(path, advice)
     if head is not None:
-        _check_head(path, content, *head)
+        _check_head(path, content, *head, advice)
     parsed = parse(kind, content, str(path), advice)
     if (must_be_sealed or SEAL in content) and content.get(SEAL) != sealed(content)[SEAL]:
         raise CheckpointError(f"{path} is damaged or was changed by hand: its checksum does not fit. {advice}")
     return parsed
 
 
-def _check_head(path: Path, content: Any, kind: str, version: int) -> None:
+def _check_head(path: Path, content: Any, kind: str, version: int, advice: str) -> None:
     if not isinstance(content, dict) or content.get("format") != kind:
-        raise CheckpointError(f"{path} is something else: expected the format {kind!r} of FlashSAE in it.")
+        raise CheckpointError(f"{path} is something else: expected the format {kind!r} of FlashSAE in it. {advice}")
     found = content.get("format_version")
     if found != version or isinstance(found, bool):
         raise CheckpointError(

@@ -79,13 +79,17 @@ def test_chunks_go_on_at_a_cursor(written: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_it_says_what_it_holds_and_keeps_the_tokenizer(
-    tiny: ModuleType, cache_source: LanguageModelSource, written: Path
+    tiny: ModuleType, cache_source: LanguageModelSource, written: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = ActivationCache(written, "h.1")
     assert (cache.model, cache.hookpoint, cache.d_in, cache.dataset) == ("tiny", "h.1", 16, cache_source.text.name)
     assert ActivationCache.is_complete(written)
     assert not ActivationCache.is_complete(written.parent)
     assert ActivationCache.read_settings(written) == cache.settings
+    monkeypatch.setenv("HOME", str(written.parent))
+    in_home = f"~/{written.name}"
+    assert ActivationCache.is_complete(in_home)
+    assert ActivationCache(in_home, "h.1").settings == ActivationCache.read_settings(in_home) == cache.settings
     assert cache.settings["hookpoints"] == {"h.0": 16, "h.1": 16}
     ids = cache_source.tokenizer(tiny.DOCUMENTS[3])["input_ids"]
     assert cache.read_tokenizer()(tiny.DOCUMENTS[3])["input_ids"] == ids

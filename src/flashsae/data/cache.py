@@ -38,6 +38,7 @@ from flashsae.data.models import quiet_transformers
 from flashsae.data.sources import Chunk, Cursor, Split, check_held_out, split_mask
 from flashsae.documents import load_tensors
 from flashsae.errors import CheckpointError, ConfigError, DataError
+from flashsae.settings.kinds import expand
 
 VERIFIED_BYTES = 64 * 10**9
 """The checksums of activations are verified when they are first read, if there are no more of them than this: reading
@@ -59,7 +60,7 @@ class ActivationCache:
     """
 
     def __init__(self, directory: str | Path, hookpoint: str | None = None, held_out: float = 0.05) -> None:
-        self.directory = Path(directory)
+        self.directory = expand(directory)
         self._held_out = check_held_out(held_out)
         self._index = index = CacheIndex.read(self.directory)
         if not index.complete:
@@ -90,12 +91,12 @@ class ActivationCache:
         Raises:
             CheckpointError: it holds a damaged one, or one of another format.
         """
-        return has_index(Path(directory)) and CacheIndex.read(Path(directory)).complete
+        return has_index(expand(directory)) and CacheIndex.read(expand(directory)).complete
 
     @staticmethod
     def read_settings(directory: str | Path) -> dict[str, Any]:
         """Return the settings that a cache was written with: model, dataset, hookpoints with their widths, ..."""
-        return CacheIndex.read(Path(directory)).settings
+        return CacheIndex.read(expand(directory)).settings
 
     def _choose(self, hookpoint: str | None) -> str:
         names = list(self.settings["hookpoints"])

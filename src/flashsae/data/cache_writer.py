@@ -34,6 +34,7 @@ from flashsae.data.sources import Chunk, Cursor
 from flashsae.errors import CheckpointError, ConfigError, DataError
 from flashsae.files import atomic_directory, clear_leftovers, only_one, storage_errors, write_atomic
 from flashsae.schema import parse
+from flashsae.settings.kinds import expand
 
 CacheDtype = Literal["bf16", "float32"]
 DTYPE_NAMES: dict[str, str] = {"bf16": "bfloat16", "float32": "float32"}
@@ -66,7 +67,7 @@ def write_cache(
         DataError: the cache was begun with other settings, or the source yields nothing.
         StorageError: the file system refused; the cache can be gone on with.
     """
-    directory = Path(directory)
+    directory = expand(directory)
     settings = _settings(source, shard_rows, max_tokens, dtype)
     with storage_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
