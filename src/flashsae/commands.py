@@ -31,7 +31,7 @@ app = App(
     suppress_keyboard_interrupt=False,
     default_parameter=Parameter(negative_iterable=()),
     help_epilogue=_examples(
-        "flashsae train                     a first SAE in a few minutes: no GPU, no download",
+        "flashsae train                     a first SAE in a few minutes, with the extra demo: no GPU, no download",
         "flashsae train --help              every setting, its meaning and its default",
         "flashsae train --config my.toml    settings from a file",
     ),
