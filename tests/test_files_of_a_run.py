@@ -27,7 +27,7 @@ from flashsae.nn.sae import SAE
 from flashsae.report import plots
 from flashsae.report.render import render_report
 from flashsae.report.snippet_file import read_snippets, write_snippets
-from flashsae.run import execute, new_run
+from flashsae.run import execute, new_run, show_plan
 from flashsae.settings import ActivationsConfig, RunConfig
 from flashsae.settings.run import _SEAL as TOML_SEAL
 from flashsae.settings.run import load_settings
@@ -107,6 +107,39 @@ def test_a_run_that_was_moved_with_its_activations_ends_with_the_same_bytes(home
         path.name for path in (homes[0] / "activations").iterdir()
     ]
     assert str(homes[1]) in (homes[1] / "run" / "config.toml").read_text()
+
+
+def test_a_run_over_several_hookpoints_goes_on_with_its_cache_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its text and its model are not needed any more, wherever it and its cache lie now."""
+    begun_with: list[str] = []
+
+    def stop(state: Any, settings: Any, **others: Any) -> None:
+        begun_with.append(others["checkpoints"].parent.name)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flashsae.run.train", stop)
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.chdir(home)
+    Path("text.txt").write_text("\n\n".join(f"the cat {i} sat on the mat" for i in range(40)))
+    reading = ActivationsConfig(
+        dataset="text.txt", hookpoint="encoder.layer.[01]", context_length=16, held_out=0.2, max_norm_ratio=100.0
+    )
+    new_run(RunConfig(reading, TrainConfig(48, 4, tokens=128, batch_tokens=32, device="cpu")), Path("run"))
+    with pytest.raises(KeyboardInterrupt):
+        execute(Path("run"), QUIET)
+    assert begun(Path("run")).activations.activations is not None
+    Path("text.txt").unlink()
+    moved = home.rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("flashsae.data.open.LanguageModelSource", lambda *_, **__: pytest.fail("loaded"))
+    show_plan(begun(moved / "run"), moved / "run", QUIET)
+    with pytest.raises(KeyboardInterrupt):
+        execute(moved / "run", QUIET)
+    assert begun_with == ["encoder.layer.0"] * 2
+    assert len(list((moved / "activations").iterdir())) == 1
 
 
 MISSING = object()

@@ -74,11 +74,13 @@ def _execute(run: Path, config: RunConfig, console: Console) -> None:
     for warning in opened.warnings:
         console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True)
     resolved = {hookpoint: _resolved(config, prepared, hookpoint) for hookpoint in opened.sources}
+    settled = replace(config, activations=prepared.config)
     del prepared  # with it goes a language model whose activations are cached
     if len(opened.sources) == 1:
         ((hookpoint, source),) = opened.sources.items()
         _execute_one(run, resolved[hookpoint], source, opened, console)
         return
+    files.write_atomic(run / CONFIG_FILE, settled.to_toml())
     for hookpoint, source in opened.sources.items():
         part, one = run / hookpoint, resolved[hookpoint]
         if not part.exists():
@@ -126,12 +128,13 @@ def draw_report(run: Path, console: Console) -> list[Path]:
 
 
 def _prepare(config: RunConfig, run: Path) -> Prepared:
+    has_parts = any(run.glob(f"*/{CONFIG_FILE}"))
     return prepare_activations(
         config.activations,
         tokens=config.train.tokens,
         folder=run.parent / "activations",
         device=str(resolve_device(config.train.device)),
-        is_checked=(run / LOG_FILE).exists(),
+        is_checked=(run / LOG_FILE).exists() or has_parts,
     )
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import zlib
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,11 @@ else:
 
 CONFIG_FILE = "config.toml"
 _SEAL = "# remove this line if you change another; their crc32 is "
+_WORKED_OUT = (
+    *("model", "hookpoint", "context_length"),
+    *("d_sae", "lr", "warmup_steps", "k_aux", "dead_after_tokens", "evaluate_every_steps"),
+)
+"""Settings that may be left out of a run, and that have their values once its training has begun."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +60,11 @@ class RunConfig:
         """Read what `to_toml` wrote.
 
         Raises:
-            CheckpointError: the file is missing or damaged.
+            CheckpointError: the file is missing or damaged, or has neither its checksum nor all settings.
         """
-        flat = load_settings(path)
+        flat, is_sealed = _load(path)
+        if not is_sealed:
+            _check_all_there(path, flat)
         try:
             activations = {f.name: flat.pop(f.name) for f in fields(ActivationsConfig) if f.name in flat}
             settings = {f.name: flat.pop(f.name) for f in fields(TrainConfig) if f.name in flat}
@@ -71,17 +79,37 @@ def load_settings(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is missing or damaged, or its checksum is not that of the settings.
     """
+    return _load(path)[0]
+
+
+def _load(path: Path) -> tuple[dict[str, Any], bool]:
+    """Return the settings, as `load_settings` does, and whether they carry their checksum."""
     try:
         settings = _parse_toml(path)
         head, _, body = path.read_bytes().replace(b"\r\n", b"\n").partition(b"\n")
     except (OSError, ConfigError) as error:
         raise CheckpointError(_unread(path, error)) from error
-    if head.startswith(_SEAL.encode()) and head != f"{_SEAL}{zlib.crc32(body)}".encode():
+    is_sealed = head.startswith(_SEAL.encode())
+    if is_sealed and head != f"{_SEAL}{zlib.crc32(body)}".encode():
         raise CheckpointError(
             f"{path} is not as the run wrote it: its checksum does not fit. Put a copy back, or remove its first line "
             "if you changed it on purpose."
         )
-    return settings
+    return settings, is_sealed
+
+
+def _check_all_there(path: Path, settings: Mapping[str, Any]) -> None:
+    """Raise CheckpointError where settings without a checksum are not all that a run writes: the file was cut."""
+    declared = [f for config in (ActivationsConfig, TrainConfig, RunConfig) for f in fields(config)]
+    expected = [f.name for f in declared if f.default is not None and f.default_factory is MISSING]
+    if (path.parent / "metrics.jsonl").exists():
+        expected += _WORKED_OUT
+    missing = [name for name in expected if name not in settings]
+    if missing:
+        raise CheckpointError(
+            f"{path} is damaged: it has no checksum and lacks the setting {missing[0]}, and a run writes all of them. "
+            "Put a copy back, or start a new run."
+        )
 
 
 def _unread(path: Path, error: Exception) -> str:
