@@ -106,7 +106,7 @@ def atomic_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Fill a folder aside and rename it to `path` when the block ends without an error.
 
     Args:
-        path: must not exist, unless `overwrite`. Its parents are made.
+        path: must not exist, unless `overwrite`. Its parents are made. A link stays one: what it leads to is written.
         overwrite: replace a folder that is there already.
     Yields:
         the folder to write into.
@@ -114,6 +114,7 @@ def atomic_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         StorageError: the file system refused, or `path` exists; nothing is left behind.
     """
     with storage_errors(path):
+        path = _behind_link(path)
         settle(path)
         if path.exists() and not (overwrite and path.is_dir()):
             raise StorageError(f"{path} exists already and is not overwritten; choose another folder or remove it.")
@@ -131,6 +132,11 @@ def atomic_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
                 shutil.rmtree(aside, ignore_errors=True)
                 raise
         _fsync(path.parent)
+
+
+def _behind_link(path: Path) -> Path:
+    """Return where a link leads; any other path as it is, which messages then name as it was given."""
+    return path.resolve() if path.is_symlink() else path
 
 
 def _swap(aside: Path, path: Path) -> None:
@@ -154,6 +160,7 @@ def settle(path: Path) -> None:
     What another process is writing at this moment is left alone.
     """
     with storage_errors(path):
+        path = _behind_link(path)
         beside = list(path.parent.iterdir()) if path.parent.is_dir() else []
     for leftover in beside:
         match = _LEFTOVER.fullmatch(leftover.name)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 import kill
 from flashsae import SAE, SAEConfig
 from flashsae.documents import sealed
-from flashsae.errors import CheckpointError, ConfigError, FlashSAEError
+from flashsae.errors import CheckpointError, ConfigError, FlashSAEError, StorageError
 
 OLD, NEW = SAE(SAEConfig(3, 5, 2), seed=0), SAE(SAEConfig(3, 5, 2), seed=1)
 
@@ -29,6 +30,35 @@ def test_replacing_a_saved_sae_survives_a_kill_at_every_moment(tmp_path: Path, m
         after_kill=old_or_new,
     )
     assert moments > 10
+
+
+def test_behind_a_link_the_folder_that_it_leads_to_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    OLD.save(tmp_path / "disk" / "sae")
+    for link, target in (("link", Path("disk", "sae")), ("to_link", Path("link")), ("to_nothing", Path("disk", "new"))):
+        (tmp_path / link).symlink_to(target)
+        with pytest.raises(StorageError, match="exists already") if link != "to_nothing" else nullcontext():
+            OLD.save(tmp_path / link)
+        NEW.save(tmp_path / link, overwrite=True)
+        assert (tmp_path / link).is_symlink()
+        assert torch.equal(SAE.load(tmp_path / target).W_dec, NEW.W_dec)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == sorted(
+        [*("disk", "sae", "new", "link", "to_link", "to_nothing"), *("flashsae.json", "flashsae.safetensors") * 2]
+    )
+
+
+def test_replacing_an_sae_deletes_nothing_else(tmp_path: Path) -> None:
+    OLD.save(tmp_path / "sae")
+    (tmp_path / "sae" / ".DS_Store").touch()
+    NEW.save(tmp_path / "sae", overwrite=True)
+    for name in ("notes.md", ".gitattributes", "plots"):
+        place = tmp_path / name / "sae"
+        OLD.save(place)
+        (place / name).mkdir() if name == "plots" else (place / name).write_text("mine")
+        with pytest.raises(StorageError, match=f"holds {name} beside the SAE, .* move that away, or choose another"):
+            NEW.save(place, overwrite=True)
+        assert (place / name).exists()
+        assert torch.equal(SAE.load(place).W_dec, OLD.W_dec)
 
 
 WRONG = [None, "x", "../x", -1, 0, 1.5, 10**30, True, [], {}, float("nan")]

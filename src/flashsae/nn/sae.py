@@ -276,10 +276,10 @@ class SAE(nn.Module):
         Args:
             directory: must not exist, unless `overwrite`.
             metadata: anything JSON can hold: model, hookpoint, data set, metrics; a path is written as text.
-            overwrite: replace the folder, if it holds an SAE.
+            overwrite: replace the folder, if it holds an SAE and nothing else; behind a link, the folder it leads to.
         Raises:
             ConfigError: metadata hold what JSON cannot.
-            StorageError: the folder exists or cannot be written.
+            StorageError: the folder exists, holds other files too, or cannot be written.
         """
         content = {
             "architecture": "topk",

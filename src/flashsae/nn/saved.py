@@ -23,6 +23,8 @@ FORMAT = "flashsae.sae"
 FORMAT_VERSION = 1
 _CONFIG_FILE = "flashsae.json"
 _WEIGHTS_FILE = "flashsae.safetensors"
+_OF_SYSTEMS = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
+"""What file browsers leave in a folder that was looked at."""
 _ADVICE = "Copy or save the SAE again."
 
 
@@ -44,13 +46,13 @@ def write_sae(directory: Path, tensors: Mapping[str, Tensor], content: Mapping[s
     """Write the folder of an SAE, all or nothing.
 
     Args:
-        directory: must not exist, unless `overwrite` and it holds an SAE.
+        directory: must not exist, unless `overwrite` and it holds an SAE and nothing else.
         tensors: the weights.
         content: of flashsae.json, without what is the same for all: see `Description`.
         overwrite: replace an SAE that is there.
     Raises:
         ConfigError: the metadata are nothing that JSON holds.
-        StorageError: the folder exists or cannot be written.
+        StorageError: the folder exists, holds files that are not ours, or cannot be written.
     """
     description = {
         "format": FORMAT,
@@ -59,12 +61,26 @@ def write_sae(directory: Path, tensors: Mapping[str, Tensor], content: Mapping[s
         **content,
         "metadata": _plain_metadata(content["metadata"]),
     }
-    if overwrite and directory.exists() and not (directory / _CONFIG_FILE).exists():
-        raise StorageError(f"{directory} holds no FlashSAE SAE and is not replaced; choose another folder.")
+    if overwrite and directory.exists():
+        _check_replaceable(directory)
     with files.atomic_directory(directory, overwrite=overwrite) as folder:
         files.save_tensors(folder / _WEIGHTS_FILE, tensors)
         description["sha256"] = files.sha256(folder / _WEIGHTS_FILE)
         (folder / _CONFIG_FILE).write_text(json.dumps(sealed(description), indent=2) + "\n", "utf-8")
+
+
+def _check_replaceable(directory: Path) -> None:
+    """Raise StorageError unless a folder holds an SAE and nothing that somebody else would miss."""
+    if not (directory / _CONFIG_FILE).exists():
+        raise StorageError(f"{directory} holds no FlashSAE SAE and is not replaced; choose another folder.")
+    with files.storage_errors(directory):
+        foreign = sorted({path.name for path in directory.iterdir()} - {_CONFIG_FILE, _WEIGHTS_FILE} - _OF_SYSTEMS)
+    if foreign:
+        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+        raise StorageError(
+            f"{directory} holds {foreign[0]}{more} beside the SAE, which replacing the folder would delete: move that "
+            "away, or choose another folder."
+        )
 
 
 def read_sae(folder: Path) -> tuple[Description, dict[str, Tensor]]:
