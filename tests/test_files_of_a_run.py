@@ -29,7 +29,7 @@ from flashsae.report.render import render_report
 from flashsae.report.snippet_file import read_snippets, write_snippets
 from flashsae.run import execute, new_run, show_plan
 from flashsae.settings import ActivationsConfig, RunConfig
-from flashsae.settings.run import _SEAL as TOML_SEAL
+from flashsae.settings.run import SEAL as TOML_SEAL
 from flashsae.settings.run import load_settings
 from flashsae.start import begun
 from flashsae.train import TrainConfig, train

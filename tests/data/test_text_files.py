@@ -8,8 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from flashsae import SAE, SAEConfig
+from flashsae.data.cache_index import CacheIndex
 from flashsae.data.text import open_text
 from flashsae.errors import ConfigError, DataError
+from flashsae.settings import RunConfig
+from flashsae.start import new_run
 
 
 def fill(folder: Path, *names: str) -> Path:
@@ -35,6 +39,24 @@ def test_hidden_files_and_folders_are_not_read(tmp_path: Path) -> None:
     only = fill(tmp_path / "only", ".git/b.txt")
     with pytest.raises(DataError, match="holds no file"):
         open_text(only)
+
+
+def test_our_own_folders_are_no_text(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "data", "a.jsonl", "sub/b.json", "sub/index.json", "site/config.toml", "site/c.json")
+    texts = ["a.jsonl", "site/c.json", "sub/b.json", "sub/index.json"]
+    before = open_text(folder)
+    CacheIndex({}).write(fill(folder / "sub" / "acts", "tokenizer/tokenizer.json"))
+    run = new_run(RunConfig(), fill(folder / "runs", "own.txt") / "run")
+    fill(run, "metrics.jsonl", "evaluation.json", "part/sae/x.json")
+    fill(folder / "fitted", "metrics.jsonl", "checkpoints/00008/state.json")
+    edited = fill(folder / "edited", "metrics.jsonl", "config.toml")
+    SAE(SAEConfig(3, 5, 2)).save(folder / "sae")
+    assert documents(folder) == documents(str(folder / "**" / "*")) == ["a.jsonl", "own.txt", *texts[1:]]
+    (folder / "runs" / "own.txt").unlink()
+    after = open_text(folder)
+    assert (after.name, after.fingerprint) == (before.name, before.fingerprint)
+    assert list(after.documents()) == texts
+    assert documents(str(edited / "*.jsonl")) == documents(edited / "metrics.jsonl") == ["metrics.jsonl"]  # asked for
 
 
 def test_a_split_is_the_files_or_folders_named_after_it(tmp_path: Path) -> None:

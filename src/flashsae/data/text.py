@@ -83,8 +83,8 @@ def open_text(
     Args:
         dataset: ``"python-docs"``, the documentation that comes with Python (about half a million tokens of
             English, no download); a .txt (a document is what stands between blank lines), .jsonl, .json or .parquet
-            file; a folder or a glob pattern of such, hidden files left out; a data set's name on the Hugging Face hub;
-            or the texts themselves.
+            file; a folder or a glob pattern of such, hidden files left out, and runs, caches and saved SAEs; a data
+            set's name on the Hugging Face hub; or the texts themselves.
         split: of a hub data set, or of a folder whose files or folders are named after splits. None: train; all files
             where none is named so.
         column: the field that holds the text, in .jsonl, .json, .parquet and hub data sets. None: text.

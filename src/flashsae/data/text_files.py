@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import glob
 import json
 import re
@@ -10,17 +11,28 @@ from pathlib import Path
 from typing import Any
 
 from flashsae.errors import ConfigError, DataError, FlashSAEError, require
+from flashsae.settings.run import CONFIG_FILE, SEAL
 
 
 def find_files(path: Path) -> list[Path]:
-    """Return the files of text that a file, a folder or a glob pattern stands for, in the order of their names."""
+    """Return the files of text that a file, a folder or a glob pattern stands for, in the order of their names.
+
+    Runs, caches and saved SAEs in folders below are left out: they are no text, and come and go.
+    """
     known = ", ".join(READERS)
     if path.is_file():
         if path.suffix.lower() not in READERS:
             raise DataError(f"{path}: cannot read a '{path.suffix}' file as text; expected one of {known}.")
         return [path]
     found = _visible(path) if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
-    visible = (file for file in found if "__MACOSX" not in file.parts)  # what that system adds to archives
+    root = next(folder for folder in (path, *path.parents) if not glob.has_magic(str(folder)))
+    is_ours = functools.cache(_is_ours)
+    visible = (
+        file
+        for file in found
+        if "__MACOSX" not in file.parts  # what that system adds to archives
+        and not any(is_ours(folder) for folder in file.parents if root in folder.parents)
+    )
     files = sorted(file for file in visible if file.is_file() and file.suffix.lower() in READERS)
     if not files:
         what = f"it holds no file ending in {known}" if path.is_dir() else "no such file, folder or match"
@@ -33,6 +45,27 @@ def _visible(folder: Path) -> Iterator[Path]:
     for file in folder.rglob("*"):
         if not any(part.startswith(".") for part in file.relative_to(folder).parts):
             yield file
+
+
+def _is_ours(folder: Path) -> bool:
+    """Tell whether a folder is a run, a cache of activations or a saved SAE, by the files that each of them has."""
+    if (folder / "flashsae.json").is_file():
+        return True
+    log, settings, checkpoints = (folder / name for name in ("metrics.jsonl", CONFIG_FILE, "checkpoints"))
+    if log.is_file() and (settings.is_file() or checkpoints.is_dir()):
+        return True
+    return _SETTINGS_BEGIN in _beginning(settings) or _INDEX_BEGINS in _beginning(folder / "index.json")
+
+
+_SETTINGS_BEGIN, _INDEX_BEGINS = SEAL.encode(), b'"flashsae.activations"'
+
+
+def _beginning(file: Path) -> bytes:
+    try:
+        with open(file, "rb") as stream:
+            return stream.read(200)
+    except OSError:
+        return b""
 
 
 _SPLITS = (

@@ -22,7 +22,8 @@ else:
     import tomli as tomllib
 
 CONFIG_FILE = "config.toml"
-_SEAL = "# remove this line if you change another; their crc32 is "
+SEAL = "# remove this line if you change another; their crc32 is "
+"""How the first line of a config.toml begins that a run wrote."""
 _WORKED_OUT = (
     *("model", "hookpoint", "context_length"),
     *("d_sae", "lr", "warmup_steps", "k_aux", "dead_after_tokens", "evaluate_every_steps"),
@@ -53,7 +54,7 @@ class RunConfig:
         """Return the settings as TOML, one flat table; what is None is left out."""
         flat = {**asdict(self.activations), **asdict(self.train), "logger": self.logger, "report": self.report}
         text = tomli_w.dumps({name: _plain(value) for name, value in flat.items() if value is not None})
-        return f"{_SEAL}{zlib.crc32(text.encode())}\n{text}"
+        return f"{SEAL}{zlib.crc32(text.encode())}\n{text}"
 
     @classmethod
     def from_toml(cls, path: Path) -> RunConfig:
@@ -89,8 +90,8 @@ def _load(path: Path) -> tuple[dict[str, Any], bool]:
         head, _, body = path.read_bytes().replace(b"\r\n", b"\n").partition(b"\n")
     except (OSError, ConfigError) as error:
         raise CheckpointError(_unread(path, error)) from error
-    is_sealed = head.startswith(_SEAL.encode())
-    if is_sealed and head != f"{_SEAL}{zlib.crc32(body)}".encode():
+    is_sealed = head.startswith(SEAL.encode())
+    if is_sealed and head != f"{SEAL}{zlib.crc32(body)}".encode():
         raise CheckpointError(
             f"{path} is not as the run wrote it: its checksum does not fit. Put a copy back, or remove its first line "
             "if you changed it on purpose."
