@@ -39,7 +39,7 @@ def test_a_run_that_holds_nothing_is_discarded_with_the_folder_made_for_it(
     (run / "metrics.jsonl").touch()
     assert not start.discard_if_empty(run)
     (run / "metrics.jsonl").unlink()
-    (run / ".something.partial").touch()
+    (run / ".metrics.jsonl.0123.partial").touch()
     assert start.discard_if_empty(run)
     assert list(tmp_path.iterdir()) == []
 

@@ -13,7 +13,7 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -180,6 +180,19 @@ def clear_leftovers(folder: Path) -> None:
             if match:
                 _clear(Path(parent, name), Path(parent, match[1]) if match[2] == "old" else None)
         folders[:] = [name for name in folders if not _LEFTOVER.fullmatch(name)]
+
+
+def discard(folder: Path, made: Collection[str]) -> bool:
+    """Remove the folder of work that failed if it holds no files but those of these names; return whether it was so.
+
+    Leftovers of writing and empty folders do not count.
+    """
+    for _, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not _LEFTOVER.fullmatch(name)]
+        if any(name not in made and not _LEFTOVER.fullmatch(name) for name in names):
+            return False
+    shutil.rmtree(folder, ignore_errors=True)
+    return True
 
 
 def _clear(leftover: Path, origin: Path | None) -> None:

@@ -107,9 +107,8 @@ def new_run(config: RunConfig, run: Path | None = None) -> Path:
 
 def discard_if_empty(run: Path) -> bool:
     """Remove a run that failed before anything but its settings was written; return whether it was so."""
-    if any(path.name != CONFIG_FILE and not path.name.startswith(".") for path in run.iterdir()):
+    if not files.discard(run, {CONFIG_FILE}):
         return False
-    shutil.rmtree(run)
     if run.parent == RUNS and not any(RUNS.iterdir()):
         RUNS.rmdir()
     return True

@@ -141,3 +141,11 @@ def test_geometry_on_rows_that_are_known() -> None:
     torch.testing.assert_close(geometry["decoder_norm"], torch.tensor([2.0, 2**0.5, 3.0]))
     torch.testing.assert_close(geometry["encoder_decoder_cosine"], torch.tensor([1.0, -1.0, 0.0]))
     torch.testing.assert_close(geometry["nearest_decoder_cosine"], torch.tensor([half, half, 0.0]))
+
+
+@pytest.mark.parametrize("sae", [None, "runs/run/sae", torch.zeros(2)])
+def test_what_is_no_sae_is_told_in_a_sentence(sae: Any) -> None:
+    with pytest.raises(DtypeError, match=r"^sae: expected a flashsae\.SAE, got \w+\.$"):
+        evaluate(sae, torch.zeros(2, 2))
+    with pytest.raises(DtypeError, match=r"^sae: expected a flashsae\.SAE, got \w+\.$"):
+        latent_geometry(sae)

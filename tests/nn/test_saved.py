@@ -99,7 +99,7 @@ def test_metadata_are_what_json_holds(tmp_path: Path) -> None:
     assert metadata == {"path": str(tmp_path), "dtype": "bfloat16", "n": [1, 2], "t": [1, 2]}
     circle: dict[str, Any] = {}
     circle["c"] = circle
-    for wrong in ({"f": print}, {(1, 2): 3}, circle):
+    for wrong in ({"f": print}, {(1, 2): 3}, circle, {"a": [float("nan")]}, {"a": float("inf")}):
         with pytest.raises(ConfigError, match="metadata: expected what JSON can hold"):
             OLD.save(tmp_path / "other", metadata=wrong)
     assert not (tmp_path / "other").exists()

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -202,6 +203,72 @@ def test_arguments_of_another_kind_are_named(tmp_path: Path) -> None:
     for path in ("acts.npy", tmp_path):
         with pytest.raises(DtypeError, match=r"got the path .* np\.load\(path, mmap_mode='r'\)"):
             flashsae.fit(path, d_sae=16, k=3, tokens=64)  # type: ignore[arg-type]
+
+
+class Breaks:
+    """Gives some batches and breaks."""
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        yield from X.split(64)[:3]
+        raise RuntimeError("the source broke")
+
+
+@pytest.mark.parametrize(
+    "x",
+    [X * float("nan"), X[:5], torch.ones(300, 8), X * 1e38, Breaks()],
+    ids=["nan", "few", "equal", "large", "breaks"],
+)
+def test_a_run_that_fails_before_its_first_checkpoint_leaves_no_folder(x: torch.Tensor, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "run"
+    with pytest.raises((DataError, ConfigError, RuntimeError)):
+        flashsae.fit(x, d_sae=16, k=3, config=SMALL, run=run, progress=False)
+    assert not run.exists()
+    flashsae.fit(X, d_sae=16, k=3, config=replace(SMALL, tokens=128), run=run, progress=False)
+    with pytest.raises(StorageError, match="exists already"):
+        flashsae.fit(X, d_sae=16, k=3, config=SMALL, run=run, progress=False)
+    assert (run / "metrics.jsonl").exists()
+
+
+def test_a_folder_that_was_there_before_stays(tmp_path: Path) -> None:
+    with pytest.raises(DataError):
+        flashsae.fit(X * float("nan"), d_sae=16, k=3, config=SMALL, run=tmp_path, resume=True, progress=False)
+    assert tmp_path.exists()
+
+
+@pytest.mark.parametrize("path", [3, b"x", "", "a\0b", "\ud800", "n" * 300, object()])
+def test_what_is_no_path_is_told_in_a_sentence(path: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"^run: (expected a path, got|File name too long)"):
+        flashsae.fit(X, d_sae=16, k=3, config=SMALL, run=path, progress=False)
+    sae = SAE(flashsae.SAEConfig(8, 16, 3))
+    for use in (sae.save, SAE.load):
+        with pytest.raises(ConfigError, match=r"^directory: (expected a path, got|File name too long)"):
+            use(path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        (X.to("meta"), DtypeError, "expected a tensor with data, got one on the device meta"),
+        ([X.to("meta")], DtypeError, "expected a tensor with data, got one on the device meta"),
+        (np.ma.masked_less(X.numpy(), 0), DataError, "got masked ones"),
+        ([np.ma.masked_less(X.numpy(), 0)], DataError, "got masked ones"),
+    ],
+)
+def test_arrays_that_hold_no_numbers_or_not_all_of_them_are_refused(
+    x: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        flashsae.fit(x, d_sae=16, k=3, config=SMALL, progress=False)
+    with pytest.raises(error, match=message):
+        flashsae.evaluate(SAE(flashsae.SAEConfig(8, 16, 3)), x)
+
+
+@pytest.mark.parametrize("name", ["progress", "resume"])
+def test_yes_and_no_are_booleans(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{name}: expected true or false, got 'no'"):
+        flashsae.fit(X, d_sae=16, k=3, config=SMALL, **{name: "no"})  # type: ignore[arg-type]
 
 
 def test_the_home_folder_has_its_short_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

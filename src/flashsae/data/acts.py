@@ -19,6 +19,8 @@ def check_acts(x: Tensor, what: str) -> Tensor:
     """Return x without its graph if it is [tokens, d_in] of a float dtype, else say what is wrong."""
     if x.layout != torch.strided:
         raise DtypeError(f"{what}: expected a dense tensor, got the layout {x.layout}. Convert it: x.to_dense().")
+    if x.is_meta:
+        raise DtypeError(f"{what}: expected a tensor with data, got one on the device meta, which holds none.")
     if x.dim() != 2 or x.shape[1] == 0:
         advice = {0: "", 1: " Make one tensor of rows: torch.stack(rows).", 2: ""}
         flatten = " Flatten it: x.flatten(0, -2)."
@@ -56,6 +58,8 @@ def what_is_not_finite(acts: Tensor) -> str:
 def _as_tensor(x: np.ndarray, what: str) -> Tensor:
     if not isinstance(x, np.ndarray):
         raise DtypeError(f"{what}: expected a tensor, a numpy array or an iterable of such, got {type(x).__name__}.")
+    if np.ma.is_masked(x):
+        raise DataError(f"{what}: expected every entry to count, got masked ones. Take their rows out, or fill them.")
     if x.dtype.kind != "f" or x.dtype.itemsize > 8:
         raise DtypeError(f"{what}: expected a float array, got {x.dtype}. Convert it: x.astype('float32').")
     if any(stride < 0 for stride in x.strides) or not x.dtype.isnative:

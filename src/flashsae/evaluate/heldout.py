@@ -15,10 +15,10 @@ from torch import Tensor
 
 from flashsae.data.acts import as_acts, batch_acts, check_finite, iterate
 from flashsae.data.sources import RowSource, Source
-from flashsae.errors import ConfigError, DataError
+from flashsae.errors import ConfigError, DataError, DtypeError
 from flashsae.metrics import FVU, LatentActivity, norm_limit
 from flashsae.neutral import neutral
-from flashsae.nn.sae import SAE
+from flashsae.nn.sae import SAE, SAEConfig
 
 NORM_TOKENS = 8192
 """Tokens whose median norm says which are outliers."""
@@ -69,6 +69,7 @@ def evaluate(
         DataError: there are no tokens, or one holds NaN, Inf, or more than float32 does.
         ShapeError, DtypeError: x does not fit the SAE.
     """
+    _check_sae(sae)
     if isinstance(batch_tokens, bool) or not hasattr(batch_tokens, "__index__") or batch_tokens < 1:
         raise ConfigError(f"batch_tokens: expected a positive int, got {batch_tokens!r}.")
     first, batches = _begin(x)
@@ -92,6 +93,11 @@ def evaluate(
         raise DataError("x is empty: expected at least one token to evaluate on. Give more data or a larger held_out.")
     density = activity.latent_density().cpu()
     return Evaluation(fvu.compute(), activity.l0(), activity.tokens, density, others.compute(), outliers)
+
+
+def _check_sae(sae: object) -> None:
+    if not isinstance(getattr(sae, "config", None), SAEConfig):  # also one that torch.compile has wrapped
+        raise DtypeError(f"sae: expected a flashsae.SAE, got {type(sae).__name__}.")
 
 
 def _begin(x: Any) -> tuple[list[Tensor], Iterator[Tensor]]:
@@ -150,6 +156,7 @@ def latent_geometry(sae: SAE) -> dict[str, Tensor]:
         All [d_sae], float32, on the CPU.
     Cost: 2·d_sae²·d_in FLOPs; 1024 x d_sae values in memory at once.
     """
+    _check_sae(sae)
     rows = F.normalize(sae.W_dec.float(), dim=1)
     nearest = torch.full((len(rows),), -1.0, dtype=torch.float32, device=rows.device)
     for start in range(0, len(rows), _COSINE_ROWS):

@@ -278,7 +278,7 @@ class SAE(nn.Module):
             metadata: anything JSON can hold: model, hookpoint, data set, metrics; a path is written as text.
             overwrite: replace the folder, if it holds an SAE and nothing else; behind a link, the folder it leads to.
         Raises:
-            ConfigError: metadata hold what JSON cannot.
+            ConfigError: metadata hold what JSON cannot, such as NaN, or directory is no path.
             StorageError: the folder exists, holds other files too, or cannot be written.
         """
         content = {
@@ -287,7 +287,7 @@ class SAE(nn.Module):
             **asdict(self.config),
             "metadata": metadata or {},
         }
-        write_sae(expand(directory), self.state_dict(), content, overwrite=overwrite)
+        write_sae(expand(directory, "directory"), self.state_dict(), content, overwrite=overwrite)
 
     @classmethod
     def load(cls, directory: str | Path, *, device: torch.device | str = "cpu") -> SAE:
@@ -295,10 +295,10 @@ class SAE(nn.Module):
 
         Raises:
             CheckpointError: the folder holds no FlashSAE SAE, a damaged one, or one of a newer format.
-            ConfigError: no such device here.
+            ConfigError: no such device here, or directory is no path.
         """
         target = resolve_device(str(device))
-        description, tensors = read_sae(expand(directory))
+        description, tensors = read_sae(expand(directory, "directory"))
         config = SAEConfig(description.d_in, description.d_sae, description.k)
         sae = cls(config, seed=None, dtype=getattr(torch, description.dtype), device="meta")
         sae.load_state_dict(tensors, assign=True)

@@ -128,7 +128,7 @@ def read_description(folder: Path) -> Description:
 def _plain_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Return metadata as JSON will give them back."""
     try:
-        return dict(json.loads(json.dumps(dict(metadata), default=_plain)))
+        return dict(json.loads(json.dumps(dict(metadata), default=_plain, allow_nan=False)))
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"metadata: expected what JSON can hold ({error}). Convert it to text or numbers.") from error
 

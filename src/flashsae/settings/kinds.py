@@ -164,16 +164,28 @@ def _path(value: Any, kind: Any) -> Path:
     return expand(_str(value, kind))
 
 
-def expand(path: str | Path) -> Path:
-    """Return a path with ~ put as the home folder.
+def expand(path: str | os.PathLike[str], name: str = "") -> Path:
+    """Return a path with ~ put as the home folder: the one way in for the paths of people.
 
+    Args:
+        path: of something that need not exist.
+        name: of the argument, for messages.
     Raises:
-        ConfigError: ~somebody, and there is no such user.
+        ConfigError: it is no path, of a user that there is not, or none that the file system lets one look for.
     """
+    start = f"{name}: " if name else ""
     try:
-        return Path(path).expanduser()
+        found = Path(_str(path, Path)).expanduser()
+        os.stat(found)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise ConfigError(f"{start}{os.strerror(error.errno or 0)}: {_shown(path)}. Give another path.") from error
     except RuntimeError as error:
-        raise ConfigError(f"expected a path whose user exists, got {str(path)!r}.") from error
+        raise ConfigError(f"{start}expected a path whose user exists, got {_shown(path)}.") from error
+    except (TypeError, ValueError) as error:  # of what cannot be a name: a NUL, half of a surrogate pair
+        raise ConfigError(f"{start}expected a path, got {_shown(path)}.") from error
+    return found
 
 
 def _literal(value: Any, kind: Any) -> Any:

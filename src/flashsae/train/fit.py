@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from warnings import warn
@@ -18,12 +18,13 @@ from flashsae.backend import check_single_process, check_variables, resolve_devi
 from flashsae.data.shuffle import buffer_size, shuffled
 from flashsae.data.sources import ArraySource, IterableSource
 from flashsae.errors import CheckpointError, ConfigError, FlashSAEWarning, StorageError
-from flashsae.files import only_one, storage_errors
+from flashsae.files import discard, only_one, storage_errors
 from flashsae.neutral import neutral
 from flashsae.nn.sae import SAE
-from flashsae.settings.kinds import expand
+from flashsae.settings.kinds import check, expand
 from flashsae.train.callbacks import Callback, JsonlLog, ProgressBar, Warn, filling
 from flashsae.train.config import ResolvedConfig, TrainConfig
+from flashsae.train.log_file import LOG_FILE
 from flashsae.train.loop import train
 from flashsae.train.plan import check_memory, check_selection, make_plan
 from flashsae.train.state import init_state
@@ -57,7 +58,8 @@ def fit(
         tokens: tokens to train on, repeats counted. Default: those of `config`; without one, ten
             times an array, at least 2 million.
         config: every other setting; its d_sae, k and tokens give way to those above.
-        run: folder for metrics.jsonl and checkpoints. Must not exist, unless `resume`. None writes nothing.
+        run: folder for metrics.jsonl and checkpoints. Must not exist, unless `resume`; removed again by a training that
+            fails before its first checkpoint. None writes nothing.
         resume: go on from the newest checkpoint in `run`, bit for bit, with the same x and settings.
         progress: say what will be done, and show a progress bar, on standard error.
     Returns:
@@ -73,6 +75,9 @@ def fit(
     """
     check_single_process()
     check_variables()
+    for name, value in (("resume", resume), ("progress", progress)):
+        check(name, value, bool)
+    folder = None if run is None else expand(run, "run")
     if resume and run is None:
         raise ConfigError("resume: expected run=FOLDER beside it, the folder to go on in.")
     if config is not None and not isinstance(config, TrainConfig):
@@ -96,7 +101,6 @@ def fit(
         buffer_bytes = buffered * source.row_bytes
     check_memory(make_plan(settings, device, buffer_bytes), device)
     batches = shuffled(source, batch_tokens, seed=settings.seed, buffer_tokens=most, tokens=settings.tokens)
-    folder = None if run is None else expand(run)
     if folder is not None:
         if resume and not folder.exists():
             raise CheckpointError(f"{folder} does not exist, so there is nothing to resume; leave out resume to start.")
@@ -111,12 +115,24 @@ def fit(
         told = _what_will_be_done(settings, batches.epoch_tokens, buffered, device)
         console.print(told, highlight=False, soft_wrap=True)
         callbacks.append(ProgressBar(console))
-    with nullcontext() if folder is None else only_one(folder):
+    with nullcontext() if folder is None else _working_in(folder, may_discard=not resume):
         with filling(console) if progress else nullcontext() as on_fill:
             state = init_state(settings, batches, device, checkpoints, on_fill)
         sae = train(state, settings, callbacks=callbacks, checkpoints=checkpoints, is_told_of_repeats=is_by_default)
         del state  # its memory may be needed for the whole weights
         return sae.to(device)
+
+
+@contextmanager
+def _working_in(folder: Path, *, may_discard: bool) -> Iterator[None]:
+    """Hold the lock of a run; one that fails before its first checkpoint leaves no folder in the way of the next."""
+    with only_one(folder):
+        try:
+            yield
+        except Exception:  # who stops it by hand may go on
+            if may_discard:
+                discard(folder, {LOG_FILE})
+            raise
 
 
 def _what_will_be_done(config: ResolvedConfig, rows: int | None, buffered: int, device: torch.device) -> str:
