@@ -218,6 +218,8 @@ def test_a_cache_that_does_not_match_is_refused(text: Path, tmp_path: Path, caps
     assert f"text_column: expected nothing beside --activations {cache}" in message
     message = _error(capsys, "train", *common, "--stream", "--run", tmp_path / "c")
     assert "expected no --activations beside --stream" in message
+    message = _error(capsys, "train", "--stream", "--cache-dtype", "bf16", "--run", tmp_path / "c", "--plan")
+    assert "expected no --cache-dtype beside --stream" in message
     assert _main("train", *common, "--run", tmp_path / "d") == 0  # all from the cache
     description = json.loads((tmp_path / "d" / "sae" / "flashsae.json").read_text())
     assert description["metadata"]["hookpoint"] == "encoder.layer.0"

@@ -163,6 +163,18 @@ def test_a_model_that_pads_its_input_is_refused(tiny: ModuleType) -> None:
         tiny.collect(reader, None)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_give_no_finite_numbers_are_refused_at_the_first_look(tiny: ModuleType, value: float) -> None:
+    for name in ("wte.weight", "h.1.mlp.c_proj.weight"):
+        model = tiny.gpt2()
+        with torch.no_grad():
+            model.base_model.get_parameter(name)[:] = value
+        with pytest.raises(ConfigError, match=r"^model: tiny gives NaN or Inf at h\.1 whatever it reads") as caught:
+            tiny.source(dataclasses.replace(tiny.SMALL, hookpoints=("h.1",)), TEXT, model=model)
+        assert "\n" not in str(caught.value)
+    tiny.source(dataclasses.replace(tiny.SMALL, hookpoints=("h.0",)), TEXT, model=model)  # an earlier one is sound
+
+
 def test_the_whole_model_reads_where_it_has_one_half() -> None:
     model = nn.Linear(2, 2)
     assert text_reader(model) is model

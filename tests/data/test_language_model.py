@@ -146,6 +146,15 @@ def test_what_to_do_about_nan_depends_on_the_precision(tiny: ModuleType) -> None
             tiny.collect(reader, None)
 
 
+def test_where_every_document_is_not_finite_it_is_the_model(tiny: ModuleType) -> None:
+    model = tiny.gpt2()
+    reader = tiny.source(text=open_text(["the cat sat", "on a mat"]), model=model, held_out=0.0)
+    with torch.no_grad():
+        model.base_model.wte.weight[:] = float("inf")
+    with pytest.raises(DataError, match=r"^model: tiny gives NaN or Inf at h\.1 whatever it reads: its weights"):
+        tiny.collect(reader, None)
+
+
 @pytest.mark.parametrize("split", ["train", "held_out", None])
 def test_any_cursor_goes_on_with_the_same_bytes_and_runs_nothing_twice(tiny: ModuleType, split: Split | None) -> None:
     model = tiny.gpt2()

@@ -19,6 +19,15 @@ from flashsae.settings.reading import ActivationsConfig, ReadingConfig
 
 MOST_ROUNDED = 1e-3
 """Fraction of the variance that a bfloat16 cache may round away without a warning: a hundredth of a usual FVU."""
+BASE_MODEL_PREFIXES = frozenset(
+    """
+    albert bert biogpt codegen data2vec_text deberta distilbert electra ernie esm gpt_neox gte language_model led
+    longformer luke mobilebert model mpnet mra nomic_bert nystromformer reformer rembert roberta roberta_prelayernorm
+    roc_bert roformer rwkv splinter switch_transformers text_model transformer transformers xlm_roberta_xl
+    """.split()  # noqa: SIM905 - reads as the names that it lists
+)
+"""What models that read text are called in their parents, by the `base_model_prefix` of transformers; a cache does not
+say it of its own model."""
 _OF_TEXT = ("text_column", "text_split", "text_subset")
 
 
@@ -121,8 +130,11 @@ def held_hookpoints(pattern: str | None, held: list[str]) -> list[str]:
     """Return which of the hookpoints of a cache a pattern stands for; all, where there is none."""
     if pattern is None:
         return held
-    without_prefix = pattern.partition(".")[2]  # the name of the base model in its parent, such as transformer.
-    return match_hookpoints(pattern, held) or match_hookpoints(without_prefix, held) or [pattern]
+    prefix, _, without_prefix = pattern.partition(".")
+    matches = match_hookpoints(pattern, held)
+    if not matches and prefix in BASE_MODEL_PREFIXES:
+        matches = match_hookpoints(without_prefix, held)
+    return matches or [pattern]
 
 
 def rounding_warning(cache: ActivationCache) -> str | None:

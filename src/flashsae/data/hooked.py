@@ -206,11 +206,23 @@ def look(model: HookedModel, batch: TokenBatch, name: str) -> Seen:
         ) from error
     for hookpoint, output in outputs.items():
         _check_output(hookpoint, output, batch.ids)
+        chosen = batch.keep if bool(batch.keep.any()) else batch.attention.bool()
+        if not bool(output[chosen.to(output.device)].isfinite().all()):
+            raise ConfigError(never_finite(name, hookpoint, output.dtype))
     hooked = frozenset(model.model.get_submodule(hookpoint) for hookpoint in model.hookpoints)
     return Seen(
         {hookpoint: int(output.shape[2]) for hookpoint, output in outputs.items()},
         next(iter(outputs.values())).dtype,
         Trace(model.model, hooked, frozenset(entered), frozenset(completed)),
+    )
+
+
+def never_finite(name: str, hookpoint: str, dtype: torch.dtype) -> str:
+    """Return what to say of a model that gives no finite numbers, whatever it reads."""
+    half = "" if dtype == torch.float32 else ", or read in float32, as on the CPU (device cpu)"
+    return (
+        f"model: {name} gives NaN or Inf at {hookpoint} whatever it reads: its weights hold such, or overflow in "
+        f"{dtype}. Load whole weights, or choose an earlier hookpoint{half}."
     )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from flashsae.backend import resolve_device
 from flashsae.data.fingerprint import text_digest
-from flashsae.data.hooked import HookedModel, context_limit, look, vocabulary_size
+from flashsae.data.hooked import HookedModel, context_limit, look, never_finite, vocabulary_size
 from flashsae.data.models import Loading, load_with_account, resolve_hookpoints
 from flashsae.data.reading_order import Place, ReadingOrder
 from flashsae.data.sources import Chunk, Cursor, Split, check_held_out, split_mask
@@ -293,8 +293,10 @@ class LanguageModelSource:
     def _check_finite(self, name: str, acts: Tensor, documents: Tensor) -> None:
         if bool(acts.isfinite().all()):
             return
-        half = "" if acts.dtype == torch.float32 else ", or read in float32, as on the CPU (device cpu)"
         bad = sorted(set(documents[~acts.isfinite().all(dim=1).cpu()].tolist()))
+        if len(bad) > 1 and len(bad) == len(set(documents.tolist())):
+            raise DataError(never_finite(self.config.model, name, acts.dtype))
+        half = "" if acts.dtype == torch.float32 else ", or read in float32, as on the CPU (device cpu)"
         raise DataError(
             f"{self.config.model} gives NaN or Inf at {name} for the documents {bad[:10]} of {self.text.name} "
             f"({len(bad)} in all). Take those documents out{half}."

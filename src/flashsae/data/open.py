@@ -112,7 +112,7 @@ def prepare_activations(
     if place is not None and ActivationCache.is_complete(place):
         return _prepare_cache(config, place)
     source = LanguageModelSource(reading, text, held_out=config.held_out)
-    size = (2 if config.cache_dtype == "bf16" else 4) * rows * sum(source.widths.values())
+    size = (4 if config.cache_dtype == "float32" else 2) * rows * sum(source.widths.values())
     is_too_large = config.stream is None and config.activations is None and size > LARGEST_DEFAULT_CACHE
     if place is None or is_too_large:
         if len(source.hookpoints) > 1:

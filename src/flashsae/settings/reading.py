@@ -108,7 +108,7 @@ class ReadingConfig:
             exclude_ids=self.exclude_ids or (),
             shuffle_documents=self.shuffle_documents is not False,
             document_seed=None if self.shuffle_documents is False else self.document_seed or 0,
-            cache_dtype=self.cache_dtype or "bf16",
+            cache_dtype=None if getattr(self, "stream", None) else self.cache_dtype or "bf16",
         )
 
 
@@ -134,3 +134,5 @@ class ActivationsConfig(ReadingConfig):
             raise ConfigError("held_out: expected more than 0, since the final figures are measured on it, got 0.")
         if self.stream and self.activations is not None:
             raise ConfigError("stream: expected no --activations beside --stream, which writes and reads no cache.")
+        if self.stream and self.cache_dtype is not None:
+            raise ConfigError("stream: expected no --cache-dtype beside --stream, which writes no cache.")

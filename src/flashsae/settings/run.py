@@ -68,6 +68,8 @@ class RunConfig:
             _check_all_there(path, flat)
         try:
             activations = {f.name: flat.pop(f.name) for f in fields(ActivationsConfig) if f.name in flat}
+            if activations.get("stream"):
+                activations.pop("cache_dtype", None)  # which runs of version 0.1 wrote beside it
             settings = {f.name: flat.pop(f.name) for f in fields(TrainConfig) if f.name in flat}
             return cls(ActivationsConfig(**activations), TrainConfig(**settings), **flat)
         except (ValueError, TypeError) as error:
