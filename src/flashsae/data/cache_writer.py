@@ -37,6 +37,7 @@ from flashsae.schema import parse
 from flashsae.settings.kinds import expand
 
 CacheDtype = Literal["bf16", "float32"]
+SHARD_ROWS = 32768
 DTYPE_NAMES: dict[str, str] = {"bf16": "bfloat16", "float32": "float32"}
 
 
@@ -44,7 +45,7 @@ def write_cache(
     directory: str | Path,
     source: LanguageModelSource,
     *,
-    shard_rows: int = 32768,
+    shard_rows: int = SHARD_ROWS,
     max_tokens: int | None = None,
     dtype: CacheDtype = "bf16",
     on_progress: Callable[[int], None] | None = None,
@@ -68,7 +69,7 @@ def write_cache(
         StorageError: the file system refused; the cache can be gone on with.
     """
     directory = expand(directory)
-    settings = _settings(source, shard_rows, max_tokens, dtype)
+    settings = cache_settings(source, shard_rows, max_tokens, dtype)
     with storage_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
     with only_one(directory, wait=True):  # another run may be writing the very same cache: then it is there for both
@@ -99,9 +100,10 @@ def _write(
     writer.finish()
 
 
-def _settings(
+def cache_settings(
     source: LanguageModelSource, shard_rows: int, max_tokens: int | None, dtype: CacheDtype
 ) -> dict[str, Any]:
+    """Return what decides the bytes of a cache, as its index holds it; arguments and errors as `write_cache`."""
     for name, value in (("shard_rows", shard_rows), ("max_tokens", max_tokens)):
         if value is not None and value < 1:
             raise ConfigError(f"{name}: expected at least 1, got {value}.")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from flashsae.data.cache import ActivationCache
-from flashsae.data.cache_index import INDEX_FILE, has_index
+from flashsae.data.cache_index import INDEX_FILE, CacheIndex, has_index
 from flashsae.data.cache_writer import DTYPE_NAMES, changes
 from flashsae.data.models import match_hookpoints
 from flashsae.data.text import TextDataset, open_text
@@ -36,19 +36,40 @@ def is_complete_cache(config: ActivationsConfig) -> bool:
 
     Raises:
         ConfigError: it is not, and nothing says that it should be written.
-        CheckpointError: what is there is no cache, or a damaged one.
+        CheckpointError: what is there is no cache, a damaged one, or one that is not complete and of which nothing
+            says how to go on.
     """
     place = config.activations
     if place is None:
         return False
-    if place.exists():
-        return is_cache(place) and ActivationCache.is_complete(place)
+    is_there = place.exists() and is_cache(place)
+    if is_there and ActivationCache.is_complete(place):
+        return True
     if config.model is None and config.dataset is None:
+        if is_there:
+            raise _not_complete(place, CacheIndex.read(place))
         raise ConfigError(
             f"activations: there is no cache at {place}. Check the path; to write a cache there, name the model and "
             f"the text too: flashsae train MODEL TEXT --hookpoint PATH --activations {place}."
         )
     return False
+
+
+def check_begun(place: Path, wanted: dict[str, Any]) -> None:
+    """Raise CheckpointError where a cache that is not complete was begun with others than these settings."""
+    if not place.exists() or not is_cache(place):
+        return
+    index = CacheIndex.read(place)
+    differences = changes({name: index.settings.get(name) for name in wanted}, wanted)
+    if differences and index.shards:  # without shards it is begun anew
+        raise _not_complete(place, index, f": {'; '.join(differences)}")
+
+
+def _not_complete(place: Path, index: CacheIndex, differences: str = "") -> CheckpointError:
+    return CheckpointError(
+        f"the cache {place} is not complete ({index.rows:,} rows so far): finish it with flashsae cache MODEL TEXT "
+        f"--hookpoint PATH --out {place}, or give the settings that it was begun with{differences}."
+    )
 
 
 def is_cache(place: Path) -> bool:

@@ -12,9 +12,10 @@ import torch
 
 from flashsae.data.cache import VERIFIED_BYTES, ActivationCache
 from flashsae.data.cache_index import FORMAT_VERSION
-from flashsae.data.cache_writer import write_cache
+from flashsae.data.cache_writer import SHARD_ROWS, cache_settings, write_cache
 from flashsae.data.existing import (
     check_asked,
+    check_begun,
     held_hookpoints,
     is_cache,
     is_complete_cache,
@@ -95,7 +96,7 @@ def prepare_activations(
     Raises:
         ConfigError: no such model or hookpoint, or settings that exclude each other.
         DataError: the text is missing or empty, or the cache holds something else than is asked for.
-        CheckpointError: the cache is damaged.
+        CheckpointError: the cache is damaged, or is not complete and was begun with other settings.
     """
     if is_checked and config.activations is not None:
         config = replace(config, activations=moved_place(config.activations, folder))
@@ -111,7 +112,12 @@ def prepare_activations(
         place = folder / _cache_name(config, reading, text, rows)
     if place is not None and ActivationCache.is_complete(place):
         return _prepare_cache(config, place)
+    if config.activations is not None:
+        check_begun(config.activations, {"model": reading.model, "text_fingerprint": text.fingerprint})
     source = LanguageModelSource(reading, text, held_out=config.held_out)
+    if config.activations is not None:
+        wanted = cache_settings(source, SHARD_ROWS, rows, config.cache_dtype or "bf16")
+        check_begun(config.activations, wanted)
     size = (4 if config.cache_dtype == "float32" else 2) * rows * sum(source.widths.values())
     is_too_large = config.stream is None and config.activations is None and size > LARGEST_DEFAULT_CACHE
     if place is None or is_too_large:
