@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+from flashsae.data import language_model
 from flashsae.data import open as open_module
 from flashsae.data.language_model import LanguageModelConfig
 from flashsae.data.open import ActivationsConfig, Prepared, prepare_activations
@@ -59,6 +60,7 @@ def test_a_cache_that_is_not_complete_goes_on_as_it_was_begun_or_is_refused(
 ) -> None:
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"the cat {i} sat on the mat" for i in range(30)))
+    (tmp_path / "other.txt").write_text("\n\n".join(f"the dog {i} sat on the mat" for i in range(30)))
     acts = tmp_path / "acts"
     acts.mkdir()
     bare = ActivationsConfig(activations=acts)
@@ -69,21 +71,22 @@ def test_a_cache_that_is_not_complete_goes_on_as_it_was_begun_or_is_refused(
     def prepare(config: ActivationsConfig, tokens: int = 100) -> Prepared:
         return prepare_activations(config, tokens=tokens, folder=tmp_path / "activations", device="cpu")
 
+    monkeypatch.setattr(language_model, "load_with_account", functools.cache(language_model.load_with_account))
     with pytest.raises(ConfigError, match=r"there is no cache at .*acts\. Check the path"):
         prepare(bare)
-    monkeypatch.setattr("flashsae.data.cache_writer._Writer.finish", interrupt)
     monkeypatch.setattr(open_module, "SHARD_ROWS", 20)
-    write = partial(open_module.write_cache, shard_rows=20)
-    monkeypatch.setattr(open_module, "write_cache", write)
-    with pytest.raises(KeyboardInterrupt):
-        prepare(begun_with).open(lambda rows: None)
+    monkeypatch.setattr(open_module, "write_cache", functools.partial(open_module.write_cache, shard_rows=20))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flashsae.data.cache_writer._Writer.finish", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(begun_with).open(lambda rows: None)
     before = {path: path.read_bytes() for path in acts.rglob("*") if path.is_file()}
     advice = r"is not complete \(\d+ rows so far\): finish it with flashsae cache .* --out .*acts, or give the settings"
     for config, told in (
         (bare, r"begun with\.$"),
         (replace(bare, hookpoint="h.1"), r"begun with\.$"),
         (replace(begun_with, model="gpt2", hookpoint="h.1"), "begun with: model is 'minilm' there and 'gpt2' here"),
-        (replace(begun_with, dataset="python-docs"), r"begun with: the text was changed"),
+        (replace(begun_with, dataset=str(tmp_path / "other.txt")), r"begun with: the text was changed"),
         (replace(begun_with, hookpoint="encoder.layer.0"), "begun with: hookpoints is"),
         (replace(begun_with, context_length=8), r"begun with: context_length is 16 there and 8 here\.$"),
     ):
@@ -92,7 +95,4 @@ def test_a_cache_that_is_not_complete_goes_on_as_it_was_begun_or_is_refused(
     with pytest.raises(CheckpointError, match=f"{advice}.* begun with: max_tokens is 142 there"):
         prepare(begun_with, tokens=90)
     assert {path: path.read_bytes() for path in acts.rglob("*") if path.is_file()} == before
-    monkeypatch.undo()
-    monkeypatch.setattr(open_module, "SHARD_ROWS", 20)
-    monkeypatch.setattr(open_module, "write_cache", write)
     assert len(prepare(begun_with).open(lambda rows: None).sources) == 2
