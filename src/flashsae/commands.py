@@ -260,7 +260,7 @@ def _with_config(
         Path | None, Parameter(help="TOML file with settings by their names here, such as k = 64.")
     ] = None,
 ) -> None:
-    app.config = (Given(tokens, None if config is None else expand(config)),)
+    app.config = (Given(tokens, None if config is None else expand(config, "config")),)
     app(tokens, exit_on_error=False, print_error=False)
 
 

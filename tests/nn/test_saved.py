@@ -102,6 +102,8 @@ def test_metadata_are_what_json_holds(tmp_path: Path) -> None:
     for wrong in ({"f": print}, {(1, 2): 3}, circle, {"a": [float("nan")]}, {"a": float("inf")}):
         with pytest.raises(ConfigError, match="metadata: expected what JSON can hold"):
             OLD.save(tmp_path / "other", metadata=wrong)
+    with pytest.raises(ConfigError, match=r"^overwrite: expected true or false, got 'no'"):
+        OLD.save(tmp_path / "other", overwrite="no")  # type: ignore[arg-type]
     assert not (tmp_path / "other").exists()
 
 

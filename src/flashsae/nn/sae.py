@@ -18,7 +18,7 @@ from flashsae.errors import ConfigError, DtypeError, ShapeError
 from flashsae.nn.saved import read_sae, write_sae
 from flashsae.ops.register import isolated
 from flashsae.ops.validate import FLOATS, Precision, as_int, check_float, check_k, check_ordinary, check_shape
-from flashsae.settings.kinds import expand
+from flashsae.settings.kinds import check, expand
 
 
 @dataclass(frozen=True)
@@ -278,9 +278,10 @@ class SAE(nn.Module):
             metadata: anything JSON can hold: model, hookpoint, data set, metrics; a path is written as text.
             overwrite: replace the folder, if it holds an SAE and nothing else; behind a link, the folder it leads to.
         Raises:
-            ConfigError: metadata hold what JSON cannot, such as NaN, or directory is no path.
+            ConfigError: metadata hold what JSON cannot, such as NaN, overwrite is no bool, or directory is no path.
             StorageError: the folder exists, holds other files too, or cannot be written.
         """
+        check("overwrite", overwrite, bool)
         content = {
             "architecture": "topk",
             "dtype": str(self.W_dec.dtype).removeprefix("torch."),

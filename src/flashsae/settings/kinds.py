@@ -239,5 +239,5 @@ def _words(kind: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    shown = repr(value)
+    shown = repr(os.fspath(value) if isinstance(value, os.PathLike) else value)
     return shown if len(shown) <= 80 else f"{shown[:77]}..."
