@@ -18,6 +18,7 @@ from flashsae.ops.validate import (
     check_device,
     check_float,
     check_k,
+    check_ordinary,
     check_precision,
     check_shape,
     has_values,
@@ -181,9 +182,9 @@ def _check(
 ) -> tuple[int, int]:
     """Raise unless the arguments fit each other; return d_sae and workspace_bytes."""
     check_shape("W_enc_T", W_enc_T, ("d_sae", "d_in"))
-    check_shape("x", x, ("B", "d_in"))
+    check_ordinary("x", x)
     d_sae, d_in = W_enc_T.shape
-    if d_in != x.shape[1] == d_sae:
+    if x.dim() == 2 and d_in != x.shape[1] == d_sae:
         raise ShapeError(
             f"W_enc_T: expected [d_sae, d_in], one row a latent, with d_in {d_sae} as x has it, got "
             f"{list(W_enc_T.shape)}. Transpose it: W_enc_T.T.contiguous()."
