@@ -26,7 +26,7 @@ ops.encode_topk.reference ops.encode_topk.kernels ops.encode_topk.certify_kernel
 ops.encode_topk.operators ops.encode_topk.op
 metrics
 nn.losses nn.saved nn.sae
-optim
+optim.groups optim.adam optim.schedule
 data.acts data.fingerprint data.sources data.synthetic
 data.batches data.row_shuffle data.buffer_shuffle data.shuffle data.prefetch
 data.python_docs data.text_files data.text

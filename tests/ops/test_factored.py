@@ -56,7 +56,7 @@ def _pair(dtype: torch.dtype = F64) -> tuple[SAE, SAE, FactoredAdam]:
     return ours, theirs, optimizer
 
 
-def _same(ours: SAE, theirs: SAE) -> None:
+def _assert_same(ours: SAE, theirs: SAE) -> None:
     for (name, mine), other in zip(ours.named_parameters(), theirs.parameters()):
         digits = {"rtol": 1e-9, "atol": 1e-12} if mine.dtype == F64 else {"rtol": 1e-4, "atol": 1e-6}
         torch.testing.assert_close(mine.detach(), other.detach(), **digits, msg=lambda m, n=name: f"{n}: {m}")
@@ -112,7 +112,7 @@ def test_reading_a_gradient_gives_its_numbers(read: str) -> None:
         mine, other = (READS[read](sae.get_parameter(name).grad) for sae in (ours, theirs))  # type: ignore[arg-type]
         assert (mine.shape, mine.dtype) == (other.shape, other.dtype)
         torch.testing.assert_close(mine.clone() + 0 if mine.is_floating_point() else mine, other, rtol=1e-9, atol=1e-12)
-    _same(ours, theirs)
+    _assert_same(ours, theirs)
 
 
 def _view(g: Tensor) -> None:
@@ -163,7 +163,7 @@ def test_writing_to_a_gradient_changes_what_the_optimiser_sees(write: str) -> No
             nn.utils.clip_grad_value_(sae.parameters(), 1e-3)
     optimizer.step()
     adam.step()
-    _same(ours, theirs)
+    _assert_same(ours, theirs)
 
 
 def _step(optimizer: torch.optim.Optimizer) -> Callable[[SAE], None]:
@@ -187,7 +187,7 @@ def test_another_optimiser_meets_ordinary_gradients(options: dict[str, bool]) ->
             theirs.zero_grad()
             del dropped
             gc.collect()
-    _same(ours, theirs)
+    _assert_same(ours, theirs)
     assert type(ours.W_dec.grad) is type(theirs.W_dec.grad) is Tensor
 
 
@@ -204,7 +204,7 @@ def test_every_optimiser_does_what_it_does_with_ordinary_gradients(name: str) ->
             return loss.item()
 
         optimizer.step(closure)
-    _same(ours, theirs)
+    _assert_same(ours, theirs)
 
 
 def test_an_optimiser_that_is_dropped_leaves_nothing_behind() -> None:
@@ -252,7 +252,7 @@ def test_copies_of_a_module_collect_nothing(copied: Callable[[SAE], SAE]) -> Non
     twin.zero_grad()
     _loss(twin, _x()).backward()
     assert type(twin.W_dec.grad) is type(twin.W_enc_T.grad) is Tensor
-    _same(twin, theirs)
+    _assert_same(twin, theirs)
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
@@ -264,7 +264,7 @@ def test_zero_grad_of_a_module_forgets_factors(set_to_none: bool) -> None:
             sae.zero_grad(set_to_none=set_to_none)
             _loss(sae, _x(number)).backward()
             either.step()
-    _same(ours, theirs)
+    _assert_same(ours, theirs)
 
 
 def test_only_what_was_asked_for_gets_a_gradient() -> None:
@@ -301,7 +301,7 @@ def test_hooks_see_the_gradient_and_may_change_it() -> None:
             either.zero_grad()
             _loss(sae, _x(number)).backward()
             either.step()
-    _same(ours, theirs)
+    _assert_same(ours, theirs)
     assert seen[0] > 0
     by_step = torch.tensor(seen, dtype=F64).view(3, 2, 2)
     torch.testing.assert_close(by_step[:, 0], by_step[:, 1], rtol=1e-9, atol=0.0)
@@ -330,7 +330,7 @@ def test_clip_grad_norm_of_torch_sees_all_gradients(
     assert _is_factored(ours)
     optimizer.step()
     torch.optim.Adam(theirs.parameters(), LR, eps=6.25e-10).step()
-    _same(ours, theirs)
+    _assert_same(ours, theirs)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of numpy, as which the interpreter multiplies
@@ -356,7 +356,7 @@ def test_grad_scaler_unscales_and_sees_what_is_not_finite(bad: float | None, pre
         assert scaler.get_scale() == (1024.0 if bad is None else 512.0)
     assert torch.equal(ours.W_dec, before) == (bad is not None)
     if bad is None:
-        _same(ours, theirs)
+        _assert_same(ours, theirs)
 
 
 def test_the_projection_of_a_decoder_gradient_reaches_it() -> None:
@@ -365,7 +365,7 @@ def test_the_projection_of_a_decoder_gradient_reaches_it() -> None:
         sae.project_decoder_grad()
         along = (_numbers(sae.W_dec.grad) * sae.W_dec).sum(1)
         torch.testing.assert_close(along, torch.zeros_like(along), rtol=0.0, atol=1e-12)
-    _same(ours, theirs)
+    _assert_same(ours, theirs)
 
 
 def test_accumulation_takes_no_more_memory_than_numbers(precision: torch.dtype) -> None:
@@ -379,7 +379,7 @@ def test_accumulation_takes_no_more_memory_than_numbers(precision: torch.dtype) 
                 gradient = ours.get_parameter(name).grad
                 assert isinstance(gradient, FactoredGradient)
                 assert sum(f.nbytes for f in gradient.factors or ()) <= N * D * precision.itemsize
-    _same(ours, theirs)
+    _assert_same(ours, theirs)
 
 
 def test_graphs_that_are_made_to_be_differentiated_give_the_same_gradient() -> None:
@@ -409,7 +409,7 @@ def test_checkpointed_activations_give_the_same_gradients() -> None:
     ours.zero_grad()
     checkpoint(_loss, ours, _x(), use_reentrant=False).backward()  # type: ignore[no-untyped-call]
     assert _is_factored(ours)
-    _same(ours, theirs)
+    _assert_same(ours, theirs)
 
 
 def test_parametrizations_and_functional_calls_get_ordinary_gradients() -> None:
@@ -461,7 +461,7 @@ def test_what_torch_compile_traces_leaves_ordinary_gradients_and_says_so_once(ca
     _loss(theirs, _x()).backward()
     _loss(theirs, _x(1)).backward()
     assert type(ours.W_dec.grad) is Tensor
-    _same(ours, theirs)
+    _assert_same(ours, theirs)
     assert [record.message for record in caplog.records if "torch.compile traces leave" in record.message]
     assert len(caplog.records) == 1
 
@@ -532,7 +532,7 @@ def test_memory_that_was_handed_out_is_the_gradient(write: Callable[[Tensor], An
     assert gradient.factors is None
     optimizer.step()
     torch.optim.Adam(theirs.parameters(), LR, eps=6.25e-10).step()
-    _same(ours, theirs)
+    _assert_same(ours, theirs)
 
 
 def test_modules_with_factored_gradients_are_shared_and_sent() -> None:
@@ -540,7 +540,7 @@ def test_modules_with_factored_gradients_are_shared_and_sent() -> None:
     ours.share_memory()
     assert ours.W_dec.grad is not None
     assert ours.W_dec.grad.is_shared()
-    _same(ours, theirs)
+    _assert_same(ours, theirs)
 
 
 def test_asking_for_the_address_of_a_gradient_gives_that_of_its_numbers() -> None:

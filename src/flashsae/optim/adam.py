@@ -1,8 +1,7 @@
-"""Adam over factored gradients, the learning-rate schedule, and defaults."""
+"""Adam over factored gradients."""
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -11,14 +10,13 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from flashsae.errors import CheckpointError, ConfigError, DtypeError, FlashSAEError, ShapeError
+from flashsae.errors import CheckpointError, DtypeError, FlashSAEError
 from flashsae.ops.adam_rows import AdamRule, adam_rows, row_squares
 from flashsae.ops.adam_rows.reference import merge_halves, split_halves
 from flashsae.ops.factored import FactoredGradient
 from flashsae.ops.factors import RowGradient
 from flashsae.ops.gradients import Collection
-from flashsae.ops.validate import check_float
-from flashsae.settings.training import default_lr as default_lr
+from flashsae.optim.groups import check_group, fits, is_same_kind
 
 ADAM_BETAS = (0.9, 0.999)
 _ROWS = 8192  # of a matrix that is split or merged, at once
@@ -97,7 +95,7 @@ class FactoredAdam(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            _check(group)
+            check_group(group)
         except FlashSAEError:
             self.param_groups.pop()
             raise
@@ -128,18 +126,18 @@ class FactoredAdam(torch.optim.Optimizer):
         groups, loaded = self.param_groups, state_dict["param_groups"]
         ours = [self.state[p] for p in self._parameters()]
         theirs = [state_dict["state"].get(number, {}) for group in loaded for number in group["params"]]
-        fits = (
+        is_ours = (
             [len(g["params"]) for g in groups] == [len(g["params"]) for g in loaded]
-            and all(_fits(a, b) for a, b in zip(ours, theirs))
-            and all(_same_kind(a, b) for a, b in zip(groups, loaded))
+            and all(fits(a, b) for a, b in zip(ours, theirs))
+            and all(is_same_kind(a, b) for a, b in zip(groups, loaded))
         )
-        if not fits:
+        if not is_ours:
             raise CheckpointError(
                 "the state does not fit this optimiser: expected that of as many parameters of the same shapes, with "
                 "the same split_weights and state_dtype. Build the optimiser as it was when the state was saved."
             )
         for group, saved in zip(groups, loaded):
-            _check({**group, **saved, "params": group["params"]}, new=False)
+            check_group({**group, **saved, "params": group["params"]}, new=False)
         for mine, saved in zip(ours, theirs):
             for name, tensor in mine.items():
                 tensor.copy_(torch.as_tensor(saved[name])) if saved else tensor.zero_()
@@ -310,61 +308,9 @@ class FactoredAdam(torch.optim.Optimizer):
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
 
-def _check(group: dict[str, Any], *, new: bool = True) -> None:
-    """Raise unless a group's settings are ones of this optimiser and, if it is new, its parameters can be optimised."""
-    names = ("lr", "eps", "weight_decay")
-    try:
-        lr, eps, weight_decay = (float(group[name]) for name in names)
-        beta1, beta2 = map(float, group["betas"])
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ConfigError(
-            f"lr, eps, weight_decay, betas: expected numbers, and two of them as betas, got "
-            f"{', '.join(repr(group[name]) for name in (*names, 'betas'))}."
-        ) from error
-    if not (math.inf > lr >= 0 and eps >= 0 and weight_decay >= 0 and 0 <= beta1 < 1 and 0 <= beta2 < 1):
-        raise ConfigError(
-            "lr, eps, weight_decay: expected numbers that are not negative, and betas in [0, 1), got "
-            f"{lr}, {eps}, {weight_decay} and {group['betas']}."
-        )
-    for name in ("unit_norm", "split_weights", "decoupled_weight_decay"):
-        if not isinstance(group[name], bool):
-            raise ConfigError(f"{name}: expected True or False, got {group[name]!r}.")
-    for name in ("amsgrad", "maximize"):
-        if group.get(name):
-            raise ConfigError(f"{name}: FactoredAdam has no such form of Adam; use torch.optim.Adam for it.")
-    if group["state_dtype"] not in (torch.float32, torch.bfloat16):
-        raise ConfigError(f"state_dtype: expected torch.float32 or torch.bfloat16, got {group['state_dtype']}.")
-    for parameter in group["params"] if new else ():
-        check_float("params", parameter)
-        if not parameter.is_contiguous():
-            raise ShapeError(
-                f"params: expected contiguous parameters, got one of shape {list(parameter.shape)} and strides "
-                f"{list(parameter.stride())}. Set parameter.data = parameter.data.contiguous() first."
-            )
-        if group["split_weights"] and parameter.dim() == 2 and parameter.dtype != torch.float32:
-            raise DtypeError(f"split_weights: expected float32 parameters, got {parameter.dtype}.")
-
-
-def _same_kind(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
-    """Tell whether a saved group is one of Adam as this one does it."""
-    is_adam = "betas" in theirs and not theirs.get("amsgrad") and not theirs.get("maximize")
-    return is_adam and all(theirs.get(name, ours[name]) == ours[name] for name in ("split_weights", "state_dtype"))
-
-
 def _version(parameter: Tensor) -> tuple[int, int]:
     """Return what changes when somebody else writes to a parameter, or puts other memory in its place."""
     return parameter._version, parameter.data_ptr()
-
-
-def _fits(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
-    """Tell whether a saved state of a parameter can be taken over; an empty one is that before the first step."""
-    if not theirs:
-        return "low" not in ours
-    return ours.keys() == theirs.keys() and all(
-        (name == "step" and torch.as_tensor(theirs[name]).numel() == 1)
-        or (tensor.shape, tensor.dtype) == (theirs[name].shape, theirs[name].dtype)
-        for name, tensor in ours.items()
-    )
 
 
 def _split(whole: Tensor) -> tuple[Tensor, Tensor]:
@@ -396,17 +342,3 @@ def _rule(parameter: Tensor, group: dict[str, Any]) -> AdamRule:
     unit_norm = group["unit_norm"] and parameter.dim() == 2
     weight_decay, decoupled = float(group["weight_decay"]), group["decoupled_weight_decay"]
     return AdamRule(beta1, beta2, float(group["eps"]), weight_decay, unit_norm, decoupled)
-
-
-def lr_factor(step: int, steps: int, warmup_steps: int, decay_steps: int) -> float:
-    """Return the factor of the learning rate at a step: linear up, constant, linear down to almost 0.
-
-    Args:
-        step: from 0.
-        steps: of the whole training.
-        warmup_steps: steps of the rise; the first step has 1 / warmup_steps.
-        decay_steps: steps of the fall; the last step has 1 / decay_steps.
-    """
-    warmup = (step + 1) / warmup_steps if warmup_steps else 1.0
-    decay = (steps - step) / decay_steps if decay_steps else 1.0
-    return min(1.0, warmup, decay)

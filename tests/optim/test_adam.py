@@ -303,7 +303,7 @@ def test_a_group_that_is_added_later_is_trained(generator: torch.Generator) -> N
 def test_split_weights_lose_no_bit_of_what_float32_weights_learn(
     unit_norm: bool, monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
 ) -> None:
-    monkeypatch.setattr("flashsae.optim._ROWS", 7)  # rows are split and merged in pieces
+    monkeypatch.setattr("flashsae.optim.adam._ROWS", 7)  # rows are split and merged in pieces
     start = nn.functional.normalize(torch.randn(N, D, generator=generator), dim=1)
     whole, split = nn.Parameter(start.clone()), nn.Parameter(start.clone())
     optimizers = [

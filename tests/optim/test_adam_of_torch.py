@@ -70,7 +70,7 @@ class Twins:
             self.factored.step()
             self.adam.step()
 
-    def check(self) -> None:
+    def assert_same(self) -> None:
         for name, parameter in self.ours.items():
             digits = {"rtol": 1e-12, "atol": 1e-14} if parameter.dtype == F64 else {"rtol": 2e-5, "atol": 1e-6}
             torch.testing.assert_close(parameter.detach(), self.theirs[name].detach(), **digits)
@@ -116,7 +116,7 @@ def test_schedulers(name: str) -> None:
         for ours, theirs in zip(twins.factored.param_groups, twins.adam.param_groups):
             assert float(ours["lr"]) == pytest.approx(float(theirs["lr"]), rel=1e-12)
             assert ours["betas"] == theirs["betas"]
-    twins.check()
+    twins.assert_same()
 
 
 def test_settings_that_are_changed_by_hand_are_read_at_the_next_step() -> None:
@@ -131,21 +131,21 @@ def test_settings_that_are_changed_by_hand_are_read_at_the_next_step() -> None:
         for optimizer in (twins.factored, twins.adam):
             optimizer.param_groups[0].update(change)
     twins.step(times=2)
-    twins.check()
+    twins.assert_same()
 
 
 @pytest.mark.parametrize("decoupled", [False, True])
 def test_weight_decay(decoupled: bool) -> None:
     twins = Twins(decoupled_weight_decay=decoupled)
     twins.step(times=8)
-    twins.check()
+    twins.assert_same()
 
 
 def test_steps_are_counted_a_parameter() -> None:
     twins = Twins()
     for number in range(20):
         twins.step(*(["bias"] if number % 7 == 0 else []))
-    twins.check()
+    twins.assert_same()
     assert [twins.factored.state[p]["step"].item() for p in twins.ours.values()] == [17.0, 20.0]
 
 
@@ -171,7 +171,7 @@ def test_copies_go_on_alike(copied: Callable[[Twins], None], steps_before: int) 
     twins.step(times=steps_before)
     copied(twins)
     twins.step(times=4)
-    twins.check()
+    twins.assert_same()
     assert collects(twins.ours["weights"])
 
 
@@ -182,7 +182,7 @@ def test_a_copy_leaves_the_original_alone() -> None:
     other[0]["weights"].grad = torch.ones(N, D, dtype=F64)
     other[1].step()
     twins.step(times=3)
-    twins.check()
+    twins.assert_same()
 
 
 @pytest.mark.parametrize("dtype", [F32, F64])
@@ -199,7 +199,7 @@ def test_the_state_of_torch_adam_is_taken_over(dtype: torch.dtype) -> None:
             for parameter, value in zip(parameters.values(), weights):
                 parameter.copy_(value)
     fresh.step(times=3)
-    fresh.check()
+    fresh.assert_same()
     for group in state["param_groups"]:
         group["amsgrad"] = True
     with pytest.raises(CheckpointError, match="the state does not fit"):
@@ -330,7 +330,7 @@ def test_a_learning_rate_that_comes_as_a_tensor_stays_its_owners() -> None:
     twins.step(times=2)
     lr.mul_(0.1)
     twins.step(times=2)
-    twins.check()
+    twins.assert_same()
 
 
 @pytest.mark.parametrize("how", ["clear", "one", "replaced"])
@@ -345,7 +345,7 @@ def test_a_state_that_was_taken_away_begins_anew(how: str) -> None:
         else:
             optimizer.state = defaultdict(dict)
     twins.step(times=3)
-    twins.check()
+    twins.assert_same()
 
 
 def test_parameters_may_be_put_into_a_group_by_hand() -> None:
@@ -358,7 +358,7 @@ def test_parameters_may_be_put_into_a_group_by_hand() -> None:
     twins.factored.param_groups[0]["params"].append(twins.ours["weights"])
     twins.adam.param_groups[0]["params"].append(twins.theirs["weights"])
     twins.step(times=3)
-    twins.check()
+    twins.assert_same()
 
 
 def test_an_optimiser_may_be_built_and_stepped_in_inference_mode() -> None:
@@ -371,7 +371,7 @@ def test_an_optimiser_may_be_built_and_stepped_in_inference_mode() -> None:
         twins.factored.step()
     twins.adam.step()
     twins.step(times=2)
-    twins.check()
+    twins.assert_same()
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
