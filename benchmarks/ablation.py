@@ -18,8 +18,8 @@ from flashsae.bench.dense import Step, dense, unit_norm_adam
 from flashsae.bench.measure import WholeStep
 from flashsae.bench.ours import OurStep, Variant, build_ours, make_config, make_state
 from flashsae.bench.problem import Problem
-from flashsae.nn.sae import SAE
 from flashsae.optim import FactoredAdam
+from flashsae.sae.module import SAE
 from flashsae.train.config import ResolvedConfig
 from flashsae.train.graph import CapturedSteps
 from flashsae.train.graph import Step as GraphStep

@@ -17,8 +17,8 @@ from torch import Tensor
 from benchmarks.measure import facts
 from flashsae.data.cache import ActivationCache
 from flashsae.data.shuffle import RowShuffle
-from flashsae.nn.sae import SAE, SAEConfig
-from flashsae.ops.encode_topk.launch import Layout, launch_encode_topk
+from flashsae.ops.encode.launch import Layout, launch_encode_topk
+from flashsae.sae.module import SAE, SAEConfig
 from flashsae.train import TrainConfig, init_state, train
 
 WORKSPACE_BYTES = 512 << 20

@@ -21,9 +21,9 @@ from flashsae.bench.measure import OURS
 from flashsae.data.cache import ActivationCache
 from flashsae.data.shuffle import RowShuffle
 from flashsae.evaluate.heldout import evaluate, held_out_batches
-from flashsae.nn.sae import SAE
 from flashsae.ops.validate import Precision
 from flashsae.optim import ADAM_EPS, lr_factor
+from flashsae.sae.module import SAE
 from flashsae.train.config import ResolvedConfig, TrainConfig
 from flashsae.train.dead import LEAST_RESIDUAL
 from flashsae.train.loop import train_step

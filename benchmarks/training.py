@@ -20,9 +20,9 @@ from benchmarks.measure import facts
 from flashsae import ops
 from flashsae.data.cache import ActivationCache
 from flashsae.data.shuffle import RowShuffle
-from flashsae.nn.losses import token_variance
-from flashsae.nn.sae import SAE, SAEConfig
 from flashsae.optim import lr_factor
+from flashsae.sae.losses import token_variance
+from flashsae.sae.module import SAE, SAEConfig
 
 Params = dict[str, Tensor]
 Loss = Callable[[Tensor, Params, int], Tensor]

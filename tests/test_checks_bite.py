@@ -14,14 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from dense import dense_encode, dense_topk
 from flashsae.ops import build_index, decode_sparse, encode_topk, latent_rows
 from flashsae.ops.adam_rows import AdamRule, adam_rows, row_squares
 from flashsae.ops.factors import RowGradient, SparseFactor
 from flashsae.ops.latent_rows.reference import RUN
 from flashsae.testing import assert_as_accurate, integer_inputs, poison_empty
-from selection import hard_inputs, selection_mistakes
-from steps import step_inputs, whole_step
+from helpers.dense import dense_encode, dense_topk
+from helpers.selection import hard_inputs, selection_mistakes
+from helpers.steps import step_inputs, whole_step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -244,7 +244,7 @@ def test_the_real_kernels_pass_those_checks(check: Callable[[], None]) -> None:
 
 
 def test_poison_reaches_inside_operators(monkeypatch: pytest.MonkeyPatch) -> None:
-    from flashsae.ops.decode_sparse import reference
+    from flashsae.ops.decode import reference
 
     monkeypatch.setattr(reference, "decode_sparse", lambda acts, indices, W, bias: torch.empty(2, 3))
     with poison_empty():

@@ -24,7 +24,9 @@ NAMES = sorted(
 def test_every_kernel_compiles_for(target: tuple[str, str, str], tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)  # else nothing is compiled the second time
-    command = [sys.executable, str(Path(__file__).with_name("compile_kernels.py")), *target]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "helpers.compile_kernels", *target]
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, cwd=Path(__file__).parent
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.strip().split(": ")[1].split() == NAMES

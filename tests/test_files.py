@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import kill
 from flashsae import documents, files
 from flashsae.errors import CheckpointError, StorageError
+from helpers import kill
 
 
 def test_write_atomic_replaces_and_leaves_nothing_beside(tmp_path: Path) -> None:

@@ -23,11 +23,11 @@ from flashsae.data.cache import ActivationCache
 from flashsae.data.shuffle import shuffled
 from flashsae.documents import SEAL, sealed
 from flashsae.errors import FlashSAEError
-from flashsae.nn.sae import SAE
 from flashsae.report import plots
 from flashsae.report.render import render_report
 from flashsae.report.snippet_file import read_snippets, write_snippets
 from flashsae.run import execute, new_run, show_plan
+from flashsae.sae.module import SAE
 from flashsae.settings import ActivationsConfig, RunConfig
 from flashsae.settings.run import SEAL as TOML_SEAL
 from flashsae.settings.run import load_settings

@@ -19,14 +19,14 @@ from flashsae.data.synthetic import SuperpositionModel
 from flashsae.ops import FactoredGradient, build_index, decode_loss, decode_sparse, encode_topk
 from flashsae.ops.adam_rows import AdamRule, adam_rows, row_squares
 from flashsae.ops.adam_rows.reference import merge_halves
-from flashsae.ops.encode_topk.launch import launch_encode_topk
+from flashsae.ops.encode.launch import launch_encode_topk
 from flashsae.ops.factors import RowGradient, SparseFactor
 from flashsae.ops.validate import Precision
 from flashsae.optim import FactoredAdam
 from flashsae.testing import assert_as_accurate, integer_inputs
 from flashsae.train.graph import CapturedSteps
-from selection import HARD, hard_inputs, selection_mistakes
-from steps import Tensors, leaves, step_inputs, whole_step
+from helpers.selection import HARD, hard_inputs, selection_mistakes
+from helpers.steps import Tensors, leaves, step_inputs, whole_step
 
 pytestmark = pytest.mark.gpu
 
@@ -143,8 +143,8 @@ def test_a_captured_step_replays_as_an_eager_one(precision: Precision, generator
 def test_other_batch_sizes_compile_nothing_anew(generator: torch.Generator) -> None:
     from triton.runtime.jit import JITFunction
 
-    from flashsae.ops.decode_sparse import kernels as decode_kernels
-    from flashsae.ops.encode_topk import certify_kernels, kernels
+    from flashsae.ops.decode import kernels as decode_kernels
+    from flashsae.ops.encode import certify_kernels, kernels
     from flashsae.ops.latent_rows import kernels as rows_kernels
 
     def compiled() -> int:

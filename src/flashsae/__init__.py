@@ -7,9 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flashsae import data, errors, nn, ops
+    from flashsae import data, errors, ops, sae
     from flashsae.evaluate.heldout import evaluate
-    from flashsae.nn import SAE, SAEConfig, SparseCode
+    from flashsae.sae import SAE, SAEConfig, SparseCode
     from flashsae.settings.training import TrainConfig
     from flashsae.train.fit import fit
 
@@ -25,14 +25,14 @@ __all__ = [
     "errors",
     "evaluate",
     "fit",
-    "nn",
     "ops",
+    "sae",
 ]
 
 _HOMES = {
-    "SAE": "nn",
-    "SAEConfig": "nn",
-    "SparseCode": "nn",
+    "SAE": "sae",
+    "SAEConfig": "sae",
+    "SparseCode": "sae",
     "TrainConfig": "settings",
     "evaluate": "evaluate",
     "fit": "train",

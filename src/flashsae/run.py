@@ -27,18 +27,18 @@ from flashsae.data.shuffle import shuffled
 from flashsae.data.sources import Source
 from flashsae.documents import save_tensors_atomic
 from flashsae.evaluate import evaluate, held_out_batches, latent_geometry
-from flashsae.io.checkpoint import list_checkpoints, load_checkpoint
 from flashsae.metrics import LatentActivity, is_dead
-from flashsae.nn.sae import SAE
 from flashsae.report.evaluation_file import RunEvaluation, write_evaluation
 from flashsae.report.render import render_report
 from flashsae.report.snippets import collect_snippets, write_snippets
 from flashsae.report.summary import final_figures
 from flashsae.report.tokens import token_text
+from flashsae.sae.module import SAE
 from flashsae.settings.run import CONFIG_FILE, RunConfig
 from flashsae.start import begun, check, check_rows, nothing_held_out, plan_table, table
 from flashsae.start import new_run as new_run
 from flashsae.train.callbacks import JsonlLog, ProgressBar, StageBar, Warn, build_logger, filling
+from flashsae.train.checkpoint import list_checkpoints, load_checkpoint
 from flashsae.train.config import ResolvedConfig, TrainConfig
 from flashsae.train.log_file import LOG_FILE, read_log
 from flashsae.train.loop import train

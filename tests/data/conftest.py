@@ -7,10 +7,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import tiny_models
 
 from flashsae.data.cache_writer import write_cache
 from flashsae.data.language_model import LanguageModelSource
+from helpers import tiny_models
 
 
 @pytest.fixture(scope="session")

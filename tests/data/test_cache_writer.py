@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 
-import kill
 from flashsae import files
 from flashsae.data import existing
 from flashsae.data.cache import ActivationCache
@@ -26,6 +25,7 @@ from flashsae.data.language_model import LanguageModelSource
 from flashsae.data.text import open_text
 from flashsae.errors import CheckpointError, ConfigError, DataError, StorageError
 from flashsae.metrics import FVU
+from helpers import kill
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -61,8 +61,8 @@ def test_a_killed_process_leaves_a_cache_that_goes_on(tiny: ModuleType, written:
     directory = tmp_path / "cache"
     code = f"""
 import sys, time
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-import tiny_models
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+from helpers import tiny_models
 from flashsae.data.cache_index import CacheIndex
 from flashsae.data.cache_writer import write_cache
 write_cache({str(directory)!r}, tiny_models.source(tiny_models.CACHED), shard_rows=tiny_models.SHARD_ROWS,

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from on_both import DEVICE
+from helpers.on_both import DEVICE
 
 
 @pytest.fixture(params=["reference", "triton"])

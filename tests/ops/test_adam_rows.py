@@ -14,8 +14,8 @@ from flashsae.ops.adam_rows.reference import merge_halves, round_stochastically,
 from flashsae.ops.factors import RowGradient, SparseFactor
 from flashsae.ops.latent_rows.reference import RUN
 from flashsae.testing import assert_as_accurate, integer_inputs
-from on_both import DEVICE, as_float64, assert_same, on_kernels, on_reference
-from steps import Tensors
+from helpers.on_both import DEVICE, as_float64, assert_same, on_kernels, on_reference
+from helpers.steps import Tensors
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 LR = 1e-2

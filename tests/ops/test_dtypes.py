@@ -13,8 +13,8 @@ from torch import Tensor
 from flashsae.ops import build_index, decode_loss, decode_sparse, encode_topk, latent_rows
 from flashsae.ops.validate import compute_dtype
 from flashsae.testing import assert_as_accurate
-from on_both import DEVICE
-from steps import Tensors, leaves
+from helpers.on_both import DEVICE
+from helpers.steps import Tensors, leaves
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 B, D_IN, D_SAE, K = 9, 12, 40, 4

@@ -21,7 +21,7 @@ from flashsae.ops import (
 from flashsae.ops.factors import Factor, RowFactor, RowGradient, SparseFactor
 from flashsae.ops.latent_rows.reference import RUN
 from flashsae.testing import assert_as_accurate, integer_inputs, poison_empty
-from steps import Tensors, leaves
+from helpers.steps import Tensors, leaves
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 B, D, N, K = 17, 24, 64, 3  # numbers take more memory than the factors of two passes

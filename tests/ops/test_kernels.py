@@ -10,18 +10,18 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from dense import dense_topk
 from flashsae import backend
 from flashsae.errors import ConfigError
 from flashsae.ops import build_index, decode_loss, decode_sparse, encode_topk, encode_topk_aux, latent_rows
-from flashsae.ops.decode_sparse.launch import LARGEST_FUSED_K
-from flashsae.ops.encode_topk.launch import Layout, launch_encode_topk
+from flashsae.ops.decode.launch import LARGEST_FUSED_K
+from flashsae.ops.encode.launch import Layout, launch_encode_topk
 from flashsae.ops.latent_rows.op import latent_sums
 from flashsae.ops.latent_rows.reference import RUN
 from flashsae.testing import assert_as_accurate, integer_inputs, poison_empty
-from on_both import DEVICE, as_float64, assert_same, on_kernels, on_reference
-from selection import HARD, hard_inputs, selection_mistakes
-from steps import Tensors, leaves, step_inputs, whole_step
+from helpers.dense import dense_topk
+from helpers.on_both import DEVICE, as_float64, assert_same, on_kernels, on_reference
+from helpers.selection import HARD, hard_inputs, selection_mistakes
+from helpers.steps import Tensors, leaves, step_inputs, whole_step
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
@@ -458,8 +458,8 @@ def test_kernels_run_where_expected(generator: torch.Generator, monkeypatch: pyt
     def launched(*_: object, **__: object) -> None:
         raise RuntimeError("launched")
 
-    from flashsae.ops.decode_sparse import launch as decode_launch
-    from flashsae.ops.encode_topk import launch as encode_launch
+    from flashsae.ops.decode import launch as decode_launch
+    from flashsae.ops.encode import launch as encode_launch
     from flashsae.ops.latent_rows import launch as rows_launch
 
     inputs = step_inputs(5, 4, 20, generator, integer=False)

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from every_operation import D_SAE, OPERATIONS, K, inputs
 from torch import Tensor
 
 from flashsae import ops
 from flashsae.errors import GradientError
-from on_both import DEVICE
-from steps import Tensors
+from helpers.every_operation import D_SAE, OPERATIONS, K, inputs
+from helpers.on_both import DEVICE
+from helpers.steps import Tensors
 
 
 @contextlib.contextmanager

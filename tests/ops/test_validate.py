@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from every_operation import D_IN, D_SAE, OPERATIONS, B, K, Recorder, inputs
 from torch import Tensor
 
 from flashsae import SAE, SAEConfig, ops
 from flashsae.errors import ConfigError, DtypeError, GradientError, ShapeError
 from flashsae.ops.latent_rows.op import column_sums
-from on_both import DEVICE
-from steps import Tensors
+from helpers.every_operation import D_IN, D_SAE, OPERATIONS, B, K, Recorder, inputs
+from helpers.on_both import DEVICE
+from helpers.steps import Tensors
 
 
 def _apart(tensor: Tensor) -> Tensor:
@@ -228,7 +228,7 @@ def test_a_key_scale_that_turns_the_order_around_is_refused(wrong: float) -> Non
 
 
 def test_where_nobody_may_look_a_wrong_key_scale_shows(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    op = importlib.import_module("flashsae.ops.encode_topk.op")
+    op = importlib.import_module("flashsae.ops.encode.op")
     monkeypatch.setattr(op, "has_values", lambda _tensor: False)  # as on a GPU, where it would wait
     p = inputs(device)
     wrong = {5: -1.0, 8: torch.nan, 13: torch.inf}

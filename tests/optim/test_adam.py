@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from flashsae import SAE, SAEConfig
 from flashsae.data.synthetic import SuperpositionModel
 from flashsae.errors import CheckpointError, ConfigError, DtypeError, ShapeError
-from flashsae.nn import fvu_weights, token_variance
 from flashsae.ops import FactoredGradient, collect_factors, decode_loss, materialize, take_rows
 from flashsae.ops.factors import RowFactor
 from flashsae.optim import ADAM_EPS, FactoredAdam, default_lr, lr_factor
+from flashsae.sae import fvu_weights, token_variance
 from flashsae.testing import assert_as_accurate
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import flashsae
-from dense import dense_step_losses
 from flashsae import TrainConfig
 from flashsae.data.cache import ActivationCache
 from flashsae.data.cache_writer import write_cache
@@ -17,6 +16,7 @@ from flashsae.evaluate import held_out_batches
 from flashsae.metrics import FVU
 from flashsae.optim import lr_factor
 from flashsae.train import init_state, train
+from helpers.dense import dense_step_losses
 
 
 @pytest.fixture(scope="module")

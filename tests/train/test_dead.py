@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from flashsae import SAE, SAEConfig, ops
-from flashsae.nn import fvu_weights
 from flashsae.ops.validate import Precision
+from flashsae.sae import fvu_weights
 from flashsae.train.dead import LEAST_RESIDUAL, DeadLatents, DeadRows, _rounded_up, auxk_loss
 
 D, N, K, B = 6, 30, 4, 13

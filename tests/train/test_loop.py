@@ -7,21 +7,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from dense import dense_step_losses
 from flashsae import TrainConfig, evaluate, ops
 from flashsae.data.shuffle import RowShuffle
 from flashsae.data.sources import ArraySource
 from flashsae.data.synthetic import SuperpositionModel
 from flashsae.errors import CheckpointError, DataError
-from flashsae.io.checkpoint import list_checkpoints, save_checkpoint
 from flashsae.ops import materialize
 from flashsae.ops.adam_rows.reference import merge_halves
 from flashsae.ops.validate import Precision
 from flashsae.optim import FactoredAdam, lr_factor
 from flashsae.train import TrainState, init_state, train, train_step
+from flashsae.train.checkpoint import list_checkpoints, save_checkpoint
 from flashsae.train.config import ResolvedConfig
 from flashsae.train.dead import Bounds
 from flashsae.train.state import to_checkpoint
+from helpers.dense import dense_step_losses
 
 MODEL = SuperpositionModel(16, 40, active=3.0)
 X = MODEL.sample(4000, seed=1)

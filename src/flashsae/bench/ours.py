@@ -13,9 +13,9 @@ from torch import Tensor
 from flashsae.bench.problem import Problem, dense_code, residual_of, total_variance
 from flashsae.bench.timing import float32_products
 from flashsae.data.shuffle import Batches
-from flashsae.nn.sae import SAE, SAEConfig
 from flashsae.ops.validate import Precision
 from flashsae.optim import ADAM_EPS, FactoredAdam
+from flashsae.sae.module import SAE, SAEConfig
 from flashsae.train.config import ResolvedConfig, TrainConfig
 from flashsae.train.dead import DeadLatents
 from flashsae.train.loop import train_step

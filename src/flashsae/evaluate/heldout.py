@@ -18,7 +18,7 @@ from flashsae.data.sources import RowSource, Source
 from flashsae.errors import ConfigError, DataError, DtypeError
 from flashsae.metrics import FVU, LatentActivity, norm_limit
 from flashsae.neutral import neutral
-from flashsae.nn.sae import SAE, SAEConfig
+from flashsae.sae.module import SAE, SAEConfig
 
 NORM_TOKENS = 8192
 """Tokens whose median norm says which are outliers."""

@@ -1,7 +1,7 @@
 """Exact sparse-aware operations on tensors, with autograd. They know nothing of models or training loops."""
 
-from flashsae.ops.decode_sparse import DecodeLoss, decode_loss, decode_sparse
-from flashsae.ops.encode_topk import TwoCodes, encode_topk, encode_topk_aux
+from flashsae.ops.decode import DecodeLoss, decode_loss, decode_sparse
+from flashsae.ops.encode import TwoCodes, encode_topk, encode_topk_aux
 from flashsae.ops.factored import FactoredGradient
 from flashsae.ops.gradients import Collection, collect_factors, materialize, take_rows
 from flashsae.ops.index import LatentIndex, build_index

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flashsae import ops
 from flashsae.metrics import count_active, is_dead
-from flashsae.nn.sae import SAE
+from flashsae.sae.module import SAE
 from flashsae.shapes import Activations, TopActs, TopIndices
 
 PERIOD = 16
@@ -157,7 +157,7 @@ def auxk_loss(
         sae: whose latents are dead.
         x: [B, d_in].
         decoded: of x and its code, with these weights; no gradient flows into it.
-        weights: [B], all equal, from `flashsae.nn.fvu_weights`.
+        weights: [B], all equal, from `flashsae.sae.fvu_weights`.
         dead: the dead latents; their rows are all that is read or changed.
         k_aux: dead latents to use for each token.
     Returns:

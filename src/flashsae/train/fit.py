@@ -20,7 +20,7 @@ from flashsae.data.sources import ArraySource, IterableSource
 from flashsae.errors import CheckpointError, ConfigError, FlashSAEWarning, StorageError
 from flashsae.files import discard, only_one, storage_errors
 from flashsae.neutral import neutral
-from flashsae.nn.sae import SAE
+from flashsae.sae.module import SAE
 from flashsae.settings.kinds import check, expand
 from flashsae.train.callbacks import Callback, JsonlLog, ProgressBar, Warn, filling
 from flashsae.train.config import ResolvedConfig, TrainConfig

@@ -8,7 +8,7 @@ import torch
 
 from flashsae.backend import LARGEST_K, memory_bytes, runs_kernels
 from flashsae.errors import ConfigError
-from flashsae.ops.encode_topk.reference import WORKSPACE_BYTES
+from flashsae.ops.encode.reference import WORKSPACE_BYTES
 from flashsae.train.config import ResolvedConfig, TrainConfig
 
 MOST_REPEATS = 100

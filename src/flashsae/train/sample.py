@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flashsae.errors import DataError
 from flashsae.metrics import OUTLIER_NORM_RATIO, VarianceSpread, unit_of, variance_spread
-from flashsae.nn.losses import token_variance
+from flashsae.sae.losses import token_variance
 
 LARGEST, SMALLEST = 2.0**120, 2.0**-100
 """Activations beyond are refused: the values of latents have their unit, and are float32."""

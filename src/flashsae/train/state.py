@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from flashsae.data.shuffle import Batches, OnFill
 from flashsae.errors import CheckpointError
-from flashsae.io.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
 from flashsae.neutral import neutral
-from flashsae.nn.losses import fvu_weights
-from flashsae.nn.sae import SAE, SAEConfig
 from flashsae.optim import FactoredAdam
+from flashsae.sae.losses import fvu_weights
+from flashsae.sae.module import SAE, SAEConfig
 from flashsae.schema import Positive, parse
+from flashsae.train.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
 from flashsae.train.config import ResolvedConfig
 from flashsae.train.dead import Bounds, DeadLatents
 from flashsae.train.graph import CapturedSteps

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flashsae.backend import use_dense, use_kernels
-from flashsae.ops.decode_sparse import reference
+from flashsae.ops.decode import reference
 from flashsae.ops.dense import op as dense
 from flashsae.ops.gradients import collects, is_dense, weight_gradient
 from flashsae.ops.index import LatentIndex, build_index
@@ -52,7 +52,7 @@ def _decode(top_acts: Tensor, top_indices: Tensor, W_dec: Tensor, b_dec: Tensor 
     # a dense product is rounded to the dtype of W_dec, so it serves nobody who asks for more
     if dtype == W_dec.dtype and use_dense(top_indices.shape[1], W_dec.shape[0], W_dec):
         return dense.decode_sparse(top_acts, top_indices, W_dec, b_dec).to(dtype)
-    from flashsae.ops.decode_sparse.launch import launch_decode
+    from flashsae.ops.decode.launch import launch_decode
 
     return launch_decode(top_acts, top_indices, W_dec, b_dec, dtype)
 
@@ -68,7 +68,7 @@ def _decode_grad_acts(grad_x_hat: Tensor, top_indices: Tensor, W_dec: Tensor, dt
         return reference.decode_sparse_grad_acts(grad_x_hat, top_indices, W_dec, dtype)
     if use_dense(top_indices.shape[1], W_dec.shape[0], W_dec):
         return dense.decode_sparse_grad_acts(grad_x_hat, top_indices, W_dec)
-    from flashsae.ops.decode_sparse.launch import launch_dots
+    from flashsae.ops.decode.launch import launch_dots
 
     return launch_dots(grad_x_hat, top_indices, W_dec)
 
@@ -130,7 +130,7 @@ def _decode_loss(
     W_dec = _maybe_rounded(W_dec, rounded)
     k, d_sae = top_indices.shape[1], W_dec.shape[0]
     if use_kernels(W_dec, top_acts, target):
-        from flashsae.ops.decode_sparse.launch import LARGEST_FUSED_K, launch_decode_loss, launch_residual
+        from flashsae.ops.decode.launch import LARGEST_FUSED_K, launch_decode_loss, launch_residual
 
         if use_dense(k, d_sae, W_dec):
             x_hat = dense.product(top_acts, top_indices, W_dec)

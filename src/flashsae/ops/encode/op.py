@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from flashsae.errors import ConfigError, DtypeError, ShapeError
-from flashsae.ops.encode_topk import reference
-from flashsae.ops.encode_topk.operators import is_scale
+from flashsae.ops.encode import reference
+from flashsae.ops.encode.operators import is_scale
 from flashsae.ops.index import LatentIndex
 from flashsae.ops.validate import (
     Precision,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from flashsae import ops
 from flashsae.backend import resolve_device
 from flashsae.errors import ConfigError, DtypeError, ShapeError
-from flashsae.nn.saved import read_sae, write_sae
+from flashsae.formats.native import read_sae, write_sae
 from flashsae.ops.register import isolated
 from flashsae.ops.validate import FLOATS, Precision, as_int, check_float, check_k, check_ordinary, check_shape
 from flashsae.settings.kinds import check, expand
@@ -116,7 +116,7 @@ class SAE(nn.Module):
             raise ConfigError(f"device: expected one that exists here, got {str(device)!r} ({reason}).") from error
         self.config = config
         self.precision: Precision | None = None
-        """Of products, as in `flashsae.ops.encode_topk`; not saved. None: what fits the dtype of the weights."""
+        """Of products, as in `flashsae.ops.encode`; not saved. None: what fits the dtype of the weights."""
         if seed is None:
             rows = torch.empty(config.d_sae, config.d_in, dtype=dtype, device=device)
         else:
@@ -181,7 +181,7 @@ class SAE(nn.Module):
         Args:
             code: of B tokens.
             target: [B, d_in], float; x itself.
-            weights: [B], of the tokens, as from `flashsae.nn.fvu_weights`.
+            weights: [B], of the tokens, as from `flashsae.sae.fvu_weights`.
         """
         _check_code(code)
         return ops.decode_loss(

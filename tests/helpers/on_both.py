@@ -9,7 +9,7 @@ from unittest.mock import patch
 import torch
 
 from flashsae.testing import poison_empty
-from steps import Tensors
+from helpers.steps import Tensors
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from flashsae.backend import LARGEST_K
 from flashsae.errors import ConfigError
-from flashsae.ops.decode_sparse.launch import launch_dots
-from flashsae.ops.encode_topk import certify_kernels, kernels
+from flashsae.ops.decode.launch import launch_dots
+from flashsae.ops.encode import certify_kernels, kernels
 from flashsae.ops.validate import packed, rows_contiguous
 from flashsae.shapes import Choice
 

@@ -20,9 +20,9 @@ from triton.runtime.jit import JITFunction
 from flashsae.ops import build_index
 from flashsae.ops.adam_rows import AdamRule
 from flashsae.ops.adam_rows.launch import launch_adam_rows, launch_row_squares
-from flashsae.ops.decode_sparse.launch import launch_decode, launch_decode_loss, launch_dots, launch_residual
+from flashsae.ops.decode.launch import launch_decode, launch_decode_loss, launch_dots, launch_residual
 from flashsae.ops.dense.launch import launch_dense_code
-from flashsae.ops.encode_topk.launch import launch_center, launch_encode_topk
+from flashsae.ops.encode.launch import launch_center, launch_encode_topk
 from flashsae.ops.factors import RowGradient, SparseFactor
 from flashsae.ops.latent_rows.launch import launch_column_sums, launch_latent_rows, launch_latent_sums
 

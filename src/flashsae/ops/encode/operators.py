@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flashsae.backend import use_kernels
-from flashsae.ops.encode_topk import reference
+from flashsae.ops.encode import reference
 from flashsae.ops.gradients import collects, is_dense, weight_gradient
 from flashsae.ops.index import LatentIndex, build_index
 from flashsae.ops.latent_rows.op import column_sums, latent_sums
@@ -65,7 +65,7 @@ def _encode_topk(
         b_enc = torch.where(is_scale(key_scale), b_enc, torch.nan)  # without a wait: what is wrong shows
     choices = [(k, None), *([(k_aux, aux_mask)] if k_aux else [])]
     if use_kernels(x):
-        from flashsae.ops.encode_topk.launch import launch_encode_topk
+        from flashsae.ops.encode.launch import launch_encode_topk
 
         codes = launch_encode_topk(centred, W_enc_T, b_enc, choices, key_scale, precision, workspace_bytes)
     else:
@@ -83,7 +83,7 @@ def _center_fake(x: Tensor, b_dec: Tensor, rounded: bool) -> Tensor:
 @operator(_center_fake)
 def _center(x: Tensor, b_dec: Tensor, rounded: bool) -> Tensor:
     if use_kernels(x):
-        from flashsae.ops.encode_topk.launch import launch_center
+        from flashsae.ops.encode.launch import launch_center
 
         return launch_center(x, b_dec, torch.bfloat16 if rounded else torch.float32)
     return reference.center(x, b_dec).to(torch.bfloat16 if rounded else compute_dtype(x.dtype))

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from flashsae.errors import ConfigError
-from flashsae.nn import fvu_weights, token_variance
 from flashsae.ops import decode_loss
+from flashsae.sae import fvu_weights, token_variance
 
 
 def test_weights_make_a_squared_error_a_fraction_of_the_variance(generator: torch.Generator) -> None:

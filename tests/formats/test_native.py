@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-import kill
 from flashsae import SAE, SAEConfig
 from flashsae.documents import sealed
 from flashsae.errors import CheckpointError, ConfigError, FlashSAEError, StorageError
+from helpers import kill
 
 OLD, NEW = SAE(SAEConfig(3, 5, 2), seed=0), SAE(SAEConfig(3, 5, 2), seed=1)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flashsae.ops.encode_topk.kernels import (
+from flashsae.ops.encode.kernels import (
     KEY_MASKED,
     KEY_NAN,
     KEY_NONE,

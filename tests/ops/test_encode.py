@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from dense import dense_encode, dense_topk
 from flashsae.errors import ConfigError, DtypeError, ShapeError
 from flashsae.ops import build_index, encode_topk, encode_topk_aux
-from flashsae.ops.encode_topk.reference import select_topk
+from flashsae.ops.encode.reference import select_topk
 from flashsae.testing import assert_as_accurate, integer_inputs, poison_empty
+from helpers.dense import dense_encode, dense_topk
 
 SHAPES = [(0, 5, 7, 3), (1, 1, 1, 1), (1, 8, 16, 16), (37, 13, 101, 1), (37, 13, 101, 7), (64, 24, 96, 33)]
 NAMES = ("x", "W_enc_T", "b_enc", "b_dec")

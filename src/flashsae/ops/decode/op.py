@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flashsae.errors import ConfigError, ShapeError
-from flashsae.ops.decode_sparse import operators  # noqa: F401 - makes torch.ops.flashsae.decode_sparse
+from flashsae.ops.decode import operators  # noqa: F401 - makes torch.ops.flashsae.decode_sparse
 from flashsae.ops.index import LatentIndex, check_index
 from flashsae.ops.validate import (
     Precision,

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import kill
 from flashsae.errors import CheckpointError
-from flashsae.io.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from flashsae.train.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from helpers import kill
 
 
 def _checkpoint(step: int) -> Checkpoint:

@@ -13,7 +13,7 @@ from flashsae.ops.adam_rows import AdamRule, adam_rows, row_squares
 from flashsae.ops.factors import RowGradient, SparseFactor
 from flashsae.optim import FactoredAdam
 from flashsae.testing import integer_inputs
-from steps import Tensors
+from helpers.steps import Tensors
 
 B, K, D_SAE, D_IN = 6, 3, 20, 5
 """Sizes of `inputs`; no two are equal, so that none can stand for another."""

@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from flashsae.ops.decode_sparse import kernels
+from flashsae.ops.decode import kernels
 from flashsae.ops.validate import packed, rows_contiguous
 
 LARGEST_FUSED_K = 256

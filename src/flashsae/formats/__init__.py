@@ -1,0 +1,1 @@
+"""Files that hold a trained SAE: one file a format."""

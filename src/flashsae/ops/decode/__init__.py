@@ -1,0 +1,5 @@
+"""decode_sparse: `op.py` is the operation, `reference.py` what it means."""
+
+from flashsae.ops.decode.op import DecodeLoss as DecodeLoss
+from flashsae.ops.decode.op import decode_loss as decode_loss
+from flashsae.ops.decode.op import decode_sparse as decode_sparse

@@ -1,5 +1,0 @@
-"""decode_sparse: `op.py` is the operation, `reference.py` what it means."""
-
-from flashsae.ops.decode_sparse.op import DecodeLoss as DecodeLoss
-from flashsae.ops.decode_sparse.op import decode_loss as decode_loss
-from flashsae.ops.decode_sparse.op import decode_sparse as decode_sparse

@@ -1,5 +1,0 @@
-"""encode_topk: `op.py` is the operation, `reference.py` what it means."""
-
-from flashsae.ops.encode_topk.op import TwoCodes as TwoCodes
-from flashsae.ops.encode_topk.op import encode_topk as encode_topk
-from flashsae.ops.encode_topk.op import encode_topk_aux as encode_topk_aux
