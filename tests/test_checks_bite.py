@@ -188,25 +188,25 @@ def _moments_are_right() -> None:
 
 
 KERNEL_BUGS = {
-    "dropped tail": ("decode_sparse", "kernels", "inside = column < d", "inside = column < d - 1", _step_is_right),
+    "dropped tail": ("decode", "kernels", "inside = column < d", "inside = column < d - 1", _step_is_right),
     "index of the latent beside": (
-        "encode_topk", "kernels", "position, latents.to(tl.int64)", "position, (latents ^ 1).to(tl.int64)",
+        "encode", "kernels", "position, latents.to(tl.int64)", "position, (latents ^ 1).to(tl.int64)",
         _step_is_right,
     ),
-    "no ReLU": ("encode_topk", "kernels", "acts = tl.where(values > 0.0, values,", "acts = tl.where(True, values,",
+    "no ReLU": ("encode", "kernels", "acts = tl.where(values > 0.0, values,", "acts = tl.where(True, values,",
                 _step_is_right),
     "ties broken the other way": (
-        "encode_topk", "kernels", "tl.cumsum(tied.to(tl.int32)) <= room",
+        "encode", "kernels", "tl.cumsum(tied.to(tl.int32)) <= room",
         "tl.cumsum(tied.to(tl.int32), reverse=True) <= room", _step_is_right,
     ),
     "the second run of a piece forgotten": (
         "latent_rows", "kernels", "tl.where(piece == begin, behind, 0)", "0", _long_runs_are_right,
     ),
     "a reduction in bfloat16": (
-        "decode_sparse", "kernels", "W.to(tl.float32)", "W.to(tl.bfloat16).to(tl.float32)", _decode_is_accurate,
+        "decode", "kernels", "W.to(tl.float32)", "W.to(tl.bfloat16).to(tl.float32)", _decode_is_accurate,
     ),
     "a screen without bounds": (
-        "encode_topk", "certify_kernels", "low, high = _to_key(low, KEY_MASKED + 1), _to_key(high, KEY_NAN)",
+        "encode", "certify_kernels", "low, high = _to_key(low, KEY_MASKED + 1), _to_key(high, KEY_NAN)",
         "low, high = _to_key(0.5 * (low + high), KEY_MASKED + 1), _to_key(0.5 * (low + high), KEY_NAN)",
         _selection_is_certified,
     ),
