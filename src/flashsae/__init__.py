@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flashsae import data, errors, ops, sae
+    from flashsae.architecture import Architecture, Parameter, Term, register
+    from flashsae.architectures.batch_topk import BatchTopKSettings
+    from flashsae.architectures.topk import TopKSettings
     from flashsae.evaluate.heldout import evaluate
     from flashsae.sae import SAE, SAEConfig, SparseCode
     from flashsae.settings.training import TrainConfig
@@ -17,8 +20,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SAE",
+    "Architecture",
+    "BatchTopKSettings",
+    "Parameter",
     "SAEConfig",
     "SparseCode",
+    "Term",
+    "TopKSettings",
     "TrainConfig",
     "__version__",
     "data",
@@ -26,10 +34,17 @@ __all__ = [
     "evaluate",
     "fit",
     "ops",
+    "register",
     "sae",
 ]
 
 _HOMES = {
+    "Architecture": "architecture",
+    "BatchTopKSettings": "architectures.batch_topk",
+    "Parameter": "architecture",
+    "Term": "architecture",
+    "TopKSettings": "architectures.topk",
+    "register": "architecture",
     "SAE": "sae",
     "SAEConfig": "sae",
     "SparseCode": "sae",

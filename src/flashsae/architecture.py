@@ -1,0 +1,242 @@
+"""What an SAE architecture is: a value made of small ones, found by its name. No torch here: help texts need it too.
+
+The training loop, the optimiser, the plan, checkpoints, evaluation and report read this description and never learn a
+name. Ours stand in `flashsae/architectures`, one file each; yours is registered from wherever it stands
+(docs/adding-an-architecture.md).
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from flashsae.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from flashsae.ops.code import SparseCode  # type: ignore[import-not-found]
+    from flashsae.sae.module import SAE
+    from flashsae.sae.step import Step  # type: ignore[import-not-found]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A row of the table of parameters: all that initialising, rescaling, training, planning and saving must know.
+
+    Args:
+        name: attribute of the SAE, and name in files.
+        shape: named sizes, of d_in, d_out and d_sae; () for one number.
+        initial: "unit_rows" (random directions), a number to fill with, or the name of the parameter to start equal to.
+        power: of the scale of the activations: an SAE for c · x has c**power times this. 0 for weights, 1 for biases
+            and thresholds.
+        factored: the gradient is left as factors, which the optimiser consumes in the latent pass: for weight matrices
+            with a row a latent.
+        unit_norm: rows keep norm 1.
+        trained: has a gradient; False for what a step of training updates by itself, such as a running threshold.
+        meaning: one clause.
+    """
+
+    name: str
+    shape: tuple[str, ...]
+    meaning: str
+    initial: str | float = 0.0
+    power: int = 0
+    factored: bool = False
+    unit_norm: bool = False
+    trained: bool = True
+
+    @property
+    def per_latent(self) -> bool:
+        """Whether it is a row or number a latent, and so is cut where latents are spread over devices."""
+        return self.shape[:1] == ("d_sae",)
+
+    def sizes(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """Return its shape in numbers."""
+        return tuple(sizes[name] for name in self.shape)
+
+
+@dataclass(frozen=True)
+class Term:
+    """A part of the loss.
+
+    Args:
+        name: in the log.
+        formula: in the words of the field.
+        caption: a sentence for the report.
+        compute: a scalar of a `Step`, or None where there is nothing to compute this time.
+        weight: what it is multiplied by: a number, or the name of a setting of the architecture or of the training. 0
+            leaves it out.
+        of_dead_latents: whether it needs `Step.dead`.
+    """
+
+    name: str
+    formula: str
+    caption: str
+    compute: Callable[[Step], Tensor | None]
+    weight: float | str = 1.0
+    of_dead_latents: bool = False
+
+    def weight_in(self, *settings: object) -> float:
+        """Return the weight, read from the first of these settings that has it."""
+        if not isinstance(self.weight, str):
+            return self.weight
+        return float(next(getattr(each, self.weight) for each in settings if hasattr(each, self.weight)))
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A kind of SAE.
+
+    Args:
+        name: of the option --arch, and in files.
+        title: for people.
+        settings: a frozen dataclass of its own settings, each field with a type and range of `flashsae.settings.kinds`
+            and a line under "Args:" of its docstring, which is the help text.
+        parameters: the table.
+        encode: from x ([B, d_in], sites beside each other) to a code: the selection and what follows it. Reads
+            `sae.training` where training and inference differ.
+        terms: of the loss. The first is the reconstruction, relative to the variance.
+        l0: expected number of active latents a token, of the settings; for the plan.
+        most: latents that are selected for each token at most, of the settings; None where there is no such number.
+        reads: sites that go in, in this order.
+        writes: sites that are reconstructed. An autoencoder writes what it reads.
+        subtracts_b_dec: whether the encoder sees x - b_dec.
+        initialize: sets the parameters from a sample, before the first step. None: as `flashsae.sae.initialize`.
+        after_step: updates what is not trained, of the SAE and the code of a step; waits for nothing.
+        finish: makes of a trained SAE one for inference, in place, such as by folding norms into weights.
+        source: of the definition.
+    """
+
+    name: str
+    title: str
+    settings: type
+    parameters: tuple[Parameter, ...]
+    encode: Callable[[SAE, Tensor], SparseCode]
+    terms: tuple[Term, ...]
+    l0: Callable[[Any], float]
+    most: Callable[[Any], int] | None = None
+    reads: tuple[str, ...] = ("x",)
+    writes: tuple[str, ...] = ("x",)
+    subtracts_b_dec: bool = True
+    initialize: Callable[[SAE, Tensor, Tensor], None] | None = None
+    after_step: Callable[[SAE, SparseCode], None] | None = None
+    finish: Callable[[SAE], None] | None = None
+    source: str = ""
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Every site once, those that are read first."""
+        return tuple(dict.fromkeys((*self.reads, *self.writes)))
+
+
+AUTOENCODER = (
+    Parameter("W_enc_T", ("d_sae", "d_in"), "encoder, a row a latent", "W_dec", factored=True),
+    Parameter("b_enc", ("d_sae",), "bias of the encoder", power=1),
+    Parameter("W_dec", ("d_sae", "d_out"), "decoder, a row a latent", "unit_rows", factored=True, unit_norm=True),
+    Parameter("b_dec", ("d_out",), "bias of the decoder", power=1),
+)
+"""The parameters that all autoencoders share."""
+
+RECONSTRUCTION = Term(
+    "fvu",
+    "Σ‖x − x_hat‖² / (tokens · variance of a token)",
+    "Fraction of the variance that the reconstruction of a training batch leaves unexplained.",
+    lambda step: step.decoded.loss,
+)
+
+AUXK = Term(
+    "auxk_loss",
+    "Σ‖residual − residual_hat‖² / Σ‖residual‖²",
+    "How badly dead latents explain what the living ones left over (AuxK, Gao et al. 2024): 1 where they give nothing.",
+    lambda step: step.auxk_loss(),
+    weight="auxk_alpha",
+    of_dead_latents=True,
+)
+
+_OURS = "flashsae.architectures"
+_REGISTERED: dict[str, Architecture] = {}
+
+
+def register(architecture: Architecture) -> Architecture:
+    """Make an architecture known by its name, and by the class of its settings; return it.
+
+    Raises:
+        ConfigError: its settings are no frozen dataclass with defaults, or name or class belong to another one.
+    """
+    settings = architecture.settings
+    if not is_dataclass(settings) or not settings.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+        raise ConfigError(f"settings of {architecture.name}: expected a frozen dataclass, got {settings!r}.")
+    repeated = sorted({p.name for p in architecture.parameters if architecture.parameters.count(p) > 1})
+    if repeated:
+        raise ConfigError(f"parameters of {architecture.name}: expected each name once, got {repeated[0]} again.")
+    for other in _REGISTERED.values():
+        if (other.name == architecture.name) != (other.settings is settings):
+            raise ConfigError(
+                f"{architecture.name}: expected a name and settings of its own, but {other.title} has "
+                f"{'this name' if other.name == architecture.name else 'these settings'}."
+            )
+    _REGISTERED[architecture.name] = architecture
+    return architecture
+
+
+def architecture_names() -> list[str]:
+    """Return the names of all architectures: ours, and those registered so far."""
+    ours = [module.name for module in pkgutil.iter_modules(import_module(_OURS).__path__)]
+    return sorted({*ours, *_REGISTERED})
+
+
+def architecture_named(name: str) -> Architecture:
+    """Return an architecture by name.
+
+    Raises:
+        ConfigError: there is none of this name.
+    """
+    if name not in _REGISTERED and name in architecture_names():
+        register(import_module(f"{_OURS}.{name}").ARCHITECTURE)
+    if name not in _REGISTERED:
+        raise ConfigError(
+            f"arch: expected one of {', '.join(architecture_names())}, got {name!r}. One of your own has to be "
+            "registered first: import the module that calls flashsae.register."
+        )
+    return _REGISTERED[name]
+
+
+def architecture_of(settings: object) -> Architecture:
+    """Return the architecture that settings belong to.
+
+    Raises:
+        ConfigError: they are those of none.
+    """
+    for name in (*_REGISTERED, *architecture_names()):
+        if type(settings) is architecture_named(name).settings:
+            return architecture_named(name)
+    raise ConfigError(
+        f"arch: expected settings of an architecture, such as TopKSettings(k=32), got {settings!r}. The class has to "
+        "be registered: flashsae.register(Architecture(settings=...))."
+    )
+
+
+def settings_of(arch: object, **given: Any) -> Any:
+    """Return the settings that somebody asks for.
+
+    Args:
+        arch: the name of an architecture, or its settings.
+        given: settings by name, for an architecture given by name.
+    Raises:
+        ConfigError: no such architecture or setting, or both settings and single ones are given.
+    """
+    if not isinstance(arch, str):
+        architecture_of(arch)
+        if given:
+            raise ConfigError(f"{next(iter(given))}: expected it in arch={type(arch).__name__}(...), not beside it.")
+        return arch
+    settings = architecture_named(arch).settings
+    known = [field.name for field in fields(settings)]
+    for name in given:
+        if name not in known:
+            raise ConfigError(f"{name}: {arch} has no such setting; it has {', '.join(known) or 'none'}.")
+    return settings(**given)

@@ -1,0 +1,66 @@
+"""BatchTopK: the B·k largest pre-activations of a batch of B tokens; for inference, all above a threshold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import flashsae
+from flashsae.architecture import AUTOENCODER, AUXK, RECONSTRUCTION, Architecture, Parameter
+from flashsae.settings.kinds import PositiveInt, check_fields
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+AVERAGED_STEPS = 1000
+"""Over so many steps, about, the threshold is averaged."""
+
+
+@dataclass(frozen=True)
+class BatchTopKSettings:
+    """Settings of BatchTopK.
+
+    Args:
+        k: Latents active for each token, on average over a batch.
+    """
+
+    k: PositiveInt = 32
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+def encode(sae: Any, x: Tensor) -> Any:
+    """Return relu(pre-activations selected): the B·k largest of the batch in training, all above the threshold else."""
+    weights = x, sae.W_enc_T, sae.b_enc
+    if sae.training:
+        code = flashsae.ops.encode_batch_topk(*weights, sae.config.arch.k, b_dec=sae.b_dec, precision=sae.precision)  # type: ignore[attr-defined]
+    else:
+        code = flashsae.ops.encode_above(*weights, sae.threshold, b_dec=sae.b_dec, precision=sae.precision)  # type: ignore[attr-defined]
+    return code.replace(code.acts.relu())
+
+
+def average_threshold(sae: Any, code: Any) -> None:
+    """Let the threshold follow the smallest activation above 0 of each batch: at first the mean of all."""
+    smallest = code.acts.where(code.acts > 0, float("inf")).amin()
+    is_there = smallest.isfinite()
+    sae.threshold_steps.add_(is_there)
+    rate = sae.threshold_steps.clamp(1, AVERAGED_STEPS).reciprocal()
+    sae.threshold.add_((smallest - sae.threshold).where(is_there, 0.0) * rate)
+
+
+ARCHITECTURE = Architecture(
+    name="batch_topk",
+    title="BatchTopK",
+    settings=BatchTopKSettings,
+    parameters=(
+        *AUTOENCODER,
+        Parameter("threshold", (), "what a pre-activation must exceed in inference", power=1, trained=False),
+        Parameter("threshold_steps", (), "steps that the threshold is an average of", trained=False),
+    ),
+    encode=encode,
+    terms=(RECONSTRUCTION, AUXK),
+    l0=lambda settings: settings.k,
+    after_step=average_threshold,
+    source="Bussmann et al. 2024, section 3 and equation 4",
+)
