@@ -30,7 +30,8 @@ from flashsae.data.shuffle import shuffled
 from flashsae.data.sources import RowSource, StreamSource
 from flashsae.data.text import open_text
 from flashsae.documents import crc32
-from flashsae.train.callbacks import Callback, JsonlLog
+from flashsae.logs.callback import Callback
+from flashsae.logs.jsonl import JsonlLog
 from flashsae.train.config import ResolvedConfig, TrainConfig
 from flashsae.train.loop import train, train_step
 from flashsae.train.state import TrainState, init_state

@@ -23,6 +23,8 @@ from flashsae.data.cache import ActivationCache
 from flashsae.data.shuffle import shuffled
 from flashsae.documents import SEAL, sealed
 from flashsae.errors import FlashSAEError
+from flashsae.logs.callback import Callback
+from flashsae.logs.jsonl import make_line
 from flashsae.report import plots
 from flashsae.report.render import render_report
 from flashsae.report.snippet_file import read_snippets, write_snippets
@@ -33,8 +35,6 @@ from flashsae.settings.run import SEAL as TOML_SEAL
 from flashsae.settings.run import load_settings
 from flashsae.start import begun
 from flashsae.train import TrainConfig, train
-from flashsae.train.callbacks import Callback
-from flashsae.train.log_file import make_line
 from flashsae.train.state import init_state
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("files of a run")]

@@ -18,6 +18,7 @@ schema files documents shapes backend neutral
 ops metrics
 formats sae architectures optim
 data
+logs
 train
 evaluate report bench
 start run pace arguments commands cli testing

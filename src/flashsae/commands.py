@@ -153,7 +153,7 @@ def cache(
     from flashsae.backend import resolve_device
     from flashsae.data.cache_index import verify_cache
     from flashsae.data.open import cache_activations
-    from flashsae.train.callbacks import StageBar
+    from flashsae.logs.progress import StageBar
 
     console = Console()
     if verify is not None:

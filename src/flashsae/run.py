@@ -27,6 +27,10 @@ from flashsae.data.shuffle import shuffled
 from flashsae.data.sources import Source
 from flashsae.documents import save_tensors_atomic
 from flashsae.evaluate import evaluate, held_out_batches, latent_geometry
+from flashsae.logs.callback import Warn
+from flashsae.logs.jsonl import LOG_FILE, JsonlLog, read_log
+from flashsae.logs.progress import ProgressBar, StageBar, filling
+from flashsae.logs.trackers import build_logger
 from flashsae.metrics import LatentActivity, is_dead
 from flashsae.report.evaluation_file import RunEvaluation, write_evaluation
 from flashsae.report.render import render_report
@@ -37,10 +41,8 @@ from flashsae.sae.module import SAE
 from flashsae.settings.run import CONFIG_FILE, RunConfig
 from flashsae.start import begun, check, check_rows, nothing_held_out, plan_table, table
 from flashsae.start import new_run as new_run
-from flashsae.train.callbacks import JsonlLog, ProgressBar, StageBar, Warn, build_logger, filling
 from flashsae.train.checkpoint import list_checkpoints, load_checkpoint
 from flashsae.train.config import ResolvedConfig, TrainConfig
-from flashsae.train.log_file import LOG_FILE, read_log
 from flashsae.train.loop import train
 from flashsae.train.state import init_state
 

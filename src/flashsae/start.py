@@ -18,9 +18,9 @@ from flashsae.data.open import Prepared, run_name
 from flashsae.data.shuffle import buffer_size, shuffled
 from flashsae.data.sources import RowSource, Source
 from flashsae.errors import DataError, StorageError, require
+from flashsae.logs.trackers import check_logger
 from flashsae.settings.reading import MINILM
 from flashsae.settings.run import CONFIG_FILE, RunConfig
-from flashsae.train.callbacks import check_logger
 from flashsae.train.plan import check_memory, check_selection, make_plan, repeats_warning
 
 RUNS = Path("runs")

@@ -16,6 +16,7 @@ from typing import Any
 from flashsae.documents import SEAL, load_json, load_tensors
 from flashsae.errors import CheckpointError, require
 from flashsae.files import write_atomic
+from flashsae.logs.jsonl import read_log
 from flashsae.report.cards import card, known_of_all, printable, sample_text
 from flashsae.report.drawing import Array
 from flashsae.report.evaluation_file import read_evaluation
@@ -23,7 +24,6 @@ from flashsae.report.plots import Plot, latent_map, latent_plots, training_plots
 from flashsae.report.snippet_file import Snippets, read_snippets
 from flashsae.report.summary import compact, count, duration, final_figures, real
 from flashsae.settings.run import load_settings
-from flashsae.train.log_file import read_log
 
 _ARRAYS = ("latent_density", "decoder_norm", "encoder_decoder_cosine", "nearest_decoder_cosine")
 _OPTIONAL_ARRAYS = ("is_dead",)

@@ -1,4 +1,4 @@
-"""Training: settings, the loop, dead latents, callbacks, and `fit` for arrays."""
+"""Training: settings, the loop, dead latents, and `fit` for arrays."""
 
 from flashsae.train.config import TrainConfig
 from flashsae.train.fit import fit

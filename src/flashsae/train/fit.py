@@ -19,12 +19,13 @@ from flashsae.data.shuffle import buffer_size, shuffled
 from flashsae.data.sources import ArraySource, IterableSource
 from flashsae.errors import CheckpointError, ConfigError, FlashSAEWarning, StorageError
 from flashsae.files import discard, only_one, storage_errors
+from flashsae.logs.callback import Callback, Warn
+from flashsae.logs.jsonl import LOG_FILE, JsonlLog
+from flashsae.logs.progress import ProgressBar, filling
 from flashsae.neutral import neutral
 from flashsae.sae.module import SAE
 from flashsae.settings.kinds import check, expand
-from flashsae.train.callbacks import Callback, JsonlLog, ProgressBar, Warn, filling
 from flashsae.train.config import ResolvedConfig, TrainConfig
-from flashsae.train.log_file import LOG_FILE
 from flashsae.train.loop import train
 from flashsae.train.plan import check_memory, check_selection, make_plan
 from flashsae.train.state import init_state

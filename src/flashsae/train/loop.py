@@ -13,15 +13,15 @@ from torch import Tensor
 
 from flashsae.data.prefetch import Prefetcher
 from flashsae.errors import DataEndedError, FlashSAEError
+from flashsae.logs.callback import Callback
+from flashsae.logs.records import Records
 from flashsae.neutral import neutral
 from flashsae.optim import lr_factor
 from flashsae.sae.module import SAE
-from flashsae.train.callbacks import Callback
 from flashsae.train.checkpoint import save_checkpoint
 from flashsae.train.config import ResolvedConfig
 from flashsae.train.dead import auxk_loss
 from flashsae.train.plan import repeats_warning
-from flashsae.train.records import Records
 from flashsae.train.state import TrainState, to_checkpoint
 
 

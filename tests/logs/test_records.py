@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flashsae.errors import DataError
-from flashsae.train.records import Records
+from flashsae.logs.records import Records
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

@@ -1,14 +1,15 @@
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import pytest
 
-from flashsae.errors import CheckpointError
-from flashsae.train.callbacks import JsonlLog
-from flashsae.train.log_file import read_log
+from flashsae.errors import CheckpointError, StorageError
+from flashsae.logs.jsonl import JsonlLog, read_log
 
+RECORD = {"step": 3, "tokens": 30, "loss": 0.5, "fvu": 0.5, "dead_latents": 2.0, "lr": 1e-3}
 RECORDS = [{"step": step, "tokens": 10 * step, "fvu": 1 / step} for step in (1, 2, 3, 4)]
 
 
@@ -70,3 +71,34 @@ def test_deep_nesting_is_one_sentence(log: Path) -> None:
     log.write_text("[" * 100_000 + "\n")
     with pytest.raises(CheckpointError, match="line 1 is damaged: it is no JSON"):
         read_log(log)
+
+
+def test_the_log_is_cut_to_the_checkpoint_and_gone_on_with(tmp_path: Path) -> None:
+    with JsonlLog(tmp_path) as log:
+        log.on_start(0, 10)
+        for step in (1, 2, 3, 4):
+            log.on_log({**RECORD, "step": step})
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 5, "tok')  # a kill in the middle of a line
+    assert [record["step"] for record in read_log(path)] == [1, 2, 3, 4]
+    with JsonlLog(tmp_path) as log:
+        log.on_start(2, 10)
+        log.on_log(RECORD)
+        assert read_log(path)[-1] == RECORD  # at once, not at the end
+    assert [record["step"] for record in read_log(path)] == [1, 2, 3]
+
+
+def test_damage_inside_the_log_is_named(tmp_path: Path) -> None:
+    (tmp_path / "m").write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
+    with pytest.raises(CheckpointError, match=r"m, line 2 is damaged"):
+        read_log(tmp_path / "m")
+
+
+def test_a_full_disk_under_the_log_is_one_sentence(tmp_path: Path) -> None:
+    with JsonlLog(tmp_path) as log:
+        log.on_start(0, 10)
+        assert log._file is not None
+        log._file.close()
+        log._file = io.TextIOWrapper(open("/dev/full", "ab", buffering=0), write_through=True)  # noqa: SIM115
+        with pytest.raises(StorageError, match=r"could not write .*metrics\.jsonl: No space left on device"):
+            log.on_log(RECORD)

@@ -6,15 +6,20 @@ So a line that was changed, taken out or moved is found; only at the end lines c
 from __future__ import annotations
 
 import json
+import os
 import re
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+from flashsae import files
 from flashsae.documents import SEAL
 from flashsae.errors import CheckpointError
 from flashsae.files import refusal
+from flashsae.logs.callback import Callback
 from flashsae.schema import LARGEST, parse
 
 LOG_FILE = "metrics.jsonl"
@@ -80,3 +85,48 @@ def _is_json(line: str) -> bool:
     except (ValueError, RecursionError):
         return False
     return True
+
+
+class JsonlLog(Callback):
+    """Append every record to RUN/metrics.jsonl. When resumed, drop the lines behind the checkpoint first."""
+
+    def __init__(self, run: Path) -> None:
+        self._path = run / LOG_FILE
+        self._file: TextIO | None = None
+        self._checksum = 0
+
+    def on_start(self, step: int, steps: int) -> None:
+        """Open the log and cut it to what the checkpoint knows of; CheckpointError if it does not reach that far."""
+        kept = list(takewhile(lambda record: record["step"] <= step, read_log(self._path)))
+        if step and (not kept or kept[-1]["step"] != step):
+            raise CheckpointError(
+                f"{self._path} does not reach the checkpoint of step {step}: put the whole file back, or remove the "
+                "folder checkpoints to train from the start."
+            )
+        self._checksum, text = 0, ""
+        for record in kept:
+            line, self._checksum = make_line(record, self._checksum)
+            text += line + "\n"
+        files.write_atomic(self._path, text)
+        with files.storage_errors(self._path):
+            self._file = self._path.open("a", encoding="utf-8", newline="\n")
+
+    def on_log(self, record: Mapping[str, float]) -> None:
+        """Write a line, at once."""
+        if self._file is not None:
+            line, self._checksum = make_line(record, self._checksum)
+            with files.storage_errors(self._path):
+                self._file.write(line + "\n")
+                self._file.flush()
+
+    def on_checkpoint(self, step: int) -> None:
+        """Flush the lines to the disk, so that no checkpoint is ahead of its log."""
+        if self._file is not None:
+            with files.storage_errors(self._path):
+                os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file; every line is on disk already, or its failure has been told."""
+        if self._file is not None:
+            with suppress(OSError):
+                self._file.close()

@@ -1,0 +1,1 @@
+"""Who hears of the progress of a training: the JSONL log, a progress bar, TensorBoard, wandb."""
