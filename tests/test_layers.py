@@ -16,12 +16,12 @@ ORDER = """
 errors precision architecture settings
 schema files documents shapes backend neutral
 ops metrics
-formats sae architectures optim
+formats sae architectures optim testing
 data
 logs
 train
 evaluate report bench
-start run pace arguments commands cli testing
+start run pace arguments commands cli
 """.split()  # noqa: SIM905 - reads as the layers that it lists
 
 
