@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,14 +13,12 @@ from flashsae.backend import LARGEST_K
 from flashsae.errors import ConfigError
 from flashsae.ops.decode.launch import launch_dots
 from flashsae.ops.encode import certify_kernels, kernels
+from flashsae.ops.encode.product import LARGEST_ROWS, Rounded, products_in, round_operands
 from flashsae.ops.validate import packed, rows_contiguous
 from flashsae.shapes import Choice
 
 WHOLE_ROW = 8192
 """Latents of a row that a program of the selection holds at once, at most."""
-
-LARGEST_ROWS = 65535 * 16
-"""Rows at once, at most: a grid has no more than 65535 programs in its second dimension, each with 16 rows."""
 
 REDO_PROGRAMS = 32
 """Rows redone in float32 at once; each needs two scratch rows of d_sae numbers."""
@@ -137,7 +134,7 @@ def launch_encode_topk(
     stride = triton.cdiv(n, 8) * 8  # rows of the product stay aligned
     rows = max(1, min(B, LARGEST_ROWS, workspace_bytes // (stride * dtype.itemsize)))
     raw = torch.empty(rows, stride, dtype=dtype, device=device)
-    facts = _round(x, W_enc_T) if certified else None
+    facts = round_operands(x, W_enc_T) if certified else None
     left, right = (x, W_enc_T) if facts is None else (facts.x, facts.W)
     selections = [
         _Selection(b_enc, key_scale, None if mask is None else packed(mask.to(torch.int8)), Layout.of(n, k), n)
@@ -146,7 +143,7 @@ def launch_encode_topk(
     for start in range(0, B, rows):
         part = slice(start, min(start + rows, B))
         products = raw[: part.stop - start]
-        with _products_in(precision):
+        with products_in(precision):
             torch.mm(left[part], right.T, out=products[:, :n])
         if facts is None and part.stop == B:
             del right, W_enc_T  # nothing is multiplied any more: rounded weights make room for the maxima
@@ -216,42 +213,12 @@ def _select_by_groups(selection: _Selection, products: Tensor, out: tuple[Tensor
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _Facts:
-    """Operands in float16 and what bounds their error (encode_topk_round_kernel)."""
-
-    x: Tensor
-    W: Tensor
-    tokens: Tensor
-    latents: Tensor
-
-
-def _round(x: Tensor, W_enc_T: Tensor) -> _Facts:
-    d = x.shape[1]
-    top_exponent = (15 - (d - 1).bit_length()) // 2  # then no product of two rows can overflow float16
-    # a tensor core adds at least 8 products at a time and loses less than 2**-21 of the largest sum each time; the
-    # float32 rescoring adds d / 128 products in a row in each of its lanes, then the lanes in pairs
-    accumulation = d / 8 * 2.0**-21 + (d / 128 + 32) * 2.0**-23
-    rounded, facts = [], []
-    for matrix, is_token in ((x, True), (W_enc_T, False)):
-        half = torch.empty_like(matrix, dtype=torch.float16)
-        fact = torch.empty(3, len(matrix), dtype=torch.float32, device=matrix.device)
-        block_d = triton.next_power_of_2(d)
-        certify_kernels.encode_topk_round_kernel[(len(matrix),)](
-            matrix, half, fact, len(matrix), d, matrix.stride(0), top_exponent, accumulation,
-            IS_TOKEN=is_token, BLOCK_D=block_d, num_warps=max(1, min(16, block_d // 1024)),
-        )  # fmt: skip
-        rounded.append(half)
-        facts.append(fact)
-    return _Facts(*rounded, *facts)
-
-
 def _select_certified(
     selection: _Selection,
     products: Tensor,
     x: Tensor,
     W_enc_T: Tensor,
-    facts: _Facts,
+    facts: Rounded,
     part: slice,
     out: tuple[Tensor, Tensor],
 ) -> Tensor:
@@ -284,30 +251,3 @@ def _select_certified(
         BLOCK_K=block_k, num_warps=8,
     )  # fmt: skip
     return counts
-
-
-@contextmanager
-def _products_in(precision: str) -> Iterator[None]:
-    """Have cuBLAS accumulate in float32, and use TF32 if asked to, whatever the user's settings; then put them back."""
-    if not torch.cuda.is_available():
-        yield
-        return
-    matmul = torch.backends.cuda.matmul
-    names = [
-        "allow_fp16_reduced_precision_reduction",
-        "allow_bf16_reduced_precision_reduction",
-        "allow_fp16_accumulation",
-    ]
-    before = {name: getattr(matmul, name) for name in names}
-    tf32 = matmul.fp32_precision
-    try:
-        for name in names:
-            setattr(matmul, name, False)
-        if precision == "tf32":
-            matmul.fp32_precision = "tf32"
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(matmul, name, value)
-        if precision == "tf32":
-            matmul.fp32_precision = tf32
