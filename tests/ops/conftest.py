@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from helpers.on_both import DEVICE
 
@@ -13,3 +14,13 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
         return "cpu"
     pytest.importorskip("triton")
     return DEVICE
+
+
+@pytest.fixture(params=["reference", "triton"])
+def either_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    """Run a test on the reference in float64, and in float32, which kernels compute in, on the sparse kernels."""
+    if request.param == "triton":
+        pytest.importorskip("triton")
+    monkeypatch.setenv("FLASHSAE_BACKEND", request.param)
+    monkeypatch.setenv("FLASHSAE_DENSE_ABOVE", "1")  # so few latents would be multiplied as a whole
+    return torch.float32 if request.param == "triton" else torch.float64
