@@ -24,3 +24,10 @@ def either_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("FLASHSAE_BACKEND", request.param)
     monkeypatch.setenv("FLASHSAE_DENSE_ABOVE", "1")  # so few latents would be multiplied as a whole
     return torch.float32 if request.param == "triton" else torch.float64
+
+
+@pytest.fixture
+def sparse_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skip a test of kernels where there is no Triton; codes are not multiplied as a whole, however small."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("FLASHSAE_DENSE_ABOVE", "1")
