@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import facts
+from flashsae.data.acts import only_site
 from flashsae.data.cache import ActivationCache
 from flashsae.data.shuffle import RowShuffle
 from flashsae.ops.encode.launch import Layout, launch_encode_topk
@@ -88,7 +89,7 @@ def trained_case(cache: Path, device: torch.device) -> tuple[Tensor, Tensor, Ten
     sae: SAE = train(state, config)
     assert isinstance(sae.config, SAEConfig)
     shuffled = RowShuffle(source, 1024, seed=1)
-    x = torch.cat([shuffled.next_batch() for _ in range(16)]).to(device, torch.float32)
+    x = torch.cat([only_site(shuffled.next_batch()) for _ in range(16)]).to(device, torch.float32)
     return x - sae.b_dec.detach(), sae.W_enc_T.detach(), sae.b_enc.detach(), config.k
 
 

@@ -146,11 +146,11 @@ def read_trace(path: Path) -> dict[str, Any]:
 def resident_rate(state: TrainState, x: torch.Tensor, config: ResolvedConfig, steps: int) -> float:
     """Return tokens a second of steps whose batch is on the device."""
     for _ in range(steps):
-        train_step(state, x, config)
+        train_step(state, {"x": x}, config)
     torch.cuda.synchronize()
     start = time.perf_counter()
     for _ in range(steps):
-        train_step(state, x, config)
+        train_step(state, {"x": x}, config)
     torch.cuda.synchronize()
     return steps * len(x) / (time.perf_counter() - start)
 
@@ -163,7 +163,7 @@ def source_rate(source: StreamSource, tokens: int) -> float:
     torch.cuda.synchronize()
     start, found = time.perf_counter(), 0
     while found < tokens:
-        found += len(next(chunks)[0].acts)
+        found += len(next(chunks)[0].group)
     torch.cuda.synchronize()
     return found / (time.perf_counter() - start)
 

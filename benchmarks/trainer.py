@@ -18,6 +18,7 @@ from torch import Tensor
 
 from benchmarks.measure import facts
 from flashsae.bench.measure import OURS
+from flashsae.data.acts import only_site
 from flashsae.data.cache import ActivationCache
 from flashsae.data.shuffle import RowShuffle
 from flashsae.evaluate.heldout import evaluate, held_out_batches
@@ -48,7 +49,7 @@ def ours(source: ActivationCache, config: ResolvedConfig) -> tuple[SAE, list[flo
     state = start(source, config)
     curve = []
     for _ in range(config.steps):
-        batch = state.batches.next_batch().to(config.device)
+        batch = {site: x.to(config.device) for site, x in state.batches.next_batch().items()}
         curve.append(train_step(state, batch, config)["fvu"].clone())
     return state.finished_sae().to(config.device), torch.stack(curve).tolist()
 
@@ -99,7 +100,7 @@ def dense(source: ActivationCache, config: ResolvedConfig, arm: str, *, autocast
     since_fired = torch.zeros(config.d_sae, dtype=torch.int64, device=config.device)
     decay_steps = round(config.decay_fraction * config.steps)
     for step in range(config.steps):
-        x = state.batches.next_batch().to(config.device).float() * state.scale
+        x = only_site(state.batches.next_batch()).to(config.device).float() * state.scale
         x = x.flip(0) if arm == REVERSED else x
         with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
             dead = since_fired >= config.dead_after_tokens

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from benchmarks.measure import facts
 from flashsae import ops
+from flashsae.data.acts import only_site
 from flashsae.data.cache import ActivationCache
 from flashsae.data.shuffle import RowShuffle
 from flashsae.optim import lr_factor
@@ -118,7 +119,7 @@ def main(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source = ActivationCache(cache)
     shuffled = RowShuffle(source, batch_tokens, seed=0)
-    batches = [shuffled.next_batch().to(device, torch.float32) for _ in range(steps)]
+    batches = [only_site(shuffled.next_batch()).to(device, torch.float32) for _ in range(steps)]
     sample = torch.cat(batches[:8])
     scale = float((sample.shape[1] ** 0.5) / (4 * (sample - sample.mean(0)).square().sum(1).mean().sqrt()))
     config = SAEConfig(source.d_in, d_sae, k)

@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 
 import flashsae
 from flashsae import SAE, SAEConfig, TrainConfig
+from flashsae.data.acts import Batch
 from flashsae.data.synthetic import SuperpositionModel
 from flashsae.ops import FactoredGradient, build_index, decode_loss, decode_sparse, encode_topk
 from flashsae.ops.adam_rows import AdamRule, adam_rows, row_squares
@@ -306,23 +307,26 @@ def test_training_repeats_and_resumes_bit_for_bit(precision: Precision, moments:
 
 
 def test_an_old_graph_among_the_garbage_does_not_break_a_capture() -> None:
-    x = torch.ones(4, 3, device="cuda")
+    x = {"x": torch.ones(4, 3, device="cuda")}
+
+    def total(batch: Batch) -> dict[str, torch.Tensor]:
+        return {"sum": batch["x"].sum()}
 
     def leave_garbage() -> None:
         steps = CapturedSteps()
         for _ in range(2):
-            steps(lambda x: {"sum": x.sum()}, x, "kind")
+            steps(total, x, "kind")
         cycle: list[Any] = [steps]
         cycle.append(cycle)
 
-    def step(x: torch.Tensor) -> dict[str, torch.Tensor]:
+    def step(batch: Batch) -> dict[str, torch.Tensor]:
         _ = [[[]] for _ in range(20_000)]  # so many that Python looks for garbage
-        return {"sum": x.sum()}
+        return total(batch)
 
     gc.disable()
     leave_garbage()
     steps = CapturedSteps()
-    steps(lambda x: {"sum": x.sum()}, x, "kind")
+    steps(total, x, "kind")
     gc.enable()
     assert steps(step, x, "kind")["sum"].item() == 12.0
     assert gc.isenabled()

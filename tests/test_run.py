@@ -91,7 +91,7 @@ def test_a_run_ends_with_figures_and_a_report(whole: tuple[Path, str]) -> None:
     sae = flashsae.SAE.load(run / "sae")
     (cache,) = (run.parent / "activations").iterdir()
     source = ActivationCache(cache)
-    held_out = source.rows(source.split_rows("held_out")).float()
+    held_out = source.rows(source.split_rows("held_out"))["encoder.layer.0"].float()
     assert flashsae.evaluate(sae, held_out).fvu == pytest.approx(result["fvu"], rel=1e-6)
     log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert log[-1]["held_out_fvu"] == pytest.approx(result["fvu"], rel=0.05)

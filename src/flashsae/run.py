@@ -21,7 +21,9 @@ from rich.table import Table
 
 from flashsae import files
 from flashsae.backend import resolve_device
+from flashsae.data.acts import Batch, only_site
 from flashsae.data.cache import ActivationCache
+from flashsae.data.hookpoints import folder_of
 from flashsae.data.open import Opened, Prepared, prepare_activations
 from flashsae.data.shuffle import shuffled
 from flashsae.data.sources import Source
@@ -84,7 +86,7 @@ def _execute(run: Path, config: RunConfig, console: Console) -> None:
         return
     files.write_atomic(run / CONFIG_FILE, settled.to_toml())
     for hookpoint, source in opened.sources.items():
-        part, one = run / hookpoint, resolved[hookpoint]
+        part, one = run / folder_of(hookpoint), resolved[hookpoint]
         if not part.exists():
             new_run(one, part)
         console.rule(hookpoint)
@@ -164,7 +166,7 @@ def _resolved(config: RunConfig, prepared: Prepared, hookpoint: str) -> RunConfi
 def _execute_one(run: Path, config: RunConfig, source: Source, opened: Opened, console: Console) -> None:
     """Train, measure and describe one SAE; `config` is resolved."""
     files.write_atomic(run / CONFIG_FILE, config.to_toml())
-    settings = config.train.resolve(source.d_in)
+    settings = config.train.resolve(only_site(source.widths))
     device = resolve_device(settings.device)
     hookpoint = config.activations.hookpoint or ""
     most, tokens = settings.shuffle_tokens, settings.tokens
@@ -202,7 +204,7 @@ def _warn(console: Console, message: str) -> None:
     console.print(f"[bold yellow]Warning:[/] {escape(message)}", highlight=False, soft_wrap=True)
 
 
-def _measure(sae: SAE, held_out: list[torch.Tensor]) -> dict[str, float]:
+def _measure(sae: SAE, held_out: list[Batch]) -> dict[str, float]:
     """Return held-out figures for a line of the log."""
     evaluation = evaluate(sae, held_out)
     without = {"held_out_fvu_without_outliers": evaluation.fvu_without_outliers} if evaluation.outliers else {}
@@ -247,8 +249,8 @@ def _describe_latents(
     bar = StageBar(console, "texts of each latent", "tokens")
     bar.start(0, min(SNIPPET_TOKENS, source.n_rows) if isinstance(source, ActivationCache) else SNIPPET_TOKENS)
 
-    def encode(acts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        code = sae.encode(acts.to(sae.W_dec.device, sae.W_dec.dtype))
+    def encode(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        code = sae.encode(only_site(batch).to(sae.W_dec.device, sae.W_dec.dtype))
         activity.update(code.top_acts, code.top_indices)
         bar.update(activity.tokens)
         return code.top_acts, code.top_indices

@@ -29,28 +29,28 @@ from flashsae.errors import CheckpointError, ConfigError, DataError, FlashSAEErr
 def test_rows_and_tokens_are_those_of_the_stream_in_bfloat16(
     tiny: ModuleType, cache_source: LanguageModelSource, written: Path
 ) -> None:
-    streamed = [chunks for chunks, _ in cache_source.chunks_by_hookpoint(None)]
+    streamed = [chunk for chunk, _ in cache_source.chunks(None)]
     for name in ("h.0", "h.1"):
         cache = ActivationCache(written, name, held_out=0.0)
-        acts = torch.cat([chunks[name].acts for chunks in streamed]).to(torch.bfloat16)
+        acts = torch.cat([chunk.acts[name] for chunk in streamed]).to(torch.bfloat16)
         assert cache.n_rows == len(acts) == sum(len(document.split()) for document in tiny.DOCUMENTS)
-        assert torch.equal(cache.rows(torch.arange(len(acts))), acts)
+        assert torch.equal(cache.rows(torch.arange(len(acts)))[name], acts)
         read = [chunk for chunk, _ in cache.chunks("train")]
         for field in ("group", "token_ids", "position"):
-            expected = torch.cat([getattr(chunks[name], field) for chunks in streamed])
+            expected = torch.cat([getattr(chunk, field) for chunk in streamed])
             got = torch.cat([getattr(chunk, field) for chunk in read])
             assert torch.equal(got, expected)
             assert got.dtype == expected.dtype
-        assert torch.equal(torch.cat([chunk.acts for chunk in read]), acts)
+        assert torch.equal(torch.cat([chunk.acts[name] for chunk in read]), acts)
 
 
 def test_rows_come_in_the_order_asked(written: Path) -> None:
     cache = ActivationCache(written, "h.1")
-    everything = cache.rows(torch.arange(cache.n_rows))
+    everything = cache.rows(torch.arange(cache.n_rows))["h.1"]
     index = torch.randint(cache.n_rows, (333,), generator=torch.Generator().manual_seed(1))
-    assert torch.equal(cache.rows(index), everything[index])
-    assert cache.rows(torch.empty(0, dtype=torch.int64)).shape == (0, 16)
-    assert cache.rows(index).dtype == torch.bfloat16
+    assert torch.equal(cache.rows(index)["h.1"], everything[index])
+    assert cache.rows(torch.empty(0, dtype=torch.int64))["h.1"].shape == (0, 16)
+    assert cache.rows(index)["h.1"].dtype == torch.bfloat16
     for wrong in (-1, cache.n_rows):
         with pytest.raises(DataError, match=rf"has rows 0 to {cache.n_rows - 1}, got {wrong} to {wrong}"):
             cache.rows(torch.tensor([wrong]))
@@ -64,7 +64,7 @@ def test_it_is_a_row_source_whose_splits_are_by_document(written: Path) -> None:
     assert 0 < len(held_out) < len(train)
     for split, rows in (("train", train), ("held_out", held_out)):
         chunks = [chunk for chunk, _ in cache.chunks(split)]
-        assert torch.equal(torch.cat([chunk.acts for chunk in chunks]), cache.rows(rows))
+        assert torch.equal(torch.cat([chunk.acts["h.0"] for chunk in chunks]), cache.rows(rows)["h.0"])
         assert split_mask(torch.cat([chunk.group for chunk in chunks]), 0.3, split).all()
 
 
@@ -75,14 +75,14 @@ def test_chunks_go_on_at_a_cursor(written: Path, monkeypatch: pytest.MonkeyPatch
     assert len(whole) > 2
     rest = list(cache.chunks("train", json.loads(json.dumps(whole[1][1]))))
     assert [cursor for _, cursor in rest] == [cursor for _, cursor in whole[2:]]
-    assert all(torch.equal(a.acts, b.acts) for (a, _), (b, _) in zip(rest, whole[2:]))
+    assert all(torch.equal(a.acts["h.0"], b.acts["h.0"]) for (a, _), (b, _) in zip(rest, whole[2:]))
 
 
 def test_it_says_what_it_holds_and_keeps_the_tokenizer(
     tiny: ModuleType, cache_source: LanguageModelSource, written: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = ActivationCache(written, "h.1")
-    assert (cache.model, cache.hookpoint, cache.d_in, cache.dataset) == ("tiny", "h.1", 16, cache_source.text.name)
+    assert (cache.model, cache.hookpoints, cache.d_in, cache.dataset) == ("tiny", ("h.1",), 16, cache_source.text.name)
     assert ActivationCache.is_complete(written)
     assert not ActivationCache.is_complete(written.parent)
     assert ActivationCache.read_settings(written) == cache.settings
@@ -99,7 +99,7 @@ def test_rows_are_mapped_not_loaded(written: Path) -> None:
     cache = ActivationCache(written, "h.0")
     maps = Path("/proc/self/maps").read_text()
     assert all(str(path) in maps for path in sorted((written / "h.0").glob("*.safetensors")))
-    assert len(cache.rows(torch.arange(3))) == 3
+    assert len(cache.rows(torch.arange(3))["h.0"]) == 3
 
 
 def reseal(directory: Path) -> None:
@@ -128,7 +128,7 @@ def test_what_is_not_finite_is_found_by_whoever_reads_it(copy: Path, split: Spli
         with pytest.raises(DataError, match=rf"\(h\.0\): row {bad} holds NaN or Inf"):
             shuffle.next_batch()
     else:
-        assert shuffle.next_batch().isfinite().all()
+        assert shuffle.next_batch()["h.0"].isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_a_cache_of_one_hookpoint_needs_no_choice(tiny: ModuleType, tmp_path: Pa
         tmp_path / "c",
         tiny.source(dataclasses.replace(tiny.CACHED, hookpoints=("h.1",)), open_text(tiny.DOCUMENTS[:2])),
     )
-    assert ActivationCache(tmp_path / "c").hookpoint == "h.1"
+    assert ActivationCache(tmp_path / "c").hookpoints == ("h.1",)
 
 
 @pytest.mark.parametrize("place", ["h.0/00000.safetensors", "tokens/00001.safetensors"])
@@ -193,7 +193,7 @@ def test_a_flipped_bit_is_found_by_whoever_reads_it_and_by_verify(copy: Path, pl
         list(ActivationCache(copy, "h.0").chunks("train"))
     with pytest.raises(CheckpointError, match=f"damaged or missing: .*{place}"):
         verify_cache(copy)
-    assert list(ActivationCache(copy, "h.1").rows(torch.arange(3)).shape) == [3, 16]
+    assert list(ActivationCache(copy, "h.1").rows(torch.arange(3))["h.1"].shape) == [3, 16]
 
 
 @pytest.mark.parametrize("damage", ["flip", "remove a file", "remove all", "no json"])

@@ -133,7 +133,11 @@ def test_max_tokens_is_exact(
     cache = ActivationCache(tmp_path / "c", "h.1")
     assert cache.n_rows == 250
     cut, every = (
-        [(tuple(a), g) for chunk, _ in c.chunks("train") for a, g in zip(chunk.acts.tolist(), chunk.group.tolist())]
+        [
+            (tuple(a), g)
+            for chunk, _ in c.chunks("train")
+            for a, g in zip(chunk.acts["h.1"].tolist(), chunk.group.tolist())
+        ]
         for c in (ActivationCache(tmp_path / "c", "h.1", 0.0), ActivationCache(written, "h.1", 0.0))
     )
     assert set(cut) <= set(every)
@@ -248,13 +252,13 @@ def test_what_bfloat16_rounds_away_is_measured_and_float32_keeps_it(
     with torch.no_grad():
         model.transformer.h[1].mlp.c_proj.bias += offset
     source = tiny.source(dataclasses.replace(tiny.CACHED, hookpoints=("h.1",)), model=model)
-    x = torch.cat([chunks["h.1"].acts for chunks, _ in source.chunks_by_hookpoint(None)])
+    x = torch.cat([chunk.acts["h.1"] for chunk, _ in source.chunks(None)])
     for dtype in ("bf16", "float32"):
         write_cache(tmp_path / dtype, source, dtype=dtype, shard_rows=10**6)
     rounded, whole = (ActivationCache(tmp_path / dtype, "h.1") for dtype in ("bf16", "float32"))
-    assert torch.equal(whole.rows(torch.arange(len(x))), x)
+    assert torch.equal(whole.rows(torch.arange(len(x)))["h.1"], x)
     expected = FVU()
-    expected.update(x, rounded.rows(torch.arange(len(x))))
+    expected.update(x, rounded.rows(torch.arange(len(x)))["h.1"])
     assert rounded.rounded_away == pytest.approx(expected.compute(), rel=1e-9)
     warning = existing.rounding_warning(rounded)
     assert (warning is not None and "--cache-dtype float32" in warning) == (offset > 0)

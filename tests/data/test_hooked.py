@@ -40,7 +40,7 @@ def read(tiny: ModuleType, family: str, hookpoint: str, context_length: int = 16
 def test_every_token_of_many_families_is_read(tiny: ModuleType, family: str, hookpoint: str) -> None:
     reader = read(tiny, family, hookpoint)
     assert reader.widths == {hookpoint: 16}
-    assert len(tiny.collect(reader, None)[0][hookpoint].acts) == 18
+    assert len(tiny.collect(reader, None)[0].acts[hookpoint]) == 18
 
 
 @pytest.mark.parametrize(

@@ -62,19 +62,19 @@ def test_a_source_of_mixed_documents_resumes_at_any_cursor(
 ) -> None:
     monkeypatch.setattr(reading_order, "_WINDOW_CHARACTERS", 2000)
     reader = tiny.source(dataclasses.replace(tiny.SMALL, shuffle_documents=True, batch_tokens=16, document_seed=4))
-    whole = list(reader.chunks_by_hookpoint(split))
-    groups = torch.cat([chunks["h.1"].group for chunks, _ in whole])
+    whole = list(reader.chunks(split))
+    groups = torch.cat([chunk.group for chunk, _ in whole])
     assert bool((groups.diff() < 0).any())
     if split is not None:
         assert bool(split_mask(groups, 0.2, split).all())
-    plain = tiny.collect(tiny.source(dataclasses.replace(tiny.SMALL, batch_tokens=16)), split)[0]["h.1"]
+    plain = tiny.collect(tiny.source(dataclasses.replace(tiny.SMALL, batch_tokens=16)), split)[0]
     assert sorted(plain.group.tolist()) == sorted(groups.tolist())
     for place in range(0, len(whole), 7):
-        rest = list(reader.chunks_by_hookpoint(split, json.loads(json.dumps(whole[place][1]))))
+        rest = list(reader.chunks(split, json.loads(json.dumps(whole[place][1]))))
         assert len(rest) == len(whole) - place - 1
-        for (chunks, behind), (expected, expected_behind) in zip(rest, whole[place + 1 :]):
+        for (chunk, behind), (expected, expected_behind) in zip(rest, whole[place + 1 :]):
             assert behind == expected_behind
-            assert tiny.same(chunks["h.1"], expected["h.1"])
+            assert tiny.same(chunk, expected)
 
 
 def test_a_sorted_text_is_mixed_and_the_seed_decides_how(tiny: ModuleType) -> None:
@@ -82,7 +82,7 @@ def test_a_sorted_text_is_mixed_and_the_seed_decides_how(tiny: ModuleType) -> No
     orders = []
     for seed in (0, 1):
         config = dataclasses.replace(tiny.SMALL, shuffle_documents=True, document_seed=seed)
-        orders.append(tiny.collect(tiny.source(config, text), None)[0]["h.1"].group.tolist())
+        orders.append(tiny.collect(tiny.source(config, text), None)[0].group.tolist())
     first = orders[0][: len(orders[0]) // 4]
     assert 0.2 < sum(group < 30 for group in first) / len(first) < 0.8
     assert orders[0] != orders[1]
@@ -95,7 +95,7 @@ def test_a_cut_is_the_beginning_of_the_order_of_reading(tiny: ModuleType, max_to
     text = open_text([" ".join(tiny.WORDS[(i + j) % 16] for j in range(n)) for i, n in enumerate(lengths)])
     config = dataclasses.replace(tiny.SMALL, batch_tokens=128)
     reader = tiny.source(config, text)
-    rows = [chunks["h.1"] for chunks, _ in reader.chunks_by_hookpoint(None, None, max_tokens)]
+    rows = [chunk for chunk, _ in reader.chunks(None, None, max_tokens)]
     group = tiny.concatenate(rows).group
     assert len(group) == max_tokens
     share = sum(lengths[i] for i in range(80) if lengths[i] == 4) / sum(lengths)
@@ -103,25 +103,25 @@ def test_a_cut_is_the_beginning_of_the_order_of_reading(tiny: ModuleType, max_to
     assert short == pytest.approx(share, abs=0.06)
     counts = torch.bincount(group).tolist()
     assert counts[:-1] == lengths[: len(counts) - 1]
-    whole = {tuple(row) for chunks, _ in reader.chunks_by_hookpoint(None) for row in chunks["h.1"].acts.tolist()}
-    assert {tuple(row) for chunk in rows for row in chunk.acts.tolist()} <= whole
+    whole = {tuple(row) for chunk, _ in reader.chunks(None) for row in chunk.acts["h.1"].tolist()}
+    assert {tuple(row) for chunk in rows for row in chunk.acts["h.1"].tolist()} <= whole
 
 
 @pytest.mark.parametrize("ratio", [None, 1.3])
 def test_a_cut_reading_resumes_at_any_cursor(tiny: ModuleType, ratio: float | None) -> None:
     reader = tiny.source(dataclasses.replace(tiny.SMALL, max_norm_ratio=ratio))
-    whole = list(reader.chunks_by_hookpoint(None, None, 300))
+    whole = list(reader.chunks(None, None, 300))
     assert whole[-1][1]["rows"] == 300
     for place, (_, cursor) in enumerate(whole):
-        rest = list(reader.chunks_by_hookpoint(None, cursor, 300))
+        rest = list(reader.chunks(None, cursor, 300))
         assert [behind for _, behind in rest] == [behind for _, behind in whole[place + 1 :]]
-        assert all(tiny.same(a["h.1"], b["h.1"]) for (a, _), (b, _) in zip(rest, whole[place + 1 :]))
+        assert all(tiny.same(a, b) for (a, _), (b, _) in zip(rest, whole[place + 1 :]))
 
 
 def test_batches_of_a_block_come_in_an_order_that_has_nothing_to_do_with_length(tiny: ModuleType) -> None:
     lengths = []
     for number in range(8):
         text = TextDataset("t", lambda start, n=number: ((n, d) for d in tiny.DOCUMENTS))
-        (chunks, _) = next(tiny.source(text=text, held_out=0.0).chunks_by_hookpoint(None))
-        lengths.append(int(tiny.need(chunks["h.1"].position).max()))
+        chunk, _ = next(tiny.source(text=text, held_out=0.0).chunks(None))
+        lengths.append(int(tiny.need(chunk.position).max()))
     assert len(set(lengths)) > 1

@@ -31,7 +31,7 @@ def _buffer(batch_tokens: int = 30, buffer_tokens: int = 300, tokens: int | None
 
 
 def _draw(batches: Batches, n: int) -> Tensor:
-    return torch.cat([torch.zeros(0), *(batches.next_batch()[:, 0] for _ in range(n))])
+    return torch.cat([torch.zeros(0), *(batches.next_batch()["x"][:, 0] for _ in range(n))])
 
 
 @pytest.mark.parametrize("options", [{}, {"window_rows": 100, "block_rows": 8}, {"window_rows": 128, "block_rows": 1}])
@@ -159,7 +159,7 @@ def test_a_restored_state_goes_on_bit_for_bit(make: Callable[[], Batches], done:
 def test_sampling_changes_no_batch() -> None:
     for make in (_rows, _buffer):
         plain, sampled = make(), make()
-        assert sampled.sample(64).shape == (64, 2)
+        assert sampled.sample(64)["x"].shape == (64, 2)
         assert torch.equal(_draw(plain, 20), _draw(sampled, 20))
 
 
@@ -267,6 +267,6 @@ def test_a_place_that_there_is_not_is_refused(make: Callable[[], Batches], wrong
     with pytest.raises(CheckpointError, match=r"^the place in the data is damaged: .*\. Resume with the same data"):
         make().restore(({**place, **wrong}, tensors))
     if "generator" in tensors:
-        for damaged in ({}, {"generator": torch.zeros(3)}, {**tensors, "buffer": torch.zeros(10**5, 1)}):
+        for damaged in ({}, {"generator": torch.zeros(3)}, {**tensors, "buffer.x": torch.zeros(10**5, 1)}):
             with pytest.raises(CheckpointError, match="its buffer is not as it was written"):
                 make().restore((place, damaged))

@@ -39,13 +39,13 @@ def test_array_source_reads_rows_and_chunks(tmp_path: Path) -> None:
         train, held_out = source.split_rows("train"), source.split_rows("held_out")
         assert sorted([*train.tolist(), *held_out.tolist()]) == list(range(20_000))
         index = torch.tensor([19_999, 0, 7, 7])
-        assert np.array_equal(source.rows(index).numpy(), x[index.numpy()])
+        assert np.array_equal(source.rows(index)["x"].numpy(), x[index.numpy()])
         chunks = list(source.chunks("held_out"))
         assert torch.equal(torch.cat([chunk.group for chunk, _ in chunks]), held_out)
-        assert np.array_equal(torch.cat([chunk.acts for chunk, _ in chunks]).numpy(), x[held_out.numpy()])
+        assert np.array_equal(torch.cat([chunk.acts["x"] for chunk, _ in chunks]).numpy(), x[held_out.numpy()])
         _, cursor = chunks[0]
-        rest = torch.cat([chunk.acts for chunk, _ in source.chunks("held_out", cursor)])
-        assert np.array_equal(rest.numpy(), torch.cat([chunk.acts for chunk, _ in chunks[1:]]).numpy())
+        rest = torch.cat([chunk.acts["x"] for chunk, _ in source.chunks("held_out", cursor)])
+        assert np.array_equal(rest.numpy(), torch.cat([chunk.acts["x"] for chunk, _ in chunks[1:]]).numpy())
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_a_generator_loses_nothing_and_is_read_once() -> None:
     batches = [torch.full((2, 3), float(i)) for i in range(4)]
     source = IterableSource(batch for batch in batches)
     assert source.d_in == 3
-    assert torch.equal(torch.cat([chunk.acts for chunk, _ in source.chunks("train")]), torch.cat(batches))
+    assert torch.equal(torch.cat([chunk.acts["x"] for chunk, _ in source.chunks("train")]), torch.cat(batches))
     assert list(source.chunks("train")) == []
 
 
@@ -85,9 +85,9 @@ def test_a_list_is_read_once_an_epoch_and_from_a_cursor() -> None:
     source = IterableSource(batches)
     for _ in range(2):
         chunks = list(source.chunks("train"))
-        assert torch.equal(torch.cat([chunk.acts for chunk, _ in chunks]), torch.cat(batches))
+        assert torch.equal(torch.cat([chunk.acts["x"] for chunk, _ in chunks]), torch.cat(batches))
         assert torch.cat([chunk.group for chunk, _ in chunks]).tolist() == list(range(8))
-    rest = [chunk.acts for chunk, _ in source.chunks("train", chunks[1][1])]
+    rest = [chunk.acts["x"] for chunk, _ in source.chunks("train", chunks[1][1])]
     assert torch.equal(torch.cat(rest), torch.cat(batches[2:]))
 
 

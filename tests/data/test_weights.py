@@ -111,7 +111,7 @@ def test_heads_poolers_and_buffers_behind_or_beside_are_no_alarm(
         folder = save(tiny, tmp_path / str(number), model, change)
         loaded = read(folder, hookpoint)
         given = tiny.source(loaded.config, loaded.text, model=model, held_out=0.0)
-        ours, theirs = (tiny.collect(source, None)[0][hookpoint].acts for source in (loaded, given))
+        ours, theirs = (tiny.collect(source, None)[0].acts[hookpoint] for source in (loaded, given))
         assert torch.equal(ours, theirs), hookpoint
     assert caplog.text == ""
 

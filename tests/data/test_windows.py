@@ -22,16 +22,16 @@ def test_padding_and_neighbours_do_not_change_a_document(tiny: ModuleType, name:
     together, _ = tiny.collect(tiny.source(config, model=model, bos=bos), None)
     for document in (1, 4, 7):
         alone, _ = tiny.collect(tiny.source(config, open_text([tiny.DOCUMENTS[document]]), model=model, bos=bos), None)
-        for hookpoint, chunk in alone.items():
-            mine = together[hookpoint].select(together[hookpoint].group == document)
-            assert torch.equal(tiny.need(mine.token_ids), tiny.need(chunk.token_ids))
-            torch.testing.assert_close(mine.acts, chunk.acts, rtol=1e-4, atol=1e-5)
+        mine = together.select(together.group == document)
+        assert torch.equal(tiny.need(mine.token_ids), tiny.need(alone.token_ids))
+        for hookpoint, acts in alone.acts.items():
+            torch.testing.assert_close(mine.acts[hookpoint], acts, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("bos", [False, True])
 def test_every_word_comes_once_and_windows_hold_the_special_tokens(tiny: ModuleType, bos: bool) -> None:
     reader = tiny.source(bos=bos)
-    chunk = tiny.collect(reader, None)[0]["h.1"]
+    chunk = tiny.collect(reader, None)[0]
     words = [reader.tokenizer(document, add_special_tokens=False)["input_ids"] for document in tiny.DOCUMENTS]
     content = 15 if bos else 16
     for document, ids in enumerate(words):
@@ -46,8 +46,8 @@ def test_every_word_comes_once_and_windows_hold_the_special_tokens(tiny: ModuleT
 
 def test_special_tokens_are_kept_where_asked_and_padding_never(tiny: ModuleType) -> None:
     config = dataclasses.replace(tiny.SMALL, mask_special=False)
-    masked = tiny.collect(tiny.source(bos=True), None)[0]["h.1"]
-    kept = tiny.collect(tiny.source(config, bos=True), None)[0]["h.1"]
+    masked = tiny.collect(tiny.source(bos=True), None)[0]
+    kept = tiny.collect(tiny.source(config, bos=True), None)[0]
     is_bos = tiny.need(kept.token_ids) == 0
     assert torch.equal(is_bos, tiny.need(kept.position) == 0)
     assert tiny.same(kept.select(~is_bos), masked)
@@ -65,15 +65,15 @@ def test_what_the_tokenizer_adds_is_masked_even_where_it_is_an_ordinary_word(tin
     )
     text = open_text(["the cat sat " * 20, "went out there"])
     reader = LanguageModelSource(tiny.SMALL, text, loaded=(tiny.gpt2(), tokenizer))
-    chunk = tiny.collect(reader, None)[0]["h.1"]
+    chunk = tiny.collect(reader, None)[0]
     long = chunk.select(chunk.group == 0)
-    assert len(long.acts) == 60
+    assert len(long.group) == 60
     assert set(tiny.need(long.position).tolist()) == set(range(1, 15))
     assert tiny.need(chunk.select(chunk.group == 1).token_ids).tolist()[1:] == list(ids.values())
 
 
 def test_special_tokens_inside_a_text_are_masked(tiny: ModuleType) -> None:
-    chunk = tiny.collect(tiny.source(text=open_text(["the cat xyzzy sat"])), None)[0]["h.1"]
+    chunk = tiny.collect(tiny.source(text=open_text(["the cat xyzzy sat"])), None)[0]
     assert tiny.need(chunk.position).tolist() == [0, 1, 3]
 
 
@@ -91,9 +91,9 @@ def test_a_batch_holds_at_most_batch_tokens(tiny: ModuleType) -> None:
 
 
 def test_the_first_positions_and_some_ids_can_be_left_out(tiny: ModuleType) -> None:
-    plain = tiny.collect(tiny.source(), None)[0]["h.1"]
+    plain = tiny.collect(tiny.source(), None)[0]
     changes = {"skip_first": 2, "exclude_ids": (3, 5)}
-    chosen = tiny.collect(tiny.source(dataclasses.replace(tiny.SMALL, **changes)), None)[0]["h.1"]
+    chosen = tiny.collect(tiny.source(dataclasses.replace(tiny.SMALL, **changes)), None)[0]
     ids, position = tiny.need(plain.token_ids), tiny.need(plain.position)
     keep = (position >= 2) & (ids != 3) & (ids != 5)
     assert 0 < int(keep.sum()) < len(keep)
@@ -107,13 +107,13 @@ def test_a_window_begins_with_bos_as_asked(tiny: ModuleType, adds: bool, prepend
     tokenizer.bos_token = "<s>"
     config = dataclasses.replace(tiny.SMALL, prepend_bos=prepend_bos, mask_special=False)
     reader = LanguageModelSource(config, tiny.TEXT, held_out=0.0, loaded=(tiny.gpt2(), tokenizer))
-    chunk = tiny.collect(reader, None)[0]["h.1"]
+    chunk = tiny.collect(reader, None)[0]
     has_bos = adds if prepend_bos is None else prepend_bos
     is_bos = tiny.need(chunk.token_ids) == 0
     assert torch.equal(is_bos, (tiny.need(chunk.position) == 0) & has_bos)
     masked = dataclasses.replace(config, mask_special=True)
     reader = LanguageModelSource(masked, tiny.TEXT, held_out=0.0, loaded=(reader._model.model, tokenizer))
-    assert tiny.same(tiny.collect(reader, None)[0]["h.1"], chunk.select(~is_bos))
+    assert tiny.same(tiny.collect(reader, None)[0], chunk.select(~is_bos))
 
 
 @pytest.mark.parametrize("mask_special", [False, True])
@@ -121,13 +121,13 @@ def test_a_text_that_begins_with_bos_gets_no_second_one(tiny: ModuleType, mask_s
     config = dataclasses.replace(tiny.SMALL, mask_special=mask_special)
     model = tiny.gpt2()
     chunks = [
-        tiny.collect(tiny.source(config, open_text([text]), model=model, bos=True), None)[0]["h.1"]
+        tiny.collect(tiny.source(config, open_text([text]), model=model, bos=True), None)[0]
         for text in ("the cat sat", "<s> the cat sat", "<s><s> the cat sat")
     ]
     assert tiny.same(chunks[0], chunks[1])
     assert tiny.same(chunks[0], chunks[2])
-    without = tiny.collect(tiny.source(config, open_text(["<s> the cat"]), model=model, bos=False), None)[0]["h.1"]
-    assert len(without.acts) > 1
+    without = tiny.collect(tiny.source(config, open_text(["<s> the cat"]), model=model, bos=False), None)[0]
+    assert len(without.group) > 1
 
 
 def test_tokens_marked_special_among_the_added_ones_are_masked(tiny: ModuleType) -> None:
@@ -139,7 +139,7 @@ def test_tokens_marked_special_among_the_added_ones_are_masked(tiny: ModuleType)
     assert special not in tokenizer.all_special_ids
     text = open_text(["<turn> the cat plainly sat <turn> on a mat"])
     reader = LanguageModelSource(tiny.SMALL, text, held_out=0.0, loaded=(tiny.gpt2(), tokenizer))
-    ids = tiny.need(tiny.collect(reader, None)[0]["h.1"].token_ids).tolist()
+    ids = tiny.need(tiny.collect(reader, None)[0].token_ids).tolist()
     assert special not in ids
     assert plain in ids
     assert len(ids) == 7
@@ -181,7 +181,7 @@ def test_a_padding_token_that_only_the_tokenizer_has_does_no_harm(tiny: ModuleTy
     tokenizer.pad_token_id = 64
     reader = LanguageModelSource(tiny.SMALL, tiny.TEXT, held_out=0.0, loaded=(tiny.gpt2(), tokenizer))
     plain = tiny.source(model=reader._model.model, held_out=0.0)
-    assert tiny.same(*(tiny.collect(source, None)[0]["h.1"] for source in (reader, plain)))
+    assert tiny.same(*(tiny.collect(source, None)[0] for source in (reader, plain)))
 
 
 def test_a_token_that_the_model_does_not_know_is_named(tiny: ModuleType) -> None:

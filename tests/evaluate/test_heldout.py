@@ -26,11 +26,11 @@ def test_figures_are_those_of_the_whole_set(generator: torch.Generator) -> None:
 def test_held_out_batches_are_spread_over_all_that_is_held_out(max_tokens: int) -> None:
     source = ArraySource(torch.arange(60_000.0)[:, None], held_out=0.2)
     rows = source.split_rows("held_out")
-    batches = [batch[:, 0].long() for batch in held_out_batches(source, max_tokens)]
+    batches = [batch["x"][:, 0].long() for batch in held_out_batches(source, max_tokens)]
     found = torch.cat([torch.zeros(0, dtype=torch.int64), *batches])
     assert len(found) == min(max_tokens, len(rows)) == len(found.unique())
     assert bool(torch.isin(found, rows).all())
-    again = [batch[:, 0].long() for batch in held_out_batches(source, max_tokens)]
+    again = [batch["x"][:, 0].long() for batch in held_out_batches(source, max_tokens)]
     assert all(map(torch.equal, batches, again))
     if max_tokens >= 4000:
         assert len(batches) == -(-len(found) // 8192)
@@ -41,14 +41,14 @@ def test_held_out_batches_are_spread_over_all_that_is_held_out(max_tokens: int) 
 
 def test_a_stream_gives_its_first_held_out_tokens() -> None:
     class Stream:
-        name, d_in = "a stream", 1
+        name, widths = "a stream", {"h": 1}
 
         def chunks(self, split: str, cursor: object = None) -> object:
             assert split == "held_out"
             for start in range(0, 100, 10):
-                yield Chunk(torch.arange(start, start + 10.0)[:, None], torch.arange(10)), {}
+                yield Chunk({"h": torch.arange(start, start + 10.0)[:, None]}, torch.arange(10)), {}
 
-    found = torch.cat(list(held_out_batches(Stream(), 25)))  # type: ignore[arg-type]
+    found = torch.cat([batch["h"] for batch in held_out_batches(Stream(), 25)])  # type: ignore[arg-type]
     assert found[:, 0].tolist() == list(range(25))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -118,18 +117,15 @@ def source(
 
 def collect(
     reader: LanguageModelSource, split: Split | None, cursor: Cursor | None = None
-) -> tuple[dict[str, Chunk], list[Cursor]]:
+) -> tuple[Chunk, list[Cursor]]:
     """Concatenate an epoch."""
-    parts, cursors = [], []
-    for chunks, behind in reader.chunks_by_hookpoint(split, cursor):
-        parts.append(chunks)
-        cursors.append(behind)
-    return {name: concatenate([part[name] for part in parts]) for name in reader.hookpoints}, cursors
+    chunks, cursors = zip(*reader.chunks(split, cursor))
+    return concatenate(list(chunks)), list(cursors)
 
 
 def concatenate(chunks: list[Chunk]) -> Chunk:
     return Chunk(
-        torch.cat([chunk.acts for chunk in chunks]),
+        {site: torch.cat([chunk.acts[site] for chunk in chunks]) for site in chunks[0].acts},
         torch.cat([chunk.group for chunk in chunks]),
         torch.cat([need(chunk.token_ids) for chunk in chunks]),
         torch.cat([need(chunk.position) for chunk in chunks]),
@@ -142,4 +138,9 @@ def need(tensor: Tensor | None) -> Tensor:
 
 
 def same(a: Chunk, b: Chunk) -> bool:
-    return all(torch.equal(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(Chunk))
+    known = ("group", "token_ids", "position")
+    return (
+        list(a.acts) == list(b.acts)
+        and all(torch.equal(acts, b.acts[site]) for site, acts in a.acts.items())
+        and all(torch.equal(getattr(a, name), getattr(b, name)) for name in known)
+    )

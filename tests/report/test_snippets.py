@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from flashsae.data.acts import Batch
 from flashsae.data.sources import Chunk
 from flashsae.errors import ConfigError, DataError
 from flashsae.report import snippets as module
@@ -16,11 +17,11 @@ def words(ids: list[int]) -> list[str]:
     return [f" w{token}" for token in ids]
 
 
-def of_dense(dense: Tensor, k: int) -> Callable[[Tensor], Code]:
+def of_dense(dense: Tensor, k: int) -> Callable[[Batch], Code]:
     """An encoder whose inputs are row numbers and whose outputs are the k largest of those rows of `dense`."""
 
-    def encode(x: Tensor) -> Code:
-        top = dense[x[:, 0].long()].topk(k, dim=1)
+    def encode(batch: Batch) -> Code:
+        top = dense[batch["x"][:, 0].long()].topk(k, dim=1)
         return top.values, top.indices
 
     return encode
@@ -29,7 +30,7 @@ def of_dense(dense: Tensor, k: int) -> Callable[[Tensor], Code]:
 def one_chunk(ids: list[int], group: list[int], position: list[int], first: int = 0) -> Chunk:
     rows = torch.arange(first, first + len(ids), dtype=torch.float32)[:, None]
     return Chunk(
-        rows,
+        {"x": rows},
         torch.tensor(group),
         torch.tensor(ids, dtype=torch.int32),
         torch.tensor(position, dtype=torch.int32),
@@ -132,7 +133,7 @@ def test_reading_stops_at_max_tokens() -> None:
 
 
 def test_plain_arrays_and_no_tokens_are_refused() -> None:
-    plain = Chunk(torch.zeros(2, 1), torch.arange(2))
+    plain = Chunk({"x": torch.zeros(2, 1)}, torch.arange(2))
     with pytest.raises(DataError, match="token_ids"):
         collect_snippets(of_dense(torch.ones(2, 1), 1), iter([plain]), words)
     with pytest.raises(DataError, match="no token"):

@@ -7,6 +7,7 @@ import torch
 
 import flashsae
 from flashsae import TrainConfig
+from flashsae.data.acts import only_site
 from flashsae.data.cache import ActivationCache
 from flashsae.data.cache_writer import write_cache
 from flashsae.data.language_model import LanguageModelConfig, LanguageModelSource
@@ -37,7 +38,8 @@ def test_held_out_fvu_is_within_half_a_percent_of_a_dense_reference(cache: Activ
     batches = RowShuffle(cache, 256, seed=0)
     W_dec = params["W_dec"]
     for step in range(config.steps):
-        _, loss = dense_step_losses(batches.next_batch().float() * state.scale, params, config.k, state.variance)
+        x = only_site(batches.next_batch()).float() * state.scale
+        _, loss = dense_step_losses(x, params, config.k, state.variance)
         adam.zero_grad()
         loss.backward()
         with torch.no_grad():
@@ -48,7 +50,7 @@ def test_held_out_fvu_is_within_half_a_percent_of_a_dense_reference(cache: Activ
             W_dec /= W_dec.norm(dim=1, keepdim=True)
     sae = train(state, config)
 
-    held_out = torch.cat(list(held_out_batches(cache, 10_000))).float()
+    held_out = torch.cat(list(map(only_site, held_out_batches(cache, 10_000)))).float()
     assert len(held_out) > 500
     reference = FVU()
     with torch.no_grad():

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flashsae import TrainConfig, evaluate, ops
+from flashsae.data.acts import Batch
 from flashsae.data.shuffle import RowShuffle
 from flashsae.data.sources import ArraySource
 from flashsae.data.synthetic import SuperpositionModel
@@ -73,7 +74,7 @@ def _stop_and_resume(config: ResolvedConfig, stop_at: int, checkpoints: Path) ->
     def interrupt(state: TrainState) -> None:
         original = state.batches.next_batch
 
-        def next_batch() -> Tensor:
+        def next_batch() -> Batch:
             if state.step == stop_at:
                 raise Stop
             return original()
@@ -154,7 +155,7 @@ def test_the_step_is_that_of_a_dense_sae_with_plain_adam() -> None:
     for step in range(60):
         x = state.batches.next_batch()
         ours = train_step(state, x, config)["loss"].item()
-        _, loss = dense_step_losses(twin.next_batch() * state.scale, params, config.k, state.variance)
+        _, loss = dense_step_losses(twin.next_batch()["x"] * state.scale, params, config.k, state.variance)
         assert ours == pytest.approx(loss.item(), rel=1e-3), step
         adam.zero_grad()
         loss.backward()
@@ -177,7 +178,7 @@ def test_a_batch_of_equal_tokens_changes_little() -> None:
         for step in range(config.steps):
             x = state.batches.next_batch()
             if equal is not None and step == 5:
-                x = x[equal : equal + 1].repeat(64, 1)
+                x = {"x": x["x"][equal : equal + 1].repeat(64, 1)}
             metrics = train_step(state, x, config)
             assert metrics["loss"].item() < 4
         return evaluate(state.finished_sae(), X).fvu
@@ -279,7 +280,7 @@ def test_nan_stops_with_step_and_source_and_the_checkpoint_is_intact(tmp_path: P
     config = _config()
     x = X.clone()
     order = _state(config, x=torch.arange(4000.0)[:, None].expand(4000, 16))
-    rows = [order.batches.next_batch()[:, 0].long() for _ in range(31)]
+    rows = [order.batches.next_batch()["x"][:, 0].long() for _ in range(31)]
     bad = int(rows[30][7])
     clean = _state(config, tmp_path / "clean", x)
     x[bad] = torch.nan

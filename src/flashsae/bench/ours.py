@@ -74,7 +74,7 @@ class OurStep:
 
     def run(self, x: Tensor) -> Tensor:
         """Do a step; return the FVU before it."""
-        return train_step(self.state, x, self.config)["fvu"]
+        return train_step(self.state, {"x": x}, self.config)["fvu"]
 
     def squared_error(self, fvu: float, x: Tensor) -> float:
         """Return the sum of squared errors that the FVU of a step stands for."""

@@ -1,18 +1,34 @@
-"""What counts as activations: [tokens, d_in], float, finite; checked where they come in."""
+"""What counts as activations: [tokens, d], float, finite, by site; checked where they come in."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
 from os import PathLike
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from flashsae.errors import DataError, DtypeError, ShapeError
+from flashsae.errors import ConfigError, DataError, DtypeError, ShapeError
 from flashsae.ops.validate import FLOATS
+
+T = TypeVar("T")
+
+Batch: TypeAlias = dict[str, Tensor]
+"""Activations of the same tokens by site, [B, d] each, in the order of the sites.
+
+A site is a named place of activations: a hookpoint of a language model, or whatever arrays are called."""
+X = "x"
+"""The site of activations that come without a name."""
+
+
+def only_site(by_site: Mapping[str, T]) -> T:
+    """Return what there is of the only site; raise ConfigError where there are several."""
+    if len(by_site) != 1:
+        raise ConfigError(f"expected activations of exactly one site here, got {', '.join(by_site)}. Choose one.")
+    return next(iter(by_site.values()))
 
 
 def check_acts(x: Tensor, what: str) -> Tensor:
@@ -102,6 +118,22 @@ def batch_acts(batch: Any, what: str) -> Tensor:
             )
         batch = batch[0]  # what a DataLoader over a TensorDataset yields
     return as_acts(batch, what)
+
+
+def acts_by_site(x: Mapping[str, Any], what: str) -> Batch:
+    """Return activations of several sites as tensors: of the same tokens, on one device.
+
+    Raises:
+        ShapeError, DtypeError: a site is not [tokens, d] of a float dtype, or they do not belong together.
+    """
+    acts = {site: as_acts(each, f"{what}[{site!r}]") for site, each in x.items()}
+    if len({len(each) for each in acts.values()}) > 1:
+        tokens = ", ".join(f"{len(each)} at {site}" for site, each in acts.items())
+        raise ShapeError(f"{what}: expected the same tokens at every site, got {tokens}. Give a row for each token.")
+    if len({each.device for each in acts.values()}) > 1:
+        places = ", ".join(f"{site} on {each.device}" for site, each in acts.items())
+        raise DtypeError(f"{what}: expected every site on one device, got {places}. Move them: x.to(device).")
+    return acts
 
 
 def iterate(x: Any) -> Iterator[Any]:

@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from flashsae.data.acts import Batch
 from flashsae.errors import CheckpointError
 
 State: TypeAlias = tuple[dict[str, Any], dict[str, Tensor]]
@@ -27,11 +28,11 @@ class Batches(Protocol):
     epoch_tokens: int | None
     """Tokens of an epoch; None as long as no epoch has been seen to its end."""
 
-    def next_batch(self) -> Tensor:
-        """Return the next [batch_tokens, d_in] activations, dtype and device of the source."""
+    def next_batch(self) -> Batch:
+        """Return the next activations: [batch_tokens, d] by site, dtype and device of the source."""
 
-    def sample(self, tokens: int, on_fill: OnFill | None = None) -> Tensor:
-        """Return up to `tokens` training rows, [n, d_in], without moving on: to initialise from.
+    def sample(self, tokens: int, on_fill: OnFill | None = None) -> Batch:
+        """Return up to `tokens` training rows, [n, d] by site, without moving on: to initialise from.
 
         Args:
             tokens: how many.

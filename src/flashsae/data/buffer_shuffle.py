@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashsae.data.acts import check_finite
+from flashsae.data.acts import Batch, check_finite
 from flashsae.data.batches import ADVICE, PLACE, OnFill, State, check_identity, generator_of
 from flashsae.data.sources import Chunk, Cursor, StreamSource, identity_of
 from flashsae.errors import CheckpointError, ConfigError, DataEndedError, DataError
@@ -32,6 +32,10 @@ def buffer_size(buffer_tokens: int, batch_tokens: int, tokens: int | None) -> in
 def _whole_batches(tokens: int, batch_tokens: int) -> int:
     """Return the rows of as many whole batches as `tokens` need."""
     return -(-tokens // batch_tokens) * batch_tokens
+
+
+_BUFFER, _REST = "buffer.", "rest."
+"""What the tensors of a state are called, before the name of their site."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +88,8 @@ class BufferShuffle:
         self._whole: int | None = None  # rows of the epoch before
         self._cursor: Cursor | None = None
         self._chunks: Iterator[tuple[Chunk, Cursor]] | None = None
-        self._rest: Tensor | None = None  # of the last chunk, what the buffer had no room for
-        self._buffer: Tensor | None = None  # [buffer_tokens, d_in]; made when the first chunk shows dtype and device
+        self._rest: Batch | None = None  # of the last chunk, what the buffer had no room for
+        self._buffer: Batch | None = None  # [buffer_tokens, d] by site; made when the first chunk shows dtypes
         # every place in the buffer is in one of three: to be given out in this order; filled since; free
         self._order, self._arrived = (
             torch.zeros(0, dtype=torch.int64, device="cpu"),
@@ -96,7 +100,7 @@ class BufferShuffle:
         self._holds_all = tokens is not None and _whole_batches(tokens, batch_tokens) <= self._capacity
         self._free = torch.arange(self._capacity, dtype=torch.int64, device="cpu")
 
-    def next_batch(self) -> Tensor:
+    def next_batch(self) -> Batch:
         """Return the next batch. Raises DataEndedError when a source that can be read only once has ended."""
         self._fill()
         if self._buffer is None or len(self._order) < self._batch_tokens:
@@ -108,7 +112,7 @@ class BufferShuffle:
         self._free = torch.cat([self._free, places])
         return self._rows_at(places)
 
-    def sample(self, tokens: int, on_fill: OnFill | None = None) -> Tensor:
+    def sample(self, tokens: int, on_fill: OnFill | None = None) -> Batch:
         """Return up to `tokens` rows of the buffer; `on_fill` hears of each chunk if it has to be filled first."""
         if self._buffer is None:
             self._fill(on_fill)
@@ -116,9 +120,10 @@ class BufferShuffle:
             raise DataError(f"{self._source.name} is empty: expected at least one row of activations.")
         return self._rows_at(self._order[:tokens])
 
-    def _rows_at(self, places: Tensor) -> Tensor:
+    def _rows_at(self, places: Tensor) -> Batch:
         assert self._buffer is not None
-        return self._buffer.index_select(0, places.to(self._buffer.device))
+        places = places.to(_device(self._buffer))
+        return {site: rows.index_select(0, places) for site, rows in self._buffer.items()}
 
     def _fill(self, on_fill: OnFill | None = None) -> None:
         """Read rows into all free places; permute all if less than half, or than a batch, is left of the order."""
@@ -129,11 +134,15 @@ class BufferShuffle:
             if rows is None:
                 break
             if self._buffer is None:
-                self._buffer = rows.new_empty(self._capacity, rows.shape[1])
-            places, self._free = self._free[: len(rows)], self._free[len(rows) :]
-            self._buffer[places.to(self._buffer.device)] = rows[: len(places)]
+                self._buffer = _buffer_for(rows, self._capacity)
+            n_rows = _rows_in(rows)
+            places, self._free = self._free[:n_rows], self._free[n_rows:]
+            there = places.to(_device(self._buffer))
+            for site, buffer in self._buffer.items():
+                buffer[there] = rows[site][: len(places)]
             self._arrived = torch.cat([self._arrived, places])
-            self._rest = rows[len(places) :].clone() if len(rows) > len(places) else None
+            is_over = n_rows > len(places)
+            self._rest = {site: each[len(places) :].clone() for site, each in rows.items()} if is_over else None
             if on_fill is not None:
                 on_fill(self._capacity - len(self._free), self._capacity)
         if len(self._order) < max(self._batch_tokens, self._capacity // 2):
@@ -143,7 +152,7 @@ class BufferShuffle:
                 there[:0],
             )
 
-    def _next_rows(self) -> Tensor | None:
+    def _next_rows(self) -> Batch | None:
         """Return more rows of the stream, beginning a new epoch where one ends; None if there are none for ever."""
         if self._rest is not None:
             return self._rest
@@ -154,9 +163,11 @@ class BufferShuffle:
                 self._chunks = self._source.chunks("train", self._cursor)
             for chunk, cursor in self._chunks:
                 self._cursor = cursor
-                if len(chunk.acts):
-                    self._count(len(chunk.acts))
-                    check_finite(chunk.acts, f"{self._source.name}, groups {_span(chunk.group)}")
+                if len(chunk.group):
+                    self._count(len(chunk.group))
+                    for site, acts in chunk.acts.items():
+                        where = "" if len(chunk.acts) == 1 else f" at {site}"
+                        check_finite(acts, f"{self._source.name}{where}, groups {_span(chunk.group)}")
                     return chunk.acts
             self._chunks, self._cursor = None, None
             self._whole, self._counted = self._counted, 0
@@ -172,7 +183,7 @@ class BufferShuffle:
 
     def state(self) -> State:
         """Return the cursor and the contents of the buffer: first those to be given out, in their order."""
-        device = None if self._buffer is None else str(self._buffer.device)
+        device = None if self._buffer is None else str(_device(self._buffer))
         place = {
             "epoch": self._epoch,
             "is_over": self._is_over,
@@ -184,9 +195,10 @@ class BufferShuffle:
         }
         tensors = {"generator": self._generator.get_state()}
         if self._buffer is not None:
-            tensors["buffer"] = self._rows_at(torch.cat([self._order, self._arrived])).cpu()
+            rows = self._rows_at(torch.cat([self._order, self._arrived]))
+            tensors |= {f"{_BUFFER}{site}": each.cpu() for site, each in rows.items()}
         if self._rest is not None:
-            tensors["rest"] = self._rest.cpu()
+            tensors |= {f"{_REST}{site}": each.cpu() for site, each in self._rest.items()}
         return place, tensors
 
     def restore(self, state: State) -> None:
@@ -205,17 +217,38 @@ class BufferShuffle:
 
     def _restore_tensors(self, place: _BufferPlace, tensors: dict[str, Tensor]) -> None:
         self._generator.set_state(tensors["generator"])
-        if "buffer" in tensors:
-            rows = tensors["buffer"].to(torch.device(place.device or ""))
-            if place.arrived > len(rows):
+        rows, rest = (self._saved(tensors, part, place.device) for part in (_BUFFER, _REST))
+        if rows is not None:
+            n_rows = _rows_in(rows)
+            if place.arrived > n_rows:
                 raise ValueError("more rows have arrived than there are")
-            self._buffer = rows.new_empty(self._capacity, rows.shape[1])
-            self._buffer[: len(rows)] = rows
-            ends = len(rows) - place.arrived, len(rows)
+            self._buffer = _buffer_for(rows, self._capacity)
+            for site, buffer in self._buffer.items():
+                buffer[:n_rows] = rows[site]
+            ends = n_rows - place.arrived, n_rows
             self._order, self._arrived, self._free = torch.arange(
                 self._capacity, dtype=torch.int64, device="cpu"
             ).tensor_split(ends)
-        self._rest = tensors["rest"].to(torch.device(place.device or "")) if "rest" in tensors else None
+        self._rest = rest
+
+    def _saved(self, tensors: dict[str, Tensor], part: str, device: str | None) -> Batch | None:
+        """Return a part of a state by site, in the order of the sites; None if it has none."""
+        if not any(name.startswith(part) for name in tensors):
+            return None
+        return {site: tensors[part + site].to(torch.device(device or "")) for site in self._source.widths}
+
+
+def _rows_in(rows: Batch) -> int:
+    return len(next(iter(rows.values())))
+
+
+def _device(rows: Batch) -> torch.device:
+    return next(iter(rows.values())).device
+
+
+def _buffer_for(rows: Batch, capacity: int) -> Batch:
+    """Return empty memory for `capacity` rows of every site."""
+    return {site: each.new_empty(capacity, each.shape[1]) for site, each in rows.items()}
 
 
 def _span(group: Tensor) -> str:

@@ -2,7 +2,7 @@
 
     DIR/index.json                       what is in the cache, how far it got, where to go on, and checksums of all
     DIR/tokens/00000.safetensors         token_ids int32, group int64, position int32, each [n]
-    DIR/<hookpoint>/00000.safetensors    activations [n, d], bfloat16 or float32
+    DIR/<hookpoint>/00000.safetensors    activations [n, d], bfloat16 or float32; @ stands for the colon of an input
     DIR/tokenizer/                       to draw the text without the model
 
 A shard ends with the chunk that fills it, so its rows depend on nothing but the settings; the index names a shard
@@ -11,7 +11,7 @@ only when all its files are in place. Whenever the writer is killed, writing aga
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from flashsae.data.acts import check_finite
+from flashsae.data.acts import Batch, check_finite, only_site
 from flashsae.data.cache_index import (
     DTYPES,
     TOKENIZER_FOLDER,
@@ -52,14 +52,16 @@ class ActivationCache:
 
     Args:
         directory: a folder that `data.cache_writer.write_cache` filled.
-        hookpoint: which activations; None where the cache has only one.
+        hookpoint: which activations, or several of the same tokens; None where the cache has only one.
         held_out: fraction of the documents that training never sees.
     Raises:
         CheckpointError: no cache, an incomplete one, a damaged or truncated shard, another format version.
         ConfigError: the cache lacks the hookpoint, or has several and none is chosen.
     """
 
-    def __init__(self, directory: str | Path, hookpoint: str | None = None, held_out: float = 0.05) -> None:
+    def __init__(
+        self, directory: str | Path, hookpoint: str | Sequence[str] | None = None, held_out: float = 0.05
+    ) -> None:
         self.directory = expand(directory)
         self._held_out = check_held_out(held_out)
         self._index = index = CacheIndex.read(self.directory)
@@ -71,18 +73,21 @@ class ActivationCache:
         self.settings = index.settings
         self.model: str = index.settings["model"]
         self.dataset: str = index.settings["dataset"]
-        self.hookpoint = self._choose(hookpoint)
+        self.hookpoints = self._choose(hookpoint)
+        self.widths: dict[str, int] = {name: int(self.settings["hookpoints"][name]) for name in self.hookpoints}
         self.dtype = DTYPES[index.settings["dtype"]]
         self.n_rows = index.rows
-        self.name = f"{directory} ({self.hookpoint})"
+        self.name = f"{directory} ({', '.join(self.hookpoints)})"
         self._starts = [0, *accumulate(shard.rows for shard in index.shards)]
         self._verified: set[tuple[str, int]] = set()
-        if self.n_rows * self.d_in * self.dtype.itemsize > VERIFIED_BYTES:
-            self._verified = {(self.hookpoint, number) for number in range(len(index.shards))}
-        self._acts = [
-            _map(shard_path(self.directory, self.hookpoint, number), (shard.rows, self.d_in), self.dtype)
-            for number, shard in enumerate(index.shards)
-        ]
+        self._acts: dict[str, list[Tensor]] = {}
+        for name, width in self.widths.items():
+            if self.n_rows * width * self.dtype.itemsize > VERIFIED_BYTES:
+                self._verified |= {(name, number) for number in range(len(index.shards))}
+            self._acts[name] = [
+                _map(shard_path(self.directory, name, number), (shard.rows, width), self.dtype)
+                for number, shard in enumerate(index.shards)
+            ]
 
     @staticmethod
     def is_complete(directory: str | Path) -> bool:
@@ -98,32 +103,36 @@ class ActivationCache:
         """Return the settings that a cache was written with: model, dataset, hookpoints with their widths, ..."""
         return CacheIndex.read(expand(directory)).settings
 
-    def _choose(self, hookpoint: str | None) -> str:
+    def _choose(self, hookpoint: str | Sequence[str] | None) -> tuple[str, ...]:
         names = list(self.settings["hookpoints"])
         if hookpoint is None and len(names) == 1:
-            return str(names[0])
-        if hookpoint not in names:
-            raise ConfigError(
-                f"hookpoint: the activation cache {self.directory} holds {', '.join(names)}; "
-                f"expected one of them, got {hookpoint!r}."
-            )
-        return str(hookpoint)
+            return tuple(names)
+        wanted = (hookpoint,) if hookpoint is None or isinstance(hookpoint, str) else tuple(dict.fromkeys(hookpoint))
+        for name in wanted or (None,):
+            if name not in names:
+                raise ConfigError(
+                    f"hookpoint: the activation cache {self.directory} holds {', '.join(names)}; "
+                    f"expected one of them, got {name!r}."
+                )
+        return tuple(map(str, wanted))
 
     @property
     def d_in(self) -> int:
-        """Width of the activations."""
-        return int(self.settings["hookpoints"][self.hookpoint])
+        """Width of the activations of the only site."""
+        return only_site(self.widths)
 
     @property
     def rounded_away(self) -> float:
         """What bfloat16 rounds away of the activations as the model gave them, as a fraction of their variance."""
-        return self._index.rounded_away(self.hookpoint)
+        return max(map(self._index.rounded_away, self.hookpoints))
 
     @property
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must find again: every byte of these activations, and how they are split."""
-        sums = [[shard.rows, shard.crc32[TOKENS_FOLDER], shard.crc32[self.hookpoint]] for shard in self._index.shards]
-        return {"activations": text_digest([repr(sums)]), "hookpoint": self.hookpoint, "held_out": self._held_out}
+        kinds = (TOKENS_FOLDER, *self.hookpoints)
+        sums = [[shard.rows, *(shard.crc32[kind] for kind in kinds)] for shard in self._index.shards]
+        hookpoint = ", ".join(self.hookpoints)
+        return {"activations": text_digest([repr(sums)]), "hookpoint": hookpoint, "held_out": self._held_out}
 
     def read_tokenizer(self) -> Any:
         """Load the tokenizer that turns `token_ids` into text again.
@@ -144,11 +153,12 @@ class ActivationCache:
 
     def split_rows(self, split: Split) -> Tensor:
         """Return the row numbers of a split: [n], int64, ascending."""
-        masks = [split_mask(self._tokens(number)["group"], self._held_out, split) for number in range(len(self._acts))]
+        shards = range(len(self._index.shards))
+        masks = [split_mask(self._tokens(number)["group"], self._held_out, split) for number in shards]
         return torch.cat(masks).nonzero()[:, 0]
 
-    def rows(self, index: Tensor) -> Tensor:
-        """Return rows by number: index [n], int64, in any order -> [n, d_in], a copy; not checked for NaN.
+    def rows(self, index: Tensor) -> Batch:
+        """Return rows by number: index [n], int64, in any order -> [n, d] by site, copies; not checked for NaN.
 
         Raises:
             DataError: a number is out of range.
@@ -158,12 +168,15 @@ class ActivationCache:
         if len(wanted) and not 0 <= wanted[0] <= wanted[-1] < self.n_rows:
             raise DataError(f"{self.name} has rows 0 to {self.n_rows - 1}, got {wanted[0]} to {wanted[-1]}.")
         bounds = torch.searchsorted(wanted, torch.tensor(self._starts, dtype=torch.int64, device="cpu")).tolist()
-        self._verify(self.hookpoint, [n for n, (low, high) in enumerate(pairwise(bounds)) if low < high])
-        out = torch.empty(len(wanted), self.d_in, dtype=self.dtype, device="cpu")
-        for acts, start, low, high in zip(self._acts, self._starts, bounds, bounds[1:]):
-            if low < high:
-                out.index_copy_(0, order[low:high], acts.index_select(0, wanted[low:high] - start))
-        return out
+        shards = [(n, low, high) for n, (low, high) in enumerate(pairwise(bounds)) if low < high]
+        batch = {}
+        for name, width in self.widths.items():
+            self._verify(name, [n for n, _, _ in shards])
+            out = batch[name] = torch.empty(len(wanted), width, dtype=self.dtype, device="cpu")
+            for n, low, high in shards:
+                rows = self._acts[name][n].index_select(0, wanted[low:high] - self._starts[n])
+                out.index_copy_(0, order[low:high], rows)
+        return batch
 
     def chunks(self, split: Split, cursor: Cursor | None = None) -> Iterator[tuple[Chunk, Cursor]]:
         """Yield one epoch of a split in the order of writing.
@@ -173,7 +186,7 @@ class ActivationCache:
             CheckpointError: a shard that is read for the first time is missing or damaged.
         """
         first = (cursor or {}).get("row", 0)
-        for number in range(len(self._acts)):
+        for number in range(len(self._index.shards)):
             start, stop = self._starts[number], self._starts[number + 1]
             if stop <= first:
                 continue
@@ -184,7 +197,9 @@ class ActivationCache:
                     tokens[name][row - start : end - start] for name in ("group", "token_ids", "position")
                 )
                 acts = self.rows(torch.arange(row, end, dtype=torch.int64, device="cpu"))
-                check_finite(acts, f"{self.name}, counted from row {row}")
+                for name, each in acts.items():
+                    where = "" if len(acts) == 1 else f" at {name}"
+                    check_finite(each, f"{self.name}{where}, counted from row {row}")
                 chunk = Chunk(acts, group, ids, position)
                 yield chunk.select(split_mask(group, self._held_out, split)), {"row": end}
 

@@ -11,10 +11,11 @@ from typing import Annotated, Any, Literal
 
 import torch
 
+from flashsae.data.hookpoints import folder_of
 from flashsae.documents import Checksum, crc32, load_document, write_document
 from flashsae.errors import CheckpointError
 from flashsae.files import refusal
-from flashsae.schema import Count, Finite, Name, Range, Size, Text, parse
+from flashsae.schema import Count, Finite, Pattern, Range, Size, Text, parse
 
 INDEX_FILE = "index.json"
 TOKENS_FOLDER, TOKENIZER_FOLDER = "tokens", "tokenizer"
@@ -25,6 +26,8 @@ FORMAT = "flashsae.activations"
 FORMAT_VERSION = 2
 _ADVICE = "Write the cache again into another folder."
 NotNegative = Annotated[float, Range(0)]
+Hookpoint = Annotated[str, Pattern(r"\w[\w.-]*(:in)?", "a hookpoint, whose module path is fit for a file")]
+"""A name that becomes a folder: no separator, no drive, nothing that leads out of the cache."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class CacheSettings:
     Args:
         model, dataset: what they are called.
         model_fingerprint, text_fingerprint: what they are; "" where nobody knows.
-        hookpoints: widths by module path.
+        hookpoints: widths by hookpoint.
         dtype: of the shards.
         context_length, mask_special, max_norm_ratio: how the text was read.
     """
@@ -43,7 +46,7 @@ class CacheSettings:
     dataset: Text
     model_fingerprint: Text
     text_fingerprint: Text
-    hookpoints: dict[Name, Size]
+    hookpoints: dict[Hookpoint, Size]
     dtype: Literal["bfloat16", "float32"]
     context_length: Size
     mask_special: bool
@@ -64,13 +67,13 @@ class Shard:
 
     Args:
         rows: tokens in it.
-        crc32: checksum of each of its files, by folder.
+        crc32: checksum of each of its files, by hookpoint or `TOKENS_FOLDER`.
         rounding: by hookpoint, where the model gave more than bfloat16.
     """
 
     rows: Size
-    crc32: dict[Name, Checksum]
-    rounding: dict[Name, Rounding] = field(default_factory=dict)
+    crc32: dict[Hookpoint, Checksum]
+    rounding: dict[Hookpoint, Rounding] = field(default_factory=dict)
 
 
 @dataclass
@@ -136,7 +139,7 @@ def has_index(directory: Path) -> bool:
 
 def shard_path(directory: Path, kind: str, number: int) -> Path:
     """Return where a shard lies; `kind` is a hookpoint or `TOKENS_FOLDER`."""
-    return directory / kind / f"{number:05d}.safetensors"
+    return directory / folder_of(kind) / f"{number:05d}.safetensors"
 
 
 def check_shard(directory: Path, index: CacheIndex, kind: str, number: int) -> None:

@@ -9,7 +9,7 @@ import json
 import shutil
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -29,6 +29,7 @@ from flashsae.data.cache_index import (
     folder_crc32,
     shard_path,
 )
+from flashsae.data.hookpoints import folder_of
 from flashsae.data.language_model import LanguageModelSource
 from flashsae.data.sources import Chunk, Cursor
 from flashsae.errors import CheckpointError, ConfigError, DataError
@@ -93,8 +94,8 @@ def _write(
         index.write(directory)
     writer = _Writer(directory, index, shard_rows)
     n_rows = index.rows
-    for chunks, cursor in source.chunks_by_hookpoint(None, index.cursor, max_tokens):
-        n_rows += writer.add(chunks, cursor)
+    for chunk, cursor in source.chunks(None, index.cursor, max_tokens):
+        n_rows += writer.add(chunk, cursor)
         if on_progress is not None:
             on_progress(n_rows)
     writer.finish()
@@ -146,7 +147,7 @@ def _begin(directory: Path, settings: dict[str, Any]) -> CacheIndex:
     if differences and not index.shards:  # begun and never filled: nothing is lost
         with storage_errors(directory):
             for kind in (TOKENS_FOLDER, TOKENIZER_FOLDER, *index.settings["hookpoints"]):
-                shutil.rmtree(directory / kind, ignore_errors=True)
+                shutil.rmtree(directory / folder_of(kind), ignore_errors=True)
         index, differences = CacheIndex(settings), []
         index.write(directory)
     if differences:
@@ -157,7 +158,7 @@ def _begin(directory: Path, settings: dict[str, Any]) -> CacheIndex:
     clear_leftovers(directory)
     with storage_errors(directory):
         for kind in (TOKENS_FOLDER, *settings["hookpoints"]):
-            (directory / kind).mkdir(exist_ok=True)
+            (directory / folder_of(kind)).mkdir(exist_ok=True)
     return index
 
 
@@ -194,21 +195,18 @@ class _Writer:
         self._begin_shard()
 
     def _begin_shard(self) -> None:
-        self._waiting: list[dict[str, Chunk]] = []
+        self._waiting: list[Chunk] = []
         self._n_waiting = 0
         self._rounding = {name: _Spread() for name in self._index.settings["hookpoints"]}
 
-    def add(self, chunks: dict[str, Chunk], cursor: Cursor) -> int:
-        """Take the chunks of one forward and the cursor behind them; return how many rows they are."""
-        for name, chunk in chunks.items():
-            if chunk.acts.dtype != torch.bfloat16:
-                self._rounding[name].update(chunk.acts)
-        stored = {
-            name: Chunk(chunk.acts.to("cpu", self._dtype), chunk.group, chunk.token_ids, chunk.position)
-            for name, chunk in chunks.items()
-        }
-        n_rows = len(next(iter(stored.values())).acts)
-        self._waiting.append(stored)
+    def add(self, chunk: Chunk, cursor: Cursor) -> int:
+        """Take the tokens of one forward and the cursor behind them; return how many they are."""
+        for name, acts in chunk.acts.items():
+            if acts.dtype != torch.bfloat16:
+                self._rounding[name].update(acts)
+        stored = {name: acts.to("cpu", self._dtype) for name, acts in chunk.acts.items()}
+        n_rows = len(chunk.group)
+        self._waiting.append(replace(chunk, acts=stored))
         self._n_waiting += n_rows
         self._cursor = cursor
         if self._n_waiting >= self._shard_rows:
@@ -217,20 +215,19 @@ class _Writer:
 
     def _flush(self) -> None:
         number = len(self._index.shards)
-        tokens = [next(iter(chunks.values())) for chunks in self._waiting]
         sums = {
             TOKENS_FOLDER: self._save(
                 TOKENS_FOLDER,
                 number,
                 {
-                    "token_ids": torch.cat([cast(Tensor, chunk.token_ids) for chunk in tokens]),
-                    "group": torch.cat([chunk.group for chunk in tokens]),
-                    "position": torch.cat([cast(Tensor, chunk.position) for chunk in tokens]),
+                    "token_ids": torch.cat([cast(Tensor, chunk.token_ids) for chunk in self._waiting]),
+                    "group": torch.cat([chunk.group for chunk in self._waiting]),
+                    "position": torch.cat([cast(Tensor, chunk.position) for chunk in self._waiting]),
                 },
             )
         }
         for name in self._rounding:
-            acts = torch.cat([chunks[name].acts for chunks in self._waiting])
+            acts = torch.cat([chunk.acts[name] for chunk in self._waiting])
             sums[name] = self._save(name, number, {"activations": acts})
         rounding = {name: Rounding(spread.lost, spread.variance) for name, spread in self._rounding.items()}
         self._index.shards.append(Shard(self._n_waiting, sums, rounding))

@@ -11,7 +11,7 @@ import torch
 from flashsae.data.cache import ActivationCache
 from flashsae.data.cache_index import INDEX_FILE, CacheIndex, has_index
 from flashsae.data.cache_writer import DTYPE_NAMES, changes
-from flashsae.data.models import match_hookpoints
+from flashsae.data.hookpoints import match_hookpoints
 from flashsae.data.text import TextDataset, open_text
 from flashsae.data.weights import model_fingerprint
 from flashsae.errors import CheckpointError, ConfigError, DataError, MissingExtraError
@@ -163,9 +163,9 @@ def rounding_warning(cache: ActivationCache) -> str | None:
     if cache.dtype != torch.bfloat16 or cache.rounded_away <= MOST_ROUNDED:
         return None
     return (
-        f"the activations at {cache.hookpoint} have a mean so much larger than their spread that bfloat16 rounds away "
-        f"{cache.rounded_away:.1%} of their variance, which neither training nor figures will see. Cache them anew "
-        "with --cache-dtype float32."
+        f"the activations at {', '.join(cache.hookpoints)} have a mean so much larger than their spread that bfloat16 "
+        f"rounds away {cache.rounded_away:.1%} of their variance, which neither training nor figures will see. Cache "
+        "them anew with --cache-dtype float32."
     )
 
 

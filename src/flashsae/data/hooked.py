@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from flashsae.data.hookpoints import is_input, module_of
 from flashsae.data.weights import Trace
 from flashsae.data.windows import TokenBatch
 from flashsae.errors import ConfigError, FlashSAEError
@@ -92,11 +94,11 @@ class _AllSeen(Exception):  # noqa: N818 - not an error: it ends a forward whose
 
 
 class HookedModel:
-    """A base model, run only as far as its last hooked module.
+    """A base model, run only as far as its last hookpoint.
 
     Args:
         model: switched to evaluation, its parameters are frozen; it stays on its device.
-        hookpoints: module paths, as `resolve_hookpoints` returns them.
+        hookpoints: as `resolve_hookpoints` returns them.
     Raises:
         ConfigError: the model does not read text, or a hookpoint lies in a part of it that does not.
     """
@@ -107,7 +109,7 @@ class HookedModel:
         self.device = next(model.parameters()).device
         self.reader = text_reader(model)
         inside = {id(module) for module in self.reader.modules()}
-        outside = [name for name in hookpoints if id(model.get_submodule(name)) not in inside]
+        outside = [name for name in hookpoints if id(self.module_at(name)) not in inside]
         if outside:
             raise ConfigError(
                 f"hookpoint: {outside[0]} does not read text alone in {type(model).__name__}; choose a module of "
@@ -116,32 +118,31 @@ class HookedModel:
         takes_cache = "use_cache" in inspect.signature(self.reader.forward).parameters
         self._options = {"use_cache": False} if takes_cache else {}
 
+    def module_at(self, hookpoint: str) -> nn.Module:
+        """Return the module that a hookpoint lies at."""
+        return self.model.get_submodule(module_of(hookpoint))
+
     def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
-        """Return the output of each hookpoint; a module that runs twice gives the first.
+        """Return what is at each hookpoint; a module that runs twice gives the first.
 
         Args:
             input_ids: [sequences, length], int64, on any device.
             attention_mask: [sequences, length], int64, on any device; 0 is padding.
         Returns:
-            by hookpoint, the first tensor of its output, [sequences, length, d] for most modules; on the device of
-            the model.
+            by hookpoint, the first tensor of the output, or of the input (`hidden_states`, where that is given by its
+            name), [sequences, length, d] for most modules; on the device of the model.
         Raises:
-            ConfigError: a module did not run, or gives no tensor.
+            ConfigError: a module did not run, or gives or takes no tensor.
         """
         seen: dict[str, Tensor] = {}
 
-        def keep(name: str, output: object) -> None:
+        def keep(name: str, find: Callable[..., Tensor], *values: object) -> None:
             if name not in seen:
-                seen[name] = _first_tensor(name, output).clone()  # a later layer may add to it in place
+                seen[name] = find(name, *values).clone()  # a later layer may add to it in place
             if len(seen) == len(self.hookpoints):
                 raise _AllSeen
 
-        hooks = [
-            self.model.get_submodule(name).register_forward_hook(
-                lambda module, args, output, name=name: keep(name, output)
-            )
-            for name in self.hookpoints
-        ]
+        hooks = [self._hook(name, keep) for name in self.hookpoints]
         try:
             with torch.no_grad(), _no_cudnn_attention():
                 self.reader(
@@ -156,6 +157,24 @@ class HookedModel:
                 hook.remove()
         silent = ", ".join(name for name in self.hookpoints if name not in seen)
         raise ConfigError(f"hookpoint: {silent} did not run when the model read text; choose another module.")
+
+    def _hook(self, name: str, keep: Callable[..., None]) -> RemovableHandle:
+        module = self.module_at(name)
+        if is_input(name):  # in front of all other hooks: a module whose input is the last thing needed has not run
+            return module.register_forward_pre_hook(
+                lambda module, args, kwargs: keep(name, _input_tensor, args, kwargs), prepend=True, with_kwargs=True
+            )
+        return module.register_forward_hook(lambda module, args, output: keep(name, _first_tensor, output))
+
+
+def _input_tensor(name: str, args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
+    for value in (kwargs.get("hidden_states"), *args):
+        if isinstance(value, Tensor):
+            return value
+    raise ConfigError(
+        f"hookpoint: expected a module that is given a tensor in its place, or as hidden_states, got {module_of(name)} "
+        f"with {', '.join([*(type(value).__name__ for value in args), *kwargs]) or 'nothing'}; choose another module."
+    )
 
 
 def _first_tensor(name: str, output: object) -> Tensor:
@@ -209,7 +228,7 @@ def look(model: HookedModel, batch: TokenBatch, name: str) -> Seen:
         chosen = batch.keep if bool(batch.keep.any()) else batch.attention.bool()
         if not bool(output[chosen.to(output.device)].isfinite().all()):
             raise ConfigError(never_finite(name, hookpoint, output.dtype))
-    hooked = frozenset(model.model.get_submodule(hookpoint) for hookpoint in model.hookpoints)
+    hooked = frozenset(map(model.module_at, model.hookpoints))
     return Seen(
         {hookpoint: int(output.shape[2]) for hookpoint, output in outputs.items()},
         next(iter(outputs.values())).dtype,
@@ -227,18 +246,19 @@ def never_finite(name: str, hookpoint: str, dtype: torch.dtype) -> str:
 
 
 def _check_output(hookpoint: str, output: Tensor, ids: Tensor) -> None:
-    """Raise ConfigError if an output is not a vector for each token of two windows."""
+    """Raise ConfigError if what is at a hookpoint is not a vector for each token of two windows."""
+    side = "input" if is_input(hookpoint) else "output"
     advice = "choose a module of the residual stream, an MLP or an attention output."
     shape = list(output.shape)
     one = [1, *shape[1:]] if shape[:1] == [2] else shape
     if len(shape) != 3 or shape[1] != ids.shape[1] or not output.is_floating_point():
         raise ConfigError(
-            f"hookpoint: expected an output of shape [sequences, length, d], got {one} of {output.dtype} from "
+            f"hookpoint: expected an {side} of shape [sequences, length, d], got {one} of {output.dtype} from "
             f"{hookpoint} for one sequence of {ids.shape[1]} tokens; {advice}"
         )
     is_same = shape[0] == 2 and not torch.equal(ids[0], ids[1]) and torch.equal(output[0], output[1])
     if shape[0] != 2 or is_same:
         raise ConfigError(
-            f"hookpoint: expected an output that depends on the tokens, got from {hookpoint} the same for every "
+            f"hookpoint: expected an {side} that depends on the tokens, got from {hookpoint} the same for every "
             f"sequence, as of positions; {advice}"
         )

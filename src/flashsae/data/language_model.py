@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from copy import copy
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -16,9 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from flashsae.backend import resolve_device
+from flashsae.data.acts import only_site
 from flashsae.data.fingerprint import text_digest
 from flashsae.data.hooked import HookedModel, context_limit, look, never_finite, vocabulary_size
-from flashsae.data.models import Loading, load_with_account, resolve_hookpoints
+from flashsae.data.hookpoints import resolve_hookpoints
+from flashsae.data.models import Loading, load_with_account
 from flashsae.data.reading_order import Place, ReadingOrder
 from flashsae.data.sources import Chunk, Cursor, Split, check_held_out, split_mask
 from flashsae.data.text import TextDataset
@@ -37,8 +40,8 @@ class LanguageModelConfig:
     Args:
         model: ``"minilm"`` (six layers of width 384, from the extra `demo`, no download), or a folder or a name on
             the hub for ``transformers.AutoModel``. Where a loaded model is passed, its name for messages.
-        hookpoints: module paths in the base model, such as ``encoder.layer.2`` or ``h.3.mlp``; ``*`` stands for
-            anything but a dot, so ``layers.*`` is every layer.
+        hookpoints: module paths in the base model, such as ``encoder.layer.2`` or ``h.3.mlp``, for the output of the
+            module; ``h.3.mlp:in`` is its input. ``*`` stands for anything but a dot, so ``layers.*`` is every layer.
         context_length: tokens in one model input, special tokens included.
         batch_tokens: tokens in one forward, padding included.
         mask_special: leave out the tokens that the tokenizer adds, and its special tokens anywhere else.
@@ -101,7 +104,7 @@ class LanguageModelConfig:
 
 
 class LanguageModelSource:
-    """A `StreamSource` of the activations of a language model at one or several hookpoints.
+    """A `StreamSource` of the activations of a language model: each hookpoint is a site, read in the same forward.
 
     Args:
         config: what to read from which model.
@@ -133,7 +136,7 @@ class LanguageModelSource:
         if loaded is None:
             model = model.to(resolve_device(config.device))
         self.hookpoints = resolve_hookpoints(model, config.hookpoints)
-        self.name = f"{config.model} at {', '.join(self.hookpoints)} reading {text.name}"
+        self.name = self._name()
         self._check_context(model)
         self._windows = Windows(
             self.tokenizer,
@@ -159,8 +162,13 @@ class LanguageModelSource:
 
     @property
     def d_in(self) -> int:
-        """Width of the activations; ConfigError where there are several hookpoints (see `widths`)."""
-        return self.widths[self._only_hookpoint()]
+        """Width of the activations of the only site; ConfigError where there are several (see `widths`)."""
+        return only_site(self.widths)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a token."""
+        return sum(self.widths.values()) * self.dtype.itemsize
 
     @property
     def model_bytes(self) -> int:
@@ -190,23 +198,25 @@ class LanguageModelSource:
         """Digits that stand for the weights, the tokenizer and the settings of reading, not for text and split."""
         return text_digest([repr(sorted((k, v) for k, v in self.identity.items() if k not in ("text", "held_out")))])
 
-    def _only_hookpoint(self) -> str:
-        if len(self.hookpoints) != 1:
-            raise ConfigError(
-                f"hookpoints: expected exactly one here, got {', '.join(self.hookpoints)}; choose one, or read all of "
-                "them with chunks_by_hookpoint or into a cache."
-            )
-        return self.hookpoints[0]
+    def at(self, *hookpoints: str) -> LanguageModelSource:
+        """Return a source of some of the hookpoints alone; it shares model, tokenizer and text with this one."""
+        part = copy(self)
+        for known in ("identity", "fingerprint"):
+            part.__dict__.pop(known, None)
+        part.hookpoints = hookpoints
+        part.config = replace(self.config, hookpoints=hookpoints)
+        part.name = part._name()
+        part.widths = {name: self.widths[name] for name in hookpoints}
+        part._model = HookedModel(self._model.model, hookpoints)
+        return part
 
-    def chunks(self, split: Split, cursor: Cursor | None = None) -> Iterator[tuple[Chunk, Cursor]]:
-        """Yield one epoch of a split at the only hookpoint, as `chunks_by_hookpoint`."""
-        name = self._only_hookpoint()
-        return ((chunk[name], behind) for chunk, behind in self.chunks_by_hookpoint(split, cursor))
+    def _name(self) -> str:
+        return f"{self.config.model} at {', '.join(self.hookpoints)} reading {self.text.name}"
 
-    def chunks_by_hookpoint(
+    def chunks(
         self, split: Split | None, cursor: Cursor | None = None, max_tokens: int | None = None
-    ) -> Iterator[tuple[dict[str, Chunk], Cursor]]:
-        """Yield one epoch, a forward at a time: a chunk for each hookpoint, of the same tokens.
+    ) -> Iterator[tuple[Chunk, Cursor]]:
+        """Yield one epoch, a forward at a time: the same tokens at every hookpoint.
 
         Args:
             split: "train", "held_out", or None for all documents. The others do not reach the model.
@@ -222,13 +232,13 @@ class LanguageModelSource:
             if max_tokens is not None:
                 batches = first_tokens(batches, max_tokens - before)
             for number in range(done, len(batches)):
-                chunks, n_dropped = self._read(batches[number])
+                chunk, n_dropped = self._read(batches[number])
                 dropped += n_dropped
-                rows += len(next(iter(chunks.values())).acts)
+                rows += len(chunk.group)
                 block_ends = number + 1 == len(batches)
                 goes_on, n_done = (behind, 0) if block_ends else (begin, number + 1)
                 before = rows if block_ends else before
-                yield chunks, {
+                yield chunk, {
                     **asdict(goes_on), "batch": n_done, "dropped": dropped, "rows": rows, "rows_before": before
                 }  # fmt: skip
             done = 0
@@ -266,8 +276,8 @@ class LanguageModelSource:
     def _is_in(self, split: Split, document: int) -> bool:
         return bool(split_mask(torch.tensor([document], dtype=torch.int64, device="cpu"), self._held_out, split)[0])
 
-    def _read(self, batch: TokenBatch) -> tuple[dict[str, Chunk], int]:
-        """Run the model on a batch; return its chunks and how many tokens the norm filter dropped."""
+    def _read(self, batch: TokenBatch) -> tuple[Chunk, int]:
+        """Run the model on a batch; return its tokens and how many more the norm filter dropped."""
         outputs = self._model(batch.ids, batch.attention)
         for name, output in outputs.items():
             if output.shape[:2] != batch.ids.shape:
@@ -282,13 +292,13 @@ class LanguageModelSource:
             self._check_finite(name, rows, documents)
         tokens = batch.ids[batch.keep].to(torch.int32)
         position = torch.arange(batch.ids.shape[1], dtype=torch.int32, device="cpu").expand_as(batch.ids)[batch.keep]
-        chunks = {name: Chunk(rows, documents, tokens, position) for name, rows in acts.items()}
+        chunk = Chunk(acts, documents, tokens, position)
         ratio = self.config.max_norm_ratio
         if ratio is None or not len(tokens):
-            return chunks, 0
+            return chunk, 0
         norms = [rows.float().norm(dim=1) for rows in acts.values()]
         small = torch.stack([norm <= ratio * norm.median() for norm in norms]).all(dim=0).cpu()
-        return {name: chunk.select(small) for name, chunk in chunks.items()}, int((~small).sum())
+        return chunk.select(small), int((~small).sum())
 
     def _check_finite(self, name: str, acts: Tensor, documents: Tensor) -> None:
         if bool(acts.isfinite().all()):

@@ -1,16 +1,14 @@
-"""Language models as modules: loading one with its tokenizer, and naming its hookpoints."""
+"""Language models as modules: loading one with its tokenizer."""
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -165,46 +163,3 @@ def not_loaded(name: str, error: Exception) -> ConfigError:
 
 def _reason(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".:")
-
-
-def resolve_hookpoints(model: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
-    """Return the module paths that the patterns stand for, each once, 2 before 10.
-
-    Args:
-        model: the base model.
-        patterns: module paths; ``*``, ``?`` and ``[...]`` do not match dots. The name of the base model in its
-            parent (``model.``, ``transformer.``) may stand in front.
-    Raises:
-        ConfigError: a pattern matches nothing; names what comes close.
-    """
-    names = [name for name, _ in model.named_modules() if name]
-    found: dict[str, None] = {}
-    for pattern in patterns:
-        matches = match_hookpoints(pattern, names)
-        prefix = f"{getattr(model, 'base_model_prefix', '')}."
-        if not matches and pattern.startswith(prefix):
-            matches = match_hookpoints(pattern.removeprefix(prefix), names)
-        if not matches:
-            raise _unknown_hookpoint(pattern, names)
-        found |= dict.fromkeys(matches)
-    return tuple(found)
-
-
-def match_hookpoints(pattern: str, names: Sequence[str]) -> list[str]:
-    """Return the names that a pattern stands for, 2 before 10; its wildcards do not match dots."""
-    parts = pattern.split(".")
-    matches = [
-        name for name in names if name.count(".") == len(parts) - 1 and all(map(fnmatchcase, name.split("."), parts))
-    ]
-    return sorted(matches, key=_natural)
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
-
-
-def _unknown_hookpoint(pattern: str, names: Sequence[str]) -> ConfigError:
-    layers = sorted((name for name in names if re.fullmatch(r"\D+\.\d+", name)), key=_natural)
-    span = f" Its layers are {layers[0]} to {layers[-1]}." if layers else ""
-    near = ", ".join(difflib.get_close_matches(pattern, names, n=3, cutoff=0.5)) or ", ".join(names[:3])
-    return ConfigError(f"hookpoint: the model has no module {pattern!r}. Near: {near}.{span}")

@@ -11,17 +11,22 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from flashsae.data.acts import Batch
 from flashsae.data.shuffle import Batches
 
 
 class _Slot:
     """Page-locked memory for a batch, its place on the device, and what must be over before each is written again."""
 
-    def __init__(self, batch: Tensor, device: torch.device) -> None:
-        self.host = torch.empty(batch.shape, dtype=batch.dtype, pin_memory=True, device="cpu")
-        self.device = torch.empty(batch.shape, dtype=batch.dtype, device=device)
+    def __init__(self, batch: Batch, device: torch.device) -> None:
+        self.host, self.device = (
+            {
+                site: torch.empty(acts.shape, dtype=acts.dtype, pin_memory=is_pinned, device=place)
+                for site, acts in batch.items()
+            }
+            for place, is_pinned in ((torch.device("cpu"), True), (device, False))
+        )
         self.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self.used = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
@@ -30,7 +35,7 @@ class _Slot:
 class _Fetched:
     """A batch on the device, what it is ready behind, and the slot that it lies in, if any."""
 
-    batch: Tensor
+    batch: Batch
     ready: torch.cuda.Event
     slot: _Slot | None
 
@@ -62,8 +67,8 @@ class Prefetcher:
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             self._stream.wait_stream(torch.cuda.current_stream(device))
 
-    def next_batch(self, *, ahead: bool) -> Tensor:
-        """Return the next batch: [batch_tokens, d_in], dtype of the source, on the device.
+    def next_batch(self, *, ahead: bool) -> Batch:
+        """Return the next batch: [batch_tokens, d] by site, dtype of the source, on the device.
 
         It is overwritten once one more batch was asked for; work queued on the current stream by then is safe.
 
@@ -73,7 +78,7 @@ class Prefetcher:
             FlashSAEError: what reading raised.
         """
         if self._pool is None:
-            return self._batches.next_batch().to(self._device)
+            return _moved(self._batches.next_batch(), self._device)
         stream = torch.cuda.current_stream(self._device)
         if self._last is not None:
             self._last.used.record(stream)
@@ -81,23 +86,26 @@ class Prefetcher:
         self._ahead = self._pool.submit(self._fetch) if ahead else None
         self._last = fetched.slot
         stream.wait_event(fetched.ready)
-        fetched.batch.record_stream(stream)
+        for acts in fetched.batch.values():
+            acts.record_stream(stream)
         return fetched.batch
 
     def _fetch(self) -> _Fetched:
         with self._exclusive, torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             batch = self._batches.next_batch()
-            if batch.device.type != "cpu":
+            if any(acts.device.type != "cpu" for acts in batch.values()):
                 ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 ready.record(self._stream)
-                return _Fetched(batch.to(self._device), ready, None)
+                return _Fetched(_moved(batch, self._device), ready, None)
             if self._slots is None:
                 self._slots = cycle([_Slot(batch, self._device) for _ in range(2)])
             slot = next(self._slots)
             slot.copied.synchronize()  # the last copy out of this page-locked memory
-            slot.host.copy_(batch)
+            for site, acts in batch.items():
+                slot.host[site].copy_(acts)
             self._stream.wait_event(slot.used)
-            slot.device.copy_(slot.host, non_blocking=True)
+            for site, acts in slot.host.items():
+                slot.device[site].copy_(acts, non_blocking=True)
             slot.copied.record(self._stream)
             return _Fetched(slot.device, slot.copied, slot)
 
@@ -109,3 +117,7 @@ class Prefetcher:
     ) -> None:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
+
+
+def _moved(batch: Batch, device: torch.device) -> Batch:
+    return {site: acts.to(device) for site, acts in batch.items()}

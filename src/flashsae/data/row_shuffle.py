@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashsae.data.acts import is_finite, what_is_not_finite
+from flashsae.data.acts import Batch, is_finite, what_is_not_finite
 from flashsae.data.batches import ADVICE, PLACE, OnFill, State, check_identity, generator_of
 from flashsae.data.sources import RowSource, identity_of
 from flashsae.errors import CheckpointError, DataError
@@ -81,7 +81,7 @@ class RowShuffle:
             self._epoch, self._window = self._epoch + 1, 0
         self._order = self._window_rows()
 
-    def next_batch(self) -> Tensor:
+    def next_batch(self) -> Batch:
         """Return the next batch; an epoch ends inside a batch if it must."""
         pieces, missing = [], self._batch_tokens
         while missing:
@@ -96,7 +96,7 @@ class RowShuffle:
         _check_rows(batch, index, self._source.name)
         return batch
 
-    def sample(self, tokens: int, on_fill: OnFill | None = None) -> Tensor:
+    def sample(self, tokens: int, on_fill: OnFill | None = None) -> Batch:
         """Return up to `tokens` training rows at equal distances; there is no buffer to be filled."""
         stride = max(1, len(self._rows) // tokens)
         index = self._rows[::stride][:tokens]
@@ -127,11 +127,13 @@ class RowShuffle:
             )
 
 
-def _check_rows(batch: Tensor, index: Tensor, name: str) -> None:
+def _check_rows(batch: Batch, index: Tensor, name: str) -> None:
     """Raise DataError naming the row of the source that holds NaN or Inf."""
-    if not is_finite(batch):
-        bad = index[~torch.isfinite(batch.float()).all(dim=1).cpu()]
-        raise DataError(
-            f"{name}: row {int(bad[0])} holds {what_is_not_finite(batch)} ({len(bad)} such rows in this batch). "
-            "Find out where they come from, or drop those rows, and start again."
-        )
+    for site, acts in batch.items():
+        if not is_finite(acts):
+            bad = index[~torch.isfinite(acts.float()).all(dim=1).cpu()]
+            where = "" if len(batch) == 1 else f" of {site}"
+            raise DataError(
+                f"{name}: row {int(bad[0])}{where} holds {what_is_not_finite(acts)} ({len(bad)} such rows in this "
+                "batch). Find out where they come from, or drop those rows, and start again."
+            )

@@ -6,7 +6,7 @@ A `StreamSource` can only be read forwards and resumed at a cursor; a `RowSource
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flashsae.data.acts import as_acts, batch_acts, iterate
+from flashsae.data.acts import Batch, X, acts_by_site, as_acts, batch_acts, iterate, only_site
 from flashsae.data.fingerprint import rows_digest, tensors_digest
 from flashsae.errors import DataError, DtypeError, ShapeError
 from flashsae.settings.reading import check_held_out as check_held_out
@@ -33,14 +33,14 @@ class Chunk:
     """Consecutive rows of activations with what is known of each.
 
     Args:
-        acts: [n, d_in], any float dtype.
+        acts: by site, [n, d], any float dtype; several sites are of the same tokens.
         group: [n], int64. The unit of the held-out split: the document of a token, the number of a plain row.
         token_ids: [n], int32, or None where there is no text.
         position: [n], int32, place of the token in its model input, or None where there is no text. Neighbours
             in a text are neighbouring rows of one group whose positions ascend.
     """
 
-    acts: Tensor
+    acts: Batch
     group: Tensor
     token_ids: Tensor | None = None
     position: Tensor | None = None
@@ -52,7 +52,7 @@ class Chunk:
             return tensor[keep.to(tensor.device)]  # a model on a GPU leaves what is known of its tokens on the CPU
 
         return Chunk(
-            pick(self.acts),
+            {site: pick(acts) for site, acts in self.acts.items()},
             pick(self.group),
             None if self.token_ids is None else pick(self.token_ids),
             None if self.position is None else pick(self.position),
@@ -66,8 +66,8 @@ class StreamSource(Protocol):
     """For messages: what the reader would call it."""
 
     @property
-    def d_in(self) -> int:
-        """Width of the activations."""
+    def widths(self) -> Mapping[str, int]:
+        """Width of the activations by site."""
 
     def chunks(self, split: Split, cursor: Cursor | None = None) -> Iterator[tuple[Chunk, Cursor]]:
         """Yield one epoch of a split in source order, each chunk with the cursor of the place behind it.
@@ -85,8 +85,8 @@ class RowSource(Protocol):
     name: str
 
     @property
-    def d_in(self) -> int:
-        """Width of the activations."""
+    def widths(self) -> Mapping[str, int]:
+        """Width of the activations by site."""
 
     def chunks(self, split: Split, cursor: Cursor | None = None) -> Iterator[tuple[Chunk, Cursor]]:
         """As `StreamSource.chunks`."""
@@ -94,8 +94,8 @@ class RowSource(Protocol):
     def split_rows(self, split: Split) -> Tensor:
         """Return the row numbers of a split: [n], int64, ascending."""
 
-    def rows(self, index: Tensor) -> Tensor:
-        """Return rows by number: index [n], int64, in any order -> [n, d_in]."""
+    def rows(self, index: Tensor) -> Batch:
+        """Return rows by number: index [n], int64, in any order -> [n, d] by site."""
 
 
 Source: TypeAlias = StreamSource | RowSource
@@ -134,94 +134,116 @@ def _shift(h: Tensor, bits: int) -> Tensor:
 
 
 class ArraySource:
-    """Activations in one tensor, numpy array or memory-mapped array; each row is its own group.
+    """Activations in one tensor, numpy array or memory-mapped array, or in one a site; each row is its own group.
 
     Args:
-        x: [tokens, d_in], float. Not copied; a memory-mapped array is read a few rows at a time.
+        x: [tokens, d_in], float, at the site "x"; or such by site, of the same tokens. Not copied; a memory-mapped
+            array is read a few rows at a time.
         held_out: fraction of the rows that training never sees.
     Raises:
-        ShapeError, DtypeError, DataError: x is not [tokens, d_in], not float, or empty.
+        ShapeError, DtypeError, DataError: x is not [tokens, d_in], not float, or empty; or its sites do not belong
+            together.
     """
 
-    def __init__(self, x: Tensor | np.ndarray, *, held_out: float = 0.0, name: str = "x") -> None:
+    def __init__(
+        self,
+        x: Tensor | np.ndarray | Mapping[str, Tensor | np.ndarray],
+        *,
+        held_out: float = 0.0,
+        name: str = "x",
+    ) -> None:
         self.name = name
-        self._x = as_acts(x, name)
+        self._acts = acts_by_site(x, name) if isinstance(x, Mapping) else {X: as_acts(x, name)}
         self._held_out = check_held_out(held_out)
-        if len(self._x) == 0:
+        self.n_rows = len(next(iter(self._acts.values()), ()))
+        if self.n_rows == 0:
             raise DataError(f"{name} is empty: expected at least one row of activations.")
+        self.widths = {site: int(acts.shape[1]) for site, acts in self._acts.items()}
 
     @property
     def d_in(self) -> int:
-        """Width of the activations."""
-        return int(self._x.shape[1])
+        """Width of the activations of the only site."""
+        return only_site(self.widths)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must find again: all rows of up to 64 MiB, a sample of more, and how they are split."""
-        is_small = self._x.numel() * self._x.element_size() <= _HASHED_BYTES
-        rows = tensors_digest([("x", self._x)]) if is_small else rows_digest(self._x)
-        return {"kind": "array", "rows": rows, "held_out": self._held_out}
+        is_small = sum(acts.numel() * acts.element_size() for acts in self._acts.values()) <= _HASHED_BYTES
+        rows = tensors_digest(self._acts.items()) if is_small else " ".join(map(rows_digest, self._acts.values()))
+        return {"kind": "array", "sites": list(self.widths), "rows": rows, "held_out": self._held_out}
 
     def split_rows(self, split: Split) -> Tensor:
         """Return the row numbers of a split: [n], int64, ascending."""
-        return split_mask(torch.arange(len(self._x), dtype=torch.int64, device="cpu"), self._held_out, split).nonzero()[
+        return split_mask(torch.arange(self.n_rows, dtype=torch.int64, device="cpu"), self._held_out, split).nonzero()[
             :, 0
         ]
 
-    def rows(self, index: Tensor) -> Tensor:
-        """Return rows by number: index [n], int64 -> [n, d_in], a copy."""
-        return self._x.index_select(0, index.to(self._x.device))
+    def rows(self, index: Tensor) -> Batch:
+        """Return rows by number: index [n], int64 -> [n, d] by site, copies."""
+        return {site: acts.index_select(0, index.to(acts.device)) for site, acts in self._acts.items()}
 
     def chunks(self, split: Split, cursor: Cursor | None = None) -> Iterator[tuple[Chunk, Cursor]]:
         """Yield one epoch of a split in order."""
         first = (cursor or {}).get("row", 0)
-        for start in range(first, len(self._x), _ARRAY_CHUNK_ROWS):
-            stop = min(start + _ARRAY_CHUNK_ROWS, len(self._x))
+        for start in range(first, self.n_rows, _ARRAY_CHUNK_ROWS):
+            stop = min(start + _ARRAY_CHUNK_ROWS, self.n_rows)
             group = torch.arange(start, stop, dtype=torch.int64, device="cpu")
-            chunk = Chunk(self._x[start:stop], group).select(split_mask(group, self._held_out, split))
+            acts = {site: acts[start:stop] for site, acts in self._acts.items()}
+            chunk = Chunk(acts, group).select(split_mask(group, self._held_out, split))
             yield chunk, {"row": stop}
 
 
 class IterableSource:
-    """Activations from any iterable of [tokens, d_in] batches: a generator, a DataLoader, a list of tensors.
+    """Activations from any iterable of batches: a generator, a DataLoader, a list of tensors.
 
     Args:
         batches: read once if it is an iterator, once an epoch otherwise.
+        sites: what to take of each batch. Of one site, a batch is [tokens, d_in], or a tuple, list or dict of nothing
+            else; of several it is a dict that holds them, whatever it holds beside.
     Raises:
         ShapeError, DtypeError: a batch is not [tokens, d_in] or not float, or width, dtype or device change.
     """
 
-    def __init__(self, batches: Iterable[Tensor | np.ndarray], *, name: str = "the iterable x") -> None:
+    def __init__(
+        self,
+        batches: Iterable[Tensor | np.ndarray | Mapping[str, Tensor | np.ndarray]],
+        *,
+        sites: Sequence[str] = (X,),
+        name: str = "the iterable x",
+    ) -> None:
         self.name = name
         self._batches = batches
-        self._ahead: Tensor | None = None
-        self._iterator: Iterator[Tensor | np.ndarray] | None = None
-        self._d_in = self._first_width()
-
-    def _first_width(self) -> int:
-        """Read the first batch for its width and keep it, so that a generator loses nothing."""
-        self._iterator = iterate(self._batches)
-        self._ahead = next((self._tensor(batch) for batch in self._iterator), None)
-        if self._ahead is None:
-            raise DataError(f"{self.name} is empty: expected at least one [tokens, d_in] batch.")
-        self.identity = {"kind": "iterable", "first batch": rows_digest(self._ahead)}
-        self._kind = self._ahead.dtype, self._ahead.device
-        return int(self._ahead.shape[1])
+        self._sites = tuple(sites)
+        self._iterator: Iterator[Any] | None = iterate(batches)
+        # the first batch tells the widths, and is kept, so that a generator loses nothing
+        first = self._ahead = next(map(self._acts, self._iterator), None)
+        if first is None:
+            raise DataError(f"{name} is empty: expected at least one [tokens, d_in] batch.")
+        digests = " ".join(map(rows_digest, first.values()))
+        self.identity = {"kind": "iterable", "sites": list(first), "first batch": digests}
+        self.widths = {site: int(acts.shape[1]) for site, acts in first.items()}
+        self._kinds = {site: (acts.dtype, acts.device) for site, acts in first.items()}
 
     @property
     def d_in(self) -> int:
-        """Width of the activations."""
-        return self._d_in
+        """Width of the activations of the only site."""
+        return only_site(self.widths)
 
     @property
     def row_bytes(self) -> int:
         """Bytes of a token."""
-        return self._d_in * self._kind[0].itemsize
+        return sum(width * self._kinds[site][0].itemsize for site, width in self.widths.items())
 
-    def _tensor(self, batch: Any) -> Tensor:
-        return batch_acts(batch, f"a batch of {self.name}")
+    def _acts(self, batch: Any) -> Batch:
+        what = f"a batch of {self.name}"
+        if len(self._sites) == 1:
+            return {self._sites[0]: batch_acts(batch, what)}
+        if not isinstance(batch, Mapping) or any(site not in batch for site in self._sites):
+            got = f"a dict of {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
+            raise DtypeError(f"{what}: expected a dict of {', '.join(self._sites)}, got {got}. Name its entries so.")
+        return acts_by_site({site: batch[site] for site in self._sites}, what)
 
-    def _epoch(self) -> Iterator[Tensor]:
+    def _epoch(self) -> Iterator[Batch]:
         iterator, self._iterator = self._iterator, None
         if iterator is None:
             if isinstance(self._batches, Iterator):
@@ -231,7 +253,7 @@ class IterableSource:
             yield self._ahead
             self._ahead = None
         for batch in iterator:
-            yield self._tensor(batch)
+            yield self._acts(batch)
 
     def chunks(self, split: Split, cursor: Cursor | None = None) -> Iterator[tuple[Chunk, Cursor]]:
         """Yield one epoch. There is no held-out split: evaluate on other data instead."""
@@ -240,17 +262,22 @@ class IterableSource:
         skip = (cursor or {}).get("batch", 0)
         row = 0
         for number, acts in enumerate(self._epoch()):
-            if acts.shape[1] != self._d_in:
-                raise ShapeError(
-                    f"batch {number} of {self.name}: expected [tokens, {self._d_in}], got {list(acts.shape)}."
-                )
-            if (acts.dtype, acts.device) != self._kind:
-                expected, device = self._kind
-                raise DtypeError(
-                    f"batch {number} of {self.name}: expected {expected} on {device}, as the first batch, got "
-                    f"{acts.dtype} on {acts.device}. Convert all of them: (batch.float() for batch in x)."
-                )
-            group = torch.arange(row, row + len(acts), dtype=torch.int64, device="cpu")
-            row += len(acts)
+            for site, each in acts.items():
+                self._check(each, site, f"batch {number} of {self.name}")
+            rows = len(next(iter(acts.values())))
+            group = torch.arange(row, row + rows, dtype=torch.int64, device="cpu")
+            row += rows
             if number >= skip:
                 yield Chunk(acts, group), {"batch": number + 1}
+
+    def _check(self, acts: Tensor, site: str, what: str) -> None:
+        """Raise if a batch differs from the first one in more than its tokens."""
+        what = what if len(self._sites) == 1 else f"{what} at {site}"
+        if acts.shape[1] != self.widths[site]:
+            raise ShapeError(f"{what}: expected [tokens, {self.widths[site]}], got {list(acts.shape)}.")
+        if (acts.dtype, acts.device) != self._kinds[site]:
+            expected, device = self._kinds[site]
+            raise DtypeError(
+                f"{what}: expected {expected} on {device}, as the first batch, got {acts.dtype} on {acts.device}. "
+                "Convert all of them: (batch.float() for batch in x)."
+            )

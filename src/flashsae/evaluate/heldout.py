@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashsae.data.acts import as_acts, batch_acts, check_finite, iterate
+from flashsae.data.acts import Batch, as_acts, batch_acts, check_finite, iterate
 from flashsae.data.sources import RowSource, Source
 from flashsae.errors import ConfigError, DataError, DtypeError
 from flashsae.metrics import FVU, LatentActivity, norm_limit
@@ -54,7 +54,7 @@ class Evaluation:
 @neutral()
 @torch.no_grad()
 def evaluate(
-    sae: SAE, x: Tensor | np.ndarray | Iterable[Tensor | np.ndarray], *, batch_tokens: int = 4096
+    sae: SAE, x: Tensor | np.ndarray | Iterable[Tensor | np.ndarray | Batch], *, batch_tokens: int = 4096
 ) -> Evaluation:
     """Measure an SAE.
 
@@ -121,8 +121,8 @@ def _norms(x: Tensor) -> Tensor:
     return norms
 
 
-def held_out_batches(source: Source, max_tokens: int) -> Iterator[Tensor]:
-    """Yield held-out activations of a source, [n, d_in] each, `max_tokens` in all at most; the same in every call.
+def held_out_batches(source: Source, max_tokens: int) -> Iterator[Batch]:
+    """Yield held-out activations of a source, [n, d] by site, `max_tokens` in all at most; the same in every call.
 
     Where any row can be read, they lie at equal distances in all that is held out, and so do those of each batch. A
     stream gives the first ones; its documents come shuffled.
@@ -136,10 +136,10 @@ def held_out_batches(source: Source, max_tokens: int) -> Iterator[Tensor]:
         return
     left = max_tokens
     for chunk, _ in source.chunks("held_out"):
-        acts = chunk.acts[:left]
-        left -= len(acts)
-        if len(acts):
-            yield acts
+        n_rows = min(left, len(chunk.group))
+        left -= n_rows
+        if n_rows:
+            yield {site: acts[:n_rows] for site, acts in chunk.acts.items()}
         if left == 0:
             return
 

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flashsae.data.acts import Batch
 from flashsae.data.sources import Chunk
 from flashsae.errors import ConfigError, DataError
 from flashsae.report.snippet_file import LatentSnippets, Snippet, Snippets, read_snippets, write_snippets
@@ -30,7 +31,7 @@ MIN_FIRED = 10
 HISTOGRAM_BINS = 24
 _TOP_TOKENS = 8
 
-Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
+Encode = Callable[[Batch], tuple[Tensor, Tensor]]
 
 
 def collect_snippets(
@@ -47,7 +48,7 @@ def collect_snippets(
     """Find the texts on which latents fire most, for latents spread evenly over the ranks of density.
 
     Args:
-        encode: [n, d_in] -> (top_acts [n, k], top_indices [n, k]).
+        encode: [n, d_in] by site -> (top_acts [n, k], top_indices [n, k]).
         chunks: activations of held-out documents, with token_ids and position.
         token_text: ids of consecutive tokens -> the text of each (see `token_strings`).
         training: those of documents that were trained on; read only where `chunks` ends before `max_tokens`, and
@@ -120,11 +121,11 @@ def _encode_all(encode: Encode, held_out: Iterator[Chunk], training: Iterator[Ch
                 raise DataError(
                     "snippets need activations with token_ids and position; these have none, as plain arrays do."
                 )
-            n_rows = min(len(chunk.acts), max_tokens - read)
+            n_rows = min(len(chunk.group), max_tokens - read)
             if not n_rows:
                 continue
             with torch.no_grad():
-                top_acts, top_indices = encode(chunk.acts[:n_rows])
+                top_acts, top_indices = encode({site: acts[:n_rows] for site, acts in chunk.acts.items()})
             known = (
                 tensor[:n_rows].to("cpu", torch.int64) for tensor in (chunk.token_ids, chunk.group, chunk.position)
             )

@@ -10,7 +10,9 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-Step = Callable[[Tensor], dict[str, Tensor]]
+from flashsae.data.acts import Batch
+
+Step = Callable[[Batch], dict[str, Tensor]]
 
 
 class CapturedSteps:
@@ -22,33 +24,34 @@ class CapturedSteps:
     def __init__(self) -> None:
         self._kind: Hashable = None
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._x: Tensor | None = None
+        self._batch: Batch = {}
         self._metrics: dict[str, Tensor] = {}
         self.capturing = Lock()
         """Held while a step is captured: no other thread may then draw random numbers on the device."""
 
-    def __call__(self, step: Step, x: Tensor, kind: Hashable) -> dict[str, Tensor]:
+    def __call__(self, step: Step, batch: Batch, kind: Hashable) -> dict[str, Tensor]:
         """Do one step.
 
         Args:
-            step: from x to scalars. Changes tensors in place, and waits for nothing.
-            x: [B, d_in].
-            kind: of everything that decides what `step` launches, besides shape and dtype of x.
+            step: from a batch to scalars. Changes tensors in place, and waits for nothing.
+            batch: [B, d] by site, on one device.
+            kind: of everything that decides what `step` launches, besides sites, shapes and dtypes of the batch.
         Returns:
             scalars on the device, to be read before the next step.
         """
-        if x.device.type != "cuda":
-            return step(x)
-        kind = (kind, x.shape, x.dtype)
+        if next(iter(batch.values())).device.type != "cuda":
+            return step(batch)
+        kind = (kind, *((site, x.shape, x.dtype) for site, x in batch.items()))
         if kind != self._kind:
-            self._kind, self._graph, self._metrics = kind, None, {}
-            return step(x)  # compiles what is missing, which a capture must not
-        if self._graph is None or self._x is None:
-            self._x, self._graph = x.clone(), torch.cuda.CUDAGraph()
+            self._kind, self._graph, self._batch, self._metrics = kind, None, {}, {}
+            return step(batch)  # compiles what is missing, which a capture must not
+        if self._graph is None:
+            self._batch, self._graph = {site: x.clone() for site, x in batch.items()}, torch.cuda.CUDAGraph()
             with self.capturing, _garbage_kept(), torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-                self._metrics = step(self._x)
+                self._metrics = step(self._batch)
         else:
-            self._x.copy_(x)
+            for site, x in batch.items():
+                self._batch[site].copy_(x)
         self._graph.replay()
         return self._metrics
 

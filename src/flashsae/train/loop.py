@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from flashsae.data.acts import Batch, only_site
 from flashsae.data.prefetch import Prefetcher
 from flashsae.errors import DataEndedError, FlashSAEError
 from flashsae.logs.callback import Callback
@@ -25,13 +26,13 @@ from flashsae.train.plan import repeats_warning
 from flashsae.train.state import TrainState, to_checkpoint
 
 
-def train_step(state: TrainState, x: Tensor, config: ResolvedConfig) -> dict[str, Tensor]:
+def train_step(state: TrainState, batch: Batch, config: ResolvedConfig) -> dict[str, Tensor]:
     """Do one step of Adam on one batch.
 
     Args:
         state: changed in place.
-        x: [batch_tokens, d_in], float, on the device of the SAE. Multiplied by the scale of the state, in float32 or
-            wider, before anything else.
+        batch: [batch_tokens, d_in] by site, float, on the device of the SAE. Multiplied by the scale of the state, in
+            float32 or wider, before anything else.
         config: settings.
     Returns:
         scalars on the device: fvu, Σ‖x − x_hat‖² / (batch_tokens · variance of a token of the initial sample), which
@@ -39,15 +40,14 @@ def train_step(state: TrainState, x: Tensor, config: ResolvedConfig) -> dict[str
         grad_norm where they are computed. To be read before the next step, which may overwrite them.
     """
     scale = state.scale
-    capacity = state.dead.capacity(state.step, len(x)) if config.auxk_alpha else 0
+    tokens = len(next(iter(batch.values())))
+    capacity = state.dead.capacity(state.step, tokens) if config.auxk_alpha else 0
     state.optimizer.param_groups[0]["lr"].fill_(_learning_rate(state.step, config))  # that of all groups
 
-    def compute(x: Tensor) -> dict[str, Tensor]:
-        # scaled before it is narrowed: float64 input may be out of the range of float32
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        return _compute_step(state, (x if scale == 1.0 else x * scale).float(), config, capacity)
+    def compute(batch: Batch) -> dict[str, Tensor]:
+        return _compute_step(state, {site: _scaled(acts, scale) for site, acts in batch.items()}, config, capacity)
 
-    metrics = state.captured(compute, x, (capacity, scale))
+    metrics = state.captured(compute, batch, (capacity, scale))
     state.step += 1
     return metrics
 
@@ -57,9 +57,16 @@ def _learning_rate(step: int, config: ResolvedConfig) -> float:
     return config.lr * lr_factor(step, config.steps, config.warmup_steps, decay_steps)
 
 
-def _compute_step(state: TrainState, x: Tensor, config: ResolvedConfig, capacity: int) -> dict[str, Tensor]:
+def _scaled(acts: Tensor, scale: float) -> Tensor:
+    """Return activations in float32, scaled before they are narrowed: float64 may be out of the range of float32."""
+    acts = acts.to(torch.promote_types(acts.dtype, torch.float32))
+    return (acts if scale == 1.0 else acts * scale).float()
+
+
+def _compute_step(state: TrainState, batch: Batch, config: ResolvedConfig, capacity: int) -> dict[str, Tensor]:
     """Do the part of a step that the device does: no number of it is known to the host."""
     sae, optimizer = state.sae, state.optimizer
+    x = only_site(batch)
     optimizer.zero_grad()
     code = sae.encode(x)
     weights = state.loss_weights(x)

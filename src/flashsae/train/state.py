@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flashsae.data.acts import only_site
 from flashsae.data.shuffle import Batches, OnFill
 from flashsae.errors import CheckpointError
 from flashsae.neutral import neutral
@@ -94,7 +95,8 @@ def init_state(
     scale, variance = 1.0, 1.0
     warnings: tuple[str, ...] = ()
     if not found:
-        sample = measure_sample(batches.sample(INIT_TOKENS, on_fill).to(device, torch.float64))
+        x = only_site(batches.sample(INIT_TOKENS, on_fill))
+        sample = measure_sample(x.to(device, torch.float64))
         scale, variance, warnings = sample.scale, sample.variance, sample.warnings
         sae.initialize_from(sample.x)
     dead = DeadLatents(config.d_sae, config.dead_after_tokens, device)
