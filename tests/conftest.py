@@ -22,7 +22,14 @@ from jaxtyping import install_import_hook
 OPERATIONS = "encode", "decode", "latent_rows", "adam_rows"
 REFERENCES = [f"flashsae.ops.{op}.reference" for op in OPERATIONS]
 install_import_hook(
-    [*REFERENCES, "flashsae.sae.losses", "flashsae.metrics", "flashsae.train.dead"], "beartype.beartype"
+    [
+        *REFERENCES,
+        "flashsae.sae.losses",
+        "flashsae.metrics.variance",
+        "flashsae.metrics.activity",
+        "flashsae.train.dead",
+    ],
+    "beartype.beartype",
 )
 
 import pytest

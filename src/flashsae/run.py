@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -28,18 +29,18 @@ from flashsae.data.open import Opened, Prepared, prepare_activations
 from flashsae.data.shuffle import shuffled
 from flashsae.data.sources import Source
 from flashsae.documents import save_tensors_atomic
-from flashsae.evaluate import evaluate, held_out_batches, latent_geometry
+from flashsae.evaluate import evaluate, held_out_batches, inference, latent_geometry
 from flashsae.logs.callback import Warn
 from flashsae.logs.jsonl import LOG_FILE, JsonlLog, read_log
 from flashsae.logs.progress import ProgressBar, StageBar, filling
 from flashsae.logs.trackers import build_logger
-from flashsae.metrics import LatentActivity, is_dead
+from flashsae.metrics import METRICS, LatentActivity, is_dead
 from flashsae.report.evaluation_file import RunEvaluation, write_evaluation
 from flashsae.report.render import render_report
 from flashsae.report.snippets import collect_snippets, write_snippets
 from flashsae.report.summary import final_figures
 from flashsae.report.tokens import token_text
-from flashsae.sae.module import SAE
+from flashsae.sae.module import SAE, SparseCode
 from flashsae.settings.run import CONFIG_FILE, RunConfig
 from flashsae.start import begun, check, check_rows, nothing_held_out, plan_table, table
 from flashsae.start import new_run as new_run
@@ -211,7 +212,7 @@ def _measure(sae: SAE, held_out: list[Batch]) -> dict[str, float]:
     return {"held_out_fvu": evaluation.fvu, **without}
 
 
-def _evaluate(run: Path, sae: SAE, source: Source, settings: ResolvedConfig) -> dict[str, float]:
+def _evaluate(run: Path, sae: SAE, source: Source, settings: ResolvedConfig) -> dict[str, Any]:
     """Measure on held-out tokens and write evaluation.json."""
     evaluation = evaluate(sae, held_out_batches(source, EVALUATION_TOKENS))
     log = [record for record in read_log(run / LOG_FILE) if "tokens_per_second" in record]
@@ -225,7 +226,7 @@ def _evaluate(run: Path, sae: SAE, source: Source, settings: ResolvedConfig) -> 
         dead_latents=int(log[-1]["dead_latents"]),
         d_in=settings.d_in,
         d_sae=settings.d_sae,
-        k=settings.k,
+        settings={"k": settings.k},
         held_out_tokens=evaluation.tokens,
         train_tokens=int(log[-1]["tokens"]),
         steps=log[-1]["step"],
@@ -249,20 +250,21 @@ def _describe_latents(
     bar = StageBar(console, "texts of each latent", "tokens")
     bar.start(0, min(SNIPPET_TOKENS, source.n_rows) if isinstance(source, ActivationCache) else SNIPPET_TOKENS)
 
-    def encode(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(batch: Batch) -> SparseCode:
         code = sae.encode(only_site(batch).to(sae.W_dec.device, sae.W_dec.dtype))
-        activity.update(code.top_acts, code.top_indices)
+        activity.update(code)
         bar.update(activity.tokens)
-        return code.top_acts, code.top_indices
+        return code
 
     try:
-        snippets = collect_snippets(
-            encode,
-            opened.text_chunks(hookpoint, "held_out"),
-            token_text(opened.tokenizer()),
-            training=opened.text_chunks(hookpoint, "train"),
-            max_tokens=SNIPPET_TOKENS,
-        )
+        with inference(sae):
+            snippets = collect_snippets(
+                encode,
+                opened.text_chunks(hookpoint, "held_out"),
+                token_text(opened.tokenizer()),
+                training=opened.text_chunks(hookpoint, "train"),
+                max_tokens=SNIPPET_TOKENS,
+            )
         bar.finish()
     finally:
         bar.stop()
@@ -282,8 +284,10 @@ def _dead_at_the_end(run: Path) -> torch.Tensor | None:
     return is_dead(checkpoint.tensors["dead.tokens_since_fired"], checkpoint.state["config"]["dead_after_tokens"])
 
 
-def _result_table(result: dict[str, float]) -> Table:
-    lines = {figure.name: figure.line() for figure in final_figures(result)}
+def _result_table(result: dict[str, Any]) -> Table:
+    figures = final_figures(result)
+    lines = {figure.name: figure.line() for figure in figures}
     if result["held_out_tokens"] < FEW_TOKENS:
-        lines["held-out FVU"] += f", on {result['held_out_tokens']:,.0f} held-out tokens"
+        row = METRICS["held_out_tokens"]
+        lines[figures[0].name] += f", on {row.show(result[row.name])} {row.label}"
     return table("Result", lines)

@@ -6,7 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from flashsae.architecture import Term
 from flashsae.errors import MissingExtraError
+from flashsae.metrics import METRICS, table
 from flashsae.report.plots import Plot, latent_map, latent_plots, training_plots
 
 pytest.importorskip("matplotlib")
@@ -135,8 +137,8 @@ def test_histograms_name_their_median() -> None:
     assert "median 0.3" in texts(by_name(latent_plots(arrays()), "nearest").svg)
 
 
-SETTINGS = {"dead_after_tokens": 6000, "auxk_alpha": 0.03125, "k": 8}
-RUN = EVALUATION | {"k": 8, "train_tokens": 60_000}
+SETTINGS = {"dead_after_tokens": 6000}
+RUN = EVALUATION | {"train_tokens": 60_000}
 
 
 def captions(metrics: list[dict[str, Any]], run: dict[str, Any] = RUN, **settings: Any) -> dict[str, str]:
@@ -149,12 +151,8 @@ def test_captions_say_what_the_curves_show() -> None:
     assert found["fvu"].endswith(
         "Batches of training: 1.0000 at step 0, 0.0104 at step 95. Held-out tokens: 0.2000 at step 100."
     )
-    assert found["l0"] == "Mean number of latents above zero in a batch: 8 throughout. A token can have k = 8 at most."
-    assert found["dead_latents"] == (
-        "Latents without a value above zero on the last 6,000 training tokens: 3 at the last logged step. "
-        "The auxiliary loss that revives them has weight 0.0312."
-    )
-    assert found["lr"] == "Of each logged step: 10⁻⁴ at the first, 10⁻⁴ at the last."
+    for name, course in (("l0", "8.0 throughout."), ("dead_latents", "3 throughout."), ("lr", "0.0001 throughout.")):
+        assert found[name] == f"{METRICS[name].caption} {course}"
 
 
 @pytest.mark.usefixtures("without_figures")
@@ -163,15 +161,12 @@ def test_captions_of_a_run_that_went_badly_do_not_say_otherwise() -> None:
         {"step": step, "fvu": fvu, "l0": l0, "dead_latents": dead, "lr": lr}
         for step, fvu, l0, dead, lr in [(0, 0.9, 7.0, 0, 1e-3), (1, 0.2, 5.0, 90, 2e-3), (2, 40.0, 0.5, 80, 0.0)]
     ]
-    found = captions(bad, EVALUATION | {"fvu": 35.0, "train_tokens": 300}, auxk_alpha=0)
+    found = captions(bad, EVALUATION | {"fvu": 35.0, "train_tokens": 300})
     assert "0.9000 at step 0, 40.0000 at step 2, lowest 0.2000 at step 1. Held-out tokens: 35.0000" in found["fvu"]
-    assert "from 0.5 to 7" in found["l0"]
-    assert "80 at the last logged step, 90 at most (step 1)" in found["dead_latents"]
-    assert "None can be dead after the 300 tokens of this run" in found["dead_latents"]
-    assert found["dead_latents"].endswith("The auxiliary loss that revives them is off.")
-    assert found["lr"] == "Of each logged step: 10⁻³ at the first, 0 at the last, 0.002 at most.".replace(
-        "10⁻³", "0.001"
-    )
+    assert found["l0"].endswith("7.0 at step 0, 0.5 at step 2.")
+    assert "0 at step 0, 80 at step 2, highest 90 at step 1." in found["dead_latents"]
+    assert "None can be dead after the 300 tokens of this run: it takes 6,000" in found["dead_latents"]
+    assert found["lr"].endswith("0.001 at step 0, 0 at step 2, highest 0.002 at step 1.")
     for words in ("should", "healthy", "normal", "bring"):
         assert words not in " ".join(found.values())
 
@@ -180,10 +175,43 @@ def test_a_run_of_one_line_and_unknown_settings_has_captions() -> None:
     (line,) = [{"step": 10, "fvu": 0.5, "l0": 8.0, "dead_latents": 0, "lr": 1e-4}]
     plots = training_plots([line], {"steps": 10, "fvu": float("nan")})
     assert [plot.name for plot in plots] == ["fvu", "l0", "dead_latents", "lr"]
-    assert plots[0].caption.endswith("Batches of training: 0.5000 at step 10.")
-    assert plots[2].caption.endswith("on a set number of training tokens: 0 at the last logged step.")
-    assert plots[3].caption == "Of the only logged step: 10⁻⁴."
+    assert plots[0].caption.endswith("explain. 0.5000 at step 10.")
+    assert plots[2].caption.endswith(" 0 at step 10.")
+    assert plots[3].caption.endswith(" 0.0001 at step 10.")
     assert all("nan" not in plot.svg + plot.caption for plot in plots)
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_a_term_of_the_loss_is_drawn_with_what_its_architecture_says_of_it() -> None:
+    term = Term("penalty", "Σ|acts|", "How large activations are.", lambda step: None, weight="l1_coefficient")
+    logged = [line | {"penalty": 100.0 - line["step"], "<i>'\"": 1.0} for line in metrics()]
+    plots = training_plots(logged, EVALUATION, {}, table([term]))
+    plot = by_name(plots, "penalty")
+    assert plot.title == "penalty"
+    assert plot.caption == (
+        "How large activations are. Its weight in the loss is l1_coefficient. 100 at step 0, 5 at step 95."
+    )
+    (unknown,) = [plot for plot in plots if plot.title == "<i>'\""]  # of an architecture that is not registered here
+    assert unknown.caption == "1 throughout."
+    assert re.fullmatch(r"[\w-]+", unknown.name)
+    assert len(plots) == 6
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_whatever_is_logged_of_held_out_tokens_stands_beside_the_same_of_training() -> None:
+    logged = [line | {"held_out_l0": 7.0} for line in metrics()]
+    plots = training_plots(logged, EVALUATION)
+    assert [plot.name for plot in plots] == ["fvu", "l0", "dead_latents", "lr"]
+    assert by_name(plots, "l0").caption.endswith(
+        "Batches of training: 8.0 throughout. Held-out tokens: 7.0 throughout."
+    )
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_a_dictionary_whose_latents_write_in_another_place_than_they_read_has_no_agreement() -> None:
+    known = arrays()
+    del known["encoder_decoder_cosine"]
+    assert [plot.name for plot in latent_plots(known)] == ["density", "norm", "nearest"]
 
 
 @pytest.mark.parametrize("values", [[0.0, 0.0], [0.5, 0.0], [1e300, 1e-300], [-0.1, 0.2], [1e12]])

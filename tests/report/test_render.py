@@ -54,7 +54,7 @@ def test_report_shows_what_the_run_holds(run: Path) -> None:
     for expected in (
         "org/tiny-model", "layers.3", "org/<b>texts</b>", "0.1234", "87.7% of the variance explained", "4.0",
         "of 96 (3.1%)", "512k", "65,432",
-        "no value above 0 on the last 51,200 training tokens", "on 20,480 held-out tokens",
+        "not active on the last 51,200 training tokens", "on 20,480 held-out tokens",
         "12,345 of them are held out, too few for all examples: 8 of the 12 texts", "6 of 96 did not fire",
         "3 of these were dead at the end of training",
         "16 → 96 latents, k = 4", "500 steps in 1 min 23 s", "4 latents, spread",

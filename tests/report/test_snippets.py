@@ -9,20 +9,19 @@ from flashsae.data.sources import Chunk
 from flashsae.errors import ConfigError, DataError
 from flashsae.report import snippets as module
 from flashsae.report.snippets import collect_snippets
-
-Code = tuple[Tensor, Tensor]
+from flashsae.sae import SparseCode
 
 
 def words(ids: list[int]) -> list[str]:
     return [f" w{token}" for token in ids]
 
 
-def of_dense(dense: Tensor, k: int) -> Callable[[Batch], Code]:
+def of_dense(dense: Tensor, k: int) -> Callable[[Batch], SparseCode]:
     """An encoder whose inputs are row numbers and whose outputs are the k largest of those rows of `dense`."""
 
-    def encode(batch: Batch) -> Code:
+    def encode(batch: Batch) -> SparseCode:
         top = dense[batch["x"][:, 0].long()].topk(k, dim=1)
-        return top.values, top.indices
+        return SparseCode(top.values.relu(), top.indices, dense.shape[1])
 
     return encode
 

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from flashsae.report.summary import compact, count, duration, final_figures, fvu_text, percent, real
+from flashsae.report.summary import final_figures
 
 
 def test_figures_are_those_of_the_evaluation() -> None:
@@ -47,22 +47,6 @@ def test_small_and_large_unexplained_variance_can_be_read(evaluation: dict[str, 
     figures = final_figures(evaluation | {"l0": 1.0, "dead_latents": 0, "d_sae": 0})
     assert figures[0].line() == expected
     assert figures[2].line() == "0 of 0"
-
-
-def test_few_of_many_are_not_none() -> None:
-    assert [percent(fraction) for fraction in (0.0, 1 / 131072, 0.0005, 0.0625, 1.0)] == [
-        "0.0%", "<0.1%", "0.1%", "6.2%", "100.0%",
-    ]  # fmt: skip
-
-
-def test_numbers_in_words() -> None:
-    assert [compact(value) for value in (0, 950, 12345, 4.1e6, 2.5e9, float("nan"))] == [
-        "0", "950", "12.3k", "4.1M", "2.5B", "not finite",
-    ]  # fmt: skip
-    assert [duration(seconds) for seconds in (0.4, 83.0, 7260)] == ["0 s", "1 min 23 s", "2 h 1 min"]
-    assert [count(value) for value in (7.0, 1048576, True, "7", None)] == ["7", "1,048,576", *["not finite"] * 3]
-    assert fvu_text(0.30534) == "0.3053"
-    assert [real(value) for value in (3, 2.5, True, "3", None, float("nan"))] == [3.0, 2.5, None, None, None, None]
 
 
 @pytest.mark.usefixtures("without_figures")

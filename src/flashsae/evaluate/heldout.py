@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from itertools import chain
@@ -34,7 +35,7 @@ class Evaluation:
 
     Args:
         fvu: Σ‖x − x_hat‖² / Σ‖x − mean x‖² over all of them, in float64, of x as it was given.
-        l0: mean number of active latents (value > 0) a token.
+        l0: mean number of active latents (value other than 0) a token.
         tokens: how many tokens.
         latent_density: [d_sae], float64, fraction of the tokens on which each latent is active.
         fvu_without_outliers: fvu over the other tokens, and about their mean. Where a few tokens of huge norm hold most
@@ -56,7 +57,7 @@ class Evaluation:
 def evaluate(
     sae: SAE, x: Tensor | np.ndarray | Iterable[Tensor | np.ndarray | Batch], *, batch_tokens: int = 4096
 ) -> Evaluation:
-    """Measure an SAE.
+    """Measure an SAE, as it is in inference.
 
     Only what the SAE reads is rounded to its dtype; x_hat is compared with x as it was given.
 
@@ -76,11 +77,11 @@ def evaluate(
     limit = norm_limit(torch.cat([_norms(batch[:: 1 + len(batch) // NORM_TOKENS]) for batch in first] or [_NONE]))
     fvu, activity = FVU(), LatentActivity(sae.config.d_sae, sae.W_dec.device)
     others, outliers = fvu, 0
-    for batch in batches:
-        for part in torch.split(batch, int(batch_tokens)):
+    with inference(sae):
+        for part in (part for batch in batches for part in torch.split(batch, int(batch_tokens))):
             check_finite(part, "x")
             code = sae.encode(part.to(sae.W_dec.device, sae.W_dec.dtype))
-            activity.update(code.top_acts, code.top_indices)
+            activity.update(code)
             part, x_hat = part.to(sae.W_dec.device), sae.decode(code)
             is_outlier = _norms(part) > limit
             if others is fvu and bool(is_outlier.any()):
@@ -93,6 +94,17 @@ def evaluate(
         raise DataError("x is empty: expected at least one token to evaluate on. Give more data or a larger held_out.")
     density = activity.latent_density().cpu()
     return Evaluation(fvu.compute(), activity.l0(), activity.tokens, density, others.compute(), outliers)
+
+
+@contextmanager
+def inference(sae: SAE) -> Iterator[None]:
+    """Let the SAE encode as in inference within the body, where its code of a token does not depend on the others."""
+    was_training = sae.training
+    sae.eval()
+    try:
+        yield
+    finally:
+        sae.train(was_training)
 
 
 def _check_sae(sae: object) -> None:
@@ -151,7 +163,7 @@ def latent_geometry(sae: SAE) -> dict[str, Tensor]:
 
     Returns:
         decoder_norm: norm of each row of W_dec.
-        encoder_decoder_cosine: cosine between a latent's rows of W_enc_T and W_dec.
+        encoder_decoder_cosine: cosine between a latent's rows of W_enc_T and W_dec; only where both are of one width.
         nearest_decoder_cosine: largest cosine of its row of W_dec with that of another latent.
         All [d_sae], float32, on the CPU.
     Cost: 2·d_sae²·d_in FLOPs; 1024 x d_sae values in memory at once.
@@ -164,8 +176,7 @@ def latent_geometry(sae: SAE) -> dict[str, Tensor]:
         own = torch.arange(len(cosines), dtype=torch.int64, device=rows.device)
         cosines[own, start + own] = -1.0
         nearest[start : start + _COSINE_ROWS] = cosines.amax(1)
-    return {
-        "decoder_norm": sae.W_dec.float().norm(dim=1).cpu(),
-        "encoder_decoder_cosine": F.cosine_similarity(sae.W_enc_T.float(), sae.W_dec.float()).cpu(),
-        "nearest_decoder_cosine": nearest.cpu(),
-    }
+    geometry = {"decoder_norm": sae.W_dec.float().norm(dim=1).cpu(), "nearest_decoder_cosine": nearest.cpu()}
+    if sae.W_enc_T.shape == sae.W_dec.shape:
+        geometry["encoder_decoder_cosine"] = F.cosine_similarity(sae.W_enc_T.float(), sae.W_dec.float()).cpu()
+    return geometry

@@ -21,8 +21,11 @@ from rich.text import Text
 
 from flashsae.data.shuffle import OnFill
 from flashsae.logs.callback import Callback
+from flashsae.metrics import METRICS
 
 SECONDS_BETWEEN_LINES = 20
+_IN_SHORT = ("fvu", "dead_latents")
+"""What the bar of a training shows of a record."""
 
 
 class StageBar:
@@ -151,7 +154,8 @@ class ProgressBar(Callback):
 
     def on_log(self, record: Mapping[str, float]) -> None:
         """Keep the newest figures for the next step of the bar."""
-        self._note = f"FVU {record['fvu']:.3f}  dead {record['dead_latents']:.0f}"
+        rows = (METRICS[name] for name in _IN_SHORT if name in record)
+        self._note = "  ".join(f"{row.label} {row.show(record[row.name])}" for row in rows)
 
     def on_step(self, step: int) -> None:
         """Move the bar."""

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from flashsae.metrics.numbers import compact
 from flashsae.report.drawing import Array
 from flashsae.report.snippet_file import LatentSnippets, Snippet, Snippets
-from flashsae.report.summary import compact
 
 _OPEN_SNIPPETS = 4
 _LONGEST_TOKEN = 60
@@ -64,7 +64,7 @@ def _segments(snippet: Snippet, max_act: float) -> list[dict[str, Any]]:
             continue  # the first bytes of a character, which a token behind shows
         values, is_peak = snippet.acts[first : i + 1], first <= snippet.peak <= i
         first = i + 1
-        value = max(values)
+        value = max(map(abs, values))
         fires = value > 0
         text = _legible(token) if fires else printable(token)
         bare = text.lstrip(" ")
@@ -74,7 +74,7 @@ def _segments(snippet: Snippet, max_act: float) -> list[dict[str, Any]]:
         elif plain:
             segments.append({"text": plain, "value": "", "weight": 0.0, "peak": False})
         if fires:
-            weight = round(min(value / max_act, 1.0), 2) if 0 < max_act < math.inf else 0.0
+            weight = round(min(value / abs(max_act), 1.0), 2) if 0 < abs(max_act) < math.inf else 0.0
             segments.append({"text": bare, "value": _values(values), "weight": weight, "peak": is_peak})
     if segments and not segments[0]["value"]:
         segments[0]["text"] = segments[0]["text"].lstrip(" ")  # of the word that the stretch begins with

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 from flashsae.documents import load_document, write_document
+from flashsae.metrics.numbers import real
 from flashsae.schema import Range
 
 Number = Annotated[float, Range(0)]
@@ -14,7 +16,9 @@ Number = Annotated[float, Range(0)]
 
 @dataclass(frozen=True)
 class RunEvaluation:
-    """What a run ends with. Of the fields with a default, one that is no finite number is passed over by the report.
+    """What a run ends with: the SAE, and its figures (see `flashsae.metrics.METRICS`).
+
+    Of the figures with a default, one that is no finite number is passed over by the report.
 
     Args:
         fvu: on held-out tokens.
@@ -27,9 +31,10 @@ class RunEvaluation:
         steps: of the training.
         fvu_without_outliers: fvu over the held-out tokens that are no outliers.
         outliers: held-out tokens of huge norm, see `flashsae.evaluate`.
-        k: latents active for each token.
         train_seconds: what the training took.
         tokens_per_second: of the training.
+        architecture: name of the kind of SAE; None where that was not written down.
+        settings: its own, by name.
     """
 
     fvu: float
@@ -42,9 +47,18 @@ class RunEvaluation:
     steps: Number
     fvu_without_outliers: Any = None
     outliers: Any = None
-    k: Any = None
     train_seconds: Any = None
     tokens_per_second: Any = None
+    architecture: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Stored(RunEvaluation):
+    """As it stands in the file; version 0.1 wrote the one setting of its one architecture among the figures."""
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    k: Any = None
 
 
 def write_evaluation(path: Path, evaluation: RunEvaluation) -> None:
@@ -57,10 +71,12 @@ def write_evaluation(path: Path, evaluation: RunEvaluation) -> None:
 
 
 def read_evaluation(path: Path) -> dict[str, Any]:
-    """Return the figures in evaluation.json by name; those that are not there, or null, are left out.
+    """Return the content of evaluation.json by name; what is not there, or null, is left out, except for settings.
 
     Raises:
         CheckpointError: the file is missing or damaged.
     """
-    stored = load_document(path, RunEvaluation, advice=f"Write it again with `flashsae train --resume {path.parent}`.")
-    return {name: value for name, value in asdict(stored).items() if value is not None}
+    stored = load_document(path, _Stored, advice=f"Write it again with `flashsae train --resume {path.parent}`.")
+    content = {name: value for name, value in asdict(stored).items() if value is not None}
+    k = content.pop("k", None)
+    return content | {"settings": ({} if real(k) is None else {"k": k}) | content["settings"]}

@@ -13,20 +13,25 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from flashsae.architecture import Term, architecture_named
 from flashsae.documents import SEAL, load_json, load_tensors
-from flashsae.errors import CheckpointError, require
+from flashsae.errors import CheckpointError, ConfigError, require
 from flashsae.files import write_atomic
 from flashsae.logs.jsonl import read_log
+from flashsae.metrics import METRICS, Metric, table
+from flashsae.metrics.numbers import compact, count, duration, real
+from flashsae.metrics.table import of_evaluation
 from flashsae.report.cards import card, known_of_all, printable, sample_text
 from flashsae.report.drawing import Array
 from flashsae.report.evaluation_file import read_evaluation
 from flashsae.report.plots import Plot, latent_map, latent_plots, training_plots
 from flashsae.report.snippet_file import Snippets, read_snippets
-from flashsae.report.summary import compact, count, duration, final_figures, real
+from flashsae.report.summary import final_figures
 from flashsae.settings.run import load_settings
 
-_ARRAYS = ("latent_density", "decoder_norm", "encoder_decoder_cosine", "nearest_decoder_cosine")
-_OPTIONAL_ARRAYS = ("is_dead",)
+_ARRAYS = ("latent_density", "decoder_norm", "nearest_decoder_cosine")
+_OPTIONAL_ARRAYS = ("encoder_decoder_cosine", "is_dead")
+_BETTER = {None: "", "lower": " Lower is better.", "higher": " Higher is better."}
 _FOLDERS = re.compile(r"(?:file://)?(?:~[^/\\]*|[A-Za-z]:|\.\.)?[/\\].*", re.DOTALL)
 """A path from the root, home, a drive or the folder above: it tells of the machine, and its last part is enough."""
 
@@ -123,6 +128,8 @@ def _context(run: _Run) -> dict[str, Any]:
     markup = require("markupsafe", "report").Markup
     script, style = (Path(__file__).with_name(name).read_text("utf-8") for name in ("script.js", "style.css"))
     latents = [] if run.snippets is None else [card(latent) for latent in run.snippets.latents]
+    rows = table(_terms(run.evaluation.get("architecture")))
+    has_map = bool(latents) and "encoder_decoder_cosine" in run.arrays
 
     def safe(plots: list[Plot]) -> list[dict[str, str]]:
         return [{"name": p.name, "title": p.title, "caption": p.caption, "svg": markup(p.svg)} for p in plots]
@@ -131,14 +138,15 @@ def _context(run: _Run) -> dict[str, Any]:
         "title": _title(run),
         "provenance": _provenance(run),
         "summary": _summary(run),
-        "training": safe(training_plots(run.metrics, run.evaluation, run.settings)),
+        "training": safe(training_plots(run.metrics, run.evaluation, run.settings, rows)),
         "dictionary": safe(latent_plots(run.arrays)),
-        "map": safe([latent_map(run.arrays, [latent["index"] for latent in latents])]) if latents else [],
+        "map": safe([latent_map(run.arrays, [latent["index"] for latent in latents])]) if has_map else [],
         "read_text": run.snippets is not None,
         "snippet_tokens": compact(run.snippets.tokens) if run.snippets else "",
         "sample": sample_text(run.snippets) if run.snippets else "",
         "latents": latents,
         "known": known_of_all(run.arrays, run.snippets),
+        "measured": _measured(run, rows),
         "settings": [(name, _setting(value)) for name, value in _flat(run.settings)],
         "style": markup(style),
         "script": markup(script),
@@ -162,10 +170,12 @@ def _provenance(run: _Run) -> list[tuple[str, str]]:
         version = metadata.version("flashsae")
     except metadata.PackageNotFoundError:
         version = "unknown"
-    k, seconds = real(e.get("k")), real(e.get("train_seconds"))
+    seconds = real(e.get("train_seconds"))
+    own = [f", {name} = {_setting(value)}" for name, value in e["settings"].items() if _is_told(value)]
     facts = [
         ("data", settings.get("dataset")),
-        ("shape", f"{count(e['d_in'])} → {count(e['d_sae'])} latents" + (f", k = {count(k)}" if k else "")),
+        ("architecture", e.get("architecture")),
+        ("shape", f"{count(e['d_in'])} → {count(e['d_sae'])} latents{''.join(own)}"),
         ("trained", f"{count(e['steps'])} steps" + (f" in {duration(seconds)}" if seconds else "")),
         ("finished", finished.strftime("%d %B %Y").lstrip("0")),
         ("flashsae", settings.get("flashsae_version") or version),
@@ -173,27 +183,47 @@ def _provenance(run: _Run) -> list[tuple[str, str]]:
     return [(name, _setting(value)) for name, value in facts if value]
 
 
+def _is_told(setting: Any) -> bool:
+    return isinstance(setting, str | bool) or real(setting) is not None
+
+
+def _terms(architecture: str | None) -> tuple[Term, ...]:
+    """Return the terms of the loss of an architecture; none where it is not known here."""
+    try:
+        return () if architecture is None else architecture_named(architecture).terms
+    except ConfigError:
+        return ()
+
+
 def _summary(run: _Run) -> list[dict[str, Any]]:
     """Return the final figures as the terminal prints them, each with what it is measured on."""
     e = run.evaluation
     after = real(run.settings.get("dead_after_tokens"))
-    window = "no value above 0 for a set number of training tokens"
     notes = {
-        "held-out FVU": f"on {count(e['held_out_tokens'])} held-out tokens",
-        "L0": "active latents per held-out token",
-        "dead latents": window if after is None else f"no value above 0 on the last {count(after)} training tokens",
-        "tokens/s": "in training",
+        "fvu": f"on {count(e['held_out_tokens'])} {METRICS['held_out_tokens'].label}",
+        "l0": METRICS["l0"].unit,
+        "dead_latents": f"not active on the last {count(after)} training tokens" if after is not None else "",
+        "tokens_per_second": "in training",
     }
     cards = [
-        {"name": figure.name, "value": figure.value, "notes": [figure.note, notes.get(figure.name, "")]}
+        {"name": figure.name, "value": figure.value, "notes": [figure.note, notes.get(figure.metric, "")]}
         for figure in final_figures(e)
     ]
     seen = {
-        "name": "tokens seen",
+        "name": METRICS["train_tokens"].label,
         "value": compact(e["train_tokens"]),
         "notes": [f"{count(e['train_tokens'])} in training"],
     }
     return [*cards, seen]
+
+
+def _measured(run: _Run, rows: Mapping[str, Metric]) -> list[tuple[str, str, str]]:
+    """Return name, caption and formula of everything that this run logged or ended with and that has a formula."""
+    logged = (name for record in run.metrics for name in record)
+    ended = (of_evaluation(name).name for name in run.evaluation if name in METRICS)
+    names = dict.fromkeys((*logged, *ended, *run.arrays))
+    found = (row for row in rows.values() if row.name in names and row.formula)
+    return [(row.name, f"{row.caption}{_BETTER[row.direction]}", row.formula) for row in found]
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

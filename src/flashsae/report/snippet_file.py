@@ -39,10 +39,10 @@ class LatentSnippets:
     Args:
         index: number of the latent, in [0, d_sae).
         density: fraction of the tokens read on which it fired.
-        max_act: largest value.
+        max_act: largest value, by its size where values have signs.
         mean_act: mean over the tokens on which it fired.
         top_tokens: texts of the tokens with the largest total activation, largest first.
-        histogram: numbers of tokens in equal bins of the value, from 0 to max_act.
+        histogram: numbers of tokens in equal bins of the value, between 0, or the least value below 0, and the largest.
         snippets: by descending peak, at most one a document.
     """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from flashsae.data.acts import Batch
 from flashsae.data.sources import Chunk
 from flashsae.errors import ConfigError, DataError
+from flashsae.metrics import active_entries
 from flashsae.report.snippet_file import LatentSnippets, Snippet, Snippets, read_snippets, write_snippets
 from flashsae.report.tokens import TokenText, stretch_strings, token_strings
 
@@ -31,7 +33,7 @@ MIN_FIRED = 10
 HISTOGRAM_BINS = 24
 _TOP_TOKENS = 8
 
-Encode = Callable[[Batch], tuple[Tensor, Tensor]]
+Encode = Callable[[Batch], Any]
 
 
 def collect_snippets(
@@ -48,7 +50,7 @@ def collect_snippets(
     """Find the texts on which latents fire most, for latents spread evenly over the ranks of density.
 
     Args:
-        encode: [n, d_in] by site -> (top_acts [n, k], top_indices [n, k]).
+        encode: [n, d_in] by site -> SparseCode.
         chunks: activations of held-out documents, with token_ids and position.
         token_text: ids of consecutive tokens -> the text of each (see `token_strings`).
         training: those of documents that were trained on; read only where `chunks` ends before `max_tokens`, and
@@ -56,7 +58,7 @@ def collect_snippets(
         n_latents: latents to show; fewer if fewer fired.
         per_latent: texts for each.
         context: tokens before and after the peak, within its model input.
-        max_tokens: stop after so many. Memory: 8 bytes * k a token.
+        max_tokens: stop after so many. Memory: 12 bytes an active latent of a token.
     Raises:
         ConfigError: a count is below its least value.
         DataError: the chunks carry no text, or there are none.
@@ -81,10 +83,14 @@ def collect_snippets(
 
 @dataclass(frozen=True)
 class _Code:
-    """The sparse code of all tokens read, [n, k], with the document and model input that each came from."""
+    """The active entries of the code of all n tokens read, and the document and model input that each came from."""
 
-    top_acts: Tensor
-    top_indices: Tensor
+    tokens: Tensor
+    """[entries], int32, ascending: the row of the token."""
+    latents: Tensor
+    """[entries], int32."""
+    acts: Tensor
+    """[entries], float32, none of them 0."""
     token_ids: NDArray[np.int64]
     group: NDArray[np.int64]
     start: NDArray[np.int64]
@@ -96,20 +102,21 @@ class _Code:
 
     def counts(self) -> Tensor:
         """Return the number of tokens on which each latent up to the last that fired did fire."""
-        return torch.bincount(self.top_indices[self.top_acts > 0])
+        return torch.bincount(self.latents)
 
     def firings(self, latents: list[int]) -> list[tuple[NDArray[np.int64], NDArray[np.float32]]]:
         """Return for each of a few latents the rows on which it fires, ascending, and its values there."""
         if not latents:
             return []
-        slot = torch.full((int(self.top_indices.max()) + 1,), -1, dtype=torch.int32, device="cpu")
+        slot = torch.full((int(self.latents.max()) + 1,), -1, dtype=torch.int32, device="cpu")
         slot[latents] = torch.arange(len(latents), dtype=torch.int32, device="cpu")
-        slots = slot[self.top_indices]
-        rows, columns = ((slots >= 0) & (self.top_acts > 0)).nonzero(as_tuple=True)
-        order = torch.sort(slots[rows, columns], stable=True)
+        slots = slot[self.latents]
+        shown = (slots >= 0).nonzero()[:, 0]
+        order = torch.sort(slots[shown], stable=True)
         bounds = np.cumsum(torch.bincount(order.values, minlength=len(latents)).numpy())[:-1]
-        values = self.top_acts[rows, columns][order.indices].numpy()
-        return list(zip(np.split(rows[order.indices].numpy(), bounds), np.split(values, bounds)))
+        entries = shown[order.indices]
+        rows, values = self.tokens[entries].long().numpy(), self.acts[entries].numpy()
+        return list(zip(np.split(rows, bounds), np.split(values, bounds)))
 
 
 def _encode_all(encode: Encode, held_out: Iterator[Chunk], training: Iterator[Chunk], max_tokens: int) -> _Code:
@@ -125,23 +132,27 @@ def _encode_all(encode: Encode, held_out: Iterator[Chunk], training: Iterator[Ch
             if not n_rows:
                 continue
             with torch.no_grad():
-                top_acts, top_indices = encode({site: acts[:n_rows] for site, acts in chunk.acts.items()})
+                tokens, latents, acts = active_entries(
+                    encode({site: acts[:n_rows] for site, acts in chunk.acts.items()})
+                )
             known = (
                 tensor[:n_rows].to("cpu", torch.int64) for tensor in (chunk.token_ids, chunk.group, chunk.position)
             )
-            parts.append((top_acts.detach().to("cpu", torch.float32), top_indices.to("cpu", torch.int32), *known))
+            entries = (tokens + read).to("cpu", torch.int32), latents.to("cpu", torch.int32)
+            parts.append((*entries, acts.to("cpu", torch.float32), *known))
             read += n_rows
         n_held_out = read if split == "held_out" else n_held_out
     if not read:
         raise DataError("there is no token to collect snippets from: expected at least one chunk with rows.")
-    top_acts, top_indices, ids, group, position = (torch.cat(column) for column in zip(*parts))
+    tokens, latents, acts, ids, group, position = (torch.cat(column) for column in zip(*parts))
     # a model input goes on where the next position of the same document follows, also from chunk to chunk
     follows = (group.diff() == 0) & (position.diff() == 1)
     begins = torch.cat([torch.tensor([0], dtype=torch.int64, device="cpu"), (~follows).nonzero()[:, 0] + 1]).numpy()
     lengths = np.diff(np.append(begins, read))
     return _Code(
-        top_acts,
-        top_indices,
+        tokens,
+        latents,
+        acts,
         ids.numpy(),
         group.numpy(),
         begins.repeat(lengths),
@@ -175,14 +186,16 @@ def _describe(
 ) -> LatentSnippets:
     on_token = np.zeros(len(code.token_ids), dtype=np.float32)
     on_token[rows] = acts
-    max_act = float(acts.max())
+    max_act = float(acts[np.abs(acts).argmax()])
     return LatentSnippets(
         index=latent,
         density=len(rows) / len(code.token_ids),
         max_act=_short(max_act),
         mean_act=_short(float(acts.mean(dtype=np.float64))),
         top_tokens=_top_tokens(code.token_ids[rows], acts, token_text),
-        histogram=np.histogram(acts, bins=HISTOGRAM_BINS, range=(0.0, max_act))[0].tolist(),
+        histogram=np.histogram(acts, bins=HISTOGRAM_BINS, range=(min(0.0, acts.min()), max(0.0, acts.max())))[
+            0
+        ].tolist(),
         snippets=[
             _snippet(code, on_token, window, token_text)
             for window in _best_windows(code, rows, acts, per_latent, context)
@@ -206,7 +219,7 @@ def _best_windows(
     code: _Code, rows: NDArray[np.int64], acts: NDArray[np.float32], per_latent: int, context: int
 ) -> list[tuple[int, int, int]]:
     """Return (start, peak, stop) of the highest peaks: one a document, no text twice, held-out ones first."""
-    by_act = rows[np.argsort(-acts, kind="stable")]
+    by_act = rows[np.argsort(-np.abs(acts), kind="stable")]
     by_act = by_act[np.argsort(by_act >= code.n_held_out, kind="stable")]
     first_of_document = np.sort(np.unique(code.group[by_act], return_index=True)[1])
     windows: list[tuple[int, int, int]] = []
@@ -221,13 +234,13 @@ def _best_windows(
         windows.append((start, peak, stop))
         if len(windows) == per_latent:
             break
-    peaks = dict(zip(rows.tolist(), acts.tolist()))
+    peaks = dict(zip(rows.tolist(), np.abs(acts).tolist()))
     return sorted(windows, key=lambda window: -peaks[window[1]])
 
 
 def _top_tokens(ids: NDArray[np.int64], acts: NDArray[np.float32], token_text: TokenText) -> list[str]:
     unique, where = np.unique(ids, return_inverse=True)
-    total = np.bincount(where.reshape(-1), weights=acts)
+    total = np.bincount(where.reshape(-1), weights=np.abs(acts))
     texts: dict[str, None] = {}
     for i in np.argsort(-total, kind="stable")[: 3 * _TOP_TOKENS]:
         text = "".join(token_text([int(unique[i])]))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flashsae import ops
 from flashsae.metrics import count_active, is_dead
-from flashsae.sae.module import SAE
+from flashsae.sae.module import SAE, SparseCode
 from flashsae.shapes import Activations, TopActs, TopIndices
 
 PERIOD = 16
@@ -76,7 +76,9 @@ class DeadLatents:
         Returns:
             [d_sae], int64: on how many of these tokens each latent was active.
         """
-        fired = count_active(torch.zeros_like(self.tokens_since_fired), top_acts, top_indices)
+        fired = count_active(
+            torch.zeros_like(self.tokens_since_fired), SparseCode(top_acts, top_indices, len(self.tokens_since_fired))
+        )
         self.tokens_since_fired.add_(len(top_acts)).mul_(fired == 0)
         return fired
 

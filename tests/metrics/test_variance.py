@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from flashsae.metrics import FVU, LatentActivity, direction_recovery, is_dead, norm_limit, variance_spread
+from flashsae.metrics import FVU, norm_limit, variance_spread
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-170, 1e170])  # squares of the others are not in the range of float64
@@ -71,24 +71,3 @@ def test_the_spread_of_next_to_nothing_is_no_error(x: torch.Tensor) -> None:
 def test_an_outlier_has_a_norm_above_ten_times_the_median() -> None:
     assert norm_limit(torch.tensor([1.0, 2.0, 30.0])) == 20.0
     assert norm_limit(torch.tensor([0.0, 0.0, 30.0])) == norm_limit(torch.zeros(0)) == math.inf
-
-
-def test_dead_is_no_value_above_zero_for_so_many_tokens() -> None:
-    assert is_dead(torch.tensor([0, 9, 10, 11]), 10).tolist() == [False, False, True, True]
-
-
-def test_activity_counts_values_above_zero_only() -> None:
-    activity = LatentActivity(4)
-    activity.update(torch.tensor([[1.0, 0.0], [2.0, 3.0]]), torch.tensor([[0, 1], [0, 2]]))
-    activity.update(torch.tensor([[5.0, 0.0]]), torch.tensor([[2, 3]]))
-    assert activity.latent_density().tolist() == [2 / 3, 0.0, 2 / 3, 0.0]
-    assert activity.l0() == pytest.approx(4 / 3)
-    assert activity.tokens == 3
-
-
-def test_direction_recovery_ignores_length_and_counts_each_direction() -> None:
-    directions = torch.eye(4)
-    W_dec = torch.cat([directions[:3] * 7, -directions[3:]])
-    assert direction_recovery(W_dec, directions) == 0.75
-    assert direction_recovery(torch.ones(2, 4), directions, cosine=0.5) == 0.0
-    assert direction_recovery(torch.ones(2, 4), directions, cosine=0.49) == 1.0

@@ -1,4 +1,4 @@
-"""Metrics over a whole set, accumulated batch by batch in float64, and what counts as dead and as an outlier."""
+"""Variance, and what of it is unexplained, over a whole set: accumulated batch by batch in float64."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Int
 from torch import Tensor
 
-from flashsae.shapes import Activations, TopActs, TopIndices
-
-OUTLIER_NORM_RATIO = 10.0
-"""A token is an outlier if its norm exceeds so many times the median norm."""
+from flashsae.metrics.table import OUTLIER_NORM_RATIO
+from flashsae.shapes import Activations
 
 _ROUNDING = 4 * torch.finfo(torch.float64).eps
 
@@ -125,60 +122,3 @@ def norm_limit(norms: Tensor) -> float:
     """Return the norm above which a token is an outlier: 10 times the median of `norms`; infinity if that is 0."""
     median = norms.median().item() if len(norms) else 0.0
     return OUTLIER_NORM_RATIO * median if median > 0.0 else math.inf
-
-
-def is_dead(tokens_since_fired: Int[Tensor, " d_sae"], dead_after_tokens: int) -> Bool[Tensor, " d_sae"]:
-    """Tell which latents are dead: no value above 0 in the last `dead_after_tokens` tokens of training.
-
-    The one definition, of the auxiliary loss, the log and the report.
-    """
-    return tokens_since_fired >= dead_after_tokens
-
-
-def count_active(counts: Tensor, top_acts: TopActs, top_indices: TopIndices) -> Tensor:
-    """Add to `counts` ([d_sae], int64, in place) on how many tokens each latent is active; selected with 0 is not."""
-    return counts.scatter_add_(0, top_indices.flatten().long(), (top_acts > 0).flatten().long())
-
-
-class LatentActivity:
-    """How often each latent is active (value > 0), and so L0 of a set.
-
-    Args:
-        d_sae: number of latents.
-        device: where codes come from.
-    """
-
-    def __init__(self, d_sae: int, device: torch.device | str = "cpu") -> None:
-        self._fired = torch.zeros(d_sae, dtype=torch.int64, device=device)
-        self._tokens = 0
-
-    def update(self, top_acts: TopActs, top_indices: TopIndices) -> None:
-        """Add the codes of a batch: both [B, k]."""
-        count_active(self._fired, top_acts, top_indices)
-        self._tokens += len(top_acts)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens seen."""
-        return self._tokens
-
-    def latent_density(self) -> Tensor:
-        """Return the fraction of tokens on which each latent is active: [d_sae], float64."""
-        return self._fired.double() / max(self._tokens, 1)
-
-    def l0(self) -> float:
-        """Return the mean number of active latents a token."""
-        return self._fired.sum().item() / max(self._tokens, 1)
-
-
-def direction_recovery(W_dec: Tensor, directions: Tensor, cosine: float = 0.95) -> float:
-    """Return the fraction of known directions that some decoder row matches.
-
-    Args:
-        W_dec: [d_sae, d_in].
-        directions: [n, d_in], the ground truth.
-        cosine: a direction counts as recovered if its largest cosine with a row of W_dec is above this.
-    """
-    rows = torch.nn.functional.normalize(W_dec.detach().double(), dim=1)
-    truth = torch.nn.functional.normalize(directions.double().to(rows.device), dim=1)
-    return (truth @ rows.T).amax(1).gt(cosine).double().mean().item()
