@@ -13,7 +13,7 @@ from flashsae.errors import DtypeError, ShapeError
 from flashsae.ops.adam_rows import AdamRule, adam_rows, row_squares
 from flashsae.ops.factors import RowGradient
 from flashsae.ops.latent_rows.reference import RUN
-from flashsae.testing import assert_as_accurate
+from flashsae.testing import UnitNormAdam, assert_as_accurate
 from helpers.latent_pass import BACKENDS, LR, PARTS, SHAPES, dense_step, pass_inputs, row_gradient, scalars, step_on
 from helpers.on_both import DEVICE, as_float64, assert_same, on_kernels
 from helpers.steps import Tensors
@@ -22,17 +22,17 @@ BF16, F32 = torch.bfloat16, torch.float32
 
 
 def torch_steps(start: Tensor, gradients: list[Tensor], rule: AdamRule) -> list[Tensor]:
-    """Return the weights after each step of `torch.optim.Adam`; projection and norm written out."""
+    """Return the weights after each step of `torch.optim.Adam`."""
     weights = start.clone()
-    betas = rule.beta1, rule.beta2
-    adam = torch.optim.Adam([weights], LR, betas, rule.eps, weight_decay=rule.weight_decay, foreach=False)
+    settings = {"betas": (rule.beta1, rule.beta2), "eps": rule.eps, "weight_decay": rule.weight_decay, "foreach": False}
+    if rule.unit_norm:
+        adam = UnitNormAdam([weights], weights, LR, **settings)
+    else:
+        adam = torch.optim.Adam([weights], LR, **settings)
     after = []
     for gradient in gradients:
-        along = (gradient * weights).sum(1, keepdim=True) * weights
-        weights.grad = gradient - along if rule.unit_norm else gradient.clone()
+        weights.grad = gradient.clone()
         adam.step()
-        if rule.unit_norm:
-            weights /= weights.norm(dim=1, keepdim=True)
         after.append(weights.clone())
     return after
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from flashsae.ops import FactoredGradient, collect_factors, decode_loss, take_rows
 from flashsae.optim import ADAM_EPS, FactoredAdam
-from helpers.projected_adam import (
+from helpers.adam import (
     F32,
     F64,
     LR,
@@ -15,9 +15,9 @@ from helpers.projected_adam import (
     D,
     K,
     N,
-    ProjectedAdam,
     assert_parameters_as_accurate,
     assert_same_parameters,
+    dense_adam,
     factored_adam,
     give,
     gradients_of,
@@ -29,7 +29,7 @@ from helpers.projected_adam import (
 
 def test_a_training_in_float64_is_that_with_torch_adam(generator: torch.Generator) -> None:
     ours, theirs = make_sae(F64), make_sae(F64)
-    factored, adam = factored_adam(ours), ProjectedAdam(theirs)
+    factored, adam = factored_adam(ours), dense_adam(theirs)
     for x in make_batches(generator, 15, F64):
         give(theirs, gradients_of(ours, x))
         adam.step()
@@ -43,7 +43,7 @@ def test_a_training_in_float64_is_that_with_torch_adam(generator: torch.Generato
 
 def test_t1_a_training_in_float32_is_that_with_torch_adam(generator: torch.Generator) -> None:
     ours, theirs, exact = make_sae(F32), make_sae(F32), make_sae(F64)
-    factored, adam, exact_adam = factored_adam(ours), ProjectedAdam(theirs), ProjectedAdam(exact)
+    factored, adam, exact_adam = factored_adam(ours), dense_adam(theirs), dense_adam(exact)
     for x in make_batches(generator, 15):
         gradients = gradients_of(ours, x)
         give(theirs, gradients)
@@ -60,7 +60,7 @@ def test_t1_a_training_in_float32_is_that_with_torch_adam(generator: torch.Gener
 
 def test_t1_gradients_accumulate_over_small_batches(generator: torch.Generator) -> None:
     ours, theirs, exact = make_sae(F32), make_sae(F32), make_sae(F64)
-    factored, adam, exact_adam = factored_adam(ours), ProjectedAdam(theirs), ProjectedAdam(exact)
+    factored, adam, exact_adam = factored_adam(ours), dense_adam(theirs), dense_adam(exact)
     for _ in range(4):
         parts = make_batches(generator, 3)
         gradients = [gradients_of(ours, x) for x in parts]
@@ -78,10 +78,10 @@ def test_t1_gradients_accumulate_over_small_batches(generator: torch.Generator) 
 
 def test_ordinary_gradients_are_added_to_the_factors(generator: torch.Generator) -> None:
     ours, theirs = make_sae(F64), make_sae(F64)
-    factored, adam = factored_adam(ours), ProjectedAdam(theirs)
+    factored, adam = factored_adam(ours), dense_adam(theirs)
     for x in make_batches(generator, 3, F64):
         for sae, optimizer in ((ours, factored), (theirs, adam)):
-            optimizer.zero_grad()
+            sae.zero_grad()
             (loss_of(sae, x) + sae.W_enc_T.square().sum() + (sae.W_dec[:, 0] ** 3).sum()).backward()
             optimizer.step()
     assert_same_parameters(ours, theirs)
@@ -117,11 +117,11 @@ def test_zero_grad_forgets_factors_and_gradients(generator: torch.Generator) -> 
 
 def test_schedulers_of_torch_change_the_learning_rate_in_place(generator: torch.Generator) -> None:
     ours, theirs = make_sae(F64), make_sae(F64)
-    factored, adam = factored_adam(ours), ProjectedAdam(theirs)
+    factored, adam = factored_adam(ours), dense_adam(theirs)
     rates = [group["lr"] for group in factored.param_groups]
     schedulers = [
         torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / 4))
-        for optimizer in (factored, adam)
+        for optimizer in (factored, adam.adam)
     ]
     for x in make_batches(generator, 6, F64):
         give(theirs, gradients_of(ours, x))
@@ -133,7 +133,7 @@ def test_schedulers_of_torch_change_the_learning_rate_in_place(generator: torch.
         assert torch.equal(before, ours.W_enc_T) == (rates[0].item() == 0.0)
         for scheduler in schedulers:
             scheduler.step()
-        assert [rate.item() for rate in rates] == [group["lr"] for group in adam.param_groups]
+        assert [rate.item() for rate in rates] == [adam.adam.param_groups[0]["lr"]] * 2
     assert all(rate is group["lr"] for rate, group in zip(rates, factored.param_groups))
     assert_same_parameters(ours, theirs)
 

@@ -8,11 +8,11 @@ from torch import nn
 
 from flashsae import SAE
 from flashsae.ops import materialize, take_rows
-from helpers.projected_adam import (
+from helpers.adam import (
     F64,
     N,
-    ProjectedAdam,
     assert_same_parameters,
+    dense_adam,
     factored_adam,
     give,
     gradients_of,
@@ -25,7 +25,7 @@ from helpers.projected_adam import (
 @pytest.mark.parametrize("max_norm", [1e-3, 1e3])
 def test_clipping_is_that_of_torch(max_norm: float, generator: torch.Generator) -> None:
     ours, theirs = make_sae(F64), make_sae(F64)
-    factored, adam = factored_adam(ours), ProjectedAdam(theirs)
+    factored, adam = factored_adam(ours), dense_adam(theirs)
     for x in make_batches(generator, 3, F64):
         give(theirs, gradients_of(ours, x))
         theirs.project_decoder_grad()

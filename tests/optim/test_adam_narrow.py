@@ -12,7 +12,7 @@ from flashsae.data.synthetic import SuperpositionModel
 from flashsae.ops import FactoredGradient
 from flashsae.ops.factors import RowFactor
 from flashsae.optim import FactoredAdam
-from helpers.projected_adam import F32, F64, LR, D, N, factored_adam, loss_of, make_sae
+from helpers.adam import F32, F64, LR, D, N, factored_adam, loss_of, make_sae
 
 BF16 = torch.bfloat16
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from flashsae import SAE, SAEConfig
 from flashsae.errors import CheckpointError
 from flashsae.optim import ADAM_EPS, FactoredAdam
-from helpers.projected_adam import (
+from helpers.adam import (
     F64,
     LR,
     D,

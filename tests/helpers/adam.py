@@ -1,4 +1,4 @@
-"""A small SAE, and the optimiser that FactoredAdam must equal: torch.optim.Adam with a projected, normed decoder."""
+"""A small SAE with two optimisers: ours, and the one that ours must equal."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from flashsae import SAE, SAEConfig
-from flashsae.optim import ADAM_EPS, FactoredAdam
+from flashsae.optim import FactoredAdam
 from flashsae.sae import fvu_weights, token_variance
-from flashsae.testing import assert_as_accurate
+from flashsae.testing import UnitNormAdam, assert_as_accurate
 
 F32, F64 = torch.float32, torch.float64
 D, N, K, B, LR = 6, 20, 3, 30, 1e-2
@@ -39,19 +39,9 @@ def factored_adam(sae: SAE, lr: float = LR, **changes: Any) -> FactoredAdam:
     return FactoredAdam(groups, lr, **changes)
 
 
-class ProjectedAdam(torch.optim.Adam):
-    """What people do without ours: project the gradient of the decoder, step, and norm its rows."""
-
-    def __init__(self, sae: SAE) -> None:
-        groups = [{"params": [sae.W_dec]}, {"params": [sae.W_enc_T, sae.b_enc, sae.b_dec]}]
-        super().__init__(groups, LR, eps=ADAM_EPS, foreach=False)
-        self.sae = sae
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        self.sae.project_decoder_grad()
-        super().step()
-        self.sae.normalize_decoder()
+def dense_adam(sae: SAE) -> UnitNormAdam:
+    """Return what people use without ours."""
+    return UnitNormAdam(sae.parameters(), sae.W_dec, LR, foreach=False)
 
 
 def gradients_of(sae: SAE, x: Tensor) -> dict[str, Tensor]:
