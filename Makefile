@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-fast lint bench-gpu
+.PHONY: demo test test-fast docs lint bench-gpu
 
 demo: $(VENV)/.demo
 	$(BIN)/flashsae train
@@ -18,6 +18,10 @@ test: $(VENV)/.dev
 # without the tests that take many seconds each
 test-fast: $(VENV)/.dev
 	$(PYTEST) -m "not slow"
+
+# links, commands and code of the README and of docs/
+docs: $(VENV)/.dev
+	$(BIN)/python -m pytest -q tests/docs tests/test_arguments.py -k "docs or documents"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

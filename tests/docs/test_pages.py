@@ -1,0 +1,79 @@
+"""Pages say what is so: their code runs, their links lead somewhere, and the modules and names in them exist."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from helpers.pages import PAGES, ROOT, anchors, code_blocks, links
+
+README, QUICKSTART = ROOT / "README.md", ROOT / "docs" / "quickstart.md"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_within_the_project_lead_somewhere(page: Path) -> None:
+    for link in links(page):
+        if re.match(r"https?:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_modules_and_names_that_pages_mention_exist(page: Path) -> None:
+    for dotted in sorted(set(re.findall(r"\bflashsae(?:\.\w+)+", page.read_text("utf-8")))):
+        if (ROOT / dotted).suffix in (".json", ".safetensors") or dotted == "flashsae.sae":
+            continue  # files
+        parts = dotted.split(".")
+        found: Any = importlib.import_module("flashsae")
+        for number, part in enumerate(parts[1:], 2):
+            if not hasattr(found, part):
+                importlib.import_module(".".join(parts[:number]))
+            found = getattr(found, part)
+
+
+@pytest.fixture
+def arrays() -> dict[str, Any]:
+    """What a reader of a page brings: activations, a part of them to test with, and parameters."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1200, 8, generator=generator)
+    W_dec = torch.nn.functional.normalize(torch.randn(64, 8, generator=generator), dim=1)
+    parameters = {"W_enc_T": W_dec.clone(), "W_dec": W_dec, "b_enc": torch.zeros(64), "b_dec": torch.zeros(8)}
+    return {"x": x, "x_test": x[1100:], "k": 4, **{name: p.requires_grad_() for name, p in parameters.items()}}
+
+
+def smaller(code: str, **sizes: tuple[str, str]) -> str:
+    """Return code at sizes that a test has time for; each must stand in it once."""
+    for before, after in sizes.values():
+        assert code.count(before) == 1, before
+        code = code.replace(before, after)
+    return code
+
+
+@pytest.mark.parametrize("page", [README, QUICKSTART], ids=lambda page: page.stem)
+def test_arrays_of_yours(page: Path, arrays: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (code,) = [block for block in code_blocks(page) if "flashsae.fit(x" in block]
+    short = "d_sae=64, k=4, config=flashsae.TrainConfig(tokens=4096, batch_tokens=256)"
+    exec(smaller(code, sizes=("d_sae=4096, k=32", short)), arrays)
+    assert (tmp_path / "my-sae" / "flashsae.json").exists()
+
+
+def test_a_training_loop_of_yours(capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = [block for block in code_blocks(README) if "FactoredAdam" in block]
+    exec(smaller(code, sizes=("512, 16384, 32", "16, 128, 4"), tokens=("torch.randn(2048,", "torch.randn(64,")), {})
+    assert 0 < float(capsys.readouterr().out) < 1
+
+
+def test_the_operations_alone(arrays: dict[str, Any]) -> None:
+    (code,) = [block for block in code_blocks(QUICKSTART) if "encode_topk" in block]
+    exec(code, arrays)
+    for name in ("W_enc_T", "W_dec", "b_enc", "b_dec"):
+        assert arrays[name].grad.abs().sum() > 0
