@@ -6,7 +6,7 @@ Each rung is a whole training step: forward, backward, Adam, decoder projected a
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from flashsae.bench.ours import OurStep, Variant, build_ours, make_config, make_
 from flashsae.bench.problem import Problem
 from flashsae.optim import FactoredAdam
 from flashsae.sae.module import SAE
-from flashsae.train.config import ResolvedConfig
+from flashsae.train.config import TrainConfig
 from flashsae.train.graph import CapturedSteps
 from flashsae.train.graph import Step as GraphStep
 from flashsae.train.state import build_optimizer
@@ -83,8 +83,8 @@ class _Uncaptured(CapturedSteps):
         return step(x)
 
 
-def _whole_weights(sae: SAE, config: ResolvedConfig) -> FactoredAdam:
-    return build_optimizer(sae, ResolvedConfig(**asdict(config) | {"precision": "tf32"}))  # only bf16 splits them
+def _whole_weights(sae: SAE, config: TrainConfig) -> FactoredAdam:
+    return build_optimizer(sae, replace(config, precision="tf32"))  # only bf16 splits them
 
 
 def latent_pass(problem: Problem) -> OurStep:

@@ -90,7 +90,7 @@ def trained_case(cache: Path, device: torch.device) -> tuple[Tensor, Tensor, Ten
     assert isinstance(sae.config, SAEConfig)
     shuffled = RowShuffle(source, 1024, seed=1)
     x = torch.cat([only_site(shuffled.next_batch()) for _ in range(16)]).to(device, torch.float32)
-    return x - sae.b_dec.detach(), sae.W_enc_T.detach(), sae.b_enc.detach(), config.k
+    return x - sae.b_dec.detach(), sae.W_enc_T.detach(), sae.b_enc.detach(), config.arch.k
 
 
 def main(cache: Path | None = None, *, out: Path = Path("benchmarks/results/certified.jsonl")) -> None:

@@ -32,7 +32,7 @@ from flashsae.data.text import open_text
 from flashsae.documents import crc32
 from flashsae.logs.callback import Callback
 from flashsae.logs.jsonl import JsonlLog
-from flashsae.train.config import ResolvedConfig, TrainConfig
+from flashsae.train.config import TrainConfig
 from flashsae.train.loop import train, train_step
 from flashsae.train.state import TrainState, init_state
 
@@ -143,7 +143,7 @@ def read_trace(path: Path) -> dict[str, Any]:
     }
 
 
-def resident_rate(state: TrainState, x: torch.Tensor, config: ResolvedConfig, steps: int) -> float:
+def resident_rate(state: TrainState, x: torch.Tensor, config: TrainConfig, steps: int) -> float:
     """Return tokens a second of steps whose batch is on the device."""
     for _ in range(steps):
         train_step(state, {"x": x}, config)
@@ -182,7 +182,7 @@ def measure(name: str, source: Source, config: TrainConfig, trace: Path) -> dict
         lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
     rates = [json.loads(line)["tokens_per_second"] for line in lines][len(lines) // 2 :]
     rate = len(rates) / sum(1 / rate for rate in rates)
-    shape = {"d_in": source.d_in, "d_sae": settings.d_sae, "k": settings.k, "batch_tokens": settings.batch_tokens}
+    shape = {"d_in": source.d_in, "d_sae": settings.d_sae, "k": settings.arch.k, "batch_tokens": settings.batch_tokens}
     slower = resident if alone is None else min(resident, alone)
     return {
         "group": "pipeline", "name": name, "shape": shape, "tokens_per_second": rate, "share": rate / slower,

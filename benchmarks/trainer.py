@@ -25,7 +25,7 @@ from flashsae.evaluate.heldout import evaluate, held_out_batches
 from flashsae.ops.validate import Precision
 from flashsae.optim import ADAM_EPS, lr_factor
 from flashsae.sae.module import SAE
-from flashsae.train.config import ResolvedConfig, TrainConfig
+from flashsae.train.config import TrainConfig
 from flashsae.train.dead import LEAST_RESIDUAL
 from flashsae.train.loop import train_step
 from flashsae.train.state import TrainState, init_state
@@ -38,13 +38,13 @@ PRECISIONS: tuple[Precision, ...] = ("float32", "bf16")
 ARMS = [(precision, arm) for precision in PRECISIONS for arm in (DENSE, REVERSED, NUDGED, OURS)]
 
 
-def start(source: ActivationCache, config: ResolvedConfig) -> TrainState:
+def start(source: ActivationCache, config: TrainConfig) -> TrainState:
     """Return the state that both begin with."""
     batches = RowShuffle(source, config.batch_tokens, seed=config.seed, window_rows=config.shuffle_tokens)
     return init_state(config, batches, torch.device(config.device))
 
 
-def ours(source: ActivationCache, config: ResolvedConfig) -> tuple[SAE, list[float]]:
+def ours(source: ActivationCache, config: TrainConfig) -> tuple[SAE, list[float]]:
     """Train as the library does; return the SAE and the FVU of each step."""
     state = start(source, config)
     curve = []
@@ -55,14 +55,14 @@ def ours(source: ActivationCache, config: ResolvedConfig) -> tuple[SAE, list[flo
 
 
 def dense_losses(
-    x: Tensor, p: Params, dead: Tensor, config: ResolvedConfig, variance: float
+    x: Tensor, p: Params, dead: Tensor, config: TrainConfig, variance: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return loss and AuxK loss of a dense SAE, and on how many tokens each latent was active.
 
     As `flashsae.train` defines them: relative to the variance of a token in the initial sample.
     """
     pre_acts = (x - p["b_dec"]) @ p["W_enc_T"].T + p["b_enc"]
-    top = pre_acts.topk(config.k, dim=1)
+    top = pre_acts.topk(config.arch.k, dim=1)
     latent_acts = torch.zeros_like(pre_acts).scatter(1, top.indices, top.values.relu())
     residual = x - (latent_acts @ p["W_dec"] + p["b_dec"]).float()
     fvu = residual.square().sum() / (len(x) * variance)
@@ -86,7 +86,7 @@ def nudge(sae: SAE) -> None:
             parameter.mul_(1 + eps * steps)
 
 
-def dense(source: ActivationCache, config: ResolvedConfig, arm: str, *, autocast: bool) -> tuple[SAE, list[float]]:
+def dense(source: ActivationCache, config: TrainConfig, arm: str, *, autocast: bool) -> tuple[SAE, list[float]]:
     """Train the dense SAE with naive autograd; return the SAE and the FVU of each step.
 
     REVERSED: the tokens of a batch stand in the opposite order, the same mathematics with sums rounded otherwise.
@@ -140,7 +140,7 @@ def main(
     source = ActivationCache(cache, held_out=HELD_OUT)
     held_out = list(held_out_batches(source, 1 << 20))
 
-    def settings(precision: Precision, seed: int) -> ResolvedConfig:
+    def settings(precision: Precision, seed: int) -> TrainConfig:
         return TrainConfig(
             d_sae=d_sae, k=k, tokens=steps * batch_tokens, batch_tokens=batch_tokens, precision=precision,
             dead_after_tokens=dead_after_tokens, seed=seed, device="cuda",

@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import tomli_w
 
-from flashsae import backend, commands, start
+from flashsae import TopKSettings, architecture, backend, commands, start
 from flashsae import run as runs
 from flashsae.bench import step as bench_step
 from flashsae.cli import main
@@ -20,11 +20,12 @@ from flashsae.data import cache_index
 from flashsae.data import open as data_open
 from flashsae.errors import ConfigError
 from flashsae.settings import ActivationsConfig, ReadingConfig, RunConfig, TrainConfig
-from flashsae.settings.kinds import check, declared_types, unwrap
+from flashsae.settings.kinds import PositiveInt, check, check_fields, declared_types, unwrap
 
 OF_RUN = {name: kind for name, kind in declared_types(RunConfig).items() if name not in ("activations", "train")}
 PARTS = {"activations": ActivationsConfig, "train": TrainConfig}
-TRAIN = declared_types(ActivationsConfig) | declared_types(TrainConfig) | OF_RUN
+TRAIN = declared_types(ActivationsConfig) | declared_types(TrainConfig) | declared_types(TopKSettings) | OF_RUN
+del TRAIN["arch"]  # a name, which decides what other settings there are
 CACHE = declared_types(ReadingConfig) | {
     name: kind
     for name, kind in get_type_hints(commands.cache, include_extras=True).items()
@@ -94,7 +95,7 @@ def arrived(monkeypatch: pytest.MonkeyPatch) -> Arrived:
 
     def train(config: RunConfig) -> None:
         parts = {f.name: getattr(config, f.name) for f in fields(config)}
-        take(**vars(parts.pop("activations")), **vars(parts.pop("train")), **parts)
+        take(**vars(parts.pop("activations")), **parts.pop("train").flat(), **parts)
 
     def cache(reading: ReadingConfig, out: Path, **others: Any) -> None:
         take(**vars(reading), out=out, **others)
@@ -128,7 +129,7 @@ APART = ("stream", "verify")  # what may not stand beside another setting
 
 
 def _default(name: str) -> Any:
-    for settings in (ActivationsConfig(), TrainConfig(), RunConfig()):
+    for settings in (ActivationsConfig(), TrainConfig(), TopKSettings(), RunConfig()):
         if hasattr(settings, name):
             return getattr(settings, name)
     return {"peers": True, "precision": "bf16"}.get(name)
@@ -164,7 +165,9 @@ def _in_python(name: str, value: Any) -> Any:
         if name in declared_types(settings):
             built = RunConfig(**{part: settings(**{name: value})})
             return getattr(getattr(built, part), name)
-    return getattr(RunConfig(**{name: value}), name)
+    return (
+        RunConfig(train=TrainConfig(k=value)).train.arch.k if name == "k" else getattr(RunConfig(**{name: value}), name)
+    )
 
 
 @pytest.mark.parametrize(("command", "name"), EVERY)
@@ -308,6 +311,93 @@ def test_a_file_beside_resume_is_refused_as_flags_are(tmp_path: Path, capsys: py
     (tmp_path / "my.toml").write_text("k = 32")
     assert _main("train", "--resume", str(tmp_path), "--config", str(tmp_path / "my.toml")) == 1
     assert "expected no other setting beside it, got k;" in capsys.readouterr().err
+
+
+@dataclass(frozen=True)
+class GateSettings:
+    """Settings of an architecture that somebody registers.
+
+    Args:
+        width: Gates of each latent.
+        slope: How steep a gate is.
+    """
+
+    width: PositiveInt = 3
+    slope: float | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@pytest.fixture
+def gates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flashsae.architecture._REGISTERED", dict(architecture._REGISTERED))
+    architecture.register(replace(architecture.architecture_named("topk"), name="gates", settings=GateSettings))
+
+
+@pytest.mark.usefixtures("gates")
+def test_the_settings_of_an_architecture_arrive_from_flags_and_from_a_file(arrived: Arrived, tmp_path: Path) -> None:
+    file = tmp_path / "my.toml"
+    assert _main("train", "--arch", "gates", "--width", "1e1", "--d-sae", "64") == 0
+    assert (arrived["arch"], arrived["width"], arrived["slope"], arrived["d_sae"]) == ("gates", 10, None, 64)
+    file.write_text('slope = 2\narch = "gates"\n')
+    assert _main("train", "--config", str(file), "--width=4") == 0
+    assert (arrived["arch"], arrived["width"], arrived["slope"]) == ("gates", 4, 2.0)
+    file.write_text('arch = "gates"\nk = 3')
+    assert _main("train", f"--config={file}", "--arch=topk") == 0  # the command line goes before the file
+    assert (arrived["arch"], arrived["k"]) == ("topk", 3)
+    config = RunConfig(train=TrainConfig(arch="gates", width=5, d_sae=8))
+    file.write_text(config.to_toml())
+    assert _main("train", "--config", str(file)) == 0
+    assert {name: arrived[name] for name in config.train.flat()} == config.train.flat()
+
+
+@pytest.mark.usefixtures("gates")
+@pytest.mark.parametrize(
+    ("words", "content", "message"),
+    [
+        (["--arch", "gates", "--k", "3"], "", "Unknown option: --k"),
+        (["--arch", "gates", "--width", "0"], "", "width: expected a positive number, got 0."),
+        (["--arch", "gate"], "", "arch: expected one of batch_topk, gates, topk, got 'gate'."),
+        (["--arch"], "", "--arch"),
+        ([], 'arch = "gate"', "arch: expected one of batch_topk, gates, topk, got 'gate'."),
+        ([], "arch = 3", "arch: expected one of batch_topk, gates, topk, got '3'."),
+        ([], 'arch = "gates"\nk = 3', "there is no setting 'k' of flashsae train."),
+        (["--arch", "gates"], "width = 2.5", "my.toml: width: expected a whole number"),
+    ],
+)
+def test_a_setting_that_the_architecture_lacks_is_refused_by_name(
+    words: list[str],
+    content: str,
+    message: str,
+    arrived: Arrived,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "my.toml").write_text(content)
+    assert _main("train", "--config", str(tmp_path / "my.toml"), *words) in (1, 2)
+    told = capsys.readouterr().err
+    assert told.startswith("flashsae: ")
+    assert message in told
+    assert told.count("\n") == 1
+    assert not arrived
+
+
+@pytest.mark.usefixtures("gates")
+def test_help_shows_the_settings_of_the_architecture_that_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    shown = []
+    for words in (["--arch", "gates"], []):
+        assert _main("train", *words, "--help") == 0
+        shown.append(capsys.readouterr().out)
+    assert "batch_topk, gates, topk" in shown[0]
+    for line in ("Gates of each latent.", "How steep a gate is.", "--d-sae"):
+        assert line in shown[0]
+    assert "--k " not in shown[0]
+    assert re.search("--k .*Latents active for each token", shown[1])
+    assert "--width" not in shown[1]
 
 
 @pytest.mark.parametrize(("word", "meant"), [("1e6", 1_000_000), ("1_000", 1000), ("2.0", 2), ("0x10", 16)])

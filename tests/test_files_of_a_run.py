@@ -31,8 +31,8 @@ from flashsae.report.snippet_file import read_snippets, write_snippets
 from flashsae.run import execute, new_run, show_plan
 from flashsae.sae.module import SAE
 from flashsae.settings import ActivationsConfig, RunConfig
-from flashsae.settings.run import SEAL as TOML_SEAL
 from flashsae.settings.run import load_settings
+from flashsae.settings.toml import SEAL as TOML_SEAL
 from flashsae.start import begun
 from flashsae.train import TrainConfig, train
 from flashsae.train.state import init_state
@@ -127,7 +127,7 @@ def test_a_run_over_several_hookpoints_goes_on_with_its_cache_alone(
     reading = ActivationsConfig(
         dataset="text.txt", hookpoint="encoder.layer.[01]", context_length=16, held_out=0.2, max_norm_ratio=100.0
     )
-    new_run(RunConfig(reading, TrainConfig(48, 4, tokens=128, batch_tokens=32, device="cpu")), Path("run"))
+    new_run(RunConfig(reading, TrainConfig(48, k=4, tokens=128, batch_tokens=32, device="cpu")), Path("run"))
     with pytest.raises(KeyboardInterrupt):
         execute(Path("run"), QUIET)
     assert begun(Path("run")).activations.activations is not None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import is_dataclass
+from dataclasses import MISSING, Field, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -15,10 +16,10 @@ from cyclopts.exceptions import UnknownOptionError
 
 from flashsae.errors import ConfigError
 from flashsae.settings.kinds import check, declared_types, parse, unwrap
-from flashsae.settings.run import read_toml
+from flashsae.settings.toml import read_toml
 
 _ALONE = {
-    "resume": ({"plan"}, "a run is gone on with as it was begun"),
+    "resume": ({"plan"}, "a run is resumed with the settings that it has"),
     "verify": (set[str](), "it writes nothing"),
 }
 """Settings that stand alone: what may stand beside each, and why nothing else may."""
@@ -66,12 +67,8 @@ class Given:
 
     def _add(self, file: Path, command: str, leaves: dict[str, Argument], declared: dict[str, Any]) -> list[str]:
         """Give the arguments that the command line leaves open what the file has for them; return all of its names."""
-        try:
-            settings = read_toml(file)
-        except ConfigError as error:
-            raise ConfigError(f"config: cannot read {file}: {error}.") from error
         given = []
-        for key, value in settings.items():
+        for key, value in read_file(file).items():
             name = key.replace("-", "_")
             if name not in leaves:
                 near = difflib.get_close_matches(name, leaves, n=1)
@@ -89,6 +86,65 @@ class Given:
                     word = str(each).lower() if isinstance(each, bool) else str(each)
                     leaves[name].append(Token(keyword=key, value=word, source=str(file)))
         return given
+
+
+def read_file(file: Path) -> dict[str, Any]:
+    """Return the settings in a file that somebody names.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        return read_toml(file)
+    except ConfigError as error:
+        raise ConfigError(f"config: cannot read {file}: {error}.") from error
+
+
+def asked(words: Sequence[str], name: str) -> str | None:
+    """Return the last value of an option in the words of a command line, or None."""
+    found = None
+    for word, following in zip(words, [*words[1:], ""]):
+        if word == "--":
+            break
+        option, _, value = word.partition("=")
+        if option == f"--{name}":
+            found = value if "=" in word else following
+    return found
+
+
+def flat_settings(settings: type, name: str, part: type, help_of_name: str) -> type:
+    """Return a dataclass with the settings of a part beside the others, as a command takes them.
+
+    Args:
+        settings: a dataclass with a field that holds the part.
+        name: of that field; here it is a name.
+        part: the class of the part.
+        help_of_name: what the help says of the name.
+    """
+    kinds, own = declared_types(settings), declared_types(part)
+    made: list[tuple[str, Any, Any]] = []
+    for each in fields(settings):
+        if each.name == name:
+            default = field(default=each.default, kw_only=True, metadata={"help": help_of_name})
+            made += [(name, str, default), *((own_.name, own[own_.name], _copy(own_)) for own_ in fields(part))]
+        else:
+            made.append((each.name, kinds[each.name], _copy(each)))
+    flat = make_dataclass(settings.__name__, made, frozen=True)
+    flat.__module__ = settings.__module__  # not "types", which cyclopts takes for built in
+    flat.__doc__ = f"{settings.__name__}.\n\nArgs:\n{_help(settings)}\n{_help(part)}"
+    return flat
+
+
+def _copy(declared: Field[Any]) -> Any:
+    if declared.default_factory is not MISSING:
+        return field(default_factory=declared.default_factory, kw_only=True)
+    return field(default=declared.default, kw_only=declared.kw_only)
+
+
+def _help(settings: type) -> str:
+    """Return the lines on the arguments in the docstring of a dataclass."""
+    found = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", inspect.getdoc(settings) or "", re.DOTALL | re.MULTILINE)
+    return found[1].rstrip() if found else ""
 
 
 def _refuse_unknown(words: Iterable[str], arguments: ArgumentCollection) -> None:

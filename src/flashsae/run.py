@@ -11,7 +11,7 @@ RUN/report.html          all of it to look at
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ from flashsae.settings.run import CONFIG_FILE, RunConfig
 from flashsae.start import begun, check, check_rows, nothing_held_out, plan_table, table
 from flashsae.start import new_run as new_run
 from flashsae.train.checkpoint import list_checkpoints, load_checkpoint
-from flashsae.train.config import ResolvedConfig, TrainConfig
+from flashsae.train.config import TrainConfig
 from flashsae.train.loop import train
 from flashsae.train.state import init_state
 
@@ -160,8 +160,7 @@ def _open(prepared: Prepared, config: RunConfig, console: Console) -> Opened:
 def _resolved(config: RunConfig, prepared: Prepared, hookpoint: str) -> RunConfig:
     """Return the settings with every value worked out: running them again does the same."""
     settings = config.train.resolve(prepared.widths[hookpoint])
-    train_config = TrainConfig(**{f.name: getattr(settings, f.name) for f in fields(TrainConfig)})
-    return replace(config, activations=replace(prepared.config, hookpoint=hookpoint), train=train_config)
+    return replace(config, activations=replace(prepared.config, hookpoint=hookpoint), train=settings)
 
 
 def _execute_one(run: Path, config: RunConfig, source: Source, opened: Opened, console: Console) -> None:
@@ -177,7 +176,7 @@ def _execute_one(run: Path, config: RunConfig, source: Source, opened: Opened, c
         raise nothing_held_out(source, config)
     with filling(console) as on_fill:
         state = init_state(settings, batches, device, run / "checkpoints", on_fill)
-    loggers = [build_logger(name, run, asdict(settings)) for name in config.logger]
+    loggers = [build_logger(name, run, settings.flat()) for name in config.logger]
     sae = train(
         state,
         settings,
@@ -188,7 +187,7 @@ def _execute_one(run: Path, config: RunConfig, source: Source, opened: Opened, c
     dead = state.dead.mask()
     del state  # its memory may be needed for the whole weights
     sae = sae.to(device)
-    metadata = {"model": config.activations.model, "hookpoint": hookpoint, "train": asdict(settings)}
+    metadata = {"model": config.activations.model, "hookpoint": hookpoint, "train": settings.flat()}
     sae.save(run / "sae", metadata=metadata, overwrite=True)
     with console.status("evaluating on held-out tokens"):
         result = _evaluate(run, sae, source, settings)
@@ -212,7 +211,7 @@ def _measure(sae: SAE, held_out: list[Batch]) -> dict[str, float]:
     return {"held_out_fvu": evaluation.fvu, **without}
 
 
-def _evaluate(run: Path, sae: SAE, source: Source, settings: ResolvedConfig) -> dict[str, Any]:
+def _evaluate(run: Path, sae: SAE, source: Source, settings: TrainConfig) -> dict[str, Any]:
     """Measure on held-out tokens and write evaluation.json."""
     evaluation = evaluate(sae, held_out_batches(source, EVALUATION_TOKENS))
     log = [record for record in read_log(run / LOG_FILE) if "tokens_per_second" in record]
@@ -226,7 +225,7 @@ def _evaluate(run: Path, sae: SAE, source: Source, settings: ResolvedConfig) -> 
         dead_latents=int(log[-1]["dead_latents"]),
         d_in=settings.d_in,
         d_sae=settings.d_sae,
-        settings={"k": settings.k},
+        settings=asdict(settings.arch),
         held_out_tokens=evaluation.tokens,
         train_tokens=int(log[-1]["tokens"]),
         steps=log[-1]["step"],

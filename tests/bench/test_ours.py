@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import torch
 
 from flashsae.bench.ours import Variant, build_ours, expected_rows, make_state
 from flashsae.bench.problem import Shape, dense_squared_error, make_problem
-from flashsae.train.config import ResolvedConfig
 
 CPU, SHAPE = torch.device("cpu"), Shape("x", 64, 12, 100, 5)
 PROBLEM = make_problem(SHAPE, torch.float32, CPU)
@@ -35,7 +34,7 @@ def test_the_first_float32_update_is_that_of_torch_adam() -> None:
 
 def test_another_learning_rate_is_found_wrong() -> None:
     right = build_ours(PROBLEM, Variant("float32"))
-    config = ResolvedConfig(**asdict(right.config) | {"lr": 1.1 * right.config.lr})
+    config = replace(right.config, lr=1.1 * right.config.lr)
     step = replace(right, state=make_state(PROBLEM, config), config=config)
     step.run(PROBLEM.xs[0])
     assert "W_dec after a step: " in step.wrong_after_first()

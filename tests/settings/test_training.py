@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import numpy as np
 import pytest
 import torch
 
-from flashsae import TrainConfig
+from flashsae import BatchTopKSettings, TopKSettings, TrainConfig, architecture
 from flashsae.errors import ConfigError
 from flashsae.optim import default_lr
 
@@ -77,7 +79,7 @@ def test_settings_that_only_look_odd_are_taken() -> None:
 
 def test_numbers_of_numpy_are_numbers_and_what_is_none_is_refused() -> None:
     config = TrainConfig(k=np.int64(3), lr=np.float32(0.5), tokens=np.uint8(200), decay_fraction=np.float64(0.25))  # type: ignore[arg-type]
-    assert [type(value) for value in (config.k, config.lr, config.tokens, config.decay_fraction)] == [
+    assert [type(value) for value in (config.arch.k, config.lr, config.tokens, config.decay_fraction)] == [
         int, float, int, float,
     ]  # fmt: skip
     for name in ("lr", "clip_norm", "auxk_alpha", "decay_fraction", "k", "tokens", "seed"):
@@ -88,3 +90,53 @@ def test_numbers_of_numpy_are_numbers_and_what_is_none_is_refused() -> None:
         for value in (3, None, True, "float16", ["bf16"], torch.bfloat16):
             with pytest.raises(ConfigError, match=f"{name}: expected one of "):
                 TrainConfig(**{name: value})  # type: ignore[arg-type]
+
+
+def test_the_width_that_is_asked_for_is_that_of_the_activations() -> None:
+    assert TrainConfig(d_in=8).resolve(8) == TrainConfig().resolve(8)
+    with pytest.raises(ConfigError, match="d_in: expected 16, the width of the activations, got 8"):
+        TrainConfig(d_in=8).resolve(16)
+
+
+def test_settings_that_are_worked_out_stay_as_they_are() -> None:
+    config = TrainConfig(d_sae=64).resolve(8)
+    assert config.resolve(8) == config
+    assert TrainConfig(**config.flat()) == config
+
+
+def test_the_settings_of_the_architecture_stand_in_it_or_beside_the_others() -> None:
+    config = TrainConfig(arch=BatchTopKSettings(k=5))
+    assert TrainConfig(arch="batch_topk", k=5) == config != TrainConfig(k=5)
+    assert TrainConfig(arch="batch_topk") == TrainConfig(arch=BatchTopKSettings())
+    assert TrainConfig().arch == TopKSettings()
+    assert replace(config, tokens=100).arch == BatchTopKSettings(k=5)
+    assert {name: config.flat()[name] for name in ("arch", "k")} == {"arch": "batch_topk", "k": 5}
+    assert hash(config) == hash(TrainConfig(arch="batch_topk", k=5))
+
+
+@dataclass(frozen=True)
+class Greedy:
+    tokens: int = 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"arch": "topk", "width": 5}, "width: topk has no such setting; it has k"),
+        ({"bach_tokens": 5}, "bach_tokens: topk has no such setting"),
+        ({"arch": "topj"}, "arch: expected one of batch_topk, topk, got 'topj'"),
+        ({"arch": 3}, "arch: expected settings of an architecture, such as .*, got 3"),
+        ({"arch": Greedy()}, "arch: expected settings of an architecture"),
+        ({"arch": BatchTopKSettings(), "k": 3}, "k: expected it in arch=BatchTopKSettings"),
+    ],
+)
+def test_an_architecture_or_setting_that_there_is_not_is_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig(**settings)
+
+
+def test_an_architecture_has_settings_of_other_names_than_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(architecture, "_REGISTERED", dict(architecture._REGISTERED))
+    architecture.register(replace(architecture.architecture_named("topk"), name="greedy", settings=Greedy))
+    with pytest.raises(ConfigError, match="tokens: expected settings of the architecture to have names of their own"):
+        TrainConfig(arch=Greedy())

@@ -39,7 +39,7 @@ def test_held_out_fvu_is_within_half_a_percent_of_a_dense_reference(cache: Activ
     W_dec = params["W_dec"]
     for step in range(config.steps):
         x = only_site(batches.next_batch()).float() * state.scale
-        _, loss = dense_step_losses(x, params, config.k, state.variance)
+        _, loss = dense_step_losses(x, params, config.arch.k, state.variance)
         adam.zero_grad()
         loss.backward()
         with torch.no_grad():
@@ -55,7 +55,7 @@ def test_held_out_fvu_is_within_half_a_percent_of_a_dense_reference(cache: Activ
     reference = FVU()
     with torch.no_grad():
         scaled = held_out * state.scale
-        reference.update(scaled, dense_step_losses(scaled, params, config.k, state.variance)[0])
+        reference.update(scaled, dense_step_losses(scaled, params, config.arch.k, state.variance)[0])
     ours = flashsae.evaluate(sae, held_out).fvu
     assert 0.05 < reference.compute() < 0.5  # it has learnt something, and not everything
     assert ours == pytest.approx(reference.compute(), rel=0.005)

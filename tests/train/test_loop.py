@@ -19,7 +19,6 @@ from flashsae.ops.validate import Precision
 from flashsae.optim import FactoredAdam, lr_factor
 from flashsae.train import TrainState, init_state, train, train_step
 from flashsae.train.checkpoint import list_checkpoints, save_checkpoint
-from flashsae.train.config import ResolvedConfig
 from flashsae.train.dead import Bounds
 from flashsae.train.state import to_checkpoint
 from helpers.dense import dense_step_losses
@@ -31,11 +30,11 @@ SETTINGS = TrainConfig(
 )
 
 
-def _config(**changes: object) -> ResolvedConfig:
+def _config(**changes: object) -> TrainConfig:
     return TrainConfig(**{**vars(SETTINGS), **changes}).resolve(16)  # type: ignore[arg-type]
 
 
-def _state(config: ResolvedConfig, checkpoints: Path | None = None, x: Tensor = X) -> TrainState:
+def _state(config: TrainConfig, checkpoints: Path | None = None, x: Tensor = X) -> TrainState:
     batches = RowShuffle(ArraySource(x), config.batch_tokens, seed=config.seed)
     return init_state(config, batches, torch.device("cpu"), checkpoints)
 
@@ -65,7 +64,7 @@ def test_two_runs_of_one_seed_are_equal_and_of_two_are_not() -> None:
     assert not _equal(_bits(states[0]), _bits(states[2]))
 
 
-def _stop_and_resume(config: ResolvedConfig, stop_at: int, checkpoints: Path) -> TrainState:
+def _stop_and_resume(config: TrainConfig, stop_at: int, checkpoints: Path) -> TrainState:
     """Train until a batch is missing, then again from the newest checkpoint."""
 
     class Stop(Exception):  # noqa: N818
@@ -155,7 +154,7 @@ def test_the_step_is_that_of_a_dense_sae_with_plain_adam() -> None:
     for step in range(60):
         x = state.batches.next_batch()
         ours = train_step(state, x, config)["loss"].item()
-        _, loss = dense_step_losses(twin.next_batch()["x"] * state.scale, params, config.k, state.variance)
+        _, loss = dense_step_losses(twin.next_batch()["x"] * state.scale, params, config.arch.k, state.variance)
         assert ours == pytest.approx(loss.item(), rel=1e-3), step
         adam.zero_grad()
         loss.backward()
@@ -226,7 +225,7 @@ def test_auxk_chooses_among_the_dead_latents_only(monkeypatch: pytest.MonkeyPatc
     before = state.sae.W_dec.detach().clone()
     metrics = train_step(state, state.batches.next_batch(), config)
     (all_rows, k), (aux_rows, k_aux) = asked
-    assert (len(all_rows), k) == (64, config.k)
+    assert (len(all_rows), k) == (64, config.arch.k)
     assert torch.equal(aux_rows, rows)
     assert k_aux == 3  # no more than there are
     assert metrics["loss"].item() == pytest.approx((metrics["fvu"] + config.auxk_alpha * metrics["auxk_loss"]).item())

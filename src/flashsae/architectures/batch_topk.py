@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import flashsae
 from flashsae.architecture import AUTOENCODER, AUXK, RECONSTRUCTION, Architecture, Parameter
-from flashsae.settings.kinds import PositiveInt, check_fields
+from flashsae.settings.kinds import AtMost, PositiveInt, check_fields
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +24,7 @@ class BatchTopKSettings:
         k: Latents active for each token, on average over a batch.
     """
 
-    k: PositiveInt = 32
+    k: Annotated[PositiveInt, AtMost("d_sae")] = 32
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 import torch
@@ -16,7 +16,7 @@ from flashsae.data.shuffle import Batches
 from flashsae.ops.validate import Precision
 from flashsae.optim import ADAM_EPS, FactoredAdam
 from flashsae.sae.module import SAE, SAEConfig
-from flashsae.train.config import ResolvedConfig, TrainConfig
+from flashsae.train.config import TrainConfig
 from flashsae.train.dead import DeadLatents
 from flashsae.train.loop import train_step
 from flashsae.train.state import TrainState, build_optimizer
@@ -25,7 +25,7 @@ SAMPLED_ROWS = 48
 ROW_TOLERANCE = 0.02  # of the learning rate, which is about what Adam moves each weight by
 MAY_DIFFER = 2e-3  # of the sampled weights: a gradient next to 0 has either sign after rounding, and Adam follows it
 
-BuildOptimizer = Callable[[SAE, ResolvedConfig], FactoredAdam]
+BuildOptimizer = Callable[[SAE, TrainConfig], FactoredAdam]
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class OurStep:
     """
 
     state: TrainState
-    config: ResolvedConfig
+    config: TrainConfig
     expected: Rows | None = None
 
     def settings(self) -> AbstractContextManager[None]:
@@ -93,7 +93,7 @@ class OurStep:
         return wrong
 
 
-def make_config(problem: Problem, variant: Variant) -> ResolvedConfig:
+def make_config(problem: Problem, variant: Variant) -> TrainConfig:
     """Return the settings of a training on such a problem, without warm-up of the learning rate.
 
     With dead latents AuxK is on, and the learning rate a tenth: that costs the same, and the dead stay dead for as long
@@ -112,12 +112,10 @@ def make_config(problem: Problem, variant: Variant) -> ResolvedConfig:
         auxk_alpha=1 / 32 if problem.dead else 0.0,
         k_aux=max(1, min(variant.k_aux, problem.dead)),
     ).resolve(shape.d_in)
-    return ResolvedConfig(**asdict(config) | {"lr": config.lr / 10}) if problem.dead else config
+    return replace(config, lr=config.lr / 10) if problem.dead else config
 
 
-def make_state(
-    problem: Problem, config: ResolvedConfig, build_optimizer: BuildOptimizer = build_optimizer
-) -> TrainState:
+def make_state(problem: Problem, config: TrainConfig, build_optimizer: BuildOptimizer = build_optimizer) -> TrainState:
     """Return the state of a training that starts from the weights of a float32 problem, without data."""
     shape = problem.shape
     sae = SAE(SAEConfig(shape.d_in, shape.d_sae, shape.k), seed=None, device=problem.device)

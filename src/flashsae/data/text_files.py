@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from flashsae.errors import ConfigError, DataError, FlashSAEError, require
-from flashsae.settings.run import CONFIG_FILE, SEAL
+from flashsae.settings.run import CONFIG_FILE
+from flashsae.settings.toml import SEAL
 
 
 def find_files(path: Path) -> list[Path]:

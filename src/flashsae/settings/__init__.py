@@ -2,6 +2,6 @@
 
 from flashsae.settings.reading import ActivationsConfig, ReadingConfig
 from flashsae.settings.run import CONFIG_FILE, RunConfig
-from flashsae.settings.training import ResolvedConfig, TrainConfig
+from flashsae.settings.training import TrainConfig
 
-__all__ = ["CONFIG_FILE", "ActivationsConfig", "ReadingConfig", "ResolvedConfig", "RunConfig", "TrainConfig"]
+__all__ = ["CONFIG_FILE", "ActivationsConfig", "ReadingConfig", "RunConfig", "TrainConfig"]

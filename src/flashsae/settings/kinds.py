@@ -15,11 +15,14 @@ import types
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from flashsae.errors import ConfigError
 
 _LARGEST_INT = 2**63 - 1
+_OPEN = object()
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,19 @@ class Range:
     holds: Callable[[float], bool]
 
 
+@dataclass(frozen=True)
+class AtMost:
+    """A bound that another setting is: part of a field's annotation, as `Range` is.
+
+    Args:
+        name: of the other setting.
+        words: what it is called in messages; its name by default.
+    """
+
+    name: str
+    words: str = ""
+
+
 POSITIVE = Range("a positive number", lambda value: 0 < value < math.inf)
 NOT_NEGATIVE = Range("a number that is not negative", lambda value: 0 <= value < math.inf)
 FRACTION = Range("a fraction from 0 to 1", lambda value: 0 <= value <= 1)
@@ -44,6 +60,10 @@ PositiveFloat = Annotated[float, POSITIVE]
 NonNegativeInt = Annotated[int, NOT_NEGATIVE]
 NonNegativeFloat = Annotated[float, NOT_NEGATIVE]
 Fraction = Annotated[float, FRACTION]
+
+LeftOpen = Annotated[T, _OPEN]
+"""The type of a setting that may be left open: None until `left_open.fill` puts its value. Who reads it reads settings
+that are filled, and a type checker takes it so."""
 
 
 def check_fields(settings: Any) -> None:
@@ -77,8 +97,8 @@ def check(name: str, value: Any, annotation: Any) -> Any:
         ConfigError: the value is of another type, or out of range.
     """
     kind, limits, is_optional = unwrap(annotation)
-    if value is None and is_optional:
-        return None
+    if kind is Any or (value is None and is_optional):
+        return value
     try:
         meant = _CHECKS.get(get_origin(kind) or kind, _instance)(value, kind)
     except ConfigError as error:
@@ -111,6 +131,11 @@ def parse(word: str, annotation: Any) -> Any:
     return word
 
 
+def metadata_of(annotation: Any, kind: type[T]) -> list[T]:
+    """Return what of a kind an annotation is annotated with."""
+    return [each for each in getattr(annotation, "__metadata__", ()) if isinstance(each, kind)]
+
+
 def unwrap(annotation: Any) -> tuple[Any, list[Range], bool]:
     """Return the bare type of an annotation, its ranges, and whether None is allowed."""
     limits: list[Range] = []
@@ -118,7 +143,8 @@ def unwrap(annotation: Any) -> tuple[Any, list[Range], bool]:
     while True:
         origin = get_origin(annotation)
         if origin is Annotated:
-            limits += [limit for limit in annotation.__metadata__ if isinstance(limit, Range)]
+            limits += metadata_of(annotation, Range)
+            is_optional = is_optional or _OPEN in annotation.__metadata__
             annotation = annotation.__origin__
         elif origin in (Union, types.UnionType):
             is_optional = True

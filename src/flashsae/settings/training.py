@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from dataclasses import asdict, dataclass
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
+from flashsae.architecture import architecture_of, settings_of
 from flashsae.errors import ConfigError
 from flashsae.precision import Precision
 from flashsae.settings.kinds import (
+    AtMost,
     Fraction,
+    LeftOpen,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     check_fields,
 )
+from flashsae.settings.left_open import check_bounds, fill, left_open
+
+DEFAULT_ARCH = "topk"
+Config = TypeVar("Config", bound="TrainConfig")
 
 
 def default_lr(d_sae: int) -> float:
@@ -27,13 +36,30 @@ def default_lr(d_sae: int) -> float:
     return 8e-4 / math.sqrt(d_sae / 2**14)
 
 
+def _flat(cls: type[Config]) -> type[Config]:
+    """Let the settings of the architecture stand beside those of the training, as in TOML and on the command line."""
+    made: Callable[..., None] = cls.__init__
+
+    @functools.wraps(made)
+    def init(self: Config, *positional: Any, **given: Any) -> None:
+        own = {name: given.pop(name) for name in set(given) - {each.name for each in fields(cls)}}
+        if own:
+            given["arch"] = settings_of(given.get("arch") or DEFAULT_ARCH, **own)
+        made(self, *positional, **given)
+
+    cls.__init__ = init  # type: ignore[assignment]
+    return cls
+
+
+@_flat
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of the SAE and its training.
+    """Settings of the SAE and its training. Those of the architecture may stand beside them: `TrainConfig(k=64)`.
 
     Args:
         d_sae: Number of latents. Default: the next power of two from 8 x d_in.
-        k: Latents active for each token.
+        arch: Architecture of the SAE: its name, or its settings.
+        d_in: Width that the activations must have. Default: as they come.
         tokens: Tokens to train on, repeats counted.
         batch_tokens: Tokens in a step; no more than tokens.
         precision: Of products on a GPU: float32 (certified: the latents chosen are those of float32 arithmetic), tf32,
@@ -56,75 +82,68 @@ class TrainConfig:
         evaluate_every_steps: Steps between two measurements on held-out tokens. Default: about 20 in a run.
         checkpoint_every_steps: Steps between two checkpoints.
         device: auto, cpu, cuda, cuda:1 ...
+    Raises:
+        ConfigError: a setting has another type than it declares or is out of its range, or the architecture lacks it.
     """
 
-    d_sae: PositiveInt | None = None
-    k: PositiveInt = 32
-    tokens: PositiveInt = 1_500_000
-    batch_tokens: PositiveInt = 1024
-    precision: Precision = "float32"
-    moments: Literal["float32", "bf16"] = "float32"
-    lr: PositiveFloat | None = None
-    warmup_steps: NonNegativeInt | None = None
-    decay_fraction: Fraction = 0.2
-    clip_norm: PositiveFloat | None = None
-    auxk_alpha: NonNegativeFloat = 1 / 32
-    k_aux: PositiveInt | None = None
-    dead_after_tokens: PositiveInt | None = None
-    shuffle_tokens: PositiveInt = 1 << 18
-    seed: NonNegativeInt = 0
-    log_every_steps: PositiveInt = 10
-    evaluate_every_steps: PositiveInt | None = None
-    checkpoint_every_steps: PositiveInt = 250
-    device: str = "auto"
+    d_sae: LeftOpen[PositiveInt] = left_open(lambda config: 1 << (8 * config.d_in - 1).bit_length(), kw_only=False)
+    arch: Any = field(default=DEFAULT_ARCH, kw_only=True)
+    d_in: LeftOpen[PositiveInt] = left_open()
+    tokens: PositiveInt = field(default=1_500_000, kw_only=True)
+    batch_tokens: Annotated[PositiveInt, AtMost("tokens")] = field(default=1024, kw_only=True)
+    precision: Precision = field(default="float32", kw_only=True)
+    moments: Literal["float32", "bf16"] = field(default="float32", kw_only=True)
+    lr: LeftOpen[PositiveFloat] = left_open(lambda config: default_lr(config.d_sae))
+    warmup_steps: LeftOpen[Annotated[NonNegativeInt, AtMost("steps", "the steps of this training")]] = left_open(
+        lambda config: min(1000, config.steps // 20)
+    )
+    decay_fraction: Fraction = field(default=0.2, kw_only=True)
+    clip_norm: PositiveFloat | None = field(default=None, kw_only=True)
+    auxk_alpha: NonNegativeFloat = field(default=1 / 32, kw_only=True)
+    k_aux: LeftOpen[Annotated[PositiveInt, AtMost("d_sae")]] = left_open(
+        lambda config: min(1024, max(1, config.d_in // 2), config.d_sae)
+    )
+    dead_after_tokens: LeftOpen[PositiveInt] = left_open(lambda config: min(10_000_000, max(1, config.tokens // 10)))
+    shuffle_tokens: PositiveInt = field(default=1 << 18, kw_only=True)
+    seed: NonNegativeInt = field(default=0, kw_only=True)
+    log_every_steps: PositiveInt = field(default=10, kw_only=True)
+    evaluate_every_steps: LeftOpen[PositiveInt] = left_open(lambda config: max(1, config.steps // 20))
+    checkpoint_every_steps: PositiveInt = field(default=250, kw_only=True)
+    device: str = field(default="auto", kw_only=True)
+
+    if TYPE_CHECKING:  # the settings of the architecture have names that only its class knows
+
+        def __init__(self, d_sae: int | None = None, **settings: Any) -> None: ...
 
     def __post_init__(self) -> None:
         check_fields(self)
+        object.__setattr__(self, "arch", settings_of(self.arch))
+        taken = {each.name for each in fields(self)}.intersection(each.name for each in fields(self.arch))
+        if taken:
+            raise ConfigError(f"{min(taken)}: expected settings of the architecture to have names of their own.")
 
     @property
     def steps(self) -> int:
         """Steps of the whole training."""
         return -(-self.tokens // self.batch_tokens)
 
-    def resolve(self, d_in: int) -> ResolvedConfig:
-        """Fill in what was left to be worked out.
+    def resolve(self, d_in: int) -> TrainConfig:
+        """Return the settings with everything filled in that was left to be worked out.
 
         Args:
             d_in: width of the activations.
         Raises:
-            ConfigError: k or k_aux > d_sae, batch_tokens > tokens, or warmup_steps > steps.
+            ConfigError: another width is asked for, or a setting is above its bound: k or k_aux > d_sae,
+                batch_tokens > tokens, or warmup_steps > steps.
         """
-        d_sae = self.d_sae or 1 << (8 * d_in - 1).bit_length()
-        for name, most, what in (
-            ("k", d_sae, "d_sae"),
-            ("k_aux", d_sae, "d_sae"),
-            ("batch_tokens", self.tokens, "tokens"),
-            ("warmup_steps", self.steps, "the steps of this training"),
-        ):
-            value = getattr(self, name)
-            if value is not None and value > most:
-                raise ConfigError(f"{name}: expected {name} <= {what} = {most}, got {value}.")
-        worked_out = {
-            "d_in": d_in,
-            "d_sae": d_sae,
-            "lr": default_lr(d_sae),
-            "warmup_steps": min(1000, self.steps // 20),
-            "k_aux": min(1024, max(1, d_in // 2), d_sae),
-            "dead_after_tokens": min(10_000_000, max(1, self.tokens // 10)),
-            "evaluate_every_steps": max(1, self.steps // 20),
-        }
-        given = {name: value for name, value in asdict(self).items() if value is not None}
-        return ResolvedConfig(**{**worked_out, **given})
+        if self.d_in not in (None, d_in):
+            raise ConfigError(f"d_in: expected {d_in}, the width of the activations, got {self.d_in}.")
+        config = fill(replace(self, d_in=d_in))
+        check_bounds(config.arch, config)
+        return config
 
-
-@dataclass(frozen=True)
-class ResolvedConfig(TrainConfig):
-    """A `TrainConfig` of which every setting has its value, with the width that it was worked out for."""
-
-    d_in: int = 0
-    d_sae: int = 0
-    lr: float = 0.0
-    warmup_steps: int = 0
-    k_aux: int = 0
-    dead_after_tokens: int = 0
-    evaluate_every_steps: int = 0
+    def flat(self) -> dict[str, Any]:
+        """Return the settings by name, those of the architecture beside the others and `arch` its name."""
+        own = {each.name: getattr(self.arch, each.name) for each in fields(self.arch)}
+        others = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "arch"}
+        return {"arch": architecture_of(self.arch).name, **own, **others}

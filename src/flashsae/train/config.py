@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from flashsae.settings.training import ResolvedConfig, TrainConfig
+from flashsae.settings.training import TrainConfig
 
-__all__ = ["ResolvedConfig", "TrainConfig"]
+__all__ = ["TrainConfig"]

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from flashsae.architecture import settings_of
 from flashsae.backend import check_single_process, check_variables, resolve_device
 from flashsae.data.shuffle import buffer_size, shuffled
 from flashsae.data.sources import ArraySource, IterableSource
@@ -25,7 +26,8 @@ from flashsae.logs.progress import ProgressBar, filling
 from flashsae.neutral import neutral
 from flashsae.sae.module import SAE
 from flashsae.settings.kinds import check, expand
-from flashsae.train.config import ResolvedConfig, TrainConfig
+from flashsae.settings.training import DEFAULT_ARCH
+from flashsae.train.config import TrainConfig
 from flashsae.train.loop import train
 from flashsae.train.plan import check_memory, check_selection, make_plan
 from flashsae.train.state import init_state
@@ -92,7 +94,9 @@ def fit(
             )
         tokens = max(10 * len(source.split_rows("train")), LEAST_TOKENS)
     base = config or TrainConfig()
-    settings = replace(base, d_sae=d_sae, k=k, tokens=base.tokens if tokens is None else tokens).resolve(source.d_in)
+    settings = replace(
+        base, d_sae=d_sae, arch=settings_of(DEFAULT_ARCH, k=k), tokens=base.tokens if tokens is None else tokens
+    ).resolve(source.d_in)
     device = resolve_device(settings.device)
     check_selection(settings, device)
     most, batch_tokens = settings.shuffle_tokens, settings.batch_tokens
@@ -136,12 +140,13 @@ def _working_in(folder: Path, *, may_discard: bool) -> Iterator[None]:
             raise
 
 
-def _what_will_be_done(config: ResolvedConfig, rows: int | None, buffered: int, device: torch.device) -> str:
+def _what_will_be_done(config: TrainConfig, rows: int | None, buffered: int, device: torch.device) -> str:
     first = f" A shuffle buffer of {buffered:,} tokens is filled first." if buffered else ""
     repeats = "" if rows is None else f" (each of the {rows:,} in x about {config.tokens / rows:,.3g} times)"
     return (
-        f"TopK SAE, d_in {config.d_in:,}, d_sae {config.d_sae:,}, k {config.k}, on {device}: {config.tokens:,} tokens"
-        f"{repeats} in {config.steps:,} steps of {config.batch_tokens:,}.{first} tokens= changes how long it takes."
+        f"TopK SAE, d_in {config.d_in:,}, d_sae {config.d_sae:,}, k {config.arch.k}, on {device}: "
+        f"{config.tokens:,} tokens{repeats} in {config.steps:,} steps of {config.batch_tokens:,}.{first} tokens= "
+        "changes how long it takes."
     )
 
 

@@ -20,13 +20,13 @@ from flashsae.neutral import neutral
 from flashsae.optim import lr_factor
 from flashsae.sae.module import SAE
 from flashsae.train.checkpoint import save_checkpoint
-from flashsae.train.config import ResolvedConfig
+from flashsae.train.config import TrainConfig
 from flashsae.train.dead import auxk_loss
 from flashsae.train.plan import repeats_warning
 from flashsae.train.state import TrainState, to_checkpoint
 
 
-def train_step(state: TrainState, batch: Batch, config: ResolvedConfig) -> dict[str, Tensor]:
+def train_step(state: TrainState, batch: Batch, config: TrainConfig) -> dict[str, Tensor]:
     """Do one step of Adam on one batch.
 
     Args:
@@ -52,7 +52,7 @@ def train_step(state: TrainState, batch: Batch, config: ResolvedConfig) -> dict[
     return metrics
 
 
-def _learning_rate(step: int, config: ResolvedConfig) -> float:
+def _learning_rate(step: int, config: TrainConfig) -> float:
     decay_steps = round(config.decay_fraction * config.steps)
     return config.lr * lr_factor(step, config.steps, config.warmup_steps, decay_steps)
 
@@ -63,7 +63,7 @@ def _scaled(acts: Tensor, scale: float) -> Tensor:
     return (acts if scale == 1.0 else acts * scale).float()
 
 
-def _compute_step(state: TrainState, batch: Batch, config: ResolvedConfig, capacity: int) -> dict[str, Tensor]:
+def _compute_step(state: TrainState, batch: Batch, config: TrainConfig, capacity: int) -> dict[str, Tensor]:
     """Do the part of a step that the device does: no number of it is known to the host."""
     sae, optimizer = state.sae, state.optimizer
     x = only_site(batch)
@@ -92,7 +92,7 @@ def _compute_step(state: TrainState, batch: Batch, config: ResolvedConfig, capac
 @neutral()
 def train(
     state: TrainState,
-    config: ResolvedConfig,
+    config: TrainConfig,
     *,
     callbacks: Sequence[Callback] = (),
     checkpoints: Path | None = None,
@@ -149,7 +149,7 @@ class _Run:
     """What goes on around the steps of a training: log, measurements, checkpoints, warnings."""
 
     state: TrainState
-    config: ResolvedConfig
+    config: TrainConfig
     callbacks: Sequence[Callback]
     checkpoints: Path | None
     measure: Callable[[SAE], dict[str, float]] | None

@@ -9,7 +9,7 @@ import torch
 from flashsae.backend import LARGEST_K, memory_bytes, runs_kernels
 from flashsae.errors import ConfigError
 from flashsae.ops.encode.reference import WORKSPACE_BYTES
-from flashsae.train.config import ResolvedConfig, TrainConfig
+from flashsae.train.config import TrainConfig
 
 MOST_REPEATS = 100
 """A run that trains more often on each token warns: it learns these tokens, and not what others like them are."""
@@ -37,7 +37,7 @@ class Plan:
     kept_bytes: int
 
 
-def make_plan(config: ResolvedConfig, device: torch.device, buffer_bytes: int = 0, model_bytes: int = 0) -> Plan:
+def make_plan(config: TrainConfig, device: torch.device, buffer_bytes: int = 0, model_bytes: int = 0) -> Plan:
     """Work out the size of a training.
 
     Args:
@@ -67,7 +67,7 @@ def make_plan(config: ResolvedConfig, device: torch.device, buffer_bytes: int = 
 
 def check_selection(config: TrainConfig, device: torch.device) -> None:
     """Raise ConfigError if a token would select more latents than the kernels of the device can."""
-    for name, value in (("k", config.k), ("k_aux", config.k_aux if config.auxk_alpha else None)):
+    for name, value in (("k", config.arch.k), ("k_aux", config.k_aux if config.auxk_alpha else None)):
         if value is not None and value > LARGEST_K and runs_kernels(device):
             raise ConfigError(
                 f"{name}: expected at most {LARGEST_K} on a GPU, got {value}. FLASHSAE_BACKEND=reference takes any."
@@ -113,12 +113,12 @@ def repeats_warning(tokens: int, rows: int) -> str:
     )
 
 
-def _gpu_step(config: ResolvedConfig) -> int:
+def _gpu_step(config: TrainConfig) -> int:
     """Return the largest sum of what is alive at once within a step.
 
     That is either while the last rows of pre-activations are searched, or, with float32 weights, somewhat later.
     """
-    n, d, B, k = config.d_sae, config.d_in, config.batch_tokens, config.k
+    n, d, B, k = config.d_sae, config.d_in, config.batch_tokens, config.arch.k
     width = 4 if config.precision == "tf32" else 2
     tokens = B * d * (2 + 4 + (6 if config.precision == "float32" else width))  # as they come, whole, centred
     code = B * k * (4 + 8 + 8 + 4 + 4 + 4)
@@ -132,8 +132,8 @@ def _gpu_step(config: ResolvedConfig) -> int:
     return int(tokens + code + max(workspace, errors + auxk) + 32 * n + _CUBLAS_BYTES)
 
 
-def _cpu_step(config: ResolvedConfig) -> int:
+def _cpu_step(config: TrainConfig) -> int:
     """Return the same where the gradient of a matrix is whole, one matrix at a time."""
     n, d, B = config.d_sae, config.d_in, config.batch_tokens
     workspace = min(WORKSPACE_BYTES, 12 * B * n)
-    return max(16 * n * d, workspace) + 4 * B * (8 * d + 8 * config.k)
+    return int(max(16 * n * d, workspace) + 4 * B * (8 * d + 8 * config.arch.k))

@@ -18,7 +18,7 @@ from flashsae.sae.losses import fvu_weights
 from flashsae.sae.module import SAE, SAEConfig
 from flashsae.schema import Positive, parse
 from flashsae.train.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
-from flashsae.train.config import ResolvedConfig
+from flashsae.train.config import TrainConfig
 from flashsae.train.dead import Bounds, DeadLatents
 from flashsae.train.graph import CapturedSteps
 from flashsae.train.plan import check_selection
@@ -68,7 +68,7 @@ class TrainState:
 
 @neutral()
 def init_state(
-    config: ResolvedConfig,
+    config: TrainConfig,
     batches: Batches,
     device: torch.device,
     checkpoints: Path | None = None,
@@ -90,7 +90,7 @@ def init_state(
     """
     check_selection(config, device)
     found = [] if checkpoints is None else list_checkpoints(checkpoints)
-    sae = SAE(SAEConfig(config.d_in, config.d_sae, config.k), seed=config.seed).to(device)
+    sae = SAE(SAEConfig(config.d_in, config.d_sae, config.arch.k), seed=config.seed).to(device)
     sae.precision = config.precision
     scale, variance = 1.0, 1.0
     warnings: tuple[str, ...] = ()
@@ -108,7 +108,7 @@ def init_state(
     return state
 
 
-def build_optimizer(sae: SAE, config: ResolvedConfig) -> FactoredAdam:
+def build_optimizer(sae: SAE, config: TrainConfig) -> FactoredAdam:
     """Return the optimiser of a training; with bf16 products it splits the weights of `sae`."""
     groups: list[dict[str, Any]] = [
         {"params": [sae.W_dec], "unit_norm": True},
@@ -125,7 +125,7 @@ def build_optimizer(sae: SAE, config: ResolvedConfig) -> FactoredAdam:
     return optimizer
 
 
-def to_checkpoint(state: TrainState, config: ResolvedConfig) -> Checkpoint:
+def to_checkpoint(state: TrainState, config: TrainConfig) -> Checkpoint:
     """Return everything of the state that must survive a kill."""
     place, data = state.batches.state()
     tensors = {f"sae.{name}": tensor for name, tensor in state.sae.state_dict().items()}
@@ -142,7 +142,7 @@ def to_checkpoint(state: TrainState, config: ResolvedConfig) -> Checkpoint:
             "data": place,
             "scale": state.scale,
             "variance": state.variance,
-            "config": asdict(config),
+            "config": config.flat(),
             "dead_bounds": bounds,
         },
         tensors,
@@ -164,13 +164,13 @@ class _Saved:
     dead_bounds: Bounds | None
 
 
-def check_settings(config: ResolvedConfig, checkpoint: Checkpoint) -> None:
+def check_settings(config: TrainConfig, checkpoint: Checkpoint) -> None:
     """Raise CheckpointError if a checkpoint was written with other settings; names each with both values."""
     saved = checkpoint.state.get("config")
     saved = saved if isinstance(saved, dict) else {}
     differences = [
         f"{name} was {saved.get(name)!r} and is {value!r} now"
-        for name, value in asdict(config).items()
+        for name, value in config.flat().items()
         if name not in FREE_TO_CHANGE and saved.get(name) != value
     ]
     if differences:
