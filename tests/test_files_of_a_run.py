@@ -19,13 +19,16 @@ import torch
 from rich.console import Console
 
 from flashsae import files
+from flashsae.architecture import architecture_named, architecture_names
 from flashsae.data.cache import ActivationCache
 from flashsae.data.shuffle import shuffled
-from flashsae.documents import SEAL, sealed
+from flashsae.documents import SEAL, load_tensors, sealed
 from flashsae.errors import FlashSAEError
 from flashsae.logs.callback import Callback
-from flashsae.logs.jsonl import make_line
+from flashsae.logs.jsonl import make_line, read_log
+from flashsae.metrics import METRICS, table
 from flashsae.report import plots
+from flashsae.report.evaluation_file import read_evaluation
 from flashsae.report.render import render_report
 from flashsae.report.snippet_file import read_snippets, write_snippets
 from flashsae.run import execute, new_run, show_plan
@@ -107,6 +110,18 @@ def test_a_run_that_was_moved_with_its_activations_ends_with_the_same_bytes(home
         path.name for path in (homes[0] / "activations").iterdir()
     ]
     assert str(homes[1]) in (homes[1] / "run" / "config.toml").read_text()
+
+
+def test_every_key_that_a_run_writes_is_a_metric_or_a_term_of_its_loss(homes: tuple[Path, Path]) -> None:
+    run = homes[0] / "run"
+    rows = table(term for name in architecture_names() for term in architecture_named(name).terms)
+    logged = {name for record in read_log(run / "metrics.jsonl") for name in record}
+    assert "held_out_fvu" in logged
+    assert logged <= rows.keys()
+    evaluation = read_evaluation(run / "evaluation.json")
+    assert evaluation.keys() - {"architecture", "settings"} <= METRICS.keys()
+    assert evaluation["settings"] == {"k": 4}
+    assert load_tensors(run / "latents.safetensors").keys() <= METRICS.keys()
 
 
 def test_a_run_over_several_hookpoints_goes_on_with_its_cache_alone(

@@ -21,6 +21,7 @@ from flashsae.data.shuffle import buffer_size, shuffled
 from flashsae.data.sources import RowSource, Source
 from flashsae.errors import DataError, StorageError, require
 from flashsae.logs.trackers import check_logger
+from flashsae.metrics import METRICS
 from flashsae.settings.reading import MINILM
 from flashsae.settings.run import CONFIG_FILE, RunConfig
 from flashsae.settings.training import TrainConfig
@@ -141,7 +142,7 @@ def plan_table(config: RunConfig, prepared: Prepared, run: Path) -> Table:
         + f"{_named(settings)}: {plan.parameters:,} parameters",
         "training": f"{settings.tokens:,} tokens in {plan.steps:,} steps of {settings.batch_tokens:,}, "
         f"learning rate {settings.lr:.2g}{_repeats(settings.tokens, prepared)}",
-        "dead latents": f"after {settings.dead_after_tokens:,} tokens without a value above 0; "
+        METRICS["dead_latents"].label: f"after {settings.dead_after_tokens:,} tokens in which they are not active; "
         f"auxiliary loss with weight {settings.auxk_alpha:.3g}",
         "peak memory": f"about {plan.peak_bytes / 1e9:.2f} GB on {device}: "
         + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in plan.parts.items())

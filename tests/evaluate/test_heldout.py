@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -141,6 +142,31 @@ def test_geometry_on_rows_that_are_known() -> None:
     torch.testing.assert_close(geometry["decoder_norm"], torch.tensor([2.0, 2**0.5, 3.0]))
     torch.testing.assert_close(geometry["encoder_decoder_cosine"], torch.tensor([1.0, -1.0, 0.0]))
     torch.testing.assert_close(geometry["nearest_decoder_cosine"], torch.tensor([half, half, 0.0]))
+
+
+def test_latents_that_write_elsewhere_than_they_read_have_no_cosine_between_the_two() -> None:
+    sae = SAE(SAEConfig(2, 3, 1))
+    sae.W_enc_T = torch.nn.Parameter(torch.ones(3, 5))
+    assert latent_geometry(sae).keys() == {"decoder_norm", "nearest_decoder_cosine"}
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+@pytest.mark.parametrize("fails", [True, False])
+def test_an_sae_is_measured_as_it_is_in_inference(is_training: bool, fails: bool) -> None:
+    modes = []
+
+    class Watched(SAE):
+        def encode(self, x: torch.Tensor) -> Any:
+            modes.append(self.training)
+            if fails:
+                raise DataError("of this batch")
+            return super().encode(x)
+
+    sae = Watched(SAEConfig(6, 20, 3)).train(is_training)
+    with pytest.raises(DataError, match="of this batch") if fails else nullcontext():
+        evaluate(sae, torch.randn(8, 6))
+    assert modes == [False]
+    assert sae.training == is_training
 
 
 @pytest.mark.parametrize("sae", [None, "runs/run/sae", torch.zeros(2)])

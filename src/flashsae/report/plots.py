@@ -64,7 +64,7 @@ def training_plots(
         svg = curve(name, lines, "step", log=row.axis == "log")
         caption = [row.caption, _courses(row, points, held_out)]
         if row.name == "dead_latents":
-            caption.append(_not_long_enough(evaluation, settings or {}))
+            caption.append(_window(evaluation, settings or {}))
         plots.append(Plot(name, row.title, " ".join(filter(None, caption)), svg))
     return plots
 
@@ -89,12 +89,14 @@ def _course(row: Metric, points: Points) -> str:
     return ", ".join(said)
 
 
-def _not_long_enough(evaluation: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
-    """Say so where the whole training is too short for a latent to count as dead."""
+def _window(evaluation: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """Say how long a latent must be silent to count as dead, and if that is more than the whole training."""
     after, tokens = real(settings.get("dead_after_tokens")), real(evaluation.get("train_tokens"))
-    if after is None or tokens is None or tokens >= after:
+    if after is None:
         return ""
-    return f"None can be dead after the {tokens:,.0f} tokens of this run: it takes {after:,.0f}."
+    is_short = tokens is not None and tokens < after
+    none = f" None can be dead after the {tokens:,.0f} tokens of this run." if is_short else ""
+    return f"dead_after_tokens is {after:,.0f}.{none}"
 
 
 def latent_plots(arrays: Mapping[str, Array]) -> list[Plot]:

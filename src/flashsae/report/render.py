@@ -146,7 +146,7 @@ def _context(run: _Run) -> dict[str, Any]:
         "sample": sample_text(run.snippets) if run.snippets else "",
         "latents": latents,
         "known": known_of_all(run.arrays, run.snippets),
-        "measured": _measured(run, rows),
+        "metrics": _metrics(run, rows),
         "settings": [(name, _setting(value)) for name, value in _flat(run.settings)],
         "style": markup(style),
         "script": markup(script),
@@ -217,7 +217,7 @@ def _summary(run: _Run) -> list[dict[str, Any]]:
     return [*cards, seen]
 
 
-def _measured(run: _Run, rows: Mapping[str, Metric]) -> list[tuple[str, str, str]]:
+def _metrics(run: _Run, rows: Mapping[str, Metric]) -> list[tuple[str, str, str]]:
     """Return name, caption and formula of everything that this run logged or ended with and that has a formula."""
     logged = (name for record in run.metrics for name in record)
     ended = (of_evaluation(name).name for name in run.evaluation if name in METRICS)
