@@ -120,7 +120,7 @@ def test_every_key_that_a_run_writes_is_a_metric_or_a_term_of_its_loss(homes: tu
     assert logged <= rows.keys()
     evaluation = read_evaluation(run / "evaluation.json")
     assert evaluation.keys() - {"architecture", "settings"} <= METRICS.keys()
-    assert evaluation["settings"] == {"k": 4}
+    assert (evaluation["architecture"], evaluation["settings"]) == ("topk", {"k": 4})
     assert load_tensors(run / "latents.safetensors").keys() <= METRICS.keys()
 
 

@@ -21,6 +21,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from flashsae import files
+from flashsae.architecture import architecture_of
 from flashsae.backend import resolve_device
 from flashsae.data.acts import Batch, only_site
 from flashsae.data.cache import ActivationCache
@@ -225,6 +226,7 @@ def _evaluate(run: Path, sae: SAE, source: Source, settings: TrainConfig) -> dic
         dead_latents=int(log[-1]["dead_latents"]),
         d_in=settings.d_in,
         d_sae=settings.d_sae,
+        architecture=architecture_of(settings.arch).name,
         settings=asdict(settings.arch),
         held_out_tokens=evaluation.tokens,
         train_tokens=int(log[-1]["tokens"]),
