@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -138,8 +139,17 @@ Params = Mapping[str, Tensor]
 """Parameters of an SAE by name."""
 
 
-class Oracle(Protocol):
-    """The encoder of one architecture, dense and obviously right."""
+@dataclass(frozen=True)
+class Oracle:
+    """The encoder of one architecture, dense and obviously right.
+
+    Args:
+        encode: from x, W_enc_T, b_enc, b_dec and settings by name to latent_acts [B, d_sae], as `dense_topk`.
+        by_token: whether the code of a token depends on this token alone, so that a batch may be cut.
+    """
+
+    encode: Callable[..., Tensor]
+    by_token: bool = True
 
     def __call__(self, x: Tensor, params: Params, *, topk: TopK = stable_topk, **settings: Any) -> Tensor:
         """Return latent_acts [B, d_sae] of tokens [B, d_in], differentiable, in the dtype of the parameters.
@@ -150,17 +160,12 @@ class Oracle(Protocol):
             topk: what selects, as in `dense_topk`.
             settings: of the architecture, by name.
         """
+        weights = {name: params[name] for name in ("W_enc_T", "b_enc", "b_dec")}
+        return self.encode(x, **weights, topk=topk, **settings)
 
 
-def _by_parameters(encode: Callable[..., Tensor]) -> Oracle:
-    def oracle(x: Tensor, params: Params, *, topk: TopK = stable_topk, **settings: Any) -> Tensor:
-        return encode(x, params["W_enc_T"], params["b_enc"], b_dec=params.get("b_dec"), topk=topk, **settings)
-
-    return oracle
-
-
-ORACLES: dict[str, Oracle] = {"topk": _by_parameters(dense_topk), "batch_topk": _by_parameters(dense_batch_topk)}
-"""The dense oracle of each architecture, by its name."""
+ORACLES = {"topk": Oracle(dense_topk), "batch_topk": Oracle(dense_batch_topk, by_token=False)}
+"""The dense oracle of each architecture in training, by its name."""
 
 
 def oracle(architecture: str) -> Oracle:

@@ -8,13 +8,17 @@ import torch
 from torch import Tensor
 
 from flashsae.bench import measure
-from flashsae.bench.dense import Step, dense
-from flashsae.bench.measure import check_step, measure_ours, measure_step
+from flashsae.bench.dense import AutogradStep, dense_pytorch
+from flashsae.bench.measure import Record, StepCase, Subject, check_step, measure_ours
 from flashsae.bench.ours import OurStep, Variant, build_ours
 from flashsae.bench.problem import Problem, Shape, dense_squared_error, make_problem
 from flashsae.errors import MissingExtraError
 
 CPU, SHAPE = torch.device("cpu"), Shape("x", 64, 12, 100, 5)
+
+
+def _measure(build: Callable[[Problem], AutogradStep]) -> Record:
+    return measure.measure(lambda: StepCase("bf16", build).subject(SHAPE, CPU), CPU, 0.01)
 
 
 @pytest.fixture
@@ -25,17 +29,17 @@ def never_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "time_runs", refuse)
 
 
-def _half(problem: Problem) -> Step:
-    step = dense(problem)
+def _half(problem: Problem) -> AutogradStep:
+    step = dense_pytorch(problem)
     return replace(step, squared_error=lambda value, x: value / 2)
 
 
-def _frozen(problem: Problem) -> Step:
-    return replace(dense(problem), update=lambda: None)
+def _frozen(problem: Problem) -> AutogradStep:
+    return replace(dense_pytorch(problem), update=lambda: None)
 
 
-def _diverging(problem: Problem) -> Step:
-    step = dense(problem)
+def _diverging(problem: Problem) -> AutogradStep:
+    step = dense_pytorch(problem)
 
     def update() -> None:
         step.update()
@@ -54,8 +58,8 @@ def _diverging(problem: Problem) -> Step:
     ],
 )
 @pytest.mark.usefixtures("never_timed")
-def test_a_wrong_result_is_refused_and_not_timed(build: Callable[[Problem], Step], why: str) -> None:
-    record = measure_step(build, SHAPE, "bf16", CPU, 0.01)
+def test_a_wrong_result_is_refused_and_not_timed(build: Callable[[Problem], AutogradStep], why: str) -> None:
+    record = _measure(build)
     assert record["status"] == "wrong result"
     assert why in record["why"]
     assert "median_ms" not in record
@@ -76,26 +80,25 @@ def test_a_wrong_update_of_ours_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     ],
 )
 def test_what_cannot_run_is_recorded(error: Exception, status: str) -> None:
-    def build(problem: Problem) -> Step:
+    def build(problem: Problem) -> AutogradStep:
         raise error
 
-    record = measure_step(build, SHAPE, "bf16", CPU, 0.01)
+    record = _measure(build)
     assert record["status"] == status
     assert record.get("why", "") == {"failed": "RuntimeError: oh", "not installed": "pip install it"}.get(status, "")
 
 
 def test_what_is_right_is_timed() -> None:
-    record = measure_step(dense, SHAPE, "bf16", CPU, 0.01, more=lambda step, record, xs: {"inputs": len(xs)})
+    record = _measure(dense_pytorch)
     assert record["status"] == "ok"
     assert 0 < record["p10_ms"] <= record["median_ms"] <= record["p90_ms"]
     assert record["tokens_per_s"] == pytest.approx(64e3 / record["median_ms"])
     assert record["peak_bytes"] is record["reserved_bytes"] is None
-    assert record["inputs"] == 2
 
 
 def test_the_check_does_three_updates_of_one_batch() -> None:
     problem, seen = make_problem(SHAPE, torch.float32, CPU), list[Tensor]()
-    step = dense(problem)
+    step = dense_pytorch(problem)
 
     def loss(x: Tensor) -> Tensor:
         seen.append(x)
@@ -106,10 +109,26 @@ def test_the_check_does_three_updates_of_one_batch() -> None:
     assert all(x is problem.xs[0] for x in seen)
 
 
-@pytest.mark.parametrize(("precision", "off"), [("bf16", 0.04), ("tf32", 0.005), ("float32", 0.0005)])
+@pytest.mark.parametrize(("precision", "off"), [("bf16", 0.04), ("tf32", 0.005), ("float32", 0.0002)])
 def test_each_precision_has_its_tolerance(precision: str, off: float) -> None:
     problem = make_problem(SHAPE, torch.float32, CPU)
     expected = dense_squared_error(problem) * (1 + off)
-    assert "squared error" in check_step(dense(problem, "float32"), problem.xs[0], expected, precision)
+    assert "squared error" in check_step(dense_pytorch(problem, "float32"), problem.xs[0], expected, precision)
     expected = dense_squared_error(problem) * (1 + off / 4)
     assert check_step(build_ours(problem, Variant("float32")), problem.xs[0], expected, precision) == ""
+
+
+def test_figures_stand_in_the_record_and_references_take_turns() -> None:
+    calls: list[str] = []
+
+    def build() -> Subject:
+        reference = "other", lambda i: calls.append("other")
+        return Subject(
+            lambda i: calls.append("it"), figures=lambda r: {"twice": 2 * r["median_ms"]}, reference=reference
+        )
+
+    record = measure.measure(build, CPU, 1e-9)
+    assert record["status"] == "ok, unchecked"
+    assert record["twice"] == 2 * record["median_ms"]
+    assert record["ratio_to_other"] == record["median_ms"] / record["other_ms"]
+    assert calls == ["it", "other"] * (len(calls) // 2)

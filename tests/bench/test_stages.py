@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -9,84 +9,108 @@ from flashsae.bench.ceilings import Ceilings
 from flashsae.bench.ours import Variant, build_ours
 from flashsae.bench.problem import Shape, make_problem
 from flashsae.bench.stages import (
-    AUXK,
     CLIP,
     DECODE,
-    DENSE,
+    DENSE_PRODUCTS,
     ENCODE,
     INDEX,
     PASSES,
     REST,
     Kernel,
-    parameter_order,
+    launched_stages,
     split_steps,
+    stage_of,
     stage_records,
     stage_times,
-    stages_of,
+    stages_by_name,
 )
 
 ENCODER, DECODER = PASSES["W_enc_T"], PASSES["W_dec"]
 PARAMETERS = ["W_dec", "W_enc_T", "b_enc", "b_dec"]
-FILL, COPY = "void at::vectorized_elementwise_kernel<FillFunctor>", "Memcpy DtoD"
-SELECT = ["nvjet_sm90_tst_320x128", "encode_topk_group_max_kernel", "encode_topk_select_kernel"]
-SORT = ["void DeviceRadixSortOnesweepKernel", "arange", "void searchsorted_cuda_kernel<int, int>"]
-PASS = ["latent_rows_partial_kernel", "adam_rows_kernel"]
-BIAS = ["adam_rows_kernel"] * 2
-STEP = [
-    *(FILL, COPY, "encode_topk_center_kernel", *SELECT, *SELECT, *SORT, "variance_pieces_kernel"),
-    *("decode_sparse_loss_kernel", "sum", "latent_sums_kernel", *PASS, *PASS, *BIAS, COPY),
-]
+NODE = "autograd::engine::evaluate_function: GeneratedBackward"
 
 
-def _runs(stages: list[str]) -> list[tuple[str, int]]:
-    runs: list[tuple[str, int]] = []
-    for stage in stages:
-        runs[-1:] = [(stage, runs[-1][1] + 1)] if runs and runs[-1][0] == stage else [*runs[-1:], (stage, 1)]
-    return runs
+@pytest.mark.parametrize(
+    ("parts", "stage"),
+    [
+        (["aten::mm", "flashsae::encode_topk"], ENCODE),
+        (["flashsae::encode_batch_topk"], ENCODE),
+        (["aten::sort", "index", "flashsae::encode_topk"], INDEX),
+        (["flashsae::decode_loss"], DECODE),
+        (["aten::mm", "dense products", "flashsae::decode_loss"], DENSE_PRODUCTS),
+        (["flashsae::row_squares", "clip_grad_norm"], CLIP),
+        (["adam_rows 0"], DECODER),
+        (["aten::fill_", "adam_rows 1", "Optimizer.step#FactoredAdam.step"], ENCODER),
+        (["adam_rows 3"], REST),
+        (["flashsae::encode_topk", "loss: auxk_loss"], "loss: auxk_loss"),
+        (["flashsae::fold_tiles"], "fold_tiles"),
+        (["aten::add"], REST),
+        ([], REST),
+    ],
+)
+def test_who_launched_a_kernel_tells_its_stage(parts: list[str], stage: str) -> None:
+    assert stage_of(parts, [], PARAMETERS) == stage
 
 
-def test_kernels_of_a_step_fall_into_stages() -> None:
-    stages = stages_of(STEP, PARAMETERS)
-    assert _runs(stages) == [
-        *((REST, 2), (ENCODE, 7), (INDEX, 3), (REST, 1), (DECODE, 1), (REST, 2)),
-        *((DECODER, 2), (ENCODER, 2), (REST, 3)),
+def test_the_backward_pass_of_a_term_belongs_to_the_term() -> None:
+    assert stage_of(["flashsae::latent_sums", NODE], ["flashsae::encode_topk"], PARAMETERS) == REST
+    assert stage_of(["flashsae::latent_sums", NODE], ["flashsae::encode_topk", "loss: auxk_loss"], PARAMETERS) == (
+        "loss: auxk_loss"
+    )
+    assert stage_of(["aten::mul", NODE], ["flashsae::decode_loss"], PARAMETERS) == REST
+
+
+def _event(category: str, name: str, start: float, length: float, **args: Any) -> dict[str, Any]:
+    return {"ph": "X", "cat": category, "name": name, "ts": start, "dur": length, "tid": 1, "args": args}
+
+
+def test_a_trace_is_read_by_launches_and_by_the_numbers_of_backward_nodes() -> None:
+    trace = [
+        {"ph": "M", "name": "process_name"},
+        _event("cpu_op", "aten::rand", 0, 1, **{"Sequence number": 7}),
+        _event("user_annotation", "loss: auxk_loss", 2, 20),
+        _event("cpu_op", "flashsae::encode_topk", 3, 10, **{"Sequence number": 7}),
+        _event("cuda_driver", "cuLaunchKernelEx", 4, 1, correlation=1),
+        _event("cpu_op", "flashsae::decode_loss", 30, 10, **{"Sequence number": 8}),
+        _event("cuda_runtime", "cudaLaunchKernel", 31, 1, correlation=2),
+        _event("cpu_op", f"{NODE}0", 50, 9, **{"Sequence number": 8}),
+        _event("cuda_runtime", "cudaLaunchKernel", 51, 1, correlation=3),
+        _event("cpu_op", f"{NODE}1", 60, 9, **{"Sequence number": 7}),
+        _event("cpu_op", "aten::sum", 61, 5, **{"Sequence number": 7}),
+        _event("cuda_runtime", "cudaLaunchKernel", 62, 1, correlation=4),
+        _event("user_annotation", "adam_rows 1", 80, 9),
+        _event("cuda_driver", "cuLaunchKernelEx", 81, 1, correlation=5),
+        _event("kernel", "adam", 205, 1, correlation=5),
+        _event("kernel", "select", 101, 1, correlation=1),
+        _event("kernel", "decode", 102, 1, correlation=2),
+        _event("gpu_memset", "zero", 103, 1, correlation=3),
+        _event("kernel", "sum", 104, 1, correlation=4),
+        _event("gpu_memcpy", "copy", 206, 1, correlation=99),
+    ]
+    assert launched_stages(trace, PARAMETERS) == [
+        ("select", "loss: auxk_loss"),
+        ("decode", DECODE),
+        ("zero", REST),
+        ("sum", "loss: auxk_loss"),
+        ("adam", ENCODER),
+        ("copy", REST),
     ]
 
 
-def test_the_order_of_the_optimiser_names_the_passes() -> None:
-    stages = stages_of(STEP, ["b_dec", "W_enc_T", "W_dec", "b_enc"])
-    assert _runs(stages)[-4:] == [(REST, 4), (ENCODER, 2), (DECODER, 1), (REST, 2)]
-    problem = make_problem(Shape("x", 8, 6, 20, 3), torch.float32, torch.device("cpu"))
-    assert sorted(parameter_order(build_ours(problem, Variant()))) == sorted(PARAMETERS)
+KNOWN = [("gemm_a", ENCODE), ("select", ENCODE), ("sort", INDEX), ("fill", REST), ("decode", DECODE), ("adam", DECODER)]
 
 
-def test_rescoring_belongs_to_the_certified_encode() -> None:
-    certified = ["encode_topk_round_kernel", *SELECT[:2], "encode_topk_candidates_kernel"]
-    certified += ["decode_sparse_bwd_acts_kernel", "encode_topk_finish_kernel", "encode_topk_redo_kernel"]
-    stages = stages_of([*certified, *SORT, "decode_sparse_loss_kernel", *PASS], PARAMETERS)
-    assert _runs(stages) == [(ENCODE, 7), (INDEX, 3), (DECODE, 1), (DECODER, 2)]
+def _kernels(*names: str) -> list[Kernel]:
+    return [Kernel(name, 10.0 * i, 10.0 * i + 5) for i, name in enumerate(names)]
 
 
-def test_the_auxiliary_loss_is_a_stage_of_its_own() -> None:
-    aux = ["index_select", *SELECT, "gemm", "latent_sums_kernel", "gemm"]
-    stages = stages_of([*SELECT, *SORT, "decode_sparse_loss_kernel", *aux, *PASS, *PASS], PARAMETERS)
-    assert _runs(stages) == [(ENCODE, 3), (INDEX, 3), (DECODE, 1), (AUXK, 7), (DECODER, 2), (ENCODER, 2)]
-
-
-def test_clipping_is_a_stage_of_its_own() -> None:
-    norm = ["latent_rows_partial_kernel", "row_squares_kernel", "sum"]
-    stages = stages_of([*SELECT, *SORT, "decode_sparse_loss_kernel", *norm, *PASS], PARAMETERS)
-    assert _runs(stages)[3:] == [(CLIP, 2), (REST, 1), (DECODER, 2)]
-
-
-def test_dense_codes_have_products_for_a_decode() -> None:
-    stages = stages_of([*SELECT, *SORT, "scatter", "nvjet", "nvjet", "adam_rows_kernel"], PARAMETERS)
-    assert _runs(stages) == [(ENCODE, 3), (INDEX, 3), (REST, 1), (DENSE, 2), (DECODER, 1)]
-
-
-def test_unknown_kernels_are_everything_else() -> None:
-    assert stages_of(["a", "b"], PARAMETERS) == [REST, REST]
-    assert stages_of([], PARAMETERS) == []
+def test_replayed_kernels_are_known_by_their_place_beside_others() -> None:
+    replayed = _kernels("copy", "gemm_b", "select", "sort", "fill", "decode", "adam", "copy")
+    expected = [ENCODE, INDEX, REST, DECODE, DECODER, REST]
+    assert stages_by_name(replayed[2:], KNOWN) == expected
+    # a product for which another kernel was chosen stays what it was
+    assert stages_by_name(replayed, KNOWN) == [REST, ENCODE, *expected]
+    assert stages_by_name([], KNOWN) == []
 
 
 def test_steps_are_split_at_the_longest_pauses() -> None:
@@ -98,24 +122,25 @@ def test_steps_are_split_at_the_longest_pauses() -> None:
 
 
 def test_stages_add_up_to_the_step_with_its_pauses() -> None:
-    one = [Kernel(name, 10.0 * i, 10.0 * i + 5) for i, name in enumerate(STEP)]
-    span = 10.0 * (len(STEP) - 2) - 5 + 2 * 5
-    late = [replace(kernel, start=kernel.start - 900, end=kernel.end - 900) for kernel in one[:2]] + one[2:]
-    for kernels in (one, late):  # the device waited for the host behind the second kernel
-        times = stage_times([kernels, kernels], PARAMETERS, step_ms=2.0)
+    one = _kernels("copy", *(name for name, _ in KNOWN))
+    span = 60.0 + 5 - 10 + 5  # from the first kernel of a stage to the last, and the copy
+    late = [Kernel("copy", -900, -895), *one[1:]]  # the device waited for the host behind it
+    for kernels in (one, late):
+        times = stage_times([kernels, kernels], KNOWN, step_ms=2.0)
         assert sum(times.values()) == pytest.approx(2.0)
-        assert times[ENCODE] == pytest.approx(2.0 * 7 * 5 / span)
-        assert times[REST] > 2.0 * 8 * 5 / span  # pauses are of no stage
-        assert list(times) == [ENCODE, INDEX, DECODE, ENCODER, DECODER, REST]
+        assert times[ENCODE] == pytest.approx(2.0 * 2 * 5 / span)
+        assert times[REST] > 2.0 * 2 * 5 / span  # pauses are of no stage
+        assert list(times) == [ENCODE, INDEX, DECODE, DECODER, REST]
+    known = [(name, "loss: l1" if name == "fill" else stage) for name, stage in KNOWN]
+    assert list(stage_times([one], known, 2.0)) == [ENCODE, INDEX, DECODE, DECODER, "loss: l1", REST]
 
 
 def test_rates_stand_beside_their_ceilings() -> None:
     shape = Shape("x", 1000, 12, 100, 5)
     step = build_ours(make_problem(shape, torch.float32, torch.device("cpu")), Variant())
     ceilings = Ceilings(copy_gbs=2.0, gather_gbs=None, gemm_tflops=0.01, gemm_dtype="bfloat16")
-    encode, index, decode, decoder = stage_records(
-        {ENCODE: 1.0, INDEX: 1.0, DECODE: 1.0, DECODER: 1.0}, step, shape, ceilings
-    )
+    times = {ENCODE: 1.0, INDEX: 1.0, DECODE: 1.0, DECODER: 1.0}
+    encode, index, decode, decoder = stage_records(times, step.config, shape, ceilings)
     assert encode["tflops"] == pytest.approx(2 * 1000 * 12 * 100 / 1e9)
     assert (encode["ceiling"], encode["share_of_ceiling"]) == ("gemm", pytest.approx(0.24))
     assert index == {"name": INDEX, "ms": 1.0, "share_of_step": 0.25}

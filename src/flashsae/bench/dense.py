@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from flashsae.bench.problem import Problem
 from flashsae.bench.timing import float32_products
-from flashsae.optim import ADAM_EPS, default_lr
+from flashsae.optim import default_lr
+from flashsae.testing import UnitNormAdam, dense_decode, dense_topk
 
 
 def backward(loss: Tensor) -> None:
@@ -22,7 +22,7 @@ def backward(loss: Tensor) -> None:
 
 
 @dataclass(frozen=True)
-class Step:
+class AutogradStep:
     """One implementation, ready to run: `backward(loss(x))`, then `update()`.
 
     Args:
@@ -58,27 +58,18 @@ def autocast(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> torch
     return torch.autocast(device.type, dtype)
 
 
-def unit_norm_adam(weights: Iterable[Tensor], W_dec: Tensor) -> Callable[[], None]:
-    """Return an update by fused `torch.optim.Adam` that projects the gradient of the decoder and keeps its rows at 1.
-
-    Args:
-        weights: all parameters.
-        W_dec: [d_sae, d_in], that of the decoder among them.
-    """
-    adam = torch.optim.Adam(weights, default_lr(len(W_dec)), eps=ADAM_EPS, fused=W_dec.is_cuda)
-
-    @torch.no_grad()
-    def update() -> None:
-        assert W_dec.grad is not None
-        W_dec.grad.addcmul_((W_dec.grad * W_dec).sum(1, keepdim=True), W_dec, value=-1)
-        adam.step()
-        adam.zero_grad()
-        W_dec.div_(W_dec.norm(dim=1, keepdim=True))
-
-    return update
+def unit_norm_adam(weights: tuple[Tensor, ...], W_dec: Tensor) -> Callable[[], None]:
+    """Return the update by fused `torch.optim.Adam` that keeps the rows of one of these weights at norm 1."""
+    return UnitNormAdam(weights, W_dec, default_lr(len(W_dec)), fused=W_dec.is_cuda).step
 
 
-def dense(problem: Problem, precision: str = "bf16", *, compiled: bool = False) -> Step:
+def fast_topk(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Select as fast as PyTorch can: of equal values whichever comes."""
+    top = values.topk(k, dim=-1, sorted=False)
+    return top.values, top.indices
+
+
+def dense_pytorch(problem: Problem, precision: str = "bf16", *, compiled: bool = False) -> AutogradStep:
     """Dense PyTorch with autograd: linear, topk, relu, scatter, matmul; fused Adam, projection, unit norm.
 
     Args:
@@ -88,20 +79,18 @@ def dense(problem: Problem, precision: str = "bf16", *, compiled: bool = False) 
     """
     weights = tuple(weight.clone().requires_grad_() for weight in problem.weights)
     W_enc_T, b_enc, W_dec, b_dec = weights
-    device, k = W_dec.device, problem.shape.k
+    params = dict(zip(problem.params, weights))
 
     def loss(x: Tensor) -> Tensor:
-        with autocast(device) if precision == "bf16" else contextlib.nullcontext():
-            pre_acts = F.linear(x - b_dec, W_enc_T, b_enc)
-            top = pre_acts.topk(k, dim=-1, sorted=False)
-            latent_acts = torch.zeros_like(pre_acts).scatter(-1, top.indices, top.values.relu())
-            x_hat = latent_acts @ W_dec + b_dec
+        with autocast(W_dec.device) if precision == "bf16" else contextlib.nullcontext():
+            latent_acts = dense_topk(x, W_enc_T, b_enc, problem.shape.k, b_dec, topk=fast_topk)
+            x_hat = dense_decode(latent_acts, params)
         return (x_hat - x).square().sum()
 
     if compiled:
         torch.compiler.reset()  # else a second size is compiled for any size, which is slower
         loss = torch.compile(loss, dynamic=False)
-    return Step(
+    return AutogradStep(
         loss,
         unit_norm_adam(weights, W_dec),
         weights,
@@ -110,6 +99,6 @@ def dense(problem: Problem, precision: str = "bf16", *, compiled: bool = False) 
     )
 
 
-def dense_compiled(problem: Problem) -> Step:
+def dense_pytorch_compiled(problem: Problem) -> AutogradStep:
     """Dense PyTorch in bf16 autocast, forward and backward through torch.compile."""
-    return dense(problem, compiled=True)
+    return dense_pytorch(problem, compiled=True)

@@ -1,11 +1,12 @@
-"""Measure whole training steps: built, checked against the dense float32 code, and timed only if they agree."""
+"""The harness: what is measured is built, checked, timed only if it is right, and let go again."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -15,19 +16,104 @@ from flashsae.bench.ceilings import Ceilings
 from flashsae.bench.ours import OurStep, Variant, build_ours
 from flashsae.bench.peers import Peer
 from flashsae.bench.problem import Problem, Shape, dense_squared_error, make_problem
-from flashsae.bench.stages import parameter_order, profiled_steps, stage_records, stage_times
-from flashsae.bench.timing import free, time_runs
+from flashsae.bench.stages import profiled_steps, stage_records, stage_times, traced_stages
+from flashsae.bench.timing import captured, free, peak_bytes, time_runs
 from flashsae.errors import MissingExtraError
 
 Record = dict[str, Any]
 OURS = "FlashSAE"
 UPDATES = 3  # of the same batch, after which its loss must have fallen
-# half a unit in the last place of what is stored, several times over; of the sum of squared errors
-TOLERANCE = {"bf16": 2.0**-5, "fp16": 2.0**-5, "tf32": 2.0**-8, "float32": 2.0**-12}
+# half a unit in the last place of what a precision stores, twice over: of the inputs and of the result
+TOLERANCE = {"bf16": 2.0**-7, "fp16": 2.0**-7, "tf32": 2.0**-10, "float32": 2e-5}
+OF_SQUARES = 4  # times that for a sum of squared errors, relative to the sum
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured, ready to run.
+
+    Args:
+        run: does it once; takes the number of the iteration, to take turns among inputs.
+        check: returns what is wrong with the result, "" if nothing; None where there is nothing of ours to check.
+        held: tensors that count as its memory though they exist before it runs: weights and input. None: all that was
+            allocated since it began to be built counts.
+        figures: from the record so far to further figures of it.
+        settings: the context in which it is to be checked and run.
+        capturable: whether it can run as a CUDA graph. Then the time is that of replays, so of the GPU alone.
+        reference: name and run of what takes turns with it, so that both see the same clocks and temperature.
+    """
+
+    run: Callable[[int], Any]
+    check: Callable[[], str] | None = None
+    held: tuple[Tensor, ...] | None = ()
+    figures: Callable[[Record], Record] = field(default=lambda record: {})
+    settings: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
+    capturable: bool = False
+    reference: tuple[str, Callable[[int], Any]] | None = None
+
+
+def measure(build: Callable[[], Subject], device: torch.device, seconds: float) -> Record:
+    """Build, check and time one subject, and let it go.
+
+    Args:
+        build: makes it ready.
+        device: where.
+        seconds: budget of the timing, warm-up apart.
+    Returns:
+        a record with "status": "ok" ("ok, unchecked" without a check), "wrong result", "not installed", "out of memory"
+        or "failed"; with "why" behind those that have a reason; and if ok, "median_ms", "p10_ms", "p90_ms",
+        "iterations", "peak_bytes" (most bytes of tensors at once), "reserved_bytes" (what the allocator held at most),
+        both None on a CPU, and the figures of the subject.
+    """
+    free(device)
+    try:
+        with torch.autograd.set_multithreading_enabled(False):  # handing over to a thread costs the host more
+            record = _measured(build, device, seconds)
+    except torch.OutOfMemoryError:
+        record = {"status": "out of memory"}
+    except MissingExtraError as error:
+        record = {"status": "not installed", "why": str(error)}
+    except Exception as error:  # a peer may fail in any way; the others are measured all the same
+        record = {"status": "failed", "why": f"{type(error).__name__}: {error}"[:400]}
+    free(device)
+    return record
+
+
+def _measured(build: Callable[[], Subject], device: torch.device, seconds: float) -> Record:
+    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    subject = build()
+    free(device)  # what it was built from
+    with subject.settings():
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        wrong = subject.check() if subject.check else ""
+        if wrong:
+            return {"status": "wrong result", "why": wrong.strip()}
+        runs = [subject.run, *([subject.reference[1]] if subject.reference else [])]
+        timed, *beside = time_runs(runs, device, seconds)
+        record: Record = {"status": "ok" if subject.check else "ok, unchecked"}
+        if subject.capturable and device.type == "cuda":
+            record["eager_ms"] = timed.median_ms
+            timed, *beside = time_runs([captured(run) for run in runs], device, seconds)
+        record |= asdict(timed) | _memory(subject, device, before)
+        if subject.reference:
+            name = subject.reference[0]
+            record[f"{name}_ms"] = beside[0].median_ms
+            record[f"ratio_to_{name}"] = timed.median_ms / beside[0].median_ms
+        return record | subject.figures(record)
+
+
+def _memory(subject: Subject, device: torch.device, before: int) -> Record:
+    if device.type != "cuda":
+        return {"peak_bytes": None, "reserved_bytes": None}
+    reserved = torch.cuda.max_memory_reserved(device)
+    if subject.held is None:
+        return {"peak_bytes": torch.cuda.max_memory_allocated(device) - before, "reserved_bytes": reserved}
+    return {"peak_bytes": peak_bytes(subject.run, device, subject.held), "reserved_bytes": reserved}
 
 
 class WholeStep(Protocol):
-    """A training step of some implementation, as `flashsae.bench.dense.Step` and `flashsae.bench.ours.OurStep` are."""
+    """A training step of some implementation, as `dense.AutogradStep` and `ours.OurStep` are."""
 
     @property
     def squared_error(self) -> Callable[[float, Tensor], float]:
@@ -51,7 +137,7 @@ def check_step(step: WholeStep, x: Tensor, expected: float, precision: str) -> s
     """
     first = float(step.run(x))
     got, wrong = step.squared_error(first, x), ""
-    if not abs(got - expected) <= TOLERANCE[precision] * expected:
+    if not abs(got - expected) <= OF_SQUARES * TOLERANCE[precision] * expected:
         wrong = f"squared error: expected about {expected:.6g}, got {got:.6g}. "
     if isinstance(step, OurStep):
         wrong += step.wrong_after_first()
@@ -63,75 +149,57 @@ def check_step(step: WholeStep, x: Tensor, expected: float, precision: str) -> s
     return wrong
 
 
-def measure_step(
-    build: Callable[[Problem], WholeStep],
-    shape: Shape,
-    precision: str,
-    device: torch.device,
-    seconds: float,
-    *,
-    dead: int = 0,
-    more: Callable[[WholeStep, Record, tuple[Tensor, ...]], Record] | None = None,
-) -> Record:
-    """Build one implementation, check it, time it, and let it go.
+@dataclass(frozen=True)
+class StepCase:
+    """A whole training step to measure.
 
     Args:
-        build: from the weights that all start from; may not change them.
-        shape: the size.
         precision: of its products, for the tolerance.
-        device: where.
-        seconds: budget of the timing, warm-up apart.
+        build: from the weights that all start from; may not change them.
+        arch: its architecture, by name or as settings.
         dead: latents that never fire.
-        more: further figures, from the step, its record and the inputs.
-    Returns:
-        a record with "status": "ok", "wrong result", "not installed", "out of memory" or "failed"; with "why" behind
-        those that have a reason; and if ok, "median_ms", "p10_ms", "p90_ms", "iterations", "tokens_per_s",
-        "peak_bytes" (most bytes of tensors at once: weights, optimiser, inputs and workspace, graphs included) and
-        "reserved_bytes" (what the allocator held at most), both None on a CPU.
+        ceilings: measured on the device; with these, and on a GPU, the record of ours has "stages".
     """
-    free(device)
-    record: Record = {}
+
+    precision: str
+    build: Callable[[Problem], WholeStep]
+    arch: object = "topk"
+    dead: int = 0
+    ceilings: Ceilings | None = None
+
+    def subject(self, shape: Shape, device: torch.device) -> Subject:
+        """Make the step of one size ready; all that it allocates counts as its memory, graphs and inputs included."""
+        problem = make_problem(shape, torch.float32, device, tied=True, dead=self.dead)
+        xs, expected = problem.xs, dense_squared_error(problem, self.arch)
+        step = self.build(problem)
+
+        def run(i: int) -> Tensor:
+            return step.run(xs[i % len(xs)])
+
+        def figures(record: Record) -> Record:
+            rate = {"tokens_per_s": 1e3 * shape.batch_tokens / record["median_ms"]}
+            if not isinstance(step, OurStep) or self.ceilings is None or device.type != "cuda":
+                return rate
+            times = _stage_times(step, xs, record["median_ms"])
+            if isinstance(times, str):
+                return rate | {"stages": [], "stages_why": times}
+            return rate | {"stages": stage_records(times, step.config, shape, self.ceilings)}
+
+        def check() -> str:
+            return check_step(step, xs[0], expected, self.precision)
+
+        return Subject(run, check, None, figures, step.settings)
+
+
+def _stage_times(step: OurStep, xs: tuple[Tensor, ...], step_ms: float) -> dict[str, float] | str:
+    """Return the milliseconds of each stage of our step, or why they are not known."""
+    device = xs[0].device
     try:
-        with torch.autograd.set_multithreading_enabled(False):  # handing over to a thread costs the host more
-            record = _measured(build, shape, precision, device, seconds, dead, more)
-    except torch.OutOfMemoryError:
-        record = {"status": "out of memory"}
-    except MissingExtraError as error:
-        record = {"status": "not installed", "why": str(error)}
-    except Exception as error:  # a peer may fail in any way; the others are measured all the same
-        record = {"status": "failed", "why": f"{type(error).__name__}: {error}"[:400]}
-    free(device)
-    return record
-
-
-def _measured(
-    build: Callable[[Problem], WholeStep],
-    shape: Shape,
-    precision: str,
-    device: torch.device,
-    seconds: float,
-    dead: int,
-    more: Callable[[WholeStep, Record, tuple[Tensor, ...]], Record] | None,
-) -> Record:
-    cuda = device.type == "cuda"
-    before = torch.cuda.memory_allocated(device) if cuda else 0
-    problem = make_problem(shape, torch.float32, device, tied=True, dead=dead)
-    xs, expected = problem.xs, dense_squared_error(problem)
-    step = build(problem)
-    with step.settings():
-        del problem  # its weights are no part of the step
-        free(device)
-        if cuda:
-            torch.cuda.reset_peak_memory_stats(device)
-        wrong = check_step(step, xs[0], expected, precision)
-        if wrong:
-            return {"status": "wrong result", "why": wrong.strip()}
-        (timing,) = time_runs([lambda i: step.run(xs[i % len(xs)])], device, seconds)
-        record: Record = {"status": "ok", **asdict(timing)}
-        record["tokens_per_s"] = 1e3 * shape.batch_tokens / timing.median_ms
-        record["peak_bytes"] = torch.cuda.max_memory_allocated(device) - before if cuda else None
-        record["reserved_bytes"] = torch.cuda.max_memory_reserved(device) if cuda else None
-        return record | (more(step, record, xs) if more else {})
+        steps = profiled_steps(lambda i: step.run(xs[i % len(xs)]), device)
+        known = traced_stages(lambda: step.uncaptured().run(xs[0]), device, step.parameters())
+    except RuntimeError as error:  # the step itself was timed
+        return f"the profiler failed: {error}"[:200]
+    return stage_times(steps, known, step_ms) if steps else "the profiler saw no kernels"
 
 
 def measure_ours(
@@ -144,28 +212,12 @@ def measure_ours(
     ceilings: Ceilings | None = None,
 ) -> Record:
     """Measure our step; with `ceilings`, and on a GPU, its record has "stages": see `stages.stage_records`."""
-
-    def stages(step: WholeStep, record: Record, xs: tuple[Tensor, ...]) -> Record:
-        assert isinstance(step, OurStep)
-        if ceilings is None or device.type != "cuda":
-            return {}
-        try:
-            steps = profiled_steps(lambda i: step.run(xs[i % len(xs)]), device)
-        except RuntimeError as error:  # the step itself was timed
-            return {"stages": [], "stages_why": f"the profiler failed: {error}"[:200]}
-        if not steps:
-            return {"stages": [], "stages_why": "the profiler saw no kernels"}
-        times = stage_times(steps, parameter_order(step), record["median_ms"])
-        return {"stages": stage_records(times, step, shape, ceilings)}
-
-    def build(problem: Problem) -> WholeStep:
-        return build_ours(problem, variant)
-
-    return measure_step(build, shape, variant.precision, device, seconds, dead=dead, more=stages)
+    case = StepCase(variant.precision, lambda problem: build_ours(problem, variant), variant.arch, dead, ceilings)
+    return measure(lambda: case.subject(shape, device), device, seconds)
 
 
 def measure_peer(peer: Peer, shape: Shape, device: torch.device, seconds: float) -> Record:
     """Measure another implementation, if it is installed."""
     if not peer.is_installed:
         return {"status": "not installed", "why": peer.install}
-    return measure_step(peer.build, shape, peer.precision, device, seconds)
+    return measure(lambda: StepCase(peer.precision, peer.build).subject(shape, device), device, seconds)

@@ -10,14 +10,17 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from flashsae.bench.problem import Problem, dense_code, residual_of, total_variance
+from flashsae.bench.problem import Problem, dense_code, residual_of
 from flashsae.bench.timing import float32_products
 from flashsae.data.shuffle import Batches
 from flashsae.ops.validate import Precision
-from flashsae.optim import ADAM_EPS, FactoredAdam
+from flashsae.optim import FactoredAdam
+from flashsae.sae.losses import token_variance
 from flashsae.sae.module import SAE, SAEConfig
+from flashsae.testing import UnitNormAdam
 from flashsae.train.config import TrainConfig
 from flashsae.train.dead import DeadLatents
+from flashsae.train.graph import CapturedSteps
 from flashsae.train.loop import train_step
 from flashsae.train.state import TrainState, build_optimizer
 
@@ -37,12 +40,14 @@ class Variant:
         moments: dtype of Adam's moments.
         clip_norm: largest norm of the gradient, None for no clipping.
         k_aux: dead latents of each token in the auxiliary loss, where the problem has dead ones.
+        arch: the architecture: its settings, or its name, then with the k of the size.
     """
 
     precision: Precision = "bf16"
     moments: Literal["float32", "bf16"] = "float32"
     clip_norm: float | None = None
     k_aux: int = 512
+    arch: object = "topk"
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,15 @@ class OurStep:
     def squared_error(self, fvu: float, x: Tensor) -> float:
         """Return the sum of squared errors that the FVU of a step stands for."""
         return fvu * len(x) * self.state.variance
+
+    def uncaptured(self) -> OurStep:
+        """Return the same step, which changes the same tensors, with no graph yet: its first run is no replay."""
+        return replace(self, state=replace(self.state, captured=CapturedSteps()))
+
+    def parameters(self) -> list[str]:
+        """Return the names of the parameters in the order in which the optimiser holds them."""
+        names = {id(parameter): name for name, parameter in self.state.sae.named_parameters()}
+        return [names[id(parameter)] for group in self.state.optimizer.param_groups for parameter in group["params"]]
 
     def wrong_after_first(self) -> str:
         """Say what is wrong with the weights after the first step, "" if nothing or not known."""
@@ -121,12 +135,12 @@ def make_state(problem: Problem, config: TrainConfig, build_optimizer: BuildOpti
     sae = SAE(SAEConfig(shape.d_in, shape.d_sae, shape.k), seed=None, device=problem.device)
     sae.precision = config.precision
     with torch.no_grad():
-        for parameter, value in zip((sae.W_enc_T, sae.b_enc, sae.W_dec, sae.b_dec), problem.weights):
-            parameter.copy_(value)
+        for name, value in problem.params.items():
+            getattr(sae, name).copy_(value)
     dead = DeadLatents(shape.d_sae, config.dead_after_tokens, problem.device)
     dead.tokens_since_fired[: problem.dead] = config.dead_after_tokens
     no_batches = cast(Batches, None)  # each step is given its batch
-    variance = total_variance(problem.xs[0]) / len(problem.xs[0])
+    variance = token_variance(problem.xs[0])
     return TrainState(sae, build_optimizer(sae, config), dead, no_batches, variance=variance)
 
 
@@ -142,7 +156,7 @@ def expected_rows(problem: Problem, lr: float) -> Rows:
     x = problem.xs[0]
     with torch.no_grad(), float32_products("ieee"):
         code = dense_code(problem, 0)
-        slope = -2 / total_variance(x) * residual_of(problem, code, 0).double()
+        slope = -2 / (len(x) * token_variance(x)) * residual_of(problem, code, 0).double()
         centred = (x - problem.b_dec).double()
         active = code.top_indices.flatten()
         spread = torch.linspace(0, len(active) - 1, SAMPLED_ROWS, dtype=torch.float32, device=x.device).long()
@@ -155,6 +169,5 @@ def expected_rows(problem: Problem, lr: float) -> Rows:
             grads[1].append(code.top_acts[tokens, places].double() @ slope[tokens])
         W_enc_T, W_dec = (weights[latents].clone() for weights in (problem.W_enc_T, problem.W_dec))
         W_enc_T.grad, W_dec.grad = (torch.stack(rows).float() for rows in grads)
-        W_dec.grad -= (W_dec.grad * W_dec).sum(1, keepdim=True) * W_dec
-        torch.optim.Adam([W_enc_T, W_dec], lr, eps=ADAM_EPS).step()
-        return Rows(latents, W_enc_T, W_dec / W_dec.norm(dim=1, keepdim=True))
+        UnitNormAdam([W_enc_T, W_dec], W_dec, lr).step()
+        return Rows(latents, W_enc_T, W_dec)

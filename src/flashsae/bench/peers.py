@@ -11,14 +11,14 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flashsae.bench.dense import Step, autocast, backward, dense, dense_compiled
-from flashsae.bench.problem import Problem, total_variance
+from flashsae.bench.dense import AutogradStep, autocast, dense_pytorch, dense_pytorch_compiled
+from flashsae.bench.problem import Problem
 from flashsae.errors import require
+from flashsae.sae.losses import token_variance
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Peer:
     name: str
     module: str
     precision: str
-    build: Callable[[Problem], Step]
+    build: Callable[[Problem], AutogradStep]
     install: str = "pip install 'flashsae[peers]'"
 
     @property
@@ -45,12 +45,14 @@ class Peer:
         return importlib.util.find_spec(self.module) is not None
 
 
-def _state(module: nn.Module) -> tuple[Tensor, ...]:
+def state_of(module: nn.Module) -> tuple[Tensor, ...]:
+    """Return the parameters and buffers of a module."""
     return (*module.parameters(), *module.buffers())
 
 
 @torch.no_grad()
-def _load(*pairs: tuple[Tensor, Tensor]) -> None:
+def load(*pairs: tuple[Tensor, Tensor]) -> None:
+    """Copy weights: pairs of theirs and ours."""
     for theirs, ours in pairs:
         theirs.copy_(ours)
 
@@ -59,7 +61,7 @@ def _sum_per_token(loss: float, x: Tensor) -> float:
     return loss * len(x)
 
 
-def sparsify(problem: Problem) -> Step:
+def sparsify(problem: Problem) -> AutogradStep:
     """EleutherAI sparsify (eai-sparsify): SparseCoder, which autocasts to bf16 by itself, and its Trainer's step.
 
     Trained on the fraction of variance unexplained. Of the optimisers that its Trainer offers the torch Adam, in its
@@ -70,7 +72,7 @@ def sparsify(problem: Problem) -> Step:
     shape, (W_enc_T, b_enc, W_dec, b_dec) = problem.shape, problem.weights
     config = package.SparseCoderConfig(num_latents=shape.d_sae, k=shape.k)
     coder = package.SparseCoder(shape.d_in, config, device=W_dec.device, dtype=torch.float32)
-    _load((coder.encoder.weight, W_enc_T), (coder.encoder.bias, b_enc), (coder.W_dec, W_dec), (coder.b_dec, b_dec))
+    load((coder.encoder.weight, W_enc_T), (coder.encoder.bias, b_enc), (coder.W_dec, W_dec), (coder.b_dec, b_dec))
     adam = torch.optim.Adam(coder.parameters(), 2e-4 / (shape.d_sae / 2**14) ** 0.5, fused=W_dec.is_cuda)
 
     def loss(x: Tensor) -> Tensor:
@@ -83,10 +85,10 @@ def sparsify(problem: Problem) -> Step:
         adam.zero_grad()
         coder.set_decoder_norm_to_unit_norm()
 
-    return Step(loss, update, _state(coder), lambda value, x: value * total_variance(x))
+    return AutogradStep(loss, update, state_of(coder), lambda value, x: value * len(x) * token_variance(x))
 
 
-def sae_lens(problem: Problem) -> Step:
+def sae_lens(problem: Problem) -> AutogradStep:
     """SAELens: TopKTrainingSAE in bf16 autocast, clipping to norm 1 and Adam as its SAETrainer has them.
 
     Without rescaling by the norms of the decoder, so that it computes what the others do; with dense activations, its
@@ -106,7 +108,7 @@ def sae_lens(problem: Problem) -> Step:
         rescale_acts_by_decoder_norm=False,
     )
     sae = topk.TopKTrainingSAE(config)
-    _load((sae.W_enc, W_enc_T.T), (sae.b_enc, b_enc), (sae.W_dec, W_dec), (sae.b_dec, b_dec))
+    load((sae.W_enc, W_enc_T.T), (sae.b_enc, b_enc), (sae.W_dec, W_dec), (sae.b_dec, b_dec))
     adam = torch.optim.Adam(sae.parameters(), lr=3e-4, betas=(0.9, 0.999))
 
     def loss(x: Tensor) -> Tensor:
@@ -120,10 +122,10 @@ def sae_lens(problem: Problem) -> Step:
         adam.step()
         adam.zero_grad()
 
-    return Step(loss, update, _state(sae), _sum_per_token)
+    return AutogradStep(loss, update, state_of(sae), _sum_per_token)
 
 
-def dictionary_learning(problem: Problem) -> Step:
+def dictionary_learning(problem: Problem) -> AutogradStep:
     """dictionary_learning: the loss and update of its TopKTrainer in bf16 autocast, as its trainSAE calls them.
 
     Without the auxiliary loss and its wait, without reading the loss back, and without the running threshold, which
@@ -146,7 +148,7 @@ def dictionary_learning(problem: Problem) -> Step:
         )
     sae = trainer.ae
     decoder = sae.decoder.weight
-    _load((sae.encoder.weight, W_enc_T), (sae.encoder.bias, b_enc), (decoder, W_dec.T), (sae.b_dec, b_dec))
+    load((sae.encoder.weight, W_enc_T), (sae.encoder.bias, b_enc), (decoder, W_dec.T), (sae.b_dec, b_dec))
 
     def loss(x: Tensor) -> Tensor:
         with autocast(device):
@@ -163,62 +165,14 @@ def dictionary_learning(problem: Problem) -> Step:
             trainer.optimizer.zero_grad()
             decoder.data = top_k.set_decoder_norm_to_unit_norm(decoder, shape.d_in, shape.d_sae)
 
-    return Step(loss, update, _state(sae), _sum_per_token)
+    return AutogradStep(loss, update, state_of(sae), _sum_per_token)
 
 
-def openai(problem: Problem) -> Step:
-    """OpenAI sparse_autoencoder: fp16 autocast, loss scale and fused Adam, as its training_loop_ has them.
-
-    No clipping and no moving average of weights, its defaults; the loss is not printed at each step.
-    """
-    train, kernels = (require(f"sparse_autoencoder.{name}", "peers") for name in ("train", "kernels"))
-    if train.sharded_topk.__name__ == "sharded_topk":
-        sharded_topk = train.sharded_topk
-
-        def topk_on_one_gpu(x: Tensor, k: int, sh_comm: Any, capacity_factor: Any = None) -> tuple[Tensor, Tensor]:
-            # on one GPU sh_comm is None, and the original asks None for its size when a capacity factor is given
-            result: tuple[Tensor, Tensor] = sharded_topk(x, k, sh_comm, None if sh_comm is None else capacity_factor)
-            return result
-
-        train.sharded_topk = topk_on_one_gpu  # type: ignore[attr-defined]
-    shape, (W_enc_T, b_enc, W_dec, b_dec) = problem.shape, problem.weights
-    device = W_dec.device
-    with torch.device(device):
-        sae = train.FastAutoencoder(shape.d_sae, shape.d_in, shape.k, auxk=None, dead_steps_threshold=10**9)
-    _load((sae.encoder.weight, W_enc_T), (sae.latent_bias, b_enc), (sae.decoder.weight, W_dec.T))
-    _load((sae.pre_bias, b_dec))
-    adam = torch.optim.Adam(sae.parameters(), lr=1e-4, eps=6.25e-10, fused=W_dec.is_cuda)
-    scaler = torch.amp.GradScaler(device.type)
-
-    def loss(x: Tensor) -> Tensor:
-        with autocast(device, torch.float16):
-            result: Tensor = kernels.mse(sae(x)[0], x)
-        return result
-
-    def update() -> None:
-        train.unit_norm_decoder_(sae)
-        train.unit_norm_decoder_grad_adjustment_(sae)
-        scaler.unscale_(adam)
-        scaler.step(adam)
-        scaler.update()
-        adam.zero_grad()
-
-    return Step(
-        loss,
-        update,
-        _state(sae),
-        lambda value, x: value * x.numel(),
-        backward=lambda value: backward(scaler.scale(value)),
-    )
-
-
-DENSE = Peer("dense PyTorch", "torch", "bf16", dense)
-DENSE_COMPILED = Peer("dense PyTorch, compiled", "torch", "bf16", dense_compiled)
+PYTORCH = Peer("dense PyTorch", "torch", "bf16", dense_pytorch)
+PYTORCH_COMPILED = Peer("dense PyTorch, compiled", "torch", "bf16", dense_pytorch_compiled)
 LIBRARIES = (
     Peer("sparsify", "sparsify", "bf16", sparsify),
     Peer("dictionary_learning", "dictionary_learning", "bf16", dictionary_learning),
     Peer("SAELens", "sae_lens", "bf16", sae_lens),
-    Peer(
-        "OpenAI", "sparse_autoencoder", "fp16", openai, "pip install git+https://github.com/openai/sparse_autoencoder"
-    ),
 )
+"""Libraries that are called as they are."""

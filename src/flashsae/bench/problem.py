@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flashsae.architecture import architecture_named, architecture_of, settings_of
 from flashsae.bench.timing import float32_products
+from flashsae.testing import dense_decode, dense_pre_acts, oracle
 
 L2_BYTES = 64 * 2**20  # more than the second-level cache of a Hopper GPU holds
+DENSE_ELEMENTS = 2**29  # of pre-activations in memory at once, where a batch may be cut
 DEAD_SCALE = 0.01  # of the encoder rows of dead latents: they are never among the k largest
 
 
@@ -59,6 +63,11 @@ class Problem:
     def weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """W_enc_T, b_enc, W_dec, b_dec."""
         return self.W_enc_T, self.b_enc, self.W_dec, self.b_dec
+
+    @property
+    def params(self) -> dict[str, Tensor]:
+        """The same by name."""
+        return dict(zip(("W_enc_T", "b_enc", "W_dec", "b_dec"), self.weights))
 
     @property
     def device(self) -> torch.device:
@@ -126,12 +135,25 @@ def make_problem(
     )
 
 
+def arch_settings(arch: object, shape: Shape) -> Any:
+    """Return the settings of an architecture at a size.
+
+    Args:
+        arch: its settings, or its name: then with the k of the size, if it has such a setting.
+        shape: the size.
+    """
+    if not isinstance(arch, str):
+        return arch
+    names = [field.name for field in fields(architecture_named(arch).settings)]
+    return settings_of(arch, **({"k": shape.k} if "k" in names else {}))
+
+
 def dense_code(problem: Problem, i: int) -> Code:
     """Encode input i with torch.topk over dense pre-activations, a few rows at a time."""
     W_enc_T, b_enc, _, b_dec = problem.weights
     acts, indices = [], []
-    for rows in torch.split(problem.x(i), max(1, 2**29 // problem.shape.d_sae)):
-        top = ((rows - b_dec) @ W_enc_T.T + b_enc).topk(problem.shape.k, dim=1)
+    for rows in torch.split(problem.x(i), max(1, DENSE_ELEMENTS // problem.shape.d_sae)):
+        top = dense_pre_acts(rows, W_enc_T, b_enc, b_dec).topk(problem.shape.k, dim=1)
         order = top.indices.argsort(dim=1)
         acts.append(top.values.gather(1, order).float().relu())
         indices.append(top.indices.gather(1, order))
@@ -147,13 +169,19 @@ def residual_of(problem: Problem, code: Code, i: int) -> Tensor:
 
 
 @torch.no_grad()
-def dense_squared_error(problem: Problem) -> float:
-    """Return Σ‖x − x_hat‖² of the first input by the dense code, float32 products in IEEE arithmetic."""
+def dense_squared_error(problem: Problem, arch: object = "topk") -> float:
+    """Return Σ‖x − x_hat‖² of the first input by the dense oracle, float32 products in IEEE arithmetic.
+
+    Args:
+        problem: whose weights and input.
+        arch: an architecture, as in `arch_settings`.
+    """
+    settings = arch_settings(arch, problem.shape)
+    encode, x = oracle(architecture_of(settings).name), problem.xs[0]
+    rows = max(1, DENSE_ELEMENTS // problem.shape.d_sae) if encode.by_token else len(x)
+    total = 0.0
     with float32_products("ieee"):
-        residual = residual_of(problem, dense_code(problem, 0), 0)
-    return float(residual.double().square().sum())
-
-
-def total_variance(x: Tensor) -> float:
-    """Return Σ‖x − mean x‖², what a fraction of variance is relative to."""
-    return float((x.float() - x.float().mean(0)).square().sum(dtype=torch.float64))
+        for part in torch.split(x, rows):
+            latent_acts = encode(part, problem.params, topk=torch.topk, **asdict(settings))
+            total += float((part - dense_decode(latent_acts, problem.params)).double().square().sum())
+    return total

@@ -3,7 +3,7 @@
 The JSON file holds what is printed: "shape", "precision", "facts" (hardware, versions, date), "ceilings" (as
 `flashsae.bench.ceilings.Ceilings`), "stages" (as `flashsae.bench.stages.stage_records`) and "steps": a record of each
 implementation with "name", "precision", "ratio_to_ours" where both were timed, and what
-`flashsae.bench.measure.measure_step` says of it.
+`flashsae.bench.measure.measure` says of it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from flashsae import files
 from flashsae.bench.ceilings import Ceilings, measure_ceilings
 from flashsae.bench.measure import OURS, Record, measure_ours, measure_peer
 from flashsae.bench.ours import Variant
-from flashsae.bench.peers import DENSE, LIBRARIES
+from flashsae.bench.peers import LIBRARIES, PYTORCH
 from flashsae.bench.problem import Shape, tiny
 from flashsae.bench.timing import facts
 from flashsae.errors import ConfigError, StorageError
@@ -29,9 +29,10 @@ from flashsae.ops.validate import Precision, check_k
 FORMAT = "flashsae.bench.step"
 FORMAT_VERSION = 1
 HOW_STAGES = (
-    "Kernels of replayed steps under the profiler: each stage has its kernels' share of a step on the device, times "
-    "the step as it was measured; everything else has the pauses too. Ceilings, measured just before: gemm, the dense "
-    "product of this size; copy, in the memory of the device; gather, of rows from its cache."
+    "Kernels of replayed steps under the profiler, each in the stage of the operator that launched it: a stage has its "
+    "kernels' share of a step on the device, times the step as it was measured; everything else has the pauses too. "
+    "Ceilings, measured just before: gemm, the dense product of this size; copy, in the memory of the device; gather, "
+    "of rows from its cache."
 )
 HOW_STEPS = (
     "Forward, backward and optimiser; median and 10th to 90th percentile of the time between two events on the device. "
@@ -87,7 +88,7 @@ def bench_step(
     is_timed = ours["status"] == "ok"
     why = ours.pop("stages_why", "stages are read on a GPU only" if is_timed else "our step was not timed")
     steps = [{"name": OURS, "precision": precision, **ours}]
-    for peer in (DENSE, *(LIBRARIES if peers else ())):
+    for peer in (PYTORCH, *(LIBRARIES if peers else ())):
         with console.status(peer.name):
             record = measure_peer(peer, shape, device, seconds)
         steps.append({"name": peer.name, "precision": peer.precision, **record})
