@@ -5,24 +5,27 @@ Each rung is a whole training step: forward, backward, Adam, decoder projected a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.cases import Case
+from benchmarks.steps import whole_step
 from flashsae import ops
-from flashsae.bench.dense import Step, dense, unit_norm_adam
+from flashsae.bench.dense import AutogradStep, dense_pytorch, fast_topk, unit_norm_adam
 from flashsae.bench.measure import WholeStep
 from flashsae.bench.ours import OurStep, Variant, build_ours, make_config, make_state
+from flashsae.bench.peers import PYTORCH
 from flashsae.bench.problem import Problem
 from flashsae.optim import FactoredAdam
 from flashsae.sae.module import SAE
+from flashsae.testing import dense_pre_acts
 from flashsae.train.config import TrainConfig
 from flashsae.train.graph import CapturedSteps
-from flashsae.train.graph import Step as GraphStep
 from flashsae.train.state import build_optimizer
 
 
@@ -32,13 +35,13 @@ class _DenseTopk(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, W_enc_T: Tensor, b_enc: Tensor, b_dec: Tensor, k: int) -> tuple[Tensor, ...]:
         centred = (x - b_dec).bfloat16()
-        top = F.linear(centred, W_enc_T.bfloat16(), b_enc.bfloat16()).topk(k, dim=-1, sorted=False)
-        acts, index = top.values.float().relu(), ops.build_index(top.indices, len(W_enc_T))
+        values, indices = fast_topk(dense_pre_acts(centred, W_enc_T.bfloat16(), b_enc.bfloat16()), k)
+        acts, index = values.float().relu(), ops.build_index(indices, len(W_enc_T))
         ctx.save_for_backward(centred, W_enc_T, acts)
         ctx.index = index
-        ctx.mark_non_differentiable(top.indices, index.entries, index.latents, index.offsets)
+        ctx.mark_non_differentiable(indices, index.entries, index.latents, index.offsets)
         ctx.set_materialize_grads(False)
-        return acts, top.indices, index.entries, index.latents, index.offsets
+        return acts, indices, index.entries, index.latents, index.offsets
 
     @staticmethod
     def backward(ctx: Any, grad_acts: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -49,7 +52,7 @@ class _DenseTopk(torch.autograd.Function):
         return None, grad_W_enc_T, sums, -(sums @ W_enc_T), None
 
 
-def sparse_decode(problem: Problem) -> Step:
+def sparse_decode(problem: Problem) -> AutogradStep:
     """Dense encode and torch.topk; decode, loss and all gradients through the k active latents; fused torch Adam."""
     weights = tuple(weight.clone().requires_grad_() for weight in problem.weights)
     W_enc_T, b_enc, W_dec, b_dec = weights
@@ -59,10 +62,10 @@ def sparse_decode(problem: Problem) -> Step:
         index = ops.LatentIndex(*lists, problem.shape.k)
         return ops.decode_loss(acts, indices, W_dec, b_dec, x, index=index, precision="bf16").loss
 
-    return Step(loss, unit_norm_adam(weights, W_dec), weights, lambda value, x: value)
+    return AutogradStep(loss, unit_norm_adam(weights, W_dec), weights, lambda value, x: value)
 
 
-def fused_selection(problem: Problem) -> Step:
+def fused_selection(problem: Problem) -> AutogradStep:
     """As before, with `encode_topk`: the pre-activations are selected from a piece at a time, exactly."""
     weights = tuple(weight.clone().requires_grad_() for weight in problem.weights)
     W_enc_T, b_enc, W_dec, b_dec = weights
@@ -73,13 +76,13 @@ def fused_selection(problem: Problem) -> Step:
         )
         return ops.decode_loss(top_acts, top_indices, W_dec, b_dec, x, index=index, precision="bf16").loss
 
-    return Step(loss, unit_norm_adam(weights, W_dec), weights, lambda value, x: value)
+    return AutogradStep(loss, unit_norm_adam(weights, W_dec), weights, lambda value, x: value)
 
 
 class _Uncaptured(CapturedSteps):
     """Runs every step as it is called."""
 
-    def __call__(self, step: GraphStep, x: Tensor, kind: Hashable) -> dict[str, Tensor]:
+    def __call__(self, step: Callable[[Any], Any], x: Any, kind: object) -> Any:
         return step(x)
 
 
@@ -102,16 +105,17 @@ def _uncaptured(step: OurStep) -> OurStep:
     return replace(step, state=replace(step.state, captured=_Uncaptured()))
 
 
-def captured(problem: Problem) -> OurStep:
+def replayed(problem: Problem) -> OurStep:
     """As before, replayed as a CUDA graph: our step."""
     return build_ours(problem, Variant("bf16"))
 
 
 RUNGS: dict[str, Callable[[Problem], WholeStep]] = {
-    "dense PyTorch": dense,
+    PYTORCH.name: dense_pytorch,
     "+ sparse decode and backward": sparse_decode,
     "+ exact fused selection": fused_selection,
     "+ latent pass from factors": latent_pass,
     "+ split weights": split_weights,
-    "+ CUDA graph": captured,
+    "+ CUDA graph": replayed,
 }
+CASES = tuple(Case(name, "bf16", partial(whole_step, build=build, precision="bf16")) for name, build in RUNGS.items())

@@ -14,7 +14,7 @@ import cyclopts
 import torch
 from torch import Tensor
 
-from benchmarks.measure import facts
+from benchmarks.session import RESULTS, provenance
 from flashsae.data.acts import only_site
 from flashsae.data.cache import ActivationCache
 from flashsae.data.shuffle import RowShuffle
@@ -31,7 +31,7 @@ def judge(x: Tensor, W: Tensor, b: Tensor, k: int) -> dict[str, float]:
     candidates = torch.empty(len(x), dtype=torch.int32, device=x.device)
     ((_, picked),) = launch_encode_topk(x, W, b, [(k, None)], None, "float32", WORKSPACE_BYTES, candidates)
     ties = wrong = 0
-    for rows in torch.arange(len(x), device=x.device).split(max(1, (1 << 28) // len(W))):
+    for rows in torch.split(torch.arange(len(x), device=x.device), max(1, (1 << 28) // len(W))):
         exact = x[rows].double() @ W.double().T + b.double()
         kth = exact.topk(k, dim=1).values[:, -1:]
         below = kth - exact.gather(1, picked[rows])
@@ -93,7 +93,7 @@ def trained_case(cache: Path, device: torch.device) -> tuple[Tensor, Tensor, Ten
     return x - sae.b_dec.detach(), sae.W_enc_T.detach(), sae.b_enc.detach(), config.arch.k
 
 
-def main(cache: Path | None = None, *, out: Path = Path("benchmarks/results/certified.jsonl")) -> None:
+def main(cache: Path | None = None, *, out: Path = RESULTS / "certified.jsonl") -> None:
     """Judge random, adversarial and (with a cache of activations) trained inputs; append a JSON line each.
 
     Args:
@@ -116,7 +116,7 @@ def main(cache: Path | None = None, *, out: Path = Path("benchmarks/results/cert
             total["candidates_mean"] = sum(f["candidates_mean"] for f in found) / len(found)
             total["candidates_max"] = max(f["candidates_max"] for f in found)
             print(name, total)
-            file.write(json.dumps({"case": name, **total, **facts(device)}) + "\n")
+            file.write(json.dumps({"case": name, **total, **provenance(device)}) + "\n")
 
 
 if __name__ == "__main__":

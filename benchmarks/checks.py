@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flashsae.bench.measure import TOLERANCE
 from flashsae.bench.problem import Code, Problem
 from flashsae.ops import LatentIndex
 
 ROWS, LATENTS = 16, 24
-# half a unit in the last place of what a precision stores, twice over: of the inputs and of the result
-TOLERANCE = {"bf16": 2.0**-7, "tf32": 2.0**-10, "float32": 2e-5}
 
 
 def far(name: str, ours: Tensor, ref: Tensor, tolerance: float) -> str:
@@ -24,7 +23,8 @@ def far(name: str, ours: Tensor, ref: Tensor, tolerance: float) -> str:
 
 def sample(size: int, count: int, device: torch.device) -> Tensor:
     """Return `count` positions spread over range(size), the last one included."""
-    return torch.linspace(0, size - 1, min(size, count), device=device).long().unique()
+    positions: Tensor = torch.unique(torch.linspace(0, size - 1, min(size, count), device=device).long())
+    return positions
 
 
 def check_encode(problem: Problem, top_acts: Tensor, top_indices: Tensor, precision: str) -> str:
@@ -32,7 +32,7 @@ def check_encode(problem: Problem, top_acts: Tensor, top_indices: Tensor, precis
     x = problem.xs[0]
     picked = sample(len(x), ROWS, x.device)
     rows = x[picked].double() - problem.b_dec.double()
-    pre = torch.cat([rows @ W.double().T for W in problem.W_enc_T.split(32768)], dim=1) + problem.b_enc.double()
+    pre = torch.cat([rows @ W.double().T for W in torch.split(problem.W_enc_T, 32768)], dim=1) + problem.b_enc.double()
     kth = pre.topk(problem.shape.k, dim=1).values[:, -1]
     indices = top_indices[picked].long()
     chosen = pre.gather(1, indices)

@@ -18,11 +18,11 @@ import torch
 from cyclopts import App
 
 from benchmarks import operations, shapes
-from benchmarks.measure import facts
-from flashsae.bench.problem import Shape, make_problem
+from benchmarks.cases import Size
+from benchmarks.session import RESULTS, provenance
+from flashsae.bench.problem import Shape
 
 app = App(name="benchmarks.counters", help=__doc__, version_flags=[])
-HERE = Path(__file__).parent
 COUNTERS = {
     "gpu__time_duration.sum": "ms",
     "sm__warps_active.avg.pct_of_peak_sustained_active": "occupancy",
@@ -36,11 +36,12 @@ TO_MS = {"ns": 1e-6, "us": 1e-3, "ms": 1.0, "s": 1e3}
 
 def profiled(shape: Shape) -> None:
     """Do forward and backward once for the compiler, once for the profiler."""
-    case = operations.forward_backward_case(make_problem(shape, torch.bfloat16, torch.device("cuda")), precision="bf16")
-    case.run(0)
+    size = Size(shape, torch.device("cuda"), 0.0, {})
+    passes = operations.forward_backward(size, torch.bfloat16, "bf16")
+    passes.run(0)
     torch.cuda.synchronize()
     with torch.autograd.set_multithreading_enabled(False), torch.cuda.nvtx.range("measured"):
-        case.run(1)
+        passes.run(1)
         torch.cuda.synchronize()
 
 
@@ -65,7 +66,7 @@ def counters_of(size: str) -> list[dict[str, str | float]]:
 
 
 @app.default
-def main(sizes: str = "S,M,L", out: Path = HERE / "results" / "counters.jsonl", only: str = "") -> None:
+def main(sizes: str = "S,M,L", out: Path = RESULTS / "counters.jsonl", only: str = "") -> None:
     """Read the counters of some sizes.
 
     Args:
@@ -79,7 +80,7 @@ def main(sizes: str = "S,M,L", out: Path = HERE / "results" / "counters.jsonl", 
         return
     if not shutil.which("ncu"):
         raise SystemExit("benchmarks.counters: expected Nsight Compute (ncu) on the PATH, found none.")
-    about = facts(torch.device("cuda"))
+    about = provenance(torch.device("cuda"))
     with out.open("w") as file:
         for size in sizes.split(","):
             for record in counters_of(size):

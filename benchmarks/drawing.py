@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-Record = dict[str, Any]
-MASTER, DENSE = "forward_backward_master", "dense PyTorch"
+from benchmarks.passes import MASTER
+from flashsae.bench.measure import OURS, Record
+from flashsae.bench.peers import PYTORCH
+
 # blue, orange and vermilion of Okabe and Ito
 BLUE, ORANGE, RED, GREY, INK, GRID = "#0072B2", "#E69F00", "#D55E00", "#9A9A9A", "#222222", "#DDDDDD"
 STYLE = {"font.family": "DejaVu Sans", "font.size": 8, "axes.edgecolor": "#888888", "text.color": INK}
@@ -42,7 +43,7 @@ class Results:
     def implementations(self) -> list[str]:
         """Return who was measured forward and backward: ours, dense PyTorch, the peers."""
         names = dict.fromkeys(key[2] for key in self.by_key if key[0] == "ops" and key[3] == "autocast")
-        return sorted(names, key=lambda name: (name != MASTER, name != DENSE))
+        return sorted(names, key=lambda name: (name != MASTER, name != PYTORCH.name))
 
     def footer(self, *groups: str) -> str:
         """Say on what the results of some groups were measured, with what and when."""
@@ -94,7 +95,7 @@ def matrix(sizes: list[Record], rows: dict[str, list[Record | None]], base: str,
 def draw_bars(axes: Axes, labels: list[str], records: list[Record | None]) -> None:
     """Draw horizontal bars from 0, with the milliseconds at their ends."""
     ms = [(record or {}).get("median_ms", 0.0) for record in records]
-    colours = {"FlashSAE": BLUE, "+ CUDA graph": BLUE, DENSE: RED}
+    colours = {OURS: BLUE, "+ CUDA graph": BLUE, PYTORCH.name: RED}
     axes.barh(labels, ms, color=[colours.get(label, GREY) for label in labels], height=0.72)
     for i, (value, record) in enumerate(zip(ms, records)):
         axes.text(value, i, f" {ms_text(record) or 'not measured'}", va="center", fontsize=7.5)

@@ -1,79 +1,89 @@
-"""The cases of `flashsae.ops` and the dense products and ceilings that they stand beside."""
+"""The operations of `flashsae.ops`, and the dense products and ceilings that they stand beside."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from benchmarks import checks
-from benchmarks.measure import Case
-from benchmarks.shapes import random_code, zipf_code
+from benchmarks.cases import Case, Size
 from flashsae import ops
 from flashsae.bench.ceilings import copy_run, gather_run, gemm_run
-from flashsae.bench.problem import Code, Problem, dense_code
+from flashsae.bench.dense import backward
+from flashsae.bench.measure import TOLERANCE, Record, Subject
+from flashsae.bench.problem import Code
+from flashsae.errors import MissingExtraError
+from flashsae.ops.validate import Precision
+
+Figures = Callable[[Record], Record]
+BF16 = torch.bfloat16
 
 
-def tflops(flops: float) -> Callable[[float], dict[str, Any]]:
-    """Return a function from milliseconds to TFLOP/s."""
-    return lambda ms: {"flops": flops, "tflops": flops / ms / 1e9}
+def tflops(flops: float) -> Figures:
+    """Return a function that adds TFLOP/s."""
+    return lambda record: {"flops": flops, "tflops": flops / record["median_ms"] / 1e9}
 
 
-def streamed(name: str, moved: float) -> Callable[[float], dict[str, Any]]:
-    """Return a function from milliseconds to GB/s."""
-    return lambda ms: {"bytes": moved, "bytes_count": name, "gbs": moved / ms / 1e6}
+def streamed(name: str, moved: float) -> Figures:
+    """Return a function that adds GB/s."""
+    return lambda record: {"bytes": moved, "bytes_count": name, "gbs": moved / record["median_ms"] / 1e6}
 
 
-def ceiling_cases(device: torch.device) -> Iterator[Case]:
-    """Yield what the memory can do: a device copy and gathers from the second-level cache."""
-    copy, moved = copy_run(device)
-    yield Case("copy", copy, figures=streamed("read + written", moved))
-    if (gather := gather_run(device)) is not None:
-        yield Case("gather", gather[0], figures=streamed("gathered from cache", gather[1]))
+def copy(size: Size) -> Subject:
+    """Return a copy in the memory of the device."""
+    run, moved = copy_run(size.device)
+    return Subject(run, figures=streamed("read + written", moved))
 
 
-def gemm_case(problem: Problem) -> Case:
+def gather(size: Size) -> Subject:
+    """Return gathers from the second-level cache."""
+    if (made := gather_run(size.device)) is None:
+        raise MissingExtraError("gathers are measured on a GPU, with Triton")
+    return Subject(made[0], figures=streamed("gathered from cache", made[1]))
+
+
+def gemm(size: Size, dtype: torch.dtype) -> Subject:
     """Return the encode as PyTorch's dense product alone, in row chunks where the result is large."""
+    problem = size.problem(dtype)
     run, flops = gemm_run(problem.xs[0], problem.W_enc_T)
-    return Case("gemm", run, figures=tflops(flops), capturable=True)
+    return Subject(run, figures=tflops(flops), capturable=True)
 
 
-def encode_case(problem: Problem, precision: str, gemm: Case | None) -> Case:
-    """Return `encode_topk`, in turn with the dense product where that is given."""
-    shape = problem.shape
+def encode(size: Size, dtype: torch.dtype, precision: Precision, *, beside_gemm: bool) -> Subject:
+    """Return `encode_topk`, in turn with the dense product where that is wanted."""
+    shape, problem = size.shape, size.problem(dtype)
     W_enc_T, b_enc, _, b_dec = problem.weights
 
     def run(i: int) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             return ops.encode_topk(problem.x(i), W_enc_T, b_enc, shape.k, b_dec=b_dec, precision=precision)[:2]
 
-    return Case(
-        "encode_topk",
+    return Subject(
         run,
         lambda: checks.check_encode(problem, *run(0), precision),
         held=(problem.xs[0], W_enc_T, b_enc, b_dec),
         figures=tflops(2.0 * shape.batch_tokens * shape.d_in * shape.d_sae),
         capturable=True,
-        reference=gemm,
+        reference=("gemm", gemm(size, dtype).run) if beside_gemm else None,
     )
 
 
-def index_case(problem: Problem, codes: list[Code]) -> Case:
+def index(size: Size, dtype: torch.dtype, kind: str = "dense") -> Subject:
     """Return `build_index`."""
-    d_sae = problem.shape.d_sae
+    codes, d_sae = size.codes(dtype, kind), size.shape.d_sae
 
     def run(i: int) -> ops.LatentIndex:
         return ops.build_index(codes[i % len(codes)].top_indices, d_sae)
 
-    return Case(
-        "index", run, lambda: checks.check_index(run(0), codes[0], d_sae), (codes[0].top_indices,), capturable=True
-    )
+    return Subject(run, lambda: checks.check_index(run(0), codes[0], d_sae), (codes[0].top_indices,), capturable=True)
 
 
-def decode_case(problem: Problem, codes: list[Code], precision: str, gather_gbs: float | None) -> Case:
+def decode(size: Size, dtype: torch.dtype, precision: str, kind: str = "dense") -> Subject:
     """Return `decode_loss`: reconstruction, loss, residual and the gradient of the activations."""
+    problem, codes = size.problem(dtype), size.codes(dtype, kind)
     shape, (_, _, W_dec, b_dec) = problem.shape, problem.weights
     acts = [code.top_acts.clone().requires_grad_() for code in codes]
 
@@ -82,69 +92,78 @@ def decode_case(problem: Problem, codes: list[Code], precision: str, gather_gbs:
         return ops.decode_loss(acts[n], codes[n].top_indices, W_dec, b_dec, problem.x(n))
 
     def check() -> str:
-        result = run(0)
-        (grad,) = torch.autograd.grad(result[0], acts[0])
-        return checks.check_decode_loss(problem, codes[0], tuple(t.detach() for t in result), grad, precision)
+        loss, x_hat, residual = run(0)
+        (grad,) = torch.autograd.grad(loss, acts[0])
+        result = loss.detach(), x_hat.detach(), residual.detach()
+        return checks.check_decode_loss(problem, codes[0], result, grad, precision)
 
     gathered = float(shape.batch_tokens * shape.k * shape.d_in * W_dec.element_size())
 
-    def figures(ms: float) -> dict[str, Any]:
-        found = streamed("rows of W_dec gathered once", gathered)(ms)
-        return found if gather_gbs is None else found | {"share_of_ceiling": found["gbs"] / gather_gbs}
+    def figures(record: Record) -> Record:
+        found = streamed("rows of W_dec gathered once", gathered)(record)
+        limit = size.memory_gbs.get("gather")
+        return found if limit is None else found | {"share_of_ceiling": found["gbs"] / limit}
 
-    return Case("decode_loss", run, check, (problem.xs[0], W_dec, b_dec, codes[0].top_acts), figures, capturable=True)
+    return Subject(run, check, (problem.xs[0], W_dec, b_dec, codes[0].top_acts), figures, capturable=True)
 
 
-def weight_grads_case(
-    problem: Problem,
-    codes: list[Code],
-    ceilings: dict[str, float],
-    name: str,
-    uniform_ms: Callable[[], float | None],
-    dtype: torch.dtype = torch.float32,
-) -> Case:
-    """Return both weight gradients, results in `dtype`: two calls of `latent_rows`.
+def weight_grads(
+    size: Size, dtype: torch.dtype, kind: str = "dense", written: torch.dtype = torch.float32, uniform: str = ""
+) -> Subject:
+    """Return both weight gradients: two calls of `latent_rows`.
 
     Its share of the ceiling is that of a floor: results written at the speed of a copy, rows gathered at the speed of
     the cache.
+
+    Args:
+        size: where.
+        dtype: of the problem.
+        kind: of the code.
+        written: dtype of the results.
+        uniform: name of the case whose time this one stands beside.
     """
-    shape, device = problem.shape, problem.W_dec.device
-    indices = [ops.build_index(code.top_indices, shape.d_sae) for code in codes]
-    generator = torch.Generator(device).manual_seed(7)
+    problem, codes = size.problem(dtype), size.codes(dtype, kind)
+    shape, indices = problem.shape, [ops.build_index(code.top_indices, problem.shape.d_sae) for code in codes]
+    generator = torch.Generator(size.device).manual_seed(7)
     residuals, grads = [], []
     for code in codes:
-        residuals.append(torch.randn(problem.xs[0].shape, generator=generator, device=device).to(problem.xs[0].dtype))
-        grads.append(torch.randn(code.top_acts.shape, generator=generator, device=device))
+        residuals.append(_normal(problem.xs[0], generator).to(problem.xs[0].dtype))
+        grads.append(_normal(code.top_acts, generator))
 
     def run(i: int) -> tuple[Tensor, Tensor]:
         n = i % len(codes)
-        grad_W_dec = ops.latent_rows(indices[n], codes[n].top_acts, residuals[n], dtype=dtype)
-        return grad_W_dec, ops.latent_rows(indices[n], grads[n], problem.x(n), dtype=dtype)
+        grad_W_dec = ops.latent_rows(indices[n], codes[n].top_acts, residuals[n], dtype=written)
+        return grad_W_dec, ops.latent_rows(indices[n], grads[n], problem.x(n), dtype=written)
 
     def check() -> str:
         grad_W_dec, grad_W_enc_T = run(0)
-        bound = 1e-5 if dtype == torch.float32 else 2.0**-8
+        bound = 1e-5 if written == torch.float32 else 2.0**-8
         wrong = checks.check_rows(grad_W_dec, codes[0], codes[0].top_acts, residuals[0], bound)
         return wrong + checks.check_rows(grad_W_enc_T, codes[0], grads[0], problem.xs[0], bound)
 
-    gathered = 2.0 * shape.batch_tokens * shape.k * shape.d_in * problem.xs[0].element_size()
-    written = 2.0 * dtype.itemsize * shape.d_sae * shape.d_in
+    gathered_bytes = 2.0 * shape.batch_tokens * shape.k * shape.d_in * problem.xs[0].element_size()
+    written_bytes = 2.0 * written.itemsize * shape.d_sae * shape.d_in
 
-    def figures(ms: float) -> dict[str, Any]:
-        found = streamed("rows gathered + results written", gathered + written)(ms)
-        uniform = uniform_ms()
-        if uniform is not None:
-            found["ratio_to_uniform"] = ms / uniform
-        if {"copy", "gather"} <= ceilings.keys():
-            floor = written / ceilings["copy"] / 1e6 + gathered / ceilings["gather"] / 1e6
+    def figures(record: Record) -> Record:
+        ms = record["median_ms"]
+        found = streamed("rows gathered + results written", gathered_bytes + written_bytes)(record)
+        if uniform in size.medians:
+            found["ratio_to_uniform"] = ms / size.medians[uniform]
+        if {"copy", "gather"} <= size.memory_gbs.keys():
+            floor = written_bytes / size.memory_gbs["copy"] / 1e6 + gathered_bytes / size.memory_gbs["gather"] / 1e6
             found |= {"floor_ms": floor, "share_of_ceiling": floor / ms}
         return found
 
-    return Case(name, run, check, (problem.xs[0], residuals[0]), figures, capturable=True)
+    return Subject(run, check, (problem.xs[0], residuals[0]), figures, capturable=True)
 
 
-def forward_backward_case(problem: Problem, precision: str) -> Case:
+def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, generator=generator, dtype=torch.float32, device=like.device)
+
+
+def forward_backward(size: Size, dtype: torch.dtype, precision: Precision) -> Subject:
     """Return the complete idiom: encode, decode with loss, backward; gradients in the dtype of the weights."""
+    problem = size.problem(dtype)
     weights = tuple(weight.detach().requires_grad_() for weight in problem.weights)
     W_enc_T, b_enc, W_dec, b_dec = weights
 
@@ -156,22 +175,25 @@ def forward_backward_case(problem: Problem, precision: str) -> Case:
             x, W_enc_T, b_enc, k, b_dec=b_dec, precision=precision, return_index=True
         )
         loss, _, residual = ops.decode_loss(top_acts, top_indices, W_dec, b_dec, x, index=index)
-        loss.backward()
+        backward(loss)
         return top_acts.detach(), top_indices, residual.detach()
 
     def check() -> str:
         top_acts, top_indices, residual = run(0)
-        grads = (W_enc_T.grad, W_dec.grad)
+        assert W_enc_T.grad is not None
+        assert W_dec.grad is not None
+        grads = W_enc_T.grad, W_dec.grad
         wrong = checks.check_encode(problem, top_acts, top_indices, precision)
-        tolerance = 2 * checks.TOLERANCE[precision]
+        tolerance = 2 * TOLERANCE[precision]
         return wrong + checks.check_gradients(problem, Code(top_acts, top_indices), residual, grads, tolerance)
 
     flops = 2.0 * problem.shape.batch_tokens * problem.shape.d_in * (problem.shape.d_sae + 4 * problem.shape.k)
-    return Case("forward_backward", run, check, (problem.xs[0], *weights), tflops(flops), capturable=True)
+    return Subject(run, check, (problem.xs[0], *weights), tflops(flops), capturable=True)
 
 
-def dense_decode_case(problem: Problem, codes: list[Code]) -> Case:
+def dense_decode_and_grads(size: Size, dtype: torch.dtype, kind: str) -> Subject:
     """Return what decode_loss and both weight gradients do, with dense products on the scattered code."""
+    problem, codes = size.problem(dtype), size.codes(dtype, kind)
     shape, (_, _, W_dec, b_dec) = problem.shape, problem.weights
 
     def run(i: int) -> tuple[Tensor, Tensor]:
@@ -187,10 +209,39 @@ def dense_decode_case(problem: Problem, codes: list[Code]) -> Case:
         return grad_W_dec, grad_pre.T @ x
 
     flops = 8.0 * shape.batch_tokens * shape.d_in * shape.d_sae
-    return Case("dense_decode_and_grads", run, held=(problem.xs[0], W_dec), figures=tflops(flops), capturable=True)
+    return Subject(run, held=(problem.xs[0], W_dec), figures=tflops(flops), capturable=True)
 
 
-def codes_of(problem: Problem, kind: str) -> list[Code]:
-    """Return one code for each input of the problem: "dense" from torch.topk, "random" or "zipf"."""
-    draw = {"dense": dense_code, "random": random_code, "zipf": zipf_code}[kind]
-    return [draw(problem, i) for i in range(len(problem.xs))]
+def _stages(dtype: torch.dtype, precision: Precision) -> tuple[Case, ...]:
+    """Return the operations one after another, each beside its ceiling."""
+    builds = {
+        "gemm": partial(gemm, dtype=dtype),
+        "encode_topk": partial(encode, dtype=dtype, precision=precision, beside_gemm=True),
+        "index": partial(index, dtype=dtype),
+        "decode_loss": partial(decode, dtype=dtype, precision=precision),
+        "weight_grads": partial(weight_grads, dtype=dtype),
+    }
+    return tuple(Case(name, precision, build) for name, build in builds.items())
+
+
+_LOWER: tuple[Precision, ...] = ("tf32", "bf16")
+CEILING_CASES = (Case("copy", "", copy), Case("gather", "", gather))
+CASES = (
+    *_stages(BF16, "bf16"),
+    Case("weight_grads_bf16", "bf16", partial(weight_grads, dtype=BF16, written=BF16)),
+    Case("weight_grads_zipf", "bf16", partial(weight_grads, dtype=BF16, kind="zipf", uniform="weight_grads")),
+    Case("forward_backward", "bf16", partial(forward_backward, dtype=BF16, precision="bf16")),
+)
+PAPER_CASES = (
+    *_stages(torch.float32, "float32"),
+    Case("forward_backward", "float32", partial(forward_backward, dtype=torch.float32, precision="float32")),
+    *(
+        Case("encode_topk", precision, partial(encode, dtype=torch.float32, precision=precision, beside_gemm=False))
+        for precision in _LOWER
+    ),
+)
+SWEEP_CASES = (
+    Case("decode_loss", "bf16", partial(decode, dtype=BF16, precision="bf16", kind="random")),
+    Case("weight_grads", "bf16", partial(weight_grads, dtype=BF16, kind="random")),
+    Case("dense_decode_and_grads", "bf16", partial(dense_decode_and_grads, dtype=BF16, kind="random")),
+)

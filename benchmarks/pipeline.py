@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.measure import facts
+from benchmarks.session import RESULTS, provenance
 from flashsae.data.cache import ActivationCache
 from flashsae.data.cache_index import TOKENS_FOLDER, CacheIndex, CacheSettings, Shard, shard_path
 from flashsae.data.language_model import LanguageModelConfig, LanguageModelSource
@@ -39,7 +39,6 @@ from flashsae.train.state import TrainState, init_state
 Arm = Literal["cache", "auxk", "model"]
 Source = RowSource | StreamSource
 Span = tuple[float, float]
-RESULTS = Path(__file__).parent / "results"
 TRACED_STEPS = 10
 DRAWN_STEPS = 4
 NEVER_DEAD = 10_000_000  # tokens, more than any arm trains on; the default of long runs
@@ -247,7 +246,7 @@ def main(
                 traces.mkdir(parents=True, exist_ok=True)
             record = measure(arm, source, sizes.config(arm), (traces or Path(folder)) / f"{arm}.json")
         with out.open("a") as file:
-            file.write(json.dumps(record | facts(torch.device("cuda"))) + "\n")
+            file.write(json.dumps(record | provenance(torch.device("cuda"))) + "\n")
         alone = record["source_tokens_per_second"]
         Console().print(
             f"{arm}: {record['tokens_per_second']:,.0f} tokens/s, {record['resident_tokens_per_second']:,.0f} from a "

@@ -18,15 +18,12 @@ from matplotlib.figure import Figure
 from benchmarks import plots_runs, plots_steps
 from benchmarks.drawing import (
     BLUE,
-    DENSE,
     DPI,
     GREY,
-    MASTER,
     ORANGE,
     RED,
     STYLE,
     WIDTH,
-    Record,
     Results,
     draw_bars,
     log_axes,
@@ -36,11 +33,15 @@ from benchmarks.drawing import (
     size_text,
     table,
 )
+from benchmarks.passes import MASTER
+from benchmarks.session import RESULTS
 from benchmarks.shapes import SWEEPS
+from flashsae.bench.measure import OURS, Record
+from flashsae.bench.peers import PYTORCH
 
-HERE = Path(__file__).parent
+DOCS = Path(__file__).parents[1] / "docs"
 START, END = "<!-- tables -->", "<!-- /tables -->"
-STAGES = {
+OPERATIONS = {
     "gemm": "dense product alone (GEMM)",
     "encode_topk": "`encode_topk`",
     "index": "`build_index`",
@@ -66,14 +67,14 @@ app = App(name="benchmarks.plots", help=__doc__, version_flags=[])
 def stage_row(record: Record, gemm: Record | None) -> list[str]:
     """Return the row of one stage."""
     if "median_ms" not in record:
-        return [STAGES[record["name"]], record["status"], "", "", "", ""]
+        return [OPERATIONS[record["name"]], record["status"], "", "", "", ""]
     rate = number(record["gbs"], " GB/s") if "gbs" in record else number(record.get("tflops"), " TFLOP/s")
     gemm_ms = (gemm or {}).get("median_ms")
     ratio = record.get("ratio_to_gemm", record["median_ms"] / gemm_ms if gemm_ms else None)  # taken in turn if known
     ceiling = record.get("share_of_ceiling", 1 / record["ratio_to_gemm"] if "ratio_to_gemm" in record else None)
     share = "" if ceiling is None else f"{ceiling:.0%}"
     spread = f"{number(record['p10_ms'])} – {number(record['p90_ms'])}"
-    return [STAGES[record["name"]], ms_text(record), spread, rate, share, number(ratio, "×")]
+    return [OPERATIONS[record["name"]], ms_text(record), spread, rate, share, number(ratio, "×")]
 
 
 def stage_tables(results: Results) -> str:
@@ -83,7 +84,7 @@ def stage_tables(results: Results) -> str:
     heads = ["stage", "ms", "p10 – p90", "rate", "of ceiling", "time of GEMM"]
     for shape in results.sizes("ops"):
         gemm = results.get("ops", shape["name"], "gemm", "bf16")
-        found = (results.get("ops", shape["name"], name, "bf16") for name in STAGES)
+        found = (results.get("ops", shape["name"], name, "bf16") for name in OPERATIONS)
         rows = [stage_row(record, gemm) for record in found if record]
         parts += [f"\n**{shape['name']}**: {size_text([shape])}\n", table(heads, rows)] if rows else []
     return "\n".join(parts)
@@ -92,20 +93,23 @@ def stage_tables(results: Results) -> str:
 def step_table(results: Results) -> str:
     """Return forward and backward of all implementations."""
     names = dict.fromkeys([MASTER, *results.implementations()])
-    rows = {"FlashSAE" if name == MASTER else name: results.row("ops", name, "autocast") for name in names}
+    rows = {OURS if name == MASTER else name: results.row("ops", name, "autocast") for name in names}
     text = "Median (in brackets: times ours) and peak memory, that of weights, gradients and input included."
     text = f"### Forward + backward, float32 weights, products in 16 bits\n\n{text}\n\n"
-    return text + matrix(results.sizes("ops"), rows, "FlashSAE", rows)
+    return text + matrix(results.sizes("ops"), rows, OURS, rows)
 
 
 def paper_table(results: Results) -> str:
     """Return the setting of the paper, by stage."""
-    cases = {STAGES["gemm"] + ", float32": ("gemm", "float32")}
+    cases = {OPERATIONS["gemm"] + ", float32": ("gemm", "float32")}
     cases |= {f"`encode_topk`, {name}": ("encode_topk", name) for name in ("float32", "tf32", "bf16")}
-    cases |= {STAGES[name]: (name, "float32") for name in ("index", "decode_loss", "weight_grads")}
+    cases |= {OPERATIONS[name]: (name, "float32") for name in ("index", "decode_loss", "weight_grads")}
     rows = {label: results.row("paper", *case) for label, case in cases.items()}
-    ours, dense = "forward + backward, FlashSAE", f"forward + backward, {DENSE}"
-    rows |= {ours: results.row("paper", "forward_backward", "float32"), dense: results.row("paper", DENSE, "float32")}
+    ours, dense = f"forward + backward, {OURS}", f"forward + backward, {PYTORCH.name}"
+    rows |= {
+        ours: results.row("paper", "forward_backward", "float32"),
+        dense: results.row("paper", PYTORCH.name, "float32"),
+    }
     text = f"Float32 without TF32, FlashSAE certified; {size_text(results.sizes('paper'), 'd_sae')}; n is d_sae."
     return f"### The setting of the paper\n\n{text}\n\n{matrix(results.sizes('paper'), rows, ours, [dense])}"
 
@@ -194,14 +198,14 @@ def step_figure(results: Results) -> Figure | None:
     """Draw forward and backward: ours and the peers at S, M and L, then ours and dense in the setting of the paper."""
     sizes = [shape for shape in results.sizes("ops") if shape["name"] != "XL"]
     ops = ("ops", "autocast", results.implementations(), sizes, "16-bit products")
-    paper = ("paper", "float32", ["forward_backward", DENSE], results.sizes("paper"), "float32, ours certified")
+    paper = ("paper", "float32", ["forward_backward", PYTORCH.name], results.sizes("paper"), "float32, ours certified")
     if not (rows := [row for row in (ops, paper) if row[2] and row[3]]):
         return None
     counts = [len(row[2]) for row in rows]
     figure = Figure((WIDTH, 0.4 + sum(0.85 + 0.24 * n for n in counts)), layout="constrained")
     panels = figure.subplots(len(rows), max(len(r[3]) for r in rows), sharey="row", squeeze=False, height_ratios=counts)
     for line, (group, precision, cases, shapes, kind) in zip(panels, rows):
-        labels = ["FlashSAE" if name.startswith("forward_backward") else name for name in cases]
+        labels = [OURS if name.startswith("forward_backward") else name for name in cases]
         for axes, shape in zip(line, shapes):
             draw_bars(axes, labels, [results.get(group, shape["name"], name, precision) for name in cases])
             axes.set_title(f"{shape['name']}: {kind}\n{size_text([shape])}", loc="left")
@@ -228,7 +232,7 @@ def read(path: Path) -> list[Record]:
 
 
 @app.default
-def main(results: Path = HERE / "results", docs: Path = HERE.parent / "docs") -> None:
+def main(results: Path = RESULTS, docs: Path = DOCS) -> None:
     """Draw the pictures of docs, and write the tables of performance.md and numerics.md.
 
     Args:

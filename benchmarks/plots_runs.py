@@ -7,12 +7,12 @@ from statistics import mean, stdev
 
 from matplotlib.figure import Figure
 
-from benchmarks.drawing import BLUE, GREY, ORANGE, RED, WIDTH, Record, table
-from benchmarks.trainer import ARMS, DENSE, NUDGED, REVERSED
-from flashsae.bench.measure import OURS
+from benchmarks.drawing import BLUE, GREY, ORANGE, RED, WIDTH, table
+from benchmarks.trainer import ARMS, AUTOGRAD, NUDGED, REVERSED
+from flashsae.bench.measure import OURS, Record
 
 Arms = dict[tuple[str, str], dict[int, Record]]  # by precision and arm, then by seed
-LOOKS = {DENSE: (RED, "-"), REVERSED: (GREY, "-"), NUDGED: (ORANGE, "-"), OURS: (BLUE, "--")}
+LOOKS = {AUTOGRAD: (RED, "-"), REVERSED: (GREY, "-"), NUDGED: (ORANGE, "-"), OURS: (BLUE, "--")}
 
 
 def _settings(records: Sequence[Record]) -> list[int]:
@@ -31,14 +31,16 @@ def _by_arm(records: Sequence[Record], dead_after: int) -> Arms:
 
 def _apart(arms: Arms, arm: tuple[str, str]) -> dict[int, float]:
     """Return for each seed how far the FVU is from that of the dense one of the same precision."""
-    dense = arms[arm[0], DENSE]
+    dense = arms[arm[0], AUTOGRAD]
     return {seed: run["held_out_fvu"] / dense[seed]["held_out_fvu"] - 1 for seed, run in arms[arm].items()}
 
 
 def _cell(arms: Arms, arm: tuple[str, str], seed: int) -> str:
     if seed not in arms[arm]:
         return ""
-    return f"{arms[arm][seed]['held_out_fvu']:.5f}" + ("" if arm[1] == DENSE else f" ({_apart(arms, arm)[seed]:+.2%})")
+    return f"{arms[arm][seed]['held_out_fvu']:.5f}" + (
+        "" if arm[1] == AUTOGRAD else f" ({_apart(arms, arm)[seed]:+.2%})"
+    )
 
 
 def _spread(arms: Arms, arm: tuple[str, str]) -> str:
@@ -61,7 +63,7 @@ def trainer_text(records: Sequence[Record]) -> str:
         arms = _by_arm(records, dead_after)
         seeds = sorted({seed for runs in arms.values() for seed in runs})
         rows = [[f"seed {seed}", *(_cell(arms, arm, seed) for arm in arms)] for seed in seeds]
-        rows.append(["mean ± standard error", *("" if arm[1] == DENSE else _spread(arms, arm) for arm in arms)])
+        rows.append(["mean ± standard error", *("" if arm[1] == AUTOGRAD else _spread(arms, arm) for arm in arms)])
         has_auxk = dead_after < 10 * len(one["fvu"]) * one["batch_tokens"]
         title = f"Dead after {dead_after:,} tokens, so {'with' if has_auxk else 'no'} AuxK:"
         parts += [title, table(["", *(f"{arm}, {precision}" for precision, arm in arms)], rows)]

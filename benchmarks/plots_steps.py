@@ -8,13 +8,11 @@ from matplotlib.figure import Figure
 from benchmarks.ablation import RUNGS
 from benchmarks.drawing import (
     BLUE,
-    DENSE,
     GREY,
     INK,
     ORANGE,
     RED,
     WIDTH,
-    Record,
     Results,
     draw_bars,
     log_axes,
@@ -24,25 +22,26 @@ from benchmarks.drawing import (
     size_text,
     table,
 )
+from benchmarks.openai import OPENAI
 from benchmarks.steps import DEAD_FRACTION, VARIANTS, WITH_VARIANTS
 from flashsae.bench.ceilings import Ceilings
 from flashsae.bench.cost import predict_stages
-from flashsae.bench.measure import OURS
-from flashsae.bench.peers import DENSE_COMPILED, LIBRARIES
+from flashsae.bench.measure import OURS, Record
+from flashsae.bench.peers import LIBRARIES, PYTORCH, PYTORCH_COMPILED
 from flashsae.bench.problem import Shape
-from flashsae.bench.stages import ENCODE, ORDER
+from flashsae.bench.stages import ENCODE, REST, STAGES
 
-GROUPS = ("step", "scale", "ablation")
+WHOLE_STEPS = ("step", "scale", "ablation")
 PEERS = {
-    DENSE: ("bf16", RED, "^"),
-    DENSE_COMPILED.name: ("bf16", "#882255", "v"),
+    PYTORCH.name: ("bf16", RED, "^"),
+    PYTORCH_COMPILED.name: ("bf16", "#882255", "v"),
     **{
         peer.name: (peer.precision, colour, marker)
-        for peer, colour, marker in zip(LIBRARIES, ("#CC79A7", ORANGE, "#56B4E9", INK), "Ds<P")
+        for peer, colour, marker in zip((*LIBRARIES, OPENAI), ("#CC79A7", ORANGE, "#56B4E9", INK), "Ds<P")
     },
 }
-PRECISE = {f"{DENSE}, {precision}": precision for precision in ("tf32", "float32")}
-STAGE_COLOURS = dict(zip(ORDER, (BLUE, INK, ORANGE, RED, "#CC79A7", "#882255", "#009E73", "#8FD0B8", GREY)))
+PRECISE = {f"{PYTORCH.name}, {precision}": precision for precision in ("tf32", "float32")}
+STAGE_COLOURS = dict(zip(STAGES, (BLUE, INK, ORANGE, RED, "#882255", "#009E73", "#8FD0B8", GREY)))
 STEP_TEXT = """Forward, backward and optimiser, each library by the recipe of its own trainer, ours by `train_step`, in
 bf16 or what the recipe takes. Median (in brackets: times ours) and peak memory, which counts weights, optimiser, inputs
 and workspace."""
@@ -56,9 +55,9 @@ as fast as dense PyTorch."""
 
 def step_text(results: Results) -> str:
     """Return the tables of every group of whole steps that was measured."""
-    if not any(results.sizes(group) for group in GROUPS):
+    if not any(results.sizes(group) for group in WHOLE_STEPS):
         return ""
-    parts = [results.footer(*GROUPS)]
+    parts = [results.footer(*WHOLE_STEPS)]
     if results.sizes("step"):
         parts += [whole_table(results), stages_table(results, "step", STAGE_TEXT)]
         parts += [predicted_table(results), variants_table(results)]
@@ -83,7 +82,7 @@ def stages_table(results: Results, group: str, text: str) -> str:
     sizes, found = results.sizes(group), results.row(group, OURS, "bf16")
     by_size = [{stage["name"]: stage for stage in (record or {}).get("stages", [])} for record in found]
     rows = []
-    for name in (name for name in ORDER if any(name in stages for stages in by_size)):
+    for name in _listed(by_size):
         cells = []
         for stages in by_size:
             stage = stages.get(name, {})
@@ -97,13 +96,20 @@ def stages_table(results: Results, group: str, text: str) -> str:
     return f"{text}\n\n{table(heads, rows)}"
 
 
+def _listed(by_size: list[dict[str, Record]]) -> list[str]:
+    """Return the stages of some steps in the order in which they are listed; everything else is the last."""
+    known = [name for name in STAGES if name != REST and any(name in stages for stages in by_size)]
+    others = {name for stages in by_size for name in stages} - {*STAGES}
+    return [*known, *sorted(others), *([REST] if any(REST in stages for stages in by_size) else [])]
+
+
 def predicted_table(results: Results) -> str:
     """Return what the model of cost says of each stage, and how far that is from what was measured."""
     sizes, columns = results.sizes("step"), []
     copy, gather = ((results.get("ceiling", "", name, "") or {}).get("gbs", 0.0) for name in ("copy", "gather"))
     for shape, record in zip(sizes, results.row("step", OURS, "bf16")):
         measured = {stage["name"]: stage for stage in (record or {}).get("stages", [])}
-        if not measured:
+        if not record or not measured:
             return ""
         encode = measured[ENCODE]
         gemm = encode["tflops"] / encode["share_of_ceiling"]
@@ -147,9 +153,9 @@ def ablation_table(results: Results) -> str:
     sizes, rows = results.sizes("ablation"), []
     for name in RUNGS:
         cells = [name]
-        for record, dense in zip(results.row("ablation", name, "bf16"), results.row("ablation", DENSE, "bf16")):
+        for record, dense in zip(results.row("ablation", name, "bf16"), results.row("ablation", PYTORCH.name, "bf16")):
             text, peak = ms_text(record), (record or {}).get("peak_bytes")
-            if record and dense and name != DENSE and {"median_ms"} <= record.keys() & dense.keys():
+            if record and dense and name != PYTORCH.name and {"median_ms"} <= record.keys() & dense.keys():
                 text += f" ({dense['median_ms'] / record['median_ms']:.2f}×)"
             cells += [text, number(peak / 1e9) if peak else ""]
         rows.append(cells)
@@ -212,10 +218,10 @@ def _draw_stages(results: Results, axes: Axes) -> None:
     found = [r for r in results.row("scale", OURS, "bf16") if r and r.get("stages")]
     labels = [f"{r['shape']['d_sae'] // 1024}k" for r in found]
     below = [0.0] * len(found)
-    for name in ORDER:
-        heights = [sum(stage["ms"] for stage in r["stages"] if stage["name"] == name) for r in found]
-        if any(heights):
-            axes.bar(labels, heights, bottom=below, label=name, color=STAGE_COLOURS[name], width=0.72)
-            below = [low + height for low, height in zip(below, heights)]
+    by_size = [{stage["name"]: stage for stage in r["stages"]} for r in found]
+    for name in _listed(by_size):
+        heights = [stages.get(name, {}).get("ms", 0.0) for stages in by_size]
+        axes.bar(labels, heights, bottom=below, label=name, color=STAGE_COLOURS.get(name, "#CC79A7"), width=0.72)
+        below = [low + height for low, height in zip(below, heights)]
     axes.set(title=f"{OURS} by stage", xlabel="d_sae (latents)", ylabel="time (ms)")
     axes.grid(visible=False, axis="x")

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 
-from flashsae.bench import problem as problems
 from flashsae.bench.problem import Code, Problem, Shape
 
 SIZES = (
@@ -23,11 +20,6 @@ SWEEPS = {
     "k": tuple(Shape(f"k={k}", 4096, 2304, 131072, k) for k in (16, 32, 64, 128, 256, 512)),
     "d_in": tuple(Shape(f"d_in={d}", 4096, d, 32768, 64) for d in (384, 768, 2304, 3584, 4096, 8192)),
 }
-
-
-def tiny(shapes: Iterable[Shape]) -> tuple[Shape, ...]:
-    """Return the shapes scaled down until a CPU runs them at once; to test the benchmark, not to time anything."""
-    return tuple(problems.tiny(shape) for shape in shapes)
 
 
 def random_code(problem: Problem, i: int) -> Code:
@@ -47,7 +39,7 @@ def zipf_code(problem: Problem, i: int) -> Code:
     generator = torch.Generator(device).manual_seed(2000 + i)
     ranks = torch.randperm(shape.d_sae - 1, generator=generator, device=device) + 1.0
     chosen = torch.zeros(shape.batch_tokens, shape.k, dtype=torch.int64, device=device)
-    for rows in chosen.split(max(1, 2**28 // shape.d_sae)):
+    for rows in torch.split(chosen, max(1, 2**28 // shape.d_sae)):
         # the k - 1 first arrivals of processes with rate 1 / rank: k - 1 distinct draws
         arrivals = torch.empty(len(rows), shape.d_sae - 1, device=device).exponential_(generator=generator)
         rows[:, 1:] = arrivals.mul_(ranks).topk(shape.k - 1, dim=1, largest=False).indices.sort(dim=1).values + 1

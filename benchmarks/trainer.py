@@ -14,28 +14,26 @@ from pathlib import Path
 
 import cyclopts
 import torch
-from torch import Tensor
 
-from benchmarks.measure import facts
+from benchmarks.session import RESULTS, provenance
 from flashsae.bench.measure import OURS
 from flashsae.data.acts import only_site
 from flashsae.data.cache import ActivationCache
 from flashsae.data.shuffle import RowShuffle
 from flashsae.evaluate.heldout import evaluate, held_out_batches
 from flashsae.ops.validate import Precision
-from flashsae.optim import ADAM_EPS, lr_factor
+from flashsae.optim import lr_factor
 from flashsae.sae.module import SAE
+from flashsae.testing import DenseTrainer, dense_auxk, dense_decode
 from flashsae.train.config import TrainConfig
 from flashsae.train.dead import LEAST_RESIDUAL
 from flashsae.train.loop import train_step
 from flashsae.train.state import TrainState, init_state
 
-Params = dict[str, Tensor]
-RESULTS = Path(__file__).parent / "results"
 HELD_OUT = 0.1
-DENSE, REVERSED, NUDGED = "dense", "dense, batches reversed", "dense, start one rounding away"
+AUTOGRAD, REVERSED, NUDGED = "dense", "dense, batches reversed", "dense, start one rounding away"
 PRECISIONS: tuple[Precision, ...] = ("float32", "bf16")
-ARMS = [(precision, arm) for precision in PRECISIONS for arm in (DENSE, REVERSED, NUDGED, OURS)]
+ARMS = [(precision, arm) for precision in PRECISIONS for arm in (AUTOGRAD, REVERSED, NUDGED, OURS)]
 
 
 def start(source: ActivationCache, config: TrainConfig) -> TrainState:
@@ -54,28 +52,6 @@ def ours(source: ActivationCache, config: TrainConfig) -> tuple[SAE, list[float]
     return state.finished_sae().to(config.device), torch.stack(curve).tolist()
 
 
-def dense_losses(
-    x: Tensor, p: Params, dead: Tensor, config: TrainConfig, variance: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return loss and AuxK loss of a dense SAE, and on how many tokens each latent was active.
-
-    As `flashsae.train` defines them: relative to the variance of a token in the initial sample.
-    """
-    pre_acts = (x - p["b_dec"]) @ p["W_enc_T"].T + p["b_enc"]
-    top = pre_acts.topk(config.arch.k, dim=1)
-    latent_acts = torch.zeros_like(pre_acts).scatter(1, top.indices, top.values.relu())
-    residual = x - (latent_acts @ p["W_dec"] + p["b_dec"]).float()
-    fvu = residual.square().sum() / (len(x) * variance)
-    k_aux = min(config.k_aux, int(dead.sum()))
-    if k_aux == 0:
-        return fvu, torch.zeros_like(fvu), (latent_acts > 0).sum(0)
-    masked = pre_acts.masked_fill(~dead, -torch.inf).topk(k_aux, dim=1)
-    aux_acts = torch.zeros_like(pre_acts).scatter(1, masked.indices, masked.values.relu())
-    target = residual.detach()
-    missed = (target - (aux_acts @ p["W_dec"]).float()).square().sum() / (len(x) * variance)
-    return fvu, missed / fvu.detach().clamp_min(LEAST_RESIDUAL), (latent_acts > 0).sum(0)
-
-
 def nudge(sae: SAE) -> None:
     """Move every weight by one rounding or none, at random."""
     generator = torch.Generator().manual_seed(0)
@@ -86,7 +62,7 @@ def nudge(sae: SAE) -> None:
             parameter.mul_(1 + eps * steps)
 
 
-def dense(source: ActivationCache, config: TrainConfig, arm: str, *, autocast: bool) -> tuple[SAE, list[float]]:
+def by_autograd(source: ActivationCache, config: TrainConfig, arm: str, *, autocast: bool) -> tuple[SAE, list[float]]:
     """Train the dense SAE with naive autograd; return the SAE and the FVU of each step.
 
     REVERSED: the tokens of a batch stand in the opposite order, the same mathematics with sums rounded otherwise.
@@ -95,29 +71,27 @@ def dense(source: ActivationCache, config: TrainConfig, arm: str, *, autocast: b
     sae, curve = state.sae, []
     if arm == NUDGED:
         nudge(sae)
-    params = {name: p.detach().clone().requires_grad_() for name, p in sae.named_parameters()}
-    adam = torch.optim.Adam(params.values(), lr=config.lr, eps=ADAM_EPS)
+    params = dict(sae.named_parameters())
+    trainer = DenseTrainer(params, config.lr, state.variance, k=config.arch.k, topk=torch.topk)
     since_fired = torch.zeros(config.d_sae, dtype=torch.int64, device=config.device)
     decay_steps = round(config.decay_fraction * config.steps)
     for step in range(config.steps):
         x = only_site(state.batches.next_batch()).to(config.device).float() * state.scale
         x = x.flip(0) if arm == REVERSED else x
+        dead = since_fired >= config.dead_after_tokens
         with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-            dead = since_fired >= config.dead_after_tokens
-            fvu, aux, active = dense_losses(x, params, dead, config, state.variance)
-        adam.zero_grad()
-        (fvu + config.auxk_alpha * aux).backward()
-        with torch.no_grad():
-            W_dec = params["W_dec"]
-            W_dec.grad -= (W_dec.grad * W_dec).sum(1, keepdim=True) * W_dec
-            adam.param_groups[0]["lr"] = config.lr * lr_factor(step, config.steps, config.warmup_steps, decay_steps)
-            adam.step()
-            W_dec /= W_dec.norm(dim=1, keepdim=True)
-        since_fired = (since_fired + len(x)) * (active == 0)
+            latent_acts = trainer.encode(x)
+            residual = x - dense_decode(latent_acts, trainer.params).float()
+            loss = fvu = residual.square().sum() / (len(x) * state.variance)
+            if bool(dead.any()):
+                missed = dense_auxk(x, trainer.params, residual, dead, config.k_aux) / (len(x) * state.variance)
+                loss = fvu + config.auxk_alpha * missed / fvu.detach().clamp_min(LEAST_RESIDUAL)
+        trainer.update(loss, config.lr * lr_factor(step, config.steps, config.warmup_steps, decay_steps))
+        since_fired = (since_fired + len(x)) * ((latent_acts > 0).sum(0) == 0)
         curve.append(fvu.detach())
     with torch.no_grad():
-        for name, parameter in sae.named_parameters():
-            parameter.copy_(params[name])
+        for name, parameter in params.items():
+            parameter.copy_(trainer.params[name])
     sae.precision = None
     return sae.rescaled(state.scale), torch.stack(curve).tolist()
 
@@ -152,10 +126,10 @@ def main(
             if arm == OURS:
                 sae, curve = ours(source, settings(precision, seed))
             else:
-                sae, curve = dense(source, settings("float32", seed), arm, autocast=precision == "bf16")
+                sae, curve = by_autograd(source, settings("float32", seed), arm, autocast=precision == "bf16")
             result = evaluate(sae, held_out)
-            reference = result.fvu if arm == DENSE else reference
-            apart = f"({result.fvu / reference - 1:+.3%})" if arm != DENSE else ""
+            reference = result.fvu if arm == AUTOGRAD else reference
+            apart = f"({result.fvu / reference - 1:+.3%})" if arm != AUTOGRAD else ""
             print(f"seed {seed}: {arm:30s} {precision:7s} held-out FVU {result.fvu:.6f} {apart}", flush=True)
             record = {
                 "group": "trainer", "arm": arm, "precision": precision, "seed": seed, "d_in": source.d_in,
@@ -165,7 +139,7 @@ def main(
                 "fvu": [round(sum(ten) / 10, 6) for ten in zip(*[iter(curve)] * 10)],  # means of ten steps
             }  # fmt: skip
             with out.open("a") as file:
-                file.write(json.dumps(record | facts(torch.device("cuda"))) + "\n")
+                file.write(json.dumps(record | provenance(torch.device("cuda"))) + "\n")
 
 
 if __name__ == "__main__":

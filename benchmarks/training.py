@@ -8,7 +8,6 @@ dense float32 arm from the float64 one is what rounding explains; ours must stay
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,65 +15,33 @@ import cyclopts
 import torch
 from torch import Tensor
 
-from benchmarks.measure import facts
+from benchmarks.session import RESULTS, provenance
 from flashsae import ops
 from flashsae.data.acts import only_site
 from flashsae.data.cache import ActivationCache
 from flashsae.data.shuffle import RowShuffle
+from flashsae.ops.validate import Precision
 from flashsae.optim import lr_factor
 from flashsae.sae.losses import token_variance
 from flashsae.sae.module import SAE, SAEConfig
+from flashsae.testing import DenseTrainer, dense_decode
 
-Params = dict[str, Tensor]
-Loss = Callable[[Tensor, Params, int], Tensor]
-
-
-def dense_loss(x: Tensor, p: Params, k: int) -> Tensor:
-    """Return the summed squared error of a dense TopK SAE."""
-    pre_acts = (x - p["b_dec"]) @ p["W_enc_T"].T + p["b_enc"]
-    values, indices = pre_acts.topk(k, dim=1)
-    latent_acts = torch.zeros_like(pre_acts).scatter(1, indices, values.relu())
-    return (latent_acts @ p["W_dec"] + p["b_dec"] - x).float().square().sum()
+CURVES = ("dense float64", "dense float32", "flashsae float32", "dense bf16 autocast", "flashsae bf16")
+"""The arms, by implementation and precision."""
+LR = 1e-3
 
 
-def dense_double_loss(x: Tensor, p: Params, k: int) -> Tensor:
-    """Return the same, in float64 throughout."""
-    pre_acts = (x - p["b_dec"]) @ p["W_enc_T"].T + p["b_enc"]
-    values, indices = pre_acts.topk(k, dim=1)
-    latent_acts = torch.zeros_like(pre_acts).scatter(1, indices, values.relu())
-    return (latent_acts @ p["W_dec"] + p["b_dec"] - x).square().sum()
+def our_fvu(trainer: DenseTrainer, x: Tensor, k: int, variance: float, precision: Precision) -> Tensor:
+    """Return the loss through `flashsae.ops`, of the parameters that a dense trainer holds and updates."""
+    p = trainer.params
+    top_acts, top_indices, index = ops.encode_topk(
+        x, p["W_enc_T"], p["b_enc"], k, b_dec=p["b_dec"], precision=precision, return_index=True
+    )
+    decoded = ops.decode_loss(top_acts, top_indices, p["W_dec"], p["b_dec"], x, index=index, precision=precision)
+    return decoded.loss / (len(x) * variance)
 
 
-def autocast_loss(x: Tensor, p: Params, k: int) -> Tensor:
-    """Return the loss of the dense SAE in bf16 autocast over float32 weights."""
-    with torch.autocast(x.device.type, torch.bfloat16):
-        return dense_loss(x, p, k)
-
-
-def our_loss(precision: str) -> Loss:
-    """Return the loss through `flashsae.ops`."""
-
-    def loss(x: Tensor, p: Params, k: int) -> Tensor:
-        top_acts, top_indices, index = ops.encode_topk(
-            x, p["W_enc_T"], p["b_enc"], k, b_dec=p["b_dec"], precision=precision, return_index=True
-        )
-        return ops.decode_loss(top_acts, top_indices, p["W_dec"], p["b_dec"], x, index=index, precision=precision).loss
-
-    return loss
-
-
-ARMS: dict[str, tuple[Loss, torch.dtype]] = {
-    "dense float64": (dense_double_loss, torch.float64),
-    "dense float32": (dense_loss, torch.float32),
-    "flashsae float32": (our_loss("float32"), torch.float32),
-    "dense bf16 autocast": (autocast_loss, torch.float32),
-    "flashsae bf16": (our_loss("bf16"), torch.float32),
-}
-
-
-def train(
-    loss_of: Loss, batches: list[Tensor], scale: float, sample: Tensor, config: SAEConfig, dtype: torch.dtype
-) -> list[float]:
+def train(arm: str, batches: list[Tensor], scale: float, sample: Tensor, config: SAEConfig) -> list[float]:
     """Train with Adam, unit-norm decoder and projected gradient; return the loss of each step.
 
     As `flashsae.train` defines it: relative to the variance of a token in a sample.
@@ -83,27 +50,26 @@ def train(
     sae = SAE(config, seed=0).to(device)
     with torch.no_grad():
         sae.b_dec.copy_(sample.mean(0) * scale)
-    variance = token_variance(sample * scale)
-    params = {name: p.detach().to(dtype).requires_grad_() for name, p in sae.named_parameters()}
-    adam = torch.optim.Adam(params.values(), lr=1e-3, eps=6.25e-10)
-    W_dec, curve = params["W_dec"], []
+    variance, curve = token_variance(sample * scale), []
+    dtype = torch.float64 if arm.endswith("float64") else torch.float32
+    params = {name: parameter.to(dtype) for name, parameter in sae.named_parameters()}
+    trainer = DenseTrainer(params, LR, variance, k=config.k, topk=torch.topk)
     for step, batch in enumerate(batches):
         x = (batch * scale).to(dtype)
-        fvu = loss_of(x, params, config.k) / (len(x) * variance)
-        adam.zero_grad()
-        fvu.backward()
-        with torch.no_grad():
-            W_dec.grad -= (W_dec.grad * W_dec).sum(1, keepdim=True) * W_dec
-            adam.param_groups[0]["lr"] = 1e-3 * lr_factor(step, len(batches), 30, 60)
-            adam.step()
-            W_dec /= W_dec.norm(dim=1, keepdim=True)
+        if arm.startswith("flashsae"):
+            fvu = our_fvu(trainer, x, config.k, variance, "bf16" if arm.endswith("bf16") else "float32")
+        else:
+            with torch.autocast(device.type, torch.bfloat16, enabled=arm.endswith("autocast")):
+                x_hat = dense_decode(trainer.encode(x), trainer.params)
+            fvu = (x - x_hat).square().sum() / (len(x) * variance)
+        trainer.update(fvu, LR * lr_factor(step, len(batches), 30, 60))
         curve.append(fvu.detach())
     return torch.stack(curve).tolist()
 
 
 def main(
     cache: Path, *, d_sae: int = 8192, k: int = 32, steps: int = 300, batch_tokens: int = 1024,
-    out: Path = Path("benchmarks/results/training.jsonl"),
+    out: Path = RESULTS / "training.jsonl",
 ) -> None:  # fmt: skip
     """Train every arm on the same cached activations and append one JSON line each.
 
@@ -123,7 +89,7 @@ def main(
     sample = torch.cat(batches[:8])
     scale = float((sample.shape[1] ** 0.5) / (4 * (sample - sample.mean(0)).square().sum(1).mean().sqrt()))
     config = SAEConfig(source.d_in, d_sae, k)
-    curves = {name: train(loss, batches, scale, sample, config, dtype) for name, (loss, dtype) in ARMS.items()}
+    curves = {name: train(name, batches, scale, sample, config) for name in CURVES}
     exact = curves["dense float64"]
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("a") as file:
@@ -135,7 +101,9 @@ def main(
                 f"{sum(distance[-20:]) / 20:.2e}"
             )
             file.write(
-                json.dumps({"arm": name, **asdict(config), "batch_tokens": batch_tokens, "fvu": curve, **facts(device)})
+                json.dumps(
+                    {"arm": name, **asdict(config), "batch_tokens": batch_tokens, "fvu": curve, **provenance(device)}
+                )
                 + "\n"
             )
 

@@ -10,7 +10,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from flashsae.bench.problem import Problem, dense_code, residual_of
+from flashsae.bench.problem import Problem, arch_settings, dense_code, residual_of
 from flashsae.bench.timing import float32_products
 from flashsae.data.shuffle import Batches
 from flashsae.ops.validate import Precision
@@ -116,7 +116,7 @@ def make_config(problem: Problem, variant: Variant) -> TrainConfig:
     shape = problem.shape
     config = TrainConfig(
         d_sae=shape.d_sae,
-        k=shape.k,
+        arch=arch_settings(variant.arch, shape),
         tokens=10**9,
         batch_tokens=shape.batch_tokens,
         precision=variant.precision,
