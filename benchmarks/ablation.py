@@ -58,8 +58,9 @@ def sparse_decode(problem: Problem) -> AutogradStep:
     W_enc_T, b_enc, W_dec, b_dec = weights
 
     def loss(x: Tensor) -> Tensor:
-        acts, indices, *lists = _DenseTopk.apply(x, W_enc_T, b_enc, b_dec, problem.shape.k)
-        index = ops.LatentIndex(*lists, problem.shape.k)
+        found: tuple[Tensor, ...] = _DenseTopk.apply(x, W_enc_T, b_enc, b_dec, problem.shape.k)  # type: ignore[no-untyped-call]
+        acts, indices, entries, latents, offsets = found
+        index = ops.LatentIndex(entries, latents, offsets, problem.shape.k).of(indices)
         return ops.decode_loss(acts, indices, W_dec, b_dec, x, index=index, precision="bf16").loss
 
     return AutogradStep(loss, unit_norm_adam(weights, W_dec), weights, lambda value, x: value)

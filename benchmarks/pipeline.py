@@ -167,12 +167,13 @@ def source_rate(source: StreamSource, tokens: int) -> float:
     return found / (time.perf_counter() - start)
 
 
-def measure(name: str, source: Source, config: TrainConfig, trace: Path) -> dict[str, Any]:
+def rates_beside_resident(name: str, source: Source, config: TrainConfig, trace: Path) -> dict[str, Any]:
     """Train as `flashsae train` does; return the rate of the second half beside that of steps on a resident batch."""
-    settings, device = config.resolve(source.d_in), torch.device("cuda")
+    (d_in,) = source.widths.values()
+    settings, device = config.resolve(d_in), torch.device("cuda")
     batches = shuffled(source, settings.batch_tokens, seed=0, buffer_tokens=settings.shuffle_tokens)
     state = init_state(settings, batches, device)
-    x = torch.randn(settings.batch_tokens, source.d_in, device=device).bfloat16()
+    x = torch.randn(settings.batch_tokens, d_in, device=device).bfloat16()
     resident = resident_rate(state, x, settings, settings.steps // 4)
     alone = None if isinstance(source, RowSource) else source_rate(source, settings.steps * settings.batch_tokens // 4)
     state.step = 0
@@ -181,7 +182,7 @@ def measure(name: str, source: Source, config: TrainConfig, trace: Path) -> dict
         lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
     rates = [json.loads(line)["tokens_per_second"] for line in lines][len(lines) // 2 :]
     rate = len(rates) / sum(1 / rate for rate in rates)
-    shape = {"d_in": source.d_in, "d_sae": settings.d_sae, "k": settings.arch.k, "batch_tokens": settings.batch_tokens}
+    shape = {"d_in": d_in, "d_sae": settings.d_sae, "k": settings.arch.k, "batch_tokens": settings.batch_tokens}
     slower = resident if alone is None else min(resident, alone)
     return {
         "group": "pipeline", "name": name, "shape": shape, "tokens_per_second": rate, "share": rate / slower,
@@ -244,7 +245,7 @@ def main(
                 source = ActivationCache(Path(folder) / "cache")
             if traces is not None:
                 traces.mkdir(parents=True, exist_ok=True)
-            record = measure(arm, source, sizes.config(arm), (traces or Path(folder)) / f"{arm}.json")
+            record = rates_beside_resident(arm, source, sizes.config(arm), (traces or Path(folder)) / f"{arm}.json")
         with out.open("a") as file:
             file.write(json.dumps(record | provenance(torch.device("cuda"))) + "\n")
         alone = record["source_tokens_per_second"]

@@ -90,7 +90,7 @@ def stage_tables(results: Results) -> str:
     return "\n".join(parts)
 
 
-def step_table(results: Results) -> str:
+def passes_table(results: Results) -> str:
     """Return forward and backward of all implementations."""
     names = dict.fromkeys([MASTER, *results.implementations()])
     rows = {OURS if name == MASTER else name: results.row("ops", name, "autocast") for name in names}
@@ -149,7 +149,7 @@ def counters_table(records: Sequence[Record]) -> str:
 def all_tables(results: Results) -> str:
     """Return the tables of every group that was measured."""
     parts = [results.footer("ops", "paper", "sweep")]
-    parts += [stage_tables(results), step_table(results)] if results.sizes("ops") else []
+    parts += [stage_tables(results), passes_table(results)] if results.sizes("ops") else []
     parts += [paper_table(results)] if results.sizes("paper") else []
     parts += [sweep_table(results, variable) for variable in SWEEPS if results.sizes(f"sweep {variable}")]
     return "\n\n".join(parts)

@@ -1,0 +1,84 @@
+"""The benchmarks use one harness, and their results stay readable."""
+
+from __future__ import annotations
+
+import ast
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("matplotlib")
+
+from benchmarks import plots, plots_runs, plots_steps
+from benchmarks.cases import Size
+from benchmarks.drawing import Results
+from benchmarks.registry import GROUPS
+from benchmarks.session import RESULTS
+
+from flashsae.bench.measure import Record, measure
+from flashsae.bench.problem import tiny
+
+ROOT = Path(__file__).parents[1]
+HARNESS = sorted([*(ROOT / "src" / "flashsae" / "bench").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")])
+OF_MODULES = {"main", "app", "CASES", "PAPER_CASES"}  # what a module of its kind has
+
+
+def _defined(path: Path) -> set[str]:
+    """Return the public names that a file defines at its top level."""
+    names: set[str] = set()
+    for node in ast.parse(path.read_text("utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+    return {name for name in names if not name.startswith("_")}
+
+
+def test_no_name_means_two_things() -> None:
+    where: dict[str, list[str]] = defaultdict(list)
+    for path in HARNESS:
+        for name in _defined(path) - OF_MODULES:
+            where[name].append(path.name)
+    assert len(where) > 100
+    assert {name: files for name, files in where.items() if len(files) > 1} == {}
+
+
+def test_the_wheel_changes_no_peer() -> None:
+    for path in (ROOT / "src" / "flashsae" / "bench").glob("*.py"):
+        assigned = [node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Assign)]
+        targets = {ast.unparse(target) for node in assigned for target in node.targets}
+        assert not {target for target in targets if target.startswith(("train.", "kernels.", "package.", "top_k."))}
+
+
+@pytest.mark.parametrize("name", [case.name for case in GROUPS["ops"].cases if case.peer is None])
+def test_every_operation_is_right(name: str) -> None:
+    shape, device = next(shape for shape in GROUPS["ops"].sizes if shape.name == "S"), torch.device("cpu")
+    case = next(case for case in GROUPS["ops"].cases if case.name == name)
+    record = measure(lambda: case.build(Size(tiny(shape), device, 1e-9, {})), device, 1e-9)
+    assert record["status"].startswith("ok"), record
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_a_group_names_each_case_once_and_only_sizes_that_it_has(name: str) -> None:
+    group = GROUPS[name]
+    entries = [(case.name, case.precision) for case in group.cases]
+    assert len(set(entries)) == len(entries)
+    assert {size for case in group.cases for size in case.at or ()} <= {shape.name for shape in group.sizes}
+    for number, case in enumerate(group.cases):
+        assert not case.ours or case.ours in {earlier.name for earlier in group.cases[:number]}
+
+
+def _read(name: str) -> list[Record]:
+    return plots.read(RESULTS / f"{name}.jsonl")
+
+
+def test_the_tables_of_the_docs_are_those_of_the_results() -> None:
+    ops, step = Results(_read("ops")), Results(_read("step"))
+    parts = [plots_steps.step_text(step), plots_runs.pipeline_text(_read("pipeline")), plots.all_tables(ops)]
+    parts.append(plots.counters_table(_read("counters")))
+    performance = (ROOT / "docs" / "performance.md").read_text("utf-8")
+    assert "\n\n".join(parts) in performance
+    assert plots_runs.trainer_text(_read("trainer")) in (ROOT / "docs" / "numerics.md").read_text("utf-8")
