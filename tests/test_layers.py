@@ -14,7 +14,7 @@ SRC = Path(__file__).parents[1] / "src" / "flashsae"
 
 ORDER = """
 errors precision architecture settings
-schema files documents shapes backend neutral
+schema files documents shapes backend neutral profiling
 ops metrics
 formats sae architectures optim testing
 data
