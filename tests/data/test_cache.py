@@ -254,3 +254,66 @@ def test_no_name_in_an_index_leads_out_of_its_folder(copy: Path, name: str) -> N
     (copy / "index.json").write_text(json.dumps(sealed(index)))
     with pytest.raises(CheckpointError, match=r"index\.json is damaged"):
         ActivationCache(copy)
+
+
+def test_several_hookpoints_of_a_cache_are_read_together(written: Path) -> None:
+    both = ActivationCache(written, ["h.1", "h.0"], held_out=0.3)
+    one, other = (ActivationCache(written, name, held_out=0.3) for name in both.hookpoints)
+    assert (both.widths, list(both.widths)) == ({"h.0": 16, "h.1": 16}, ["h.1", "h.0"])
+    assert torch.equal(both.split_rows("train"), one.split_rows("train"))
+    index = torch.randint(both.n_rows, (333,), generator=torch.Generator().manual_seed(1))
+    assert torch.equal(both.rows(index)["h.1"], one.rows(index)["h.1"])
+    assert torch.equal(both.rows(index)["h.0"], other.rows(index)["h.0"])
+    for (chunk, cursor), (mine, behind), (yours, _) in zip(
+        both.chunks("train"), one.chunks("train"), other.chunks("train"), strict=True
+    ):
+        assert cursor == behind
+        assert torch.equal(chunk.group, mine.group)
+        assert chunk.acts.keys() == both.widths.keys()
+        assert torch.equal(chunk.acts["h.1"], mine.acts["h.1"])
+        assert torch.equal(chunk.acts["h.0"], yours.acts["h.0"])
+    assert len({str(cache.identity) for cache in (both, one, other)}) == 3
+    assert both.rounded_away == max(one.rounded_away, other.rounded_away)
+    batches = RowShuffle(both, 64, seed=2), RowShuffle(one, 64, seed=2)
+    for _ in range(30):
+        batch, expected = (each.next_batch() for each in batches)
+        assert torch.equal(batch["h.1"], expected["h.1"])
+    for wrong in ([], ["h.0", "h.7"]):
+        with pytest.raises(ConfigError, match=r"holds h\.0, h\.1; expected one of them, got (None|'h\.7')"):
+            ActivationCache(written, wrong)
+
+
+def test_a_damaged_shard_of_any_site_is_found(copy: Path) -> None:
+    shard = copy / "h.0" / "00001.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-5] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"h\.0/00001\.safetensors is damaged"):
+        list(ActivationCache(copy, ["h.1", "h.0"]).chunks("train"))
+
+
+def test_a_cache_is_read_by_its_format_alone(tmp_path: Path) -> None:
+    """The files of format 2 as they are documented, written by hand."""
+    acts = torch.arange(24.0).reshape(6, 4).bfloat16()
+    tokens = {
+        "token_ids": torch.arange(6, dtype=torch.int32),
+        "group": torch.arange(6) // 2,
+        "position": torch.arange(6, dtype=torch.int32) % 2,
+    }
+    sums = {}
+    for kind, tensors in (("tokens", tokens), ("h.1", {"activations": acts})):
+        file = tmp_path / kind / "00000.safetensors"
+        file.parent.mkdir()
+        file.write_bytes(safetensors.torch.save(tensors))
+        sums[kind] = crc32(file)
+    settings = {
+        "model": "m", "dataset": "d", "model_fingerprint": "", "text_fingerprint": "", "hookpoints": {"h.1": 4},
+        "dtype": "bfloat16", "context_length": 8, "mask_special": True, "max_norm_ratio": None,
+    }  # fmt: skip
+    head = {"format": "flashsae.activations", "format_version": 2, "flashsae_version": "0.1.0"}
+    shard = {"rows": 6, "crc32": sums, "rounding": {}}
+    index = head | {"settings": settings, "shards": [shard], "cursor": None, "complete": True, "tokenizer": None}
+    (tmp_path / "index.json").write_text(json.dumps(sealed(index)))
+    cache = ActivationCache(tmp_path, held_out=0.0)
+    assert torch.equal(cache.rows(torch.tensor([5, 0]))["h.1"], acts[[5, 0]])
+    assert torch.equal(next(cache.chunks("train"))[0].group, tokens["group"])

@@ -19,7 +19,7 @@ import torch
 from flashsae import files
 from flashsae.data import existing
 from flashsae.data.cache import ActivationCache
-from flashsae.data.cache_index import CacheIndex
+from flashsae.data.cache_index import CacheIndex, verify_cache
 from flashsae.data.cache_writer import write_cache
 from flashsae.data.language_model import LanguageModelSource
 from flashsae.data.text import open_text
@@ -263,3 +263,19 @@ def test_what_bfloat16_rounds_away_is_measured_and_float32_keeps_it(
     warning = existing.rounding_warning(rounded)
     assert (warning is not None and "--cache-dtype float32" in warning) == (offset > 0)
     assert existing.rounding_warning(whole) is None
+
+
+def test_inputs_of_modules_are_cached_in_folders_of_any_file_system(tiny: ModuleType, tmp_path: Path) -> None:
+    sites = ("h.1.mlp:in", "h.1.mlp")
+    source = tiny.source(dataclasses.replace(tiny.CACHED, hookpoints=sites), open_text(tiny.DOCUMENTS[:8]))
+    write_cache(tmp_path / "c", source, shard_rows=60, dtype="float32")
+    folders = {path.name for path in (tmp_path / "c").iterdir() if path.is_dir()}
+    assert folders == {"tokens", "tokenizer", "h.1.mlp@in", "h.1.mlp"}
+    assert verify_cache(tmp_path / "c")[0] > 6
+    whole, _ = tiny.collect(source, None)
+    cache = ActivationCache(tmp_path / "c", sites)
+    rows = cache.rows(torch.arange(cache.n_rows))
+    assert tuple(rows) == sites
+    assert all(torch.equal(rows[site], whole.acts[site]) for site in sites)
+    assert existing.held_hookpoints("transformer.h.*.mlp:in", list(cache.settings["hookpoints"])) == ["h.1.mlp:in"]
+    assert existing.held_hookpoints("h.*.mlp", list(cache.settings["hookpoints"])) == ["h.1.mlp"]

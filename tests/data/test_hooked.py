@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from flashsae.data.hooked import context_limit, text_reader
+from flashsae.data.hooked import HookedModel, context_limit, text_reader
+from flashsae.data.hookpoints import resolve_hookpoints
 from flashsae.data.text import open_text
 from flashsae.errors import ConfigError
 
@@ -178,3 +179,86 @@ def test_weights_that_give_no_finite_numbers_are_refused_at_the_first_look(tiny:
 def test_the_whole_model_reads_where_it_has_one_half() -> None:
     model = nn.Linear(2, 2)
     assert text_reader(model) is model
+
+
+@pytest.mark.parametrize(
+    ("family", "hookpoint", "same_as"),
+    [
+        ("gpt2", "h.1:in", "h.0"),
+        ("gpt2", "h.1.mlp:in", "h.1.ln_2"),
+        ("gpt2", "h.1.mlp.c_proj:in", "h.1.mlp.act"),
+        ("llama", "layers.1:in", "layers.0"),
+        ("llama", "layers.1.mlp:in", "layers.1.post_attention_layernorm"),
+        ("llama", "layers.1.self_attn:in", "layers.1.input_layernorm"),  # given as hidden_states=
+        ("gpt_neox", "layers.1.mlp:in", "layers.1.post_attention_layernorm"),
+        ("t5", "encoder.block.1:in", "encoder.block.0"),
+    ],
+)
+def test_the_input_of_a_module_is_the_output_of_the_one_before(
+    tiny: ModuleType, family: str, hookpoint: str, same_as: str
+) -> None:
+    model = tiny.MORE_FAMILIES[family]()
+    config = dataclasses.replace(tiny.SMALL, batch_tokens=128, device="cpu")
+    alone, both = (
+        tiny.collect(tiny.source(dataclasses.replace(config, hookpoints=sites), TEXT, model=model), None)[0]
+        for sites in ((hookpoint,), (hookpoint, same_as))
+    )
+    assert list(both.acts) == [hookpoint, same_as]
+    assert len(both.group) > 0
+    assert torch.equal(both.acts[hookpoint], both.acts[same_as])
+    assert torch.equal(alone.acts[hookpoint], both.acts[hookpoint])
+
+
+@pytest.mark.parametrize(
+    ("hookpoints", "expected"),
+    [
+        (("h.1:in",), ["h.0"]),
+        (("h.1.mlp:in",), ["h.0"]),
+        (("h.1:in", "h.0"), ["h.0"]),
+        (("h.1", "h.1.mlp:in"), ["h.0", "h.1"]),
+        (("h.*:in",), ["h.0", "h.1"]),
+    ],
+)
+def test_the_forward_stops_before_a_module_whose_input_is_all_that_is_needed(
+    tiny: ModuleType, hookpoints: tuple[str, ...], expected: list[str]
+) -> None:
+    model = tiny.gpt2().base_model
+    ran: list[str] = []
+    for number, layer in enumerate(model.h):
+        layer.register_forward_hook(lambda *_, number=number: ran.append(f"h.{number}"))
+    hooked = HookedModel(model, resolve_hookpoints(model, hookpoints))
+    outputs = hooked(torch.arange(4)[None], torch.ones(1, 4, dtype=torch.int64))
+    assert ran == expected
+    assert tuple(outputs) == hooked.hookpoints
+    assert not any(module._forward_hooks for name, module in model.named_modules() if not name.startswith("h."))
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_an_input_that_is_changed_in_place_later_is_kept_as_it_was(tiny: ModuleType) -> None:
+    def add_in_place(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        args[0].add_(1.0)
+
+    model = tiny.gpt2()
+    config = dataclasses.replace(tiny.SMALL, hookpoints=("h.1:in", "h.2"))
+    expected = tiny.collect(tiny.source(dataclasses.replace(config, hookpoints=("h.0",)), TEXT, model=model), None)[0]
+    model.base_model.h[1].ln_1.register_forward_pre_hook(add_in_place)
+    found = tiny.collect(tiny.source(config, TEXT, model=model), None)[0]
+    assert torch.equal(found.acts["h.1:in"], expected.acts["h.0"])
+
+
+@pytest.mark.parametrize(
+    ("family", "hookpoint", "message"),
+    [
+        ("gpt2", "wte:in", r"expected an input of shape \[sequences, length, d\], got .* of torch\.int64 from wte:in"),
+        ("gpt2", "wpe:in", "expected an input"),
+        ("gpt2", "h.1.attn.attn_dropout:in", r"h\.1\.attn\.attn_dropout:in did not run"),
+        ("roberta", "embeddings:in", "given a tensor in its place, or as hidden_states, got embeddings with input_ids"),
+        ("t5", "decoder.block.1:in", r"decoder\.block\.1:in does not read text alone"),
+    ],
+)
+def test_inputs_that_are_no_activations_are_refused_in_one_sentence(
+    tiny: ModuleType, family: str, hookpoint: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        read(tiny, family, hookpoint)
+    assert "\n" not in str(caught.value)

@@ -226,3 +226,21 @@ def test_minilm_masks_cls_and_sep(tiny: ModuleType, minilm: tuple[nn.Module, Any
     assert int(tiny.need(chunk.position).max()) == 30
     with pytest.raises(ConfigError, match="minilm reads at most 512 tokens, got 513"):
         LanguageModelSource(dataclasses.replace(config, context_length=513, batch_tokens=513), tiny.TEXT, loaded=minilm)
+
+
+def test_a_part_of_the_hookpoints_is_read_as_if_it_stood_alone(tiny: ModuleType) -> None:
+    model = tiny.gpt2()
+    config = dataclasses.replace(tiny.SMALL, hookpoints=("h.*", "h.1.mlp:in"), shuffle_documents=True)
+    reader = tiny.source(config, model=model)
+    whole, _ = tiny.collect(reader, "train")
+    assert reader.row_bytes == 4 * 4 * 16
+    _ = reader.identity, reader.fingerprint
+    for name in reader.hookpoints:
+        part = reader.at(name)
+        alone = tiny.source(dataclasses.replace(config, hookpoints=(name,)), model=model)
+        assert (part.hookpoints, part.widths, part.name) == ((name,), {name: 16}, alone.name)
+        assert (part.identity, part.fingerprint) == (alone.identity, alone.fingerprint)
+        chunk, _ = tiny.collect(part, "train")
+        assert tiny.same(chunk, tiny.collect(alone, "train")[0])
+        assert torch.equal(chunk.acts[name], whole.acts[name])
+    assert reader.hookpoints == ("h.0", "h.1", "h.2", "h.1.mlp:in")

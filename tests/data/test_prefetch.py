@@ -6,7 +6,6 @@ from itertools import count
 import pytest
 import torch
 
-from flashsae.data.acts import only_site
 from flashsae.data.prefetch import Prefetcher
 from flashsae.data.shuffle import shuffled
 from flashsae.data.sources import ArraySource, Chunk, Cursor, IterableSource
@@ -24,10 +23,10 @@ def _keep_busy(device: str) -> None:
 class Stream:
     """Activations that take their device a while, as those of a language model do."""
 
-    name, widths = "a model", {"h": 64}
+    name = "a model"
 
-    def __init__(self, device: str) -> None:
-        self.device = device
+    def __init__(self, device: str, **widths: int) -> None:
+        self.device, self.widths = device, widths
 
     def chunks(self, split: str, cursor: Cursor | None = None) -> Iterator[tuple[Chunk, Cursor]]:
         for number in range((cursor or {"number": 0})["number"], 10):
@@ -37,10 +36,15 @@ class Stream:
             yield Chunk(acts, torch.full((1000,), number)), {"number": number + 1}
 
 
+@pytest.mark.parametrize("sites", [("h",), ("h", "in")])
 @pytest.mark.parametrize("kind", ["rows", "stream"])
 @pytest.mark.parametrize("device", DEVICES)
-def test_batches_are_those_of_the_source(device: str, kind: str, generator: torch.Generator) -> None:
-    source = ArraySource(torch.randn(4096, 512, generator=generator)) if kind == "rows" else Stream(device)
+def test_batches_are_those_of_the_source(
+    device: str, kind: str, sites: tuple[str, ...], generator: torch.Generator
+) -> None:
+    widths = {site: 64 + 8 * number for number, site in enumerate(sites)}
+    arrays = {site: torch.randn(4096, 8 * width, generator=generator) for site, width in widths.items()}
+    source = ArraySource(arrays) if kind == "rows" else Stream(device, **widths)
     plain, behind = (shuffled(source, 256, seed=0, buffer_tokens=2048) for _ in range(2))
     expected, found = [], []
     with Prefetcher(behind, torch.device(device)) as batches:
@@ -48,15 +52,17 @@ def test_batches_are_those_of_the_source(device: str, kind: str, generator: torc
             is_checkpoint = step % 10 == 9
             batch = batches.next_batch(ahead=not is_checkpoint)
             _keep_busy(device)  # training is late: it reads the batch when the next one is there already
-            found.append(only_site(batch).clone())
-            expected.append(only_site(plain.next_batch()))
+            found.append({site: acts.clone() for site, acts in batch.items()})
+            expected.append(plain.next_batch())
             if is_checkpoint:
                 (place, tensors), (expected_place, expected_tensors) = behind.state(), plain.state()
                 assert place == expected_place
                 assert all(torch.equal(tensors[name], tensor) for name, tensor in expected_tensors.items())
     for number, (a, b) in enumerate(zip(found, expected)):
-        assert a.device.type == device
-        assert torch.equal(a.cpu(), b.cpu()), number
+        assert tuple(a) == tuple(b) == sites
+        for site in sites:
+            assert a[site].device.type == device
+            assert torch.equal(a[site].cpu(), b[site].cpu()), (number, site)
 
 
 @pytest.mark.parametrize("device", DEVICES)

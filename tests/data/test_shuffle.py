@@ -270,3 +270,62 @@ def test_a_place_that_there_is_not_is_refused(make: Callable[[], Batches], wrong
         for damaged in ({}, {"generator": torch.zeros(3)}, {**tensors, "buffer.x": torch.zeros(10**5, 1)}):
             with pytest.raises(CheckpointError, match="its buffer is not as it was written"):
                 make().restore((place, damaged))
+
+
+def _two(rows: Tensor) -> dict[str, Tensor]:
+    """Two sites of the same tokens."""
+    return {"a": rows, "b": torch.cat([-rows, rows.square()], 1).double()}
+
+
+def _rows_of_two() -> RowShuffle:
+    return RowShuffle(ArraySource(_two(_x()), held_out=0.1), 30, seed=3)
+
+
+def _buffer_of_two() -> BufferShuffle:
+    source = IterableSource([_two(part) for part in _x().split(77)], sites=("a", "b"))
+    return BufferShuffle(source, 30, seed=3, buffer_tokens=300)
+
+
+@pytest.mark.parametrize(("make", "alone"), [(_rows_of_two, _rows), (_buffer_of_two, _buffer)])
+def test_the_sites_of_a_token_stay_together_in_the_order_of_one(
+    make: Callable[[], Batches], alone: Callable[[], Batches]
+) -> None:
+    batches, expected = make(), alone()
+    for _ in range(70):  # more than two epochs
+        batch, x = batches.next_batch(), expected.next_batch()["x"]
+        assert list(batch) == ["a", "b"]
+        assert all(torch.equal(acts, other) for acts, other in zip(batch.values(), _two(x).values()))
+    assert torch.equal(batches.sample(50)["b"], _two(expected.sample(50)["x"])["b"])
+
+
+@pytest.mark.parametrize("make", [_rows_of_two, _buffer_of_two])
+@pytest.mark.parametrize("done", [0, 7, 40])
+def test_a_restored_state_of_several_sites_goes_on_bit_for_bit(make: Callable[[], Batches], done: int) -> None:
+    whole = make()
+    whole.sample(10)
+    for _ in range(done):
+        whole.next_batch()
+    place, tensors = whole.state()
+    assert {"buffer.a", "buffer.b"} <= set(tensors) or make is _rows_of_two
+    state = json.loads(json.dumps(place)), {name: tensor.clone() for name, tensor in tensors.items()}
+    resumed = make()
+    resumed.restore(state)
+    for _ in range(60):
+        for a, b in zip(whole.next_batch().values(), resumed.next_batch().values(), strict=True):
+            assert torch.equal(a, b)
+            assert a.dtype == b.dtype
+    damaged = {name: tensor for name, tensor in tensors.items() if name != "buffer.b"}
+    if len(damaged) < len(tensors):
+        with pytest.raises(CheckpointError, match="its buffer is not as it was written"):
+            make().restore((place, damaged))
+
+
+def test_nan_is_traced_to_its_site() -> None:
+    sites = _two(_x())
+    sites["b"][123, 1] = torch.nan
+    with pytest.raises(DataError, match=r"x: row 123 of b holds NaN or Inf"):
+        RowShuffle(ArraySource(sites), 1000, seed=0).next_batch()
+    parts = [dict(zip(sites, rows)) for rows in zip(*(acts.split(77) for acts in sites.values()))]
+    batches = BufferShuffle(IterableSource(parts, sites=("a", "b")), 30, seed=0, buffer_tokens=300)
+    with pytest.raises(DataError, match=r"the iterable x at b, groups 77 to 153: 1 of 77 rows hold NaN or Inf"):
+        batches.next_batch()

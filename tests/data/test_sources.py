@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -107,3 +108,86 @@ def test_check_finite_counts_and_places() -> None:
     acts[3, 1], acts[4, 0] = torch.inf, torch.nan
     with pytest.raises(DataError, match=r"here: 2 of 5 rows hold NaN or Inf \(first: row 3\)"):
         check_finite(acts, "here")
+
+
+def test_arrays_of_several_sites_are_read_together() -> None:
+    x = np.random.default_rng(0).standard_normal((9000, 3)).astype("float32")
+    y = torch.from_numpy(x).double().repeat(1, 2) + 1
+    source = ArraySource({"y": y, "x": x}, held_out=0.1)
+    assert isinstance(source, RowSource)
+    assert list(source.widths.items()) == [("y", 6), ("x", 3)]
+    alone = ArraySource(x, held_out=0.1)
+    assert torch.equal(source.split_rows("train"), alone.split_rows("train"))
+    index = torch.tensor([8999, 0, 7, 7])
+    batch = source.rows(index)
+    assert list(batch) == ["y", "x"]
+    assert torch.equal(batch["x"], alone.rows(index)["x"])
+    assert torch.equal(batch["y"], y[index])
+    for (chunk, cursor), (expected, behind) in zip(source.chunks("held_out"), alone.chunks("held_out"), strict=True):
+        assert cursor == behind
+        assert torch.equal(chunk.acts["x"], expected.acts["x"])
+        assert torch.equal(chunk.acts["y"], y[chunk.group])
+    assert source.identity != ArraySource({"x": x, "y": y}, held_out=0.1).identity
+    assert source.identity != ArraySource({"y": y + 1, "x": x}, held_out=0.1).identity
+    with pytest.raises(ConfigError, match=r"expected activations of exactly one site here, got y, x\. Choose one\."):
+        _ = source.d_in
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        ({"a": torch.zeros(3, 2), "b": torch.zeros(4, 2)}, ShapeError, "same tokens at every site, got 3 at a, 4 at b"),
+        ({"a": torch.zeros(3, 2), "b": torch.zeros(3)}, ShapeError, r"x\['b'\]: expected the shape"),
+        ({"a": torch.zeros(3, 2), "b": [1.0]}, DtypeError, r"x\['b'\]: expected a tensor, a numpy array"),
+        ({"a": torch.zeros(0, 2), "b": torch.zeros(0, 2)}, DataError, "x is empty"),
+        ({}, DataError, "x is empty"),
+    ],
+)
+def test_sites_that_do_not_belong_together_are_named(x: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message) as caught:
+        ArraySource(x)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.gpu
+def test_sites_lie_on_one_device() -> None:
+    with pytest.raises(DtypeError, match=r"every site on one device, got a on cpu, b on cuda:0\. Move them"):
+        ArraySource({"a": torch.zeros(3, 2), "b": torch.zeros(3, 2, device="cuda")})
+
+
+def _dicts(n: int = 4) -> list[dict[str, Any]]:
+    return [
+        {"ids": torch.arange(2), "out": torch.full((2, 5), -float(i)), "in": np.full((2, 3), float(i))}
+        for i in range(n)
+    ]
+
+
+def test_an_iterable_gives_the_sites_that_are_asked_for() -> None:
+    source = IterableSource(_dicts(), sites=("in", "out"))
+    assert list(source.widths.items()) == [("in", 3), ("out", 5)]
+    assert source.row_bytes == 3 * 8 + 5 * 4
+    for _ in range(2):
+        chunks = [chunk for chunk, _ in source.chunks("train")]
+        assert [list(chunk.acts) for chunk in chunks] == [["in", "out"]] * 4
+        for number, chunk in enumerate(chunks):
+            assert torch.equal(chunk.acts["out"], torch.full((2, 5), -float(number)))
+            assert torch.equal(chunk.acts["in"], torch.full((2, 3), float(number), dtype=torch.float64))
+    one = IterableSource([{"acts": torch.zeros(2, 3)}])
+    assert one.widths == {"x": 3}
+
+
+def test_batches_without_their_sites_are_named() -> None:
+    for wrong, got in (([torch.zeros(2, 3)], "got Tensor"), (_dicts(), "got a dict of ids, out, in")):
+        with pytest.raises(DtypeError, match=f"a batch of the iterable x: expected a dict of in, there, {got}"):
+            IterableSource(wrong, sites=("in", "there"))
+    with pytest.raises(DtypeError, match="expected one tensor, got a dict of ids, out, in"):
+        IterableSource(_dicts())
+    short = [*_dicts(2), {"in": np.zeros((2, 3)), "out": torch.zeros(1, 5)}]
+    with pytest.raises(ShapeError, match="expected the same tokens at every site, got 2 at in, 1 at out"):
+        list(IterableSource(short, sites=("in", "out")).chunks("train"))
+    wide = [*_dicts(2), {"in": np.zeros((2, 3)), "out": torch.zeros(2, 6)}]
+    with pytest.raises(ShapeError, match=r"batch 2 of the iterable x at out: expected \[tokens, 5\], got \[2, 6\]"):
+        list(IterableSource(wide, sites=("in", "out")).chunks("train"))
+    other = [*_dicts(2), {"in": np.zeros((2, 3), "float32"), "out": torch.zeros(2, 5)}]
+    with pytest.raises(DtypeError, match=r"batch 2 of the iterable x at in: expected torch\.float64 on cpu"):
+        list(IterableSource(other, sites=("in", "out")).chunks("train"))

@@ -160,9 +160,9 @@ class HookedModel:
 
     def _hook(self, name: str, keep: Callable[..., None]) -> RemovableHandle:
         module = self.module_at(name)
-        if is_input(name):  # in front of all other hooks: a module whose input is the last thing needed has not run
+        if is_input(name):
             return module.register_forward_pre_hook(
-                lambda module, args, kwargs: keep(name, _input_tensor, args, kwargs), prepend=True, with_kwargs=True
+                lambda module, args, kwargs: keep(name, _input_tensor, args, kwargs), with_kwargs=True
             )
         return module.register_forward_hook(lambda module, args, output: keep(name, _first_tensor, output))
 
@@ -229,6 +229,8 @@ def look(model: HookedModel, batch: TokenBatch, name: str) -> Seen:
         if not bool(output[chosen.to(output.device)].isfinite().all()):
             raise ConfigError(never_finite(name, hookpoint, output.dtype))
     hooked = frozenset(map(model.module_at, model.hookpoints))
+    # a module whose input was the last thing needed was called, and did nothing
+    entered -= {module for module in hooked - completed if not entered.intersection(module.children())}
     return Seen(
         {hookpoint: int(output.shape[2]) for hookpoint, output in outputs.items()},
         next(iter(outputs.values())).dtype,
