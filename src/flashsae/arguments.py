@@ -92,12 +92,18 @@ def read_file(file: Path) -> dict[str, Any]:
     """Return the settings in a file that somebody names.
 
     Raises:
-        ConfigError: it cannot be read.
+        ConfigError: it cannot be read, or has sections.
     """
     try:
-        return read_toml(file)
+        settings = read_toml(file)
     except ConfigError as error:
         raise ConfigError(f"config: cannot read {file}: {error}.") from error
+    sections = [name for name, value in settings.items() if isinstance(value, dict)]
+    if sections:
+        raise ConfigError(
+            f"config: cannot read {file}: expected settings without sections, got the section [{sections[0]}]."
+        )
+    return settings
 
 
 def asked(words: Sequence[str], name: str) -> str | None:

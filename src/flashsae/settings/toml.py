@@ -22,21 +22,17 @@ SEAL = "# remove this line if you change another; their crc32 is "
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Return the settings in a file, by name.
+    """Return what is in a file, by name.
 
     Raises:
-        ConfigError: the file is missing, is not TOML, or has sections; says so without naming the file.
+        ConfigError: the file is missing or is not TOML; says so without naming the file.
     """
     try:
-        settings = tomllib.loads(path.read_text("utf-8-sig"))
+        return tomllib.loads(path.read_text("utf-8-sig"))
     except OSError as error:
         raise ConfigError(error.strerror or str(error)) from error
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"it is not TOML ({error})") from error
-    sections = [name for name, value in settings.items() if isinstance(value, dict)]
-    if sections:
-        raise ConfigError(f"expected settings without sections, got the section [{sections[0]}]")
-    return settings
 
 
 def sealed_toml(settings: Mapping[str, Any]) -> str:
