@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from flashsae.architecture import architecture_named
 from flashsae.errors import CheckpointError, MissingExtraError
+from flashsae.metrics import METRICS
 from flashsae.report.render import render_report
 from flashsae.report.snippets import LatentSnippets, Snippet, Snippets, write_snippets
 
@@ -220,6 +222,42 @@ def test_optional_numbers_may_be_absent_or_not_finite(run: Path, render: Callabl
         assert "tokens/s" not in render(run).text
 
 
+def of_architecture(run: Path, name: str, settings: dict[str, object], term: str) -> None:
+    """Let a run be one of another architecture, whose loss has a term of its own."""
+    stored = json.loads((run / "evaluation.json").read_text("utf-8"))
+    del stored["k"]
+    (run / "evaluation.json").write_text(json.dumps(stored | {"architecture": name, "settings": settings}), "utf-8")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line | {term: 0.5}) + "\n" for line in lines), "utf-8")
+
+
+def test_a_term_of_the_loss_comes_with_its_caption_and_formula(run: Path, render: Callable[[Path], Page]) -> None:
+    of_architecture(run, "batch_topk", {"k": 7}, "auxk_loss")
+    page = render(run)
+    term = next(term for term in architecture_named("batch_topk").terms if term.name == "auxk_loss")
+    assert "architectureBatchTopK" in page.text.replace("\n", "")
+    assert "16 → 96 latents, k = 7" in page.text
+    assert term.caption in page.text
+    assert term.formula in page.text
+    assert METRICS["dead_latents"].formula in page.text
+    assert [attrs for _, attrs in page.elements if attrs.get("id") == "figure-auxk_loss"]
+
+
+@pytest.mark.parametrize("name", ["sparse_soup", "<img src=x>", "os"])
+def test_a_run_of_an_architecture_that_is_not_registered_here_is_drawn(
+    run: Path, render: Callable[[Path], Page], name: str
+) -> None:
+    of_architecture(run, name, {"threshold": 0.25, "kind": "soft", "levels": [1, 2]}, "<b>soup</b> loss")
+    page = render(run)
+    assert name in page.text
+    assert "96 latents, threshold = 0.25, kind = soft" in page.text
+    assert "<b>soup</b> loss" in page.text
+    assert page.count("b") == page.count("img") == 0
+    ids = [attrs["id"] for _, attrs in page.elements if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    assert all(re.fullmatch(r"[\w-]+", str(each)) for each in ids)
+
+
 @pytest.mark.parametrize("module", ["jinja2", "matplotlib"])
 def test_missing_extra_is_named(run: Path, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, module, None)
@@ -234,10 +272,7 @@ def test_every_string_is_text_wherever_it_comes_from(run: Path, render: Callable
     import tomli_w
 
     settings = dict.fromkeys(("model", "hookpoint", "dataset", "flashsae_version", HOSTILE), HOSTILE)
-    settings |= {  # type: ignore[assignment]
-        "logger": [HOSTILE],
-        "section": {HOSTILE: HOSTILE},
-    }
+    settings |= {"logger": [HOSTILE]}  # type: ignore[dict-item]
     (run / "config.toml").write_text(tomli_w.dumps(settings), "utf-8")
     hostile = LatentSnippets(3, 0.5, 8.0, 2.5, [HOSTILE], [2], [Snippet([HOSTILE] * 2, [0.0, 4.0], 1, "train")])
     write_snippets(run / "snippets.json", Snippets(4, [hostile], 0))

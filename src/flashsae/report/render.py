@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from flashsae.architecture import Term, architecture_named
+from flashsae.architecture import Architecture, architecture_named
 from flashsae.documents import SEAL, load_json, load_tensors
 from flashsae.errors import CheckpointError, ConfigError, require
 from flashsae.files import write_atomic
@@ -128,7 +128,8 @@ def _context(run: _Run) -> dict[str, Any]:
     markup = require("markupsafe", "report").Markup
     script, style = (Path(__file__).with_name(name).read_text("utf-8") for name in ("script.js", "style.css"))
     latents = [] if run.snippets is None else [card(latent) for latent in run.snippets.latents]
-    rows = table(_terms(run.evaluation.get("architecture")))
+    architecture = _architecture(run)
+    rows = table(architecture.terms if architecture else ())
     has_map = bool(latents) and "encoder_decoder_cosine" in run.arrays
 
     def safe(plots: list[Plot]) -> list[dict[str, str]]:
@@ -136,7 +137,7 @@ def _context(run: _Run) -> dict[str, Any]:
 
     return {
         "title": _title(run),
-        "provenance": _provenance(run),
+        "provenance": _provenance(run, architecture),
         "summary": _summary(run),
         "training": safe(training_plots(run.metrics, run.evaluation, run.settings, rows)),
         "dictionary": safe(latent_plots(run.arrays)),
@@ -147,7 +148,7 @@ def _context(run: _Run) -> dict[str, Any]:
         "latents": latents,
         "known": known_of_all(run.arrays, run.snippets),
         "metrics": _metrics(run, rows),
-        "settings": [(name, _setting(value)) for name, value in _flat(run.settings)],
+        "settings": [(name, _setting(value)) for name, value in run.settings.items()],
         "style": markup(style),
         "script": markup(script),
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -162,7 +163,7 @@ def _title(run: _Run) -> dict[str, str]:
     }
 
 
-def _provenance(run: _Run) -> list[tuple[str, str]]:
+def _provenance(run: _Run, architecture: Architecture | None) -> list[tuple[str, str]]:
     """Name where the run comes from, in a few words each; what is not known is left out."""
     e, settings = run.evaluation, run.settings
     finished = datetime.fromtimestamp((run.path / "evaluation.json").stat().st_mtime, timezone.utc)
@@ -174,7 +175,7 @@ def _provenance(run: _Run) -> list[tuple[str, str]]:
     own = [f", {name} = {_setting(value)}" for name, value in e["settings"].items() if _is_told(value)]
     facts = [
         ("data", settings.get("dataset")),
-        ("architecture", e.get("architecture")),
+        ("architecture", architecture.title if architecture else e.get("architecture")),
         ("shape", f"{count(e['d_in'])} → {count(e['d_sae'])} latents{''.join(own)}"),
         ("trained", f"{count(e['steps'])} steps" + (f" in {duration(seconds)}" if seconds else "")),
         ("finished", finished.strftime("%d %B %Y").lstrip("0")),
@@ -187,12 +188,12 @@ def _is_told(setting: Any) -> bool:
     return isinstance(setting, str | bool) or real(setting) is not None
 
 
-def _terms(architecture: str | None) -> tuple[Term, ...]:
-    """Return the terms of the loss of an architecture; none where it is not known here."""
+def _architecture(run: _Run) -> Architecture | None:
+    """Return what is known of the kind of SAE; None where it is not registered here."""
     try:
-        return () if architecture is None else architecture_named(architecture).terms
+        return architecture_named(str(run.evaluation.get("architecture")))
     except ConfigError:
-        return ()
+        return None
 
 
 def _summary(run: _Run) -> list[dict[str, Any]]:
@@ -224,14 +225,6 @@ def _metrics(run: _Run, rows: Mapping[str, Metric]) -> list[tuple[str, str, str]
     names = dict.fromkeys((*logged, *ended, *run.arrays))
     found = (row for row in rows.values() if row.name in names and row.formula)
     return [(row.name, f"{row.caption}{_BETTER[row.direction]}", row.formula) for row in found]
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """List settings by name, tables within as table.name."""
-    rows: list[tuple[str, Any]] = []
-    for name, value in settings.items():
-        rows += _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(f"{prefix}{name}", value)]
-    return rows
 
 
 def _setting(value: Any) -> str:
