@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 from flashsae.report import plots
+from flashsae.report.render import render_report
 from flashsae.report.snippets import LatentSnippets, Snippet, Snippets, write_snippets
+from helpers.page import Page
 
 D_SAE = 96
 PAYLOADS = [
@@ -105,3 +107,9 @@ def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def run(tmp_path: Path, make_run: Callable[[Path], Path]) -> Path:
     return make_run(tmp_path / "run")
+
+
+@pytest.fixture
+def render(without_figures: None) -> Callable[[Path], Page]:
+    """Render without the figures, and read."""
+    return lambda run: Page(render_report(run).read_text("utf-8"))

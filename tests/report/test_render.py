@@ -2,7 +2,6 @@ import json
 import re
 import sys
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -13,40 +12,7 @@ from flashsae.errors import CheckpointError, MissingExtraError
 from flashsae.metrics import METRICS
 from flashsae.report.render import render_report
 from flashsae.report.snippets import LatentSnippets, Snippet, Snippets, write_snippets
-
-
-class Page(HTMLParser):
-    """What a browser would see: the elements with their attributes, and all text outside of style and script."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self._within = ""
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        self._within = tag
-
-    def handle_endtag(self, tag: str) -> None:
-        self._within = ""
-
-    def handle_data(self, data: str) -> None:
-        if self._within not in {"style", "script"}:
-            self.text += data
-
-    def count(self, tag: str) -> int:
-        return sum(name == tag for name, _ in self.elements)
-
-    def classed(self, name: str) -> list[dict[str, str | None]]:
-        return [attrs for _, attrs in self.elements if name in (attrs.get("class") or "").split()]
-
-
-@pytest.fixture
-def render(without_figures: None) -> Callable[[Path], Page]:
-    """Render without the figures, and read."""
-    return lambda run: Page(render_report(run).read_text("utf-8"))
+from helpers.page import Page
 
 
 def test_report_shows_what_the_run_holds(run: Path) -> None:
@@ -80,43 +46,6 @@ def test_tokens_are_shaded_by_their_share_of_the_largest_value(run: Path, render
         ("--a:0.12", "1", "act"),
     ]
     assert "a b cd" in page.text
-
-
-def test_report_needs_no_network(run: Path) -> None:
-    page = Page(render_report(run).read_text("utf-8"))
-    for tag, attrs in page.elements:
-        assert tag not in {"link", "img", "iframe", "object", "embed", "image"}, tag
-        for name in ("src", "href", "xlink:href", "action", "srcset"):
-            assert (attrs.get(name) or "#").startswith("#")
-    text = (run / "report.html").read_text("utf-8")
-    assert set(re.findall(r"https?://[^\"' <)]+", text)) == {"http://www.w3.org/1999/xlink"}
-    assert "@import" not in text
-    assert len(text) < 3_000_000
-
-
-def test_text_of_the_data_set_is_never_markup(run: Path, payloads: list[str]) -> None:
-    text = render_report(run).read_text("utf-8")
-    page = Page(text)
-    assert page.count("script") == 1
-    assert page.count("img") == page.count("b") == 0
-    assert all(payload in page.text for payload in payloads)
-    assert "\u2028" not in text
-    assert "<!--" not in text
-    assert not [name for _, attrs in page.elements for name in attrs if name.startswith("on")]
-
-
-@pytest.mark.usefixtures("without_figures")
-def test_only_the_script_of_the_report_may_run(run: Path) -> None:
-    import base64
-    import hashlib
-
-    text = render_report(run).read_text("utf-8")
-    (script,) = re.findall(r"<script>(.*?)</script>", text, flags=re.DOTALL)
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    (policy,) = [a["content"] for _, a in Page(text).elements if a.get("http-equiv") == "Content-Security-Policy"]
-    assert policy is not None
-    assert f"script-src 'sha256-{digest}'" in policy
-    assert "default-src 'none'" in policy
 
 
 def test_ids_are_unique(run: Path, render: Callable[[Path], Page]) -> None:
@@ -263,52 +192,6 @@ def test_missing_extra_is_named(run: Path, module: str, monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(MissingExtraError, match=rf"'{module}'.*flashsae\[report\]"):
         render_report(run)
-
-
-HOSTILE = "</script><img src=x onerror=alert(1)>\"'&amp;<!--"
-
-
-def test_every_string_is_text_wherever_it_comes_from(run: Path, render: Callable[[Path], Page]) -> None:
-    import tomli_w
-
-    settings = dict.fromkeys(("model", "hookpoint", "dataset", "flashsae_version", HOSTILE), HOSTILE)
-    settings |= {"logger": [HOSTILE]}  # type: ignore[dict-item]
-    (run / "config.toml").write_text(tomli_w.dumps(settings), "utf-8")
-    hostile = LatentSnippets(3, 0.5, 8.0, 2.5, [HOSTILE], [2], [Snippet([HOSTILE] * 2, [0.0, 4.0], 1, "train")])
-    write_snippets(run / "snippets.json", Snippets(4, [hostile], 0))
-    page = render(run)
-    assert page.count("img") == 0
-    assert page.count("script") == 1
-    assert page.text.count(HOSTILE) >= 9
-    assert not [name for _, attrs in page.elements for name in attrs if name.startswith("on")]
-
-
-PLACES = {
-    "/home/alice/models/pythia": "pythia",
-    "/home/alice/data/": "data",
-    "~/texts/a.jsonl": "a.jsonl",
-    "~alice/texts": "texts",
-    "../../alice/x.txt": "x.txt",
-    "C:\\Users\\alice\\run": "run",
-    "\\\\server\\alice\\x": "x",
-    "file:///home/alice/m": "m",
-    "/": "a folder",
-    "EleutherAI/pythia-160m": "EleutherAI/pythia-160m",
-    "data/texts.jsonl": "data/texts.jsonl",
-}
-
-
-@pytest.mark.parametrize("place", PLACES)
-def test_no_setting_tells_of_the_machine(run: Path, render: Callable[[Path], Page], place: str) -> None:
-    import tomli_w
-
-    settings = dict.fromkeys(("model", "dataset", "activations"), place) | {"hookpoint": "h.3", "logger": [place]}
-    (run / "config.toml").write_text(tomli_w.dumps(settings), "utf-8")
-    page = render(run)
-    text = (run / "report.html").read_text("utf-8")
-    assert page.text.count(PLACES[place]) >= 4
-    assert "alice" not in text
-    assert str(run.parent) not in text
 
 
 def test_latents_without_a_card_are_packed_in(run: Path, render: Callable[[Path], Page]) -> None:

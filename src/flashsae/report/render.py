@@ -148,7 +148,7 @@ def _context(run: _Run) -> dict[str, Any]:
         "latents": latents,
         "known": known_of_all(run.arrays, run.snippets),
         "metrics": _metrics(run, rows),
-        "settings": [(name, _setting(value)) for name, value in run.settings.items()],
+        "settings": [(name, _setting(value)) for name, value in _flat(run.settings)],
         "style": markup(style),
         "script": markup(script),
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -225,6 +225,14 @@ def _metrics(run: _Run, rows: Mapping[str, Metric]) -> list[tuple[str, str, str]
     names = dict.fromkeys((*logged, *ended, *run.arrays))
     found = (row for row in rows.values() if row.name in names and row.formula)
     return [(row.name, f"{row.caption}{_BETTER[row.direction]}", row.formula) for row in found]
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """List settings by name, tables within as table.name."""
+    rows: list[tuple[str, Any]] = []
+    for name, value in settings.items():
+        rows += _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(f"{prefix}{name}", value)]
+    return rows
 
 
 def _setting(value: Any) -> str:
