@@ -164,8 +164,7 @@ def test_a_term_of_the_loss_comes_with_its_caption_and_formula(run: Path, render
     of_architecture(run, "batch_topk", {"k": 7}, "auxk_loss")
     page = render(run)
     term = next(term for term in architecture_named("batch_topk").terms if term.name == "auxk_loss")
-    assert "architectureBatchTopK" in page.text.replace("\n", "")
-    assert "16 → 96 latents, k = 7" in page.text
+    assert "BatchTopK, 16 → 96 latents, k = 7" in page.text
     assert term.caption in page.text
     assert term.formula in page.text
     assert METRICS["dead_latents"].formula in page.text
@@ -178,8 +177,7 @@ def test_a_run_of_an_architecture_that_is_not_registered_here_is_drawn(
 ) -> None:
     of_architecture(run, name, {"threshold": 0.25, "kind": "soft", "levels": [1, 2]}, "<b>soup</b> loss")
     page = render(run)
-    assert name in page.text
-    assert "96 latents, threshold = 0.25, kind = soft" in page.text
+    assert f"{name}, 16 → 96 latents, threshold = 0.25, kind = soft" in page.text
     assert "<b>soup</b> loss" in page.text
     assert page.count("b") == page.count("img") == 0
     ids = [attrs["id"] for _, attrs in page.elements if "id" in attrs]

@@ -172,11 +172,12 @@ def _provenance(run: _Run, architecture: Architecture | None) -> list[tuple[str,
     except metadata.PackageNotFoundError:
         version = "unknown"
     seconds = real(e.get("train_seconds"))
-    own = [f", {name} = {_setting(value)}" for name, value in e["settings"].items() if _is_told(value)]
+    kind = architecture.title if architecture else e.get("architecture")
+    own = [f"{name} = {_setting(value)}" for name, value in e["settings"].items() if _is_told(value)]
+    sae = ", ".join([*([_setting(kind)] if kind else []), f"{count(e['d_in'])} → {count(e['d_sae'])} latents", *own])
     facts = [
         ("data", settings.get("dataset")),
-        ("architecture", architecture.title if architecture else e.get("architecture")),
-        ("shape", f"{count(e['d_in'])} → {count(e['d_sae'])} latents{''.join(own)}"),
+        ("SAE", sae),
         ("trained", f"{count(e['steps'])} steps" + (f" in {duration(seconds)}" if seconds else "")),
         ("finished", finished.strftime("%d %B %Y").lstrip("0")),
         ("flashsae", settings.get("flashsae_version") or version),
