@@ -74,7 +74,7 @@ def test_lint_and_types_cover_all_code_and_the_benchmarks() -> None:
     assert "ruff format --check .\n" in recipe
     assert "ruff check .\n" in recipe
     assert "/mypy" in recipe
-    assert "src" in PROJECT["tool"]["mypy"]["files"]
+    assert {"src", "benchmarks"} <= set(PROJECT["tool"]["mypy"]["files"])
 
 
 @pytest.mark.parametrize("path", FORMS, ids=lambda path: path.stem)

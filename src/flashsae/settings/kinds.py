@@ -154,7 +154,7 @@ def unwrap(annotation: Any) -> tuple[Any, list[Range], bool]:
 
 
 def _int(value: Any, kind: Any) -> int:
-    if isinstance(value, bool):
+    if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):  # NumPy's is an index until 2.2
         raise TypeError
     if isinstance(value, float):
         if not value.is_integer():
