@@ -73,8 +73,8 @@ class TrainConfig:
         clip_norm: Largest global norm of the gradient. Default: no clipping.
         auxk_alpha: Weight of the auxiliary loss that revives dead latents; 0 turns it off.
         k_aux: Dead latents that the auxiliary loss uses for each token. Default: d_in / 2, 1024 and d_sae at most.
-        dead_after_tokens: A latent is dead when no token of this many gave it a value above 0; with more than tokens
-            none ever is. Default: tokens / 10, 10 million at most.
+        dead_after_tokens: A latent is dead when it was active on none of this many tokens; with more than tokens none
+            ever is. Default: tokens / 10, 10 million at most.
         shuffle_tokens: Tokens that are mixed with each other, at least two batches; bounds the memory of the shuffle. A
             stream fills a buffer of so many before the first step, or of all tokens if there are fewer.
         seed: Of the initial weights and of the order of the data.
