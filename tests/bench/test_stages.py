@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from flashsae.bench.ceilings import Ceilings
 from flashsae.bench.ours import Variant, build_ours
@@ -148,3 +151,26 @@ def test_rates_stand_beside_their_ceilings() -> None:
     assert "ceiling" not in decode  # was not measured
     assert decoder["gbs"] == pytest.approx(24 * 1200 / 1e6)
     assert (decoder["ceiling"], decoder["share_of_ceiling"]) == ("copy", pytest.approx(decoder["gbs"] / 2))
+
+
+def _as_if_on_a_device(trace: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a trace of a step on the CPU in which each operator that PyTorch has itself launches one kernel."""
+    made = []
+    for number, event in enumerate(event for event in trace if str(event.get("name", "")).startswith("aten::")):
+        launch = {"ph": "X", "cat": "cuda_runtime", "name": "launch", "tid": event["tid"], "dur": event["dur"]}
+        made.append({**launch, "ts": event["ts"], "args": {"correlation": number}})
+        made.append({**launch, "ts": event["ts"], "cat": "kernel", "name": "k", "args": {"correlation": number}})
+    return [*trace, *made]
+
+
+def test_every_part_of_a_step_names_itself(tmp_path: Path) -> None:
+    problem = make_problem(Shape("x", 32, 12, 100, 5), torch.float32, torch.device("cpu"), tied=True, dead=20)
+    step = build_ours(problem, Variant("float32", clip_norm=1.0))
+    with profile(activities=[ProfilerActivity.CPU]) as profiler, torch.autograd.set_multithreading_enabled(False):
+        step.uncaptured().run(problem.xs[0])
+    profiler.export_chrome_trace(str(tmp_path / "trace.json"))
+    trace = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    stages = [stage for _, stage in launched_stages(_as_if_on_a_device(trace), step.parameters())]
+    assert {ENCODE, INDEX, DECODE, CLIP, ENCODER, DECODER, "loss: auxk_loss", REST} == set(stages)
+    first = {stage: stages.index(stage) for stage in set(stages)}
+    assert first[ENCODE] < first[DECODE] < first["loss: auxk_loss"] < first[CLIP] < min(first[ENCODER], first[DECODER])

@@ -17,6 +17,7 @@ from flashsae.ops.factored import FactoredGradient
 from flashsae.ops.factors import RowGradient
 from flashsae.ops.gradients import Collection
 from flashsae.optim.groups import check_group, fits, is_same_kind
+from flashsae.profiling import part
 
 ADAM_BETAS = (0.9, 0.999)
 _ROWS = 8192  # of a matrix that is split or merged, at once
@@ -228,17 +229,19 @@ class FactoredAdam(torch.optim.Optimizer):
         gradients = [_gradient(parameter) for parameter, _, _ in active]
         states = [self._refresh(parameter, group) for parameter, _, group in active]
         corrections = self._count_step(active, states)
+        places = {id(parameter): place for place, parameter in enumerate(self._parameters())}
         for (parameter, number, group), gradient, state, correction in zip(active, gradients, states, corrections):
-            adam_rows(
-                _matrix(parameter),
-                (_matrix(state["exp_avg"]), _matrix(state["exp_avg_sq"])),
-                gradient,
-                self._rate(number, group, parameter.device),
-                state["step"],
-                correction,
-                _rule(parameter, group),
-                low=state.get("low"),
-            )
+            with part(f"adam_rows {places[id(parameter)]}"):
+                adam_rows(
+                    _matrix(parameter),
+                    (_matrix(state["exp_avg"]), _matrix(state["exp_avg_sq"])),
+                    gradient,
+                    self._rate(number, group, parameter.device),
+                    state["step"],
+                    correction,
+                    _rule(parameter, group),
+                    low=state.get("low"),
+                )
             if "low" in state:
                 self._versions[parameter] = _version(parameter)
         return loss
@@ -279,16 +282,17 @@ class FactoredAdam(torch.optim.Optimizer):
         gradients = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not gradients:
             return torch.zeros((), dtype=torch.float32, device="cpu")
-        squares = [
-            row_squares(
-                _matrix(p), _gradient(p), _rule(p, group).unit_norm, low=self._refresh(p, group).get("low")
-            ).sum()
-            for p, group in gradients
-        ]
-        norm = torch.stack(squares).sum().sqrt()
-        scale = (max_norm / (norm + 1e-6)).clamp_max(1.0)
-        for parameter, _ in gradients:
-            parameter.grad.mul_(scale)
+        with part("clip_grad_norm"):
+            squares = [
+                row_squares(
+                    _matrix(p), _gradient(p), _rule(p, group).unit_norm, low=self._refresh(p, group).get("low")
+                ).sum()
+                for p, group in gradients
+            ]
+            norm = torch.stack(squares).sum().sqrt()
+            scale = (max_norm / (norm + 1e-6)).clamp_max(1.0)
+            for parameter, _ in gradients:
+                parameter.grad.mul_(scale)
         return norm
 
     @torch.no_grad()
