@@ -16,8 +16,8 @@ from flashsae.data.text import open_text
 from flashsae.evaluate import held_out_batches
 from flashsae.metrics import FVU
 from flashsae.optim import lr_factor
+from flashsae.testing import DenseTrainer, dense_decode
 from flashsae.train import init_state, train
-from helpers.dense import dense_step_losses
 
 
 @pytest.fixture(scope="module")
@@ -33,21 +33,11 @@ def test_held_out_fvu_is_within_half_a_percent_of_a_dense_reference(cache: Activ
     settings = TrainConfig(d_sae=1024, k=16, tokens=256 * 250, batch_tokens=256, auxk_alpha=0.0)
     config = settings.resolve(cache.d_in)
     state = init_state(config, RowShuffle(cache, 256, seed=0), torch.device("cpu"))
-    params = {name: p.detach().clone().requires_grad_() for name, p in state.sae.named_parameters()}
-    adam = torch.optim.Adam(params.values(), lr=config.lr, eps=6.25e-10, foreach=False)
+    dense = DenseTrainer(dict(state.sae.named_parameters()), config.lr, state.variance, k=config.arch.k)
     batches = RowShuffle(cache, 256, seed=0)
-    W_dec = params["W_dec"]
     for step in range(config.steps):
         x = only_site(batches.next_batch()).float() * state.scale
-        _, loss = dense_step_losses(x, params, config.arch.k, state.variance)
-        adam.zero_grad()
-        loss.backward()
-        with torch.no_grad():
-            assert W_dec.grad is not None
-            W_dec.grad -= (W_dec.grad * W_dec).sum(1, keepdim=True) * W_dec
-            adam.param_groups[0]["lr"] = config.lr * lr_factor(step, config.steps, config.warmup_steps, 50)
-            adam.step()
-            W_dec /= W_dec.norm(dim=1, keepdim=True)
+        dense.step(x, config.lr * lr_factor(step, config.steps, config.warmup_steps, 50))
     sae = train(state, config)
 
     held_out = torch.cat(list(map(only_site, held_out_batches(cache, 10_000)))).float()
@@ -55,7 +45,7 @@ def test_held_out_fvu_is_within_half_a_percent_of_a_dense_reference(cache: Activ
     reference = FVU()
     with torch.no_grad():
         scaled = held_out * state.scale
-        reference.update(scaled, dense_step_losses(scaled, params, config.arch.k, state.variance)[0])
+        reference.update(scaled, dense_decode(dense.encode(scaled), dense.params))
     ours = flashsae.evaluate(sae, held_out).fvu
     assert 0.05 < reference.compute() < 0.5  # it has learnt something, and not everything
     assert ours == pytest.approx(reference.compute(), rel=0.005)

@@ -17,11 +17,11 @@ from flashsae.ops import materialize
 from flashsae.ops.adam_rows.reference import merge_halves
 from flashsae.ops.validate import Precision
 from flashsae.optim import FactoredAdam, lr_factor
+from flashsae.testing import DenseTrainer
 from flashsae.train import TrainState, init_state, train, train_step
 from flashsae.train.checkpoint import list_checkpoints, save_checkpoint
 from flashsae.train.dead import Bounds
 from flashsae.train.state import to_checkpoint
-from helpers.dense import dense_step_losses
 
 MODEL = SuperpositionModel(16, 40, active=3.0)
 X = MODEL.sample(4000, seed=1)
@@ -148,25 +148,15 @@ def test_the_step_is_that_of_a_dense_sae_with_plain_adam() -> None:
     """T4 in small: 60 steps beside naive autograd, float32, same data and start."""
     config = _config(auxk_alpha=0.0)
     state = _state(config)
-    params = {name: p.detach().clone().requires_grad_() for name, p in state.sae.named_parameters()}
-    adam = torch.optim.Adam(params.values(), lr=config.lr, eps=6.25e-10, foreach=False)
+    dense = DenseTrainer(dict(state.sae.named_parameters()), config.lr, state.variance, k=config.arch.k)
     twin = _state(config).batches
     for step in range(60):
-        x = state.batches.next_batch()
-        ours = train_step(state, x, config)["loss"].item()
-        _, loss = dense_step_losses(twin.next_batch()["x"] * state.scale, params, config.arch.k, state.variance)
-        assert ours == pytest.approx(loss.item(), rel=1e-3), step
-        adam.zero_grad()
-        loss.backward()
-        W_dec = params["W_dec"]
-        with torch.no_grad():
-            assert W_dec.grad is not None
-            W_dec.grad -= (W_dec.grad * W_dec).sum(1, keepdim=True) * W_dec
-            adam.param_groups[0]["lr"] = state.optimizer.param_groups[0]["lr"]
-            adam.step()
-            W_dec /= W_dec.norm(dim=1, keepdim=True)
+        ours = train_step(state, state.batches.next_batch(), config)["loss"].item()
+        rate = float(state.optimizer.param_groups[0]["lr"])
+        theirs = dense.step(twin.next_batch()["x"] * state.scale, rate).item()
+        assert ours == pytest.approx(theirs, rel=1e-3), step
     for name, parameter in state.sae.named_parameters():
-        torch.testing.assert_close(parameter.detach(), params[name].detach(), rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(parameter.detach(), dense.params[name].detach(), rtol=1e-2, atol=1e-3)
 
 
 def test_a_batch_of_equal_tokens_changes_little() -> None:
