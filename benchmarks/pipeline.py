@@ -25,13 +25,14 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.session import RESULTS, provenance
 from flashsae.data.cache import ActivationCache
 from flashsae.data.cache_index import TOKENS_FOLDER, CacheIndex, CacheSettings, Shard, shard_path
-from flashsae.data.language_model import LanguageModelConfig, LanguageModelSource
+from flashsae.data.language_model import LanguageModelSource
 from flashsae.data.shuffle import shuffled
 from flashsae.data.sources import RowSource, StreamSource
 from flashsae.data.text import open_text
 from flashsae.documents import crc32
 from flashsae.logs.callback import Callback
 from flashsae.logs.jsonl import JsonlLog
+from flashsae.settings.reading import ReadingConfig
 from flashsae.train.config import TrainConfig
 from flashsae.train.loop import train, train_step
 from flashsae.train.state import TrainState, init_state
@@ -238,7 +239,7 @@ def main(
         with tempfile.TemporaryDirectory() as folder:
             source: Source
             if arm == "model":
-                settings = LanguageModelConfig(model, (hookpoint,), context_length=128)
+                settings = ReadingConfig(model, hookpoint=hookpoint, context_length=128, shuffle_documents=False)
                 source = LanguageModelSource(settings, open_text("python-docs"))
             else:
                 write_random_cache(Path(folder) / "cache", sizes.d_in, sizes.rows)

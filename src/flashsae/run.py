@@ -26,7 +26,7 @@ from flashsae.backend import resolve_device
 from flashsae.data.acts import Batch, only_site
 from flashsae.data.cache import ActivationCache
 from flashsae.data.hookpoints import folder_of
-from flashsae.data.open import Opened, Prepared, prepare_activations
+from flashsae.data.open import Activations, Prepared, prepare_activations
 from flashsae.data.shuffle import shuffled
 from flashsae.data.sources import Source
 from flashsae.documents import save_tensors_atomic
@@ -144,7 +144,7 @@ def _prepare(config: RunConfig, run: Path) -> Prepared:
     )
 
 
-def _open(prepared: Prepared, config: RunConfig, console: Console) -> Opened:
+def _open(prepared: Prepared, config: RunConfig, console: Console) -> Activations:
     bar = StageBar(console, "activations", "tokens")
 
     def on_progress(rows: int) -> None:
@@ -153,7 +153,7 @@ def _open(prepared: Prepared, config: RunConfig, console: Console) -> Opened:
         bar.update(rows)
 
     try:
-        return prepared.open(on_progress)
+        return prepared.compute(on_progress)
     finally:
         bar.stop()
 
@@ -164,7 +164,7 @@ def _resolved(config: RunConfig, prepared: Prepared, hookpoint: str) -> RunConfi
     return replace(config, activations=replace(prepared.config, hookpoint=hookpoint), train=settings)
 
 
-def _execute_one(run: Path, config: RunConfig, source: Source, opened: Opened, console: Console) -> None:
+def _execute_one(run: Path, config: RunConfig, source: Source, opened: Activations, console: Console) -> None:
     """Train, measure and describe one SAE; `config` is resolved."""
     files.write_atomic(run / CONFIG_FILE, config.to_toml())
     settings = config.train.resolve(only_site(source.widths))
@@ -240,7 +240,7 @@ def _evaluate(run: Path, sae: SAE, source: Source, settings: TrainConfig) -> dic
 
 @torch.no_grad()
 def _describe_latents(
-    run: Path, sae: SAE, hookpoint: str, opened: Opened, console: Console, dead: torch.Tensor | None
+    run: Path, sae: SAE, hookpoint: str, opened: Activations, console: Console, dead: torch.Tensor | None
 ) -> None:
     """Write what the report says of single latents: latents.safetensors and snippets.json.
 

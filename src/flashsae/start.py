@@ -137,7 +137,7 @@ def plan_table(config: RunConfig, prepared: Prepared, run: Path) -> Table:
     n = len(prepared.widths)
     rows = {
         "model": f"{prepared.config.model} at {', '.join(prepared.widths)}, d_in {settings.d_in}",
-        "text": prepared.how,
+        "text": prepared.source,
         "SAE": (f"{n} SAEs, one after another, each: " if n > 1 else "")
         + f"{_named(settings)}: {plan.parameters:,} parameters",
         "training": f"{settings.tokens:,} tokens in {plan.steps:,} steps of {settings.batch_tokens:,}, "
@@ -173,9 +173,9 @@ def check_rows(config: RunConfig, prepared: Prepared) -> None:
     Raises:
         ConfigError, DataError: too few rows for a batch, or none held out.
     """
-    if prepared.opened is None:
+    if prepared.ready is None:
         return
-    for source in prepared.opened.sources.values():
+    for source in prepared.ready.sources.values():
         shuffled(source, config.train.batch_tokens, seed=0, buffer_tokens=config.train.shuffle_tokens)
         if isinstance(source, RowSource) and not len(source.split_rows("held_out")):
             raise nothing_held_out(source, config)
@@ -191,7 +191,7 @@ def nothing_held_out(source: Source, config: RunConfig) -> DataError:
 
 def _repeats(tokens: int, prepared: Prepared) -> str:
     """Say how often each token comes, if that is known already; with a warning if it is too often."""
-    source = None if prepared.opened is None else next(iter(prepared.opened.sources.values()))
+    source = None if prepared.ready is None else next(iter(prepared.ready.sources.values()))
     rows = len(source.split_rows("train")) if isinstance(source, RowSource) else 0
     if tokens <= rows or not rows:
         return ""
@@ -201,7 +201,7 @@ def _repeats(tokens: int, prepared: Prepared) -> str:
 
 def _disk_warning(prepared: Prepared, run: Path) -> str:
     """Return a warning if a cache that is yet to be written may not fit, else ""."""
-    if prepared.opened is not None:
+    if prepared.ready is not None:
         return ", there already"
     place = (prepared.config.activations or run).absolute()
     free = shutil.disk_usage(next(path for path in (place, *place.parents) if path.exists())).free

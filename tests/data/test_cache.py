@@ -178,7 +178,7 @@ def test_a_hookpoint_is_chosen_where_there_are_several(cache_source: LanguageMod
 def test_a_cache_of_one_hookpoint_needs_no_choice(tiny: ModuleType, tmp_path: Path) -> None:
     write_cache(
         tmp_path / "c",
-        tiny.source(dataclasses.replace(tiny.CACHED, hookpoints=("h.1",)), open_text(tiny.DOCUMENTS[:2])),
+        tiny.source(dataclasses.replace(tiny.CACHED, hookpoint="h.1"), open_text(tiny.DOCUMENTS[:2])),
     )
     assert ActivationCache(tmp_path / "c").hookpoints == ("h.1",)
 

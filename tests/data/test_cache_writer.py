@@ -150,12 +150,12 @@ def test_max_tokens_is_exact(
     [
         ({"context_length": 8}, {}, "context_length is 16 there and 8 here"),
         ({"model": "other"}, {}, "model is 'tiny' there and 'other' here"),
-        ({"hookpoints": ("h.1",)}, {}, r"hookpoints is \{'h.0': 16, 'h.1': 16\} there and \{'h.1': 16\} here"),
+        ({"hookpoint": "h.1"}, {}, r"hookpoints is \{'h.0': 16, 'h.1': 16\} there and \{'h.1': 16\} here"),
         ({"mask_special": False}, {}, "mask_special is True there and False here"),
         ({"max_norm_ratio": 4.0}, {}, "max_norm_ratio is None there and 4.0 here"),
         ({}, {"max_tokens": 9}, "max_tokens is None there and 9 here"),
         ({}, {"shard_rows": 9}, "shard_rows is 100 there and 9 here"),
-        ({"batch_tokens": 64}, {"max_tokens": 9}, "batch_tokens is 32 there and 64 here; max_tokens is None there"),
+        ({"forward_tokens": 64}, {"max_tokens": 9}, "forward_tokens is 32 there and 64 here; max_tokens is None there"),
     ],
 )
 def test_other_settings_are_refused_by_name(
@@ -199,7 +199,7 @@ def test_too_little_and_bad_numbers_are_refused(
 def test_writing_survives_a_kill_at_every_moment(
     tiny: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = tiny.source(dataclasses.replace(tiny.CACHED, hookpoints=("h.0",)), open_text(tiny.DOCUMENTS[:5]))
+    source = tiny.source(dataclasses.replace(tiny.CACHED, hookpoint="h.0"), open_text(tiny.DOCUMENTS[:5]))
     moments = kill.survive_every_kill(
         tmp_path, monkeypatch, work=lambda root: write_cache(root / "cache", source, shard_rows=40)
     )
@@ -251,7 +251,7 @@ def test_what_bfloat16_rounds_away_is_measured_and_float32_keeps_it(
     model = tiny.gpt2()
     with torch.no_grad():
         model.transformer.h[1].mlp.c_proj.bias += offset
-    source = tiny.source(dataclasses.replace(tiny.CACHED, hookpoints=("h.1",)), model=model)
+    source = tiny.source(dataclasses.replace(tiny.CACHED, hookpoint="h.1"), model=model)
     x = torch.cat([chunk.acts["h.1"] for chunk, _ in source.chunks(None)])
     for dtype in ("bf16", "float32"):
         write_cache(tmp_path / dtype, source, dtype=dtype, shard_rows=10**6)
@@ -267,7 +267,7 @@ def test_what_bfloat16_rounds_away_is_measured_and_float32_keeps_it(
 
 def test_inputs_of_modules_are_cached_in_folders_of_any_file_system(tiny: ModuleType, tmp_path: Path) -> None:
     sites = ("h.1.mlp:in", "h.1.mlp")
-    source = tiny.source(dataclasses.replace(tiny.CACHED, hookpoints=sites), open_text(tiny.DOCUMENTS[:8]))
+    source = tiny.source(tiny.CACHED, open_text(tiny.DOCUMENTS[:8]), hookpoints=sites)
     write_cache(tmp_path / "c", source, shard_rows=60, dtype="float32")
     folders = {path.name for path in (tmp_path / "c").iterdir() if path.is_dir()}
     assert folders == {"tokens", "tokenizer", "h.1.mlp@in", "h.1.mlp"}

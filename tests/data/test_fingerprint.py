@@ -104,8 +104,8 @@ def test_a_loaded_model_knows_itself_by_values_and_tokenizer(tiny: ModuleType) -
 def test_a_source_is_told_apart_by_what_it_reads_and_how(tiny: ModuleType) -> None:
     model = tiny.gpt2()
     plain = tiny.source(model=model)
-    assert tiny.source(dataclasses.replace(tiny.SMALL, model="moved", device="cpu")).fingerprint == plain.fingerprint
-    for change in ({"context_length": 15}, {"hookpoints": ("h.0",)}, {"mask_special": False}, {"max_documents": 3}):
+    assert tiny.source(dataclasses.replace(tiny.SMALL, model="moved")).fingerprint == plain.fingerprint
+    for change in ({"context_length": 15}, {"hookpoint": "h.0"}, {"mask_special": False}, {"max_documents": 3}):
         other = tiny.source(dataclasses.replace(tiny.SMALL, **change), model=model)
         assert other.fingerprint != plain.fingerprint, change
     assert tiny.source(text=open_text(["other"]), model=model).fingerprint == plain.fingerprint

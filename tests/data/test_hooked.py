@@ -19,9 +19,7 @@ TEXT = open_text(["the cat sat on a mat"] * 3)
 
 
 def read(tiny: ModuleType, family: str, hookpoint: str, context_length: int = 16) -> Any:
-    config = dataclasses.replace(
-        tiny.SMALL, hookpoints=(hookpoint,), context_length=context_length, batch_tokens=128, device="cpu"
-    )
+    config = dataclasses.replace(tiny.SMALL, hookpoint=hookpoint, context_length=context_length, forward_tokens=128)
     return tiny.source(config, TEXT, model=tiny.MORE_FAMILIES[family](), held_out=0.0)
 
 
@@ -124,13 +122,13 @@ class WithOdd(nn.Module):
 )
 def test_other_outputs_are_refused_in_one_sentence(tiny: ModuleType, kind: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
-        tiny.source(dataclasses.replace(tiny.SMALL, hookpoints=("odd",)), TEXT, model=WithOdd(kind))
+        tiny.source(dataclasses.replace(tiny.SMALL, hookpoint="odd"), TEXT, model=WithOdd(kind))
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", ["tuple", "dict"])
 def test_the_first_tensor_of_several_is_taken(tiny: ModuleType, kind: str) -> None:
-    assert tiny.source(dataclasses.replace(tiny.SMALL, hookpoints=("odd",)), TEXT, model=WithOdd(kind)).d_in == 8
+    assert tiny.source(dataclasses.replace(tiny.SMALL, hookpoint="odd"), TEXT, model=WithOdd(kind)).d_in == 8
 
 
 @pytest.mark.parametrize(
@@ -159,7 +157,7 @@ def test_a_limit_that_no_setting_tells_is_found_before_anything_is_made(tiny: Mo
 
 def test_a_model_that_pads_its_input_is_refused(tiny: ModuleType) -> None:
     model = tiny._make("Longformer", vocab_size=64, attention_window=[4, 4], max_position_embeddings=34, **tiny._SIZES)
-    reader = tiny.source(dataclasses.replace(tiny.SMALL, hookpoints=("encoder.layer.1",)), TEXT, model=model)
+    reader = tiny.source(dataclasses.replace(tiny.SMALL, hookpoint="encoder.layer.1"), TEXT, model=model)
     with pytest.raises(ConfigError, match=r"gives \[3, 8\] vectors for \[3, 6\] tokens, as models do that pad"):
         tiny.collect(reader, None)
 
@@ -171,9 +169,9 @@ def test_weights_that_give_no_finite_numbers_are_refused_at_the_first_look(tiny:
         with torch.no_grad():
             model.base_model.get_parameter(name)[:] = value
         with pytest.raises(ConfigError, match=r"^model: tiny gives NaN or Inf at h\.1 whatever it reads") as caught:
-            tiny.source(dataclasses.replace(tiny.SMALL, hookpoints=("h.1",)), TEXT, model=model)
+            tiny.source(dataclasses.replace(tiny.SMALL, hookpoint="h.1"), TEXT, model=model)
         assert "\n" not in str(caught.value)
-    tiny.source(dataclasses.replace(tiny.SMALL, hookpoints=("h.0",)), TEXT, model=model)  # an earlier one is sound
+    tiny.source(dataclasses.replace(tiny.SMALL, hookpoint="h.0"), TEXT, model=model)  # an earlier one is sound
 
 
 def test_the_whole_model_reads_where_it_has_one_half() -> None:
@@ -198,9 +196,9 @@ def test_the_input_of_a_module_is_the_output_of_the_one_before(
     tiny: ModuleType, family: str, hookpoint: str, same_as: str
 ) -> None:
     model = tiny.MORE_FAMILIES[family]()
-    config = dataclasses.replace(tiny.SMALL, batch_tokens=128, device="cpu")
+    config = dataclasses.replace(tiny.SMALL, forward_tokens=128)
     alone, both = (
-        tiny.collect(tiny.source(dataclasses.replace(config, hookpoints=sites), TEXT, model=model), None)[0]
+        tiny.collect(tiny.source(config, TEXT, hookpoints=sites, model=model), None)[0]
         for sites in ((hookpoint,), (hookpoint, same_as))
     )
     assert list(both.acts) == [hookpoint, same_as]
@@ -239,10 +237,10 @@ def test_an_input_that_is_changed_in_place_later_is_kept_as_it_was(tiny: ModuleT
         args[0].add_(1.0)
 
     model = tiny.gpt2()
-    config = dataclasses.replace(tiny.SMALL, hookpoints=("h.1:in", "h.2"))
-    expected = tiny.collect(tiny.source(dataclasses.replace(config, hookpoints=("h.0",)), TEXT, model=model), None)[0]
+    config = dataclasses.replace(tiny.SMALL, hookpoint="h.0")
+    expected = tiny.collect(tiny.source(config, TEXT, model=model), None)[0]
     model.base_model.h[1].ln_1.register_forward_pre_hook(add_in_place)
-    found = tiny.collect(tiny.source(config, TEXT, model=model), None)[0]
+    found = tiny.collect(tiny.source(config, TEXT, hookpoints=("h.1:in", "h.2"), model=model), None)[0]
     assert torch.equal(found.acts["h.1:in"], expected.acts["h.0"])
 
 

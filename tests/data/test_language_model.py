@@ -13,12 +13,13 @@ import torch
 from torch import nn
 
 from flashsae.data.hookpoints import resolve_hookpoints
-from flashsae.data.language_model import LanguageModelConfig, LanguageModelSource
+from flashsae.data.language_model import LanguageModelSource, dtype_of_model
 from flashsae.data.models import load_language_model
 from flashsae.data.sources import Split, split_mask
 from flashsae.data.text import open_text
 from flashsae.data.windows import Block, TokenBatch, Windows
 from flashsae.errors import ConfigError, DataError
+from flashsae.settings.reading import ReadingConfig
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def test_activations_are_those_of_hidden_states(tiny: ModuleType, name: str) -> 
     model = make().base_model
     hookpoint = resolve_hookpoints(model, [pattern])[0]
     reader = tiny.source(
-        dataclasses.replace(tiny.SMALL, hookpoints=(hookpoint,)), open_text(["the cat sat on"]), model=model
+        dataclasses.replace(tiny.SMALL, hookpoint=hookpoint), open_text(["the cat sat on"]), model=model
     )
     ids = torch.tensor([reader.tokenizer("the cat sat on", add_special_tokens=False)["input_ids"]])
     with torch.no_grad():
@@ -70,16 +71,16 @@ def test_a_block_of_documents_is_cut_while_the_model_reads_the_one_before(
 
 
 def test_a_submodule_that_gives_a_tuple_and_one_that_gives_no_sequence(tiny: ModuleType) -> None:
-    assert tiny.source(dataclasses.replace(tiny.SMALL, hookpoints=("h.0.attn", "h.0.mlp.c_fc"))).widths == {
+    assert tiny.source(hookpoints=("h.0.attn", "h.0.mlp.c_fc")).widths == {
         "h.0.attn": 16,
         "h.0.mlp.c_fc": 64,
     }
     with pytest.raises(ConfigError, match=r"expected an output of shape \[sequences, length, d\], got \[1, 16\]"):
-        tiny.source(dataclasses.replace(tiny.SMALL, hookpoints=("pooler",)), model=tiny.bert())
+        tiny.source(dataclasses.replace(tiny.SMALL, hookpoint="pooler"), model=tiny.bert())
 
 
 def test_d_in_needs_one_hookpoint(tiny: ModuleType) -> None:
-    reader = tiny.source(dataclasses.replace(tiny.SMALL, hookpoints=("h.*",)))
+    reader = tiny.source(dataclasses.replace(tiny.SMALL, hookpoint="h.*"))
     with pytest.raises(ConfigError, match=r"expected activations of exactly one site here, got h\.0, h\.1, h\.2\."):
         _ = reader.d_in
 
@@ -87,14 +88,13 @@ def test_d_in_needs_one_hookpoint(tiny: ModuleType) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"context_length": 33, "batch_tokens": 99}, "tiny reads at most 32 tokens, got 33"),
+        ({"context_length": 33}, "tiny reads at most 32 tokens, got 33"),
         ({"context_length": 1}, "expected more than the 1 special tokens"),
-        ({"context_length": 65, "batch_tokens": 64}, "batch_tokens 64 and context_length 65"),
-        ({"max_norm_ratio": 0.5}, "max_norm_ratio: expected more than 1 or None, got 0.5"),
-        ({"max_documents": 0}, "max_documents: expected at least 1"),
-        ({"dtype": "int8"}, "dtype: expected 'auto'"),
-        ({"hookpoints": ()}, "hookpoints: expected a tuple of at least one"),
-        ({"hookpoints": "h.1"}, "hookpoints: expected a tuple of at least one"),
+        ({"context_length": 65}, "context_length: expected context_length <= forward_tokens = 64, got 65"),
+        ({"max_norm_ratio": 0.5}, "max_norm_ratio: expected a number above 1, got 0.5"),
+        ({"max_documents": 0}, "max_documents: expected a positive number, got 0"),
+        ({"model_dtype": "int8"}, "model_dtype: expected one of auto, float32, bfloat16, got 'int8'"),
+        ({"hookpoint": ""}, "hookpoint: expected a string, got ''"),
     ],
 )
 def test_settings_out_of_range_are_refused(tiny: ModuleType, changes: dict[str, Any], message: str) -> None:
@@ -103,23 +103,26 @@ def test_settings_out_of_range_are_refused(tiny: ModuleType, changes: dict[str, 
 
 
 def test_the_device_decides_the_dtype(tiny: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert dataclasses.replace(tiny.SMALL, device="cpu").resolved_dtype() == torch.float32
+    config = dataclasses.replace(tiny.SMALL, model_dtype="auto")
+    assert dtype_of_model(config, "cpu") == torch.float32
     with pytest.raises(ConfigError, match="device: expected auto, cpu or a CUDA device that exists, got 'tpu9'"):
-        dataclasses.replace(tiny.SMALL, device="tpu9").resolved_dtype()
+        dtype_of_model(config, "tpu9")
     monkeypatch.setattr("flashsae.data.language_model.resolve_device", torch.device)
-    assert dataclasses.replace(tiny.SMALL, device="cuda").resolved_dtype() == torch.bfloat16
+    assert dtype_of_model(config, "cuda") == torch.bfloat16
+    assert dtype_of_model(tiny.SMALL, "cuda") == torch.float32
 
 
 def test_the_norm_filter_drops_what_any_hookpoint_finds_large(tiny: ModuleType) -> None:
     model = tiny.gpt2()
     with torch.no_grad():
         model.base_model.wte.weight[5] *= 1000  # one word becomes an attention sink
-    config = dataclasses.replace(tiny.SMALL, hookpoints=("wte", "h.0.ln_1"))  # behind a norm no token is large
-    everything, _ = tiny.collect(tiny.source(config, model=model), None)
-    filtered, cursors = tiny.collect(tiny.source(dataclasses.replace(config, max_norm_ratio=8.0), model=model), None)
+    hookpoints = ("wte", "h.0.ln_1")  # behind a norm no token is large
+    everything, _ = tiny.collect(tiny.source(hookpoints=hookpoints, model=model), None)
+    config = dataclasses.replace(tiny.SMALL, max_norm_ratio=8.0)
+    filtered, cursors = tiny.collect(tiny.source(config, hookpoints=hookpoints, model=model), None)
     is_sink = tiny.need(everything.token_ids) == 5
     assert 0 < int(is_sink.sum()) < len(is_sink) / 2
-    assert list(filtered.acts) == list(config.hookpoints)
+    assert list(filtered.acts) == list(hookpoints)
     assert tiny.same(filtered, everything.select(~is_sink))
     assert cursors[-1]["dropped"] == int(is_sink.sum())
 
@@ -158,7 +161,7 @@ def test_where_every_document_is_not_finite_it_is_the_model(tiny: ModuleType) ->
 @pytest.mark.parametrize("split", ["train", "held_out", None])
 def test_any_cursor_goes_on_with_the_same_bytes_and_runs_nothing_twice(tiny: ModuleType, split: Split | None) -> None:
     model = tiny.gpt2()
-    config = dataclasses.replace(tiny.SMALL, batch_tokens=16 if split == "held_out" else 32, max_norm_ratio=1.5)
+    config = dataclasses.replace(tiny.SMALL, forward_tokens=16 if split == "held_out" else 32, max_norm_ratio=1.5)
     reader = tiny.source(config, model=model)
     whole = list(reader.chunks(split))
     assert len({cursor["document"] for _, cursor in whole}) > 2
@@ -201,7 +204,7 @@ def test_blank_documents_keep_their_numbers(tiny: ModuleType) -> None:
 
 
 def test_minilm_reads_its_own_hidden_states(tiny: ModuleType, minilm: tuple[nn.Module, Any]) -> None:
-    config = LanguageModelConfig("minilm", ("encoder.layer.2", "encoder.layer.5"), dtype="float32", device="cpu")
+    config = ReadingConfig("minilm", hookpoint="encoder.layer.[25]", model_dtype="float32")
     sentence = "Sparse autoencoders decompose activations."
     reader = LanguageModelSource(config, open_text([sentence]), held_out=0.0, loaded=minilm)
     assert reader.widths == {"encoder.layer.2": 384, "encoder.layer.5": 384}
@@ -218,26 +221,28 @@ def test_minilm_reads_its_own_hidden_states(tiny: ModuleType, minilm: tuple[nn.M
 
 
 def test_minilm_masks_cls_and_sep(tiny: ModuleType, minilm: tuple[nn.Module, Any]) -> None:
-    config = LanguageModelConfig("minilm", ("encoder.layer.0",), context_length=32, batch_tokens=256, device="cpu")
+    config = ReadingConfig("minilm", hookpoint="encoder.layer.0", context_length=32, forward_tokens=256)
     reader = LanguageModelSource(config, open_text(["the cat sat " * 300]), held_out=0.0, loaded=minilm)
     chunk = tiny.concatenate([chunk for chunk, _ in reader.chunks("train")])
     assert len(chunk.group) == 900
     assert not set(tiny.need(chunk.token_ids).tolist()) & set(minilm[1].all_special_ids)
     assert int(tiny.need(chunk.position).max()) == 30
     with pytest.raises(ConfigError, match="minilm reads at most 512 tokens, got 513"):
-        LanguageModelSource(dataclasses.replace(config, context_length=513, batch_tokens=513), tiny.TEXT, loaded=minilm)
+        LanguageModelSource(
+            dataclasses.replace(config, context_length=513, forward_tokens=513), tiny.TEXT, loaded=minilm
+        )
 
 
 def test_a_part_of_the_hookpoints_is_read_as_if_it_stood_alone(tiny: ModuleType) -> None:
     model = tiny.gpt2()
-    config = dataclasses.replace(tiny.SMALL, hookpoints=("h.*", "h.1.mlp:in"), shuffle_documents=True)
-    reader = tiny.source(config, model=model)
+    config = dataclasses.replace(tiny.SMALL, shuffle_documents=True)
+    reader = tiny.source(config, hookpoints=("h.*", "h.1.mlp:in"), model=model)
     whole, _ = tiny.collect(reader, "train")
     assert reader.row_bytes == 4 * 4 * 16
     _ = reader.identity, reader.fingerprint
     for name in reader.hookpoints:
         part = reader.at(name)
-        alone = tiny.source(dataclasses.replace(config, hookpoints=(name,)), model=model)
+        alone = tiny.source(dataclasses.replace(config, hookpoint=name), model=model)
         assert (part.hookpoints, part.widths, part.name) == ((name,), {name: 16}, alone.name)
         assert (part.identity, part.fingerprint) == (alone.identity, alone.fingerprint)
         chunk, _ = tiny.collect(part, "train")

@@ -25,13 +25,13 @@ def test_the_forward_stops_behind_the_last_hooked_module(tiny: ModuleType, name:
     for path in resolve_hookpoints(model, [pattern]):
         model.get_submodule(path).register_forward_hook(lambda module, args, output, path=path: ran.append(path))
     layers = resolve_hookpoints(model, [pattern])
-    config = dataclasses.replace(tiny.SMALL, hookpoints=(layers[0],))
+    config = dataclasses.replace(tiny.SMALL, hookpoint=layers[0])
     reader = tiny.source(config, model=model)
     assert ran == [layers[0]]
     next(reader.chunks("train"))
     assert ran == [layers[0]] * 2
     ran.clear()
-    both = tiny.source(dataclasses.replace(config, hookpoints=(layers[1], layers[0])), model=model)
+    both = tiny.source(config, hookpoints=(layers[1], layers[0]), model=model)
     assert ran == [layers[0], layers[1]]
     assert both.hookpoints == (layers[1], layers[0])
     assert len(layers) == n_layers
@@ -42,7 +42,7 @@ def test_attention_that_prepares_for_each_shape_is_left_out(tiny: ModuleType) ->
     enabled: list[bool] = []
     model.h[0].register_forward_hook(lambda *_: enabled.append(torch.backends.cuda.cudnn_sdp_enabled()))
     before = torch.backends.cuda.cudnn_sdp_enabled()
-    reader = tiny.source(dataclasses.replace(tiny.SMALL, hookpoints=("h.0",)), model=model)
+    reader = tiny.source(dataclasses.replace(tiny.SMALL, hookpoint="h.0"), model=model)
     next(reader.chunks("train"))
     assert enabled == [False, False]
     assert torch.backends.cuda.cudnn_sdp_enabled() == before
@@ -65,7 +65,7 @@ def test_a_later_layer_that_works_in_place_changes_nothing(tiny: ModuleType) -> 
         args[0].add_(1.0)
 
     model.base_model.get_submodule("h.2").register_forward_pre_hook(add_in_place)
-    both, _ = tiny.collect(tiny.source(dataclasses.replace(tiny.SMALL, hookpoints=("h.1", "h.2")), model=model), None)
+    both, _ = tiny.collect(tiny.source(hookpoints=("h.1", "h.2"), model=model), None)
     assert torch.equal(both.acts["h.1"], expected.acts["h.1"])
 
 
@@ -78,14 +78,15 @@ def test_loading_and_reading_are_quiet_and_change_no_settings(tiny: ModuleType, 
     tokenizer.save_pretrained(tmp_path)
     code = f"""
 import torch, transformers
-from flashsae.data.language_model import LanguageModelConfig, LanguageModelSource
+from flashsae.data.language_model import LanguageModelSource
 from flashsae.data.models import load_language_model
 from flashsae.data.text import open_text
+from flashsae.settings.reading import ReadingConfig
 log = transformers.utils.logging
 before = log.get_verbosity(), log.is_progress_bar_enabled()
 model, tokenizer = load_language_model("minilm", torch.bfloat16)
-config = LanguageModelConfig({str(tmp_path)!r}, ("encoder.layer.1",), context_length=32, device="cpu")
-source = LanguageModelSource(config, open_text(["the cat sat " * 300]), held_out=0.0)
+config = ReadingConfig({str(tmp_path)!r}, hookpoint="encoder.layer.1", context_length=32)
+source = LanguageModelSource(config, open_text(["the cat sat " * 300]), held_out=0.0, device="cpu")
 assert sum(len(chunk.group) for chunk, _ in source.chunks("train")) == 900
 assert (log.get_verbosity(), log.is_progress_bar_enabled()) == before
 assert {{str(parameter.dtype) for parameter in model.parameters()}} == {{"torch.bfloat16"}}

@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from flashsae.data import language_model
 from flashsae.data import open as open_module
-from flashsae.data.language_model import LanguageModelConfig
 from flashsae.data.open import ActivationsConfig, Prepared, prepare_activations
 from flashsae.errors import CheckpointError, ConfigError
 
@@ -21,38 +21,46 @@ def interrupt(n_rows: int) -> None:
 
 
 @pytest.mark.parametrize("change", ["nothing", "dtype", "batch"])
-def test_a_default_cache_goes_on_only_with_a_model_that_gives_the_same_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
-) -> None:
+def test_a_default_cache_goes_on_only_with_a_model_that_gives_the_same_bytes(tmp_path: Path, change: str) -> None:
     (tmp_path / "text.txt").write_text("\n\n".join(f"the cat {i} sat on the mat" for i in range(30)))
     config = ActivationsConfig(dataset=str(tmp_path / "text.txt"), context_length=16)
     folder = tmp_path / "activations"
-    if change == "dtype":
-        monkeypatch.setattr(LanguageModelConfig, "resolved_dtype", lambda self: torch.bfloat16)
-    if change == "batch":
-        monkeypatch.setattr(open_module, "MODEL_BATCH_TOKENS", 64)
+    changes: dict[str, Any] = {"dtype": {"model_dtype": "bfloat16"}, "batch": {"forward_tokens": 64}}
+    begun = replace(config, **changes.get(change, {}))
     with pytest.raises(KeyboardInterrupt):
-        prepare_activations(config, tokens=100, folder=folder, device="cpu").open(interrupt)
-    monkeypatch.undo()
+        prepare_activations(begun, tokens=100, folder=folder, device="cpu").compute(interrupt)
     for _ in range(2):
-        opened = prepare_activations(config, tokens=100, folder=folder, device="cpu").open(lambda rows: None)
+        opened = prepare_activations(config, tokens=100, folder=folder, device="cpu").compute(lambda rows: None)
     assert opened.sources["encoder.layer.2"].d_in == 384
     assert len(list(folder.iterdir())) == (1 if change == "nothing" else 2)
 
 
-def test_several_hookpoints_need_a_place_for_their_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("stream", [None, True])
+def test_several_hookpoints_are_streamed_one_after_another_where_nothing_is_cached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: bool | None
+) -> None:
     (tmp_path / "text.txt").write_text("\n\n".join(f"the cat {i} sat on the mat" for i in range(30)))
-    config = ActivationsConfig(
-        "minilm", str(tmp_path / "text.txt"), hookpoint="encoder.layer.[01]", context_length=16, held_out=0.3
-    )
+    config = ActivationsConfig("minilm", str(tmp_path / "text.txt"), context_length=16, held_out=0.3, stream=stream)
     monkeypatch.setattr(open_module, "LARGEST_DEFAULT_CACHE", 100)
-    for stream, words in (
-        (None, "above .* GB, so nothing is cached by default: give"),
-        (True, "give, instead of --stream"),
-    ):
-        with pytest.raises(ConfigError, match=f"encoder.layer.1. .*{words}.* --activations FOLDER") as caught:
-            prepare_activations(replace(config, stream=stream), tokens=100, folder=tmp_path, device="cpu")
-        assert ("--stream" in str(caught.value)) == (stream is True)
+    monkeypatch.setattr(language_model, "load_with_account", functools.cache(language_model.load_with_account))
+
+    def prepare(hookpoint: str) -> Prepared:
+        asked = replace(config, hookpoint=hookpoint)
+        return prepare_activations(asked, tokens=100, folder=tmp_path / "activations", device="cpu")
+
+    both = prepare("encoder.layer.[01]")
+    assert "the model reads it 2 times, once for each SAE" in both.source
+    assert (both.row_bytes, both.cache_bytes) == (384 * 4, 0)
+    sources = both.compute(lambda rows: None).sources
+    assert list(sources) == ["encoder.layer.0", "encoder.layer.1"]
+    for hookpoint, source in sources.items():
+        alone = prepare(hookpoint)
+        assert "times" not in alone.source
+        chunk = next(source.chunks("train"))[0].acts
+        expected = next(alone.compute(lambda rows: None).sources[hookpoint].chunks("train"))[0].acts
+        assert list(chunk) == [hookpoint]
+        assert torch.equal(chunk[hookpoint], expected[hookpoint])
+    assert not (tmp_path / "activations").exists()
 
 
 def test_a_cache_that_is_not_complete_goes_on_as_it_was_begun_or_is_refused(
@@ -79,7 +87,7 @@ def test_a_cache_that_is_not_complete_goes_on_as_it_was_begun_or_is_refused(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("flashsae.data.cache_writer._Writer.finish", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            prepare(begun_with).open(lambda rows: None)
+            prepare(begun_with).compute(lambda rows: None)
     before = {path: path.read_bytes() for path in acts.rglob("*") if path.is_file()}
     advice = r"is not complete \(\d+ rows so far\): finish it with flashsae cache .* --out .*acts, or give the settings"
     for config, told in (
@@ -95,4 +103,4 @@ def test_a_cache_that_is_not_complete_goes_on_as_it_was_begun_or_is_refused(
     with pytest.raises(CheckpointError, match=f"{advice}.* begun with: max_tokens is 142 there"):
         prepare(begun_with, tokens=90)
     assert {path: path.read_bytes() for path in acts.rglob("*") if path.is_file()} == before
-    assert len(prepare(begun_with).open(lambda rows: None).sources) == 2
+    assert len(prepare(begun_with).compute(lambda rows: None).sources) == 2

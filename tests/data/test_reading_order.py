@@ -61,13 +61,13 @@ def test_a_source_of_mixed_documents_resumes_at_any_cursor(
     tiny: ModuleType, split: Split | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reading_order, "_WINDOW_CHARACTERS", 2000)
-    reader = tiny.source(dataclasses.replace(tiny.SMALL, shuffle_documents=True, batch_tokens=16, document_seed=4))
+    reader = tiny.source(dataclasses.replace(tiny.SMALL, shuffle_documents=True, forward_tokens=16, document_seed=4))
     whole = list(reader.chunks(split))
     groups = torch.cat([chunk.group for chunk, _ in whole])
     assert bool((groups.diff() < 0).any())
     if split is not None:
         assert bool(split_mask(groups, 0.2, split).all())
-    plain = tiny.collect(tiny.source(dataclasses.replace(tiny.SMALL, batch_tokens=16)), split)[0]
+    plain = tiny.collect(tiny.source(dataclasses.replace(tiny.SMALL, forward_tokens=16)), split)[0]
     assert sorted(plain.group.tolist()) == sorted(groups.tolist())
     for place in range(0, len(whole), 7):
         rest = list(reader.chunks(split, json.loads(json.dumps(whole[place][1]))))
@@ -93,7 +93,7 @@ def test_a_cut_is_the_beginning_of_the_order_of_reading(tiny: ModuleType, max_to
     """Half of the documents fill windows, half are short: as many rows of each as there are in the text."""
     lengths = [48 if i % 2 else 4 for i in range(80)]
     text = open_text([" ".join(tiny.WORDS[(i + j) % 16] for j in range(n)) for i, n in enumerate(lengths)])
-    config = dataclasses.replace(tiny.SMALL, batch_tokens=128)
+    config = dataclasses.replace(tiny.SMALL, forward_tokens=128)
     reader = tiny.source(config, text)
     rows = [chunk for chunk, _ in reader.chunks(None, None, max_tokens)]
     group = tiny.concatenate(rows).group

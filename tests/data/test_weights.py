@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from flashsae.data.language_model import LanguageModelConfig, LanguageModelSource
+from flashsae.data.language_model import LanguageModelSource
 from flashsae.data.models import load_language_model
 from flashsae.data.text import open_text
 from flashsae.data.weights import Trace
 from flashsae.errors import ConfigError
+from flashsae.settings.reading import ReadingConfig
 
 Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
@@ -35,8 +36,8 @@ def save(tiny: ModuleType, folder: Path, model: nn.Module, change: Change | None
 
 
 def read(folder: Path, hookpoint: str) -> LanguageModelSource:
-    config = LanguageModelConfig(str(folder), (hookpoint,), context_length=16, batch_tokens=64, device="cpu")
-    return LanguageModelSource(config, open_text(["the cat sat on a mat"] * 2), held_out=0.0)
+    config = ReadingConfig(str(folder), hookpoint=hookpoint, context_length=16, forward_tokens=64)
+    return LanguageModelSource(config, open_text(["the cat sat on a mat"] * 2), held_out=0.0, device="cpu")
 
 
 def without(part: str) -> Change:
@@ -172,8 +173,8 @@ def test_the_home_folder_may_be_a_tilde(tiny: ModuleType, tmp_path: Path, monkey
     monkeypatch.setenv("HOME", str(tmp_path))
     save(tiny, tmp_path / "model", tiny.gpt2().base_model)
     (tmp_path / "text.txt").write_text("the cat\n\na mat")
-    config = LanguageModelConfig("~/model", ("h.1",), context_length=16, batch_tokens=64, device="cpu")
-    assert LanguageModelSource(config, open_text("~/text.txt")).d_in == 16
+    config = ReadingConfig("~/model", hookpoint="h.1", context_length=16, forward_tokens=64)
+    assert LanguageModelSource(config, open_text("~/text.txt"), device="cpu").d_in == 16
 
 
 def test_buffers_that_transformers_does_not_know_to_ignore_are_no_alarm(tiny: ModuleType) -> None:

@@ -18,7 +18,7 @@ from flashsae.errors import ConfigError, DataError
 def test_padding_and_neighbours_do_not_change_a_document(tiny: ModuleType, name: str, bos: bool) -> None:
     make, pattern = tiny.FAMILIES[name]
     model = make()
-    config = dataclasses.replace(tiny.SMALL, hookpoints=(pattern,), batch_tokens=128)
+    config = dataclasses.replace(tiny.SMALL, hookpoint=pattern, forward_tokens=128)
     together, _ = tiny.collect(tiny.source(config, model=model, bos=bos), None)
     for document in (1, 4, 7):
         alone, _ = tiny.collect(tiny.source(config, open_text([tiny.DOCUMENTS[document]]), model=model, bos=bos), None)
@@ -77,7 +77,7 @@ def test_special_tokens_inside_a_text_are_masked(tiny: ModuleType) -> None:
     assert tiny.need(chunk.position).tolist() == [0, 1, 3]
 
 
-def test_a_batch_holds_at_most_batch_tokens(tiny: ModuleType) -> None:
+def test_a_batch_holds_at_most_forward_tokens(tiny: ModuleType) -> None:
     model = tiny.gpt2()
     shapes: list[torch.Size] = []
     model.base_model.wte.register_forward_hook(lambda module, args, output: shapes.append(args[0].shape))
@@ -148,15 +148,15 @@ def test_tokens_marked_special_among_the_added_ones_are_masked(tiny: ModuleType)
 @pytest.mark.parametrize(
     ("changes", "bos", "message"),
     [
-        ({"skip_first": 16}, False, "skip_first: expected 0 or more, and fewer than the 16 tokens"),
-        ({"skip_first": -1}, False, "skip_first: expected 0 or more"),
+        ({"skip_first": 16}, False, "skip_first: expected fewer than the 16 tokens of an input"),
+        ({"skip_first": -1}, False, "skip_first: expected a number that is not negative"),
         ({"exclude_ids": (99,)}, False, r"exclude_ids: the tokenizer has the ids 0 to \d+, got 99"),
-        ({"exclude_ids": [1]}, False, "exclude_ids: expected a tuple of token ids"),
-        ({"exclude_ids": (-1,)}, False, "exclude_ids: expected a tuple of token ids"),
+        ({"exclude_ids": 1}, False, "exclude_ids: expected a list of whole numbers"),
+        ({"exclude_ids": (-1,)}, False, "exclude_ids: expected a list of whole numbers"),
         ({"prepend_bos": True}, False, "prepend_bos: the tokenizer of this model has no BOS token"),
     ],
 )
-def test_a_choice_that_cannot_be_made_is_refused(
+def test_settings_that_leave_no_token_are_refused(
     tiny: ModuleType, changes: dict[str, object], bos: bool, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flashsae.data.language_model import LanguageModelConfig, LanguageModelSource
+from flashsae.data.language_model import LanguageModelSource
 from flashsae.data.sources import Chunk, Cursor, Split
 from flashsae.data.text import TextDataset, open_text
+from flashsae.settings.reading import ReadingConfig
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "then", "it", "went", "out", "to", "see", "what", "was", "there"]
 DOCUMENTS = [" ".join(WORDS[(i * 5 + j * (i + 2)) % len(WORDS)] for j in range(2 + (i * 7) % 45)) for i in range(40)]
@@ -99,20 +101,23 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "llama": (llama, "layers.*"),
     "bert": (bert, "encoder.layer.*"),
 }
-SMALL = LanguageModelConfig("tiny", ("h.1",), context_length=16, batch_tokens=64)
-CACHED = LanguageModelConfig("tiny", ("h.0", "h.1"), context_length=16, batch_tokens=32, device="cpu")
+_SHORT = ReadingConfig("tiny", context_length=16, shuffle_documents=False, model_dtype="float32")
+SMALL = replace(_SHORT, hookpoint="h.1", forward_tokens=64)
+CACHED = replace(_SHORT, hookpoint="h.[01]", forward_tokens=32)
 SHARD_ROWS = 100
 
 
 def source(
-    config: LanguageModelConfig = SMALL,
+    config: ReadingConfig = SMALL,
     text: TextDataset = TEXT,
     *,
     model: nn.Module | None = None,
+    hookpoints: Sequence[str] = (),
     bos: bool = False,
     held_out: float = 0.2,
 ) -> LanguageModelSource:
-    return LanguageModelSource(config, text, held_out=held_out, loaded=(model or gpt2(), word_tokenizer(bos=bos)))
+    loaded = (model or gpt2(), word_tokenizer(bos=bos))
+    return LanguageModelSource(config, text, hookpoints=hookpoints, held_out=held_out, loaded=loaded)
 
 
 def collect(

@@ -76,11 +76,11 @@ def test_each_setting_reaches_the_model_and_has_a_cache_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(language_model, "load_with_account", functools.cache(language_model.load_with_account))
-    streamed = prepared(tmp_path, stream=True).open(lambda rows: None).sources["encoder.layer.2"]
+    streamed = prepared(tmp_path, stream=True).compute(lambda rows: None).sources["encoder.layer.2"]
     reached = {name: getattr(streamed.config, name) for name in CHOSEN}
     places = {prepared(tmp_path).config.activations}
     for name, value in CHOSEN.items():
-        source = prepared(tmp_path, stream=True, **{name: value}).open(lambda rows: None).sources["encoder.layer.2"]
+        source = prepared(tmp_path, stream=True, **{name: value}).compute(lambda rows: None).sources["encoder.layer.2"]
         changed = {other: getattr(source.config, other) for other in CHOSEN if other != "document_seed"}
         assert getattr(source.config, name) == value != reached[name]
         assert changed == {other: reached[other] for other in changed} | ({name: value} if name in changed else {})

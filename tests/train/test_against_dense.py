@@ -10,12 +10,13 @@ from flashsae import TrainConfig
 from flashsae.data.acts import only_site
 from flashsae.data.cache import ActivationCache
 from flashsae.data.cache_writer import write_cache
-from flashsae.data.language_model import LanguageModelConfig, LanguageModelSource
+from flashsae.data.language_model import LanguageModelSource
 from flashsae.data.shuffle import RowShuffle
 from flashsae.data.text import open_text
 from flashsae.evaluate import held_out_batches
 from flashsae.metrics import FVU
 from flashsae.optim import lr_factor
+from flashsae.settings.reading import ReadingConfig
 from flashsae.testing import DenseTrainer, dense_decode
 from flashsae.train import init_state, train
 
@@ -23,8 +24,8 @@ from flashsae.train import init_state, train
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> ActivationCache:
     directory = tmp_path_factory.mktemp("cache") / "acts"
-    config = LanguageModelConfig("minilm", ("encoder.layer.1",), context_length=128, device="cpu")
-    write_cache(directory, LanguageModelSource(config, open_text("python-docs")), max_tokens=20_000)
+    config = ReadingConfig("minilm", hookpoint="encoder.layer.1", context_length=128, shuffle_documents=False)
+    write_cache(directory, LanguageModelSource(config, open_text("python-docs"), device="cpu"), max_tokens=20_000)
     return ActivationCache(directory, held_out=0.1)
 
 

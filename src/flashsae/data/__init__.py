@@ -2,18 +2,19 @@
 
 from flashsae.data.cache import ActivationCache
 from flashsae.data.cache_writer import write_cache
-from flashsae.data.language_model import LanguageModelConfig, LanguageModelSource
+from flashsae.data.language_model import LanguageModelSource
 from flashsae.data.sources import ArraySource, Chunk, IterableSource
 from flashsae.data.synthetic import SuperpositionModel
 from flashsae.data.text import open_text
+from flashsae.settings.reading import ReadingConfig
 
 __all__ = [
     "ActivationCache",
     "ArraySource",
     "Chunk",
     "IterableSource",
-    "LanguageModelConfig",
     "LanguageModelSource",
+    "ReadingConfig",
     "SuperpositionModel",
     "open_text",
     "write_cache",

@@ -25,6 +25,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 FORMAT = "flashsae.activations"
 FORMAT_VERSION = 2
 _ADVICE = "Write the cache again into another folder."
+_RENAMED = {"batch_tokens": "forward_tokens"}
+"""What settings were called in version 0.1."""
 NotNegative = Annotated[float, Range(0)]
 Hookpoint = Annotated[str, Pattern(r"\w[\w.-]*(:in)?", "a hookpoint, whose module path is fit for a file")]
 """A name that becomes a folder: no separator, no drive, nothing that leads out of the cache."""
@@ -120,6 +122,7 @@ class CacheIndex:
         """
         path = directory / INDEX_FILE
         index = load_document(path, CacheIndex, head=(FORMAT, FORMAT_VERSION), must_be_sealed=True, advice=_ADVICE)
+        index.settings = {_RENAMED.get(name, name): value for name, value in index.settings.items()}
         settings = parse(CacheSettings, index.settings, str(path), _ADVICE)
         names = {TOKENS_FOLDER, *settings.hookpoints}
         if not settings.hookpoints or len(names) <= len(settings.hookpoints) or TOKENIZER_FOLDER in names:

@@ -9,7 +9,7 @@ import json
 import shutil
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -113,9 +113,9 @@ def cache_settings(
     taken = sorted({TOKENS_FOLDER, TOKENIZER_FOLDER}.intersection(source.hookpoints))
     if taken:
         raise ConfigError(f"hookpoints: a cache has a folder {taken[0]!r} of its own; leave that module out.")
-    reading = {name: value for name, value in asdict(source.config).items() if name not in ("hookpoints", "device")}
     settings = {
-        **reading,
+        **source.config.of_tokens(),
+        "model": source.config.model,
         "dataset": source.text.name,
         "model_fingerprint": source.identity["model"],
         "text_fingerprint": source.identity["text"],

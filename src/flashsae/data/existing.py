@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from flashsae.data.hookpoints import match_hookpoints
 from flashsae.data.text import TextDataset, open_text
 from flashsae.data.weights import model_fingerprint
 from flashsae.errors import CheckpointError, ConfigError, DataError, MissingExtraError
+from flashsae.settings.left_open import given
 from flashsae.settings.reading import ActivationsConfig, ReadingConfig
 
 MOST_ROUNDED = 1e-3
@@ -45,7 +46,7 @@ def is_complete_cache(config: ActivationsConfig) -> bool:
     is_there = place.exists() and is_cache(place)
     if is_there and ActivationCache.is_complete(place):
         return True
-    if config.model is None and config.dataset is None:
+    if not {"model", "dataset"} & given(config).keys():
         if is_there:
             raise _not_complete(place, CacheIndex.read(place))
         raise ConfigError(
@@ -112,31 +113,36 @@ def check_asked(config: ActivationsConfig, place: Path) -> ActivationsConfig:
         DataError: the cache was written with others.
     """
     held = ActivationCache.read_settings(place)
-    asked: dict[str, Any] = {f.name: getattr(config, f.name) for f in fields(ReadingConfig)}
-    of_text = [name for name in _OF_TEXT if asked.pop(name) is not None]
-    asked["dtype"] = config.cache_dtype and DTYPE_NAMES[config.cache_dtype]
-    if config.dataset is not None:
+    asked, told = config.of_tokens(), given(config)
+    if "cache_dtype" in told:
+        asked["dtype"] = DTYPE_NAMES[config.cache_dtype]
+    if told.get("model_dtype", "auto") != "auto":
+        asked["model_dtype"] = config.model_dtype
+    if "dataset" in told:
         text = open_configured_text(config)
         asked |= {"dataset": text.name, "text_fingerprint": text.fingerprint}
-    elif of_text:
-        raise ConfigError(
-            f"{of_text[0]}: expected nothing beside --activations {place}, a cache whose text has been read. Leave it "
-            "out."
-        )
-    if config.model is not None:
-        asked["model_fingerprint"] = _known_fingerprint(config.model)
-    given = {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in asked.items()
-        if value is not None and name not in ("hookpoint", "cache_dtype")
-    }
-    differences = changes({name: held.get(name) for name in given}, given, ", {!r} was asked for")
+    else:
+        _check_no_text(config, place)
+    if "model" in told:
+        asked |= {"model": config.model, "model_fingerprint": _known_fingerprint(config.model)}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    differences = changes({name: held.get(name) for name in asked}, asked, ", {!r} was asked for")
     if differences:
         raise DataError(
             f"the cache {place} holds other activations than were asked for: {'; '.join(differences)}. Leave these "
             "settings out, or name another folder."
         )
     return replace(config, model=held["model"], context_length=held["context_length"])
+
+
+def _check_no_text(config: ReadingConfig, place: Path) -> None:
+    """Raise ConfigError where settings of a text are given without a text."""
+    for name in _OF_TEXT:
+        if getattr(config, name) is not None:
+            raise ConfigError(
+                f"{name}: expected nothing beside --activations {place}, a cache whose text has been read. Leave it "
+                "out."
+            )
 
 
 def _known_fingerprint(model: str) -> str | None:
@@ -171,6 +177,5 @@ def rounding_warning(cache: ActivationCache) -> str | None:
 
 def open_configured_text(config: ReadingConfig) -> TextDataset:
     """Open the text that settings name."""
-    assert config.dataset is not None
     given = {"split": config.text_split, "column": config.text_column, "subset": config.text_subset}
     return open_text(config.dataset, **{name: value for name, value in given.items() if value is not None})

@@ -6,12 +6,12 @@ windows of a block of documents are batched by length, in an order that depends 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,90 +26,30 @@ from flashsae.data.reading_order import Place, ReadingOrder
 from flashsae.data.sources import Chunk, Cursor, Split, check_held_out, split_mask
 from flashsae.data.text import TextDataset
 from flashsae.data.weights import check_loaded, loaded_fingerprint, model_fingerprint
-from flashsae.data.windows import Choice, TokenBatch, Windows, first_tokens
+from flashsae.data.windows import TokenBatch, Windows, first_tokens
 from flashsae.errors import ConfigError, DataError
+from flashsae.settings.reading import ReadingConfig
 
 _BLOCK_CHARACTERS_PER_TOKEN = 32
 """A block holds about eight forwards: enough windows for batches of like length, little to lose in a kill."""
 
 
-@dataclass(frozen=True)
-class LanguageModelConfig:
-    """What to read from which model.
-
-    Args:
-        model: ``"minilm"`` (six layers of width 384, from the extra `demo`, no download), or a folder or a name on
-            the hub for ``transformers.AutoModel``. Where a loaded model is passed, its name for messages.
-        hookpoints: module paths in the base model, such as ``encoder.layer.2`` or ``h.3.mlp``, for the output of the
-            module; ``h.3.mlp:in`` is its input. ``*`` stands for anything but a dot, so ``layers.*`` is every layer.
-        context_length: tokens in one model input, special tokens included.
-        batch_tokens: tokens in one forward, padding included.
-        mask_special: leave out the tokens that the tokenizer adds, and its special tokens anywhere else.
-        max_norm_ratio: leave out tokens whose norm exceeds so many times the median of their forward at any
-            hookpoint (attention sinks); None keeps all.
-        skip_first: leave out so many positions at the beginning of each model input, special tokens counted.
-        exclude_ids: leave out the tokens with these ids.
-        prepend_bos: begin each model input with the BOS token, or never do; None: as the tokenizer does.
-        shuffle_documents: mix the order of the documents, some millions of characters at a time.
-        document_seed: of that order.
-        max_documents: an epoch ends before this document number, whatever the split; None reads all.
-        dtype: of the model and its activations; "auto" is float32 on a CPU and bfloat16 on a GPU.
-        device: "auto" is the GPU where there is one.
-    Raises:
-        ConfigError: a setting is out of range.
-    """
-
-    model: str
-    hookpoints: tuple[str, ...]
-    context_length: int = 256
-    batch_tokens: int = 8192
-    mask_special: bool = True
-    max_norm_ratio: float | None = None
-    skip_first: int = 0
-    exclude_ids: tuple[int, ...] = ()
-    prepend_bos: bool | None = None
-    shuffle_documents: bool = False
-    document_seed: int = 0
-    max_documents: int | None = None
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.hookpoints, tuple) or not self.hookpoints:
-            raise ConfigError(f"hookpoints: expected a tuple of at least one module path, got {self.hookpoints!r}.")
-        if self.context_length < 1 or self.batch_tokens < self.context_length:
-            raise ConfigError(
-                f"batch_tokens: expected at least one input of context_length >= 1 tokens, "
-                f"got batch_tokens {self.batch_tokens} and context_length {self.context_length}."
-            )
-        if self.max_norm_ratio is not None and not self.max_norm_ratio > 1.0:
-            raise ConfigError(f"max_norm_ratio: expected more than 1 or None, got {self.max_norm_ratio}.")
-        if not 0 <= self.skip_first < self.context_length:
-            raise ConfigError(
-                f"skip_first: expected 0 or more, and fewer than the {self.context_length} tokens of an input "
-                f"(context_length), got {self.skip_first}."
-            )
-        if not isinstance(self.exclude_ids, tuple) or any(not isinstance(i, int) or i < 0 for i in self.exclude_ids):
-            raise ConfigError(f"exclude_ids: expected a tuple of token ids, got {self.exclude_ids!r}.")
-        if self.max_documents is not None and self.max_documents < 1:
-            raise ConfigError(f"max_documents: expected at least 1 or None, got {self.max_documents}.")
-        if self.dtype not in ("auto", "float32", "bfloat16"):
-            raise ConfigError(f"dtype: expected 'auto', 'float32' or 'bfloat16', got {self.dtype!r}.")
-
-    def resolved_dtype(self) -> torch.dtype:
-        """Return the dtype of the model and of its activations."""
-        if self.dtype != "auto":
-            return torch.float32 if self.dtype == "float32" else torch.bfloat16
-        return torch.float32 if resolve_device(self.device).type == "cpu" else torch.bfloat16
+def dtype_of_model(config: ReadingConfig, device: str) -> torch.dtype:
+    """Return the dtype of the model and of its activations."""
+    if config.model_dtype == "auto":
+        return torch.float32 if resolve_device(device).type == "cpu" else torch.bfloat16
+    return torch.float32 if config.model_dtype == "float32" else torch.bfloat16
 
 
 class LanguageModelSource:
     """A `StreamSource` of the activations of a language model: each hookpoint is a site, read in the same forward.
 
     Args:
-        config: what to read from which model.
+        config: what to read from which model, and where in it. What is left open is filled in.
         text: the documents.
+        hookpoints: several module paths or patterns, in place of the one of `config`.
         held_out: fraction of the documents that training never sees.
+        device: of the model; "auto" is the GPU where there is one.
         loaded: a model (with or without a head) and its tokenizer to use instead of loading `config.model`. The
             model is switched to evaluation and its parameters are frozen; it keeps its dtype and device.
     Raises:
@@ -119,33 +59,28 @@ class LanguageModelSource:
 
     def __init__(
         self,
-        config: LanguageModelConfig,
+        config: ReadingConfig,
         text: TextDataset,
         *,
+        hookpoints: Sequence[str] = (),
         held_out: float = 0.05,
+        device: str = "auto",
         loaded: tuple[nn.Module, Any] | None = None,
     ) -> None:
-        self.config = config
+        self.config = config = config.filled()
         self.text = text
         self._held_out = check_held_out(held_out)
         if loaded is None:
-            model, self.tokenizer, loading = load_with_account(config.model, config.resolved_dtype())
+            model, self.tokenizer, loading = load_with_account(config.model, dtype_of_model(config, device))
         else:
             (model, self.tokenizer), loading = loaded, Loading()
         model = getattr(model, "base_model", model)
         if loaded is None:
-            model = model.to(resolve_device(config.device))
-        self.hookpoints = resolve_hookpoints(model, config.hookpoints)
+            model = model.to(resolve_device(device))
+        self.hookpoints = resolve_hookpoints(model, hookpoints or (config.hookpoint,))
         self.name = self._name()
         self._check_context(model)
-        self._windows = Windows(
-            self.tokenizer,
-            context_length=config.context_length,
-            batch_tokens=config.batch_tokens,
-            choice=Choice(config.mask_special, config.skip_first, config.exclude_ids),
-            prepend_bos=config.prepend_bos,
-            vocabulary=vocabulary_size(model),
-        )
+        self._windows = Windows(self.tokenizer, config, vocabulary_size(model))
         self._is_given = loaded is not None
         self._model = HookedModel(model, self.hookpoints)
         seen = look(self._model, self._windows.probe(), config.model)
@@ -181,14 +116,12 @@ class LanguageModelSource:
 
         Free of paths, so that what was moved is still the same. Model, tokenizer and text are read for it once.
         """
-        settings = {name: value for name, value in asdict(self.config).items() if name not in ("model", "device")}
         model, tokenizer = self._model.model, self.tokenizer
         return {
             "text": self.text.fingerprint,
             "model": loaded_fingerprint(model, tokenizer) if self._is_given else model_fingerprint(self.config.model),
-            **settings,
+            **self.config.of_tokens(),
             "hookpoints": list(self.hookpoints),
-            "exclude_ids": list(self.config.exclude_ids),
             "dtype": str(self.dtype).removeprefix("torch."),
             "held_out": self._held_out,
         }
@@ -204,7 +137,6 @@ class LanguageModelSource:
         for known in ("identity", "fingerprint"):
             part.__dict__.pop(known, None)
         part.hookpoints = hookpoints
-        part.config = replace(self.config, hookpoints=hookpoints)
         part.name = part._name()
         part.widths = {name: self.widths[name] for name in hookpoints}
         part._model = HookedModel(self._model.model, hookpoints)
@@ -247,7 +179,7 @@ class LanguageModelSource:
 
     def _batched_blocks(self, split: Split | None, start: Place) -> Iterator[tuple[list[TokenBatch], Place, Place]]:
         """Yield the batches of blocks with their places; a thread cuts the next one while the model reads."""
-        characters = _BLOCK_CHARACTERS_PER_TOKEN * self.config.batch_tokens
+        characters = _BLOCK_CHARACTERS_PER_TOKEN * self.config.forward_tokens
         order = ReadingOrder(characters, self.config.document_seed if self.config.shuffle_documents else None)
         blocks = order.blocks(self._documents(split, start.document), start.offset)
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +24,21 @@ from flashsae.data.existing import (
     rounding_warning,
 )
 from flashsae.data.fingerprint import text_digest
-from flashsae.data.language_model import LanguageModelConfig, LanguageModelSource
+from flashsae.data.language_model import LanguageModelSource, dtype_of_model
 from flashsae.data.sources import Chunk, Source, Split
 from flashsae.data.text import TextDataset, check_splits
 from flashsae.data.weights import model_fingerprint
-from flashsae.errors import ConfigError
 from flashsae.settings.reading import ActivationsConfig, ReadingConfig
 
 LARGEST_DEFAULT_CACHE = 8 * 10**9
-MODEL_BATCH_TOKENS = 8192
 
 
 @dataclass(frozen=True)
-class Opened:
+class Activations:
     """Activations that are ready to be read.
 
     Args:
-        sources: by hookpoint.
+        sources: by hookpoint, one site each.
         tokenizer: that of the model; called, because loading it takes a moment.
         warnings: sentences on what may spoil the result.
     """
@@ -64,22 +62,22 @@ class Prepared:
     Args:
         widths: d_in by hookpoint.
         config: the settings that led here, filled in.
-        how: where they come from, for the plan.
-        open: does the long work: called with a function that hears of the rows cached so far.
+        source: where they come from, in words.
+        compute: does the long work: called with a function that hears of the rows cached so far.
         cache_bytes: size of the cache, at most; 0 for a stream.
         row_bytes: of the activations of a token in the shuffle buffer of a stream; a cache needs no buffer.
         model_bytes: of the language model, if it stays in memory beside the training.
-        opened: the activations, where no long work is left.
+        ready: the activations, where no long work is left.
     """
 
-    widths: dict[str, int]
+    widths: Mapping[str, int]
     config: ActivationsConfig
-    how: str
-    open: Callable[[Progress], Opened]
+    source: str
+    compute: Callable[[Progress], Activations]
     cache_bytes: int = 0
     row_bytes: int = 0
     model_bytes: int = 0
-    opened: Opened | None = None
+    ready: Activations | None = None
 
 
 def prepare_activations(
@@ -98,60 +96,80 @@ def prepare_activations(
         DataError: the text is missing or empty, or the cache holds something else than is asked for.
         CheckpointError: the cache is damaged, or is not complete and was begun with other settings.
     """
-    if is_checked and config.activations is not None:
-        config = replace(config, activations=moved_place(config.activations, folder))
-    if config.activations is not None and is_complete_cache(config):
-        return _prepare_cache(config if is_checked else check_asked(config, config.activations), config.activations)
+    named = config.activations
+    if named is not None and is_checked:
+        named = moved_place(named, folder)
+        config = replace(config, activations=named)
+    if named is not None and is_complete_cache(config):
+        return _cached(config if is_checked else check_asked(config, named), named)
     config = config.filled()
     text = open_configured_text(config)
     check_splits(text, config.held_out)
     rows = int(tokens / (1 - config.held_out))
-    reading = _language_model_config(config, device)
-    place = config.activations
+    place = named
     if place is None and not config.stream:
-        place = folder / _cache_name(config, reading, text, rows)
+        place = folder / _cache_name(config, text, rows, device)
     if place is not None and ActivationCache.is_complete(place):
-        return _prepare_cache(config, place)
-    if config.activations is not None:
-        check_begun(config.activations, {"model": reading.model, "text_fingerprint": text.fingerprint})
-    source = LanguageModelSource(reading, text, held_out=config.held_out)
-    if config.activations is not None:
-        wanted = cache_settings(source, SHARD_ROWS, rows, config.cache_dtype or "bf16")
-        check_begun(config.activations, wanted)
+        return _cached(config, place)
+    if named is not None:
+        check_begun(named, {"model": config.model, "text_fingerprint": text.fingerprint})
+    source = LanguageModelSource(config, text, held_out=config.held_out, device=device)
+    if named is not None:
+        check_begun(named, cache_settings(source, SHARD_ROWS, rows, config.cache_dtype))
     size = (4 if config.cache_dtype == "float32" else 2) * rows * sum(source.widths.values())
-    is_too_large = config.stream is None and config.activations is None and size > LARGEST_DEFAULT_CACHE
+    is_too_large = config.stream is None and named is None and size > LARGEST_DEFAULT_CACHE
     if place is None or is_too_large:
-        if len(source.hookpoints) > 1:
-            most = f"{LARGEST_DEFAULT_CACHE / 1e9:g}"
-            why = (
-                f"The cache would be {size / 1e9:.0f} GB, above {most} GB, so nothing is cached by default: give"
-                if is_too_large
-                else f"For several SAEs at once give, instead of --stream and for about {size / 1e9:.2g} GB,"
-            )
-            raise ConfigError(
-                f"hookpoint: expected one module where nothing is cached, got {', '.join(source.hookpoints)}. {why} "
-                "--activations FOLDER."
-            )
-        opened = Opened({source.hookpoints[0]: source}, lambda: source.tokenizer)
-        how = f"{text.name}, streamed beside the training"
-        row_bytes = source.d_in * source.dtype.itemsize
-        return Prepared(
-            source.widths,
-            config,
-            how,
-            lambda _: opened,
-            row_bytes=row_bytes,
-            model_bytes=source.model_bytes,
-            opened=opened,
-        )
+        return _streamed(config, source)
+    return _to_be_cached(config, source, place, rows, size)
 
-    def write_and_open(on_progress: Progress) -> Opened:
-        write_cache(place, source, max_tokens=rows, dtype=config.cache_dtype or "bf16", on_progress=on_progress)
-        return _prepare_cache(config, place).open(on_progress)
 
+def _cached(config: ActivationsConfig, place: Path) -> Prepared:
+    """Return the activations of a complete cache."""
+    names = held_hookpoints(config.hookpoint, list(ActivationCache.read_settings(place)["hookpoints"]))
+    caches = {name: ActivationCache(place, name, config.held_out) for name in names}
+    first = next(iter(caches.values()))
+    warnings = tuple(filter(None, map(rounding_warning, caches.values())))
+    ready = Activations(dict(caches), first.read_tokenizer, warnings)
+    widths = {name: cache.d_in for name, cache in caches.items()}
+    size = first.dtype.itemsize * first.n_rows * sum(widths.values())
+    told = f"{first.dataset}: {first.n_rows:,} tokens, cached in {place} as {str(first.dtype).removeprefix('torch.')}"
+    lost = max(cache.rounded_away for cache in caches.values())
+    if first.dtype == torch.bfloat16 and lost:
+        told += f", which rounds away {lost:.1g} of the variance"
+    if size > len(caches) * VERIFIED_BYTES:
+        told += "; too large to be verified at each run: flashsae cache --verify"
     config = replace(config, activations=place.resolve())
-    how = f"{text.name}, to be cached in {place}: {rows:,} tokens at most"
-    return Prepared(source.widths, config, how, write_and_open, cache_bytes=size)
+    return Prepared(widths, config, told, lambda _: ready, cache_bytes=size, ready=ready)
+
+
+def _streamed(config: ActivationsConfig, source: LanguageModelSource) -> Prepared:
+    """Return the activations of a model that reads the text beside the training, anew for each hookpoint."""
+    parts = {name: source.at(name) for name in source.hookpoints} if len(source.hookpoints) > 1 else {}
+    ready = Activations(dict(parts or {source.hookpoints[0]: source}), lambda: source.tokenizer)
+    told = f"{source.text.name}, streamed beside the training"
+    return Prepared(
+        source.widths,
+        config,
+        told + (f": the model reads it {len(parts)} times, once for each SAE" if parts else ""),
+        lambda _: ready,
+        row_bytes=max(part.row_bytes for part in parts.values()) if parts else source.row_bytes,
+        model_bytes=source.model_bytes,
+        ready=ready,
+    )
+
+
+def _to_be_cached(
+    config: ActivationsConfig, source: LanguageModelSource, place: Path, rows: int, size: int
+) -> Prepared:
+    """Return the activations of a cache that is yet to be written."""
+
+    def write_and_open(on_progress: Progress) -> Activations:
+        write_cache(place, source, max_tokens=rows, dtype=config.cache_dtype, on_progress=on_progress)
+        return _cached(config, place).compute(on_progress)
+
+    told = f"{source.text.name}, to be cached in {place}: {rows:,} tokens at most"
+    config = replace(config, activations=place.resolve())
+    return Prepared(source.widths, config, told, write_and_open, cache_bytes=size)
 
 
 def cache_activations(
@@ -167,37 +185,16 @@ def cache_activations(
         is_cache(place)
     text = open_configured_text(config)
     check_splits(text, None)
-    source = LanguageModelSource(_language_model_config(config, device), text, held_out=0.0)
-    write_cache(place, source, max_tokens=max_tokens, dtype=config.cache_dtype or "bf16", on_progress=on_progress)
+    source = LanguageModelSource(config, text, held_out=0.0, device=device)
+    write_cache(place, source, max_tokens=max_tokens, dtype=config.cache_dtype, on_progress=on_progress)
     return tuple(filter(None, (rounding_warning(ActivationCache(place, name)) for name in source.hookpoints)))
 
 
-def _language_model_config(config: ReadingConfig, device: str) -> LanguageModelConfig:
-    assert config.model is not None
-    assert config.hookpoint is not None
-    assert config.context_length is not None
-    return LanguageModelConfig(
-        config.model,
-        (config.hookpoint,),
-        context_length=config.context_length,
-        batch_tokens=max(MODEL_BATCH_TOKENS, config.context_length),
-        mask_special=config.mask_special is not False,
-        max_norm_ratio=config.max_norm_ratio,
-        skip_first=config.skip_first or 0,
-        exclude_ids=config.exclude_ids or (),
-        prepend_bos=config.prepend_bos,
-        shuffle_documents=config.shuffle_documents is not False,
-        document_seed=config.document_seed or 0,
-        device=device,
-    )
-
-
-def _cache_name(config: ReadingConfig, reading: LanguageModelConfig, text: TextDataset, rows: int) -> str:
+def _cache_name(config: ActivationsConfig, text: TextDataset, rows: int, device: str) -> str:
     """Return a folder name that differs wherever the cached bytes would, also between bfloat16 and float32 models."""
-    settings = {name: value for name, value in asdict(reading).items() if name not in ("model", "device")}
-    settings["dtype"] = str(reading.resolved_dtype())
-    what = (model_fingerprint(reading.model), text.fingerprint, rows, config.cache_dtype, FORMAT_VERSION)
-    return f"{run_name(config)}-{text_digest([repr(sorted(settings.items())), repr(what)])[:8]}"
+    what = (model_fingerprint(config.model), text.fingerprint, config.hookpoint, str(dtype_of_model(config, device)))
+    of_cache = (rows, config.cache_dtype, FORMAT_VERSION)
+    return f"{run_name(config)}-{text_digest([repr(sorted(config.of_tokens().items())), repr((what, of_cache))])[:8]}"
 
 
 def run_name(config: ReadingConfig) -> str:
@@ -209,23 +206,5 @@ def run_name(config: ReadingConfig) -> str:
     else:
         filled = config.filled()
         model, hookpoint = filled.model, filled.hookpoint
-    name = f"{Path(model or '').resolve().name}-{hookpoint}".replace("*", "all")
+    name = f"{Path(model).resolve().name}-{hookpoint}".replace("*", "all")
     return re.sub(r"[^\w.-]+", "-", name)[:120]
-
-
-def _prepare_cache(config: ActivationsConfig, place: Path) -> Prepared:
-    names = held_hookpoints(config.hookpoint, list(ActivationCache.read_settings(place)["hookpoints"]))
-    caches = {name: ActivationCache(place, name, config.held_out) for name in names}
-    first = next(iter(caches.values()))
-    warnings = tuple(filter(None, map(rounding_warning, caches.values())))
-    opened = Opened(dict(caches), first.read_tokenizer, warnings)
-    widths = {name: cache.d_in for name, cache in caches.items()}
-    size = first.dtype.itemsize * first.n_rows * sum(widths.values())
-    how = f"{first.dataset}: {first.n_rows:,} tokens, cached in {place} as {str(first.dtype).removeprefix('torch.')}"
-    lost = max(cache.rounded_away for cache in caches.values())
-    if first.dtype == torch.bfloat16 and lost:
-        how += f", which rounds away {lost:.1g} of the variance"
-    if size > len(caches) * VERIFIED_BYTES:
-        how += "; too large to be verified at each run: flashsae cache --verify"
-    config = replace(config, activations=place.resolve())
-    return Prepared(widths, config, how, lambda _: opened, cache_bytes=size, opened=opened)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flashsae.data.models import special_ids
 from flashsae.errors import ConfigError, DataError
+from flashsae.settings.reading import ReadingConfig
 
 Block: TypeAlias = list[tuple[int, str]]
 """Documents with their numbers."""
@@ -44,51 +45,24 @@ class TokenBatch:
     order: Tensor
 
 
-@dataclass(frozen=True)
-class Choice:
-    """Which tokens become rows of activations, beside those that are padding.
-
-    Args:
-        mask_special: leave out the tokens that the tokenizer adds, and its special tokens elsewhere.
-        skip_first: leave out so many positions at the beginning of each window, special tokens counted.
-        exclude_ids: leave out the tokens with these ids.
-    """
-
-    mask_special: bool = True
-    skip_first: int = 0
-    exclude_ids: tuple[int, ...] = ()
-
-
 class Windows:
     """Cut documents into model inputs the way the tokenizer wants them, and batch these.
 
     Args:
         tokenizer: of the model, from transformers.
-        context_length: tokens in one window, special tokens included.
-        batch_tokens: tokens in one batch, padding included.
-        choice: which tokens are kept.
-        prepend_bos: begin each window with the BOS token, or never do; None: as the tokenizer does.
+        config: how long windows and batches are, how windows begin, and which of their tokens become rows of
+            activations. Filled.
         vocabulary: how many ids the model knows, if it says so.
     Raises:
-        ConfigError: the special tokens leave no room in a window, the choice leaves no token, there is no BOS token to
-            prepend, or the tokenizer is none that text can be cut for.
+        ConfigError: the special tokens leave no room in a window, no token is left to be kept, there is no BOS token
+            to prepend, or the tokenizer is none that text can be cut for.
     """
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        *,
-        context_length: int,
-        batch_tokens: int,
-        choice: Choice,
-        prepend_bos: bool | None = None,
-        vocabulary: int | None = None,
-    ) -> None:
+    def __init__(self, tokenizer: Any, config: ReadingConfig, vocabulary: int | None = None) -> None:
         self._tokenizer = tokenizer
-        self._batch_tokens = batch_tokens
-        self._choice = choice
+        self._config = config
         self._special = special_ids(tokenizer)
-        left_out = {*choice.exclude_ids, *(self._special if choice.mask_special else ())}
+        left_out = {*config.exclude_ids, *(self._special if config.mask_special else ())}
         self._left_out = torch.tensor(sorted(left_out), dtype=torch.int64, device="cpu")
         self._vocabulary = vocabulary
         pad = tokenizer.pad_token_id or 0
@@ -96,9 +70,9 @@ class Windows:
             pad if vocabulary is None or pad < vocabulary else 0
         )  # some add a padding token to the tokenizer alone
         self._prefix, self._suffix = self._added()
-        self._set_bos(prepend_bos)
-        self._content = context_length - len(self._prefix) - len(self._suffix)
-        self._check(context_length)
+        self._set_bos(config.prepend_bos)
+        self._content = config.context_length - len(self._prefix) - len(self._suffix)
+        self._check(config.context_length)
 
     def _check(self, context_length: int) -> None:
         """Raise ConfigError where the settings leave no token."""
@@ -107,13 +81,13 @@ class Windows:
                 f"context_length: expected more than the {context_length - self._content} special tokens that the "
                 f"tokenizer adds to an input, got {context_length}."
             )
-        end = context_length - (len(self._suffix) if self._choice.mask_special else 0)
-        if self._choice.skip_first >= end:
+        end = context_length - (len(self._suffix) if self._config.mask_special else 0)
+        if self._config.skip_first >= end:
             raise ConfigError(
                 f"skip_first: expected fewer than {end}, the tokens of an input without special ones at its end, got "
-                f"{self._choice.skip_first}."
+                f"{self._config.skip_first}."
             )
-        unknown = [token for token in self._choice.exclude_ids if not 0 <= token < len(self._tokenizer)]
+        unknown = [token for token in self._config.exclude_ids if not 0 <= token < len(self._tokenizer)]
         if unknown:
             raise ConfigError(
                 f"exclude_ids: the tokenizer has the ids 0 to {len(self._tokenizer) - 1}, got {unknown[0]}."
@@ -161,7 +135,7 @@ class Windows:
         by_length = sorted(range(len(windows)), key=lambda place: -len(windows[place].ids))
         batches = []
         while by_length:
-            n_fit = self._batch_tokens // len(windows[by_length[0]].ids)
+            n_fit = self._config.forward_tokens // len(windows[by_length[0]].ids)
             places = sorted(by_length[:n_fit])
             batches.append(self._batch([windows[place] for place in places], places))
             del by_length[:n_fit]
@@ -206,8 +180,8 @@ class Windows:
         ids[attention] = torch.tensor(
             [token for window in windows for token in window.ids], dtype=torch.int64, device="cpu"
         )
-        keep = attention & (position >= self._choice.skip_first) & ~torch.isin(ids, self._left_out)
-        if self._choice.mask_special:
+        keep = attention & (position >= self._config.skip_first) & ~torch.isin(ids, self._left_out)
+        if self._config.mask_special:
             keep = keep & (position >= len(self._prefix)) & (position < lengths[:, None] - len(self._suffix))
         documents = torch.tensor([window.document for window in windows], dtype=torch.int64, device="cpu")[
             :, None

@@ -29,6 +29,12 @@ def open_names(settings: Any) -> list[str]:
     return [each.name for each in fields(settings) if each.metadata.get(_DEFAULT) is not None]
 
 
+def given(settings: Any) -> dict[str, Any]:
+    """Return the settings that are not left open, by name."""
+    values = {each.name: getattr(settings, each.name) for each in fields(settings)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
 def fill(settings: Settings, *, but: Iterable[str] = ()) -> Settings:
     """Return settings with every one that was left open at its default, in the order of the fields, all bounds checked.
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from flashsae.errors import ConfigError
-from flashsae.settings.kinds import NonNegativeInt, PositiveInt, Range, check_fields
+from flashsae.settings.kinds import AtMost, LeftOpen, NonNegativeInt, PositiveInt, Range, check_fields, declared_types
+from flashsae.settings.left_open import fill, given, left_open
 
 MINILM = "minilm"
 """The model that comes with the extra demo."""
 PYTHON_DOCS = "python-docs"
 """The text that needs no download."""
 DEFAULT_HOOKPOINT = "encoder.layer.2"
-DEFAULT_CONTEXT_LENGTH = 256
+_TOLD_BESIDE = (
+    *("model", "dataset", "text_column", "text_split", "text_subset"),  # by fingerprints
+    *("hookpoint", "model_dtype", "cache_dtype"),  # as what they are resolved to
+)
 
 MoreThanOne = Annotated[float, Range("a number above 1", lambda value: 1 < value < float("inf"))]
 
@@ -37,9 +41,9 @@ class ReadingConfig:
             the extra demo. Default: minilm.
         dataset: Text to read: a name on the Hugging Face hub, a .txt, .jsonl or .parquet file, a folder of such, or
             python-docs, which ships with Python. Default: python-docs.
-        hookpoint: Module path in the model whose output is taken, such as layers.6 or h.3.mlp. A * stands for
-            anything but a dot and trains one SAE for each match. Default: encoder.layer.2 of minilm; with a cache,
-            all that it holds.
+        hookpoint: Module path in the model whose output is taken, such as layers.6 or h.3.mlp; h.3.mlp:in is its
+            input. A * stands for anything but a dot and trains one SAE for each match. Default: encoder.layer.2 of
+            minilm; with a cache, all that it holds.
         context_length: Tokens in one input of the model. Default: 256.
         mask_special: Leave out special tokens. Default: yes.
         max_norm_ratio: Leave out tokens whose norm exceeds so many times the median. Default: keep all.
@@ -51,29 +55,37 @@ class ReadingConfig:
         shuffle_documents: Read documents in an order that document_seed decides, mixed over some millions of
             characters at a time; --no-shuffle-documents keeps that of the data set. Default: yes.
         document_seed: Of the order of the documents. Default: 0.
+        max_documents: Read only so many documents of the text, the first ones. Default: all.
         text_column: Column of the data set that holds the text. Default: text.
         text_split: Split of a hub data set, or of a folder whose files or folders are named after splits. Default:
             train; in a folder without such names, everything.
         text_subset: Subset (configuration) of a hub data set. Default: the only one.
+        forward_tokens: Tokens in one forward of the model, padding included. Default: 8192, or context_length if
+            that is more.
+        model_dtype: Of the model: float32, bfloat16, or auto, which is float32 on a CPU and bfloat16 on a GPU. Default:
+            auto.
         cache_dtype: Of cached activations: bf16, or float32 at twice the size, for activations whose mean is far
             larger than their spread. Default: bf16.
     """
 
-    model: str | None = None
-    dataset: str | None = None
-    hookpoint: str | None = field(default=None, kw_only=True)
-    context_length: PositiveInt | None = field(default=None, kw_only=True)
-    mask_special: bool | None = field(default=None, kw_only=True)
+    model: LeftOpen[str] = left_open(MINILM, kw_only=False)
+    dataset: LeftOpen[str] = left_open(PYTHON_DOCS, kw_only=False)
+    hookpoint: LeftOpen[str] = left_open(DEFAULT_HOOKPOINT)
+    context_length: LeftOpen[Annotated[PositiveInt, AtMost("forward_tokens")]] = left_open(256)
+    mask_special: LeftOpen[bool] = left_open(True)
     max_norm_ratio: MoreThanOne | None = field(default=None, kw_only=True)
-    skip_first: NonNegativeInt | None = field(default=None, kw_only=True)
-    exclude_ids: tuple[NonNegativeInt, ...] | None = field(default=None, kw_only=True)
+    skip_first: LeftOpen[NonNegativeInt] = left_open(0)
+    exclude_ids: LeftOpen[tuple[NonNegativeInt, ...]] = left_open(())
     prepend_bos: bool | None = field(default=None, kw_only=True)
-    shuffle_documents: bool | None = field(default=None, kw_only=True)
-    document_seed: NonNegativeInt | None = field(default=None, kw_only=True)
+    shuffle_documents: LeftOpen[bool] = left_open(True)
+    document_seed: LeftOpen[NonNegativeInt] = left_open(0)
+    max_documents: PositiveInt | None = field(default=None, kw_only=True)
     text_column: str | None = field(default=None, kw_only=True)
     text_split: str | None = field(default=None, kw_only=True)
     text_subset: str | None = field(default=None, kw_only=True)
-    cache_dtype: Literal["bf16", "float32"] | None = field(default=None, kw_only=True)
+    forward_tokens: LeftOpen[PositiveInt] = left_open(lambda config: max(8192, config.context_length))
+    model_dtype: LeftOpen[Literal["auto", "float32", "bfloat16"]] = left_open("auto")
+    cache_dtype: LeftOpen[Literal["bf16", "float32"]] = left_open("bf16")
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -84,32 +96,33 @@ class ReadingConfig:
                 f"skip_first: expected fewer than the {self.context_length} tokens of an input (context_length), got "
                 f"{self.skip_first}."
             )
-        if self.document_seed is not None and self.shuffle_documents is False:
+        if self.document_seed and self.shuffle_documents is False:
             raise ConfigError("document_seed: expected nothing beside --no-shuffle-documents, which needs no seed.")
 
     def filled(self: Config) -> Config:
-        """Return the settings with every default that is fixed filled in.
+        """Return the settings with what was left open at its default; None is left only where it means something.
 
         Raises:
-            ConfigError: there is a model and no hookpoint.
+            ConfigError: there is a model and no hookpoint, or an input of the model is longer than a forward.
         """
-        if self.hookpoint is None and self.model not in (None, MINILM):
+        if "hookpoint" not in given(self) and given(self).get("model", MINILM) != MINILM:
             raise ConfigError(
                 f"hookpoint: expected a module path of {self.model}, such as --hookpoint layers.6 or h.6, got nothing."
             )
-        return replace(
-            self,
-            model=self.model or MINILM,
-            dataset=self.dataset or PYTHON_DOCS,
-            hookpoint=self.hookpoint or DEFAULT_HOOKPOINT,
-            context_length=self.context_length or DEFAULT_CONTEXT_LENGTH,
-            mask_special=self.mask_special is not False,
-            skip_first=self.skip_first or 0,
-            exclude_ids=self.exclude_ids or (),
-            shuffle_documents=self.shuffle_documents is not False,
-            document_seed=None if self.shuffle_documents is False else self.document_seed or 0,
-            cache_dtype=None if getattr(self, "stream", None) else self.cache_dtype or "bf16",
-        )
+        return fill(self, but=self._unused())
+
+    def _unused(self) -> tuple[str, ...]:
+        """Return the settings that stay open."""
+        return ()
+
+    def of_tokens(self) -> dict[str, Any]:
+        """Return what decides which tokens are read and how, by name, as JSON has it.
+
+        Model, text, hookpoints and dtypes are not among it: what they are, not what they are called, is told beside it
+        in the identity of a source, in the index of a cache and in the name of its folder.
+        """
+        told = {name: getattr(self, name) for name in declared_types(ReadingConfig) if name not in _TOLD_BESIDE}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in told.items()}
 
 
 @dataclass(frozen=True)
@@ -136,3 +149,6 @@ class ActivationsConfig(ReadingConfig):
             raise ConfigError("stream: expected no --activations beside --stream, which writes and reads no cache.")
         if self.stream and self.cache_dtype is not None:
             raise ConfigError("stream: expected no --cache-dtype beside --stream, which writes no cache.")
+
+    def _unused(self) -> tuple[str, ...]:
+        return ("cache_dtype",) if self.stream else ()
