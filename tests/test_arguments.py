@@ -205,7 +205,7 @@ def test_every_command_in_help_and_documents_is_one(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     Path("my.toml").write_text("k = 64")
-    monkeypatch.setattr(start, "begun", lambda run: RunConfig())
+    monkeypatch.setattr(start, "saved_config", lambda run: RunConfig())
     monkeypatch.setattr(runs, "draw_report", lambda run, console: [])
     found = [command for document in DOCUMENTS for command in _commands(document.read_text("utf-8"))]
     for words in ((), ("train",), ("cache",), ("report",), ("doctor",), ("bench",), ("bench", "step")):

@@ -36,7 +36,7 @@ from flashsae.sae.module import SAE
 from flashsae.settings import ActivationsConfig, RunConfig
 from flashsae.settings.run import load_settings
 from flashsae.settings.toml import SEAL as TOML_SEAL
-from flashsae.start import begun
+from flashsae.start import saved_config
 from flashsae.train import TrainConfig, train
 from flashsae.train.state import init_state
 
@@ -128,10 +128,10 @@ def test_a_run_over_several_hookpoints_goes_on_with_its_cache_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its text and its model are not needed any more, wherever it and its cache lie now."""
-    begun_with: list[str] = []
+    trained: list[str] = []
 
     def stop(state: Any, settings: Any, **others: Any) -> None:
-        begun_with.append(others["checkpoints"].parent.name)
+        trained.append(others["checkpoints"].parent.name)
         raise KeyboardInterrupt
 
     monkeypatch.setattr("flashsae.run.train", stop)
@@ -145,15 +145,15 @@ def test_a_run_over_several_hookpoints_goes_on_with_its_cache_alone(
     new_run(RunConfig(reading, TrainConfig(48, k=4, tokens=128, batch_tokens=32, device="cpu")), Path("run"))
     with pytest.raises(KeyboardInterrupt):
         execute(Path("run"), QUIET)
-    assert begun(Path("run")).activations.activations is not None
+    assert saved_config(Path("run")).activations.activations is not None
     Path("text.txt").unlink()
     moved = home.rename(tmp_path / "moved")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("flashsae.data.open.LanguageModelSource", lambda *_, **__: pytest.fail("loaded"))
-    show_plan(begun(moved / "run"), moved / "run", QUIET)
+    show_plan(saved_config(moved / "run"), moved / "run", QUIET)
     with pytest.raises(KeyboardInterrupt):
         execute(moved / "run", QUIET)
-    assert begun_with == ["encoder.layer.0"] * 2
+    assert trained == ["encoder.layer.0"] * 2
     assert len(list((moved / "activations").iterdir())) == 1
 
 
@@ -292,7 +292,7 @@ def test_lines_that_are_missing_at_the_end_of_the_log_are_noticed(kept: int, run
 
 
 def test_any_change_of_a_checkpoint_is_resumed_or_refused(run: Path) -> None:
-    config = begun(run)
+    config = saved_config(run)
     assert config.activations.activations is not None
     source = ActivationCache(config.activations.activations, "encoder.layer.0", config.activations.held_out)
     settings = config.train.resolve(source.d_in)

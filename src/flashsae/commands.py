@@ -90,7 +90,7 @@ def train(
     if resume is None:
         config = RunConfig(activations, TrainConfig(**vars(training)) if training else TrainConfig(), logger, report)
     else:
-        config = start.begun(resume)
+        config = start.saved_config(resume)
     start.check(config)
     folder = start.place_of(config, run) if resume is None else resume
     if resume is None and _is_demo(config):

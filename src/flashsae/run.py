@@ -1,4 +1,4 @@
-"""One run from nothing to a report: what `flashsae train` does. Each stage can be killed anywhere and is gone on with.
+"""One run from nothing to a report: what `flashsae train` does. Each stage can be killed anywhere and resumed.
 
 RUN/config.toml          the settings, all of them
 RUN/metrics.jsonl        the log
@@ -11,42 +11,41 @@ RUN/report.html          all of it to look at
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from flashsae import files
 from flashsae.architecture import architecture_of
 from flashsae.backend import resolve_device
-from flashsae.data.acts import Batch, only_site
+from flashsae.data.acts import Batch
 from flashsae.data.cache import ActivationCache
 from flashsae.data.hookpoints import folder_of
-from flashsae.data.open import Activations, Prepared, prepare_activations
+from flashsae.data.open import Activations, Prepared
 from flashsae.data.shuffle import shuffled
 from flashsae.data.sources import Source
-from flashsae.documents import save_tensors_atomic
-from flashsae.evaluate import evaluate, held_out_batches, inference, latent_geometry
+from flashsae.evaluate import evaluate, held_out_batches
 from flashsae.logs.callback import Warn
 from flashsae.logs.jsonl import LOG_FILE, JsonlLog, read_log
 from flashsae.logs.progress import ProgressBar, StageBar, filling
 from flashsae.logs.trackers import build_logger
-from flashsae.metrics import METRICS, LatentActivity, is_dead
+from flashsae.metrics import METRICS
+from flashsae.metrics import is_dead as dead_mask
 from flashsae.report.evaluation_file import RunEvaluation, write_evaluation
+from flashsae.report.latents import describe_latents
 from flashsae.report.render import render_report
-from flashsae.report.snippets import collect_snippets, write_snippets
 from flashsae.report.summary import final_figures
 from flashsae.report.tokens import token_text
-from flashsae.sae.module import SAE, SparseCode
+from flashsae.sae.module import SAE
 from flashsae.settings.run import CONFIG_FILE, RunConfig
-from flashsae.start import begun, check, check_rows, nothing_held_out, plan_table, table
+from flashsae.start import check, check_rows, nothing_held_out, plan_table, prepare, saved_config, table
 from flashsae.start import new_run as new_run
 from flashsae.train.checkpoint import list_checkpoints, load_checkpoint
-from flashsae.train.config import TrainConfig
 from flashsae.train.loop import train
 from flashsae.train.state import init_state
 
@@ -55,6 +54,31 @@ EVALUATION_TOKENS = 1 << 18
 SNIPPET_TOKENS = 150_000
 FEW_TOKENS = 1000
 """Held-out figures of fewer are told with their number."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One SAE of a run.
+
+    Args:
+        folder: where it goes: the folder of the run, or one in it where the run has several.
+        config: its settings, every value worked out: running them again does the same.
+        activations: those of all SAEs of the run.
+    """
+
+    folder: Path
+    config: RunConfig
+    activations: Activations
+
+    @property
+    def hookpoint(self) -> str:
+        """Where its activations are taken."""
+        return self.config.activations.hookpoint
+
+    @property
+    def source(self) -> Source:
+        """Its activations."""
+        return self.activations.sources[self.hookpoint]
 
 
 def execute(run: Path, console: Console) -> None:
@@ -66,33 +90,18 @@ def execute(run: Path, console: Console) -> None:
     Raises:
         FlashSAEError: says what to do; everything written before is intact.
     """
-    config = begun(run)
+    config = saved_config(run)
     check(config)
     with files.only_one(run):
         files.clear_leftovers(run)
-        _execute(run, config, console)
-
-
-def _execute(run: Path, config: RunConfig, console: Console) -> None:
-    prepared = _prepare(config, run)
-    console.print(plan_table(config, prepared, run))
-    opened = _open(prepared, config, console)
-    for warning in opened.warnings:
-        console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True)
-    resolved = {hookpoint: _resolved(config, prepared, hookpoint) for hookpoint in opened.sources}
-    settled = replace(config, activations=prepared.config)
-    del prepared  # with it goes a language model whose activations are cached
-    if len(opened.sources) == 1:
-        ((hookpoint, source),) = opened.sources.items()
-        _execute_one(run, resolved[hookpoint], source, opened, console)
-        return
-    files.write_atomic(run / CONFIG_FILE, settled.to_toml())
-    for hookpoint, source in opened.sources.items():
-        part, one = run / folder_of(hookpoint), resolved[hookpoint]
-        if not part.exists():
-            new_run(one, part)
-        console.rule(hookpoint)
-        _execute_one(part, one, source, opened, console)
+        for part in _parts(run, config, console):
+            sae, is_dead = _train(part, console)
+            result = _evaluate(part, sae, console)
+            if config.report:
+                _describe_latents(part, sae, is_dead, console)
+                with console.status("drawing the report"):
+                    render_report(part.folder)
+            _print_result(part, result, console)
 
 
 def show_plan(config: RunConfig, run: Path, console: Console) -> None:
@@ -106,7 +115,7 @@ def show_plan(config: RunConfig, run: Path, console: Console) -> None:
         FlashSAEError: as `execute`, as far as it can be told before the long work.
     """
     check(config)
-    prepared = _prepare(config, run)
+    prepared = prepare(config, run)
     shown = plan_table(config, prepared, run)
     check_rows(config, prepared)
     console.print(shown)
@@ -121,30 +130,44 @@ def draw_report(run: Path, console: Console) -> list[Path]:
     Raises:
         CheckpointError: the run is not finished, or something in it is damaged.
     """
-    config = begun(run)
+    config = saved_config(run)
     parts = sorted(path.parent for path in run.glob(f"*/{CONFIG_FILE}"))
     if parts:
         return [path for part in parts for path in draw_report(part, console)]
     if (run / "evaluation.json").exists() and not (run / "snippets.json").exists():
-        opened = _open(_prepare(config, run), config, console)
-        ((hookpoint, _),) = opened.sources.items()
+        activations = _compute(prepare(config, run), config, console)
         sae = SAE.load(run / "sae", device=resolve_device(config.train.device))
-        _describe_latents(run, sae, hookpoint, opened, console, _dead_at_the_end(run))
+        _describe_latents(_Part(run, config, activations), sae, _dead_at_the_end(run), console)
     return [render_report(run)]
 
 
-def _prepare(config: RunConfig, run: Path) -> Prepared:
-    has_parts = any(run.glob(f"*/{CONFIG_FILE}"))
-    return prepare_activations(
-        config.activations,
-        tokens=config.train.tokens,
-        folder=run.parent / "activations",
-        device=str(resolve_device(config.train.device)),
-        is_checked=(run / LOG_FILE).exists() or has_parts,
-    )
+def _parts(run: Path, config: RunConfig, console: Console) -> Iterator[_Part]:
+    """Print the plan, get the activations, and yield the SAEs of a run, each with its folder and settings written."""
+    prepared = prepare(config, run)
+    console.print(plan_table(config, prepared, run))
+    activations = _compute(prepared, config, console)
+    for warning in activations.warnings:
+        console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True)
+    reading, widths = prepared.config, prepared.widths
+    del prepared  # with it goes a language model whose activations are cached
+    is_alone = len(activations.sources) == 1
+    if not is_alone:
+        files.write_atomic(run / CONFIG_FILE, replace(config, activations=reading).to_toml())
+    for hookpoint in activations.sources:
+        train_config = config.train.resolve(widths[hookpoint])
+        resolved = replace(config, activations=replace(reading, hookpoint=hookpoint), train=train_config)
+        folder = run if is_alone else run / folder_of(hookpoint)
+        if folder.exists():
+            files.write_atomic(folder / CONFIG_FILE, resolved.to_toml())
+        else:
+            new_run(resolved, folder)
+        if not is_alone:
+            console.rule(hookpoint)
+        yield _Part(folder, resolved, activations)
 
 
-def _open(prepared: Prepared, config: RunConfig, console: Console) -> Activations:
+def _compute(prepared: Prepared, config: RunConfig, console: Console) -> Activations:
+    """Do the long work of caching, if there is any."""
     bar = StageBar(console, "activations", "tokens")
 
     def on_progress(rows: int) -> None:
@@ -158,47 +181,36 @@ def _open(prepared: Prepared, config: RunConfig, console: Console) -> Activation
         bar.stop()
 
 
-def _resolved(config: RunConfig, prepared: Prepared, hookpoint: str) -> RunConfig:
-    """Return the settings with every value worked out: running them again does the same."""
-    settings = config.train.resolve(prepared.widths[hookpoint])
-    return replace(config, activations=replace(prepared.config, hookpoint=hookpoint), train=settings)
-
-
-def _execute_one(run: Path, config: RunConfig, source: Source, opened: Activations, console: Console) -> None:
-    """Train, measure and describe one SAE; `config` is resolved."""
-    files.write_atomic(run / CONFIG_FILE, config.to_toml())
-    settings = config.train.resolve(only_site(source.widths))
-    device = resolve_device(settings.device)
-    hookpoint = config.activations.hookpoint or ""
-    most, tokens = settings.shuffle_tokens, settings.tokens
-    batches = shuffled(source, settings.batch_tokens, seed=settings.seed, buffer_tokens=most, tokens=tokens)
+def _train(part: _Part, console: Console) -> tuple[SAE, torch.Tensor]:
+    """Train an SAE from its newest checkpoint on and save it; return it and which latents are dead: [d_sae], bool."""
+    config, source = part.config.train, part.source
+    device, checkpoints = resolve_device(config.device), part.folder / "checkpoints"
+    most, tokens = config.shuffle_tokens, config.tokens
+    batches = shuffled(source, config.batch_tokens, seed=config.seed, buffer_tokens=most, tokens=tokens)
     held_out = list(held_out_batches(source, MEASURE_TOKENS))
     if not held_out:
-        raise nothing_held_out(source, config)
+        raise nothing_held_out(source, part.config)
     with filling(console) as on_fill:
-        state = init_state(settings, batches, device, run / "checkpoints", on_fill)
-    loggers = [build_logger(name, run, settings.flat()) for name in config.logger]
+        state = init_state(config, batches, device, checkpoints, on_fill)
+    loggers = [build_logger(name, part.folder, config.flat()) for name in part.config.logger]
     sae = train(
         state,
-        settings,
-        callbacks=[Warn(lambda message: _warn(console, message)), JsonlLog(run), ProgressBar(console), *loggers],
-        checkpoints=run / "checkpoints",
+        config,
+        callbacks=[
+            Warn(lambda message: _warn(console, message)),
+            JsonlLog(part.folder),
+            ProgressBar(console),
+            *loggers,
+        ],
+        checkpoints=checkpoints,
         measure=lambda sae: _measure(sae, held_out),
     )
-    dead = state.dead.mask()
+    is_dead = state.dead.mask()
     del state  # its memory may be needed for the whole weights
     sae = sae.to(device)
-    metadata = {"model": config.activations.model, "hookpoint": hookpoint, "train": settings.flat()}
-    sae.save(run / "sae", metadata=metadata, overwrite=True)
-    with console.status("evaluating on held-out tokens"):
-        result = _evaluate(run, sae, source, settings)
-    if config.report:
-        _describe_latents(run, sae, hookpoint, opened, console, dead)
-        with console.status("drawing the report"):
-            render_report(run)
-    console.print(_result_table(result))
-    for name, path in (("SAE", run / "sae"), *([("report", run / "report.html")] if config.report else [])):
-        console.print(f"{name}: {path.resolve()}", highlight=False, soft_wrap=True)
+    metadata = {"model": part.config.activations.model, "hookpoint": part.hookpoint, "train": config.flat()}
+    sae.save(part.folder / "sae", metadata=metadata, overwrite=True)
+    return sae, is_dead
 
 
 def _warn(console: Console, message: str) -> None:
@@ -212,10 +224,12 @@ def _measure(sae: SAE, held_out: list[Batch]) -> dict[str, float]:
     return {"held_out_fvu": evaluation.fvu, **without}
 
 
-def _evaluate(run: Path, sae: SAE, source: Source, settings: TrainConfig) -> dict[str, Any]:
+def _evaluate(part: _Part, sae: SAE, console: Console) -> dict[str, Any]:
     """Measure on held-out tokens and write evaluation.json."""
-    evaluation = evaluate(sae, held_out_batches(source, EVALUATION_TOKENS))
-    log = [record for record in read_log(run / LOG_FILE) if "tokens_per_second" in record]
+    config = part.config.train
+    with console.status("evaluating on held-out tokens"):
+        evaluation = evaluate(sae, held_out_batches(part.source, EVALUATION_TOKENS))
+    log = [record for record in read_log(part.folder / LOG_FILE) if "tokens_per_second" in record]
     before = [0.0, *(record["tokens"] for record in log)]
     seconds = sum((r["tokens"] - start) / r["tokens_per_second"] for start, r in zip(before, log))
     result = RunEvaluation(
@@ -224,56 +238,41 @@ def _evaluate(run: Path, sae: SAE, source: Source, settings: TrainConfig) -> dic
         outliers=evaluation.outliers,
         l0=evaluation.l0,
         dead_latents=int(log[-1]["dead_latents"]),
-        d_in=settings.d_in,
-        d_sae=settings.d_sae,
-        architecture=architecture_of(settings.arch).name,
-        settings=asdict(settings.arch),
+        d_in=config.d_in,
+        d_sae=config.d_sae,
+        architecture=architecture_of(config.arch).name,
+        settings=asdict(config.arch),
         held_out_tokens=evaluation.tokens,
         train_tokens=int(log[-1]["tokens"]),
         steps=log[-1]["step"],
         train_seconds=seconds,
         tokens_per_second=log[-1]["tokens"] / seconds,
     )
-    write_evaluation(run / "evaluation.json", result)
+    write_evaluation(part.folder / "evaluation.json", result)
     return asdict(result)
 
 
-@torch.no_grad()
-def _describe_latents(
-    run: Path, sae: SAE, hookpoint: str, opened: Activations, console: Console, dead: torch.Tensor | None
-) -> None:
-    """Write what the report says of single latents: latents.safetensors and snippets.json.
+def _describe_latents(part: _Part, sae: SAE, is_dead: torch.Tensor | None, console: Console) -> None:
+    """Write what the report says of single latents.
 
-    `dead` is [d_sae], bool, at the end of training, None where it is not known any more.
+    `is_dead` is [d_sae], bool, at the end of training, None where it is not known any more.
     """
-    activity = LatentActivity(sae.config.d_sae, sae.W_dec.device)
-    source = opened.sources[hookpoint]
+    source = part.source
     bar = StageBar(console, "texts of each latent", "tokens")
     bar.start(0, min(SNIPPET_TOKENS, source.n_rows) if isinstance(source, ActivationCache) else SNIPPET_TOKENS)
-
-    def encode(batch: Batch) -> SparseCode:
-        code = sae.encode(only_site(batch).to(sae.W_dec.device, sae.W_dec.dtype))
-        activity.update(code)
-        bar.update(activity.tokens)
-        return code
-
     try:
-        with inference(sae):
-            snippets = collect_snippets(
-                encode,
-                opened.text_chunks(hookpoint, "held_out"),
-                token_text(opened.tokenizer()),
-                training=opened.text_chunks(hookpoint, "train"),
-                max_tokens=SNIPPET_TOKENS,
-            )
+        describe_latents(
+            part.folder,
+            sae,
+            {split: part.activations.text_chunks(part.hookpoint, split) for split in ("held_out", "train")},
+            token_text(part.activations.tokenizer()),
+            is_dead=is_dead,
+            max_tokens=SNIPPET_TOKENS,
+            on_progress=bar.update,
+        )
         bar.finish()
     finally:
         bar.stop()
-    counted = {"latent_density": activity.latent_density().float().cpu()}
-    if dead is not None:
-        counted["is_dead"] = dead.cpu()
-    save_tensors_atomic(run / "latents.safetensors", counted | latent_geometry(sae))
-    write_snippets(run / "snippets.json", snippets)
 
 
 def _dead_at_the_end(run: Path) -> torch.Tensor | None:
@@ -282,13 +281,16 @@ def _dead_at_the_end(run: Path) -> torch.Tensor | None:
     if not found:
         return None
     checkpoint = load_checkpoint(found[-1])
-    return is_dead(checkpoint.tensors["dead.tokens_since_fired"], checkpoint.state["config"]["dead_after_tokens"])
+    return dead_mask(checkpoint.tensors["dead.tokens_since_fired"], checkpoint.state["config"]["dead_after_tokens"])
 
 
-def _result_table(result: dict[str, Any]) -> Table:
+def _print_result(part: _Part, result: dict[str, Any], console: Console) -> None:
     figures = final_figures(result)
     lines = {figure.name: figure.line() for figure in figures}
     if result["held_out_tokens"] < FEW_TOKENS:
         row = METRICS["held_out_tokens"]
         lines[figures[0].name] += f", on {row.show(result[row.name])} {row.label}"
-    return table("Result", lines)
+    console.print(table("Result", lines))
+    made = {"SAE": part.folder / "sae"} | ({"report": part.folder / "report.html"} if part.config.report else {})
+    for name, path in made.items():
+        console.print(f"{name}: {path.resolve()}", highlight=False, soft_wrap=True)

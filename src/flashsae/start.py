@@ -16,10 +16,11 @@ from flashsae import files
 from flashsae.architecture import architecture_of
 from flashsae.backend import check_single_process, check_variables, resolve_device
 from flashsae.data.models import model_place
-from flashsae.data.open import Prepared, run_name
+from flashsae.data.open import Prepared, prepare_activations, run_name
 from flashsae.data.shuffle import buffer_size, shuffled
 from flashsae.data.sources import RowSource, Source
 from flashsae.errors import DataError, StorageError, require
+from flashsae.logs.jsonl import LOG_FILE
 from flashsae.logs.trackers import check_logger
 from flashsae.metrics import METRICS
 from flashsae.settings.reading import MINILM
@@ -31,11 +32,11 @@ RUNS = Path("runs")
 """Where runs go that are given no folder."""
 
 
-def begun(run: Path) -> RunConfig:
-    """Return the settings of a run that was begun.
+def saved_config(run: Path) -> RunConfig:
+    """Return the settings of the run in a folder.
 
     Raises:
-        CheckpointError: there is none in this folder.
+        CheckpointError: there is none.
     """
     return RunConfig.from_toml(run / CONFIG_FILE)
 
@@ -116,6 +117,18 @@ def discard_if_empty(run: Path) -> bool:
     if run.parent == RUNS and not any(RUNS.iterdir()):
         RUNS.rmdir()
     return True
+
+
+def prepare(config: RunConfig, run: Path) -> Prepared:
+    """Find the activations of a run, or what has to be done to get them: see `prepare_activations`."""
+    has_parts = any(run.glob(f"*/{CONFIG_FILE}"))
+    return prepare_activations(
+        config.activations,
+        tokens=config.train.tokens,
+        folder=run.parent / "activations",
+        device=str(resolve_device(config.train.device)),
+        is_checked=(run / LOG_FILE).exists() or has_parts,
+    )
 
 
 def plan_table(config: RunConfig, prepared: Prepared, run: Path) -> Table:
