@@ -14,11 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashsae.ops import build_index, decode_sparse, encode_topk, latent_rows
+from flashsae.ops import decode, encode_topk, latent_rows
 from flashsae.ops.adam_rows import AdamRule, adam_rows, row_squares
 from flashsae.ops.factors import RowGradient, SparseFactor
 from flashsae.ops.latent_rows.reference import RUN
 from flashsae.testing import assert_as_accurate, integer_inputs, poison_empty
+from helpers.codes import index_of, topk_of
 from helpers.dense import dense_encode, dense_topk
 from helpers.selection import hard_inputs, selection_mistakes
 from helpers.steps import step_inputs, whole_step
@@ -37,7 +38,7 @@ def test_t1_passes_the_real_decode_and_catches_a_sum_in_bfloat16(generator: torc
     gathered = W_dec[top_indices]
     exact = (gathered.double() * top_acts.double()[..., None]).sum(1)
     theirs = (gathered * top_acts[..., None]).sum(1)
-    assert_as_accurate(decode_sparse(top_acts, top_indices, W_dec), theirs, exact)
+    assert_as_accurate(decode(topk_of(top_acts, top_indices, W_dec), W_dec), theirs, exact)
     low = (gathered.bfloat16() * top_acts.bfloat16()[..., None]).sum(1).float()
     with pytest.raises(AssertionError, match=r"x_hat: error .*, PyTorch's .*, bound"):
         assert_as_accurate(low, theirs, exact, "x_hat")
@@ -62,13 +63,14 @@ def test_t1_catches(bug: str, generator: torch.Generator) -> None:
 def test_t0_catches_a_missing_relu_mask(generator: torch.Generator) -> None:
     x, weights, bias = (integer_inputs(*s, generator=generator) for s in ((8, 3), (10, 3), (10,)))
     weights.requires_grad_()
-    top_acts, top_indices = encode_topk(x, weights, bias, 8)
+    code = encode_topk(x, weights, bias, 8)
+    top_acts, top_indices = code.acts.relu(), code.top_indices
     upstream = integer_inputs(8, 8, generator=generator)
     dense = dense_encode(x, weights, bias, top_indices, None).gather(1, top_indices)
     (expected,) = torch.autograd.grad(dense, weights, upstream)
     assert bool((top_acts == 0).any())  # else the mask would not matter
-    unmasked = latent_rows(build_index(top_indices, 10), upstream, x)
-    masked = latent_rows(build_index(top_indices, 10), upstream * (top_acts.detach() > 0), x)
+    unmasked = latent_rows(index_of(top_indices, 10), upstream, x)
+    masked = latent_rows(index_of(top_indices, 10), upstream * (top_acts.detach() > 0), x)
     assert torch.equal(masked, expected)
     assert not torch.equal(unmasked, expected)
 
@@ -140,7 +142,7 @@ def _long_runs_are_right() -> None:
     generator = torch.Generator().manual_seed(0)
     top_indices = torch.randint(0, 2, (3 * RUN + 7, 1), generator=generator)
     coeffs = integer_inputs(len(top_indices), 1, generator=generator)
-    index = build_index(top_indices.to(DEVICE), 3)
+    index = index_of(top_indices.to(DEVICE), 3)
     with poison_empty():
         ours = latent_rows(index, coeffs.to(DEVICE), torch.ones(len(top_indices), 2, device=DEVICE))
     expected = torch.zeros(3).index_add(0, top_indices[:, 0], coeffs[:, 0])
@@ -151,14 +153,14 @@ def _decode_is_accurate() -> None:
     top_acts, top_indices, W_dec = _code(torch.Generator().manual_seed(0))
     gathered = W_dec[top_indices]
     exact = (gathered.double() * top_acts.double()[..., None]).sum(1)
-    ours = decode_sparse(top_acts.to(DEVICE), top_indices.to(DEVICE), W_dec.to(DEVICE)).cpu()
+    ours = decode(topk_of(top_acts.to(DEVICE), top_indices.to(DEVICE), W_dec), W_dec.to(DEVICE)).cpu()
     assert_as_accurate(ours, (gathered * top_acts[..., None]).sum(1), exact)
 
 
 def _selection_is_certified() -> None:
     x, W, bias = hard_inputs("normal", 10, 29, 300, torch.Generator().manual_seed(0))
     W, bias = W[:1] + 1e-4 * W, torch.zeros(300)  # float16 cannot tell these apart, float32 can
-    _, indices = encode_topk(x.to(DEVICE), W.to(DEVICE), bias.to(DEVICE), 12)
+    indices = encode_topk(x.to(DEVICE), W.to(DEVICE), bias.to(DEVICE), 12).top_indices
     assert selection_mistakes(x, W, bias, indices.cpu())[0] == 0
 
 
@@ -170,13 +172,13 @@ def _moments_are_right() -> None:
     rows, coeffs = integer_inputs(9, d, generator=generator), integer_inputs(9, 2, generator=generator)
     top_indices = torch.randint(0, n, (9, 2), generator=generator)
     dense, slots = integer_inputs(2, d, generator=generator), torch.tensor([-1, 1, -1, -1, 0, -1], dtype=torch.int32)
-    gradient = latent_rows(build_index(top_indices, n), coeffs, rows)
+    gradient = latent_rows(index_of(top_indices, n), coeffs, rows)
     gradient[[1, 4]] += dense[[1, 0]]
     gradient -= (gradient * weights).sum(1, keepdim=True) * weights
 
     ours = weights.to(DEVICE)
     moments = torch.zeros_like(ours), torch.zeros_like(ours)
-    sparse = SparseFactor(build_index(top_indices.to(DEVICE), n), coeffs.to(DEVICE), rows.to(DEVICE))
+    sparse = SparseFactor(index_of(top_indices.to(DEVICE), n), coeffs.to(DEVICE), rows.to(DEVICE))
     factors = RowGradient(sparse, dense.to(DEVICE), slots.to(DEVICE))
     one = torch.ones((), dtype=torch.float64, device=DEVICE)
     with poison_empty():
@@ -193,8 +195,9 @@ KERNEL_BUGS = {
         "encode", "kernels", "position, latents.to(tl.int64)", "position, (latents ^ 1).to(tl.int64)",
         _step_is_right,
     ),
-    "no ReLU": ("encode", "kernels", "acts = tl.where(values > 0.0, values,", "acts = tl.where(True, values,",
-                _step_is_right),
+    "a bias forgotten": (
+        "encode", "kernels", "return values + tl.load(bias_ptr", "return values + 0 * tl.load(bias_ptr", _step_is_right,
+    ),
     "ties broken the other way": (
         "encode", "kernels", "tl.cumsum(tied.to(tl.int32)) <= room",
         "tl.cumsum(tied.to(tl.int32), reverse=True) <= room", _step_is_right,
@@ -206,8 +209,8 @@ KERNEL_BUGS = {
         "decode", "kernels", "W.to(tl.float32)", "W.to(tl.bfloat16).to(tl.float32)", _decode_is_accurate,
     ),
     "a screen without bounds": (
-        "encode", "certify_kernels", "low, high = _to_key(low, KEY_MASKED + 1), _to_key(high, KEY_NAN)",
-        "low, high = _to_key(0.5 * (low + high), KEY_MASKED + 1), _to_key(0.5 * (low + high), KEY_NAN)",
+        "encode", "certify_kernels", "low, high = _to_key(low, KEY_NONE + 1), _to_key(high, KEY_NAN)",
+        "low, high = _to_key(0.5 * (low + high), KEY_NONE + 1), _to_key(0.5 * (low + high), KEY_NAN)",
         _selection_is_certified,
     ),
     "projection dropped": (
@@ -246,7 +249,8 @@ def test_the_real_kernels_pass_those_checks(check: Callable[[], None]) -> None:
 def test_poison_reaches_inside_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     from flashsae.ops.decode import reference
 
-    monkeypatch.setattr(reference, "decode_sparse", lambda acts, indices, W, bias: torch.empty(2, 3))
+    monkeypatch.setattr(reference, "decode", lambda acts, pattern, W, bias: torch.empty(2, 3))
     with poison_empty():
-        x_hat = decode_sparse(torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.int64), torch.ones(4, 3))
+        W_dec = torch.ones(4, 3)
+        x_hat = decode(topk_of(torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.int64), W_dec), W_dec)
     assert bool(x_hat.isnan().all())

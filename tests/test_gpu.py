@@ -17,7 +17,7 @@ import flashsae
 from flashsae import SAE, SAEConfig, TrainConfig
 from flashsae.data.acts import Batch
 from flashsae.data.synthetic import SuperpositionModel
-from flashsae.ops import FactoredGradient, build_index, decode_loss, decode_sparse, encode_topk
+from flashsae.ops import FactoredGradient, decode, decode_loss, encode_topk
 from flashsae.ops.adam_rows import AdamRule, adam_rows, row_squares
 from flashsae.ops.adam_rows.reference import merge_halves
 from flashsae.ops.encode.launch import launch_encode_topk
@@ -26,6 +26,7 @@ from flashsae.ops.validate import Precision
 from flashsae.optim import FactoredAdam
 from flashsae.testing import assert_as_accurate, integer_inputs
 from flashsae.train.graph import CapturedSteps
+from helpers.codes import index_of, topk_of
 from helpers.selection import HARD, hard_inputs, selection_mistakes
 from helpers.steps import Tensors, leaves, step_inputs, whole_step
 
@@ -79,17 +80,19 @@ def test_t1_as_accurate_as_dense_autograd(dtype: torch.dtype, generator: torch.G
     inputs = to_device(step_inputs(B, d, n, generator, integer=False, dtype=dtype))
     inputs["W_dec"] /= 20  # so that neither target nor reconstruction is lost in the other
     encoder, decoder = ("x", "W_enc_T", "b_enc", "b_dec"), ("top_acts", "W_dec", "b_dec", "x")
-    acts, indices = encode_topk(*(inputs[n] for n in encoder[:3]), k, b_dec=inputs["b_dec"])
-    inputs["top_acts"] = acts
+    code = encode_topk(*(inputs[n] for n in encoder[:3]), k, b_dec=inputs["b_dec"])
+    indices = code.top_indices
+    inputs["top_acts"] = code.acts.relu()
     upstream = torch.randn(B, k, generator=generator).to(DEVICE)
 
     def ours(inputs: Tensors) -> Tensors:
         p = leaves(inputs)
-        acts, again = encode_topk(p["x"], p["W_enc_T"], p["b_enc"], k, b_dec=p["b_dec"])
-        assert torch.equal(again, indices)
+        again = encode_topk(p["x"], p["W_enc_T"], p["b_enc"], k, b_dec=p["b_dec"])
+        acts = again.acts.relu()
+        assert torch.equal(again.top_indices, indices)
         result = dict(zip(encoder, torch.autograd.grad(acts, [p[n] for n in encoder], upstream)))
         result |= {"acts": acts.detach()}
-        loss, x_hat, _ = decode_loss(p["top_acts"], indices, p["W_dec"], p["b_dec"], p["x"])
+        loss, x_hat, _ = decode_loss(code.replace(p["top_acts"]), p["W_dec"], p["b_dec"], p["x"])
         grads = torch.autograd.grad(loss, [p[n] for n in decoder])
         return {**result, "loss": loss.detach(), "x_hat": x_hat, **{f"loss {n}": g for n, g in zip(decoder, grads)}}
 
@@ -183,7 +186,7 @@ def test_t2_certified_float32_selects_as_float64_does(
     generator = torch.Generator().manual_seed(seed)
     x, W, bias = (tensor.to(DEVICE) for tensor in hard_inputs(kind, tokens, 768, 24576, generator))
     counts = torch.zeros(tokens, dtype=torch.int32, device=DEVICE)
-    ((_, indices),) = launch_encode_topk(x, W, bias, [(K, None)], None, "float32", 512 << 20, candidate_counts=counts)
+    _, indices = launch_encode_topk(x, W, bias, K, None, "float32", 512 << 20, candidate_counts=counts)
     assert int(indices.diff(dim=1).min()) > 0
     wrong = excused = 0
     for start in range(0, tokens, 512):
@@ -215,8 +218,8 @@ def test_rows_beyond_two_to_the_31_elements_are_read_and_written_right(generator
 
     def run(acts: Tensor, codes: Tensor, W_dec: Tensor, target: Tensor) -> tuple[Tensor, ...]:
         acts, W_dec = acts.requires_grad_(), W_dec.requires_grad_()
-        x_hat = decode_sparse(acts, codes, W_dec)
-        loss = decode_loss(acts, codes, W_dec, None, target)
+        code = topk_of(acts, codes, W_dec)
+        x_hat, loss = decode(code, W_dec), decode_loss(code, W_dec, None, target)
         return (
             x_hat.detach(), loss.loss.detach(), loss.residual,
             *torch.autograd.grad(loss.loss, [acts, W_dec]), *torch.autograd.grad(x_hat, [acts, W_dec], target),
@@ -238,9 +241,9 @@ def test_encoder_rows_beyond_two_to_the_31_elements(generator: torch.Generator) 
     W_enc_T = torch.zeros(ROWS, WIDTH, device=DEVICE)
     W_enc_T[latents.to(DEVICE)] = 1.0
     b_enc = torch.zeros(ROWS, device=DEVICE)
-    acts, indices = encode_topk(torch.ones(5, WIDTH, device=DEVICE), W_enc_T, b_enc, len(latents))
-    assert indices.tolist() == [latents.tolist()] * 5
-    assert bool((acts == WIDTH).all())
+    code = encode_topk(torch.ones(5, WIDTH, device=DEVICE), W_enc_T, b_enc, len(latents))
+    assert code.top_indices.tolist() == [latents.tolist()] * 5
+    assert bool((code.acts == WIDTH).all())
 
 
 def test_latent_pass_over_rows_beyond_two_to_the_31_elements(generator: torch.Generator) -> None:
@@ -256,7 +259,7 @@ def test_latent_pass_over_rows_beyond_two_to_the_31_elements(generator: torch.Ge
         weights = torch.zeros(d_sae, WIDTH, dtype=BF16, device=device)
         low = torch.zeros(d_sae, WIDTH, dtype=torch.int16, device=device)
         moments = torch.zeros(d_sae, WIDTH, device=device), torch.zeros(d_sae, WIDTH, device=device)
-        index = build_index(codes.to(device), d_sae)
+        index = index_of(codes.to(device), d_sae)
         gradient = RowGradient(SparseFactor(index, coeffs.to(device), rows.to(device)))
         scalars = torch.tensor([0.5, 1.0], dtype=torch.float64, device=device)
         bias_correction = torch.tensor([0.1, 0.001], dtype=torch.float64, device=device)

@@ -15,7 +15,8 @@ SRC = Path(__file__).parents[1] / "src" / "flashsae"
 ORDER = """
 errors precision architecture settings
 schema files documents shapes backend neutral profiling
-ops metrics
+ops
+metrics
 formats sae architectures optim testing
 data
 logs
@@ -141,7 +142,7 @@ import flashsae
 sae = flashsae.SAE(flashsae.SAEConfig(6, 20, 3))
 x = torch.randn(9, 6)
 code = sae.encode(x)
-loss = flashsae.ops.decode_loss(code.top_acts, code.top_indices, sae.W_dec, sae.b_dec, x).loss
+loss = flashsae.ops.decode_loss(code, sae.W_dec, sae.b_dec, x).loss
 (loss + sae(x).square().sum()).backward()
 assert all(parameter.grad.abs().sum() > 0 for parameter in (sae.W_enc_T, sae.W_dec, sae.b_dec))
 try:

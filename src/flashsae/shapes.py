@@ -4,12 +4,13 @@ B      tokens in a batch
 d_in   width of the activations that go in (d_out: that come out; equal for an autoencoder)
 d_sae  number of latents
 k      latents kept for each token
-nnz    B * k, entries of the sparse code
+nnz    entries of the sparse code, B * k where every token has k
+capacity  places for entries where tokens have different numbers of latents; some may be left over
 """
 
 from __future__ import annotations
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 Activations = Float[Tensor, "B d_in"]
@@ -20,5 +21,5 @@ TopActs = Float[Tensor, "B k"]
 TopIndices = Int[Tensor, "B k"]
 LatentActs = Float[Tensor, "B d_sae"]
 
-Choice = tuple[int, Bool[Tensor, " d_sae"] | None]
-"""A selection: k latents of those that the mask allows, or of all."""
+CodeActs = TopActs | Float[Tensor, " capacity"]
+"""Values of a code, of either kind."""

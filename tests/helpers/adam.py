@@ -30,7 +30,7 @@ def make_batches(generator: torch.Generator, steps: int, dtype: torch.dtype = F3
 
 
 def loss_of(sae: SAE, x: Tensor) -> Tensor:
-    return sae.decode_loss(sae.encode(x), x, weights=fvu_weights(x, token_variance(x))).loss
+    return sae.decode_loss(sae.encode(x), x, token_weights=fvu_weights(x, token_variance(x))).loss
 
 
 def factored_adam(sae: SAE, lr: float = LR, **changes: Any) -> FactoredAdam:

@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from flashsae.ops import build_index
+from flashsae.ops import Pattern
 from flashsae.ops.adam_rows import AdamRule
 from flashsae.ops.adam_rows.launch import launch_adam_rows, launch_row_squares
 from flashsae.ops.decode.launch import launch_decode, launch_decode_loss, launch_dots, launch_residual
@@ -71,22 +71,21 @@ class Launches(dict[tuple[Any, ...], tuple[JITFunction, ASTSource, dict[str, int
 
 def launch_everything() -> None:
     """Call each launch with every kind of argument that changes what is compiled, at sizes that change it."""
-    for n, k, mask, scale, precisions in (
-        (24576, 32, False, False, ("bf16", "tf32", "float32")),
-        (24576, 32, True, True, ("bf16", "float32")),
-        (131072, 64, True, False, ("bf16",)),
-        (65536, 200, False, True, ("bf16", "float32")),
-        (65536, 1024, False, False, ("bf16", "float32")),
-        (40, 30, True, True, ("tf32", "float32")),
+    for n, k, scale, precisions in (
+        (24576, 32, False, ("bf16", "tf32", "float32")),
+        (24576, 32, True, ("bf16", "float32")),
+        (131072, 64, False, ("bf16",)),
+        (65536, 200, True, ("bf16", "float32")),
+        (65536, 1024, False, ("bf16", "float32")),
+        (40, 30, True, ("tf32", "float32")),
     ):
         for precision in precisions:
             dtype = BF16 if precision == "bf16" else F32
             x, W = torch.zeros(2, 16, dtype=dtype), torch.zeros(n, 16, dtype=dtype)
-            choices = [(k, torch.ones(n, dtype=torch.bool) if mask else None)]
             key_scale = torch.ones(n) if scale else None
-            launch_encode_topk(x, W, W.new_zeros(n), choices, key_scale, precision, 1 << 30)
+            launch_encode_topk(x, W, W.new_zeros(n), k, key_scale, precision, 1 << 30)
     wide = torch.zeros(2, 4096), torch.zeros(40, 4096)
-    launch_encode_topk(*wide, torch.zeros(40), [(3, None)], None, "float32", 1 << 30)
+    launch_encode_topk(*wide, torch.zeros(40), 3, None, "float32", 1 << 30)
     for dtype, index_dtype, k, d, bias, weighted in (
         (F32, torch.int64, 32, 768, True, False),
         (BF16, torch.int64, 64, 4096, True, True),
@@ -97,24 +96,32 @@ def launch_everything() -> None:
         acts, indices = torch.zeros(2, k), torch.zeros(2, k, dtype=index_dtype)
         W, x = torch.zeros(40, d, dtype=dtype), torch.zeros(2, d, dtype=dtype)
         b_dec, weights = x[0] if bias else None, acts[:, 0] if weighted else None
-        launch_decode(acts, indices, W, b_dec, dtype)
-        launch_decode(acts, indices, W, b_dec, F32)
-        launch_decode_loss(acts, indices, W, b_dec, x, weights)
         launch_residual(W[:2], b_dec, x, weights)
-        launch_dots(x, indices, W)
         launch_dense_code(acts, indices, 40, dtype)
-        index = build_index(indices, 40)
-        launch_latent_sums(index, acts)
-        launch_latent_sums(index, acts.to(dtype))
+        for pattern in (Pattern(indices, 40), _rows(2 * k)):
+            flat = acts.view(pattern.latents.shape)
+            launch_decode(flat, pattern, W, b_dec, dtype)
+            launch_decode(flat, pattern, W, b_dec, F32)
+            launch_decode_loss(flat, pattern, W, b_dec, x, weights)
+            launch_dots(x, pattern.latents, W, starts=pattern.starts)
+            launch_latent_sums(pattern.index, flat)
+            launch_latent_sums(pattern.index, flat.to(dtype))
+            for result in {dtype, F32}:
+                launch_latent_rows(pattern.index, flat, x, result)
         for result in {dtype, F32}:
-            launch_latent_rows(index, acts, x, result)
             launch_center(x, x[0], result)
             launch_column_sums(acts[:, 0].repeat(70), x.repeat(70, 1), result)
     far = torch.empty(2**17, 2**12, dtype=BF16)  # no memory is touched
     for k in (32, 64):
         acts, indices = torch.zeros(2, k), torch.zeros(2, k, dtype=torch.int64)
-        launch_decode_loss(acts, indices, far, None, far[:2], None)
+        for pattern in (Pattern(indices, 2**17), _rows(2 * k)):
+            launch_decode_loss(acts.view(pattern.latents.shape), pattern, far, None, far[:2], None)
     launch_latent_pass()
+
+
+def _rows(capacity: int) -> Pattern:
+    """Return a pattern of varying length of two tokens."""
+    return Pattern(torch.zeros(capacity, dtype=torch.int32), 40, torch.zeros(3, dtype=torch.int32))
 
 
 def launch_latent_pass() -> None:
@@ -130,6 +137,9 @@ def launch_latent_pass() -> None:
         (40, 4096, BF16, True, BF16, BF16, False, "dense"),
         (40, 4096, F32, False, F32, F32, True, "sparse dense"),
         (40, 13, F32, False, F32, F32, True, "sparse slots"),
+        (40, 768, F32, False, F32, F32, True, "sparse rows"),
+        (40, 4096, BF16, True, BF16, BF16, True, "sparse rows slots"),
+        (40, 768, BF16, True, BF16, F32, False, "sparse rows"),
         (40, 13, BF16, False, BF16, F32, False, "sparse dense"),
         (40, 768, F32, False, F32, F32, True, "nothing"),
         (1, 24576, F32, False, F32, F32, False, "dense"),  # a bias
@@ -139,8 +149,9 @@ def launch_latent_pass() -> None:
         moments = torch.zeros(n, d, dtype=moments_dtype), torch.zeros(n, d, dtype=moments_dtype)
         sparse = dense = slots = None
         if "sparse" in parts:
-            index = build_index(torch.zeros(2, 32, dtype=torch.int64), n)
-            sparse = SparseFactor(index, torch.zeros(2, 32), torch.zeros(2, d, dtype=rows_dtype))
+            pattern = _rows(64) if "rows" in parts else Pattern(torch.zeros(2, 32, dtype=torch.int64), n)
+            coeffs = torch.zeros(pattern.latents.shape)
+            sparse = SparseFactor(pattern.index, coeffs, torch.zeros(2, d, dtype=rows_dtype))
         if "dense" in parts:
             dense = torch.zeros(n, d, dtype=rows_dtype)
         if "slots" in parts:

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from flashsae import SAE, SAEConfig, ops
+from flashsae.ops import Pattern, SparseCode
 from flashsae.ops.adam_rows import AdamRule, adam_rows, row_squares
 from flashsae.ops.factors import RowGradient, SparseFactor
 from flashsae.optim import FactoredAdam
 from flashsae.testing import integer_inputs
+from helpers.codes import index_of, topk_of
 from helpers.steps import Tensors
 
 B, K, D_SAE, D_IN = 6, 3, 20, 5
@@ -21,7 +23,8 @@ B, K, D_SAE, D_IN = 6, 3, 20, 5
 FLOATS = {
     "x": (B, D_IN), "W_enc_T": (D_SAE, D_IN), "b_enc": (D_SAE,), "b_dec": (D_IN,), "W_dec": (D_SAE, D_IN),
     "top_acts": (B, K), "target": (B, D_IN), "coeffs": (B, K), "rows": (B, D_IN), "grad_acts": (B, K),
-    "grad_aux": (B, 2), "grad_x_hat": (B, D_IN), "grad_taken": (4, D_IN), "dense": (D_SAE, D_IN),
+    "grad_x_hat": (B, D_IN), "grad_taken": (4, D_IN), "dense": (D_SAE, D_IN), "latent_values": (D_SAE,),
+    "row_acts": (17,), "grad_row_acts": (17,),
 }  # fmt: skip
 
 
@@ -30,9 +33,14 @@ def inputs(device: str, dtype: torch.dtype = torch.float32) -> Tensors:
     generator = torch.Generator().manual_seed(11)
     p = {n: integer_inputs(*s, generator=generator, largest=2, dtype=dtype) for n, s in FLOATS.items()}
     p["key_scale"] = torch.randint(0, 4, (D_SAE,), generator=generator).to(dtype)
-    p["weights"] = torch.randint(0, 3, (B,), generator=generator).to(dtype)
+    p["token_weights"] = torch.randint(0, 3, (B,), generator=generator).to(dtype)
     p["top_indices"] = torch.rand(B, D_SAE, dtype=torch.float32, generator=generator).topk(K).indices.sort().values
-    p["aux_mask"] = torch.arange(D_SAE, dtype=torch.int64, device="cpu") % 3 == 0
+    counts, starts = [3, 0, 5, 1, 2, 4], [0]  # of the tokens of a code of varying length; two places are left over
+    rows = [torch.randperm(D_SAE, generator=generator, device="cpu")[:n].sort().values for n in counts]
+    p["row_latents"] = torch.cat([*rows, torch.full((2,), D_SAE, dtype=torch.int64, device="cpu")]).int()
+    for count in counts:
+        starts.append(starts[-1] + count)
+    p["row_starts"] = torch.tensor(starts, dtype=torch.int32, device="cpu")
     p["latents"] = torch.tensor([7, 2, 11, 0], dtype=torch.int64, device="cpu")
     p["slots"] = torch.full((D_SAE,), -1, dtype=torch.int32, device="cpu")
     p["slots"][[7, 2, 11]] = torch.arange(3, dtype=torch.int32, device="cpu")
@@ -59,41 +67,36 @@ def _leaves(p: Tensors, *names: str) -> Tensors:
 
 def _encode(p: Tensors) -> Tensors:
     q = _leaves(p, "x", "W_enc_T", "b_enc", "b_dec")
-    acts, indices, index = ops.encode_topk(
-        q["x"], q["W_enc_T"], q["b_enc"], K, b_dec=q["b_dec"], key_scale=p["key_scale"], return_index=True
-    )
-    result = _with_gradients({"acts": acts}, {"acts": p["grad_acts"]}, q)
-    return result | {"indices": indices, "entries": index.entries, "latents": index.latents, "offsets": index.offsets}
+    code = ops.encode_topk(q["x"], q["W_enc_T"], q["b_enc"], K, b_dec=q["b_dec"], key_scale=p["key_scale"])
+    result = _with_gradients({"acts": code.acts}, {"acts": p["grad_acts"]}, q)
+    return result | {"indices": code.top_indices} | _lists(code.pattern)
 
 
-def _encode_aux(p: Tensors) -> Tensors:
-    q = _leaves(p, "x", "W_enc_T", "b_enc", "b_dec")
-    codes = ops.encode_topk_aux(
-        q["x"], q["W_enc_T"], q["b_enc"], K, p["aux_mask"], 2, b_dec=q["b_dec"], key_scale=p["key_scale"]
-    )
-    upstream = {"top_acts": p["grad_acts"], "aux_acts": p["grad_aux"]}
-    return _with_gradients({n: codes._asdict()[n] for n in upstream}, upstream, q) | {
-        "top_indices": codes.top_indices, "aux_indices": codes.aux_indices,
-    }  # fmt: skip
+def _lists(pattern: Pattern) -> Tensors:
+    index = pattern.index
+    lists = {"entries": index.entries, "latents": index.latents, "offsets": index.offsets}
+    return lists | ({} if index.tokens is None else {"tokens": index.tokens})
+
+
+def _rows(p: Tensors) -> Pattern:
+    return Pattern.rows(p["row_latents"], p["row_starts"], D_SAE)
 
 
 def _decode(p: Tensors) -> Tensors:
     q = _leaves(p, "top_acts", "W_dec", "b_dec")
-    x_hat = ops.decode_sparse(q["top_acts"], p["top_indices"], q["W_dec"], q["b_dec"])
+    x_hat = ops.decode(topk_of(q["top_acts"], p["top_indices"], q["W_dec"]), q["W_dec"], q["b_dec"])
     return _with_gradients({"x_hat": x_hat}, {"x_hat": p["grad_x_hat"]}, q)
 
 
 def _decode_loss(p: Tensors) -> Tensors:
     q = _leaves(p, "top_acts", "W_dec", "b_dec", "target")
-    index = ops.build_index(p["top_indices"], D_SAE)
-    found = ops.decode_loss(
-        q["top_acts"], p["top_indices"], q["W_dec"], q["b_dec"], q["target"], weights=p["weights"], index=index
-    )
+    code = topk_of(q["top_acts"], p["top_indices"], q["W_dec"])
+    found = ops.decode_loss(code, q["W_dec"], q["b_dec"], q["target"], token_weights=p["token_weights"])
     return _with_gradients(found._asdict(), {"loss": torch.ones_like(found.loss)}, q)
 
 
 def _latent_rows(p: Tensors) -> Tensors:
-    return {"sums": ops.latent_rows(ops.build_index(p["top_indices"], D_SAE), p["coeffs"], p["rows"])}
+    return {"sums": ops.latent_rows(index_of(p["top_indices"], D_SAE), p["coeffs"], p["rows"])}
 
 
 def _take_rows(p: Tensors) -> Tensors:
@@ -102,13 +105,56 @@ def _take_rows(p: Tensors) -> Tensors:
     return _with_gradients({"rows": rows}, {"rows": p["grad_taken"]}, q)
 
 
-def _build_index(p: Tensors) -> Tensors:
-    index = ops.build_index(p["top_indices"], D_SAE)
-    return {"entries": index.entries, "latents": index.latents, "offsets": index.offsets}
+def _pattern(p: Tensors) -> Tensors:
+    return _lists(Pattern.topk(p["top_indices"], D_SAE))
+
+
+def _pattern_rows(p: Tensors) -> Tensors:
+    return _lists(_rows(p))
+
+
+def _decode_rows(p: Tensors) -> Tensors:
+    q = _leaves(p, "row_acts", "W_dec", "b_dec")
+    code = SparseCode(_rows(p), q["row_acts"])
+    found = _with_gradients(
+        {"x_hat": ops.decode(code, q["W_dec"], q["b_dec"])}, {"x_hat": p["grad_x_hat"]}, q
+    )  # fmt: skip
+    return found | {"dense": code.to_dense().detach()}
+
+
+def _decode_loss_rows(p: Tensors) -> Tensors:
+    q = _leaves(p, "row_acts", "W_dec", "b_dec", "target")
+    found = ops.decode_loss(
+        SparseCode(_rows(p), q["row_acts"]), q["W_dec"], q["b_dec"], q["target"],
+        token_weights=p["token_weights"], prefixes=(7, D_SAE),
+    )  # fmt: skip
+    return _with_gradients(found._asdict(), {"loss": torch.ones_like(found.loss)}, q)
+
+
+def _latent_rows_rows(p: Tensors) -> Tensors:
+    return {"sums": ops.latent_rows(_rows(p).index, p["row_acts"], p["rows"])}
+
+
+def _pre_acts(p: Tensors) -> Tensors:
+    q, found = _leaves(p, "x", "W_enc_T", "b_enc", "b_dec"), {}
+    arguments = q["x"], q["W_enc_T"], q["b_enc"]
+    for name, pattern in (("grad_acts", Pattern.topk(p["top_indices"], D_SAE)), ("grad_row_acts", _rows(p))):
+        values = ops.pre_acts(*arguments, pattern, b_dec=q["b_dec"])
+        part = _with_gradients({"values": values}, {"values": p[name]}, q)
+        found |= {f"{name} {key}": tensor for key, tensor in part.items()}
+    return found
+
+
+def _per_latent(p: Tensors) -> Tensors:
+    q, found = _leaves(p, "latent_values"), {}
+    for name, pattern in (("grad_acts", Pattern.topk(p["top_indices"], D_SAE)), ("grad_row_acts", _rows(p))):
+        part = _with_gradients({"values": ops.per_latent(q["latent_values"], pattern)}, {"values": p[name]}, q)
+        found |= {f"{name} {key}": tensor for key, tensor in part.items()}
+    return found
 
 
 def _gradient(p: Tensors) -> RowGradient:
-    sparse = SparseFactor(ops.build_index(p["top_indices"], D_SAE), p["coeffs"], p["rows"])
+    sparse = SparseFactor(index_of(p["top_indices"], D_SAE), p["coeffs"], p["rows"])
     return RowGradient(sparse, p["grad_taken"], p["slots"])
 
 
@@ -146,8 +192,9 @@ def _train(p: Tensors) -> Tensors:
         ]
         groups = [{"params": [W_dec], "unit_norm": True}, {"params": [W_enc_T, b_enc, b_dec]}]
         optimizer = FactoredAdam(groups, lr=0.125)
-        acts, indices, index = ops.encode_topk(p["x"], W_enc_T, b_enc, K, b_dec=b_dec, return_index=True)
-        ops.decode_loss(acts, indices, W_dec, b_dec, p["x"], index=index).loss.backward()  # type: ignore[no-untyped-call]
+        code = ops.encode_topk(p["x"], W_enc_T, b_enc, K, b_dec=b_dec)
+        code = code.replace(code.acts.relu())
+        ops.decode_loss(code, W_dec, b_dec, p["x"]).loss.backward()  # type: ignore[no-untyped-call]
     optimizer.clip_grad_norm(100.0)
     optimizer.step()
     optimizer.zero_grad()
@@ -156,12 +203,17 @@ def _train(p: Tensors) -> Tensors:
 
 OPERATIONS: dict[str, Callable[[Tensors], Tensors]] = {
     "encode_topk": _encode,
-    "encode_topk_aux": _encode_aux,
-    "decode_sparse": _decode,
+    "pre_acts": _pre_acts,
+    "per_latent": _per_latent,
+    "decode": _decode,
+    "decode, rows": _decode_rows,
     "decode_loss": _decode_loss,
+    "decode_loss, rows": _decode_loss_rows,
     "latent_rows": _latent_rows,
+    "latent_rows, rows": _latent_rows_rows,
     "take_rows": _take_rows,
-    "build_index": _build_index,
+    "pattern": _pattern,
+    "pattern, rows": _pattern_rows,
     "adam_rows": _adam_rows,
     "row_squares": _row_squares,
     "SAE": _sae,

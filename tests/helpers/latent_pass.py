@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flashsae.ops import build_index
 from flashsae.ops.adam_rows import AdamRule, adam_rows, row_squares
 from flashsae.ops.adam_rows.reference import merge_halves, split_halves
 from flashsae.ops.factors import RowGradient, SparseFactor
 from flashsae.ops.latent_rows.reference import RUN
 from flashsae.testing import integer_inputs
+from helpers.codes import index_of
 from helpers.on_both import on_kernels, on_reference
 from helpers.steps import Tensors
 
@@ -61,7 +61,7 @@ def row_gradient(p: Tensors) -> RowGradient:
     """Return the parts of a gradient as both operations take it."""
     sparse = None
     if "rows" in p:
-        sparse = SparseFactor(build_index(p["top_indices"], len(p["weights"])), p["coeffs"], p["rows"])
+        sparse = SparseFactor(index_of(p["top_indices"], len(p["weights"])), p["coeffs"], p["rows"])
     return RowGradient(sparse, p.get("dense"), p.get("slots"))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flashsae.ops import decode_loss, decode_sparse, encode_topk_aux
+from flashsae.ops import SparseCode, decode, decode_loss, encode_topk
 from flashsae.ops.validate import Precision
 from flashsae.testing import integer_inputs
 
@@ -32,18 +32,24 @@ def leaves(inputs: Tensors) -> Tensors:
 
 
 def whole_step(inputs: Tensors, k: int, precision: Precision | None = None) -> Tensors:
-    """Encode, select also among every second latent, decode, compare; return every result and all gradients."""
+    """Encode, select also by every second latent, decode, compare; return every result and all gradients."""
     p = leaves(inputs)
-    mask = torch.arange(len(p["b_enc"]), device=p["x"].device) % 2 == 0
-    codes = encode_topk_aux(
-        p["x"], p["W_enc_T"], p["b_enc"], k, mask, max(1, k // 2), b_dec=p["b_dec"], precision=precision
-    )
-    code = codes.top_acts, codes.top_indices, p["W_dec"]
-    loss, x_hat, residual = decode_loss(*code, p["b_dec"], p["x"], precision=precision)
-    aux = decode_loss(codes.aux_acts, codes.aux_indices, p["W_dec"], None, residual, precision=precision).loss
-    plain = decode_sparse(*code, precision=precision)
+    scale = (torch.arange(len(p["b_enc"]), device=p["x"].device) % 2).float()
+
+    def encode(k: int, key_scale: Tensor | None = None) -> SparseCode:
+        code = encode_topk(
+            p["x"], p["W_enc_T"], p["b_enc"], k, b_dec=p["b_dec"], key_scale=key_scale, precision=precision
+        )
+        return code.replace(code.acts.relu())
+
+    code, other = encode(k), encode(max(1, k // 2), scale)
+    loss, x_hat, residual = decode_loss(code, p["W_dec"], p["b_dec"], p["x"], precision=precision)
+    aux = decode_loss(other, p["W_dec"], None, residual, precision=precision).loss
+    plain = decode(code, p["W_dec"], precision=precision)
     outputs = [loss, aux, plain]
     upstream = [torch.ones_like(loss), torch.ones_like(aux) * 2, inputs["upstream"].to(plain.dtype)]
     grads = torch.autograd.grad(outputs, [p[n] for n in PARAMETERS], upstream)
-    result = {"loss": loss, "aux": aux, "plain": plain, "x_hat": x_hat, "residual": residual, **codes._asdict()}
+    result = {"loss": loss, "aux": aux, "plain": plain, "x_hat": x_hat, "residual": residual}
+    result |= {"top_acts": code.acts, "top_indices": code.pattern.latents}
+    result |= {"other_acts": other.acts, "other_indices": other.pattern.latents}
     return {**{n: t.detach() for n, t in result.items()}, **{f"grad {n}": g for n, g in zip(PARAMETERS, grads)}}

@@ -12,7 +12,7 @@ def test_dead_is_not_active_for_so_many_tokens() -> None:
 
 
 def code(acts: list[list[float]], indices: list[list[int]]) -> SparseCode:
-    return SparseCode(torch.tensor(acts), torch.tensor(indices), 4)
+    return SparseCode.topk(torch.tensor(acts), torch.tensor(indices), 4)
 
 
 def test_activity_counts_values_other_than_zero_only() -> None:

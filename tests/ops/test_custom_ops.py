@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashsae.ops import build_index, decode_loss, decode_sparse, encode_topk, encode_topk_aux
+from flashsae.ops import Pattern, decode, decode_loss, encode_topk, per_latent, pre_acts
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -35,39 +35,55 @@ def _slots(device: str) -> Tensor:
     return slots.to(device)
 
 
+def _rows(device: str) -> Pattern:
+    """Return a pattern of varying length, with a token that has none and two places that are not used."""
+    latents = torch.tensor([1, 4, 0, 2, 9, 11, 3, 5, 8, 12, 12], device=device)
+    return Pattern.rows(latents, torch.tensor([0, 2, 2, 6, 8, 9], device=device), 12)
+
+
 def _operands(name: str, device: str) -> list[tuple[Any, ...]]:
     """Return arguments that between them take every path of an operator."""
     x, W, b = (_normal(*s, device=device) for s in ((5, 4), (12, 4), (12,)))
     acts, indices, bias, rows = _normal(5, 3, device=device), _indices(device), _normal(4, device=device), x.detach()
-    index = build_index(indices, 12)
-    lists = [index.entries, index.latents, index.offsets]
+    pattern, rows_pattern = Pattern.topk(indices, 12), _rows(device)
+    fixed, varying = pattern.tensors, rows_pattern.tensors
+    lists, row_lists = pattern.index.lists, rows_pattern.index.lists
+    row_acts = _normal(11, device=device)
     weights = torch.rand(5, device=device)
     half = [t.detach().bfloat16().requires_grad_() for t in (W, bias)]
-    mask = torch.arange(12, device=device) % 2 == 0
     return {
         "encode_topk": [
-            (x, W, b, None, None, None, 3, 0, "float32", 1 << 20, False),
-            (x, W, b, bias, weights.new_ones(12), mask, 3, 2, "float32", 1 << 20, False),
-            (x, W, b, bias, None, None, 3, 0, "bf16", 1 << 20, True),
+            (x, W, b, None, None, 3, "float32", 1 << 20),
+            (x, W, b, bias, weights.new_ones(12), 3, "float32", 1 << 20),
+            (x, W, b, bias, None, 3, "bf16", 1 << 20),
         ],
-        "decode_sparse": [
-            (acts, indices, W, None, [], False, torch.float32),
-            (acts, indices, W, bias, lists, True, torch.bfloat16),
-            (acts, indices.int(), *half, [], False, torch.bfloat16),
-            (acts, indices, half[0], None, [], False, torch.float32),
+        "pre_acts": [(x, W, b, None, fixed, "float32"), (x, W, b, bias, varying, "float32")],
+        "per_latent": [(b, fixed), (b, varying)],
+        "decode": [
+            (acts, fixed, W, None, False, torch.float32),
+            (acts, fixed, W, bias, True, torch.bfloat16),
+            (acts, [indices.int()], *half, False, torch.bfloat16),
+            (row_acts, varying, W, bias, False, torch.float32),
+            (acts, fixed, half[0], None, False, torch.float32),
         ],
-        "decode_grad_acts": [(rows, indices, W.detach(), torch.float32), (rows, indices, W.detach(), torch.float64)],
+        "decode_grad_acts": [
+            (rows, fixed, W.detach(), torch.float32),
+            (rows, fixed, W.detach(), torch.float64),
+            (rows, varying, W.detach(), torch.float32),
+        ],
         "decode_loss": [
-            (acts, indices, W, None, rows, None, [], False),
-            (acts, indices, W, bias, x, weights, lists, True),
-            (acts, indices, *half, x, weights, lists, False),
-            (acts, indices, *half, x.detach().double().requires_grad_(), weights, lists, False),
+            (acts, fixed, W, None, rows, None, False),
+            (acts, fixed, W, bias, x, weights, True),
+            (acts, fixed, *half, x, weights, False),
+            (acts, fixed, *half, x.detach().double().requires_grad_(), weights, False),
+            (row_acts, varying, W, bias, x, weights, False),
         ],
         "latent_rows": [
-            (*lists, acts.detach(), rows, torch.float32),
-            (*lists, acts.detach(), rows, torch.bfloat16),
+            (lists, acts.detach(), rows, torch.float32),
+            (lists, acts.detach(), rows, torch.bfloat16),
+            (row_lists, row_acts.detach(), rows, torch.float32),
         ],
-        "latent_sums": [(*lists, acts.detach()), (*lists, acts.detach().bfloat16())],
+        "latent_sums": [(lists, acts.detach()), (lists, acts.detach().bfloat16()), (row_lists, row_acts.detach())],
         "column_sums": [(weights, rows, torch.float32), (weights, rows.bfloat16(), torch.bfloat16)],
         "take_rows": [(W, torch.tensor([7, 2, 0], device=device), _slots(device))],
         "center": [(rows, bias.detach(), False), (rows, bias.detach(), True)],
@@ -75,8 +91,8 @@ def _operands(name: str, device: str) -> list[tuple[Any, ...]]:
 
 
 OPERATORS = [
-    "encode_topk", "center", "decode_sparse", "decode_grad_acts", "decode_loss", "latent_rows", "column_sums",
-    "latent_sums", "take_rows",
+    "encode_topk", "pre_acts", "per_latent", "center", "decode", "decode_grad_acts", "decode_loss", "latent_rows",
+    "column_sums", "latent_sums", "take_rows",
 ]  # fmt: skip
 
 
@@ -88,12 +104,12 @@ def test_the_operator_keeps_its_promises(name: str, device: str) -> None:
 
 
 def _step(x: Tensor, W_enc_T: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor) -> tuple[Tensor, ...]:
-    top_acts, top_indices, index = encode_topk(x, W_enc_T, b_enc, 3, b_dec=b_dec, return_index=True)
-    loss, x_hat, residual = decode_loss(top_acts, top_indices, W_dec, b_dec, x, index=index)
-    mask = torch.arange(12, device=x.device) % 2 == 0
-    aux = encode_topk_aux(x, W_enc_T, b_enc, 3, mask, 2, b_dec=b_dec)
-    residual_hat = decode_sparse(aux.aux_acts, aux.aux_indices, W_dec)
-    return loss + (residual - residual_hat).square().sum(), x_hat, top_indices
+    code = encode_topk(x, W_enc_T, b_enc, 3, b_dec=b_dec)
+    code = code.replace(code.acts.relu())
+    loss, x_hat, residual = decode_loss(code, W_dec, b_dec, x)
+    again = pre_acts(x, W_enc_T, b_enc, code.pattern, b_dec=b_dec) - per_latent(b_enc, code.pattern)
+    residual_hat = decode(code.replace(again), W_dec)
+    return loss + (residual - residual_hat).square().sum(), x_hat, code.top_indices
 
 
 def _run_step(step: Any, device: str) -> list[Tensor]:
@@ -112,3 +128,9 @@ def test_a_compiled_step_equals_an_eager_one(device: str) -> None:
             assert torch.equal(ours, eager)
         else:  # inductor sums its own part, the AuxK loss, in another order
             torch.testing.assert_close(ours, eager)
+
+
+def test_operators_have_few_arguments() -> None:
+    for name in OPERATORS:
+        arguments = getattr(torch.ops.flashsae, name).default._schema.arguments
+        assert len(arguments) <= 8, name

@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 
 from flashsae.errors import DtypeError, ShapeError
-from flashsae.ops import build_index, decode_loss, decode_sparse
+from flashsae.ops import SparseCode, decode, decode_loss
 from flashsae.testing import assert_as_accurate, integer_inputs, poison_empty
+from helpers.codes import topk_of
 
 SHAPES = [(0, 2, 5, 3), (1, 1, 1, 1), (37, 3, 101, 13), (64, 33, 40, 24), (130, 7, 16, 9)]
 NAMES = ("top_acts", "W_dec", "b_dec")
@@ -15,6 +16,10 @@ NAMES = ("top_acts", "W_dec", "b_dec")
 def _dense(top_acts: Tensor, top_indices: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
     latent_acts = W_dec.new_zeros(len(top_acts), len(W_dec)).scatter_add(1, top_indices.long(), top_acts)
     return latent_acts @ W_dec + b_dec
+
+
+def _decode(top_acts: Tensor, top_indices: Tensor, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
+    return decode(SparseCode.topk(top_acts, top_indices, len(W_dec)), W_dec, b_dec)
 
 
 def _indices(B: int, k: int, d_sae: int, generator: torch.Generator) -> Tensor:
@@ -36,7 +41,7 @@ def test_t0_integers_are_bitwise_equal(
         tensor.requires_grad_()
     upstream = integer_inputs(B, d_in, generator=generator)
     with poison_empty():
-        ours = decode_sparse(p["top_acts"], top_indices, p["W_dec"], p["b_dec"])
+        ours = _decode(p["top_acts"], top_indices, p["W_dec"], p["b_dec"])
         our_grads = torch.autograd.grad(ours, [p[n] for n in NAMES], upstream)
     theirs = _dense(p["top_acts"], top_indices, p["W_dec"], p["b_dec"])
     their_grads = torch.autograd.grad(theirs, [p[n] for n in NAMES], upstream)
@@ -60,7 +65,7 @@ def test_t1_as_accurate_as_dense_autograd(generator: torch.Generator) -> None:
         out = function(q["top_acts"], top_indices, q["W_dec"], q["b_dec"])  # type: ignore[operator]
         return out, torch.autograd.grad(out, [q[n] for n in NAMES], upstream.to(dtype))
 
-    ours, our_grads = run(decode_sparse, torch.float32)
+    ours, our_grads = run(_decode, torch.float32)
     theirs, their_grads = run(_dense, torch.float32)
     exact, exact_grads = run(_dense, torch.float64)
     assert_as_accurate(ours, theirs, exact, "x_hat")
@@ -72,7 +77,7 @@ def test_bfloat16_is_accumulated_in_float32_and_rounded_once(generator: torch.Ge
     top_indices = _indices(20, 16, 60, generator)
     top_acts = torch.rand(20, 16, generator=generator)
     W_dec = torch.randn(60, 30, generator=generator).bfloat16()
-    x_hat = decode_sparse(top_acts, top_indices, W_dec)
+    x_hat = _decode(top_acts, top_indices, W_dec)
     exact = (W_dec.double()[top_indices] * top_acts.double()[..., None]).sum(1)
     assert x_hat.dtype == torch.bfloat16
     rounding = torch.finfo(torch.bfloat16).eps / 2
@@ -81,7 +86,7 @@ def test_bfloat16_is_accumulated_in_float32_and_rounded_once(generator: torch.Ge
 
 def test_without_bias(generator: torch.Generator) -> None:
     top_acts, top_indices = torch.ones(2, 1), torch.tensor([[1], [0]])
-    assert decode_sparse(top_acts, top_indices, torch.eye(2)).tolist() == [[0.0, 1.0], [1.0, 0.0]]
+    assert _decode(top_acts, top_indices, torch.eye(2)).tolist() == [[0.0, 1.0], [1.0, 0.0]]
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -97,7 +102,8 @@ def test_t0_loss_of_integers_is_bitwise_that_of_autograd(
         tensor.requires_grad_()
     weights = integer_inputs(B, generator=generator, dtype=dtype).abs() if weighted else None
     with poison_empty():
-        ours = decode_loss(p["top_acts"], top_indices, p["W_dec"], p["b_dec"], p["target"], weights=weights)
+        code = topk_of(p["top_acts"], top_indices, p["W_dec"])
+        ours = decode_loss(code, p["W_dec"], p["b_dec"], p["target"], token_weights=weights)
         our_grads = torch.autograd.grad(3 * ours.loss, list(p.values()))
     x_hat = _dense(p["top_acts"], top_indices, p["W_dec"], p["b_dec"])
     errors = (p["target"] - x_hat).square().sum(1)
@@ -110,18 +116,6 @@ def test_t0_loss_of_integers_is_bitwise_that_of_autograd(
         assert torch.equal(a, b), name
 
 
-def test_an_index_given_changes_nothing_and_one_of_another_code_is_refused(generator: torch.Generator) -> None:
-    top_indices = _indices(9, 3, 20, generator)
-    top_acts, W_dec = torch.rand(9, 3, generator=generator), torch.randn(20, 4, generator=generator).requires_grad_()
-    index = build_index(top_indices, 20)
-    upstream = torch.randn(9, 4, generator=generator)
-    (with_index,) = torch.autograd.grad(decode_sparse(top_acts, top_indices, W_dec, index=index), W_dec, upstream)
-    (without,) = torch.autograd.grad(decode_sparse(top_acts, top_indices, W_dec), W_dec, upstream)
-    assert torch.equal(with_index, without)
-    with pytest.raises(ShapeError, match="index: expected one of 27 entries and 20 latents, got one of 24 and 20"):
-        decode_sparse(top_acts, top_indices, W_dec, index=build_index(top_indices[:8], 20))
-
-
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -129,7 +123,7 @@ def test_an_index_given_changes_nothing_and_one_of_another_code_is_refused(gener
         ({"top_indices": torch.zeros(3, 2)}, DtypeError, r"top_indices: expected int32 or int64, got torch.float32"),
         ({"top_indices": torch.full((3, 2), 5)}, ShapeError, r"expected every index in \[0, 5\), got values from 5"),
         ({"top_indices": torch.full((3, 2), -1)}, ShapeError, r"expected every index in \[0, 5\), got values from -1"),
-        ({"W_dec": torch.zeros(5)}, ShapeError, r"W_dec: expected the shape \[d_sae, d_in\], got \[5\]"),
+        ({"W_dec": torch.zeros(5)}, ShapeError, r"W_dec: expected the shape \[5, d_in\], got \[5\]"),
         ({"b_dec": torch.zeros(5)}, ShapeError, r"b_dec: expected the shape \[4\], got \[5\]"),
     ],
 )
@@ -141,4 +135,4 @@ def test_bad_arguments_are_named(change: dict[str, Tensor], error: type[Exceptio
         "b_dec": torch.zeros(4),
     }
     with pytest.raises(error, match=message):
-        decode_sparse(**{**good, **change})
+        _decode(**{**good, **change})

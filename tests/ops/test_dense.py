@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from flashsae.ops import Pattern
 from flashsae.ops.dense import op as dense
 from flashsae.testing import assert_as_accurate, poison_empty
 
@@ -46,9 +47,10 @@ def test_sums_are_those_of_the_code(
     monkeypatch.setattr("flashsae.ops.dense.op._CODE_ELEMENTS", 30 * 12 // parts)
     acts, rows = torch.randn(12, 4, generator=generator), torch.randn(12, 5, generator=generator)
     indices = torch.randint(0, 30, (12, 4), generator=generator)
-    grad, sums = dense.latent_rows(indices.to(device), acts.to(device), rows.to(device), 30, with_sums=True)
+    pattern = Pattern.topk(indices.to(device), 30)
+    grad, sums = dense.latent_rows(pattern, acts.to(device), rows.to(device), with_sums=True)
     whole = torch.zeros(12, 30).scatter_add(1, indices, acts)
     assert sums is not None
     torch.testing.assert_close(sums.cpu(), whole.sum(0))
     torch.testing.assert_close(grad.cpu(), whole.T @ rows)
-    assert dense.latent_rows(indices.to(device), acts.to(device), rows.to(device), 30)[1] is None
+    assert dense.latent_rows(pattern, acts.to(device), rows.to(device))[1] is None

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashsae.ops import build_index, decode_loss, decode_sparse, encode_topk, latent_rows
+from flashsae.ops import decode, decode_loss, encode_topk, latent_rows
 from flashsae.ops.validate import compute_dtype
 from flashsae.testing import assert_as_accurate
+from helpers.codes import index_of, topk_of
 from helpers.on_both import DEVICE
 from helpers.steps import Tensors, leaves
 
@@ -45,7 +46,8 @@ def _wide(inputs: Tensors, dtype: torch.dtype) -> Tensors:
 def _check_encode(dtypes: tuple[torch.dtype, ...]) -> None:
     inputs = _normals({"x": (B, D_IN), "W": (D_SAE, D_IN), "b_enc": (D_SAE,), "b_dec": (D_IN,)}, dtypes)
     p = leaves({name: tensor.to(DEVICE) for name, tensor in inputs.items()})
-    acts, indices = encode_topk(p["x"], p["W"], p["b_enc"], K, b_dec=p["b_dec"], precision="float32")
+    code = encode_topk(p["x"], p["W"], p["b_enc"], K, b_dec=p["b_dec"], precision="float32")
+    acts, indices = code.acts.relu(), code.top_indices
     wide = compute_dtype(dtypes[0])
     assert acts.dtype == wide
     upstream = torch.randn(B, K, generator=torch.Generator().manual_seed(6)).to(wide)
@@ -85,10 +87,9 @@ def _check_decode(dtypes: tuple[torch.dtype, ...]) -> None:
     indices = torch.rand(B, D_SAE, generator=generator).topk(K).indices
     weights = torch.rand(B, generator=generator)
     p = leaves({name: tensor.to(DEVICE) for name, tensor in inputs.items()})
-    found = decode_loss(
-        p["acts"], indices.to(DEVICE), p["W"], p["b_dec"], p["target"], weights=weights.to(DEVICE)
-    )  # fmt: skip
-    x_hat = decode_sparse(p["acts"], indices.to(DEVICE), p["W"], p["b_dec"])
+    code = topk_of(p["acts"], indices.to(DEVICE), p["W"])
+    found = decode_loss(code, p["W"], p["b_dec"], p["target"], token_weights=weights.to(DEVICE))
+    x_hat = decode(code, p["W"], p["b_dec"])
     upstream = torch.randn(B, D_IN, generator=generator).to(dtypes[1])
     ours = {"loss": found.loss.detach(), "x_hat": found.x_hat, "residual": found.residual, "decoded": x_hat.detach()}
     ours |= zip(p, torch.autograd.grad(found.loss, list(p.values())))
@@ -141,7 +142,7 @@ def test_t1_latent_rows(coeffs: torch.dtype, rows: torch.dtype, device: str) -> 
     inputs, generator = _normals({"coeffs": (B, K), "rows": (B, D_IN)}, (coeffs, rows)), torch.Generator()
     indices = torch.rand(B, 10, generator=generator).topk(K).indices
     p = {name: tensor.to(device) for name, tensor in inputs.items()}
-    ours = latent_rows(build_index(indices.to(device), 10), p["coeffs"], p["rows"])
+    ours = latent_rows(index_of(indices.to(device), 10), p["coeffs"], p["rows"])
 
     def dense(dtype: torch.dtype) -> Tensor:
         code = torch.zeros(B, 10, dtype=dtype).scatter_add(1, indices, inputs["coeffs"].to(dtype))

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from flashsae.errors import ConfigError, DtypeError, ShapeError
-from flashsae.ops import build_index, encode_topk, encode_topk_aux
+from flashsae.ops import LatentIndex, SparseCode, decode, decode_loss, encode_topk
 from flashsae.ops.encode.reference import select_topk
 from flashsae.testing import assert_as_accurate, integer_inputs, poison_empty
 from helpers.dense import dense_encode, dense_topk
@@ -17,6 +19,11 @@ NAMES = ("x", "W_enc_T", "b_enc", "b_dec")
 def _integers(B: int, d_in: int, d_sae: int, generator: torch.Generator, dtype: torch.dtype) -> dict[str, Tensor]:
     shapes = {"x": (B, d_in), "W_enc_T": (d_sae, d_in), "b_enc": (d_sae,), "b_dec": (d_in,)}
     return {name: integer_inputs(*shape, generator=generator, dtype=dtype) for name, shape in shapes.items()}
+
+
+def _relu(code: SparseCode) -> tuple[Tensor, Tensor]:
+    """Return the code as a TopK SAE has it."""
+    return code.top_acts.relu(), code.top_indices
 
 
 def _normals(B: int, d_in: int, d_sae: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -31,11 +38,11 @@ def test_t0_integers_are_bitwise_equal(
 ) -> None:
     p = _integers(B, d_in, d_sae, generator, dtype)
     with poison_empty():
-        top_acts, top_indices = encode_topk(p["x"], p["W_enc_T"], p["b_enc"], k, b_dec=p["b_dec"])
+        code = encode_topk(p["x"], p["W_enc_T"], p["b_enc"], k, b_dec=p["b_dec"])
     pre_acts = (p["x"] - p["b_dec"]).float() @ p["W_enc_T"].float().T + p["b_enc"].float()
     expected = dense_topk(pre_acts, k)  # integers tie all the time
-    assert torch.equal(top_indices, expected)
-    assert torch.equal(top_acts.float(), pre_acts.gather(1, expected).relu())
+    assert torch.equal(code.top_indices, expected)
+    assert torch.equal(code.top_acts.float(), pre_acts.gather(1, expected))  # of any sign
 
 
 @pytest.mark.parametrize("largest", [2, 9, 1000])
@@ -54,7 +61,7 @@ def test_t0_gradients_of_integers_are_bitwise_equal(
     p = {n: t.requires_grad_() for n, t in _integers(B, d_in, d_sae, generator, torch.float32).items()}
     upstream = integer_inputs(B, k, generator=generator)
     with poison_empty():
-        top_acts, top_indices = encode_topk(p["x"], p["W_enc_T"], p["b_enc"], k, b_dec=p["b_dec"])
+        top_acts, top_indices = _relu(encode_topk(p["x"], p["W_enc_T"], p["b_enc"], k, b_dec=p["b_dec"]))
         ours = torch.autograd.grad(top_acts, [p[n] for n in NAMES], upstream)
     dense = dense_encode(p["x"], p["W_enc_T"], p["b_enc"], top_indices, p["b_dec"]).gather(1, top_indices)
     theirs = torch.autograd.grad(dense, [p[n] for n in NAMES], upstream)
@@ -65,7 +72,7 @@ def test_t0_gradients_of_integers_are_bitwise_equal(
 @pytest.mark.parametrize("k", [1, 5, 32])
 def test_t1_as_accurate_as_dense_autograd(k: int, generator: torch.Generator) -> None:
     p = {n: t.requires_grad_() for n, t in _normals(200, 48, 160, generator).items()}
-    top_acts, top_indices = encode_topk(p["x"], p["W_enc_T"], p["b_enc"], k, b_dec=p["b_dec"])
+    top_acts, top_indices = _relu(encode_topk(p["x"], p["W_enc_T"], p["b_enc"], k, b_dec=p["b_dec"]))
     upstream = torch.randn(200, k, generator=generator)
     ours = torch.autograd.grad(top_acts, [p[n] for n in NAMES], upstream)
 
@@ -83,7 +90,7 @@ def test_t1_as_accurate_as_dense_autograd(k: int, generator: torch.Generator) ->
 
 def test_t1_bfloat16_beats_a_dense_bfloat16_product(generator: torch.Generator) -> None:
     p = {n: t.bfloat16() for n, t in _normals(64, 128, 256, generator).items()}
-    top_acts, top_indices = encode_topk(p["x"], p["W_enc_T"], p["b_enc"], 8)
+    top_acts, top_indices = _relu(encode_topk(p["x"], p["W_enc_T"], p["b_enc"], 8))
     exact = (p["x"].double() @ p["W_enc_T"].double().T + p["b_enc"].double()).gather(1, top_indices).relu()
     dense = (p["x"] @ p["W_enc_T"].T + p["b_enc"]).gather(1, top_indices).relu()
     assert top_acts.dtype == torch.float32
@@ -92,7 +99,7 @@ def test_t1_bfloat16_beats_a_dense_bfloat16_product(generator: torch.Generator) 
 
 def test_t2_selection_differs_from_float64_only_inside_rounding(generator: torch.Generator) -> None:
     p = _normals(500, 64, 512, generator)
-    _, top_indices = encode_topk(p["x"], p["W_enc_T"], p["b_enc"], 16)
+    _, top_indices = _relu(encode_topk(p["x"], p["W_enc_T"], p["b_enc"], 16))
     exact = p["x"].double() @ p["W_enc_T"].double().T + p["b_enc"].double()
     kth = exact.topk(16, dim=1).values[:, -1:]
     margin = 64 * torch.finfo(torch.float32).eps * p["x"].double().norm(dim=1, keepdim=True) * 8
@@ -102,7 +109,8 @@ def test_t2_selection_differs_from_float64_only_inside_rounding(generator: torch
 def test_t3_two_runs_and_any_workspace_give_the_same_bits(generator: torch.Generator) -> None:
     p = _integers(37, 16, 64, generator, torch.float32)
     runs = [
-        encode_topk(p["x"], p["W_enc_T"], p["b_enc"], 5, workspace_bytes=size) for size in (1, 5000, 1 << 20, 1 << 20)
+        _relu(encode_topk(p["x"], p["W_enc_T"], p["b_enc"], 5, workspace_bytes=size))
+        for size in (1, 5000, 1 << 20, 1 << 20)
     ]
     for acts, indices in runs[1:]:
         assert torch.equal(acts, runs[0][0])
@@ -124,24 +132,24 @@ def test_the_workspace_bounds_the_largest_tensor(generator: torch.Generator) -> 
 
     weights = [p[n].requires_grad_() for n in ("W_enc_T", "b_enc")]
     with Watch():
-        top_acts, _ = encode_topk(p["x"], *weights, 4, workspace_bytes=100_000)
+        top_acts, _ = _relu(encode_topk(p["x"], *weights, 4, workspace_bytes=100_000))
         top_acts.backward(torch.ones_like(top_acts))
     assert largest <= 100_000  # [B, d_sae] would be 2 MiB
 
 
 def test_ties_go_to_the_lowest_index() -> None:
     x, ones = torch.ones(3, 2), torch.ones(9, 2)
-    _, top_indices = encode_topk(x, ones, torch.zeros(9), 4)
+    _, top_indices = _relu(encode_topk(x, ones, torch.zeros(9), 4))
     assert top_indices.tolist() == [[0, 1, 2, 3]] * 3
     weights = torch.tensor([[1.0], [3.0], [2.0], [2.0], [2.0], [3.0], [0.0]])
-    _, top_indices = encode_topk(torch.ones(1, 1), weights, torch.zeros(7), 3)
+    _, top_indices = _relu(encode_topk(torch.ones(1, 1), weights, torch.zeros(7), 3))
     assert top_indices.tolist() == [[1, 2, 5]]
 
 
 def test_fewer_positive_than_k_gives_zeros_without_gradient() -> None:
     W_enc_T = torch.tensor([[1.0], [-1.0], [-2.0], [0.0]], requires_grad=True)
     b_enc = torch.zeros(4, requires_grad=True)
-    top_acts, top_indices = encode_topk(torch.ones(1, 1), W_enc_T, b_enc, 3)
+    top_acts, top_indices = _relu(encode_topk(torch.ones(1, 1), W_enc_T, b_enc, 3))
     assert top_indices.tolist() == [[0, 1, 3]]
     assert top_acts.tolist() == [[1.0, 0.0, 0.0]]
     top_acts.backward(torch.ones(1, 3))
@@ -151,9 +159,9 @@ def test_fewer_positive_than_k_gives_zeros_without_gradient() -> None:
 
 def test_a_row_with_nan_shows_and_harms_no_other(generator: torch.Generator) -> None:
     p = _normals(3, 4, 20, generator)
-    clean, _ = encode_topk(p["x"], p["W_enc_T"], p["b_enc"], 5)
+    clean, _ = _relu(encode_topk(p["x"], p["W_enc_T"], p["b_enc"], 5))
     p["x"][1, 2] = torch.nan
-    top_acts, top_indices = encode_topk(p["x"], p["W_enc_T"], p["b_enc"], 5)
+    top_acts, top_indices = _relu(encode_topk(p["x"], p["W_enc_T"], p["b_enc"], 5))
     assert bool(top_acts[1].isnan().all())
     assert bool(((top_indices >= 0) & (top_indices < 20)).all())
     assert top_indices[1].unique().numel() == 5
@@ -164,7 +172,7 @@ def test_a_row_with_nan_shows_and_harms_no_other(generator: torch.Generator) -> 
 def test_rows_with_infinity_give_valid_distinct_indices(k: int) -> None:
     weights = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [1.0, 1.0]])
     x = torch.tensor([[torch.inf, 0.0], [-torch.inf, 1.0], [1.0, 2.0]])
-    top_acts, top_indices = encode_topk(x, weights, torch.zeros(5), k)
+    top_acts, top_indices = _relu(encode_topk(x, weights, torch.zeros(5), k))
     assert all(len(set(row)) == k and 0 <= min(row) <= max(row) < 5 for row in top_indices.tolist())
     assert top_acts[0].isfinite().logical_not().any()
     assert torch.equal(top_acts[2], (weights @ x[2])[top_indices[2]])
@@ -174,72 +182,37 @@ def test_a_weight_that_is_nan_is_not_passed_over() -> None:
     weights = torch.zeros(5, 2)
     weights[3, 0] = torch.nan
     for k in range(1, 6):
-        top_acts, top_indices = encode_topk(torch.ones(1, 2), weights, torch.zeros(5), k)
+        top_acts, top_indices = _relu(encode_topk(torch.ones(1, 2), weights, torch.zeros(5), k))
         assert 3 in top_indices[0].tolist()
         assert bool(top_acts.isnan().any())
-
-
-@pytest.mark.parametrize("allowed", [[1, 5, 6, 17, 39], [5, 17], []])
-def test_t0_aux_chooses_among_the_mask_and_sends_gradient_there(allowed: list[int], generator: torch.Generator) -> None:
-    p = {n: t.requires_grad_() for n, t in _integers(11, 6, 40, generator, torch.float32).items()}
-    mask = torch.zeros(40, dtype=torch.bool)
-    mask[allowed] = True
-    with poison_empty():
-        codes = encode_topk_aux(p["x"], p["W_enc_T"], p["b_enc"], 4, mask, 3, b_dec=p["b_dec"])
-    pre_acts = (p["x"] - p["b_dec"]) @ p["W_enc_T"].T + p["b_enc"]
-    for i in range(11):  # the documented rule, the slow and obvious way
-        row = sorted(allowed, key=lambda latent: (-pre_acts[i, latent].item(), latent))[:3]
-        row += [latent for latent in range(40) if latent not in allowed][: 3 - len(row)]
-        assert codes.aux_indices[i].tolist() == sorted(row)
-    assert torch.equal(codes.top_indices, dense_topk(pre_acts, 4))
-    aux_acts = torch.where(mask[codes.aux_indices], pre_acts.gather(1, codes.aux_indices).relu(), 0.0)
-    assert torch.equal(codes.aux_acts, aux_acts)
-    upstream = [integer_inputs(11, k, generator=generator) for k in (4, 3)]
-    top_acts = pre_acts.gather(1, codes.top_indices).relu()
-    ours = torch.autograd.grad((codes.top_acts, codes.aux_acts), [p[n] for n in NAMES], upstream)
-    theirs = torch.autograd.grad((top_acts, aux_acts), [p[n] for n in NAMES], upstream)
-    for name, a, b in zip(NAMES, ours, theirs):
-        assert torch.equal(a, b), name
-
-
-@pytest.mark.parametrize("used", ["top_acts", "aux_acts"])
-def test_one_code_alone_sends_gradient(used: str, generator: torch.Generator) -> None:
-    p = _integers(11, 6, 40, generator, torch.float32)
-    weights = p["W_enc_T"].requires_grad_()
-    mask = torch.arange(40) % 2 == 0
-    codes = encode_topk_aux(p["x"], weights, p["b_enc"], 4, mask, 4)
-    getattr(codes, used).sum().backward()
-    assert weights.grad is not None
-    indices = codes.top_indices if used == "top_acts" else codes.aux_indices
-    dense = dense_encode(p["x"], weights, p["b_enc"], indices, None).sum()
-    (expected,) = torch.autograd.grad(dense, weights)
-    assert torch.equal(weights.grad, expected)
 
 
 def test_t0_key_scale_changes_the_choice_but_not_the_values(generator: torch.Generator) -> None:
     p = _integers(23, 6, 40, generator, torch.float32)
     scale = 2.0 ** torch.randint(-3, 4, (40,), generator=generator)
     scale[7] = 0
-    top_acts, top_indices = encode_topk(p["x"], p["W_enc_T"], p["b_enc"], 5, key_scale=scale)
+    top_acts, top_indices = _relu(encode_topk(p["x"], p["W_enc_T"], p["b_enc"], 5, key_scale=scale))
     pre_acts = p["x"] @ p["W_enc_T"].T + p["b_enc"]
     assert torch.equal(top_indices, dense_topk(pre_acts * scale, 5))
     assert torch.equal(top_acts, pre_acts.gather(1, top_indices).relu())
     assert not torch.equal(top_indices, dense_topk(pre_acts, 5))
 
 
-def test_the_index_is_that_of_the_selection(generator: torch.Generator) -> None:
-    p = _integers(23, 6, 40, generator, torch.float32)
-    weights = p["W_enc_T"].requires_grad_()
-    plain_acts, plain_indices = encode_topk(p["x"], weights, p["b_enc"], 5)
-    top_acts, top_indices, index = encode_topk(p["x"], weights, p["b_enc"], 5, return_index=True)
-    assert torch.equal(top_indices, plain_indices)
-    assert index.k == 5
-    for ours, expected in zip(index, build_index(plain_indices, 40)):
-        assert ours == expected if isinstance(ours, int) else torch.equal(ours, expected)
-    upstream = integer_inputs(23, 5, generator=generator)
-    (ours,) = torch.autograd.grad(top_acts, weights, upstream)
-    (expected,) = torch.autograd.grad(plain_acts, weights, upstream)
-    assert torch.equal(ours, expected)
+def test_one_index_serves_a_whole_step(monkeypatch: pytest.MonkeyPatch, generator: torch.Generator) -> None:
+    built, of_entries = [], LatentIndex.of_entries
+
+    def count(*args: Any, **settings: Any) -> LatentIndex:
+        built.append(of_entries(*args, **settings))
+        return built[-1]
+
+    monkeypatch.setattr(LatentIndex, "of_entries", count)
+    p = {n: t.requires_grad_() for n, t in _integers(23, 6, 40, generator, torch.float32).items()}
+    code = encode_topk(p["x"], p["W_enc_T"], p["b_enc"], 5)
+    code = code.replace(code.acts.relu())
+    W_dec = p["W_enc_T"].detach().clone().requires_grad_()
+    (decode(code, W_dec).sum() + decode_loss(code, W_dec, None, p["x"]).loss).backward()
+    assert len(built) == 1
+    assert code.pattern.index is built[0]
 
 
 @pytest.mark.parametrize(
@@ -263,17 +236,3 @@ def test_bad_arguments_are_named(change: dict[str, object], error: type[Exceptio
     good = {"x": torch.zeros(2, 4), "W_enc_T": torch.zeros(6, 4), "b_enc": torch.zeros(6), "k": 2}
     with pytest.raises(error, match=message):
         encode_topk(**{**good, **change})  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("mask", "k_aux", "error", "message"),
-    [
-        (torch.zeros(5, dtype=torch.bool), 2, ShapeError, r"aux_mask: expected the shape \[6\], got \[5\]"),
-        (torch.zeros(6), 2, DtypeError, r"aux_mask: expected torch.bool, got torch.float32"),
-        (torch.zeros(6, dtype=torch.bool), 0, ConfigError, r"k_aux: expected 1 <= k_aux <= 6, .* got 0"),
-        (torch.zeros(6, dtype=torch.bool), 7, ConfigError, r"k_aux: expected 1 <= k_aux <= 6, .* got 7"),
-    ],
-)
-def test_bad_arguments_of_aux_are_named(mask: Tensor, k_aux: int, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        encode_topk_aux(torch.zeros(2, 4), torch.zeros(6, 4), torch.zeros(6), 2, mask, k_aux)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flashsae.errors import GradientError
-from flashsae.ops import FactoredGradient, collect_factors, decode_sparse, encode_topk, materialize
+from flashsae.ops import FactoredGradient, collect_factors, decode, encode_topk, materialize
 from flashsae.ops.factors import RowFactor
 from flashsae.optim import FactoredAdam
 from helpers.twins import F64, LR, B, D, K, N, Twins, make_sae, make_x
@@ -220,7 +220,7 @@ def test_writing_to_the_residual_behind_a_backward_pass_is_noticed(read_before: 
 def test_writing_to_the_batch_behind_a_backward_pass_is_noticed(read_before: bool) -> None:
     sae, x = make_sae(), make_x()
     with collect_factors(sae.W_enc_T):
-        encode_topk(x, sae.W_enc_T, sae.b_enc, K)[0].sum().backward()
+        encode_topk(x, sae.W_enc_T, sae.b_enc, K).acts.sum().backward()
     assert_noticed(sae.W_enc_T, x, read_before=read_before)
 
 
@@ -230,5 +230,5 @@ def test_writing_to_what_was_decoded_or_came_from_upstream_is_noticed(number: in
     sae = make_sae()
     acts, upstream = torch.rand(B, K, dtype=F64), torch.randn(B, D, dtype=F64)
     with collect_factors(sae.W_dec):
-        decode_sparse(acts, sae.encode(make_x()).top_indices, sae.W_dec).backward(upstream)
+        decode(sae.encode(make_x()).replace(acts), sae.W_dec).backward(upstream)
     assert_noticed(sae.W_dec, (acts, upstream)[number], read_before=read_before)

@@ -9,10 +9,9 @@ from torch import Tensor
 from flashsae.errors import ShapeError
 from flashsae.ops import (
     FactoredGradient,
-    build_index,
     collect_factors,
+    decode,
     decode_loss,
-    decode_sparse,
     encode_topk,
     latent_rows,
     materialize,
@@ -21,6 +20,7 @@ from flashsae.ops import (
 from flashsae.ops.factors import Factor, RowFactor, RowGradient, SparseFactor
 from flashsae.ops.latent_rows.reference import RUN
 from flashsae.testing import assert_as_accurate, integer_inputs, poison_empty
+from helpers.codes import index_of, topk_of
 from helpers.steps import Tensors, leaves
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
@@ -51,9 +51,9 @@ SLOTS = torch.full((N,), -1, dtype=torch.int32)
 SLOTS[LATENTS[:3]] = torch.arange(3, dtype=torch.int32)  # the last row stands for no latent
 
 OPERATIONS: dict[str, Callable[[Tensors, Tensor], Tensor]] = {
-    "encode_topk": lambda p, code: encode_topk(p["x"], p["W"], p["latent_bias"], K, b_dec=p["bias"])[0],
-    "decode_sparse": lambda p, code: decode_sparse(p["acts"], code, p["W"], p["bias"]),
-    "decode_loss": lambda p, code: decode_loss(p["acts"], code, p["W"], p["bias"], p["x"]).loss,
+    "encode_topk": lambda p, code: encode_topk(p["x"], p["W"], p["latent_bias"], K, b_dec=p["bias"]).acts,
+    "decode": lambda p, code: decode(topk_of(p["acts"], code, p["W"]), p["W"], p["bias"]),
+    "decode_loss": lambda p, code: decode_loss(topk_of(p["acts"], code, p["W"]), p["W"], p["bias"], p["x"]).loss,
     "take_rows": lambda p, code: take_rows(p["W"], LATENTS, SLOTS),
 }
 
@@ -146,7 +146,7 @@ def test_small_batches_accumulate_to_the_sum_over_one_large_one(generator: torch
         W = start.clone().requires_grad_()
         collect_factors(W)
         for part in torch.arange(tokens).split(size):
-            decode_loss(acts[part], code[part], W, None, target[part]).loss.backward()
+            decode_loss(topk_of(acts[part], code[part], W), W, None, target[part]).loss.backward()
         totals.append(gradient_of(W).total(start))
     assert torch.equal(*totals)
     dense = []
@@ -163,7 +163,7 @@ def test_codes_of_different_k_are_joined(generator: torch.Generator) -> None:
     W, factors = torch.zeros(N, D), []
     expected = torch.zeros(N, D)
     for tokens, k, dtype in ((4, 1, BF16), (9, 5, F32), (6, 2, BF16)):
-        index = build_index(_code(generator, tokens, k).clamp_min(1), N)
+        index = index_of(_code(generator, tokens, k).clamp_min(1), N)
         acts, rows = integer_inputs(tokens, k, generator=generator), integer_inputs(tokens, D, generator=generator)
         factors.append(SparseFactor(index, acts, rows.to(dtype)))
         expected += latent_rows(index, acts, rows)
@@ -185,8 +185,8 @@ def test_row_factors_keep_their_slots_only_where_all_parts_share_them(
     collect_factors(W)
     code, acts = _code(generator), integer_inputs(B, K, generator=generator)
     rows = integer_inputs(B, D, generator=generator)
-    decode_sparse(acts, code, W).backward(rows)
-    expected = latent_rows(build_index(code, N), acts, rows)
+    decode(topk_of(acts, code, W), W).backward(rows)
+    expected = latent_rows(index_of(code, N), acts, rows)
     factors = list(factors_of(W))
     W.grad = None
     for shift in (0, 0 if same_slots else 1):
@@ -222,7 +222,7 @@ def test_no_part_is_a_gradient_of_zero() -> None:
     assert torch.equal(RowGradient().total(W), torch.zeros_like(W))
 
 
-@pytest.mark.parametrize("name", ["encode_topk", "decode_sparse", "decode_loss"])
+@pytest.mark.parametrize("name", ["encode_topk", "decode", "decode_loss"])
 def test_what_is_dense_enough_is_multiplied_and_left_as_rows(
     name: str, monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
 ) -> None:

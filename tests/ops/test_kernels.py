@@ -12,12 +12,13 @@ pytest.importorskip("triton")
 
 from flashsae import backend
 from flashsae.errors import ConfigError
-from flashsae.ops import build_index, decode_loss, decode_sparse, encode_topk, encode_topk_aux, latent_rows
+from flashsae.ops import SparseCode, decode, decode_loss, encode_topk, latent_rows
 from flashsae.ops.decode.launch import LARGEST_FUSED_K
 from flashsae.ops.encode.launch import Layout, launch_encode_topk
 from flashsae.ops.latent_rows.op import latent_sums
 from flashsae.ops.latent_rows.reference import RUN
 from flashsae.testing import assert_as_accurate, integer_inputs, poison_empty
+from helpers.codes import index_of, topk_of
 from helpers.dense import dense_topk
 from helpers.on_both import DEVICE, as_float64, assert_same, on_kernels, on_reference
 from helpers.selection import HARD, hard_inputs, selection_mistakes
@@ -33,33 +34,29 @@ def _sparse_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def encode_inputs(
-    B: int, d_in: int, d_sae: int, k: int, k_aux: int, generator: torch.Generator, dtype: torch.dtype = F32
+    B: int, d_in: int, d_sae: int, k: int, generator: torch.Generator, dtype: torch.dtype = F32
 ) -> Tensors:
-    shapes = {"x": (B, d_in), "W_enc_T": (d_sae, d_in), "b_enc": (d_sae,), "b_dec": (d_in,)}
-    shapes |= {"grad_acts": (B, k), "grad_aux": (B, k_aux)}
+    shapes = {"x": (B, d_in), "W_enc_T": (d_sae, d_in), "b_enc": (d_sae,), "b_dec": (d_in,), "grad_acts": (B, k)}
     return {n: integer_inputs(*s, generator=generator, largest=1, dtype=dtype) for n, s in shapes.items()}
 
 
 WEIGHTS = ("x", "W_enc_T", "b_enc", "b_dec")
 
 
-def dense_encode_both(
-    inputs: Tensors, k: int, k_aux: int, mask: Tensor | None = None, scale: Tensor | None = None
-) -> Tensors:
-    """Encode with plain autograd; a mask gives the second code."""
+def dense_encode(inputs: Tensors, k: int, scale: Tensor | None = None) -> Tensors:
+    """Encode with plain autograd."""
     p = leaves(inputs)
     pre_acts = (p["x"] - p["b_dec"]) @ p["W_enc_T"].T + p["b_enc"]
-    keys = pre_acts.detach() if scale is None else pre_acts.detach() * scale
-    result = {"top_indices": dense_topk(keys, k)}
-    acts = {"top_acts": pre_acts.gather(1, result["top_indices"]).relu()}
-    upstream = [p["grad_acts"]]
-    if mask is not None:
-        chosen = dense_topk(torch.where(mask, keys, -torch.inf), k_aux)
-        acts["aux_acts"] = torch.where(mask[chosen], pre_acts.gather(1, chosen).relu(), 0.0)
-        result["aux_indices"] = chosen
-        upstream.append(p["grad_aux"])
-    grads = torch.autograd.grad(list(acts.values()), [p[n] for n in WEIGHTS], upstream)
-    return {**result, **{n: t.detach() for n, t in acts.items()}, **{f"grad {n}": g for n, g in zip(WEIGHTS, grads)}}
+    chosen = dense_topk(pre_acts.detach() if scale is None else pre_acts.detach() * scale, k)
+    acts = pre_acts.gather(1, chosen)
+    grads = torch.autograd.grad(acts, [p[n] for n in WEIGHTS], p["grad_acts"])
+    return {"top_indices": chosen, "acts": acts.detach(), **{f"grad {n}": g for n, g in zip(WEIGHTS, grads)}}
+
+
+def _with_gradients(code: SparseCode, p: Tensors) -> Tensors:
+    grads = torch.autograd.grad(code.acts, [p[n] for n in WEIGHTS], p["grad_acts"].to(code.acts.dtype))
+    result = {"top_indices": code.top_indices, "acts": code.acts.detach()}
+    return {**result, **{f"grad {n}": g for n, g in zip(WEIGHTS, grads)}}
 
 
 # the last is float16 input, which is widened
@@ -75,54 +72,47 @@ MODE_NAMES = ["float32", "tf32", "bf16", "bfloat16 tensors", "float16 tensors"]
 def test_t0_encode(
     B: int, d_in: int, d_sae: int, k: int, dtype: torch.dtype, precision: str | None, generator: torch.Generator
 ) -> None:
-    inputs = encode_inputs(B, d_in, d_sae, k, 1, generator, dtype)
+    inputs = encode_inputs(B, d_in, d_sae, k, generator, dtype)
 
     def run(inputs: Tensors) -> Tensors:
         p = leaves(inputs)
-        acts, indices = encode_topk(p["x"], p["W_enc_T"], p["b_enc"], k, b_dec=p["b_dec"], precision=precision)
-        grads = torch.autograd.grad(acts, [p[n] for n in WEIGHTS], p["grad_acts"].to(acts.dtype))
-        return {"top_indices": indices, "top_acts": acts.detach(), **dict(zip([f"grad {n}" for n in WEIGHTS], grads))}
+        code = encode_topk(p["x"], p["W_enc_T"], p["b_enc"], k, b_dec=p["b_dec"], precision=precision)
+        return _with_gradients(code, p)
 
-    exact = dense_encode_both(as_float64(inputs), k, 1)
+    exact = dense_encode(as_float64(inputs), k)
     assert_same(on_kernels(run, inputs), on_reference(run, inputs), exact)
 
 
-@pytest.mark.parametrize(("allowed", "k_aux"), [(60, 11), (60, 40), (4, 11), (4, 40), (0, 11)])
+@pytest.mark.parametrize("k", [5, 40])  # by groups, and from whole rows
 @pytest.mark.parametrize("precision", ["float32", "tf32", "bf16"])
-def test_t0_encode_aux_and_key_scale(precision: str, allowed: int, k_aux: int, generator: torch.Generator) -> None:
-    k, d_sae = 5, 101  # 11 are selected by groups, 40 from whole rows
-    B = 37 if (allowed, k_aux) == (60, 11) and precision != "tf32" else 6  # more than a block of tokens, and fewer
-    inputs = encode_inputs(B, 13, d_sae, k, k_aux, generator)
-    inputs["mask"] = torch.zeros(d_sae, dtype=torch.bool)
-    inputs["mask"][torch.randperm(d_sae, generator=generator)[:allowed]] = True
+def test_t0_encode_by_a_key_scale(precision: str, k: int, generator: torch.Generator) -> None:
+    d_sae, B = 101, 37 if (k, precision) == (5, "bf16") else 6  # more than a block of tokens, and fewer
+    inputs = encode_inputs(B, 13, d_sae, k, generator)
     inputs["scale"] = torch.randint(0, 4, (d_sae,), generator=generator).float()
 
     def run(inputs: Tensors) -> Tensors:
         p = leaves(inputs)
-        codes = encode_topk_aux(
-            p["x"], p["W_enc_T"], p["b_enc"], k, p["mask"], k_aux,
+        code = encode_topk(
+            p["x"], p["W_enc_T"], p["b_enc"], k,
             b_dec=p["b_dec"], key_scale=p["scale"].detach(), precision=precision,
         )  # fmt: skip
-        grads = torch.autograd.grad(
-            [codes.top_acts, codes.aux_acts], [p[n] for n in WEIGHTS], [p["grad_acts"], p["grad_aux"]]
-        )
-        result = {name: tensor.detach() for name, tensor in codes._asdict().items()}
-        return {**result, **dict(zip([f"grad {n}" for n in WEIGHTS], grads))}
+        return _with_gradients(code, p)
 
-    exact = dense_encode_both(as_float64(inputs), k, k_aux, inputs["mask"], inputs["scale"].double())
+    exact = dense_encode(as_float64(inputs), k, inputs["scale"].double())
     assert_same(on_kernels(run, inputs), on_reference(run, inputs), exact)
 
 
 @pytest.mark.parametrize("precision", ["float32", "tf32", "bf16"])
 def test_t0_any_workspace_gives_the_same_bits(precision: str, generator: torch.Generator) -> None:
-    inputs = encode_inputs(10, 13, 120, 3, 1, generator)
+    inputs = encode_inputs(10, 13, 120, 3, generator)
 
     def run(inputs: Tensors, workspace_bytes: int) -> Tensors:
-        acts, indices, index = encode_topk(
+        code = encode_topk(
             inputs["x"], inputs["W_enc_T"], inputs["b_enc"], 3,
-            precision=precision, workspace_bytes=workspace_bytes, return_index=True,
+            precision=precision, workspace_bytes=workspace_bytes,
         )  # fmt: skip
-        return {"acts": acts, "indices": indices, "entries": index.entries, "offsets": index.offsets}
+        index = code.pattern.index
+        return {"acts": code.acts, "indices": code.top_indices, "entries": index.entries, "offsets": index.offsets}
 
     exact = on_reference(lambda q: run(q, 1 << 20), as_float64(inputs))
     for workspace_bytes in (1, 4 * 120 * 4, 1 << 20):  # one row, then four (float16: eight) at a time, all
@@ -137,46 +127,42 @@ def test_t0_all_equal_rows_and_heavy_ties_choose_the_lowest(k: int, precision: s
     weights = torch.ones(150, 2)
     weights[:, 1] = torch.arange(150) % 3 // 2  # every third latent is larger for the last row
     with poison_empty():
-        _, indices = encode_topk(
-            x.to(DEVICE), weights.to(DEVICE), torch.zeros(150, device=DEVICE), k, precision=precision
-        )
+        code = encode_topk(x.to(DEVICE), weights.to(DEVICE), torch.zeros(150, device=DEVICE), k, precision=precision)
     larger = list(range(2, 150, 3))
     expected = sorted((larger + [i for i in range(150) if i not in larger])[:k])
-    assert indices.tolist() == [list(range(k)), list(range(k)), expected]
+    assert code.top_indices.tolist() == [list(range(k)), list(range(k)), expected]
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("k", [1, 6])
 def test_t0_a_row_with_too_many_candidates_is_redone(
-    k: int, masked: bool, monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
+    k: int, scaled: bool, monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
 ) -> None:
     monkeypatch.setattr(Layout, "capacity", property(lambda self: 16))
-    p = encode_inputs(9, 13, 211, k, 1, generator)
+    p = encode_inputs(9, 13, 211, k, generator)
     p["x"][:2] = 0.0  # all latents tie, exactly
     p["x"][2:4] = torch.eye(13)[0]  # all latents tie, which the bounds cannot know
     p["b_enc"][:] = 0.0
     p["W_enc_T"][100] = 20.0
     p["W_enc_T"][:, 0] = 2.0
     p["x"][4:6] = 1.0  # latent 100 wins by far
-    mask = torch.rand(211, generator=generator) < 0.5 if masked else None
-    scale = torch.randint(1, 4, (211,), generator=generator).float() if masked else None
+    scale = torch.randint(1, 4, (211,), generator=generator).float() if scaled else None
     counts = torch.full((9,), -1, dtype=torch.int32, device=DEVICE)
     with poison_empty():
-        ((acts, indices),) = launch_encode_topk(
-            p["x"].to(DEVICE), p["W_enc_T"].to(DEVICE), p["b_enc"].to(DEVICE),
-            [(k, None if mask is None else mask.to(DEVICE))], None if scale is None else scale.to(DEVICE),
-            "float32", 1 << 20, candidate_counts=counts,
+        acts, indices = launch_encode_topk(
+            p["x"].to(DEVICE), p["W_enc_T"].to(DEVICE), p["b_enc"].to(DEVICE), k,
+            None if scale is None else scale.to(DEVICE), "float32", 1 << 20, candidate_counts=counts,
         )  # fmt: skip
     assert bool((counts[2:4] > 16).all())
     assert bool((counts >= 1).all())
     assert counts[:2].tolist() == [k, k]
-    if k == 1 and not masked:
+    if k == 1 and not scaled:
         assert counts[4:6].tolist() == [1, 1]
     pre_acts = p["x"].double() @ p["W_enc_T"].double().T
     keys = pre_acts if scale is None else pre_acts * scale
-    expected = dense_topk(keys if mask is None else torch.where(mask, keys, -torch.inf), k)
+    expected = dense_topk(keys, k)
     assert torch.equal(indices.cpu(), expected)
-    assert torch.equal(acts.cpu().double(), pre_acts.gather(1, expected).relu())
+    assert torch.equal(acts.cpu().double(), pre_acts.gather(1, expected))
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy, in the interpreter
@@ -193,8 +179,8 @@ def test_nan_and_infinity_show_and_harm_no_other_row(
     p = {"x": torch.randn(6, 13, generator=generator), "W": torch.randn(d_sae, 13, generator=generator)}
 
     def run(inputs: Tensors) -> Tensors:
-        acts, indices = encode_topk(inputs["x"], inputs["W"], inputs["W"].new_zeros(d_sae), k, precision=precision)
-        return {"acts": acts, "indices": indices}
+        code = encode_topk(inputs["x"], inputs["W"], inputs["W"].new_zeros(d_sae), k, precision=precision)
+        return {"acts": code.acts, "indices": code.top_indices}
 
     clean = on_kernels(run, p)
     p["x"][1, 12] = torch.nan
@@ -214,9 +200,10 @@ def test_nan_and_infinity_show_and_harm_no_other_row(
 def test_a_weight_that_is_nan_is_not_passed_over(precision: str) -> None:
     weights = torch.randn(70, 3, generator=torch.Generator().manual_seed(1))
     weights[41, 2] = torch.nan
-    acts, indices = encode_topk(
+    code = encode_topk(
         torch.ones(2, 3, device=DEVICE), weights.to(DEVICE), torch.zeros(70, device=DEVICE), 4, precision=precision
     )
+    acts, indices = code.acts, code.top_indices
     assert bool((indices == 41).sum(1).eq(1).all())
     assert acts[indices == 41].isnan().all()
     assert acts[indices != 41].isfinite().all()
@@ -226,7 +213,7 @@ def test_a_weight_that_is_nan_is_not_passed_over(precision: str) -> None:
 def test_t2_certified_float32_selects_as_float64_does(kind: str, generator: torch.Generator) -> None:
     x, W, bias = hard_inputs(kind, 15, 29, 300, generator)
     with poison_empty():
-        _, indices = encode_topk(x.to(DEVICE), W.to(DEVICE), bias.to(DEVICE), 12, precision="float32")
+        indices = encode_topk(x.to(DEVICE), W.to(DEVICE), bias.to(DEVICE), 12, precision="float32").top_indices
     wrong, excused = selection_mistakes(x, W, bias, indices.cpu())
     assert wrong == 0
     if kind in ("normal", "cancellation"):
@@ -249,18 +236,18 @@ def test_t1_encode_is_as_accurate_as_dense_autograd(generator: torch.Generator) 
 
     def ours(inputs: Tensors) -> Tensors:
         p = leaves(inputs)
-        acts, indices = encode_topk(p["x"], p["W_enc_T"], p["b_enc"], k, b_dec=p["b_dec"])
-        grads = torch.autograd.grad(acts, [p[n] for n in WEIGHTS], upstream.to(acts))
-        return {"indices": indices, "top_acts": acts.detach(), **dict(zip(WEIGHTS, grads))}
+        code = encode_topk(p["x"], p["W_enc_T"], p["b_enc"], k, b_dec=p["b_dec"])
+        grads = torch.autograd.grad(code.acts, [p[n] for n in WEIGHTS], upstream.to(code.acts))
+        return {"indices": code.top_indices, "acts": code.acts.detach(), **dict(zip(WEIGHTS, grads))}
 
     result = on_kernels(ours, inputs)
     indices = result.pop("indices")
 
     def dense(inputs: Tensors) -> Tensors:
         p = leaves(inputs)
-        acts = ((p["x"] - p["b_dec"]) @ p["W_enc_T"].T + p["b_enc"]).gather(1, indices).relu()
+        acts = ((p["x"] - p["b_dec"]) @ p["W_enc_T"].T + p["b_enc"]).gather(1, indices)
         grads = torch.autograd.grad(acts, [p[n] for n in WEIGHTS], upstream.to(acts))
-        return {"top_acts": acts.detach(), **dict(zip(WEIGHTS, grads))}
+        return {"acts": acts.detach(), **dict(zip(WEIGHTS, grads))}
 
     theirs, exact = dense(inputs), dense(as_float64(inputs))
     for name in result:
@@ -292,7 +279,7 @@ DECODE_MODES = [(F32, None), (F32, "bf16"), (BF16, None)]
 
 @pytest.mark.parametrize(("dtype", "precision"), DECODE_MODES, ids=["float32", "bf16", "bfloat16 tensors"])
 @pytest.mark.parametrize(("B", "k", "d_sae", "d_in"), DECODE_SHAPES)
-@pytest.mark.parametrize("extra", [False, True], ids=["plain", "bias, weights, index, int32"])
+@pytest.mark.parametrize("extra", [False, True], ids=["plain", "bias, weights, int32"])
 def test_t0_decode_and_loss(
     B: int, k: int, d_sae: int, d_in: int, dtype: torch.dtype, precision: str | None, extra: bool,
     generator: torch.Generator,
@@ -303,13 +290,12 @@ def test_t0_decode_and_loss(
     def run(inputs: Tensors) -> Tensors:
         p = leaves(inputs)
         indices = p["top_indices"].int() if extra else p["top_indices"]
-        index = build_index(indices, d_sae) if extra else None
-        code = p["top_acts"], indices, p["W_dec"], p.get("b_dec")
-        x_hat = decode_sparse(*code, index=index, precision=precision)
+        code, decoder = topk_of(p["top_acts"], indices, p["W_dec"]), (p["W_dec"], p.get("b_dec"))
+        x_hat = decode(code, *decoder, precision=precision)
         grads = torch.autograd.grad(x_hat, [p[n] for n in wanted if n != "target"], p["upstream"].to(x_hat.dtype))
         result = {"x_hat": x_hat.detach(), **{f"decode {n}": g for n, g in zip(wanted, grads)}}
         weights = p["weights"].detach() if extra else None
-        loss = decode_loss(*code, p["target"], weights=weights, index=index, precision=precision)
+        loss = decode_loss(code, *decoder, p["target"], token_weights=weights, precision=precision)
         grads = torch.autograd.grad(2 * loss.loss, [p[n] for n in wanted])
         result |= {"loss": loss.loss.detach(), "loss x_hat": loss.x_hat, "residual": loss.residual}
         return {**result, **{f"loss {n}": g for n, g in zip(wanted, grads)}}
@@ -339,8 +325,8 @@ def test_t1_decode_and_loss_are_as_accurate_as_dense_autograd(dtype: torch.dtype
     def run(inputs: Tensors, sparse: bool) -> Tensors:
         p = leaves(inputs)
         if sparse:
-            code = p["top_acts"], p["top_indices"], p["W_dec"], p["b_dec"]
-            x_hat, loss = decode_sparse(*code), decode_loss(*code, p["target"]).loss
+            code, decoder = topk_of(p["top_acts"], p["top_indices"], p["W_dec"]), (p["W_dec"], p["b_dec"])
+            x_hat, loss = decode(code, *decoder), decode_loss(code, *decoder, p["target"]).loss
         else:
             x_hat = dense_decode(p)
             loss = (p["target"] - x_hat).square().sum()
@@ -361,11 +347,11 @@ def test_t0_rows_that_are_not_contiguous(generator: torch.Generator) -> None:
     wide = integer_inputs(40, 26, generator=generator).to(DEVICE)
     p = {name: tensor.to(DEVICE) for name, tensor in inputs.items()}
     for W_dec in (wide[:, :13], wide[:, ::2], wide.T.contiguous().T[:, :13]):
-        x_hat = decode_sparse(p["top_acts"].T.contiguous().T, p["top_indices"], W_dec)
+        x_hat = decode(topk_of(p["top_acts"].T.contiguous().T, p["top_indices"], W_dec), W_dec)
         expected = dense_decode({**inputs, "W_dec": W_dec.cpu()})
         assert torch.equal(x_hat.cpu(), expected)
-        _, indices = encode_topk(p["target"], W_dec, torch.zeros(40, device=DEVICE), 4)
-        assert torch.equal(indices.cpu(), dense_topk(inputs["target"] @ W_dec.cpu().T, 4))
+        code = encode_topk(p["target"], W_dec, torch.zeros(40, device=DEVICE), 4)
+        assert torch.equal(code.top_indices.cpu(), dense_topk(inputs["target"] @ W_dec.cpu().T, 4))
 
 
 def dense_latent_rows(inputs: Tensors, d_sae: int) -> Tensor:
@@ -388,7 +374,7 @@ def test_t0_latent_rows(
     }
 
     def run(q: Tensors) -> Tensors:
-        return {"rows": latent_rows(build_index(q["top_indices"], d_sae), q["coeffs"], q["rows"], dtype=result)}
+        return {"rows": latent_rows(index_of(q["top_indices"], d_sae), q["coeffs"], q["rows"], dtype=result)}
 
     ours, theirs = on_kernels(run, inputs), on_reference(run, inputs)
     assert ours["rows"].dtype == (result or dtype)
@@ -407,7 +393,7 @@ def test_t0_and_t3_a_latent_active_on_every_token(B: int, k: int, generator: tor
     }
 
     def run(q: Tensors) -> Tensors:
-        index = build_index(q["top_indices"], 6)
+        index = index_of(q["top_indices"], 6)
         return {"rows": latent_rows(index, q["coeffs"], q["rows"]), "sums": latent_sums(index, q["coeffs"])}
 
     ones = torch.ones(B, 1, dtype=F64)
@@ -440,16 +426,13 @@ def test_dense_dispatch_gives_the_same_integers_and_says_so_once(
     for name in sparse:
         assert torch.equal(sparse[name], dense[0][name]), name
     said = [record.getMessage() for record in caplog.records if "dense matrix products" in record.getMessage()]
-    # decoding the AuxK code, decoding the code, the encoder's gradients by both
-    assert sorted(message.split(" latents a token")[0] for message in said) == ["1 of 50", "3 of 50", "4 of 50"]
+    assert sorted(message.split(" latents a token")[0] for message in said) == ["1 of 50", "3 of 50"]
 
 
 def test_a_k_that_no_program_can_hold_is_refused() -> None:
     x, W, b = torch.zeros(1, 2, device=DEVICE), torch.zeros(1100, 2, device=DEVICE), torch.zeros(1100, device=DEVICE)
     with pytest.raises(ConfigError, match="k: expected at most 1024 on a GPU, got 1025"):
         encode_topk(x, W, b, 1025)
-    with pytest.raises(ConfigError, match="expected at most 1024 on a GPU, got 1100"):
-        encode_topk_aux(x, W, b, 2, b == 0, 1100)
 
 
 def test_kernels_run_where_expected(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flashsae import ops
 from flashsae.errors import GradientError
+from helpers.codes import topk_of
 from helpers.every_operation import D_SAE, OPERATIONS, K, inputs
 from helpers.on_both import DEVICE
 from helpers.steps import Tensors
@@ -192,31 +193,37 @@ def _functions(device: str) -> dict[str, tuple[Callable[[Tensor], Tensor], Tenso
     p = inputs(device)
 
     def encode(x: Tensor) -> Tensor:
-        return ops.encode_topk(x, p["W_enc_T"], p["b_enc"], K, b_dec=p["b_dec"])[0].square().sum()
+        return ops.encode_topk(x, p["W_enc_T"], p["b_enc"], K, b_dec=p["b_dec"]).acts.square().sum()
 
-    def encode_aux(W: Tensor) -> Tensor:
-        codes = ops.encode_topk_aux(p["x"], W, p["b_enc"], K, p["aux_mask"], 2)
-        return codes.top_acts.square().sum() + codes.aux_acts.square().sum()
+    def pre_acts(W: Tensor) -> Tensor:
+        return ops.pre_acts(p["x"], W, p["b_enc"], ops.Pattern.topk(p["top_indices"], D_SAE)).square().sum()
+
+    def per_latent(values: Tensor) -> Tensor:
+        return ops.per_latent(values, ops.Pattern.topk(p["top_indices"], D_SAE)).square().sum()
+
+    def code(acts: Tensor) -> ops.SparseCode:
+        return topk_of(acts, p["top_indices"], p["W_dec"])
 
     def decode(acts: Tensor) -> Tensor:
-        return ops.decode_sparse(acts, p["top_indices"], p["W_dec"], p["b_dec"]).square().sum()
+        return ops.decode(code(acts), p["W_dec"], p["b_dec"]).square().sum()
 
     def loss(acts: Tensor) -> Tensor:
-        return ops.decode_loss(acts, p["top_indices"], p["W_dec"], p["b_dec"], p["target"]).loss
+        return ops.decode_loss(code(acts), p["W_dec"], p["b_dec"], p["target"]).loss
 
     def take(W: Tensor) -> Tensor:
         return ops.take_rows(W, p["latents"], p["slots"]).square().sum()
 
     return {
         "encode_topk": (encode, p["x"]),
-        "encode_topk_aux": (encode_aux, p["W_enc_T"]),
-        "decode_sparse": (decode, p["top_acts"]),
+        "pre_acts": (pre_acts, p["W_enc_T"]),
+        "per_latent": (per_latent, p["latent_values"]),
+        "decode": (decode, p["top_acts"]),
         "decode_loss": (loss, p["top_acts"]),
         "take_rows": (take, p["W_dec"]),
     }
 
 
-DIFFERENTIABLE = ("encode_topk", "encode_topk_aux", "decode_sparse", "decode_loss", "take_rows")
+DIFFERENTIABLE = ("encode_topk", "pre_acts", "per_latent", "decode", "decode_loss", "take_rows")
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
@@ -237,7 +244,7 @@ def test_a_second_derivative_is_refused_and_a_first_one_is_not(name: str) -> Non
 def test_a_gradient_penalty_on_weights_is_refused() -> None:
     p = inputs("cpu")
     acts, W = p["top_acts"].requires_grad_(), p["W_dec"].requires_grad_()
-    x_hat = ops.decode_sparse(acts, p["top_indices"], W)  # linear in acts: its gradient depends on W alone
+    x_hat = ops.decode(topk_of(acts, p["top_indices"], W), W)  # linear in acts: its gradient depends on W alone
     (grad,) = torch.autograd.grad(x_hat.sum(), acts, create_graph=True)
     with pytest.raises(GradientError, match=r"differentiated once, .* \.detach\(\)"):
         grad.square().sum().backward()
@@ -276,7 +283,7 @@ def test_forward_mode_is_refused(name: str) -> None:
 
 
 def test_batches_of_gradients_are_refused() -> None:
-    function, at = _functions("cpu")["decode_sparse"]
+    function, at = _functions("cpu")["decode"]
     leaf = at.detach().requires_grad_()
     with pytest.raises(GradientError, match=r"batches of gradients .* are not supported: use one at a time"):
         torch.autograd.grad(function(leaf), leaf, torch.ones(2, device="cpu"), is_grads_batched=True)

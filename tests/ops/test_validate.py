@@ -14,6 +14,7 @@ from torch import Tensor
 from flashsae import SAE, SAEConfig, ops
 from flashsae.errors import ConfigError, DtypeError, GradientError, ShapeError
 from flashsae.ops.latent_rows.op import column_sums
+from helpers.codes import index_of
 from helpers.every_operation import D_IN, D_SAE, OPERATIONS, B, K, Recorder, inputs
 from helpers.on_both import DEVICE
 from helpers.steps import Tensors
@@ -36,6 +37,9 @@ def _negated(tensor: Tensor) -> Tensor:
     return torch._neg_view(-tensor) if tensor.is_floating_point() else tensor
 
 
+INDICES = ("top_indices", "slots", "row_latents", "row_starts")
+"""Whose repeats mean something else, or nothing."""
+
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "apart": _apart,
     "shifted": _shifted,
@@ -57,7 +61,7 @@ def _one_at_a_time(name: str, device: str) -> None:
     OPERATIONS[name](plain)
     for argument in sorted(plain.used):
         for layout, arrange in LAYOUTS.items():
-            if plain[argument].dim() and not (argument in ("top_indices", "slots") and layout.startswith("one")):
+            if plain[argument].dim() and not (argument in INDICES and layout.startswith("one")):
                 odd = arrange(plain[argument])
                 found = OPERATIONS[name]({**plain, argument: odd})
                 expected = OPERATIONS[name]({**plain, argument: odd.clone(memory_format=torch.contiguous_format)})
@@ -70,7 +74,7 @@ def test_the_reference_reads_any_layout(name: str, monkeypatch: pytest.MonkeyPat
     _one_at_a_time(name, "cpu")
 
 
-@pytest.mark.parametrize("name", ["decode_sparse", "latent_rows"])
+@pytest.mark.parametrize("name", ["decode", "decode, rows", "decode_loss, rows", "latent_rows", "latent_rows, rows"])
 def test_kernels_read_any_layout(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setenv("FLASHSAE_BACKEND", "triton")
@@ -108,7 +112,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.parametrize("dense_above", ["0", "1"])
-@pytest.mark.parametrize("name", [name for name in OPERATIONS if name not in ("build_index", "take_rows")])
+@pytest.mark.parametrize("name", [name for name in OPERATIONS if not name.startswith(("pattern", "take_rows"))])
 def test_kernels_are_given_what_they_can_read(
     name: str, dense_above: str, launches: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,7 +122,9 @@ def test_kernels_are_given_what_they_can_read(
     assert launches
     for argument in sorted(plain.used):
         if plain[argument].dim():
-            for arrange in LAYOUTS.values():
+            for layout, arrange in LAYOUTS.items():
+                if argument.startswith("row_") and layout.startswith("one"):
+                    continue
                 OPERATIONS[name]({**plain, argument: arrange(plain[argument])})
 
 
@@ -132,19 +138,24 @@ def test_a_vector_with_strides_would_be_found(launches: list[str]) -> None:
 
 def _call(operation: str, **changes: Any) -> None:
     """Call an operation with good arguments but for these."""
-    p: dict[str, Any] = {**inputs("cpu"), "k": K, "k_aux": 2, "workspace_bytes": 1 << 20, "d_sae": D_SAE, **changes}
+    p: dict[str, Any] = {**inputs("cpu"), "k": K, "workspace_bytes": 1 << 20, "d_sae": D_SAE, **changes}
     encode = p["x"], p["W_enc_T"], p["b_enc"], p["k"]
     options = {"b_dec": p["b_dec"], "key_scale": p["key_scale"], "workspace_bytes": p["workspace_bytes"]}
-    code = p["top_acts"], p["top_indices"], p["W_dec"], p["b_dec"]
+
+    def code() -> ops.SparseCode:
+        return ops.SparseCode.topk(p["top_acts"], p["top_indices"], D_SAE)
+
     calls: dict[str, Callable[[], Any]] = {
         "encode_topk": lambda: ops.encode_topk(*encode, **options),
-        "encode_topk_aux": lambda: ops.encode_topk_aux(*encode, p["aux_mask"], p["k_aux"], **options),
-        "decode_sparse": lambda: ops.decode_sparse(*code),
-        "decode_loss": lambda: ops.decode_loss(*code, p["target"], weights=p["weights"]),
-        "build_index": lambda: ops.build_index(p["top_indices"], p["d_sae"]),
-        "latent_rows": lambda: ops.latent_rows(
-            ops.build_index(inputs("cpu")["top_indices"], D_SAE), p["coeffs"], p["rows"]
+        "pre_acts": lambda: ops.pre_acts(p["x"], p["W_enc_T"], p["b_enc"], code().pattern, b_dec=p["b_dec"]),
+        "per_latent": lambda: ops.per_latent(p["latent_values"], code().pattern),
+        "decode": lambda: ops.decode(code(), p["W_dec"], p["b_dec"]),
+        "decode_loss": lambda: ops.decode_loss(
+            code(), p["W_dec"], p["b_dec"], p["target"], token_weights=p["token_weights"]
         ),
+        "Pattern.topk": lambda: ops.Pattern.topk(p["top_indices"], p["d_sae"]),
+        "Pattern.rows": lambda: ops.Pattern.rows(p["row_latents"], p["row_starts"], p["d_sae"]),
+        "latent_rows": lambda: ops.latent_rows(index_of(inputs("cpu")["top_indices"], D_SAE), p["coeffs"], p["rows"]),
         "take_rows": lambda: ops.take_rows(p["W_dec"], p["latents"], p["slots"]),
     }
     calls[operation]()
@@ -152,10 +163,12 @@ def _call(operation: str, **changes: Any) -> None:
 
 TENSORS = {
     "encode_topk": ("x", "W_enc_T", "b_enc", "b_dec", "key_scale"),
-    "encode_topk_aux": ("aux_mask",),
-    "decode_sparse": ("top_acts", "top_indices", "W_dec", "b_dec"),
-    "decode_loss": ("target", "weights"),
-    "build_index": ("top_indices",),
+    "pre_acts": ("x", "W_enc_T"),
+    "per_latent": ("latent_values",),
+    "decode": ("top_acts", "top_indices", "W_dec", "b_dec"),
+    "decode_loss": ("target", "token_weights"),
+    "Pattern.topk": ("top_indices",),
+    "Pattern.rows": ("row_latents", "row_starts"),
     "latent_rows": ("coeffs", "rows"),
     "take_rows": ("W_dec", "latents", "slots"),
 }
@@ -185,7 +198,7 @@ def test_what_is_no_array_of_numbers_is_refused(operation: str, name: str, kind:
         _call(operation, **{name: make(tensor)})
 
 
-@pytest.mark.parametrize(("operation", "name"), [pair for pair in ARGUMENTS if pair[0] != "build_index"])
+@pytest.mark.parametrize(("operation", "name"), [pair for pair in ARGUMENTS if pair != ("Pattern.topk", "top_indices")])
 def test_tensors_on_two_devices_are_refused(operation: str, name: str) -> None:
     with pytest.raises(DtypeError, match=r"^\w+: expected the device of .*, (cpu|meta), got (cpu|meta)"):
         _call(operation, **{name: inputs("cpu")[name].to("meta")})
@@ -197,7 +210,7 @@ def test_distributed_tensors_are_refused_in_one_sentence(tmp_path: Any) -> None:
     try:
         mesh = torch.distributed.init_device_mesh("cpu", (1,))
         p = inputs("cpu")
-        for operation, name in (("encode_topk", "W_enc_T"), ("encode_topk", "x"), ("decode_sparse", "W_dec")):
+        for operation, name in (("encode_topk", "W_enc_T"), ("encode_topk", "x"), ("decode", "W_dec")):
             with pytest.raises(DtypeError, match=rf"^{name}: got a DTensor, .* leave the SAE out of fully_shard"):
                 _call(operation, **{name: distributed.distribute_tensor(p[name], mesh)})
         sae = torch.distributed.fsdp.fully_shard(SAE(SAEConfig(D_IN, D_SAE, K)), mesh=mesh)
@@ -209,7 +222,7 @@ def test_distributed_tensors_are_refused_in_one_sentence(tmp_path: Any) -> None:
 
 @pytest.mark.parametrize(
     ("operation", "name"),
-    [("encode_topk", "key_scale"), ("decode_loss", "weights"), ("latent_rows", "coeffs")],
+    [("encode_topk", "key_scale"), ("decode_loss", "token_weights"), ("latent_rows", "coeffs")],
 )
 def test_what_receives_no_gradient_may_not_require_one(operation: str, name: str) -> None:
     tensor = inputs("cpu")[name].requires_grad_()
@@ -234,7 +247,8 @@ def test_where_nobody_may_look_a_wrong_key_scale_shows(device: str, monkeypatch:
     wrong = {5: -1.0, 8: torch.nan, 13: torch.inf}
     for latent, value in wrong.items():
         p["key_scale"][latent] = value
-    acts, indices = ops.encode_topk(p["x"], p["W_enc_T"], p["b_enc"], K + 1, key_scale=p["key_scale"])
+    code = ops.encode_topk(p["x"], p["W_enc_T"], p["b_enc"], K + 1, key_scale=p["key_scale"])
+    acts, indices = code.acts, code.top_indices
     is_wrong = torch.isin(indices, torch.tensor(list(wrong), device=indices.device))
     assert (is_wrong.sum(1) == 3).all()
     assert acts[is_wrong].isnan().all()
@@ -243,9 +257,9 @@ def test_where_nobody_may_look_a_wrong_key_scale_shows(device: str, monkeypatch:
 
 INTEGERS = [
     ("encode_topk", "k"),
-    ("encode_topk_aux", "k_aux"),
     ("encode_topk", "workspace_bytes"),
-    ("build_index", "d_sae"),
+    ("Pattern.topk", "d_sae"),
+    ("Pattern.rows", "d_sae"),
 ]
 
 
@@ -276,23 +290,23 @@ def test_slots_and_latents_out_of_range_are_refused() -> None:
 
 
 def test_too_many_entries_for_an_index_are_refused() -> None:
-    with pytest.raises(ShapeError, match=r"top_indices: expected fewer than 2\*\*31 entries"):
-        ops.build_index(torch.zeros(1, dtype=torch.int64).expand(2**25, 64).to("meta"), 4)
+    with pytest.raises(ShapeError, match=r"latents: expected fewer than 2\*\*31, got 2147483648"):
+        ops.Pattern.topk(torch.zeros(1, dtype=torch.int64).expand(2**25, 64).to("meta"), 4)
 
 
 @pytest.mark.parametrize(("backend", "rows"), [("reference", 0), ("reference", 1), ("triton", 0)])
 def test_no_tokens_or_one(backend: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLASHSAE_BACKEND", backend)
     p = {n: t[:rows] if t.shape[:1] == (B,) else t for n, t in inputs(DEVICE).items()}
-    for name in ("encode_topk", "encode_topk_aux", "decode_sparse", "decode_loss", "latent_rows"):
+    for name in ("encode_topk", "decode", "decode_loss", "latent_rows"):
         found = OPERATIONS[name](p)
         assert all(tensor.isfinite().all() for tensor in found.values()), name
 
 
 def test_column_sums_of_what_lies_apart(device: str) -> None:
     p = inputs(device)
-    found = column_sums(_apart(p["weights"]), _apart(p["x"]), torch.float32)
-    assert torch.equal(found, p["weights"] @ p["x"])
+    found = column_sums(_apart(p["token_weights"]), _apart(p["x"]), torch.float32)
+    assert torch.equal(found, p["token_weights"] @ p["x"])
 
 
 def test_an_encoder_the_wrong_way_round_is_told_how_it_lies() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from flashsae.ops import FactoredGradient, collect_factors, decode_loss, take_rows
+from flashsae.ops import FactoredGradient, SparseCode, collect_factors, decode_loss, take_rows
 from flashsae.optim import ADAM_EPS, FactoredAdam
 from helpers.adam import (
     F32,
@@ -100,7 +100,7 @@ def test_factors_of_aux_and_main_loss_meet_in_one_step(generator: torch.Generato
     for _ in range(3):
         for W, optimizer in ((ours, factored), (theirs, adam)):
             optimizer.zero_grad()
-            loss = decode_loss(acts, codes, W, None, x).loss
+            loss = decode_loss(SparseCode.topk(acts, codes, N), W, None, x).loss
             (loss + (take_rows(W, latents, slots) ** 4).sum()).backward()
             optimizer.step()
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)

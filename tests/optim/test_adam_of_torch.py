@@ -15,10 +15,11 @@ from torch import nn
 from torch.optim import lr_scheduler as schedulers
 
 from flashsae.errors import CheckpointError, ConfigError, DtypeError
-from flashsae.ops import FactoredGradient, build_index
+from flashsae.ops import FactoredGradient
 from flashsae.ops.factors import SparseFactor
 from flashsae.ops.gradients import collects
 from flashsae.optim import FactoredAdam
+from helpers.codes import index_of
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 D, N, K, B, LR = 5, 30, 3, 7, 1e-2
@@ -60,7 +61,7 @@ class Twins:
                 if name == "bias":
                     parameter.grad = bias.to(parameter.dtype, copy=True)
                     continue
-                factor = SparseFactor(build_index(indices, N), coeffs.to(parameter.dtype), rows.to(parameter.dtype))
+                factor = SparseFactor(index_of(indices, N), coeffs.to(parameter.dtype), rows.to(parameter.dtype))
                 gradient = FactoredGradient([factor], parameter)
                 parameter.grad = gradient if parameters is self.ours else gradient.materialize()
 

@@ -21,7 +21,7 @@ def of_dense(dense: Tensor, k: int) -> Callable[[Batch], SparseCode]:
 
     def encode(batch: Batch) -> SparseCode:
         top = dense[batch["x"][:, 0].long()].topk(k, dim=1)
-        return SparseCode(top.values.relu(), top.indices, dense.shape[1])
+        return SparseCode.topk(top.values.relu(), top.indices, dense.shape[1])
 
     return encode
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flashsae.errors import ConfigError
-from flashsae.ops import decode_loss
+from flashsae.ops import SparseCode, decode_loss
 from flashsae.sae import fvu_weights, token_variance
 
 
@@ -14,7 +14,8 @@ def test_weights_make_a_squared_error_a_fraction_of_the_variance(generator: torc
     x, x_hat = torch.randn(50, 6, generator=generator), torch.randn(50, 6, generator=generator)
     weights = fvu_weights(x, token_variance(x))
     latents = torch.arange(len(x))[:, None]  # each token has one of its own
-    loss = decode_loss(torch.ones(len(x), 1), latents, x_hat, None, x, weights=weights).loss
+    code = SparseCode.topk(torch.ones(len(x), 1), latents, len(x_hat))
+    loss = decode_loss(code, x_hat, None, x, token_weights=weights).loss
     expected = (x - x_hat).square().mean() / (x - x.mean(0)).square().mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashsae import SAE, SAEConfig, ops
+from flashsae import SAE, SAEConfig, SparseCode, ops
 from flashsae.ops.validate import Precision
 from flashsae.sae import fvu_weights
 from flashsae.train.dead import LEAST_RESIDUAL, DeadLatents, DeadRows, _rounded_up, auxk_loss
@@ -18,13 +18,13 @@ DEAD = [0, 3, 7, 8, 21]
 
 def test_dead_counts_tokens_and_selected_zeros_do_not_count() -> None:
     dead = DeadLatents(3, after_tokens=4)
-    dead.update(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[0, 1], [1, 0]]))
+    dead.update(SparseCode.topk(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[0, 1], [1, 0]]), 3))
     assert dead.tokens_since_fired.tolist() == [0, 2, 2]
     assert dead.mask().tolist() == [False, False, False]
-    dead.update(torch.tensor([[0.5], [0.5]]), torch.tensor([[1], [1]]))
+    dead.update(SparseCode.topk(torch.tensor([[0.5], [0.5]]), torch.tensor([[1], [1]]), 3))
     assert dead.tokens_since_fired.tolist() == [2, 0, 4]
     assert dead.mask().tolist() == [False, False, True]
-    dead.update(torch.tensor([[0.5]]), torch.tensor([[2]]))
+    dead.update(SparseCode.topk(torch.tensor([[0.5]]), torch.tensor([[2]]), 3))
     assert dead.mask().tolist() == [False, False, False]
 
 
@@ -61,7 +61,8 @@ def _fire(counter: DeadLatents, generator: torch.Generator, tokens: int) -> None
     """Let every latent fire with a chance between 0.01 and 0.4 in a step of so many tokens."""
     chance = torch.linspace(0.01, 0.4, len(counter.tokens_since_fired))
     fired = torch.rand(len(chance), generator=generator) < chance
-    counter.update(fired.float().expand(tokens, -1), torch.arange(len(chance)).expand(tokens, -1))
+    everything = torch.arange(len(chance)).expand(tokens, -1)
+    counter.update(SparseCode.topk(fired.float().expand(tokens, -1), everything, len(chance)))
 
 
 @pytest.mark.parametrize("after_steps", [0.5, 1, 3, 20, 70, 600])
@@ -93,7 +94,7 @@ def test_on_a_gpu_the_capacity_is_near_the_number_of_the_dead(after_steps: int) 
     everything = torch.arange(100, 2000).expand(8, -1)
     for step in range(200):
         assert counter._bounded_capacity(step, 8) == 112
-        counter.update(torch.ones(8, 1900), everything)
+        counter.update(SparseCode.topk(torch.ones(8, 1900), everything, 2000))
 
 
 def test_a_capacity_is_rounded_up_by_an_eighth_at_most() -> None:
@@ -220,7 +221,7 @@ def test_in_kernels_rows_that_stand_for_no_latent_are_never_active(
     residual = torch.randn(B, D, generator=generator)
     dead = DEAD[1:]
     results = [_loss_and_gradients(sae, _auxk(sae, x, residual, _table(dead, capacity), 8)) for capacity in (4, 16)]
-    acts, indices, *_ = codes[1]
+    acts, indices = codes[1].acts.relu(), codes[1].pattern.latents
     assert acts.shape == (B, 8)
     assert bool((indices >= len(dead)).any())
     assert not bool(acts[indices >= len(dead)].any())

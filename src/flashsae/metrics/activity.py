@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+
+from flashsae.ops.code import SparseCode
 
 
 def is_dead(tokens_since_fired: Int[Tensor, " d_sae"], dead_after_tokens: int) -> Bool[Tensor, " d_sae"]:
@@ -17,7 +17,7 @@ def is_dead(tokens_since_fired: Int[Tensor, " d_sae"], dead_after_tokens: int) -
     return tokens_since_fired >= dead_after_tokens
 
 
-def count_active(counts: Int[Tensor, " d_sae"], code: Any) -> Int[Tensor, " d_sae"]:
+def count_active(counts: Int[Tensor, " d_sae"], code: SparseCode) -> Int[Tensor, " d_sae"]:
     """Add to `counts`, in place, on how many tokens each latent is active: on those where its value is not 0.
 
     A latent that was selected with 0 is not active, and neither is a place of the code that is not used. Values below 0
@@ -25,22 +25,25 @@ def count_active(counts: Int[Tensor, " d_sae"], code: Any) -> Int[Tensor, " d_sa
 
     Args:
         counts: int64.
-        code: a SparseCode.
+        code: of some tokens.
     """
-    latents, acts = _places(code)
-    return counts.scatter_add_(0, latents, (acts != 0).long())
+    latents, is_active = _places(code)
+    return counts.scatter_add_(0, latents, is_active.long())
 
 
-def active_entries(code: Any) -> tuple[Tensor, Tensor, Tensor]:
+def active_entries(code: SparseCode) -> tuple[Tensor, Tensor, Tensor]:
     """Return token, latent and value of each active entry of a code: [n] each, by token. Waits for the device."""
-    latents, acts = _places(code)
-    active = (acts != 0).nonzero()[:, 0]
-    return active // code.top_acts.shape[-1], latents[active], acts[active]
+    latents, is_active = _places(code)
+    active = is_active.nonzero()[:, 0]
+    return code.pattern.tokens[active].long(), latents[active], code.acts.flatten()[active]
 
 
-def _places(code: Any) -> tuple[Tensor, Tensor]:
-    """Return latent and value of every place of a code, flat."""
-    return code.top_indices.flatten().long(), code.top_acts.flatten()
+def _places(code: SparseCode) -> tuple[Tensor, Tensor]:
+    """Return latent of every place of a code, flat, and whether it is active there; the last where none is used."""
+    latents, is_active = code.pattern.latents.flatten().long(), (code.acts != 0).flatten()
+    if code.pattern.k is not None:
+        return latents, is_active
+    return latents.clamp_max(code.d_sae - 1), is_active & (latents < code.d_sae)
 
 
 class LatentActivity:
@@ -55,10 +58,10 @@ class LatentActivity:
         self._fired = torch.zeros(d_sae, dtype=torch.int64, device=device)
         self._tokens = 0
 
-    def update(self, code: Any) -> None:
-        """Add the code of a batch, a SparseCode."""
+    def update(self, code: SparseCode) -> None:
+        """Add the code of a batch."""
         count_active(self._fired, code)
-        self._tokens += code.top_acts.shape[:-1].numel()
+        self._tokens += code.pattern.B
 
     @property
     def tokens(self) -> int:

@@ -1,10 +1,10 @@
 """Exact sparse-aware operations on tensors, with autograd. They know nothing of models or training loops."""
 
-from flashsae.ops.decode import DecodeLoss, decode_loss, decode_sparse
-from flashsae.ops.encode import TwoCodes, encode_topk, encode_topk_aux
+from flashsae.ops.code import LatentIndex, Pattern, SparseCode
+from flashsae.ops.decode import DecodeLoss, decode, decode_loss
+from flashsae.ops.encode import encode_topk, per_latent, pre_acts
 from flashsae.ops.factored import FactoredGradient
 from flashsae.ops.gradients import Collection, collect_factors, materialize, take_rows
-from flashsae.ops.index import LatentIndex, build_index
 from flashsae.ops.latent_rows import latent_rows
 
 __all__ = [
@@ -12,14 +12,15 @@ __all__ = [
     "DecodeLoss",
     "FactoredGradient",
     "LatentIndex",
-    "TwoCodes",
-    "build_index",
+    "Pattern",
+    "SparseCode",
     "collect_factors",
+    "decode",
     "decode_loss",
-    "decode_sparse",
     "encode_topk",
-    "encode_topk_aux",
     "latent_rows",
     "materialize",
+    "per_latent",
+    "pre_acts",
     "take_rows",
 ]

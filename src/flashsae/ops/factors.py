@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashsae.errors import GradientError
-from flashsae.ops.index import LatentIndex, build_index
+from flashsae.ops.code import LatentIndex
 from flashsae.ops.latent_rows.op import sum_rows
 from flashsae.ops.validate import check_shape, compute_dtype
 
@@ -21,7 +21,7 @@ class SparseFactor:
 
     Args:
         index: of the code.
-        coeffs: [B, k], float32 (float64 for float64).
+        coeffs: [B, k] or [capacity], as the code, float32 (float64 for float64).
         rows: [B, d], float.
     """
 
@@ -41,7 +41,7 @@ class SparseFactor:
     @property
     def nbytes(self) -> int:
         """Memory that this keeps alive, though it may be shared with others."""
-        return sum(t.nbytes for t in (self.coeffs, self.rows, *self.index[:3]))
+        return sum(t.nbytes for t in (self.coeffs, self.rows, *self.index.lists))
 
     def scaled(self, scale: Tensor | float) -> SparseFactor:
         """Return a factor whose gradient is this one times a scalar."""
@@ -137,7 +137,9 @@ class RowGradient:
         d_sae, d = weights.shape
         if self.sparse is not None:
             check_shape("gradient.sparse.rows", self.sparse.rows, ("B", d))
-            check_shape("gradient.sparse.coeffs", self.sparse.coeffs, (len(self.sparse.rows), self.sparse.index.k))
+            index = self.sparse.index
+            size = (len(index.entries),) if index.k is None else (len(self.sparse.rows), index.k)
+            check_shape("gradient.sparse.coeffs", self.sparse.coeffs, size)
             check_shape("gradient.sparse.index.offsets", self.sparse.index.offsets, (d_sae + 1,))
         if self.slots is not None:
             check_shape("gradient.slots", self.slots, (d_sae,))
@@ -175,17 +177,30 @@ def added(parts: list[Tensor]) -> Tensor:
 
 
 def _joined(factors: list[SparseFactor]) -> SparseFactor | None:
-    """Return one factor over the tokens of all; codes narrower than the widest are filled up with coefficients of 0."""
+    """Return one factor over the tokens of all.
+
+    Where all have a k, codes narrower than the widest are filled up with coefficients of 0; else tokens are listed.
+    """
     if len(factors) < 2:
         return factors[0] if factors else None
-    k = max(factor.index.k for factor in factors)
-    coeffs, indices = [], []
+    d_sae, ks = factors[0].index.d_sae, [factor.index.k for factor in factors]
+    coeffs, latents, tokens = [], [], []
+    first = 0  # token of this factor among all
+    k = None if None in ks else max(k or 0 for k in ks)
     for factor in factors:
-        missing = k - factor.index.k
-        coeffs.append(F.pad(factor.coeffs, (0, missing)))
-        indices.append(F.pad(factor.index.top_indices, (0, missing)))
+        index, own = factor.index, factor.coeffs
+        if k is None:
+            coeffs.append(own.reshape(-1))
+            latents.append(index.by_entry)
+            order = torch.empty_like(index.entries).scatter_(0, index.entries, index.entry_tokens.long())
+            tokens.append(order + first)
+            first += len(factor.rows)
+        else:
+            missing = k - own.shape[1]
+            coeffs.append(F.pad(own, (0, missing)))
+            latents.append(F.pad(index.by_entry.view(own.shape), (0, missing)).flatten())
     dtype = factors[0].rows.dtype
     for factor in factors[1:]:
         dtype = torch.promote_types(dtype, factor.rows.dtype)
-    index = build_index(torch.cat(indices), factors[0].index.d_sae)
+    index = LatentIndex.of_entries(torch.cat(latents), d_sae, k=k, tokens=None if k is not None else torch.cat(tokens))
     return SparseFactor(index, torch.cat(coeffs), torch.cat([factor.rows.to(dtype) for factor in factors]))

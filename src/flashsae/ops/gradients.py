@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +13,10 @@ from typing_extensions import Self
 
 from flashsae.backend import log_once, use_dense, use_kernels
 from flashsae.errors import GradientError
+from flashsae.ops.code import Pattern
 from flashsae.ops.dense import op as dense
 from flashsae.ops.factored import FactoredGradient
 from flashsae.ops.factors import RowFactor, SparseFactor
-from flashsae.ops.index import LatentIndex
 from flashsae.ops.latent_rows.op import sum_rows
 from flashsae.ops.register import differentiate, operator
 from flashsae.ops.validate import check_device, check_float, check_indices, check_shape
@@ -102,21 +102,19 @@ def materialize(parameters: Tensor | Iterable[Tensor]) -> None:
             parameter.grad = parameter.grad._own()
 
 
-def is_dense(rows: Tensor, k: int, d_sae: int) -> bool:
-    """Tell whether gradients of rows by a code of k of d_sae latents are matrix products, which need no index."""
-    return use_kernels(rows) and use_dense(k, d_sae, rows)
+def is_dense(rows: Tensor, pattern: Pattern) -> bool:
+    """Tell whether gradients of rows by a code are matrix products, which need no index."""
+    return use_kernels(rows) and use_dense(pattern.width, pattern.d_sae, rows)
 
 
 def weight_gradient(
-    as_factor: bool, top_indices: Tensor, index: LatentIndex | None, coeffs: Tensor, rows: Tensor, like: Tensor,
-    with_sums: bool = False,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    as_factor: bool, pattern: Pattern, coeffs: Tensor, rows: Tensor, like: Tensor, with_sums: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """Return the gradient of a weight matrix.
 
     Args:
         as_factor: from `collects`.
-        top_indices: [B, k].
-        index: of top_indices; None if `is_dense`.
+        pattern: whose index is built now, if it was not and is needed.
         coeffs, rows: as in `SparseFactor`.
         like: [d_sae, d], the matrix.
         with_sums: whether the sums of coefficients are of use.
@@ -124,13 +122,31 @@ def weight_gradient(
         the gradient, dtype of the matrix; and the sum of the coefficients of each latent, [d_sae], or None where it
         does not come for free.
     """
-    if index is None:
-        grad, sums = dense.latent_rows(top_indices, coeffs, rows, len(like), with_sums)
+    if is_dense(rows, pattern):
+        grad, sums = dense.latent_rows(pattern, coeffs, rows, with_sums)
         return FactoredGradient([RowFactor(grad, None)], like) if as_factor else grad.to(like.dtype), sums
     if as_factor:
         # a graph behind them would stay alive until they are used
-        return FactoredGradient([SparseFactor(index, coeffs.detach(), rows.detach())], like), None
-    return sum_rows(index, coeffs, rows, like.dtype), None
+        return FactoredGradient([SparseFactor(pattern.index, coeffs.detach(), rows.detach())], like), None
+    return sum_rows(pattern.index, coeffs, rows, like.dtype), None
+
+
+def share(pattern: Pattern, output: Tensor) -> None:
+    """Let the backward pass that made `output` use this pattern, so that all passes of a step share one index.
+
+    Operators take and return tensors alone: each backward pass would else build its own.
+    """
+    if torch.compiler.is_compiling():
+        return
+    node: Any = output.grad_fn
+    if hasattr(node, "origins"):  # a backward pass of ours
+        node.pattern = pattern
+
+
+def pattern_of(ctx: Any, tensors: Sequence[Tensor], d_sae: int) -> Pattern:
+    """Return the pattern that was shared with a backward pass, or one of the tensors that it saved."""
+    shared: Pattern | None = getattr(ctx, "pattern", None)
+    return shared if shared is not None else Pattern(tensors[0], d_sae, *tensors[1:])
 
 
 def take_rows(weights: Tensor, latents: Tensor, slots: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,38 +45,6 @@ class SAEConfig:
                 raise ConfigError(f"{name}: expected a positive int, got {size}.")
         for name, value in {**sizes, "k": check_k(self.k, sizes["d_sae"])}.items():
             object.__setattr__(self, name, value)
-
-
-class _Code(NamedTuple):
-    top_acts: Tensor
-    top_indices: Tensor
-    d_sae: int
-    latent_index: ops.LatentIndex | None = None
-
-
-class SparseCode(_Code):
-    """The code of some tokens: which latents are active, and how much.
-
-    Args:
-        top_acts: [..., k], float32 or float64, >= 0.
-        top_indices: [..., k], int64, ascending within a token.
-        d_sae: number of latents.
-        latent_index: of top_indices, for the backward pass; None where there is none yet. Reads as None where
-            top_indices are not, or no longer, those that it was built of.
-    """
-
-    __slots__ = ()
-
-    @property
-    def latent_index(self) -> ops.LatentIndex | None:
-        """The index of top_indices as they are now."""
-        index = self[3]
-        return index if index is not None and index.is_of(self.top_indices) else None
-
-    def to_dense(self) -> Tensor:
-        """Return latent_acts, [..., d_sae]: d_sae / k times the memory of the code."""
-        dense = self.top_acts.new_zeros(*self.top_acts.shape[:-1], self.d_sae)
-        return dense.scatter_add(-1, self.top_indices.long(), self.top_acts)
 
 
 class SAE(nn.Module):
@@ -137,7 +105,7 @@ class SAE(nn.Module):
         dtype = str(weights.dtype).removeprefix("torch.")
         return f"TopK, d_in={config.d_in}, d_sae={config.d_sae}, k={config.k}, {dtype}, {weights.device}"
 
-    def encode(self, x: Tensor) -> SparseCode:
+    def encode(self, x: Tensor) -> ops.SparseCode:
         """Return the code of some tokens.
 
         Args:
@@ -147,52 +115,28 @@ class SAE(nn.Module):
         Raises:
             ShapeError, DtypeError: x does not fit.
         """
-        top_acts, top_indices, index = ops.encode_topk(
-            self._flat(x),
-            self.W_enc_T,
-            self.b_enc,
-            self.config.k,
-            b_dec=self.b_dec,
-            precision=self.precision,
-            return_index=True,
+        code = ops.encode_topk(
+            self._flat(x), self.W_enc_T, self.b_enc, self.config.k, b_dec=self.b_dec, precision=self.precision
         )
-        shape = (*x.shape[:-1], self.config.k)
-        top_indices = top_indices.view(shape)
-        return SparseCode(top_acts.view(shape), top_indices, self.config.d_sae, index.of(top_indices))
+        return ops.SparseCode(code.pattern, code.acts.relu(), tuple(x.shape[:-1]))
 
-    def decode(self, code: SparseCode, *, bias: bool = True) -> Tensor:
+    def decode(self, code: ops.SparseCode, *, bias: bool = True) -> Tensor:
         """Return the reconstruction [..., d_in] of a code of shape [..., k]; without b_dec if `bias` is False."""
-        _check_code(code)
-        k = code.top_acts.shape[-1]
-        top_indices, index = code.top_indices.reshape(-1, k), code.latent_index
-        x_hat = ops.decode_sparse(
-            code.top_acts.reshape(-1, k),
-            top_indices,
-            self.W_dec,
-            self.b_dec if bias else None,
-            index=None if index is None else index.of(top_indices),
-            precision=self.precision,
-        )
-        return x_hat.view(*code.top_acts.shape[:-1], self.config.d_in)
+        x_hat = ops.decode(code, self.W_dec, self.b_dec if bias else None, precision=self.precision)
+        return x_hat.view(*code.shape, self.config.d_in)
 
-    def decode_loss(self, code: SparseCode, target: Tensor, *, weights: Tensor | None = None) -> ops.DecodeLoss:
+    def decode_loss(
+        self, code: ops.SparseCode, target: Tensor, *, token_weights: Tensor | None = None
+    ) -> ops.DecodeLoss:
         """Return the squared error of the reconstruction: `flashsae.ops.decode_loss` of a code of shape [B, k].
 
         Args:
             code: of B tokens.
             target: [B, d_in], float; x itself.
-            weights: [B], of the tokens, as from `flashsae.sae.fvu_weights`.
+            token_weights: [B], as from `flashsae.sae.fvu_weights`.
         """
-        _check_code(code)
         return ops.decode_loss(
-            code.top_acts,
-            code.top_indices,
-            self.W_dec,
-            self.b_dec,
-            target,
-            weights=weights,
-            index=code.latent_index,
-            precision=self.precision,
+            code, self.W_dec, self.b_dec, target, token_weights=token_weights, precision=self.precision
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -304,11 +248,6 @@ class SAE(nn.Module):
         sae = cls(config, seed=None, dtype=getattr(torch, description.dtype), device="meta")
         sae.load_state_dict(tensors, assign=True)
         return sae.to(target)
-
-
-def _check_code(code: SparseCode) -> None:
-    if not isinstance(code, SparseCode):
-        raise DtypeError(f"code: expected a SparseCode, from SAE.encode, got {type(code).__name__}.")
 
 
 @isolated

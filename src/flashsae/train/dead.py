@@ -11,8 +11,8 @@ from torch import Tensor
 
 from flashsae import ops
 from flashsae.metrics import count_active, is_dead
-from flashsae.sae.module import SAE, SparseCode
-from flashsae.shapes import Activations, TopActs, TopIndices
+from flashsae.sae.module import SAE
+from flashsae.shapes import Activations
 
 PERIOD = 16
 """Steps between two looks of the host at how many latents are dead, at most, where looking would make it wait."""
@@ -70,16 +70,14 @@ class DeadLatents:
         self._pending: Tensor | None = None
         self._is_read: torch.cuda.Event | None = None
 
-    def update(self, top_acts: TopActs, top_indices: TopIndices) -> Tensor:
-        """Count the tokens of a step: both [B, k]. Exact to the batch; no wait for the device.
+    def update(self, code: ops.SparseCode) -> Tensor:
+        """Count the tokens of a step. Exact to the batch; no wait for the device.
 
         Returns:
             [d_sae], int64: on how many of these tokens each latent was active.
         """
-        fired = count_active(
-            torch.zeros_like(self.tokens_since_fired), SparseCode(top_acts, top_indices, len(self.tokens_since_fired))
-        )
-        self.tokens_since_fired.add_(len(top_acts)).mul_(fired == 0)
+        fired = count_active(torch.zeros_like(self.tokens_since_fired), code)
+        self.tokens_since_fired.add_(code.pattern.B).mul_(fired == 0)
         return fired
 
     def mask(self) -> Tensor:
@@ -174,9 +172,10 @@ def auxk_loss(
     W_enc_T, W_dec = (ops.take_rows(W, dead.latents, dead.slots) for W in (sae.W_enc_T, sae.W_dec))
     b_enc = torch.where(dead.is_dead, sae.b_enc.index_select(0, dead.latents), _NEVER)
     k = min(k_aux, len(dead.latents))
-    acts, indices = ops.encode_topk(x, W_enc_T, b_enc, k, b_dec=sae.b_dec, precision=sae.precision)
+    code = ops.encode_topk(x, W_enc_T, b_enc, k, b_dec=sae.b_dec, precision=sae.precision)
+    code = code.replace(code.acts.relu())
     missed = ops.decode_loss(
-        acts, indices, W_dec, None, decoded.residual.detach(), weights=weights, precision=sae.precision
+        code, W_dec, None, decoded.residual.detach(), token_weights=weights, precision=sae.precision
     ).loss
     return missed / decoded.loss.detach().clamp_min(LEAST_RESIDUAL) * dead.is_dead[0]
 

@@ -70,7 +70,7 @@ def _compute_step(state: TrainState, batch: Batch, config: TrainConfig, capacity
     optimizer.zero_grad()
     code = sae.encode(x)
     weights = state.loss_weights(x)
-    decoded = sae.decode_loss(code, x, weights=weights)
+    decoded = sae.decode_loss(code, x, token_weights=weights)
     loss = decoded.loss
     metrics = {"fvu": loss.detach()}
     if capacity:
@@ -84,7 +84,7 @@ def _compute_step(state: TrainState, batch: Batch, config: TrainConfig, capacity
         metrics["grad_norm"] = optimizer.clip_grad_norm(config.clip_norm)
     optimizer.step()
     optimizer.zero_grad()
-    fired = state.dead.update(code.top_acts, code.top_indices)
+    fired = state.dead.update(code)
     metrics["l0"] = fired.sum().float() / len(x)
     return metrics
 

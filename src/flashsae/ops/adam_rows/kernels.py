@@ -38,14 +38,14 @@ def _store_weights(weights_ptr, low_ptr, at, inside, weights):
 
 @triton.jit
 def _gradient(
-    latent, entries_ptr, latents_ptr, offsets_ptr, coeffs_ptr, rows_ptr, partial_ptr, dense_ptr, slots_ptr,
+    latent, entries_ptr, tokens_ptr, latents_ptr, offsets_ptr, coeffs_ptr, rows_ptr, partial_ptr, dense_ptr, slots_ptr,
     k, d, row_stride, column, inside, RUN: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Return some columns of the gradient of a row: its sparse part, if there is one, and its dense part."""
     total = tl.zeros([BLOCK_D], tl.float32)
     if entries_ptr is not None:
         total = sum_run(
-            latent, entries_ptr, latents_ptr, offsets_ptr, coeffs_ptr, rows_ptr, partial_ptr, k, d,
+            latent, entries_ptr, tokens_ptr, latents_ptr, offsets_ptr, coeffs_ptr, rows_ptr, partial_ptr, k, d,
             row_stride, column, inside, RUN, BLOCK_E, BLOCK_D,
         )  # fmt: skip
     if dense_ptr is not None:
@@ -76,7 +76,7 @@ def adam_rows_kernel(
     low_ptr,  # [d_sae, d] the 16 low bits of bfloat16 weights, or None
     exp_avg_ptr,  # [d_sae, d]
     exp_avg_sq_ptr,  # [d_sae, d]
-    entries_ptr, latents_ptr, offsets_ptr, coeffs_ptr, rows_ptr, partial_ptr,  # as in `sum_run`, or None
+    entries_ptr, tokens_ptr, latents_ptr, offsets_ptr, coeffs_ptr, rows_ptr, partial_ptr,  # as in `sum_run`, or None
     dense_ptr,  # [C, d] or None
     slots_ptr,  # [d_sae] or None
     lr_ptr,  # [] float
@@ -96,7 +96,7 @@ def adam_rows_kernel(
     exp_avg = tl.load(exp_avg_ptr + at, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
     exp_avg_sq = tl.load(exp_avg_sq_ptr + at, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
     gradient = _gradient(
-        latent, entries_ptr, latents_ptr, offsets_ptr, coeffs_ptr, rows_ptr, partial_ptr, dense_ptr,
+        latent, entries_ptr, tokens_ptr, latents_ptr, offsets_ptr, coeffs_ptr, rows_ptr, partial_ptr, dense_ptr,
         slots_ptr, k, d, row_stride, column, inside, RUN, BLOCK_E, BLOCK_D,
     )  # fmt: skip
     if UNIT_NORM:
@@ -126,7 +126,7 @@ def adam_rows_kernel(
 @triton.jit
 def row_squares_kernel(
     weights_ptr,  # [d_sae, d] or None
-    entries_ptr, latents_ptr, offsets_ptr, coeffs_ptr, rows_ptr, partial_ptr, dense_ptr, slots_ptr,
+    entries_ptr, tokens_ptr, latents_ptr, offsets_ptr, coeffs_ptr, rows_ptr, partial_ptr, dense_ptr, slots_ptr,
     out_ptr,  # [1 or 3, d_sae, slices]
     d_sae, k, d, row_stride,
     RUN: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -136,7 +136,7 @@ def row_squares_kernel(
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = column < d
     gradient = _gradient(
-        latent, entries_ptr, latents_ptr, offsets_ptr, coeffs_ptr, rows_ptr, partial_ptr, dense_ptr,
+        latent, entries_ptr, tokens_ptr, latents_ptr, offsets_ptr, coeffs_ptr, rows_ptr, partial_ptr, dense_ptr,
         slots_ptr, k, d, row_stride, column, inside, RUN, BLOCK_E, BLOCK_D,
     )  # fmt: skip
     out = out_ptr + latent.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)

@@ -60,14 +60,16 @@ def _tile(weights: Tensor, whole_rows: bool) -> tuple[tuple[int, int], dict[str,
     return (d_sae, triton.cdiv(d, block_d)), {"BLOCK_D": block_d, "num_warps": max(1, block_d // 512)}
 
 
-def _gradient_arguments(gradient: RowGradient, weights: Tensor) -> tuple[list[Tensor | None], tuple[int, int, int]]:
+def _gradient_arguments(
+    gradient: RowGradient, weights: Tensor
+) -> tuple[list[Tensor | None], tuple[int | None, int, int]]:
     """Return what kernels take of a gradient: lists and rows, and the sizes k, d and stride of a row."""
     d = weights.shape[1]
     dense, slots = packed(gradient.dense, gradient.slots)
     sparse = gradient.sparse
     if sparse is None or sparse.coeffs.numel() == 0:
-        return [None] * 6 + [dense, slots], (1, d, d)
+        return [None] * 7 + [dense, slots], (1, d, d)
     index, coeffs, rows = packed_index(sparse.index), packed(sparse.coeffs), rows_contiguous(sparse.rows)
     partial = launch_partial(index, coeffs, rows)
-    lists = [index.entries, index.latents, index.offsets, coeffs, rows, partial, dense, slots]
+    lists = [index.entries, index.tokens, index.latents, index.offsets, coeffs, rows, partial, dense, slots]
     return lists, (index.k, d, rows.stride(0))

@@ -1,4 +1,8 @@
-"""Triton kernels that gather the k rows of each token: their weighted sum, and their dot products with a vector."""
+"""Triton kernels that gather the rows of each token: their weighted sum, and their dot products with a vector.
+
+A token has k latents, or as many as starts_ptr says: acts and latents then have no rows, and token t owns the entries
+starts[t] to starts[t + 1].
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,23 @@ import triton.language as tl
 
 
 @triton.jit
+def _entries_of(starts_ptr, row, k):
+    """Return the first entry of a token, and how many it has."""
+    if starts_ptr is None:
+        first = row * k
+        count = k
+    else:
+        low = tl.load(starts_ptr + row)
+        count = tl.load(starts_ptr + row + 1) - low
+        first = low.to(tl.int64)
+    return first, count
+
+
+@triton.jit
 def decode_sparse_fwd_kernel(
-    acts_ptr,  # [B, k]
-    indices_ptr,  # [B, k]
+    acts_ptr,  # [B, k] or [capacity]
+    indices_ptr,  # as acts_ptr
+    starts_ptr,  # [B + 1] or None
     W_ptr,  # [d_sae, d]
     bias_ptr,  # [d] or None
     out_ptr,  # [B, d]
@@ -24,13 +42,14 @@ def decode_sparse_fwd_kernel(
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = column < d
     total = tl.zeros([BLOCK_D], tl.float32)
-    for start in range(0, k, BLOCK_K):
+    first, count = _entries_of(starts_ptr, row, k)
+    for start in range(0, count, BLOCK_K):
         slot = start + tl.arange(0, BLOCK_K)
-        acts = tl.load(acts_ptr + row * k + slot, mask=slot < k, other=0.0).to(tl.float32)
-        latents = tl.load(indices_ptr + row * k + slot, mask=slot < k, other=0).to(tl.int64)
+        acts = tl.load(acts_ptr + first + slot, mask=slot < count, other=0.0).to(tl.float32)
+        latents = tl.load(indices_ptr + first + slot, mask=slot < count, other=0).to(tl.int64)
         W = tl.load(
             W_ptr + latents[:, None] * W_stride + column[None, :],
-            mask=(slot < k)[:, None] & inside[None, :],
+            mask=(slot < count)[:, None] & inside[None, :],
             other=0.0,
         )
         total += tl.sum(acts[:, None] * W.to(tl.float32), axis=0)
@@ -88,6 +107,96 @@ def decode_sparse_loss_kernel(
 
 
 @triton.jit
+def decode_sparse_loss_rows_kernel(
+    acts_ptr,  # [capacity]
+    indices_ptr,  # [capacity]
+    starts_ptr,  # [B + 1]
+    W_ptr,  # [d_sae, d]
+    bias_ptr,  # [d] or None
+    target_ptr,  # [B, d]
+    weights_ptr,  # [B] or None
+    x_hat_ptr, residual_ptr,  # [B, d]
+    errors_ptr,  # [B]
+    grad_acts_ptr,  # [capacity]
+    d, W_stride, target_stride,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Do as `decode_sparse_loss_kernel` for a token of any number of latents.
+
+    The latents of most tokens fit in one tile. Those of the others are gone through twice in every block of columns,
+    for x_hat and for the dot products; the block is so small that the second reading comes from the cache.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    first, count = _entries_of(starts_ptr, row, None)
+    weight = 1.0
+    if weights_ptr is not None:
+        weight = tl.load(weights_ptr + row).to(tl.float32)
+    slot = tl.arange(0, BLOCK_K)
+    error = 0.0
+    if count <= BLOCK_K:
+        acts = tl.load(acts_ptr + first + slot, mask=slot < count, other=0.0).to(tl.float32)
+        latents = tl.load(indices_ptr + first + slot, mask=slot < count, other=0).to(tl.int64)
+        W_rows = W_ptr + latents[:, None] * W_stride
+        dots = tl.zeros([BLOCK_K], tl.float32)
+        for start in tl.range(0, d, BLOCK_D, num_stages=STAGES):
+            column = start + tl.arange(0, BLOCK_D)
+            inside = column < d
+            W = tl.load(W_rows + column[None, :], mask=(slot < count)[:, None] & inside[None, :], other=0.0)
+            W = W.to(tl.float32)
+            residual = _compared(
+                tl.sum(acts[:, None] * W, axis=0), bias_ptr, target_ptr + row * target_stride, x_hat_ptr + row * d,
+                residual_ptr + row * d, column, inside,
+            )  # fmt: skip
+            error += tl.sum(residual * residual)
+            dots += tl.sum(W * residual[None, :], axis=1)
+        tl.store(grad_acts_ptr + first + slot, -2.0 * weight * dots, mask=slot < count)
+    else:
+        for start in range(0, d, BLOCK_D):
+            column = start + tl.arange(0, BLOCK_D)
+            inside = column < d
+            x_hat = tl.zeros([BLOCK_D], tl.float32)
+            for tile in range(0, count, BLOCK_K):
+                acts, W = _tile(acts_ptr, indices_ptr, W_ptr, first, tile + slot, count, column, inside, W_stride)
+                x_hat += tl.sum(acts[:, None] * W, axis=0)
+            residual = _compared(
+                x_hat, bias_ptr, target_ptr + row * target_stride, x_hat_ptr + row * d, residual_ptr + row * d, column,
+                inside,
+            )  # fmt: skip
+            error += tl.sum(residual * residual)
+            for tile in range(0, count, BLOCK_K):
+                _, W = _tile(acts_ptr, indices_ptr, W_ptr, first, tile + slot, count, column, inside, W_stride)
+                dots = tl.sum(W * residual[None, :], axis=1)
+                sums_ptr = grad_acts_ptr + first + tile + slot
+                before = tl.load(sums_ptr, mask=(tile + slot < count) & (start > 0), other=0.0)
+                tl.debug_barrier()  # all have read before it is written
+                tl.store(sums_ptr, before - 2.0 * weight * dots, mask=tile + slot < count)
+            tl.debug_barrier()  # the next block of columns reads what other threads wrote
+    tl.store(errors_ptr + row, weight * error)
+
+
+@triton.jit
+def _tile(acts_ptr, indices_ptr, W_ptr, first, slot, count, column, inside, W_stride):
+    """Load some latents of a token, and some columns of their rows."""
+    acts = tl.load(acts_ptr + first + slot, mask=slot < count, other=0.0).to(tl.float32)
+    latents = tl.load(indices_ptr + first + slot, mask=slot < count, other=0).to(tl.int64)
+    W = tl.load(
+        W_ptr + latents[:, None] * W_stride + column[None, :], mask=(slot < count)[:, None] & inside[None, :], other=0.0
+    )
+    return acts, W.to(tl.float32)
+
+
+@triton.jit
+def _compared(x_hat, bias_ptr, target_row, x_hat_row, residual_row, column, inside):
+    """Add the bias to some columns of a reconstruction, write it and what is missing, and return that."""
+    if bias_ptr is not None:
+        x_hat += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    residual = tl.load(target_row + column, mask=inside, other=0.0).to(tl.float32) - x_hat
+    tl.store(x_hat_row + column, x_hat.to(x_hat_row.dtype.element_ty), mask=inside)
+    tl.store(residual_row + column, residual.to(residual_row.dtype.element_ty), mask=inside)
+    return residual
+
+
+@triton.jit
 def decode_sparse_residual_kernel(
     x_hat_ptr,  # [B, d] without the bias, which is added
     bias_ptr,  # [d] or None
@@ -119,12 +228,30 @@ def decode_sparse_residual_kernel(
 
 
 @triton.jit
+def _dots(
+    rows_ptr, indices_ptr, W_ptr, dots_ptr, slot, wanted, d, W_stride, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Write dot products of a row with those of some latents."""
+    latents = tl.load(indices_ptr + slot, mask=wanted, other=0).to(tl.int64)
+    W_rows = W_ptr + latents[:, None] * W_stride
+    sums = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    for start in range(0, d, BLOCK_D):
+        column = start + tl.arange(0, BLOCK_D)
+        inside = column < d
+        W = tl.load(W_rows + column[None, :], mask=wanted[:, None] & inside[None, :], other=0.0)
+        values = tl.load(rows_ptr + column, mask=inside, other=0.0)
+        sums += W.to(tl.float32) * values.to(tl.float32)[None, :]
+    tl.store(dots_ptr + slot, tl.sum(sums, axis=1).to(dots_ptr.dtype.element_ty), mask=wanted)
+
+
+@triton.jit
 def decode_sparse_bwd_acts_kernel(
     rows_ptr,  # [B, d]
-    indices_ptr,  # [B, k]
+    indices_ptr,  # [B, k] or [capacity]
+    starts_ptr,  # [B + 1] or None
     counts_ptr,  # [B] int32: only so many of the k are wanted; or None
     W_ptr,  # [d_sae, d]
-    dots_ptr,  # [B, k]
+    dots_ptr,  # as indices_ptr
     k,
     d,
     row_stride,
@@ -134,20 +261,22 @@ def decode_sparse_bwd_acts_kernel(
 ):
     """dots[b, j] = rows[b] · W[indices[b, j]], accumulated in float32."""
     row = tl.program_id(0).to(tl.int64)
-    slot = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    count = k
-    if counts_ptr is not None:
-        count = tl.load(counts_ptr + row)
-        count = tl.where(count > k, 0, count)
-    if tl.program_id(1) * BLOCK_K < count:
-        wanted = slot < count
-        latents = tl.load(indices_ptr + row * k + slot, mask=wanted, other=0).to(tl.int64)
-        W_rows = W_ptr + latents[:, None] * W_stride
-        sums = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
-        for start in range(0, d, BLOCK_D):
-            column = start + tl.arange(0, BLOCK_D)
-            inside = column < d
-            W = tl.load(W_rows + column[None, :], mask=wanted[:, None] & inside[None, :], other=0.0)
-            values = tl.load(rows_ptr + row * row_stride + column, mask=inside, other=0.0)
-            sums += W.to(tl.float32) * values.to(tl.float32)[None, :]
-        tl.store(dots_ptr + row * k + slot, tl.sum(sums, axis=1).to(dots_ptr.dtype.element_ty), mask=wanted)
+    first, count = _entries_of(starts_ptr, row, k)
+    rows_ptr += row * row_stride
+    if starts_ptr is None:
+        if counts_ptr is not None:
+            count = tl.load(counts_ptr + row)
+            count = tl.where(count > k, 0, count)
+        if tl.program_id(1) * BLOCK_K < count:
+            slot = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+            _dots(
+                rows_ptr, indices_ptr + first, W_ptr, dots_ptr + first, slot, slot < count, d, W_stride, BLOCK_K,
+                BLOCK_D,
+            )  # fmt: skip
+    else:
+        for start in range(tl.program_id(1) * BLOCK_K, count, tl.num_programs(1) * BLOCK_K):
+            slot = start + tl.arange(0, BLOCK_K)
+            _dots(
+                rows_ptr, indices_ptr + first, W_ptr, dots_ptr + first, slot, slot < count, d, W_stride, BLOCK_K,
+                BLOCK_D,
+            )  # fmt: skip

@@ -6,6 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
+from flashsae.ops.code import Pattern
 from flashsae.ops.decode import kernels
 from flashsae.ops.validate import packed, rows_contiguous
 
@@ -13,19 +14,17 @@ LARGEST_FUSED_K = 256
 """Above this the k rows of a token no longer fit in registers, and decode and gradient are two launches."""
 
 
-def launch_decode(
-    top_acts: Tensor, top_indices: Tensor, W_dec: Tensor, b_dec: Tensor | None, dtype: torch.dtype
-) -> Tensor:
+def launch_decode(acts: Tensor, pattern: Pattern, W_dec: Tensor, b_dec: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Return the reconstruction [B, d_in]."""
-    top_acts, top_indices, b_dec = packed(top_acts, top_indices, b_dec)
+    acts, latents, starts, b_dec = packed(acts, pattern.latents, pattern.starts, b_dec)
     W_dec = rows_contiguous(W_dec)
-    B, k = top_indices.shape
-    d = W_dec.shape[1]
+    B, d = pattern.B, W_dec.shape[1]
     x_hat = torch.empty(B, d, dtype=dtype, device=W_dec.device)
     if B:
-        block_k, block_d = min(32, triton.next_power_of_2(k)), min(512, triton.next_power_of_2(d))
+        block_k = min(32, triton.next_power_of_2(max(1, pattern.width)))
+        block_d = min(512, triton.next_power_of_2(d))
         kernels.decode_sparse_fwd_kernel[(B, triton.cdiv(d, block_d))](
-            top_acts, top_indices, W_dec, b_dec, x_hat, k, d, W_dec.stride(0),
+            acts, latents, starts, W_dec, b_dec, x_hat, pattern.k, d, W_dec.stride(0),
             BLOCK_K=block_k, BLOCK_D=block_d, num_warps=4,
         )  # fmt: skip
     return x_hat
@@ -40,35 +39,47 @@ def _tile(block_k: int, W_dec: Tensor) -> tuple[int, int]:
     return (128 if block_k <= 32 or (block_k == 64 and far) else 64), 3
 
 
+def rows_tile(pattern: Pattern) -> int:
+    """Return how many latents of a token a program holds at once, where their number varies: those of most tokens."""
+    return int(min(128, max(16, triton.next_power_of_2(max(1, pattern.width)))))
+
+
 def launch_decode_loss(
-    top_acts: Tensor, top_indices: Tensor, W_dec: Tensor, b_dec: Tensor | None, target: Tensor, weights: Tensor | None
+    acts: Tensor, pattern: Pattern, W_dec: Tensor, b_dec: Tensor | None, target: Tensor, token_weights: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return errors [B], x_hat, residual [B, d_in] and grad_acts [B, k]."""
-    top_acts, top_indices, b_dec, weights = packed(top_acts, top_indices, b_dec, weights)
+    """Return errors [B], x_hat, residual [B, d_in] and the gradient of acts."""
+    acts, latents, starts, b_dec, weights = packed(acts, pattern.latents, pattern.starts, b_dec, token_weights)
     W_dec, target = rows_contiguous(W_dec), rows_contiguous(target)
-    B, k = top_indices.shape
-    d = W_dec.shape[1]
+    B, d, k = pattern.B, W_dec.shape[1], pattern.k
     x_hat = torch.empty(B, d, dtype=W_dec.dtype, device=W_dec.device)
     residual = torch.empty_like(x_hat)
     errors = torch.empty(B, dtype=torch.float32, device=W_dec.device)
-    grad_acts = torch.empty(B, k, dtype=torch.float32, device=W_dec.device)
-    if B:
-        block_k = triton.next_power_of_2(k)
-        block_d, stages = _tile(block_k, W_dec)
-        block_d = min(triton.next_power_of_2(d), block_d)
+    empty = torch.zeros if k is None else torch.empty  # not every place is used
+    grad_acts = empty(latents.shape, dtype=torch.float32, device=W_dec.device)
+    if not B:
+        return errors, x_hat, residual, grad_acts
+    block_k = rows_tile(pattern) if k is None else triton.next_power_of_2(k)
+    block_d, stages = _tile(block_k, W_dec)
+    block_d = min(triton.next_power_of_2(d), block_d)
+    tile = {"BLOCK_K": block_k, "BLOCK_D": block_d, "STAGES": stages, "num_warps": max(1, block_k * block_d // 4096)}
+    results = x_hat, residual, errors, grad_acts
+    strides = W_dec.stride(0), target.stride(0)
+    if k is None:
+        kernels.decode_sparse_loss_rows_kernel[(B,)](
+            acts, latents, starts, W_dec, b_dec, target, weights, *results, d, *strides, **tile
+        )
+    else:
         kernels.decode_sparse_loss_kernel[(B,)](
-            top_acts, top_indices, W_dec, b_dec, target, weights, x_hat, residual, errors, grad_acts,
-            k, d, W_dec.stride(0), target.stride(0),
-            BLOCK_K=block_k, BLOCK_D=block_d, STAGES=stages, num_warps=max(1, block_k * block_d // 4096),
-        )  # fmt: skip
+            acts, latents, W_dec, b_dec, target, weights, *results, k, d, *strides, **tile
+        )
     return errors, x_hat, residual, grad_acts
 
 
 def launch_residual(
-    x_hat: Tensor, b_dec: Tensor | None, target: Tensor, weights: Tensor | None
+    x_hat: Tensor, b_dec: Tensor | None, target: Tensor, token_weights: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Return errors [B] and residual [B, d_in] of a reconstruction without its bias, which is added in place."""
-    b_dec, weights = packed(b_dec, weights)
+    b_dec, weights = packed(b_dec, token_weights)
     target = rows_contiguous(target)
     B, d = x_hat.shape
     residual = torch.empty_like(x_hat)
@@ -81,17 +92,24 @@ def launch_residual(
     return errors, residual
 
 
-def launch_dots(rows: Tensor, indices: Tensor, W: Tensor, counts: Tensor | None = None) -> Tensor:
-    """Return rows[b] · W[indices[b, j]], [B, k] float32; with counts [B] only the first so many of a row are set."""
-    indices, counts = packed(indices, counts)
+def launch_dots(
+    rows: Tensor, latents: Tensor, W: Tensor, *, starts: Tensor | None = None, counts: Tensor | None = None
+) -> Tensor:
+    """Return rows[b] · W[latents of token b], of the shape of latents, float32.
+
+    With starts, as a pattern has them, what is not used is 0; with counts [B] only the first so many of a row are set.
+    """
+    latents, starts, counts = packed(latents, starts, counts)
     rows, W = rows_contiguous(rows), rows_contiguous(W)
-    B, k = indices.shape
-    d = W.shape[1]
-    dots = torch.empty(B, k, dtype=torch.float32, device=W.device)
+    B, d = rows.shape
+    k = latents.shape[1] if starts is None else None
+    empty = torch.zeros if k is None else torch.empty
+    dots = empty(latents.shape, dtype=torch.float32, device=W.device)
     if B:
-        block_k, block_d = min(16, triton.next_power_of_2(k)), min(128, triton.next_power_of_2(d))
-        kernels.decode_sparse_bwd_acts_kernel[(B, triton.cdiv(k, block_k))](
-            rows, indices, counts, W, dots, k, d, rows.stride(0), W.stride(0),
+        width = max(1, k if k is not None else triton.cdiv(len(latents), B))
+        block_k, block_d = min(16, triton.next_power_of_2(width)), min(128, triton.next_power_of_2(d))
+        kernels.decode_sparse_bwd_acts_kernel[(B, triton.cdiv(width, block_k))](
+            rows, latents, starts, counts, W, dots, k, d, rows.stride(0), W.stride(0),
             BLOCK_K=block_k, BLOCK_D=block_d, num_warps=2,
         )  # fmt: skip
     return dots

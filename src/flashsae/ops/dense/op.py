@@ -7,62 +7,103 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashsae.backend import use_kernels
+from flashsae.ops.code import Pattern
 from flashsae.ops.validate import compute_dtype
-from flashsae.shapes import Activations, InputBias, LatentActs, LatentBias, TopActs, TopIndices, Weights
+from flashsae.profiling import part
+from flashsae.shapes import (
+    Activations,
+    CodeActs,
+    InputBias,
+    LatentActs,
+    LatentBias,
+    TopActs,
+    TopIndices,
+    Weights,
+)
 
 _CODE_ELEMENTS = 1 << 26  # of the dense code in memory at once
 
 
-def decode_sparse(top_acts: TopActs, top_indices: TopIndices, W_dec: Weights, b_dec: InputBias | None) -> Activations:
+def decode(acts: CodeActs, pattern: Pattern, W_dec: Weights, b_dec: InputBias | None) -> Activations:
     """Multiply the dense code by W_dec: -> [B, d_in], compute dtype. Code and product are rounded to that of W_dec."""
-    x_hat = product(top_acts, top_indices, W_dec)
+    x_hat = product(acts, pattern, W_dec)
     dtype = compute_dtype(W_dec.dtype)
     return x_hat.to(dtype) if b_dec is None else x_hat.to(dtype) + b_dec.to(dtype)
 
 
-def product(top_acts: TopActs, top_indices: TopIndices, W_dec: Weights) -> Activations:
+def product(acts: CodeActs, pattern: Pattern, W_dec: Weights) -> Activations:
     """Multiply the dense code by W_dec: -> [B, d_in], dtype of W_dec."""
-    x_hat = W_dec.new_empty(len(top_acts), W_dec.shape[1])
-    for part in _parts(len(top_acts), len(W_dec)):
-        torch.mm(code(top_acts[part], top_indices[part], W_dec), W_dec, out=x_hat[part])
+    x_hat = W_dec.new_empty(pattern.B, W_dec.shape[1])
+    with part("dense products"):
+        for tokens in _parts(pattern):
+            torch.mm(_code_of(acts, pattern, tokens, W_dec), W_dec, out=x_hat[tokens])
     return x_hat
 
 
-def decode_sparse_grad_acts(grad_x_hat: Activations, top_indices: TopIndices, W_dec: Weights) -> TopActs:
-    """Multiply gradients by every row of W_dec and keep those of the code: -> [B, k], compute dtype."""
-    grad_acts = torch.empty(top_indices.shape, dtype=compute_dtype(W_dec.dtype), device=W_dec.device)
-    for part in _parts(len(top_indices), len(W_dec)):
-        products = F.linear(grad_x_hat[part].to(W_dec.dtype), W_dec)
-        grad_acts[part] = products.gather(1, top_indices[part].long())
+def decode_grad_acts(grad_x_hat: Activations, pattern: Pattern, W_dec: Weights) -> CodeActs:
+    """Multiply gradients by every row of W_dec and keep those of the code, as `acts`, compute dtype."""
+    dtype = compute_dtype(W_dec.dtype)
+    empty = torch.empty if pattern.starts is None else torch.zeros  # not every place is used
+    grad_acts = empty(pattern.latents.shape, dtype=dtype, device=W_dec.device)
+    with part("dense products"):
+        for tokens in _parts(pattern):
+            products = F.linear(grad_x_hat[tokens].to(W_dec.dtype), W_dec)
+            if pattern.starts is None:
+                grad_acts[tokens] = products.gather(1, pattern.latents[tokens].long())
+            else:
+                places, inside = _places(pattern, tokens)
+                found = products.flatten()[torch.where(inside, places, 0)].to(dtype)
+                grad_acts = torch.where(inside, found, grad_acts)
     return grad_acts
 
 
 def latent_rows(
-    top_indices: TopIndices, coeffs: TopActs, rows: Activations, d_sae: int, with_sums: bool = False
+    pattern: Pattern, coeffs: CodeActs, rows: Activations, with_sums: bool = False
 ) -> tuple[Weights, LatentBias | None]:
     """Multiply the transposed dense code by rows: -> [d_sae, d], dtype of rows; sum it: -> [d_sae], compute dtype.
 
     The code is rounded to the dtype of rows; sums over parts of the tokens are added in the compute dtype.
     """
-    dtype = compute_dtype(rows.dtype)
-    parts = _parts(len(rows), d_sae)
+    dtype, d_sae = compute_dtype(rows.dtype), pattern.d_sae
+    parts = _parts(pattern)
     like = rows.new_empty(d_sae, 0)
-    if len(parts) == 1:
-        whole = code(coeffs, top_indices, like)
-        return whole.T @ rows, whole.sum(0, dtype=dtype) if with_sums else None
-    total = torch.zeros(d_sae, rows.shape[1], dtype=dtype, device=rows.device)
-    sums = torch.zeros(d_sae, dtype=dtype, device=rows.device)
-    for part in parts:
-        piece = code(coeffs[part], top_indices[part], like)
-        total += piece.T @ rows[part]
-        if with_sums:
-            sums += piece.sum(0, dtype=dtype)
-    return total.to(rows.dtype), sums if with_sums else None
+    with part("dense products"):
+        if len(parts) == 1:
+            whole = _code_of(coeffs, pattern, parts[0], like)
+            return whole.T @ rows, whole.sum(0, dtype=dtype) if with_sums else None
+        total = torch.zeros(d_sae, rows.shape[1], dtype=dtype, device=rows.device)
+        sums = torch.zeros(d_sae, dtype=dtype, device=rows.device)
+        for tokens in parts:
+            piece = _code_of(coeffs, pattern, tokens, like)
+            total += piece.T @ rows[tokens]
+            if with_sums:
+                sums += piece.sum(0, dtype=dtype)
+        return total.to(rows.dtype), sums if with_sums else None
 
 
-def _parts(tokens: int, d_sae: int) -> list[slice]:
-    step = max(1, _CODE_ELEMENTS // d_sae)
-    return [slice(start, start + step) for start in range(0, tokens, step)]
+def _parts(pattern: Pattern) -> list[slice]:
+    """Return the tokens whose dense code is in memory at once, part by part."""
+    step = max(1, _CODE_ELEMENTS // pattern.d_sae)
+    return [slice(start, min(start + step, pattern.B)) for start in range(0, pattern.B, step)]
+
+
+def _code_of(acts: CodeActs, pattern: Pattern, tokens: slice, weights: Tensor) -> LatentActs:
+    """Return the dense code of some tokens in the dtype of [d_sae, ...] weights."""
+    if pattern.starts is None:
+        return code(acts[tokens], pattern.latents[tokens], weights)
+    places, _ = _places(pattern, tokens)
+    size = (tokens.stop - tokens.start) * pattern.d_sae
+    dense = torch.zeros(size + 1, dtype=weights.dtype, device=weights.device)
+    # a token has a latent once, so only what is written behind the end is written twice
+    return dense.scatter_(0, places, acts.to(weights.dtype))[:-1].view(-1, pattern.d_sae)
+
+
+def _places(pattern: Pattern, tokens: slice) -> tuple[Tensor, Tensor]:
+    """Return where entries stand in the dense code of some tokens, and which do: the others stand behind its end."""
+    owner, latents = pattern.tokens.long(), pattern.latents
+    inside = (owner >= tokens.start) & (owner < tokens.stop) & (latents < pattern.d_sae)
+    size = (tokens.stop - tokens.start) * pattern.d_sae
+    return torch.where(inside, (owner - tokens.start) * pattern.d_sae + latents, size), inside
 
 
 def code(top_acts: TopActs, top_indices: TopIndices, weights: Tensor) -> LatentActs:

@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 
 from flashsae.ops.encode.kernels import (
-    KEY_MASKED,
     KEY_NAN,
     KEY_NONE,
     _bounds,
@@ -74,9 +73,7 @@ def encode_topk_round_kernel(
 
 
 @triton.jit
-def _candidate_keys(
-    latents, inside, row, raw_ptr, bias_ptr, scale_ptr, mask_ptr, column_ptr, row_ptr, rows, n, raw_stride
-):
+def _candidate_keys(latents, inside, row, raw_ptr, bias_ptr, scale_ptr, column_ptr, row_ptr, rows, n, raw_stride):
     raw = tl.load(raw_ptr + row * raw_stride + latents, mask=inside, other=0.0).to(tl.float32)
     low, high = _bounds(
         raw,
@@ -88,16 +85,13 @@ def _candidate_keys(
     )  # fmt: skip
     if scale_ptr is not None:
         low, high = _scaled(low, high, tl.load(scale_ptr + latents, mask=inside, other=0.0).to(tl.float32))
-    low, high = _to_key(low, KEY_MASKED + 1), _to_key(high, KEY_NAN)
-    if mask_ptr is not None:
-        allowed = tl.load(mask_ptr + latents, mask=inside, other=0) != 0
-        low, high = tl.where(allowed, low, KEY_MASKED), tl.where(allowed, high, KEY_MASKED)
+    low, high = _to_key(low, KEY_NONE + 1), _to_key(high, KEY_NAN)
     return tl.where(inside, low, KEY_NONE), tl.where(inside, high, KEY_NONE)
 
 
 @triton.jit
 def encode_topk_candidates_kernel(
-    raw_ptr, bias_ptr, scale_ptr, mask_ptr, column_ptr, row_ptr,  # as in encode_topk_group_max_kernel
+    raw_ptr, bias_ptr, scale_ptr, column_ptr, row_ptr,  # as in encode_topk_group_max_kernel
     low_ptr,  # [rows, groups]
     high_ptr,  # [rows, groups]
     list_ptr,  # [rows, CAPACITY] scratch
@@ -110,8 +104,8 @@ def encode_topk_candidates_kernel(
     row = tl.program_id(0).to(tl.int64)
     tau, _room = _kth_key_in_memory(low_ptr + row * groups, groups, k, BLOCK_G)
     list_row, candidates_row = list_ptr + row * CAPACITY, candidates_ptr + row * CAPACITY
-    # Of latents whose value is known to equal tau the first k are enough, as ties go to the lowest latent. So neither a
-    # token of zeros nor one with fewer than k latents allowed has a long list.
+    # Of latents whose value is known to equal tau the first k are enough, as ties go to the lowest latent. So a
+    # token of zeros has no long list.
     n_groups = _write_groups(
         high_ptr + row * groups, low_ptr + row * groups, tau, k, list_row, groups, CAPACITY, BLOCK_G
     )
@@ -126,7 +120,7 @@ def encode_topk_candidates_kernel(
         latents = tl.reshape(group[:, None] * GROUP + tl.arange(0, GROUP)[None, :], [1024])
         inside = tl.reshape(tl.broadcast_to(listed[:, None], [STEP, GROUP]), [1024]) & (latents < n)
         low, high = _candidate_keys(
-            latents, inside, row, raw_ptr, bias_ptr, scale_ptr, mask_ptr, column_ptr, row_ptr, rows, n, raw_stride
+            latents, inside, row, raw_ptr, bias_ptr, scale_ptr, column_ptr, row_ptr, rows, n, raw_stride
         )
         tied = inside & (low == tau) & (high == tau)
         chosen = inside & (high >= tau) & ((tied == 0) | (ties + tl.cumsum(tied.to(tl.int32)) <= k))
@@ -142,7 +136,7 @@ def encode_topk_candidates_kernel(
         inside = slot < found
         latents = tl.load(candidates_row + slot, mask=inside, other=0)
         low, high = _candidate_keys(
-            latents, inside, row, raw_ptr, bias_ptr, scale_ptr, mask_ptr, column_ptr, row_ptr, rows, n, raw_stride
+            latents, inside, row, raw_ptr, bias_ptr, scale_ptr, column_ptr, row_ptr, rows, n, raw_stride
         )
         tau = _kth_key(low, k, tau)
         chosen = inside & (high >= tau)
@@ -157,7 +151,7 @@ def encode_topk_finish_kernel(
     dots_ptr,  # [rows, CAPACITY] float32 x · w of each candidate
     candidates_ptr,  # [rows, CAPACITY]
     counts_ptr,  # [rows]
-    bias_ptr, scale_ptr, mask_ptr,
+    bias_ptr, scale_ptr,
     top_acts_ptr,  # [rows, k]
     top_indices_ptr,  # [rows, k]
     k,
@@ -172,7 +166,7 @@ def encode_topk_finish_kernel(
         latents = tl.load(candidates_ptr + row * CAPACITY + slot, mask=inside, other=0)
         values = tl.load(dots_ptr + row * CAPACITY + slot, mask=inside, other=0.0)
         values += tl.load(bias_ptr + latents, mask=inside, other=0.0).to(tl.float32)
-        keys = _keys_of(values, latents, inside, scale_ptr, mask_ptr)
+        keys = _keys_of(values, latents, inside, scale_ptr)
         tau = _kth_key(keys, k, tl.min(tl.where(inside, keys, KEY_NAN)))
         _write_selection(keys, latents, values, k, tau, top_acts_ptr + row * k, top_indices_ptr + row * k)
 
@@ -182,7 +176,7 @@ def encode_topk_redo_kernel(
     x_ptr,  # [rows, d] float32
     W_ptr,  # [n, d] float32
     counts_ptr,  # [rows]
-    bias_ptr, scale_ptr, mask_ptr,
+    bias_ptr, scale_ptr,
     values_ptr,  # [programs, n] scratch
     keys_ptr,  # [programs, n] scratch
     list_ptr,  # [programs, BLOCK_K] scratch
@@ -211,7 +205,7 @@ def encode_topk_redo_kernel(
                     )
                     sums += W * x[None, :]
                 values = tl.sum(sums, axis=1) + tl.load(bias_ptr + latents, mask=inside, other=0.0).to(tl.float32)
-                keys = _keys_of(values, latents, inside, scale_ptr, mask_ptr)
+                keys = _keys_of(values, latents, inside, scale_ptr)
                 tl.store(values_row + latents, values, mask=inside)
                 tl.store(keys_row + latents, keys, mask=inside)
             tl.debug_barrier()

@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 
 KEY_NONE = tl.constexpr(-(2**31))  # padding: below every latent
-KEY_MASKED = tl.constexpr(-(2**31) + 1)  # a latent that may not be chosen: below every value
 KEY_NAN = tl.constexpr(2**31 - 1)
 
 
@@ -26,14 +25,11 @@ def _to_key(value, nan_key):
 
 
 @triton.jit
-def _keys_of(values, latents, inside, scale_ptr, mask_ptr):
-    """Return the keys that latents are selected by: scaled, and with those that may not be chosen below all others."""
+def _keys_of(values, latents, inside, scale_ptr):
+    """Return the keys that latents are selected by."""
     if scale_ptr is not None:
         values = values * tl.load(scale_ptr + latents, mask=inside, other=0.0).to(tl.float32)
-    keys = _to_key(values, KEY_NAN)
-    if mask_ptr is not None:
-        keys = tl.where(tl.load(mask_ptr + latents, mask=inside, other=0) != 0, keys, KEY_MASKED)
-    return tl.where(inside, keys, KEY_NONE)
+    return tl.where(inside, _to_key(values, KEY_NAN), KEY_NONE)
 
 
 @triton.jit
@@ -126,11 +122,9 @@ def _pre_acts(raw_ptr, bias_ptr, latents, inside):
 
 
 @triton.jit
-def _write_chosen(chosen, position, keys, latents, values, top_acts_ptr, top_indices_ptr):
+def _write_chosen(chosen, position, latents, values, top_acts_ptr, top_indices_ptr):
     """Write what was chosen of a row to its places."""
-    acts = tl.where(values > 0.0, values, tl.where(values != values, values, 0.0))
-    acts = tl.where(keys == KEY_MASKED, 0.0, acts)
-    tl.store(top_acts_ptr + position, acts, mask=chosen)
+    tl.store(top_acts_ptr + position, values, mask=chosen)
     tl.store(top_indices_ptr + position, latents.to(tl.int64), mask=chosen)
 
 
@@ -138,7 +132,7 @@ def _write_chosen(chosen, position, keys, latents, values, top_acts_ptr, top_ind
 def _write_selection(keys, latents, values, k, tau, top_acts_ptr, top_indices_ptr):
     """Write the k largest of a row, lowest latent first; `keys` stand in ascending order of `latents`."""
     chosen, position = _choose(keys, k, tau)
-    _write_chosen(chosen, position, keys, latents, values, top_acts_ptr, top_indices_ptr)
+    _write_chosen(chosen, position, latents, values, top_acts_ptr, top_indices_ptr)
 
 
 @triton.jit
@@ -159,11 +153,11 @@ def _scaled(low, high, scale):
 
 
 @triton.jit
-def _group_keys(values, allowed, some_allowed, inside):
-    """Return the key of the largest allowed value of each group; NaN counts as infinite."""
+def _group_keys(values, there, inside):
+    """Return the key of the largest value of each group; NaN counts as infinite."""
     values = tl.where(values != values, float("inf"), values)
-    keys = _to_key(tl.max(tl.where(allowed, values, float("-inf")), axis=1), KEY_NAN)
-    return tl.where(inside, tl.where(some_allowed, keys, KEY_MASKED), KEY_NONE)
+    keys = _to_key(tl.max(tl.where(there, values, float("-inf")), axis=1), KEY_NAN)
+    return tl.where(inside, keys, KEY_NONE)
 
 
 @triton.jit
@@ -192,7 +186,6 @@ def encode_topk_group_max_kernel(
     raw_ptr,  # [rows, stride] products x @ W_enc_T.T
     bias_ptr,  # [n]
     scale_ptr,  # [n] or None
-    mask_ptr,  # [n] int8 or None
     column_ptr,  # [3, n] unit, norm and error norm of each latent, or None
     row_ptr,  # [3, rows] unit, p and q of each token, or None
     low_ptr,  # [rows, groups] largest key (certified: of the lower bounds) of each group
@@ -220,10 +213,6 @@ def encode_topk_group_max_kernel(
         error_norm = tl.load(column_ptr + 2 * n + latents, mask=inside, other=0.0)
     if scale_ptr is not None:
         scale = tl.load(scale_ptr + latents, mask=inside, other=0.0).to(tl.float32)
-    allowed = inside
-    if mask_ptr is not None:
-        allowed = tl.load(mask_ptr + latents, mask=inside, other=0) != 0
-    some_allowed = tl.max(allowed.to(tl.int32), axis=1) != 0
     first = tl.program_id(1).to(tl.int64) * BLOCK_B
     for step in tl.range(0, tl.minimum(BLOCK_B, rows - first).to(tl.int32), num_stages=STAGES):
         row = first + step
@@ -238,13 +227,13 @@ def encode_topk_group_max_kernel(
                 low, high = _scaled(low, high, scale)
             # a latent without bounds is a candidate, and is no reason to pass over others
             low = tl.where(low != low, float("-inf"), low)
-            tl.store(high_ptr + out, _group_keys(high, allowed, some_allowed, group < groups), mask=group < groups)
-            keys = _group_keys(low, allowed, some_allowed, group < groups)
+            tl.store(high_ptr + out, _group_keys(high, inside, group < groups), mask=group < groups)
+            keys = _group_keys(low, inside, group < groups)
         else:
             value = raw + bias
             if scale_ptr is not None:
                 value = value * scale
-            keys = _group_keys(value, allowed, some_allowed, group < groups)
+            keys = _group_keys(value, inside, group < groups)
         tl.store(low_ptr + out, keys, mask=group < groups)
         if super_ptr is not None:
             place = tl.program_id(0) * (BLOCK_G // SUPER) + tl.arange(0, BLOCK_G // SUPER)
@@ -278,9 +267,7 @@ def _write_groups(keys_ptr, low_ptr, tau, room, list_ptr, groups, capacity, BLOC
 
 
 @triton.jit
-def _members(
-    items_ptr, start, count, source_ptr, n, bias_ptr, scale_ptr, mask_ptr, WIDTH: tl.constexpr, PIECE: tl.constexpr
-):
+def _members(items_ptr, start, count, source_ptr, n, bias_ptr, scale_ptr, WIDTH: tl.constexpr, PIECE: tl.constexpr):
     """Return the members of PIECE items and their keys: latents of groups if there is a bias, else groups of supers."""
     slot = start + tl.arange(0, PIECE)
     item = tl.load(items_ptr + slot, mask=slot < count, other=0)
@@ -289,7 +276,7 @@ def _members(
     if bias_ptr is None:
         keys = tl.load(source_ptr + member, mask=inside, other=KEY_NONE)
     else:
-        keys = _keys_of(_pre_acts(source_ptr, bias_ptr, member, inside), member, inside, scale_ptr, mask_ptr)
+        keys = _keys_of(_pre_acts(source_ptr, bias_ptr, member, inside), member, inside, scale_ptr)
     return member, keys
 
 
@@ -305,7 +292,7 @@ def _append(list_ptr, found, member, chosen, capacity):
 
 @triton.jit
 def _narrow(
-    items_ptr, list_ptr, k, low, source_ptr, n, bias_ptr, scale_ptr, mask_ptr,
+    items_ptr, list_ptr, k, low, source_ptr, n, bias_ptr, scale_ptr,
     WIDTH: tl.constexpr, PIECE: tl.constexpr, SHORT: tl.constexpr,
 ):  # fmt: skip
     """List, in ascending order, SHORT or fewer members of k items, the k largest among them.
@@ -316,7 +303,7 @@ def _narrow(
     found = 0
     high = KEY_NONE
     for start in range(0, k, PIECE):
-        member, keys = _members(items_ptr, start, k, source_ptr, n, bias_ptr, scale_ptr, mask_ptr, WIDTH, PIECE)
+        member, keys = _members(items_ptr, start, k, source_ptr, n, bias_ptr, scale_ptr, WIDTH, PIECE)
         found = _append(list_ptr, found, member, keys >= low, SHORT)
         high = tl.maximum(high, tl.max(keys))
     if found > SHORT:
@@ -327,7 +314,7 @@ def _narrow(
             above = KEY_NAN
             below = KEY_NONE
             for start in range(0, k, PIECE):
-                _, keys = _members(items_ptr, start, k, source_ptr, n, bias_ptr, scale_ptr, mask_ptr, WIDTH, PIECE)
+                _, keys = _members(items_ptr, start, k, source_ptr, n, bias_ptr, scale_ptr, WIDTH, PIECE)
                 part_count, part_above, part_below = _split(keys, middle)
                 count, above, below = count + part_count, tl.minimum(above, part_above), tl.maximum(below, part_below)
             room = tl.where(count < k, k - count, tl.where(count == k, k, room))
@@ -336,7 +323,7 @@ def _narrow(
         found = 0
         ties = 0
         for start in range(0, k, PIECE):
-            member, keys = _members(items_ptr, start, k, source_ptr, n, bias_ptr, scale_ptr, mask_ptr, WIDTH, PIECE)
+            member, keys = _members(items_ptr, start, k, source_ptr, n, bias_ptr, scale_ptr, WIDTH, PIECE)
             tied = (keys == low).to(tl.int32)
             counts = tl.sum(tied, axis=1)
             earlier = ties + (tl.cumsum(counts) - counts)[:, None] + tl.cumsum(tied, axis=1)
@@ -351,7 +338,6 @@ def encode_topk_select_kernel(
     raw_ptr,  # [rows, stride]
     bias_ptr,  # [n]
     scale_ptr,  # [n] or None
-    mask_ptr,  # [n] int8 or None
     max_ptr,  # [rows, groups] from encode_topk_group_max_kernel
     super_ptr,  # [rows, supers] from there
     list_ptr,  # [rows, 2, SHORT] scratch
@@ -381,7 +367,7 @@ def encode_topk_select_kernel(
     slot = tl.arange(0, SHORT)
     if SUPER > 1:
         PIECE_S: tl.constexpr = min(SHORT, TILE // SUPER)
-        found, tau = _narrow(list_row, other_row, k, tau, max_row, groups, None, None, None, SUPER, PIECE_S, SHORT)
+        found, tau = _narrow(list_row, other_row, k, tau, max_row, groups, None, None, SUPER, PIECE_S, SHORT)
         group = tl.load(other_row + slot, mask=slot < found, other=0)
         if found > k:
             keys = tl.load(max_row + group, mask=slot < found, other=KEY_NONE)
@@ -392,10 +378,10 @@ def encode_topk_select_kernel(
             tl.store(list_row + slot, group, mask=slot < found)
         tl.debug_barrier()
     PIECE_G: tl.constexpr = min(SHORT, TILE // GROUP)
-    found, tau = _narrow(list_row, other_row, k, tau, raw_row, n, bias_ptr, scale_ptr, mask_ptr, GROUP, PIECE_G, SHORT)
+    found, tau = _narrow(list_row, other_row, k, tau, raw_row, n, bias_ptr, scale_ptr, GROUP, PIECE_G, SHORT)
     latents = tl.load(other_row + slot, mask=slot < found, other=0)
     values = _pre_acts(raw_row, bias_ptr, latents, slot < found)
-    keys = _keys_of(values, latents, slot < found, scale_ptr, mask_ptr)
+    keys = _keys_of(values, latents, slot < found, scale_ptr)
     tau = _kth_key(keys, k, tau)
     _write_selection(keys, latents, values, k, tau, top_acts_ptr + row * k, top_indices_ptr + row * k)
 
@@ -405,7 +391,6 @@ def encode_topk_whole_kernel(
     raw_ptr,  # [rows, stride]
     bias_ptr,  # [n]
     scale_ptr,  # [n] or None
-    mask_ptr,  # [n] int8 or None
     list_ptr,  # [rows, k] int32 scratch; may be the memory of top_acts_ptr
     top_acts_ptr,  # [rows, k]
     top_indices_ptr,  # [rows, k]
@@ -420,7 +405,7 @@ def encode_topk_whole_kernel(
     raw_row = raw_ptr + row * raw_stride
     latents = tl.arange(0, BLOCK)
     inside = latents < n
-    keys = _keys_of(_pre_acts(raw_row, bias_ptr, latents, inside), latents, inside, scale_ptr, mask_ptr)
+    keys = _keys_of(_pre_acts(raw_row, bias_ptr, latents, inside), latents, inside, scale_ptr)
     tau = _kth_key_of_row(keys, k, tl.min(tl.where(inside, keys, KEY_NAN)))
     chosen, position = _choose(keys, k, tau)
     # listed and read back: values would take up registers meanwhile, and scattering both results once more as many
@@ -430,6 +415,5 @@ def encode_topk_whole_kernel(
     slot = tl.arange(0, BLOCK_K)
     latents = tl.load(list_row + slot, mask=slot < k, other=0)
     values = _pre_acts(raw_row, bias_ptr, latents, slot < k)
-    keys = _keys_of(values, latents, slot < k, scale_ptr, mask_ptr)
     tl.debug_barrier()  # the list may lie where results go
-    _write_chosen(slot < k, slot, keys, latents, values, top_acts_ptr + row * k, top_indices_ptr + row * k)
+    _write_chosen(slot < k, slot, latents, values, top_acts_ptr + row * k, top_indices_ptr + row * k)

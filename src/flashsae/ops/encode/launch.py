@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +14,6 @@ from flashsae.ops.decode.launch import launch_dots
 from flashsae.ops.encode import certify_kernels, kernels
 from flashsae.ops.encode.product import LARGEST_ROWS, Rounded, products_in, round_operands
 from flashsae.ops.validate import packed, rows_contiguous
-from flashsae.shapes import Choice
 
 WHOLE_ROW = 8192
 """Latents of a row that a program of the selection holds at once, at most."""
@@ -73,14 +71,12 @@ class _Selection:
     Args:
         b_enc: [d_sae].
         key_scale: [d_sae] or None.
-        mask: [d_sae], int8: latents that may be chosen, or None.
         layout: k, and how latents are grouped.
         n: d_sae.
     """
 
     b_enc: Tensor
     key_scale: Tensor | None
-    mask: Tensor | None
     layout: Layout
     n: int
 
@@ -101,45 +97,37 @@ def launch_encode_topk(
     x: Tensor,
     W_enc_T: Tensor,
     b_enc: Tensor,
-    choices: Sequence[Choice],
+    k: int,
     key_scale: Tensor | None,
     precision: str,
     workspace_bytes: int,
     candidate_counts: Tensor | None = None,
-) -> list[tuple[Tensor, Tensor]]:
-    """Return acts and indices of each choice.
+) -> tuple[Tensor, Tensor]:
+    """Return the k largest pre-activations of each token, and their indices.
 
     Args:
         x: [B, d_in], already centred.
         precision: "bf16" (operands and products in bfloat16), "tf32" or "float32" (certified).
         candidate_counts: [B], int32; receives how many latents of each token were rescored, if certified.
     """
-    for k, _ in choices:
-        if k > LARGEST_K:
-            raise ConfigError(
-                f"k: expected at most {LARGEST_K} on a GPU, got {k}. FLASHSAE_BACKEND=reference takes any."
-            )
+    if k > LARGEST_K:
+        raise ConfigError(f"k: expected at most {LARGEST_K} on a GPU, got {k}. FLASHSAE_BACKEND=reference takes any.")
     B, n, device = len(x), len(W_enc_T), x.device
     dtype = {"bf16": torch.bfloat16, "tf32": torch.float32, "float32": torch.float16}[precision]
     certified = precision == "float32"
     b_enc, key_scale = packed(b_enc, key_scale)
     x = packed(x.to(torch.float32 if certified else dtype))
     W_enc_T = packed(W_enc_T.to(torch.float32 if certified else dtype))
-    results = [
-        (torch.empty(B, k, dtype=torch.float32, device=device), torch.empty(B, k, dtype=torch.int64, device=device))
-        for k, _ in choices
-    ]
+    acts = torch.empty(B, k, dtype=torch.float32, device=device)
+    indices = torch.empty(B, k, dtype=torch.int64, device=device)
     if B == 0:
-        return results
+        return acts, indices
     stride = triton.cdiv(n, 8) * 8  # rows of the product stay aligned
     rows = max(1, min(B, LARGEST_ROWS, workspace_bytes // (stride * dtype.itemsize)))
     raw = torch.empty(rows, stride, dtype=dtype, device=device)
     facts = round_operands(x, W_enc_T) if certified else None
     left, right = (x, W_enc_T) if facts is None else (facts.x, facts.W)
-    selections = [
-        _Selection(b_enc, key_scale, None if mask is None else packed(mask.to(torch.int8)), Layout.of(n, k), n)
-        for k, mask in choices
-    ]
+    selection = _Selection(b_enc, key_scale, Layout.of(n, k), n)
     for start in range(0, B, rows):
         part = slice(start, min(start + rows, B))
         products = raw[: part.stop - start]
@@ -147,15 +135,14 @@ def launch_encode_topk(
             torch.mm(left[part], right.T, out=products[:, :n])
         if facts is None and part.stop == B:
             del right, W_enc_T  # nothing is multiplied any more: rounded weights make room for the maxima
-        for (acts, indices), selection in zip(results, selections):
-            out = acts[part], indices[part]
-            if facts is None:
-                _select(selection, products, out)
-            else:
-                counts = _select_certified(selection, products, x[part], W_enc_T, facts, part, out)
-                if candidate_counts is not None:
-                    candidate_counts[part] = counts
-    return results
+        out = acts[part], indices[part]
+        if facts is None:
+            _select(selection, products, out)
+        else:
+            counts = _select_certified(selection, products, x[part], W_enc_T, facts, part, out)
+            if candidate_counts is not None:
+                candidate_counts[part] = counts
+    return acts, indices
 
 
 def _group_max(selection: _Selection, products: Tensor, facts: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
@@ -168,7 +155,7 @@ def _group_max(selection: _Selection, products: Tensor, facts: tuple[Tensor, Ten
     block_g = max(layout.super, triton.next_power_of_2(min(groups, 2048 // layout.group)))
     block_b = 16
     kernels.encode_topk_group_max_kernel[(triton.cdiv(groups, block_g), triton.cdiv(rows, block_b))](
-        products, selection.b_enc, selection.key_scale, selection.mask, columns, tokens,
+        products, selection.b_enc, selection.key_scale, columns, tokens,
         low, other if facts else None, None if facts else other,
         rows, selection.n, groups, layout.supers, products.stride(0),
         GROUP=layout.group, SUPER=layout.super, BLOCK_G=block_g, BLOCK_B=block_b, STAGES=1 if facts else 3,
@@ -195,7 +182,7 @@ def _select_from_rows(selection: _Selection, products: Tensor, out: tuple[Tensor
     n, k = selection.n, selection.layout.k
     block = max(32, triton.next_power_of_2(n))
     kernels.encode_topk_whole_kernel[(len(products),)](
-        products, selection.b_enc, selection.key_scale, selection.mask, out[0].view(torch.int32), *out,
+        products, selection.b_enc, selection.key_scale, out[0].view(torch.int32), *out,
         n, k, products.stride(0), BLOCK=block, BLOCK_K=triton.next_power_of_2(k), num_warps=max(1, block // 1024),
     )  # fmt: skip
 
@@ -207,7 +194,7 @@ def _select_by_groups(selection: _Selection, products: Tensor, out: tuple[Tensor
     scratch = torch.empty(rows, 2, short, dtype=torch.int32, device=products.device)
     tile, warps = _tile_and_warps(layout.k)
     kernels.encode_topk_select_kernel[(rows,)](
-        products, selection.b_enc, selection.key_scale, selection.mask, maxima, supers, scratch, *out,
+        products, selection.b_enc, selection.key_scale, maxima, supers, scratch, *out,
         selection.n, layout.k, layout.groups, layout.supers, products.stride(0),
         GROUP=layout.group, SUPER=layout.super, BLOCK_S=layout.block_s, SHORT=short, TILE=tile, num_warps=warps,
     )  # fmt: skip
@@ -223,7 +210,7 @@ def _select_certified(
     out: tuple[Tensor, Tensor],
 ) -> Tensor:
     """Select among rescored candidates; return how many each token had."""
-    by = selection.b_enc, selection.key_scale, selection.mask
+    by = selection.b_enc, selection.key_scale
     layout, rows, n = selection.layout, len(products), selection.n
     k, capacity = layout.k, layout.capacity
     tokens = facts.tokens[:, part].contiguous()
@@ -236,7 +223,7 @@ def _select_certified(
         rows, n, k, layout.groups, products.stride(0),
         GROUP=layout.group, BLOCK_G=layout.block_g, CAPACITY=capacity, num_warps=4 if capacity <= 1024 else 8,
     )  # fmt: skip
-    dots = launch_dots(x, candidates, W_enc_T, counts)
+    dots = launch_dots(x, candidates, W_enc_T, counts=counts)
     certify_kernels.encode_topk_finish_kernel[(rows,)](
         dots, candidates, counts, *by, *out, k,
         CAPACITY=capacity, num_warps=4 if capacity <= 1024 else 8,

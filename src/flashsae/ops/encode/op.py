@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, overload
-
 import torch
 from torch import Tensor
 
 from flashsae.errors import ConfigError, DtypeError, ShapeError
+from flashsae.ops.code import Pattern, SparseCode
 from flashsae.ops.encode import reference
 from flashsae.ops.encode.operators import is_scale
-from flashsae.ops.index import LatentIndex
+from flashsae.ops.gradients import share
 from flashsae.ops.validate import (
     Precision,
     as_int,
@@ -25,36 +24,6 @@ from flashsae.ops.validate import (
 )
 
 
-@overload
-def encode_topk(
-    x: Tensor,
-    W_enc_T: Tensor,
-    b_enc: Tensor,
-    k: int,
-    *,
-    b_dec: Tensor | None = ...,
-    key_scale: Tensor | None = ...,
-    precision: Precision | None = ...,
-    workspace_bytes: int = ...,
-    return_index: Literal[False] = ...,
-) -> tuple[Tensor, Tensor]: ...
-
-
-@overload
-def encode_topk(
-    x: Tensor,
-    W_enc_T: Tensor,
-    b_enc: Tensor,
-    k: int,
-    *,
-    b_dec: Tensor | None = ...,
-    key_scale: Tensor | None = ...,
-    precision: Precision | None = ...,
-    workspace_bytes: int = ...,
-    return_index: Literal[True],
-) -> tuple[Tensor, Tensor, LatentIndex]: ...
-
-
 def encode_topk(
     x: Tensor,
     W_enc_T: Tensor,
@@ -65,11 +34,12 @@ def encode_topk(
     key_scale: Tensor | None = None,
     precision: Precision | None = None,
     workspace_bytes: int = reference.WORKSPACE_BYTES,
-    return_index: bool = False,
-) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, LatentIndex]:
+) -> SparseCode:
     """Encode tokens and keep the k largest latents of each.
 
-        pre_acts = (x - b_dec) @ W_enc_T.T + b_enc;   top_acts = relu(the k largest of each row of pre_acts)
+        pre_acts = (x - b_dec) @ W_enc_T.T + b_enc;   acts = the k largest of each row of pre_acts
+
+    No nonlinearity is in it: `code.replace(code.acts.relu())` is the code of a TopK SAE.
 
     Args:
         x: [B, d_in], float.
@@ -84,13 +54,9 @@ def encode_topk(
             about the price of a float16 product; "tf32", "bf16": operands rounded to that, accumulated in float32.
             None: "bf16" for bfloat16 weights, "float32" for the others. The CPU and float64 ignore it.
         workspace_bytes: bound on the pre-activations in memory at once; a single row may exceed it.
-        return_index: also return the index of the selection, for `decode_sparse` and `decode_loss`, so that it is
-            built once a step.
     Returns:
-        top_acts: [B, k], float32 (float64 for float64), >= 0.
-        top_indices: [B, k], int64, in [0, d_sae), ascending within a row. If fewer than k pre-activations of a
-            token are positive, the others are selected with the value 0.
-        index: with `return_index`.
+        the code: acts [B, k], float32 (float64 for float64), pre-activations of any sign; latents [B, k], int64,
+        ascending within a row.
     Raises:
         ShapeError, DtypeError, ConfigError: names the argument, what was expected and what came.
         GradientError: key_scale requires a gradient.
@@ -98,8 +64,7 @@ def encode_topk(
         values the lowest index wins. A NaN in a row of x gives NaN values in that row and valid indices. float16
         tensors are widened to float32. Two runs give the same bits. docs/numerics.md#certified-float32.
     Gradients: x, W_enc_T (as a factor, where `collect_factors` asked for it), b_enc and b_dec, through the selected
-        latents whose value is above 0 only (top-k, then ReLU; 0 at 0). That of b_dec costs d_sae·d_in, not B·k·d_in.
-        Once differentiable.
+        latents. That of b_dec costs d_sae·d_in, not B·k·d_in. Once differentiable.
     Cost: 2·B·d_in·d_sae FLOPs forward; backward 2·B·k·d_in for each of x and W_enc_T. Memory beyond the result:
         workspace_bytes, an eighth of it for group maxima, and copies of x and W_enc_T where they are rounded.
     Source: Makhzani and Frey 2013 (k-sparse autoencoders); Gao et al. 2024, eq. 4; selection and backward ours,
@@ -107,69 +72,85 @@ def encode_topk(
     """
     d_sae, workspace_bytes = _check(x, W_enc_T, b_enc, b_dec, key_scale, workspace_bytes)
     k = check_k(k, d_sae)
-    if not isinstance(return_index, bool):
-        raise ConfigError(f"return_index: expected True or False, got {return_index!r}.")
     chosen = _resolve(precision, W_enc_T)
-    result = torch.ops.flashsae.encode_topk(
-        x, W_enc_T, b_enc, b_dec, key_scale, None, k, 0, chosen, workspace_bytes, return_index
-    )
-    top_acts, top_indices, _, _, *lists = result  # the last of these may be the centred tokens
-    if return_index:
-        return top_acts, top_indices, LatentIndex(lists[0], lists[1], lists[2], k).of(top_indices)
-    return top_acts, top_indices
+    acts, latents, *_ = torch.ops.flashsae.encode_topk(
+        x, W_enc_T, b_enc, b_dec, key_scale, k, chosen, workspace_bytes
+    )  # fmt: skip
+    return _code(Pattern(latents, d_sae), acts)
 
 
-class TwoCodes(NamedTuple):
-    """What `encode_topk_aux` returns: the code, and that among the allowed latents.
-
-    Args:
-        top_acts, top_indices: [B, k], as from `encode_topk`.
-        aux_acts, aux_indices: [B, k_aux], the same among the latents that the mask allows.
-    """
-
-    top_acts: Tensor
-    top_indices: Tensor
-    aux_acts: Tensor
-    aux_indices: Tensor
-
-
-def encode_topk_aux(
+def pre_acts(
     x: Tensor,
     W_enc_T: Tensor,
     b_enc: Tensor,
-    k: int,
-    aux_mask: Tensor,
-    k_aux: int,
+    pattern: Pattern,
     *,
     b_dec: Tensor | None = None,
-    key_scale: Tensor | None = None,
     precision: Precision | None = None,
-    workspace_bytes: int = reference.WORKSPACE_BYTES,
-) -> TwoCodes:
-    """Do `encode_topk`, and from the same pre-activations a second selection among some latents, as AuxK needs it.
+) -> Tensor:
+    """Compute the pre-activations of given latents alone.
+
+        pre_acts[e] = (x[token of e] - b_dec) · W_enc_T[latent of e] + b_enc[latent of e]
 
     Args:
-        aux_mask: [d_sae], bool: the latents to choose from, such as the dead ones. How many there are need not be
-            known: if fewer than k_aux, the lowest of the others fill up, with the value 0 and no gradient.
-        k_aux: latents to keep of them, 1 <= k_aux <= d_sae; at most 1024 on a GPU.
-        others: as in `encode_topk`.
+        x, W_enc_T, b_enc, b_dec: as in `encode_topk`.
+        pattern: which latents of which token.
+        precision: as in `encode_topk`; the product is accumulated in float32 and never rounded to less.
     Returns:
-        both codes.
-    Raises, Numerics, Source: as in `encode_topk`; Gao et al. 2024, appendix A.2.
-    Gradients: as in `encode_topk`, through both codes.
-    Cost: that of `encode_topk` and a second reading of the pre-activations.
+        [B, k] or [capacity], as the latents of the pattern: float32 (float64 for float64); 0 in places not used.
+    Raises:
+        ShapeError, DtypeError, ConfigError: names the argument, what was expected and what came.
+    Numerics: deterministic; accumulated in float32 (float64 for float64).
+    Gradients: x, W_enc_T (as a factor, where `collect_factors` asked for it), b_enc and b_dec. Once differentiable.
+    Cost: nnz·d_in multiply-adds forward, and for each of x and W_enc_T backward. `encode_topk` gives the values of the
+        selection that it makes without this.
+    Source: ours, docs/methodology.md#sparse-backward.
     """
-    d_sae, workspace_bytes = _check(x, W_enc_T, b_enc, b_dec, key_scale, workspace_bytes)
-    check_shape("aux_mask", aux_mask, (d_sae,))
-    check_device("aux_mask", aux_mask, x, "x")
-    if aux_mask.dtype != torch.bool:
-        raise DtypeError(f"aux_mask: expected torch.bool, got {aux_mask.dtype}.")
-    k, k_aux = check_k(k, d_sae), check_k(k_aux, d_sae, "k_aux")
+    d_sae, _ = _check(x, W_enc_T, b_enc, b_dec, None, 1)
+    _check_pattern(pattern, d_sae, x.shape[0])
+    check_device("pattern", pattern.latents, x, "x")
     chosen = _resolve(precision, W_enc_T)
-    result = torch.ops.flashsae.encode_topk(
-        x, W_enc_T, b_enc, b_dec, key_scale, aux_mask, k, k_aux, chosen, workspace_bytes, False
-    )
-    return TwoCodes(*result[:4])
+    values: Tensor
+    values, *_ = torch.ops.flashsae.pre_acts(x, W_enc_T, b_enc, b_dec, pattern.tensors, chosen)
+    share(pattern, values)
+    return values
+
+
+def per_latent(values: Tensor, pattern: Pattern) -> Tensor:
+    """Look up a number of each latent for every entry of a code, such as its threshold.
+
+    Args:
+        values: [d_sae], float.
+        pattern: which latents of which token.
+    Returns:
+        values[latents], of the shape of the latents, dtype of values; 0 in places that are not used.
+    Raises:
+        ShapeError, DtypeError: they do not fit each other.
+    Numerics: deterministic, backward too, where sums are accumulated in float32 (float64 for float64).
+    Gradients: values: the sum over the entries of each latent. Once differentiable.
+    Source: ours, docs/methodology.md#sparse-backward.
+    """
+    check_ordinary("values", values)
+    _check_pattern(pattern, None, None)
+    check_shape("values", values, (pattern.d_sae,))
+    check_float("values", values)
+    check_device("values", values, pattern.latents, "the pattern")
+    found: Tensor = torch.ops.flashsae.per_latent(values, pattern.tensors)
+    share(pattern, found)
+    return found
+
+
+def _code(pattern: Pattern, acts: Tensor) -> SparseCode:
+    share(pattern, acts)
+    return SparseCode(pattern, acts)
+
+
+def _check_pattern(pattern: Pattern, d_sae: int | None, B: int | None) -> None:
+    if not isinstance(pattern, Pattern):
+        raise DtypeError(f"pattern: expected a Pattern, such as code.pattern, got {type(pattern).__name__}.")
+    if d_sae not in (None, pattern.d_sae) or B not in (None, pattern.B):
+        raise ShapeError(f"pattern: expected {B} tokens and {d_sae} latents, got {pattern.B} and {pattern.d_sae}.")
+    pattern.check()
 
 
 def _check(

@@ -1,4 +1,4 @@
-"""The operator of encode and select: how it runs, what its results look like, and its backward pass."""
+"""The operators of encoding: how they run, what their results look like, and the backward pass that they share."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from flashsae.backend import use_kernels
+from flashsae.ops.code import Pattern
+from flashsae.ops.decode import reference as decode_reference
 from flashsae.ops.encode import reference
-from flashsae.ops.gradients import collects, is_dense, weight_gradient
-from flashsae.ops.index import LatentIndex, build_index
+from flashsae.ops.gradients import collects, pattern_of, weight_gradient
 from flashsae.ops.latent_rows.op import column_sums, latent_sums
 from flashsae.ops.register import differentiate, operator
 from flashsae.ops.validate import compute_dtype
@@ -21,59 +22,51 @@ def is_scale(key_scale: Tensor) -> Tensor:
     return (key_scale >= 0) & (key_scale < torch.inf)
 
 
+def _with_centred(result: list[Tensor], x: Tensor, b_dec: Tensor | None, precision: str) -> list[Tensor]:
+    """Return fake results, and behind them what the backward pass keeps of x where it is not x itself."""
+    return result if b_dec is None else [*result, x.new_empty(x.shape, dtype=_centred_dtype(x, precision))]
+
+
 def _encode_topk_fake(
     x: Tensor,
     W_enc_T: Tensor,
     b_enc: Tensor,
     b_dec: Tensor | None,
     key_scale: Tensor | None,
-    aux_mask: Tensor | None,
     k: int,
-    k_aux: int,
     precision: str,
     workspace_bytes: int,
-    with_index: bool,
 ) -> list[Tensor]:
     B, dtype = x.shape[0], compute_dtype(x.dtype)
-    result = []
-    for kept in (k, k_aux):
-        result += [x.new_empty(B, kept, dtype=dtype), x.new_empty(B, kept, dtype=torch.int64)]
-    if with_index:
-        result += [x.new_empty(B * k, dtype=torch.int64), x.new_empty(B * k, dtype=torch.int32)]
-        result += [x.new_empty(W_enc_T.shape[0] + 1, dtype=torch.int32)]
-    if b_dec is not None:
-        result.append(x.new_empty(x.shape, dtype=_centred_dtype(x, precision)))
-    return result
+    result = [x.new_empty(B, k, dtype=dtype), x.new_empty(B, k, dtype=torch.int64)]
+    return _with_centred(result, x, b_dec, precision)
 
 
-@operator(_encode_topk_fake)  # its arguments are flat, because operators take no dataclasses
+@operator(_encode_topk_fake)
 def _encode_topk(
     x: Tensor,
     W_enc_T: Tensor,
     b_enc: Tensor,
     b_dec: Tensor | None,
     key_scale: Tensor | None,
-    aux_mask: Tensor | None,
     k: int,
-    k_aux: int,
     precision: str,
     workspace_bytes: int,
-    with_index: bool,
 ) -> list[Tensor]:
     centred = _centred(x, b_dec, precision)
-    if key_scale is not None:
-        b_enc = torch.where(is_scale(key_scale), b_enc, torch.nan)  # without a wait: what is wrong shows
-    choices = [(k, None), *([(k_aux, aux_mask)] if k_aux else [])]
+    b_enc = _marked(b_enc, key_scale)
     if use_kernels(x):
         from flashsae.ops.encode.launch import launch_encode_topk
 
-        codes = launch_encode_topk(centred, W_enc_T, b_enc, choices, key_scale, precision, workspace_bytes)
+        code = launch_encode_topk(centred, W_enc_T, b_enc, k, key_scale, precision, workspace_bytes)
     else:
-        codes = reference.encode_topk(centred, W_enc_T, b_enc, choices, key_scale, workspace_bytes)
-    if not k_aux:
-        codes.append((codes[0][0].new_empty(len(x), 0), codes[0][1].new_empty(len(x), 0)))
-    index = list(build_index(codes[0][1], len(W_enc_T))[:3]) if with_index else []
-    return [*codes[0], *codes[1], *index, *([] if b_dec is None else [centred])]
+        code = reference.encode_topk(centred, W_enc_T, b_enc, k, key_scale, workspace_bytes)
+    return [*code, *([] if b_dec is None else [centred])]
+
+
+def _marked(b_enc: Tensor, key_scale: Tensor | None) -> Tensor:
+    """Return b_enc with NaN where a latent's scale is none: without a wait for the device what is wrong shows."""
+    return b_enc if key_scale is None else torch.where(is_scale(key_scale), b_enc, torch.nan)
 
 
 def _center_fake(x: Tensor, b_dec: Tensor, rounded: bool) -> Tensor:
@@ -102,46 +95,117 @@ def _centred_dtype(x: Tensor, precision: str) -> torch.dtype:
     return torch.bfloat16 if precision == "bf16" and x.is_cuda else compute_dtype(x.dtype)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, W_enc_T, b_enc, b_dec, _, _, _, k_aux, precision, _, with_index = inputs
-    codes, lists = output[: 4 if k_aux else 2], output[4:7] if with_index else []
-    centred = x if b_dec is None else output[-1]
-    ctx.save_for_backward(centred, W_enc_T, *codes, *lists)
-    ctx.k_aux, ctx.with_index, ctx.x_dtype = k_aux, with_index, x.dtype
+def _pre_acts_fake(
+    x: Tensor, W_enc_T: Tensor, b_enc: Tensor, b_dec: Tensor | None, pattern: list[Tensor], precision: str
+) -> list[Tensor]:
+    values = x.new_empty(pattern[0].shape, dtype=compute_dtype(x.dtype))
+    return _with_centred([values], x, b_dec, precision)
+
+
+@operator(_pre_acts_fake)
+def _pre_acts(
+    x: Tensor, W_enc_T: Tensor, b_enc: Tensor, b_dec: Tensor | None, pattern: list[Tensor], precision: str
+) -> list[Tensor]:
+    code = Pattern(pattern[0], len(W_enc_T), *pattern[1:])
+    centred = _centred(x, b_dec, precision)
+    if use_kernels(x):
+        from flashsae.ops.decode.launch import launch_dots
+
+        rows = centred.to(torch.bfloat16) if precision == "bf16" else centred
+        weights = W_enc_T.to(torch.bfloat16) if precision == "bf16" else W_enc_T
+        values = launch_dots(rows, code.latents, weights, starts=code.starts)
+    else:
+        values = decode_reference.decode_grad_acts(centred, code, W_enc_T, compute_dtype(x.dtype))
+    values = values + _per_latent(b_enc.to(values.dtype), pattern)
+    return [values, *([] if b_dec is None else [centred])]
+
+
+def _per_latent_fake(values: Tensor, pattern: list[Tensor]) -> Tensor:
+    return values.new_empty(pattern[0].shape)
+
+
+@operator(_per_latent_fake)
+def _per_latent(values: Tensor, pattern: list[Tensor]) -> Tensor:
+    latents = pattern[0].long()
+    if len(pattern) == 1:
+        return values[latents]
+    used = latents < len(values)
+    return torch.where(used, values[torch.where(used, latents, 0)], 0.0)
+
+
+def _save_per_latent(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    values, pattern = inputs
+    ctx.save_for_backward(*pattern)
+    ctx.d_sae, ctx.dtype = len(values), values.dtype
+
+
+def _per_latent_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, list[None]]:
+    tensors = ctx.saved_tensors
+    sums = latent_sums(pattern_of(ctx, tensors, ctx.d_sae).index, grad)
+    return sums.to(ctx.dtype), [None] * len(tensors)
+
+
+differentiate("per_latent", _per_latent_backward, _save_per_latent)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor], tensors: list[Tensor], precision: str) -> None:
+    """Keep what the backward pass of selected pre-activations needs; `tensors` are those of the pattern."""
+    x, W_enc_T, b_enc, b_dec = inputs[:4]
+    ctx.save_for_backward(x if b_dec is None else output[-1], W_enc_T, *tensors)
     ctx.bias_dtypes = b_enc.dtype, None if b_dec is None else b_dec.dtype
-    ctx.as_factor = collects(W_enc_T)
-    ctx.set_materialize_grads(False)  # the indices have none: no zeros for them
-    ctx.precision = precision
+    ctx.as_factor, ctx.x_dtype, ctx.precision = collects(W_enc_T), x.dtype, precision
+    ctx.set_materialize_grads(False)  # the pattern has no gradient: no zeros for it
 
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
-    centred, W_enc_T, top_acts, top_indices, *rest = ctx.saved_tensors
-    grad_acts = torch.zeros_like(top_acts) if grads[0] is None else grads[0]
-    if ctx.k_aux:
-        # both selections are one code of k + k_aux entries a token
-        grad_acts = torch.cat([grad_acts, torch.zeros_like(rest[0]) if grads[2] is None else grads[2]], 1)
-        top_acts, top_indices = torch.cat([top_acts, rest[0]], 1), torch.cat([top_indices, rest[1]], 1)
-    # not where(top_acts > 0): a NaN must stay visible in the gradient
-    grad_pre = torch.where(top_acts == 0, 0.0, grad_acts)
+    """Return the gradients of x, W_enc_T, b_enc and b_dec."""
+    centred, W_enc_T, *tensors = ctx.saved_tensors
+    grad_pre = grads[0]
+    if grad_pre is None:
+        return None, None, None, None
+    pattern = pattern_of(ctx, tensors, len(W_enc_T))
     needs_x, needs_W, needs_b_enc, needs_b_dec = ctx.needs_input_grad[:4]
     grad_x = grad_W = grad_b_enc = grad_b_dec = None
     if needs_x:
-        grad_x = torch.ops.flashsae.decode_sparse(grad_pre, top_indices, W_enc_T, None, [], False, ctx.x_dtype)
+        grad_x = torch.ops.flashsae.decode(grad_pre, tensors, W_enc_T, None, False, ctx.x_dtype)
     if needs_W or needs_b_enc or needs_b_dec:
-        k, rows = top_indices.shape[1], _centred(centred, None, ctx.precision)
-        index = sums = None
-        if not is_dense(rows, k, len(W_enc_T)):
-            has_index = ctx.with_index and not ctx.k_aux
-            index = LatentIndex(rest[0], rest[1], rest[2], k) if has_index else build_index(top_indices, len(W_enc_T))
+        sums = None
         if needs_W:
-            grad_W, sums = weight_gradient(ctx.as_factor, top_indices, index, grad_pre, rows, W_enc_T, with_sums=True)
+            rows = _centred(centred, None, ctx.precision)
+            grad_W, sums = weight_gradient(ctx.as_factor, pattern, grad_pre, rows, W_enc_T, with_sums=True)
         if sums is None:
-            sums = latent_sums(index or build_index(top_indices, len(W_enc_T)), grad_pre)
+            sums = latent_sums(pattern.index, grad_pre)
         grad_b_enc = sums.to(ctx.bias_dtypes[0]) if needs_b_enc else None
         if needs_b_dec:
             # Σ over tokens of -grad_pre @ W_enc_T, summed over tokens first: d_sae·d_in instead of B·k·d_in
             grad_b_dec = column_sums(-sums, W_enc_T, ctx.bias_dtypes[1])
-    return grad_x, grad_W, grad_b_enc, grad_b_dec, None, None, None, None, None, None, None
+    return grad_x, grad_W, grad_b_enc, grad_b_dec
 
 
-differentiate("encode_topk", _backward, _save)
+def differentiate_selection(name: str, parts: int) -> None:
+    """Give an operator that selects its backward pass.
+
+    Args:
+        name: of the operator, whose arguments begin with x, W_enc_T, b_enc, b_dec and whose last but one is precision.
+        parts: how many results behind the values make the pattern.
+    """
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+        _save(ctx, inputs, output, output[1 : 1 + parts], inputs[-2])
+
+    def backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+        return (*_backward(ctx, grads), None, None, None, None)
+
+    differentiate(name, backward, save)
+
+
+def _save_pre_acts(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    _save(ctx, inputs, output, inputs[4], inputs[5])
+
+
+def _pre_acts_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    return (*_backward(ctx, grads), [None] * len(ctx.saved_tensors[2:]), None)
+
+
+differentiate_selection("encode_topk", parts=1)
+differentiate("pre_acts", _pre_acts_backward, _save_pre_acts)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from flashsae.ops.validate import compute_dtype
-from flashsae.shapes import Activations, Choice, InputBias, LatentActs, LatentBias, TopActs, TopIndices, Weights
+from flashsae.shapes import Activations, InputBias, LatentActs, LatentBias, TopActs, TopIndices, Weights
 
 WORKSPACE_BYTES = 512 << 20
 _GROUP = 8
@@ -21,26 +19,23 @@ def encode_topk(
     x: Activations,
     W_enc_T: Weights,
     b_enc: LatentBias,
-    choices: Sequence[Choice],
+    k: int,
     key_scale: LatentBias | None,
     workspace_bytes: int,
-) -> list[tuple[TopActs, TopIndices]]:
-    """Return for each choice the k largest of relu(x @ W_enc_T.T + b_enc) and their indices, both [B, k]."""
+) -> tuple[TopActs, TopIndices]:
+    """Return the k largest of each row of x @ W_enc_T.T + b_enc and their indices, both [B, k]."""
     dtype = compute_dtype(x.dtype, W_enc_T.dtype)
     weights, bias = W_enc_T.to(dtype), b_enc.to(dtype)
-    indices = [torch.empty(len(x), k, dtype=torch.int64, device=x.device) for k, _ in choices]
-    acts = [torch.empty(len(x), k, dtype=dtype, device=x.device) for k, _ in choices]
+    indices = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
+    acts = torch.empty(len(x), k, dtype=dtype, device=x.device)
     step = max(1, workspace_bytes // (_PASSES * len(weights) * dtype.itemsize))
     for start in range(0, len(x), step):
         part = slice(start, start + step)
         pre_acts = F.linear(x[part].to(dtype), weights, bias)
         keys = pre_acts if key_scale is None else pre_acts * key_scale.to(dtype)
-        for number, (k, mask) in enumerate(choices):
-            chosen = select_topk(keys, k) if mask is None else _select_allowed(keys, mask, k)
-            values = pre_acts.gather(1, chosen).relu_()
-            indices[number][part] = chosen
-            acts[number][part] = values if mask is None else torch.where(mask[chosen], values, 0.0)
-    return list(zip(acts, indices))
+        indices[part] = select_topk(keys, k)
+        acts[part] = pre_acts.gather(1, indices[part])
+    return acts, indices
 
 
 def center(x: Activations, b_dec: InputBias | None) -> Activations:
@@ -77,15 +72,6 @@ def _largest(keys: LatentActs, m: int) -> tuple[TopActs, TopIndices]:
     columns = torch.cat([members.flatten(1), rest.expand(len(keys), -1)], dim=1)
     values, chosen = keys.gather(1, columns).topk(m, dim=1)
     return values, columns.gather(1, chosen)
-
-
-def _select_allowed(keys: LatentActs, mask: Bool[Tensor, " d_sae"], k: int) -> TopIndices:
-    """Do select_topk among the latents of the mask; if they are fewer than k, the lowest of the others fill up."""
-    allowed = mask.nonzero()[:, 0]
-    if len(allowed) >= k:
-        return allowed[select_topk(keys[:, allowed], k)]
-    filled = torch.cat([allowed, (~mask).nonzero()[: k - len(allowed), 0]]).sort().values
-    return filled.expand(len(keys), k)
 
 
 def _lowest_of_ties(pre_acts: LatentActs, kth: Float[Tensor, "B 1"], k: int) -> TopIndices:

@@ -13,15 +13,19 @@ import triton.language as tl
 
 @triton.jit
 def _sum_entries(
-    low, high, entries_ptr, coeffs_ptr, rows_ptr, k, row_stride, column, inside, BLOCK_E: tl.constexpr,
+    low, high, entries_ptr, tokens_ptr, coeffs_ptr, rows_ptr, k, row_stride, column, inside, BLOCK_E: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """Sum coeffs · rows over entries of the index; k tells their tokens, or tokens_ptr if there is one."""
     total = tl.zeros([BLOCK_D], tl.float32)
     for start in range(low, high, BLOCK_E):
         at = start + tl.arange(0, BLOCK_E)
         entry = tl.load(entries_ptr + at, mask=at < high, other=0)
         coeff = tl.load(coeffs_ptr + entry, mask=at < high, other=0.0).to(tl.float32)
-        token = (entry // k).to(tl.int64)
+        if tokens_ptr is None:
+            token = (entry // k).to(tl.int64)
+        else:
+            token = tl.load(tokens_ptr + at, mask=at < high, other=0).to(tl.int64)
         rows = tl.load(
             rows_ptr + token[:, None] * row_stride + column[None, :],
             mask=(at < high)[:, None] & inside[None, :],
@@ -35,13 +39,15 @@ def _sum_entries(
 @triton.jit
 def latent_rows_partial_kernel(
     entries_ptr,  # [nnz]
+    tokens_ptr,  # [nnz] token of each, or None where k tells
     latents_ptr,  # [nnz] sorted
     offsets_ptr,  # [d_sae + 1]
     coeffs_ptr,  # [nnz] by entry
     rows_ptr,  # [B, d]
     partial_ptr,  # [pieces, 2, d]: of the run that a piece begins in, and of the one that it ends in
     nnz,
-    k,
+    d_sae,  # None where every place of the code is used
+    k,  # None with tokens_ptr
     d,
     row_stride,
     RUN: tl.constexpr,
@@ -56,13 +62,17 @@ def latent_rows_partial_kernel(
     end = tl.minimum(begin + RUN, nnz)
     first = tl.load(latents_ptr + begin)
     last = tl.load(latents_ptr + end - 1)
+    if d_sae is not None:
+        # Places that are not used stand behind all others, as latent d_sae. Of the latent before it nothing is summed
+        # in a piece that its run does not reach.
+        first, last = tl.minimum(first, d_sae - 1), tl.minimum(last, d_sae - 1)
     out = (piece * 2).to(tl.int64)
     low = tl.load(offsets_ptr + first).to(tl.int32)
     high = tl.load(offsets_ptr + first + 1).to(tl.int32)
     if high - low > RUN:
         total = _sum_entries(
-            tl.maximum(low, begin), tl.minimum(high, end), entries_ptr, coeffs_ptr, rows_ptr, k, row_stride, column,
-            inside, BLOCK_E, BLOCK_D,
+            tl.maximum(low, begin), tl.minimum(high, end), entries_ptr, tokens_ptr, coeffs_ptr, rows_ptr, k, row_stride,
+            column, inside, BLOCK_E, BLOCK_D,
         )  # fmt: skip
         tl.store(partial_ptr + out * d + column, total, mask=inside)
     if last != first:
@@ -70,14 +80,14 @@ def latent_rows_partial_kernel(
         high = tl.load(offsets_ptr + last + 1).to(tl.int32)
         if high - low > RUN:
             total = _sum_entries(
-                low, end, entries_ptr, coeffs_ptr, rows_ptr, k, row_stride, column, inside, BLOCK_E, BLOCK_D
+                low, end, entries_ptr, tokens_ptr, coeffs_ptr, rows_ptr, k, row_stride, column, inside, BLOCK_E, BLOCK_D
             )
             tl.store(partial_ptr + (out + 1) * d + column, total, mask=inside)
 
 
 @triton.jit
 def sum_run(
-    latent, entries_ptr, latents_ptr, offsets_ptr, coeffs_ptr, rows_ptr, partial_ptr, k, d, row_stride,
+    latent, entries_ptr, tokens_ptr, latents_ptr, offsets_ptr, coeffs_ptr, rows_ptr, partial_ptr, k, d, row_stride,
     column, inside, RUN: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Return some columns of the sum of a latent's run."""
@@ -85,7 +95,7 @@ def sum_run(
     high = tl.load(offsets_ptr + latent + 1).to(tl.int32)
     if high - low <= RUN:
         total = _sum_entries(
-            low, high, entries_ptr, coeffs_ptr, rows_ptr, k, row_stride, column, inside, BLOCK_E, BLOCK_D
+            low, high, entries_ptr, tokens_ptr, coeffs_ptr, rows_ptr, k, row_stride, column, inside, BLOCK_E, BLOCK_D
         )
     else:
         total = tl.zeros([BLOCK_D], tl.float32)
@@ -108,7 +118,7 @@ def sum_run(
 
 @triton.jit
 def latent_rows_sum_kernel(
-    entries_ptr, latents_ptr, offsets_ptr, coeffs_ptr, rows_ptr, partial_ptr,
+    entries_ptr, tokens_ptr, latents_ptr, offsets_ptr, coeffs_ptr, rows_ptr, partial_ptr,
     out_ptr,  # [d_sae, d]
     d_sae, k, d, row_stride,
     RUN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -120,7 +130,7 @@ def latent_rows_sum_kernel(
     for step in range(0, tl.minimum(BLOCK_N, d_sae - first)):
         latent = first + step
         total = sum_run(
-            latent, entries_ptr, latents_ptr, offsets_ptr, coeffs_ptr, rows_ptr, partial_ptr, k, d,
+            latent, entries_ptr, tokens_ptr, latents_ptr, offsets_ptr, coeffs_ptr, rows_ptr, partial_ptr, k, d,
             row_stride, column, inside, RUN, BLOCK_E, BLOCK_D,
         )  # fmt: skip
         # streamed: the result must not push the gathered rows out of the cache

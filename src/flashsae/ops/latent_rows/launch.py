@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from flashsae.ops.index import LatentIndex
+from flashsae.ops.code import LatentIndex
 from flashsae.ops.latent_rows import kernels
 from flashsae.ops.latent_rows.reference import RUN
 from flashsae.ops.validate import packed, rows_contiguous
@@ -19,8 +19,8 @@ def launch_partial(index: LatentIndex, coeffs: Tensor, rows: Tensor) -> Tensor:
     partial = torch.empty(pieces, 2, d, dtype=torch.float32, device=rows.device)
     block_d = min(512, triton.next_power_of_2(d))
     kernels.latent_rows_partial_kernel[(pieces, triton.cdiv(d, block_d))](
-        index.entries, index.latents, index.offsets, coeffs, rows, partial,
-        nnz, index.k, d, rows.stride(0),
+        index.entries, index.tokens, index.latents, index.offsets, coeffs, rows, partial,
+        nnz, None if index.tokens is None else index.d_sae, index.k, d, rows.stride(0),
         RUN=RUN, BLOCK_E=4, BLOCK_D=block_d, num_warps=1,
     )  # fmt: skip
     return partial
@@ -36,7 +36,7 @@ def launch_latent_rows(index: LatentIndex, coeffs: Tensor, rows: Tensor, dtype: 
     partial = launch_partial(index, coeffs, rows)
     block_d, block_n = min(512, triton.next_power_of_2(d)), 8
     kernels.latent_rows_sum_kernel[(triton.cdiv(index.d_sae, block_n), triton.cdiv(d, block_d))](
-        index.entries, index.latents, index.offsets, coeffs, rows, partial, out,
+        index.entries, index.tokens, index.latents, index.offsets, coeffs, rows, partial, out,
         index.d_sae, index.k, d, rows.stride(0),
         RUN=RUN, BLOCK_N=block_n, BLOCK_E=2, BLOCK_D=block_d, num_warps=1,
     )  # fmt: skip
@@ -81,5 +81,5 @@ def launch_column_sums(coeffs: Tensor, rows: Tensor, dtype: torch.dtype) -> Tens
 
 def packed_index(index: LatentIndex) -> LatentIndex:
     """Return an index whose lists are packed."""
-    entries, latents, offsets = packed(index.entries, index.latents, index.offsets)
-    return LatentIndex(entries, latents, offsets, index.k)
+    entries, latents, offsets, tokens = packed(index.entries, index.latents, index.offsets, index.tokens)
+    return LatentIndex(entries, latents, offsets, index.k, tokens)

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from flashsae.backend import use_dense, use_kernels
 from flashsae.errors import DtypeError, ShapeError
+from flashsae.ops.code import LatentIndex, Pattern, check_index
 from flashsae.ops.dense import op as dense
-from flashsae.ops.index import LatentIndex, check_index
 from flashsae.ops.latent_rows import reference
 from flashsae.ops.register import operator
 from flashsae.ops.validate import FLOATS, check_constant, check_device, check_float, check_shape, compute_dtype
@@ -23,8 +23,8 @@ def latent_rows(index: LatentIndex, coeffs: Tensor, rows: Tensor, *, dtype: torc
     of the pre-activations and rows = x it is that of W_enc_T. No [B, d_sae] tensor is made.
 
     Args:
-        index: of the code that `coeffs` belongs to, from `build_index`.
-        coeffs: [B, k], float.
+        index: of the code that `coeffs` belongs to: its `pattern.index`.
+        coeffs: [B, k] or [capacity], as the code, float. What stands in places that are not used is not read.
         rows: [B, d], float.
         dtype: of the result; None is that of rows.
     Returns:
@@ -39,8 +39,8 @@ def latent_rows(index: LatentIndex, coeffs: Tensor, rows: Tensor, *, dtype: torc
     Source: ours, docs/methodology.md#sparse-backward.
     """
     check_index(index)
-    check_shape("coeffs", coeffs, ("B", index.k))
-    check_shape("rows", rows, (coeffs.shape[0], "d"))
+    check_shape("coeffs", coeffs, ("capacity",) if index.k is None else ("B", index.k))
+    check_shape("rows", rows, ("B" if index.k is None else coeffs.shape[0], "d"))
     check_float("coeffs", coeffs)
     check_float("rows", rows)
     for name, tensor in (("coeffs", coeffs), ("rows", rows)):
@@ -57,13 +57,13 @@ def latent_rows(index: LatentIndex, coeffs: Tensor, rows: Tensor, *, dtype: torc
 
 def sum_rows(index: LatentIndex, coeffs: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     """Do `latent_rows` without checks."""
-    out: Tensor = torch.ops.flashsae.latent_rows(index.entries, index.latents, index.offsets, coeffs, rows, dtype)
+    out: Tensor = torch.ops.flashsae.latent_rows(index.lists, coeffs, rows, dtype)
     return out
 
 
 def latent_sums(index: LatentIndex, coeffs: Tensor) -> Tensor:
     """Return the sum of the coefficients of each latent: [d_sae], compute dtype."""
-    sums: Tensor = torch.ops.flashsae.latent_sums(index.entries, index.latents, index.offsets, coeffs)
+    sums: Tensor = torch.ops.flashsae.latent_sums(index.lists, coeffs)
     return sums
 
 
@@ -73,38 +73,36 @@ def column_sums(coeffs: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     return total
 
 
-def _latent_rows_fake(
-    entries: Tensor, latents: Tensor, offsets: Tensor, coeffs: Tensor, rows: Tensor, dtype: torch.dtype
-) -> Tensor:
-    return rows.new_empty(offsets.shape[0] - 1, rows.shape[1], dtype=dtype)
+def _latent_rows_fake(index: list[Tensor], coeffs: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    return rows.new_empty(index[2].shape[0] - 1, rows.shape[1], dtype=dtype)
 
 
 @operator(_latent_rows_fake)
-def _latent_rows(
-    entries: Tensor, latents: Tensor, offsets: Tensor, coeffs: Tensor, rows: Tensor, dtype: torch.dtype
-) -> Tensor:
-    index = LatentIndex(entries, latents, offsets, coeffs.shape[1])
+def _latent_rows(index: list[Tensor], coeffs: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    lists = LatentIndex.of_lists(index, coeffs)
     if use_kernels(rows, coeffs):
-        if use_dense(index.k, index.d_sae, rows):
-            return dense.latent_rows(index.top_indices, coeffs, rows, index.d_sae)[0].to(dtype)
+        # lists of tokens may be those of joined codes, whose repeats a dense code would have to add up
+        if lists.k is not None and use_dense(lists.k, lists.d_sae, rows):
+            pattern = Pattern(lists.by_entry.view(coeffs.shape), lists.d_sae)
+            return dense.latent_rows(pattern, coeffs, rows)[0].to(dtype)
         from flashsae.ops.latent_rows.launch import launch_latent_rows
 
-        return launch_latent_rows(index, coeffs, rows, dtype)
-    return reference.latent_rows(index, coeffs, rows).to(dtype)
+        return launch_latent_rows(lists, coeffs, rows, dtype)
+    return reference.latent_rows(lists, coeffs, rows).to(dtype)
 
 
-def _latent_sums_fake(entries: Tensor, latents: Tensor, offsets: Tensor, coeffs: Tensor) -> Tensor:
-    return coeffs.new_empty(offsets.shape[0] - 1, dtype=compute_dtype(coeffs.dtype))
+def _latent_sums_fake(index: list[Tensor], coeffs: Tensor) -> Tensor:
+    return coeffs.new_empty(index[2].shape[0] - 1, dtype=compute_dtype(coeffs.dtype))
 
 
 @operator(_latent_sums_fake)
-def _latent_sums(entries: Tensor, latents: Tensor, offsets: Tensor, coeffs: Tensor) -> Tensor:
-    index = LatentIndex(entries, latents, offsets, coeffs.shape[1])
+def _latent_sums(index: list[Tensor], coeffs: Tensor) -> Tensor:
+    lists = LatentIndex.of_lists(index, coeffs)
     if use_kernels(coeffs):
         from flashsae.ops.latent_rows.launch import launch_latent_sums
 
-        return launch_latent_sums(index, coeffs)
-    return reference.latent_sums(index, coeffs)
+        return launch_latent_sums(lists, coeffs)
+    return reference.latent_sums(lists, coeffs)
 
 
 def _column_sums_fake(coeffs: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
