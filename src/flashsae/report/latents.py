@@ -12,9 +12,10 @@ from flashsae.data.sources import Chunk, Split
 from flashsae.documents import save_tensors_atomic
 from flashsae.evaluate import inference, latent_geometry
 from flashsae.metrics import LatentActivity
+from flashsae.ops.code import SparseCode
 from flashsae.report.snippets import collect_snippets, write_snippets
 from flashsae.report.tokens import TokenText
-from flashsae.sae.module import SAE, SparseCode
+from flashsae.sae.module import SAE
 
 
 @torch.no_grad()
