@@ -18,7 +18,7 @@ from flashsae.errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from flashsae.ops.code import SparseCode  # type: ignore[import-not-found]
+    from flashsae.ops.code import SparseCode
     from flashsae.sae.module import SAE
     from flashsae.sae.step import Step  # type: ignore[import-not-found]
 
