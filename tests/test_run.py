@@ -256,6 +256,21 @@ def test_a_wildcard_trains_one_sae_for_each_hookpoint(text: Path, tmp_path: Path
     assert _call("report", tmp_path / "run").count("report.html") == 2
 
 
+def test_a_wildcard_trains_one_sae_for_each_hookpoint_of_a_stream_and_resumes(text: Path, tmp_path: Path) -> None:
+    settings = [*_settings(hookpoint="encoder.layer.[01].intermediate:in", tokens="4096"), "--stream", "--no-report"]
+    _call("train", "minilm", text, *settings, "--run", tmp_path / "whole")
+    names = [f"encoder.layer.{layer}.intermediate@in" for layer in (0, 1)]
+    assert sorted(path.name for path in (tmp_path / "whole").iterdir() if path.is_dir()) == names
+    assert not (tmp_path / "activations").exists()
+    run = tmp_path / "run"
+    command = _command("train", "minilm", text, *settings, "--run", run)
+    assert _kill_when(_any(run, f"run/{names[1]}/checkpoints/step-00000008"), command)
+    _call("train", "--resume", run)
+    for name in names:
+        assert _weights(run / name) == _weights(tmp_path / "whole" / name)
+    assert flashsae.SAE.load(run / names[0] / "sae").config.d_in == 384
+
+
 def test_one_of_several_processes_begins_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = new_run(RunConfig(), tmp_path / "run")
     monkeypatch.setenv("WORLD_SIZE", "2")
