@@ -13,6 +13,7 @@ import torch
 from flashsae.data import language_model
 from flashsae.data import open as open_module
 from flashsae.data.open import ActivationsConfig, Prepared, prepare_activations
+from flashsae.data.sources import identity_of
 from flashsae.errors import CheckpointError, ConfigError
 
 
@@ -41,24 +42,25 @@ def test_several_hookpoints_are_streamed_one_after_another_where_nothing_is_cach
 ) -> None:
     (tmp_path / "text.txt").write_text("\n\n".join(f"the cat {i} sat on the mat" for i in range(30)))
     config = ActivationsConfig("minilm", str(tmp_path / "text.txt"), context_length=16, held_out=0.3, stream=stream)
-    monkeypatch.setattr(open_module, "LARGEST_DEFAULT_CACHE", 100)
+    monkeypatch.setattr(open_module, "LARGEST_DEFAULT_CACHE", 2 * 142 * 384)  # one hookpoint by itself would fit
     monkeypatch.setattr(language_model, "load_with_account", functools.cache(language_model.load_with_account))
 
-    def prepare(hookpoint: str) -> Prepared:
+    def prepare(hookpoint: str, config: ActivationsConfig) -> Prepared:
         asked = replace(config, hookpoint=hookpoint)
         return prepare_activations(asked, tokens=100, folder=tmp_path / "activations", device="cpu")
 
-    both = prepare("encoder.layer.[01]")
+    both = prepare("encoder.layer.[01]", config)
     assert "the model reads it 2 times, once for each SAE" in both.source
     assert (both.row_bytes, both.cache_bytes) == (384 * 4, 0)
     sources = both.compute(lambda rows: None).sources
     assert list(sources) == ["encoder.layer.0", "encoder.layer.1"]
     for hookpoint, source in sources.items():
-        alone = prepare(hookpoint)
+        alone = prepare(hookpoint, both.config)  # as its part of the run is resumed by itself
         assert "times" not in alone.source
         chunk = next(source.chunks("train"))[0].acts
         expected = next(alone.compute(lambda rows: None).sources[hookpoint].chunks("train"))[0].acts
         assert list(chunk) == [hookpoint]
+        assert identity_of(source) == identity_of(alone.compute(lambda rows: None).sources[hookpoint])
         assert torch.equal(chunk[hookpoint], expected[hookpoint])
     assert not (tmp_path / "activations").exists()
 

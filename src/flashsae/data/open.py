@@ -119,7 +119,8 @@ def prepare_activations(
     size = (4 if config.cache_dtype == "float32" else 2) * rows * sum(source.widths.values())
     is_too_large = config.stream is None and named is None and size > LARGEST_DEFAULT_CACHE
     if place is None or is_too_large:
-        return _streamed(config, source)
+        # so that a part of a run whose cache would be too large is streamed too, were it small enough by itself
+        return _streamed(replace(config, stream=True, cache_dtype=None), source)  # type: ignore[arg-type]  # left open
     return _to_be_cached(config, source, place, rows, size)
 
 
