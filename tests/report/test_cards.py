@@ -137,3 +137,11 @@ def test_the_lead_says_what_the_texts_are_from() -> None:
     assert "30 of them are held out, too few for all examples: 1 of the 3 texts" in mixed
     assert "2, marked “training”" in mixed
     assert "was not written down" in of_splits(None, held_out=None)
+
+
+def test_a_value_below_zero_fires_and_is_shaded_by_its_size() -> None:
+    (example,) = card(latent(Snippet(["a", " b"], [0.0, -4.0], 1), max_act=-8.0))["snippets"]
+    assert [(part["text"], part["value"], part["weight"]) for part in example["segments"]] == [
+        ("a ", "", 0.0),
+        ("b", "-4", 0.5),
+    ]

@@ -7,9 +7,9 @@ from torch import Tensor
 from flashsae.data.acts import Batch
 from flashsae.data.sources import Chunk
 from flashsae.errors import ConfigError, DataError
+from flashsae.ops.code import Pattern, SparseCode
 from flashsae.report import snippets as module
 from flashsae.report.snippets import collect_snippets
-from flashsae.sae import SparseCode
 
 
 def words(ids: list[int]) -> list[str]:
@@ -182,6 +182,26 @@ def test_a_text_goes_on_from_chunk_to_chunk_and_ends_where_a_token_is_missing() 
     chunks = [one_chunk([1, 2], [8] * 2, [3, 4]), one_chunk([3, 4, 5], [8] * 3, [5, 6, 9], first=2)]
     (latent,) = collect_snippets(of_dense(dense, 1), iter(chunks), words).latents
     assert latent.snippets[0].tokens == [" w1", " w2", " w3", " w4"]
+
+
+def test_codes_of_varying_length_give_the_same_texts_and_signs_count_by_their_size() -> None:
+    """One of the latents has negative values; a token has 0 to 2 latents, and each chunk room for one more."""
+    dense = torch.tensor([[0.5, 0.0], [0.0, 0.0], [1.0, -3.0], [0.0, -1.0]])
+
+    def encode(batch: Batch) -> SparseCode:
+        rows = dense[batch["x"][:, 0].long()]
+        starts = torch.cat([torch.zeros(1, dtype=torch.int64), (rows != 0).sum(1).cumsum(0)])
+        latents = torch.cat([rows.nonzero()[:, 1], torch.tensor([2])])
+        return SparseCode(Pattern.rows(latents, starts, 2), torch.cat([rows[rows != 0], torch.zeros(1)]))
+
+    chunks = [one_chunk([1, 2], [0, 0], [0, 1]), one_chunk([3, 4], [0, 0], [2, 3], first=2)]
+    positive, negative = collect_snippets(encode, iter(chunks), words).latents
+    assert (positive.density, positive.max_act, positive.mean_act) == (0.5, 1.0, 0.75)
+    assert (negative.density, negative.max_act, negative.mean_act) == (0.5, -3.0, -2.0)
+    assert [snippet.acts for snippet in negative.snippets] == [[0.0, 0.0, -3.0, -1.0]]
+    assert negative.snippets[0].peak == 2
+    assert sum(negative.histogram) == 2
+    assert negative.top_tokens[0] == "w3"
 
 
 def test_a_window_is_widened_until_it_cuts_no_character() -> None:

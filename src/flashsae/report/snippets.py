@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from flashsae.data.acts import Batch
 from flashsae.data.sources import Chunk
 from flashsae.errors import ConfigError, DataError
 from flashsae.metrics import active_entries
+from flashsae.ops.code import SparseCode
 from flashsae.report.snippet_file import LatentSnippets, Snippet, Snippets, read_snippets, write_snippets
 from flashsae.report.tokens import TokenText, stretch_strings, token_strings
 
@@ -33,7 +33,7 @@ MIN_FIRED = 10
 HISTOGRAM_BINS = 24
 _TOP_TOKENS = 8
 
-Encode = Callable[[Batch], Any]
+Encode = Callable[[Batch], SparseCode]
 
 
 def collect_snippets(
