@@ -19,7 +19,7 @@ if WORKERS > 1:  # they share the cores: more threads than these only wait for e
 from jaxtyping import install_import_hook
 
 # the public operations check shapes themselves, with better messages; what they call relies on these annotations
-OPERATIONS = "encode", "decode", "latent_rows", "adam_rows"
+OPERATIONS = "encode", "select", "decode", "latent_rows", "adam_rows"
 REFERENCES = [f"flashsae.ops.{op}.reference" for op in OPERATIONS]
 install_import_hook(
     [

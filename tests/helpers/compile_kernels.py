@@ -25,6 +25,7 @@ from flashsae.ops.dense.launch import launch_dense_code
 from flashsae.ops.encode.launch import launch_center, launch_encode_topk
 from flashsae.ops.factors import RowGradient, SparseFactor
 from flashsae.ops.latent_rows.launch import launch_column_sums, launch_latent_rows, launch_latent_sums
+from flashsae.ops.select import launch as select
 
 OPTIONS = ("num_warps", "num_stages")
 POINTERS = {
@@ -117,6 +118,7 @@ def launch_everything() -> None:
         for pattern in (Pattern(indices, 2**17), _rows(2 * k)):
             launch_decode_loss(acts.view(pattern.latents.shape), pattern, far, None, far[:2], None)
     launch_latent_pass()
+    launch_selections()
 
 
 def _rows(capacity: int) -> Pattern:
@@ -160,6 +162,22 @@ def launch_latent_pass() -> None:
         one = torch.ones((), dtype=torch.float64)
         launch_adam_rows(weights, low, moments, gradient, (one, one, one.repeat(2)), AdamRule(unit_norm=unit_norm))
         launch_row_squares(weights, gradient, unit_norm)
+
+
+def launch_selections() -> None:
+    """Select over a batch in one part and in two, by groups of all sizes that matter."""
+    for n, k, scale, precisions in (
+        (24576, 32, False, ("bf16", "tf32", "float32")),
+        (131072, 64, True, ("bf16", "float32")),
+        (40, 30, True, ("tf32", "float32")),
+    ):
+        for precision in precisions:
+            dtype = BF16 if precision == "bf16" else F32
+            x, W = torch.zeros(2, 16, dtype=dtype), torch.zeros(n, 16, dtype=dtype)
+            key_scale, threshold = (torch.ones(n) if scale else None), torch.zeros(n if scale else 1)
+            for workspace_bytes in (1, 1 << 30):
+                select.batch_topk(x, W, W.new_zeros(n), key_scale, k, precision, workspace_bytes)
+                select.above(x, W, W.new_zeros(n), threshold, 64, precision, workspace_bytes)
 
 
 def main(backend: str, arch: str, warp: int) -> None:

@@ -38,9 +38,7 @@ def selection_mistakes(x: Tensor, W: Tensor, bias: Tensor, indices: Tensor) -> t
     A pick outside the float64 selection is wrong if one that it displaced is larger by more than the errors of both:
     5e-7 · |x| · |w| for the product, a rounding for adding the bias.
     """
-    x, W, bias = x.double(), W.double(), bias.double()
-    pre_acts = x @ W.T + bias
-    error = 5e-7 * x.norm(dim=1, keepdim=True) * W.norm(dim=1) + 6e-8 * (pre_acts.abs() + bias.abs()) + 1e-43
+    pre_acts, error = float32_errors(x, W, bias)
     best = pre_acts.topk(indices.shape[1], dim=1).indices
     is_picked = torch.zeros_like(pre_acts, dtype=torch.bool).scatter_(1, indices, True)
     is_best = torch.zeros_like(is_picked).scatter_(1, best, True)
@@ -48,3 +46,32 @@ def selection_mistakes(x: Tensor, W: Tensor, bias: Tensor, indices: Tensor) -> t
     outside = is_picked & ~is_best
     wrong = outside & (pre_acts + error < displaced)
     return int(wrong.sum()), int(outside.sum() - wrong.sum())
+
+
+def float32_errors(x: Tensor, W: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Return pre-activations in float64, and by how much those in float32 may differ."""
+    x, W, bias = x.double(), W.double(), bias.double()
+    pre_acts = x @ W.T + bias
+    return pre_acts, 5e-7 * x.norm(dim=1, keepdim=True) * W.norm(dim=1) + 6e-8 * (pre_acts.abs() + bias.abs()) + 1e-43
+
+
+def is_picked(latents: Tensor, starts: Tensor, n: int) -> Tensor:
+    """Return [B, n], what a selection over a batch holds; it must be in order, without repeats."""
+    counts = starts.long().diff()
+    tokens = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+    places = tokens * n + latents[: len(tokens)].long()
+    assert bool((places.diff() > 0).all())
+    assert bool((latents[len(tokens) :] == n).all())
+    picked = torch.zeros(len(counts) * n, dtype=torch.bool, device=counts.device)
+    picked[places] = True
+    return picked.view(-1, n)
+
+
+def batch_mistakes(x: Tensor, W: Tensor, bias: Tensor, picked: Tensor) -> int:
+    """Count the wrong picks of the largest of a whole batch, as `selection_mistakes` does for each token."""
+    pre_acts, error = float32_errors(x, W, bias)
+    best = torch.zeros_like(picked.flatten())
+    best[pre_acts.flatten().topk(int(picked.sum())).indices] = True
+    best = best.view_as(picked)
+    displaced = torch.where(best & ~picked, pre_acts - error, -torch.inf).max()
+    return int((picked & ~best & (pre_acts + error < displaced)).sum())

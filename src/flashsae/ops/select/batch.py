@@ -1,0 +1,253 @@
+"""Allocate and launch the selection of the B·k largest: what it lists, part by part, and how it chooses from that."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from flashsae.ops.encode import kernels as encode_kernels
+from flashsae.ops.encode.launch import Layout
+from flashsae.ops.select import kernels, redo_kernels
+from flashsae.ops.select.operands import PROGRAMS, Operands, rescore
+
+FINE = 10
+"""Bins of the first histogram are 2 ** FINE keys wide: 65536 of them cover a factor of 256 above the bound."""
+
+LOWEST = -(2**31) + 1
+BINS = 65536
+TILE = 1024
+
+
+@dataclass(frozen=True)
+class _List:
+    """What may be selected, and the bound that rises.
+
+    Args:
+        layout: how latents are grouped.
+        wanted: B·k.
+        capacity: entries that fit.
+        chunks: pieces of a row, each with a place of its own in the list.
+        keys: [capacity], int32; certified: of lower bounds, then of rescored values.
+        other: [capacity], float32 values; certified: int32 keys of upper bounds.
+        latents: [capacity], int32.
+        tokens: [capacity], int32, if certified.
+        segments: [B, chunks, 2], int32: where the entries of a chunk begin, and how many they are.
+        used: [1], int64: entries wanted so far, whether they fit or not.
+        state: [3], int64: the bound, the logarithm of the width of a bin, how many keys lie above the bound's bin.
+        histograms: [2, BINS + 1], int32: of maxima by their top bits, and of keys above the bound.
+    """
+
+    layout: Layout
+    wanted: int
+    capacity: int
+    chunks: int
+    keys: Tensor
+    other: Tensor
+    latents: Tensor
+    tokens: Tensor | None
+    segments: Tensor
+    used: Tensor
+    state: Tensor
+    histograms: Tensor
+
+    @classmethod
+    def of(cls, operands: Operands, k: int) -> _List:
+        """Return an empty list for the B·k largest."""
+        (B, n), device = (len(operands.x), len(operands.W)), operands.x.device
+        # so many maxima that already those of the first part tell a good bound
+        layout = Layout.of(n, min(n, k * operands.parts))
+        capacity = capacity_of(B, n, k, operands)
+        chunks = triton.cdiv(layout.groups, _block_g(layout))
+
+        def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.empty(*shape, dtype=dtype, device=device)
+
+        other = empty(capacity, dtype=torch.int32 if operands.certified else torch.float32)
+        return cls(
+            layout, B * k, capacity, chunks, empty(capacity), other, empty(capacity),
+            empty(capacity) if operands.certified else None, empty(B, chunks, 2),
+            torch.zeros(1, dtype=torch.int64, device=device), _start(device),
+            torch.zeros(2, BINS + 1, dtype=torch.int32, device=device),
+        )  # fmt: skip
+
+
+def capacity_of(B: int, n: int, k: int, operands: Operands) -> int:
+    """Return how many candidates fit.
+
+    Of shuffled rows part p brings about B·k / p that belong to the largest so far, beside ties and bins that are not
+    cut, and in certified float32 those that the error may lift above the bound.
+    """
+    parts = operands.parts
+    factor = (2.0 if operands.certified else 1.25) * min(parts, 2 + math.log2(parts))
+    return min(B * n, 1024 + math.ceil(factor * B * k))
+
+
+def batch_topk(
+    centred: Tensor,
+    W_enc_T: Tensor,
+    b_enc: Tensor,
+    key_scale: Tensor | None,
+    k: int,
+    precision: str,
+    workspace_bytes: int,
+    used: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return latents [B·k], int32, starts [B + 1], int32, and values [B·k], float32, as the reference does.
+
+    Args:
+        centred: [B, d_in].
+        precision: "bf16" (operands and products in bfloat16), "tf32" or "float32" (certified).
+        used: [1], int64; receives how many candidates there were.
+    """
+    B, wanted, device = len(centred), len(centred) * k, centred.device
+    latents = torch.empty(wanted, dtype=torch.int32, device=device)
+    values = torch.empty(wanted, dtype=torch.float32, device=device)
+    starts = torch.zeros(B + 1, dtype=torch.int32, device=device)
+    if B:
+        operands = Operands.of(centred, W_enc_T, b_enc, key_scale, precision, workspace_bytes)
+        candidates = _List.of(operands, k)
+        for first, products, tokens in operands.products():
+            _add_part(operands, candidates, first, products, tokens)
+        _choose(operands, candidates, (starts, latents, values))
+        if used is not None:
+            used.copy_(candidates.used)
+    return latents, starts, values
+
+
+def _block_g(layout: Layout) -> int:
+    """Return how many groups a program looks at."""
+    return int(min(1024, triton.next_power_of_2(layout.groups)))
+
+
+def _start(device: torch.device) -> Tensor:
+    """Return a bound that every key reaches, and bins by the top 16 bits."""
+    state = torch.zeros(3, dtype=torch.int64, device=device)
+    state[0].fill_(LOWEST)
+    state[1].fill_(16)
+    return state
+
+
+def _count_maxima(maxima: Tensor, hist: Tensor, state: Tensor, tokens: Tensor | None) -> None:
+    n, block = maxima.numel(), 4096
+    kernels.select_histogram_kernel[(min(PROGRAMS, triton.cdiv(n, block)),)](
+        maxima, None, n, hist, state, tokens, maxima.shape[1], COARSE=True, BLOCK=block, num_warps=8
+    )
+
+
+def _count_entries(of: _List) -> None:
+    n = of.capacity
+    kernels.select_histogram_kernel[(min(PROGRAMS, triton.cdiv(n, TILE)),)](
+        of.keys, of.used, n, of.histograms[1], of.state, None, 1, COARSE=False, BLOCK=TILE, num_warps=4
+    )
+
+
+def _raise_bound(hist: Tensor, state: Tensor, wanted: int, next_shift: int = -1, coarse: bool = False) -> None:
+    kernels.select_bound_kernel[(1,)](hist, state, state, None, 0, wanted, next_shift, COARSE=coarse, num_warps=16)
+
+
+def _add_part(operands: Operands, to: _List, first: int, products: Tensor, tokens: Tensor | None) -> None:
+    """Raise the bound by what these rows hold, and list what of them reaches it."""
+    layout, rows, n = to.layout, len(products), len(operands.W)
+    coarse, fine = to.histograms
+    by = products, operands.b_enc, operands.key_scale, operands.latents, tokens
+    maxima, supers = _group_maxima(operands, layout, products, tokens)
+    _count_maxima(supers, coarse, to.state, tokens)
+    _raise_bound(coarse, to.state, to.wanted, FINE, coarse=True)
+    block_g, grid = _block_g(layout), (rows, to.chunks)
+    counts = torch.empty(rows, to.chunks, dtype=torch.int32, device=products.device)
+    shape = rows, n, layout.groups, to.chunks, products.stride(0)
+    kernels.select_groups_kernel[grid](
+        *by, maxima, counts, fine, to.state, *shape, GROUP=layout.group, BLOCK_G=block_g, TILE=TILE, num_warps=4
+    )
+    if first:
+        _count_entries(to)
+    # certified: values, which lie above their lower bounds, are counted in bins of the same width next
+    _raise_bound(fine, to.state, to.wanted, FINE if operands.certified else -1)
+    kernels.select_append_kernel[grid](
+        *by, maxima, counts, to.state, to.used, to.keys, to.other, to.latents, to.tokens, to.segments,
+        first, to.capacity, *shape, GROUP=layout.group, BLOCK_G=block_g, TILE=TILE, num_warps=4,
+    )  # fmt: skip
+
+
+def _group_maxima(operands: Operands, layout: Layout, products: Tensor, tokens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the largest keys of groups, certified: of upper bounds, and of supers, certified: of lower bounds."""
+    rows, groups, device = len(products), layout.groups, products.device
+    low = torch.empty(rows, groups, dtype=torch.int32, device=device)
+    high = torch.empty_like(low) if operands.certified else None
+    supers = torch.empty(rows, layout.supers, dtype=torch.int32, device=device)
+    block_g = max(layout.super, triton.next_power_of_2(min(groups, 2048 // layout.group)))
+    block_b = 16
+    encode_kernels.encode_topk_group_max_kernel[(triton.cdiv(groups, block_g), triton.cdiv(rows, block_b))](
+        products, operands.b_enc, operands.key_scale, None, operands.latents, tokens, low, high, supers,
+        rows, len(operands.W), groups, layout.supers, products.stride(0),
+        GROUP=layout.group, SUPER=layout.super, BLOCK_G=block_g, BLOCK_B=block_b,
+        STAGES=1 if operands.certified else 3, num_warps=8 if operands.certified else 4,
+    )  # fmt: skip
+    return low if high is None else high, supers
+
+
+def _choose(operands: Operands, of: _List, out: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Choose the B·k largest of the list, or anew if it is incomplete; `out`: starts, latents, values."""
+    B, device, fine = len(operands.x), operands.x.device, of.histograms[1]
+    starts, latents, values = out
+    entry_values = _rescore(operands, of) if operands.certified else of.other
+    # the bound's bin is open where all keys lay beyond the last one: once more to close it
+    for _ in range(3 if operands.certified else 2):
+        _count_entries(of)
+        _raise_bound(fine, of.state, of.wanted)
+    redo = _Redo(operands, of, out)
+    redo.find_bound()
+    counts = torch.empty(2, B, dtype=torch.int64, device=device)
+    kernels.select_count_kernel[(B,)](
+        of.keys, of.segments, of.state, of.used, counts, of.capacity, B, of.chunks, BLOCK=128, num_warps=1
+    )
+    redo.run(redo_kernels.COUNT.value, of.state, counts)
+    kernels.select_starts_kernel[(1,)](
+        counts, of.state, starts, B, of.wanted, BLOCK=min(8192, max(32, triton.next_power_of_2(B))), num_warps=8
+    )
+    kernels.select_write_kernel[(B,)](
+        of.keys, entry_values, of.latents, of.segments, of.state, of.used, counts, starts, latents, values,
+        of.capacity, B, of.chunks, BLOCK=128, num_warps=1,
+    )  # fmt: skip
+    redo.run(redo_kernels.WRITE.value, of.state, counts)
+
+
+def _rescore(operands: Operands, of: _List) -> Tensor:
+    """Return values in float32 of what may be selected, and set their keys."""
+    values = torch.empty(of.capacity, dtype=torch.float32, device=of.keys.device)
+    rescore(operands, (of.latents, of.tokens, of.used), values, (of.other, of.state, of.keys))
+    return values
+
+
+@dataclass(frozen=True)
+class _Redo:
+    """The way out: launches that leave at once unless the list is incomplete."""
+
+    operands: Operands
+    of: _List
+    out: tuple[Tensor, Tensor, Tensor]
+
+    def find_bound(self) -> None:
+        """Set the bound to the B·k-th largest key of all, by its top 16 bits, then by the others."""
+        device = self.operands.x.device
+        state, hist = _start(device), torch.zeros(BINS + 1, dtype=torch.int64, device=device)
+        for result in (state, self.of.state):
+            self.run(redo_kernels.HISTOGRAM.value, state, None, hist)
+            kernels.select_bound_kernel[(1,)](
+                hist, state, result, self.of.used, self.of.capacity, self.of.wanted, -1, COARSE=False, num_warps=16
+            )
+
+    def run(self, mode: int, state: Tensor, counts: Tensor | None, hist: Tensor | None = None) -> None:
+        """Do one pass over all pre-activations."""
+        operands, (starts, latents, values) = self.operands, self.out
+        x, W = operands.x, operands.W
+        B, d = x.shape
+        redo_kernels.select_redo_kernel[(triton.cdiv(B, 16),)](
+            x, W, operands.b_enc, operands.key_scale, state, self.of.used, hist, counts, starts, latents, values,
+            self.of.capacity, B, len(W), d, x.stride(0), W.stride(0),
+            MODE=mode, BLOCK_B=16, BLOCK_N=128, BLOCK_D=32, num_warps=4,
+        )  # fmt: skip

@@ -1,0 +1,425 @@
+"""Triton kernels that select the B·k largest pre-activations of a batch, exactly, without holding all of them.
+
+Keys are those of `ops.encode.kernels`. A bound rises from part to part of the rows, what reaches it is listed, and the
+list is chosen from in the end: docs/methodology.md#selection-over-a-batch. `state` is the bound's key, the logarithm of
+the width of bins in the next histogram, and how many keys lie above the bin that the bound begins. Atomics add integers
+only, so no result depends on their order.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from flashsae.ops.encode.kernels import KEY_NAN, KEY_NONE, _bounds, _pre_acts, _scaled, _to_key
+
+LOWEST = tl.constexpr(-(2**31) + 1)  # below every latent, above KEY_NONE
+INFINITE = tl.constexpr(0x7F800000)  # the key of infinity, as which NaN counts in maxima of groups
+BINS = tl.constexpr(65536)  # of a histogram; behind them stands how many keys lie beyond the last
+SIDE = tl.constexpr(256)
+NEAR = tl.constexpr(256)
+
+
+@triton.jit
+def _lower(low, unit):
+    """Take a lower bound from the unit of its token to that of all, rounding down; beyond float32 it says no more."""
+    low = low * (1.0 / unit) - 2.4e-38  # what is lost below the smallest normal number
+    return tl.where(low > 3.4028234e38, 3.4028234e38, low)
+
+
+@triton.jit
+def _upper(high, unit):
+    return high * (1.0 / unit) + 2.4e-38
+
+
+@triton.jit
+def _value_of(key):
+    """Return the value of the key of a maximum."""
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _count_keys(keys, inside, hist_ptr, low, shift):
+    """Add keys that reach `low` to the histogram; bins are 2 ** shift wide."""
+    count_type: tl.constexpr = hist_ptr.dtype.element_ty
+    bin = (keys.to(tl.int64) - low) >> shift
+    inside = inside & (keys >= low)
+    beyond = tl.sum((inside & (bin >= BINS)).to(tl.int32))
+    if beyond > 0:
+        tl.atomic_add(hist_ptr + BINS, beyond.to(count_type), sem="relaxed")
+    inside = inside & (bin < BINS)
+    first = tl.min(tl.where(inside, bin, BINS))
+    last = tl.max(tl.where(inside, bin, -1))
+    if first == last:  # ties would make atomics wait for each other
+        tl.atomic_add(hist_ptr + first, tl.sum(inside.to(tl.int32)).to(count_type), sem="relaxed")
+    else:
+        ones = tl.full(bin.shape, 1, count_type)
+        tl.atomic_add(hist_ptr + tl.where(inside, bin, 0), ones, mask=inside, sem="relaxed")
+
+
+@triton.jit
+def _count_coarsely(keys, inside, hist_ptr):
+    """Add keys to a histogram of their top 16 bits, by way of one of the tile: keys crowd into few bins."""
+    bin = (keys.to(tl.int32) >> 16) + 32768
+    top = tl.max(tl.where(inside, bin, -1))
+    behind = tl.where(inside, top - bin, NEAR)
+    near = tl.arange(0, 2 * NEAR)
+    counts = tl.histogram(tl.minimum(behind, NEAR), 2 * NEAR)
+    tl.atomic_add(hist_ptr + tl.maximum(top - near, 0), counts, mask=(near < NEAR) & (counts > 0), sem="relaxed")
+    far = inside & (behind >= NEAR)
+    ones = tl.full(bin.shape, 1, tl.int32)
+    tl.atomic_add(hist_ptr + tl.where(far, bin, 0), ones, mask=far, sem="relaxed")
+
+
+@triton.jit
+def _listed(list_ptr, start, count, n, GROUP: tl.constexpr, TILE: tl.constexpr):
+    """Return the latents of some listed groups, ascending, and which of them there are."""
+    slot = start + tl.arange(0, TILE // GROUP)
+    group = tl.load(list_ptr + slot, mask=slot < count, other=0)
+    latents = tl.reshape(group[:, None] * GROUP + tl.arange(0, GROUP)[None, :], [TILE])
+    inside = tl.reshape(tl.broadcast_to((slot < count)[:, None], [TILE // GROUP, GROUP]), [TILE])
+    return latents, inside & (latents < n)
+
+
+@triton.jit
+def _keys_of(values, latents, inside, scale_ptr):
+    if scale_ptr is not None:
+        values = values * tl.load(scale_ptr + latents, mask=inside, other=0.0).to(tl.float32)
+    return tl.where(inside, _to_key(values, KEY_NAN), KEY_NONE)
+
+
+@triton.jit
+def _load_keys(latents, inside, raw_ptr, row, bias_ptr, scale_ptr, column_ptr, row_ptr, rows, n, raw_stride):
+    """Return keys and values of some latents of a token; certified: keys of lower and of upper bounds."""
+    if column_ptr is None:
+        values = _pre_acts(raw_ptr + row * raw_stride, bias_ptr, latents, inside)
+        return _keys_of(values, latents, inside, scale_ptr), values
+    else:
+        low, high = _bounds(
+            tl.load(raw_ptr + row * raw_stride + latents, mask=inside, other=0.0).to(tl.float32),
+            tl.load(bias_ptr + latents, mask=inside, other=0.0).to(tl.float32),
+            tl.load(column_ptr + latents, mask=inside, other=0.0),
+            tl.load(column_ptr + n + latents, mask=inside, other=0.0),
+            tl.load(column_ptr + 2 * n + latents, mask=inside, other=0.0),
+            tl.load(row_ptr + row), tl.load(row_ptr + rows + row), tl.load(row_ptr + 2 * rows + row),
+        )  # fmt: skip
+        if scale_ptr is not None:
+            low, high = _scaled(low, high, tl.load(scale_ptr + latents, mask=inside, other=0.0).to(tl.float32))
+        unit = tl.load(row_ptr + row)
+        low, high = _to_key(_lower(low, unit), LOWEST), _to_key(_upper(high, unit), KEY_NAN)
+        return tl.where(inside, low, KEY_NONE), tl.where(inside, high, KEY_NONE)
+
+
+@triton.jit
+def select_histogram_kernel(
+    keys_ptr,  # [n] int32
+    used_ptr,  # how many of these there are, or None
+    n,
+    hist_ptr,  # [BINS + 1]
+    state_ptr,  # [3] int64
+    row_ptr,  # [3, rows] facts of tokens, in whose units the keys are; or None
+    width,  # keys of a token
+    COARSE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Count the keys that reach the bound: by their top 16 bits (coarse), or in bins that begin at the bound."""
+    count = n
+    if used_ptr is not None:
+        used = tl.load(used_ptr)
+        count = tl.where(used > n, 0, used).to(tl.int32)  # of a list that is incomplete nothing is wanted
+    low, shift = tl.load(state_ptr), tl.load(state_ptr + 1)
+    for start in range(tl.program_id(0) * BLOCK, count, tl.num_programs(0) * BLOCK):
+        slot = start + tl.arange(0, BLOCK)
+        keys = tl.load(keys_ptr + slot, mask=slot < count, other=KEY_NONE)
+        if row_ptr is not None:
+            unit = tl.load(row_ptr + slot // width, mask=slot < count, other=1.0)
+            keys = tl.where(slot < count, _to_key(_lower(_value_of(keys), unit), LOWEST), KEY_NONE)
+        if COARSE:
+            _count_coarsely(keys, keys >= low, hist_ptr)
+        else:
+            _count_keys(keys, slot < count, hist_ptr, low, shift)
+
+
+@triton.jit
+def select_bound_kernel(
+    hist_ptr,  # [BINS + 1]
+    state_ptr,  # [3] int64: what the histogram was counted by
+    out_ptr,  # [3] int64: what follows; may be the same
+    used_ptr,  # run only if this exceeds `capacity`; or None
+    capacity,
+    wanted,
+    next_shift,  # -1: as fine as what is left can be resolved
+    COARSE: tl.constexpr,
+):
+    """Raise the bound to the lower edge of the bin in which the number of keys, counted from above, reaches `wanted`.
+
+    A histogram of top bits is kept, to be added to; any other is emptied.
+    """
+    wanted_here = True
+    if used_ptr is not None:
+        wanted_here = tl.load(used_ptr) > capacity
+    if wanted_here:
+        bound, shift = tl.load(state_ptr), tl.load(state_ptr + 1)
+        low = bound
+        if COARSE:
+            low = tl.full([], -(2**31), tl.int64)
+            shift = tl.full([], 16, tl.int64)
+        place = tl.arange(0, SIDE)
+        counts = tl.load(hist_ptr + place[:, None] * SIDE + place[None, :]).to(tl.int64)
+        beyond = tl.load(hist_ptr + BINS).to(tl.int64)
+        sums = tl.sum(counts, axis=1)
+        from_above = beyond + tl.sum(sums) - tl.cumsum(sums) + sums
+        block = tl.max(tl.where(from_above >= wanted, place, -1))
+        above_block = beyond + tl.sum(tl.where(place > block, sums, 0))
+        bins = tl.load(hist_ptr + tl.maximum(block, 0) * SIDE + place).to(tl.int64)
+        from_above = above_block + tl.sum(bins) - tl.cumsum(bins) + bins
+        bin = tl.max(tl.where(from_above >= wanted, place, -1))
+        above = above_block + tl.sum(tl.where(place > bin, bins, 0))
+        width = tl.full([], 1, tl.int64) << shift
+        edge = low + (block * SIDE + bin).to(tl.int64) * width
+        if beyond >= wanted:
+            edge = low + width * BINS
+            width = 2147483648 - edge
+            above = tl.full([], 0, tl.int64)
+        elif block < 0:
+            edge = bound
+            width = 2147483648 - edge
+            above = tl.full([], 0, tl.int64)
+        next = tl.full([], next_shift, tl.int64)
+        if next_shift < 0:
+            next = tl.full([], 0, tl.int64)
+            while (tl.full([], BINS, tl.int64) << next) < width:
+                next += 1
+        tl.store(out_ptr, tl.maximum(edge, bound))
+        tl.store(out_ptr + 1, next)
+        tl.store(out_ptr + 2, above)
+        if not COARSE:
+            tl.debug_barrier()  # all was read
+            tl.store(
+                hist_ptr + place[:, None] * SIDE + place[None, :],
+                tl.zeros([SIDE, SIDE], hist_ptr.dtype.element_ty),
+            )
+            tl.store(hist_ptr + BINS, tl.full([], 0, hist_ptr.dtype.element_ty))
+
+
+@triton.jit
+def select_groups_kernel(
+    raw_ptr, bias_ptr, scale_ptr, column_ptr, row_ptr,  # as in encode_topk_group_max_kernel
+    maxima_ptr,  # [rows, groups] largest key of each group, certified: of the upper bounds; lists take their place
+    counts_ptr,  # [rows, chunks]
+    hist_ptr,  # [BINS + 1]
+    state_ptr,  # [3] int64
+    rows, n, groups, chunks, raw_stride,
+    GROUP: tl.constexpr, BLOCK_G: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """List the groups of a chunk that reach the bound, and count their latents that do, certified: for certain."""
+    row = tl.program_id(0).to(tl.int64)
+    chunk = tl.program_id(1)
+    low, shift = tl.load(state_ptr), tl.load(state_ptr + 1)
+    group = chunk * BLOCK_G + tl.arange(0, BLOCK_G)
+    maxima = tl.load(maxima_ptr + row * groups + group, mask=group < groups, other=KEY_NONE)
+    if row_ptr is not None:
+        maxima = _to_key(_upper(_value_of(maxima), tl.load(row_ptr + row)), KEY_NAN)
+    reach = ((maxima >= tl.minimum(low, INFINITE)) & (group < groups)).to(tl.int32)
+    listed = tl.sum(reach)
+    list_ptr = maxima_ptr + row * groups + chunk * BLOCK_G
+    tl.store(counts_ptr + row * chunks + chunk, listed)
+    tl.debug_barrier()  # all maxima were read
+    tl.store(list_ptr + tl.cumsum(reach) - 1, group, mask=reach != 0)
+    tl.debug_barrier()  # other threads read the list
+    for start in range(0, listed, TILE // GROUP):
+        latents, inside = _listed(list_ptr, start, listed, n, GROUP, TILE)
+        keys, _ = _load_keys(
+            latents, inside, raw_ptr, row, bias_ptr, scale_ptr, column_ptr, row_ptr, rows, n, raw_stride
+        )
+        _count_keys(keys, inside, hist_ptr, low, shift)
+
+
+@triton.jit
+def select_append_kernel(
+    raw_ptr, bias_ptr, scale_ptr, column_ptr, row_ptr,  # as in encode_topk_group_max_kernel
+    lists_ptr,  # [rows, groups] from select_groups_kernel
+    counts_ptr,  # [rows, chunks] from there
+    state_ptr,  # [3] int64
+    used_ptr,  # int64: how many entries were wanted so far
+    keys_ptr,  # [capacity] int32
+    values_ptr,  # [capacity] float32; certified: int32 keys of the upper bounds
+    latents_ptr,  # [capacity] int32
+    tokens_ptr,  # [capacity] int32, or None
+    segments_ptr,  # [B, chunks, 2] int32: where the entries of a chunk begin, and how many they are
+    first,  # token of the first row
+    capacity, rows, n, groups, chunks, raw_stride,
+    GROUP: tl.constexpr, BLOCK_G: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Append the latents of a chunk that reach the bound, certified: that may, in ascending order.
+
+    Which chunk takes which places depends on timing; that of each is noted, and nothing else depends on it.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    chunk = tl.program_id(1)
+    low = tl.load(state_ptr)
+    list_ptr = lists_ptr + row * groups + chunk * BLOCK_G
+    listed = tl.load(counts_ptr + row * chunks + chunk)
+    total = 0
+    for start in range(0, listed, TILE // GROUP):
+        latents, inside = _listed(list_ptr, start, listed, n, GROUP, TILE)
+        keys, other = _load_keys(
+            latents, inside, raw_ptr, row, bias_ptr, scale_ptr, column_ptr, row_ptr, rows, n, raw_stride
+        )
+        total += tl.sum((inside & ((keys if column_ptr is None else other) >= low)).to(tl.int32))
+    place = tl.full([], 0, tl.int64)
+    if total > 0:
+        place = tl.atomic_add(used_ptr, total.to(tl.int64), sem="relaxed")
+    segment_ptr = segments_ptr + ((first + row) * chunks + chunk) * 2
+    tl.store(segment_ptr, tl.minimum(place, capacity).to(tl.int32))
+    tl.store(segment_ptr + 1, tl.where(place + total > capacity, 0, total).to(tl.int32))
+    for start in range(0, listed, TILE // GROUP):
+        latents, inside = _listed(list_ptr, start, listed, n, GROUP, TILE)
+        keys, other = _load_keys(
+            latents, inside, raw_ptr, row, bias_ptr, scale_ptr, column_ptr, row_ptr, rows, n, raw_stride
+        )
+        chosen = inside & ((keys if column_ptr is None else other) >= low)
+        position = place + tl.cumsum(chosen.to(tl.int32)) - 1
+        chosen &= position < capacity
+        tl.store(keys_ptr + position, keys, mask=chosen)
+        tl.store(values_ptr + position, other, mask=chosen)
+        tl.store(latents_ptr + position, latents, mask=chosen)
+        if tokens_ptr is not None:
+            tl.store(tokens_ptr + position, tl.full([TILE], 0, tl.int32) + (first + row).to(tl.int32), mask=chosen)
+        place += tl.sum(chosen.to(tl.int32))
+
+
+@triton.jit
+def _dots(tokens, latents, wanted, x_ptr, W_ptr, d, x_stride, W_stride, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Return x[tokens] · W[latents] in float32: at most d / BLOCK_D products in a row, then these sums in pairs."""
+    sums = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    x_rows = x_ptr + tokens.to(tl.int64)[:, None] * x_stride
+    W_rows = W_ptr + latents.to(tl.int64)[:, None] * W_stride
+    for start in range(0, d, BLOCK_D):
+        column = start + tl.arange(0, BLOCK_D)
+        inside = wanted[:, None] & (column < d)[None, :]
+        x = tl.load(x_rows + column[None, :], mask=inside, other=0.0)
+        sums += tl.load(W_rows + column[None, :], mask=inside, other=0.0) * x
+    return tl.sum(sums, axis=1)
+
+
+@triton.jit
+def select_rescore_kernel(
+    x_ptr,  # [B, d] float32
+    W_ptr,  # [n, d] float32
+    bias_ptr, scale_ptr,
+    latents_ptr,  # [capacity]
+    tokens_ptr,  # [capacity]
+    high_ptr,  # [capacity] keys of upper bounds: rescore those that reach the bound; or None: all
+    state_ptr,  # [3] int64, or None
+    used_ptr,
+    keys_ptr,  # [capacity], or None
+    values_ptr,  # [capacity]
+    capacity, d, x_stride, W_stride,
+    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Compute listed entries in float32; the key of one that cannot be selected is KEY_NONE."""
+    used = tl.load(used_ptr)
+    count = tl.minimum(used, capacity).to(tl.int32)
+    if high_ptr is not None:
+        count = tl.where(used > capacity, 0, count)
+        low = tl.load(state_ptr)
+    for start in range(tl.program_id(0) * BLOCK, count, tl.num_programs(0) * BLOCK):
+        slot = start + tl.arange(0, BLOCK)
+        inside = slot < count
+        wanted = inside
+        if high_ptr is not None:
+            wanted = inside & (tl.load(high_ptr + slot, mask=inside, other=KEY_NONE) >= low)
+        latents = tl.load(latents_ptr + slot, mask=wanted, other=0)
+        tokens = tl.load(tokens_ptr + slot, mask=wanted, other=0)
+        values = _dots(tokens, latents, wanted, x_ptr, W_ptr, d, x_stride, W_stride, BLOCK, BLOCK_D)
+        values += tl.load(bias_ptr + latents, mask=wanted, other=0.0).to(tl.float32)
+        tl.store(values_ptr + slot, values, mask=wanted)
+        if keys_ptr is not None:
+            tl.store(keys_ptr + slot, _keys_of(values, latents, wanted, scale_ptr), mask=inside)
+
+
+@triton.jit
+def select_count_kernel(
+    keys_ptr, segments_ptr,  # as from select_append_kernel
+    state_ptr,  # [3] int64
+    used_ptr,
+    counts_ptr,  # [2, B] int64: keys above the bound, keys that equal it
+    capacity, B, chunks,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Count the listed entries of a token."""
+    if tl.load(used_ptr) <= capacity:
+        row = tl.program_id(0)
+        bound = tl.load(state_ptr)
+        above = 0
+        tied = 0
+        for chunk in range(0, chunks):
+            segment_ptr = segments_ptr + (row * chunks + chunk) * 2
+            place, count = tl.load(segment_ptr), tl.load(segment_ptr + 1)
+            for start in range(0, count, BLOCK):
+                slot = start + tl.arange(0, BLOCK)
+                keys = tl.load(keys_ptr + place + slot, mask=slot < count, other=KEY_NONE)
+                above += tl.sum((keys > bound).to(tl.int32))
+                tied += tl.sum((keys == bound).to(tl.int32))
+        tl.store(counts_ptr + row, above.to(tl.int64))
+        tl.store(counts_ptr + B + row, tied.to(tl.int64))
+
+
+@triton.jit
+def select_starts_kernel(
+    counts_ptr,  # [2, B] int64: from select_count_kernel; the second row becomes how many of the tied are selected
+    state_ptr,  # [3] int64
+    starts_ptr,  # [B + 1] int32
+    B,
+    wanted,
+    BLOCK: tl.constexpr,
+):
+    """Give room to the first of those that equal the bound, and say where each token begins."""
+    room = wanted - tl.load(state_ptr + 2)
+    total = tl.full([], 0, tl.int64)
+    earlier = tl.full([], 0, tl.int64)
+    for start in range(0, B, BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        above = tl.load(counts_ptr + row, mask=row < B, other=0)
+        tied = tl.load(counts_ptr + B + row, mask=row < B, other=0)
+        kept = tl.minimum(tl.maximum(room - earlier - (tl.cumsum(tied) - tied), 0), tied)
+        tl.store(counts_ptr + B + row, kept, mask=row < B)
+        tl.store(starts_ptr + 1 + row, (total + tl.cumsum(above + kept)).to(tl.int32), mask=row < B)
+        total += tl.sum(above + kept)
+        earlier += tl.sum(tied)
+    tl.store(starts_ptr, 0)
+
+
+@triton.jit
+def select_write_kernel(
+    keys_ptr, entry_values_ptr, entry_latents_ptr, segments_ptr,  # as from select_append_kernel
+    state_ptr, used_ptr, counts_ptr,
+    starts_ptr,  # [B + 1]
+    latents_ptr,  # [wanted] int32
+    values_ptr,  # [wanted] float32
+    capacity, B, chunks,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write what is selected of a token to its places."""
+    if tl.load(used_ptr) <= capacity:
+        row = tl.program_id(0)
+        bound = tl.load(state_ptr)
+        room = tl.load(counts_ptr + B + row).to(tl.int32)
+        position = tl.load(starts_ptr + row)
+        ties = 0
+        for chunk in range(0, chunks):
+            segment_ptr = segments_ptr + (row * chunks + chunk) * 2
+            place, count = tl.load(segment_ptr), tl.load(segment_ptr + 1)
+            for start in range(0, count, BLOCK):
+                slot = start + tl.arange(0, BLOCK)
+                keys = tl.load(keys_ptr + place + slot, mask=slot < count, other=KEY_NONE)
+                tied = (keys == bound).to(tl.int32)
+                chosen = (keys > bound) | ((tied != 0) & (ties + tl.cumsum(tied) <= room))
+                latents = tl.load(entry_latents_ptr + place + slot, mask=chosen, other=0)
+                values = tl.load(entry_values_ptr + place + slot, mask=chosen, other=0.0)
+                at = position + tl.cumsum(chosen.to(tl.int32)) - 1
+                tl.store(latents_ptr + at, latents, mask=chosen)
+                tl.store(values_ptr + at, values, mask=chosen)
+                position += tl.sum(chosen.to(tl.int32))
+                ties += tl.sum(tied)
