@@ -33,23 +33,22 @@ class _DenseTopk(torch.autograd.Function):
     """Dense pre-activations and torch.topk; the gradient of the encoder by the index of the code."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W_enc_T: Tensor, b_enc: Tensor, b_dec: Tensor, k: int) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, W_enc_T: Tensor, b_enc: Tensor, b_dec: Tensor, k: int, made: list[Any]) -> Tensor:
         centred = (x - b_dec).bfloat16()
         values, indices = fast_topk(dense_pre_acts(centred, W_enc_T.bfloat16(), b_enc.bfloat16()), k)
-        acts, index = values.float().relu(), ops.build_index(indices, len(W_enc_T))
+        ctx.pattern = ops.Pattern(indices, len(W_enc_T))
+        made.append(ctx.pattern)  # not a result: its index is to be built once
+        acts = values.float().relu()
         ctx.save_for_backward(centred, W_enc_T, acts)
-        ctx.index = index
-        ctx.mark_non_differentiable(indices, index.entries, index.latents, index.offsets)
-        ctx.set_materialize_grads(False)
-        return acts, indices, index.entries, index.latents, index.offsets
+        return acts
 
     @staticmethod
-    def backward(ctx: Any, grad_acts: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_acts: Tensor) -> tuple[Tensor | None, ...]:
         centred, W_enc_T, acts = ctx.saved_tensors
         grad_pre = torch.where(acts > 0, grad_acts, 0.0)
-        grad_W_enc_T = ops.latent_rows(ctx.index, grad_pre, centred, dtype=torch.float32)
-        sums = torch.zeros_like(W_enc_T[:, 0]).index_add_(0, ctx.index.top_indices.flatten(), grad_pre.flatten())
-        return None, grad_W_enc_T, sums, -(sums @ W_enc_T), None
+        grad_W_enc_T = ops.latent_rows(ctx.pattern.index, grad_pre, centred, dtype=torch.float32)
+        sums = torch.zeros_like(W_enc_T[:, 0]).index_add_(0, ctx.pattern.latents.flatten(), grad_pre.flatten())
+        return None, grad_W_enc_T, sums, -(sums @ W_enc_T), None, None
 
 
 def sparse_decode(problem: Problem) -> AutogradStep:
@@ -58,10 +57,9 @@ def sparse_decode(problem: Problem) -> AutogradStep:
     W_enc_T, b_enc, W_dec, b_dec = weights
 
     def loss(x: Tensor) -> Tensor:
-        found: tuple[Tensor, ...] = _DenseTopk.apply(x, W_enc_T, b_enc, b_dec, problem.shape.k)  # type: ignore[no-untyped-call]
-        acts, indices, entries, latents, offsets = found
-        index = ops.LatentIndex(entries, latents, offsets, problem.shape.k).of(indices)
-        return ops.decode_loss(acts, indices, W_dec, b_dec, x, index=index, precision="bf16").loss
+        made: list[ops.Pattern] = []
+        acts: Tensor = _DenseTopk.apply(x, W_enc_T, b_enc, b_dec, problem.shape.k, made)  # type: ignore[no-untyped-call]
+        return ops.decode_loss(ops.SparseCode(made[0], acts), W_dec, b_dec, x, precision="bf16").loss
 
     return AutogradStep(loss, unit_norm_adam(weights, W_dec), weights, lambda value, x: value)
 
@@ -69,15 +67,13 @@ def sparse_decode(problem: Problem) -> AutogradStep:
 def fused_selection(problem: Problem) -> AutogradStep:
     """As before, with `encode_topk`: the pre-activations are selected from a piece at a time, exactly."""
     weights = tuple(weight.clone().requires_grad_() for weight in problem.weights)
-    W_enc_T, b_enc, W_dec, b_dec = weights
 
     def loss(x: Tensor) -> Tensor:
-        top_acts, top_indices, index = ops.encode_topk(
-            x, W_enc_T, b_enc, problem.shape.k, b_dec=b_dec, precision="bf16", return_index=True
-        )
-        return ops.decode_loss(top_acts, top_indices, W_dec, b_dec, x, index=index, precision="bf16").loss
+        W_enc_T, b_enc, W_dec, b_dec = weights
+        code = ops.encode_topk(x, W_enc_T, b_enc, problem.shape.k, b_dec=b_dec, precision="bf16")
+        return ops.decode_loss(code.replace(code.acts.relu()), W_dec, b_dec, x, precision="bf16").loss
 
-    return AutogradStep(loss, unit_norm_adam(weights, W_dec), weights, lambda value, x: value)
+    return AutogradStep(loss, unit_norm_adam(weights, weights[2]), weights, lambda value, x: value)
 
 
 class _Uncaptured(CapturedSteps):

@@ -11,7 +11,8 @@ from benchmarks.shapes import random_code, zipf_code
 from flashsae.bench.ceilings import Ceilings, measure_ceilings
 from flashsae.bench.measure import Subject
 from flashsae.bench.peers import Peer
-from flashsae.bench.problem import Code, Problem, Shape, dense_code, make_problem
+from flashsae.bench.problem import Problem, Shape, dense_code, make_problem
+from flashsae.ops import SparseCode
 
 DRAW = {"dense": dense_code, "random": random_code, "zipf": zipf_code}
 """Codes by kind: that of the problem itself, of latents equally likely, of latents by Zipf's law."""
@@ -32,7 +33,7 @@ class Size:
         self.medians: dict[str, float] = {}
         """Milliseconds of the cases measured so far, by name."""
         self._problem: Problem | None = None
-        self._codes: dict[str, list[Code]] = {}
+        self._codes: dict[str, list[SparseCode]] = {}
         self._ceilings: dict[str, Ceilings] = {}
 
     def problem(self, dtype: torch.dtype) -> Problem:
@@ -42,7 +43,7 @@ class Size:
             self._problem = make_problem(self.shape, dtype, self.device)
         return self._problem
 
-    def codes(self, dtype: torch.dtype, kind: str) -> list[Code]:
+    def codes(self, dtype: torch.dtype, kind: str) -> list[SparseCode]:
         """Return one code of a kind for each input of the problem in a dtype."""
         problem = self.problem(dtype)
         if kind not in self._codes:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from flashsae.bench.measure import TOLERANCE
-from flashsae.bench.problem import Code, Problem
-from flashsae.ops import LatentIndex
+from flashsae.bench.problem import Problem
+from flashsae.ops import LatentIndex, SparseCode
 
 ROWS, LATENTS = 16, 24
 
@@ -27,17 +27,17 @@ def sample(size: int, count: int, device: torch.device) -> Tensor:
     return positions
 
 
-def check_encode(problem: Problem, top_acts: Tensor, top_indices: Tensor, precision: str) -> str:
-    """Compare the values, and every choice with the k-th largest of its row."""
+def check_encode(problem: Problem, code: SparseCode, precision: str) -> str:
+    """Compare the pre-activations selected, and every choice with the k-th largest of its row."""
     x = problem.xs[0]
     picked = sample(len(x), ROWS, x.device)
     rows = x[picked].double() - problem.b_dec.double()
     pre = torch.cat([rows @ W.double().T for W in torch.split(problem.W_enc_T, 32768)], dim=1) + problem.b_enc.double()
     kth = pre.topk(problem.shape.k, dim=1).values[:, -1]
-    indices = top_indices[picked].long()
+    indices = code.top_indices[picked].long()
     chosen = pre.gather(1, indices)
     tolerance = TOLERANCE[precision]
-    wrong = far("top_acts", top_acts[picked], chosen.relu(), tolerance)
+    wrong = far("top_acts", code.acts[picked].detach(), chosen, tolerance)
     missed = float((kth[:, None] - chosen).max())
     if missed > tolerance * float(kth.abs().max()):
         wrong += f"top_indices: a latent {missed:.3g} below the k-th largest was chosen. "
@@ -46,7 +46,7 @@ def check_encode(problem: Problem, top_acts: Tensor, top_indices: Tensor, precis
     return wrong
 
 
-def check_index(index: LatentIndex, code: Code, d_sae: int) -> str:
+def check_index(index: LatentIndex, code: SparseCode, d_sae: int) -> str:
     """Compare the whole index with one made by counting and sorting."""
     latents = code.top_indices.flatten()
     entries = torch.argsort(latents, stable=True)
@@ -56,7 +56,7 @@ def check_index(index: LatentIndex, code: Code, d_sae: int) -> str:
 
 
 def check_decode_loss(
-    problem: Problem, code: Code, result: tuple[Tensor, Tensor, Tensor], grad_acts: Tensor, precision: str
+    problem: Problem, code: SparseCode, result: tuple[Tensor, Tensor, Tensor], grad_acts: Tensor, precision: str
 ) -> str:
     """Compare reconstruction, residual and gradient of the activations on sampled tokens, the loss as a whole."""
     loss, x_hat, residual = result
@@ -75,7 +75,7 @@ def check_decode_loss(
     )
 
 
-def check_rows(result: Tensor, code: Code, coeffs: Tensor, rows: Tensor, tolerance: float) -> str:
+def check_rows(result: Tensor, code: SparseCode, coeffs: Tensor, rows: Tensor, tolerance: float) -> str:
     """Compare the rows of the most active latent and of sampled ones."""
     latents = code.top_indices.flatten()
     busiest = torch.bincount(latents, minlength=len(result)).argmax()
@@ -91,7 +91,7 @@ def check_rows(result: Tensor, code: Code, coeffs: Tensor, rows: Tensor, toleran
 
 
 def check_gradients(
-    problem: Problem, code: Code, residual: Tensor, grads: tuple[Tensor, Tensor], tolerance: float
+    problem: Problem, code: SparseCode, residual: Tensor, grads: tuple[Tensor, Tensor], tolerance: float
 ) -> str:
     """Compare both weight gradients of the squared error, grads of W_enc_T and W_dec, on sampled latents."""
     grad_x_hat = -2 * residual.double()

@@ -14,7 +14,6 @@ from flashsae import ops
 from flashsae.bench.ceilings import copy_run, gather_run, gemm_run
 from flashsae.bench.dense import backward
 from flashsae.bench.measure import TOLERANCE, Record, Subject
-from flashsae.bench.problem import Code
 from flashsae.errors import MissingExtraError
 from flashsae.ops.validate import Precision
 
@@ -57,13 +56,13 @@ def encode(size: Size, dtype: torch.dtype, precision: Precision, *, beside_gemm:
     shape, problem = size.shape, size.problem(dtype)
     W_enc_T, b_enc, _, b_dec = problem.weights
 
-    def run(i: int) -> tuple[Tensor, Tensor]:
+    def run(i: int) -> ops.SparseCode:
         with torch.no_grad():
-            return ops.encode_topk(problem.x(i), W_enc_T, b_enc, shape.k, b_dec=b_dec, precision=precision)[:2]
+            return ops.encode_topk(problem.x(i), W_enc_T, b_enc, shape.k, b_dec=b_dec, precision=precision)
 
     return Subject(
         run,
-        lambda: checks.check_encode(problem, *run(0), precision),
+        lambda: checks.check_encode(problem, run(0), precision),
         held=(problem.xs[0], W_enc_T, b_enc, b_dec),
         figures=tflops(2.0 * shape.batch_tokens * shape.d_in * shape.d_sae),
         capturable=True,
@@ -72,11 +71,11 @@ def encode(size: Size, dtype: torch.dtype, precision: Precision, *, beside_gemm:
 
 
 def index(size: Size, dtype: torch.dtype, kind: str = "dense") -> Subject:
-    """Return `build_index`."""
+    """Return the index of a pattern."""
     codes, d_sae = size.codes(dtype, kind), size.shape.d_sae
 
     def run(i: int) -> ops.LatentIndex:
-        return ops.build_index(codes[i % len(codes)].top_indices, d_sae)
+        return ops.Pattern(codes[i % len(codes)].top_indices, d_sae).index
 
     return Subject(run, lambda: checks.check_index(run(0), codes[0], d_sae), (codes[0].top_indices,), capturable=True)
 
@@ -85,17 +84,18 @@ def decode(size: Size, dtype: torch.dtype, precision: str, kind: str = "dense") 
     """Return `decode_loss`: reconstruction, loss, residual and the gradient of the activations."""
     problem, codes = size.problem(dtype), size.codes(dtype, kind)
     shape, (_, _, W_dec, b_dec) = problem.shape, problem.weights
-    acts = [code.top_acts.clone().requires_grad_() for code in codes]
+    codes = [code.replace(code.acts.clone().requires_grad_()) for code in codes]
 
     def run(i: int) -> tuple[Tensor, Tensor, Tensor]:
         n = i % len(codes)
-        return ops.decode_loss(acts[n], codes[n].top_indices, W_dec, b_dec, problem.x(n))
+        return ops.decode_loss(codes[n], W_dec, b_dec, problem.x(n))
 
     def check() -> str:
         loss, x_hat, residual = run(0)
-        (grad,) = torch.autograd.grad(loss, acts[0])
+        (grad,) = torch.autograd.grad(loss, codes[0].acts)
         result = loss.detach(), x_hat.detach(), residual.detach()
-        return checks.check_decode_loss(problem, codes[0], result, grad, precision)
+        code = codes[0].replace(codes[0].acts.detach())
+        return checks.check_decode_loss(problem, code, result, grad, precision)
 
     gathered = float(shape.batch_tokens * shape.k * shape.d_in * W_dec.element_size())
 
@@ -123,7 +123,7 @@ def weight_grads(
         uniform: name of the case whose time this one stands beside.
     """
     problem, codes = size.problem(dtype), size.codes(dtype, kind)
-    shape, indices = problem.shape, [ops.build_index(code.top_indices, problem.shape.d_sae) for code in codes]
+    shape, indices = problem.shape, [code.pattern.index for code in codes]
     generator = torch.Generator(size.device).manual_seed(7)
     residuals, grads = [], []
     for code in codes:
@@ -167,25 +167,24 @@ def forward_backward(size: Size, dtype: torch.dtype, precision: Precision) -> Su
     weights = tuple(weight.detach().requires_grad_() for weight in problem.weights)
     W_enc_T, b_enc, W_dec, b_dec = weights
 
-    def run(i: int) -> tuple[Tensor, ...]:
+    def run(i: int) -> tuple[ops.SparseCode, ops.SparseCode, Tensor]:
         for weight in weights:
             weight.grad = None
         x, k = problem.x(i), problem.shape.k
-        top_acts, top_indices, index = ops.encode_topk(
-            x, W_enc_T, b_enc, k, b_dec=b_dec, precision=precision, return_index=True
-        )
-        loss, _, residual = ops.decode_loss(top_acts, top_indices, W_dec, b_dec, x, index=index)
+        selected = ops.encode_topk(x, W_enc_T, b_enc, k, b_dec=b_dec, precision=precision)
+        code = selected.replace(selected.acts.relu())
+        loss, _, residual = ops.decode_loss(code, W_dec, b_dec, x)
         backward(loss)
-        return top_acts.detach(), top_indices, residual.detach()
+        return selected, code, residual.detach()
 
     def check() -> str:
-        top_acts, top_indices, residual = run(0)
+        selected, code, residual = run(0)
         assert W_enc_T.grad is not None
         assert W_dec.grad is not None
         grads = W_enc_T.grad, W_dec.grad
-        wrong = checks.check_encode(problem, top_acts, top_indices, precision)
+        wrong = checks.check_encode(problem, selected, precision)
         tolerance = 2 * TOLERANCE[precision]
-        return wrong + checks.check_gradients(problem, Code(top_acts, top_indices), residual, grads, tolerance)
+        return wrong + checks.check_gradients(problem, code.replace(code.acts.detach()), residual, grads, tolerance)
 
     flops = 2.0 * problem.shape.batch_tokens * problem.shape.d_in * (problem.shape.d_sae + 4 * problem.shape.k)
     return Subject(run, check, (problem.xs[0], *weights), tflops(flops), capturable=True)

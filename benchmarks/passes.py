@@ -31,10 +31,8 @@ def flashsae_master(problem: Problem) -> AutogradStep:
 
     def loss(x: Tensor) -> Tensor:
         W_enc_T, b_enc, W_dec, b_dec = weights
-        top_acts, top_indices, index = ops.encode_topk(
-            x, W_enc_T, b_enc, problem.shape.k, b_dec=b_dec, precision="bf16", return_index=True
-        )
-        return ops.decode_loss(top_acts, top_indices, W_dec, b_dec, x, index=index, precision="bf16")[0]
+        code = ops.encode_topk(x, W_enc_T, b_enc, problem.shape.k, b_dec=b_dec, precision="bf16")
+        return ops.decode_loss(code.replace(code.acts.relu()), W_dec, b_dec, x, precision="bf16").loss
 
     return AutogradStep(loss, lambda: None, weights, lambda value, x: value)
 

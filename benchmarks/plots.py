@@ -44,7 +44,7 @@ START, END = "<!-- tables -->", "<!-- /tables -->"
 OPERATIONS = {
     "gemm": "dense product alone (GEMM)",
     "encode_topk": "`encode_topk`",
-    "index": "`build_index`",
+    "index": "index by latent",
     "decode_loss": "`decode_loss`, with gradient of acts",
     "weight_grads": "both weight gradients, written in float32",
     "weight_grads_bf16": "both weight gradients, written in bf16",

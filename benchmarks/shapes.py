@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from flashsae.bench.problem import Code, Problem, Shape
+from flashsae.bench.problem import Problem, Shape
+from flashsae.ops import SparseCode
 
 SIZES = (
     Shape("S", 4096, 768, 24576, 32),
@@ -22,7 +23,7 @@ SWEEPS = {
 }
 
 
-def random_code(problem: Problem, i: int) -> Code:
+def random_code(problem: Problem, i: int) -> SparseCode:
     """Draw a code with every latent equally likely: the same access pattern as a trained one's bulk, at no cost."""
     shape, device = problem.shape, problem.W_dec.device
     generator = torch.Generator(device).manual_seed(1000 + i)
@@ -30,10 +31,11 @@ def random_code(problem: Problem, i: int) -> Code:
     # one latent from each of k equal ranges: distinct and ascending
     ranges = torch.arange(shape.k, device=device) * (shape.d_sae // shape.k)
     offsets = torch.randint(shape.d_sae // shape.k, size, generator=generator, device=device)
-    return Code(1 + torch.rand(size, generator=generator, device=device), ranges + offsets)
+    acts = 1 + torch.rand(size, generator=generator, device=device)
+    return SparseCode.topk(acts, ranges + offsets, shape.d_sae)
 
 
-def zipf_code(problem: Problem, i: int) -> Code:
+def zipf_code(problem: Problem, i: int) -> SparseCode:
     """Draw a code whose latents follow Zipf's law (latent of rank r as likely as 1/r), latent 0 on every token."""
     shape, device = problem.shape, problem.W_dec.device
     generator = torch.Generator(device).manual_seed(2000 + i)
@@ -43,4 +45,5 @@ def zipf_code(problem: Problem, i: int) -> Code:
         # the k - 1 first arrivals of processes with rate 1 / rank: k - 1 distinct draws
         arrivals = torch.empty(len(rows), shape.d_sae - 1, device=device).exponential_(generator=generator)
         rows[:, 1:] = arrivals.mul_(ranks).topk(shape.k - 1, dim=1, largest=False).indices.sort(dim=1).values + 1
-    return Code(1 + torch.rand(chosen.shape, generator=generator, device=device), chosen)
+    acts = 1 + torch.rand(chosen.shape, generator=generator, device=device)
+    return SparseCode.topk(acts, chosen, shape.d_sae)

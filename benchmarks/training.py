@@ -34,10 +34,8 @@ LR = 1e-3
 def our_fvu(trainer: DenseTrainer, x: Tensor, k: int, variance: float, precision: Precision) -> Tensor:
     """Return the loss through `flashsae.ops`, of the parameters that a dense trainer holds and updates."""
     p = trainer.params
-    top_acts, top_indices, index = ops.encode_topk(
-        x, p["W_enc_T"], p["b_enc"], k, b_dec=p["b_dec"], precision=precision, return_index=True
-    )
-    decoded = ops.decode_loss(top_acts, top_indices, p["W_dec"], p["b_dec"], x, index=index, precision=precision)
+    code = ops.encode_topk(x, p["W_enc_T"], p["b_enc"], k, b_dec=p["b_dec"], precision=precision)
+    decoded = ops.decode_loss(code.replace(code.acts.relu()), p["W_dec"], p["b_dec"], x, precision=precision)
     return decoded.loss / (len(x) * variance)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flashsae.architecture import architecture_named, architecture_of, settings_of
 from flashsae.bench.timing import float32_products
+from flashsae.ops import SparseCode
 from flashsae.testing import dense_decode, dense_pre_acts, oracle
 
 L2_BYTES = 64 * 2**20  # more than the second-level cache of a Hopper GPU holds
@@ -79,14 +80,6 @@ class Problem:
         return self.xs[i % len(self.xs)]
 
 
-@dataclass(frozen=True)
-class Code:
-    """A sparse code that belongs to a problem: [B, k] values (float32) and latents (int64, ascending, distinct)."""
-
-    top_acts: Tensor
-    top_indices: Tensor
-
-
 def tiny(shape: Shape) -> Shape:
     """Return the shape scaled down until a CPU runs it at once; to test the benchmark, not to time anything."""
     return replace(
@@ -148,8 +141,8 @@ def arch_settings(arch: object, shape: Shape) -> Any:
     return settings_of(arch, **({"k": shape.k} if "k" in names else {}))
 
 
-def dense_code(problem: Problem, i: int) -> Code:
-    """Encode input i with torch.topk over dense pre-activations, a few rows at a time."""
+def dense_code(problem: Problem, i: int) -> SparseCode:
+    """Encode input i with torch.topk over dense pre-activations, a few rows at a time; float32, latents ascending."""
     W_enc_T, b_enc, _, b_dec = problem.weights
     acts, indices = [], []
     for rows in torch.split(problem.x(i), max(1, DENSE_ELEMENTS // problem.shape.d_sae)):
@@ -157,10 +150,10 @@ def dense_code(problem: Problem, i: int) -> Code:
         order = top.indices.argsort(dim=1)
         acts.append(top.values.gather(1, order).float().relu())
         indices.append(top.indices.gather(1, order))
-    return Code(torch.cat(acts), torch.cat(indices))
+    return SparseCode.topk(torch.cat(acts), torch.cat(indices), problem.shape.d_sae)
 
 
-def residual_of(problem: Problem, code: Code, i: int) -> Tensor:
+def residual_of(problem: Problem, code: SparseCode, i: int) -> Tensor:
     """Return x − x_hat of input i, [B, d_in], decoded in the dtype of the weights."""
     x_hat = F.embedding_bag(
         code.top_indices, problem.W_dec, per_sample_weights=code.top_acts.to(problem.W_dec.dtype), mode="sum"
