@@ -53,12 +53,12 @@ class _DenseTopk(torch.autograd.Function):
 
 def sparse_decode(problem: Problem) -> AutogradStep:
     """Dense encode and torch.topk; decode, loss and all gradients through the k active latents; fused torch Adam."""
-    weights = tuple(weight.clone().requires_grad_() for weight in problem.weights)
+    weights, k = tuple(weight.clone().requires_grad_() for weight in problem.weights), problem.shape.k
     W_enc_T, b_enc, W_dec, b_dec = weights
 
     def loss(x: Tensor) -> Tensor:
         made: list[ops.Pattern] = []
-        acts: Tensor = _DenseTopk.apply(x, W_enc_T, b_enc, b_dec, problem.shape.k, made)  # type: ignore[no-untyped-call]
+        acts: Tensor = _DenseTopk.apply(x, W_enc_T, b_enc, b_dec, k, made)  # type: ignore[no-untyped-call]
         return ops.decode_loss(ops.SparseCode(made[0], acts), W_dec, b_dec, x, precision="bf16").loss
 
     return AutogradStep(loss, unit_norm_adam(weights, W_dec), weights, lambda value, x: value)
@@ -66,11 +66,11 @@ def sparse_decode(problem: Problem) -> AutogradStep:
 
 def fused_selection(problem: Problem) -> AutogradStep:
     """As before, with `encode_topk`: the pre-activations are selected from a piece at a time, exactly."""
-    weights = tuple(weight.clone().requires_grad_() for weight in problem.weights)
+    weights, k = tuple(weight.clone().requires_grad_() for weight in problem.weights), problem.shape.k
 
     def loss(x: Tensor) -> Tensor:
         W_enc_T, b_enc, W_dec, b_dec = weights
-        code = ops.encode_topk(x, W_enc_T, b_enc, problem.shape.k, b_dec=b_dec, precision="bf16")
+        code = ops.encode_topk(x, W_enc_T, b_enc, k, b_dec=b_dec, precision="bf16")
         return ops.decode_loss(code.replace(code.acts.relu()), W_dec, b_dec, x, precision="bf16").loss
 
     return AutogradStep(loss, unit_norm_adam(weights, weights[2]), weights, lambda value, x: value)

@@ -27,11 +27,11 @@ NOT_AT_XL = ("S", "M", "L")
 
 def flashsae_master(problem: Problem) -> AutogradStep:
     """Ours with float32 weights: rounded to bfloat16 inside, gradients in float32."""
-    weights = tuple(weight.clone().requires_grad_() for weight in problem.weights)
+    weights, k = tuple(weight.clone().requires_grad_() for weight in problem.weights), problem.shape.k
 
     def loss(x: Tensor) -> Tensor:
         W_enc_T, b_enc, W_dec, b_dec = weights
-        code = ops.encode_topk(x, W_enc_T, b_enc, problem.shape.k, b_dec=b_dec, precision="bf16")
+        code = ops.encode_topk(x, W_enc_T, b_enc, k, b_dec=b_dec, precision="bf16")
         return ops.decode_loss(code.replace(code.acts.relu()), W_dec, b_dec, x, precision="bf16").loss
 
     return AutogradStep(loss, lambda: None, weights, lambda value, x: value)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import gc
+import weakref
 from collections import defaultdict
 from pathlib import Path
 
@@ -12,13 +14,14 @@ import torch
 pytest.importorskip("matplotlib")
 
 from benchmarks import plots, plots_runs, plots_steps
+from benchmarks.ablation import RUNGS
 from benchmarks.cases import Size
 from benchmarks.drawing import Results
 from benchmarks.registry import GROUPS
 from benchmarks.session import RESULTS
 
 from flashsae.bench.measure import Record, measure
-from flashsae.bench.problem import tiny
+from flashsae.bench.problem import Shape, make_problem, tiny
 
 ROOT = Path(__file__).parents[1]
 HARNESS = sorted([*(ROOT / "src" / "flashsae" / "bench").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")])
@@ -82,3 +85,14 @@ def test_the_tables_of_the_docs_are_those_of_the_results() -> None:
     performance = (ROOT / "docs" / "performance.md").read_text("utf-8")
     assert "\n\n".join(parts) in performance
     assert plots_runs.trainer_text(_read("trainer")) in (ROOT / "docs" / "numerics.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("name", list(RUNGS)[1:])
+def test_a_rung_lets_go_what_it_was_built_from(name: str) -> None:
+    problem = make_problem(Shape("x", 32, 12, 100, 5), torch.float32, torch.device("cpu"))
+    alive = weakref.ref(problem)
+    step = RUNGS[name](problem)
+    step.run(problem.xs[0])
+    del problem
+    gc.collect()
+    assert alive() is None

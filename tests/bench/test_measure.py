@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ from torch import Tensor
 
 from flashsae.bench import measure
 from flashsae.bench.dense import AutogradStep, dense_pytorch
-from flashsae.bench.measure import Record, StepCase, Subject, check_step, measure_ours
+from flashsae.bench.measure import Record, StepCase, Subject, WholeStep, check_step, measure_ours
 from flashsae.bench.ours import OurStep, Variant, build_ours
 from flashsae.bench.problem import Problem, Shape, dense_squared_error, make_problem
 from flashsae.errors import MissingExtraError
@@ -132,3 +135,16 @@ def test_figures_stand_in_the_record_and_references_take_turns() -> None:
     assert record["twice"] == 2 * record["median_ms"]
     assert record["ratio_to_other"] == record["median_ms"] / record["other_ms"]
     assert calls == ["it", "other"] * (len(calls) // 2)
+
+
+@pytest.mark.parametrize(
+    "build", [dense_pytorch, partial(build_ours, variant=Variant()), partial(build_ours, variant=Variant("float32"))]
+)
+def test_what_a_step_was_built_from_does_not_count_as_its_memory(build: Callable[[Problem], WholeStep]) -> None:
+    problem = make_problem(SHAPE, torch.float32, CPU)
+    alive = weakref.ref(problem)
+    step = build(problem)
+    step.run(problem.xs[0])
+    del problem
+    gc.collect()
+    assert alive() is None

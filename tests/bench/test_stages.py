@@ -151,6 +151,8 @@ def test_rates_stand_beside_their_ceilings() -> None:
     assert "ceiling" not in decode  # was not measured
     assert decoder["gbs"] == pytest.approx(24 * 1200 / 1e6)
     assert (decoder["ceiling"], decoder["share_of_ceiling"]) == ("copy", pytest.approx(decoder["gbs"] / 2))
+    dense, _ = stage_records({DECODE: 1.0, DENSE_PRODUCTS: 1.0}, step.config, shape, ceilings)
+    assert "gbs" not in dense  # no rows were gathered
 
 
 def _as_if_on_a_device(trace: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -79,11 +79,11 @@ def dense_pytorch(problem: Problem, precision: str = "bf16", *, compiled: bool =
     """
     weights = tuple(weight.clone().requires_grad_() for weight in problem.weights)
     W_enc_T, b_enc, W_dec, b_dec = weights
-    params = dict(zip(problem.params, weights))
+    params, k = dict(zip(problem.params, weights)), problem.shape.k  # the problem itself is to be let go
 
     def loss(x: Tensor) -> Tensor:
         with autocast(W_dec.device) if precision == "bf16" else contextlib.nullcontext():
-            latent_acts = dense_topk(x, W_enc_T, b_enc, problem.shape.k, b_dec, topk=fast_topk)
+            latent_acts = dense_topk(x, W_enc_T, b_enc, k, b_dec, topk=fast_topk)
             x_hat = dense_decode(latent_acts, params)
         return (x_hat - x).square().sum()
 

@@ -223,9 +223,10 @@ def stage_records(times: dict[str, float], settings: Any, shape: Shape, ceilings
     flops = 2.0 * shape.batch_tokens * weights
     work = {
         ENCODE: ("tflops", flops / 1e9, "gemm"),
-        DECODE: ("gbs", gathered / 1e6, "gather"),
         **dict.fromkeys(PASSES.values(), ("gbs", streamed / 1e6, "copy")),
     }
+    if DENSE_PRODUCTS not in times:  # else no rows are gathered
+        work[DECODE] = ("gbs", gathered / 1e6, "gather")
     total, records = sum(times.values()), []
     for stage, ms in times.items():
         record: dict[str, Any] = {"name": stage, "ms": ms, "share_of_step": ms / total}
