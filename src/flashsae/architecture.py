@@ -1,8 +1,8 @@
 """What an SAE architecture is: a value made of small ones, found by its name. No torch here: help texts need it too.
 
 The training loop, the optimiser, the plan, checkpoints, evaluation and report read this description and never learn a
-name. Ours stand in `flashsae/architectures`, one file each; yours is registered from wherever it stands
-(docs/adding-an-architecture.md).
+name. Ours stand in `flashsae/architectures`, one file each; yours is registered from wherever it stands, or found by an
+entry point "flashsae.architectures" of a package (docs/adding-an-architecture.md).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
 from flashsae.errors import ConfigError
@@ -157,7 +158,7 @@ AUXK = Term(
     of_dead_latents=True,
 )
 
-_OURS = "flashsae.architectures"
+_OURS = _ENTRY_POINTS = "flashsae.architectures"
 _REGISTERED: dict[str, Architecture] = {}
 
 
@@ -183,10 +184,23 @@ def register(architecture: Architecture) -> Architecture:
     return architecture
 
 
-def architecture_names() -> list[str]:
-    """Return the names of all architectures: ours, and those registered so far."""
-    ours = [module.name for module in pkgutil.iter_modules(import_module(_OURS).__path__)]
-    return sorted({*ours, *_REGISTERED})
+def architecture_names(*, installed: bool = True) -> list[str]:
+    """Return the names of all architectures: ours, those registered so far, and those of installed packages.
+
+    Args:
+        installed: False leaves the last ones out, whose search takes longer than a help text may.
+    """
+    return sorted({*_REGISTERED, *_ours(), *(_installed() if installed else ())})
+
+
+def _ours() -> list[str]:
+    return [module.name for module in pkgutil.iter_modules(import_module(_OURS).__path__)]
+
+
+def _installed(package: str = "") -> dict[str, EntryPoint]:
+    """Return where installed packages, or one, have architectures, by name; reads metadata and imports nothing."""
+    found = entry_points(group=_ENTRY_POINTS)
+    return {entry.name: entry for entry in found if package in ("", entry.value.partition(":")[0].partition(".")[0])}
 
 
 def architecture_named(name: str) -> Architecture:
@@ -195,14 +209,30 @@ def architecture_named(name: str) -> Architecture:
     Raises:
         ConfigError: there is none of this name.
     """
-    if name not in _REGISTERED and name in architecture_names():
-        register(import_module(f"{_OURS}.{name}").ARCHITECTURE)
-    if name not in _REGISTERED:
+    if name in _REGISTERED:
+        return _REGISTERED[name]
+    if name in _ours():
+        return register(import_module(f"{_OURS}.{name}").ARCHITECTURE)
+    entry = _installed().get(name)
+    if entry is None:
         raise ConfigError(
             f"arch: expected one of {', '.join(architecture_names())}, got {name!r}. One of your own has to be "
             "registered first: import the module that calls flashsae.register."
         )
-    return _REGISTERED[name]
+    found = _load(entry)
+    if not isinstance(found, Architecture) or found.name != name:
+        raise ConfigError(f"arch: expected {entry.value} to be an Architecture named {name!r}, got {found!r:.60}.")
+    return register(found)
+
+
+def _load(entry: EntryPoint) -> object:
+    try:
+        return entry.load()
+    except Exception as error:  # whatever the code of others raises
+        raise ConfigError(
+            f"arch: {entry.name!r} cannot be loaded from {entry.value} ({type(error).__name__}: {error}). Repair or "
+            "remove the package that it is installed with."
+        ) from error
 
 
 def architecture_of(settings: object) -> Architecture:
@@ -211,9 +241,11 @@ def architecture_of(settings: object) -> Architecture:
     Raises:
         ConfigError: they are those of none.
     """
-    for name in (*_REGISTERED, *architecture_names()):
-        if type(settings) is architecture_named(name).settings:
-            return architecture_named(name)
+    package = type(settings).__module__.partition(".")[0]
+    for names in (lambda: list(_REGISTERED), _ours, lambda: _installed(package)):
+        for name in names():
+            if type(settings) is architecture_named(name).settings:
+                return architecture_named(name)
     raise ConfigError(
         f"arch: expected settings of an architecture, such as TopKSettings(k=32), got {settings!r}. The class has to "
         "be registered: flashsae.register(Architecture(settings=...))."

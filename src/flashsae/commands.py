@@ -127,7 +127,8 @@ def _declare_settings_of(arch: str) -> None:
     Raises:
         ConfigError: there is no such architecture.
     """
-    told = f"Architecture of the SAE: {', '.join(architecture_names())}. --arch NAME --help shows its own settings."
+    names = ", ".join(architecture_names(installed=False))
+    told = f"Architecture of the SAE: {names}, or one of a package. --arch NAME --help shows its own settings."
     settings = flat_settings(TrainConfig, "arch", architecture_named(arch).settings, told)
 
     @functools.wraps(train)
