@@ -182,7 +182,7 @@ def _group_maxima(operands: Operands, layout: Layout, products: Tensor, tokens: 
     block_g = max(layout.super, triton.next_power_of_2(min(groups, 2048 // layout.group)))
     block_b = 16
     encode_kernels.encode_topk_group_max_kernel[(triton.cdiv(groups, block_g), triton.cdiv(rows, block_b))](
-        products, operands.b_enc, operands.key_scale, None, operands.latents, tokens, low, high, supers,
+        products, operands.b_enc, operands.key_scale, operands.latents, tokens, low, high, supers,
         rows, len(operands.W), groups, layout.supers, products.stride(0),
         GROUP=layout.group, SUPER=layout.super, BLOCK_G=block_g, BLOCK_B=block_b,
         STAGES=1 if operands.certified else 3, num_warps=8 if operands.certified else 4,

@@ -21,15 +21,21 @@ NEAR = tl.constexpr(256)
 
 
 @triton.jit
+def _inverse(unit):
+    """Return 1 / unit of a power of two, exactly, which a division on a GPU need not be."""
+    return (0x7F000000 - unit.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _lower(low, unit):
     """Take a lower bound from the unit of its token to that of all, rounding down; beyond float32 it says no more."""
-    low = low * (1.0 / unit) - 2.4e-38  # what is lost below the smallest normal number
+    low = low * _inverse(unit) - 2.4e-38  # what is lost below the smallest normal number
     return tl.where(low > 3.4028234e38, 3.4028234e38, low)
 
 
 @triton.jit
 def _upper(high, unit):
-    return high * (1.0 / unit) + 2.4e-38
+    return high * _inverse(unit) + 2.4e-38
 
 
 @triton.jit
