@@ -272,6 +272,7 @@ def test_several_hookpoints_of_a_cache_are_read_together(written: Path) -> None:
         assert chunk.acts.keys() == both.widths.keys()
         assert torch.equal(chunk.acts["h.1"], mine.acts["h.1"])
         assert torch.equal(chunk.acts["h.0"], yours.acts["h.0"])
+    assert ActivationCache(written, ["h.1:out", "h.1"], 0.3).identity == one.identity
     assert len({str(cache.identity) for cache in (both, one, other)}) == 3
     assert both.rounded_away == max(one.rounded_away, other.rounded_away)
     batches = RowShuffle(both, 64, seed=2), RowShuffle(one, 64, seed=2)

@@ -34,6 +34,7 @@ from flashsae.data.cache_index import (
     shard_path,
 )
 from flashsae.data.fingerprint import text_digest
+from flashsae.data.hookpoints import OUTPUT
 from flashsae.data.models import quiet_transformers
 from flashsae.data.sources import Chunk, Cursor, Split, check_held_out, split_mask
 from flashsae.documents import load_tensors
@@ -107,7 +108,8 @@ class ActivationCache:
         names = list(self.settings["hookpoints"])
         if hookpoint is None and len(names) == 1:
             return tuple(names)
-        wanted = (hookpoint,) if hookpoint is None or isinstance(hookpoint, str) else tuple(dict.fromkeys(hookpoint))
+        asked = [hookpoint] if isinstance(hookpoint, str) else hookpoint or []
+        wanted = dict.fromkeys(name.removesuffix(OUTPUT) for name in asked)
         for name in wanted or (None,):
             if name not in names:
                 raise ConfigError(
