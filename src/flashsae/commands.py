@@ -76,8 +76,7 @@ def train(
 
     Args:
         run: Folder of the run; must not exist. Default: a new one under runs/.
-        resume: Go on with the run in this folder, exactly where its newest checkpoint left it. Takes its settings
-            from there.
+        resume: Resume the run in this folder, exactly where its newest checkpoint left it, with its settings.
         logger: tensorboard or wandb, beside metrics.jsonl. May be repeated. Default: neither.
         report: End with report.html.
         plan: Check all that can be known before the text is read, and print what the run will do, how much memory it
@@ -178,7 +177,7 @@ def cache(
 ) -> None:
     """Write the activations of a language model to disk, to train on them with flashsae train --activations.
 
-    A cache that was interrupted is gone on with; one of other settings is refused.
+    An interrupted cache is continued; one of other settings is refused.
 
     Args:
         out: Folder of the cache.
@@ -206,7 +205,7 @@ def cache(
         warnings = cache_activations(reading, out, max_tokens=max_tokens, device=place, on_progress=bar.update)
     except KeyboardInterrupt:
         bar.stop()
-        console.print("\nStopped. The same command goes on where it was.", highlight=False)
+        console.print("\nStopped. The same command continues it.", highlight=False)
         raise SystemExit(130) from None
     finally:
         bar.stop()

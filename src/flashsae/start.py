@@ -181,7 +181,7 @@ def _written(value: object) -> str:
 
 
 def check_rows(config: RunConfig, prepared: Prepared) -> None:
-    """Raise what training would, once it begins, over activations that are there to be looked at.
+    """Raise what training would, once it begins, over activations that are ready.
 
     Raises:
         ConfigError, DataError: too few rows for a batch, or none held out.

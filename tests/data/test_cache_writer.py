@@ -176,6 +176,28 @@ def test_another_text_is_refused(tiny: ModuleType, copy: Path) -> None:
         write_cache(copy, tiny.source(tiny.CACHED, open_text(tiny.DOCUMENTS[:3])), shard_rows=tiny.SHARD_ROWS)
 
 
+def test_a_cache_that_version_0_1_began_is_continued(
+    tiny: ModuleType, cache_source: LanguageModelSource, written: Path, tmp_path: Path
+) -> None:
+    def interrupt(n_rows: int) -> None:
+        if n_rows > 3 * tiny.SHARD_ROWS:
+            raise KeyboardInterrupt
+
+    directory = tmp_path / "cache"
+    with pytest.raises(KeyboardInterrupt):
+        write_cache(directory, cache_source, shard_rows=tiny.SHARD_ROWS, on_progress=interrupt)
+    index = CacheIndex.read(directory)
+    index.settings = {"batch_tokens" if n == "forward_tokens" else n: v for n, v in index.settings.items()}
+    index.write(directory)
+    assert b"forward_tokens" not in (directory / "index.json").read_bytes()
+    assert index.shards
+    write_cache(directory, cache_source, shard_rows=tiny.SHARD_ROWS)
+    assert ActivationCache(directory, "h.0").settings == ActivationCache(written, "h.0").settings
+    assert {name: data for name, data in contents(directory).items() if name != "index.json"} == {
+        name: data for name, data in contents(written).items() if name != "index.json"
+    }
+
+
 def test_a_folder_of_other_things_is_refused_and_untouched(cache_source: LanguageModelSource, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     (tmp_path / ".mine.partial").write_text("kept")

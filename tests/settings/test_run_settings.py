@@ -65,5 +65,5 @@ def test_a_run_of_an_architecture_that_is_not_there_is_told_by_its_name(
     path.write_text(RunConfig(train=TrainConfig(arch="batch_topk", k=7)).to_toml())
     assert RunConfig.from_toml(path).train.arch.k == 7
     path.write_text("\n".join(path.read_text().splitlines()[1:]).replace('"batch_topk"', '"mine"'))
-    with pytest.raises(CheckpointError, match=r"cannot go on with .*: arch: expected one of .*, got 'mine'"):
+    with pytest.raises(CheckpointError, match=r"cannot resume .*: arch: expected one of .*, got 'mine'"):
         RunConfig.from_toml(path)

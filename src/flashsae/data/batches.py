@@ -43,7 +43,7 @@ class Batches(Protocol):
         """Return what `restore` needs to go on exactly here."""
 
     def restore(self, state: State) -> None:
-        """Go on where `state` was taken."""
+        """Resume where `state` was taken."""
 
 
 def check_identity(name: str, now: dict[str, Any], place: dict[str, Any]) -> None:

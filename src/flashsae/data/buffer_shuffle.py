@@ -84,7 +84,7 @@ class BufferShuffle:
         self._epoch = 0
         self._is_over = False  # what can be read only once has been read; not so behind a restored state
         self.epoch_tokens: int | None = None
-        self._counted: int | None = 0  # rows read of this epoch; None if it was gone on with in its middle
+        self._counted: int | None = 0  # rows read of this epoch; None if it was resumed in its middle
         self._whole: int | None = None  # rows of the epoch before
         self._cursor: Cursor | None = None
         self._chunks: Iterator[tuple[Chunk, Cursor]] | None = None
@@ -202,7 +202,7 @@ class BufferShuffle:
         return place, tensors
 
     def restore(self, state: State) -> None:
-        """Go on where the state was taken; raises CheckpointError if the source is another now."""
+        """Resume where the state was taken; raises CheckpointError if the source is another now."""
         check_identity(self._source.name, self._identity, state[0])
         place, tensors = parse(_BufferPlace, state[0], PLACE, ADVICE), state[1]
         self._epoch, self._cursor, self._chunks = place.epoch, place.cursor, None

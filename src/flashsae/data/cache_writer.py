@@ -51,10 +51,10 @@ def write_cache(
     dtype: CacheDtype = "bf16",
     on_progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Write the activations of all documents of both splits; go on where an earlier call was interrupted.
+    """Write the activations of all documents of both splits; continue a cache that is not complete.
 
     Args:
-        directory: new, empty, or a cache begun with the same settings; a complete one is left as it is.
+        directory: new, empty, or a cache that is not complete, of the same settings; a complete one is left as it is.
         source: its hookpoints are all written, from one pass of the model. Its held-out fraction plays no part:
             the split is made when the cache is read.
         shard_rows: least rows of a shard; that many rows of every hookpoint are held in memory.
@@ -66,8 +66,8 @@ def write_cache(
         ConfigError: shard_rows or max_tokens is not positive, a hookpoint's name is taken by a folder of ours, or is
             no name for a folder.
         CheckpointError: `directory` exists and is not a cache.
-        DataError: the cache was begun with other settings, or the source yields nothing.
-        StorageError: the file system refused; the cache can be gone on with.
+        DataError: the cache in `directory` has other settings, or the source yields nothing.
+        StorageError: the file system refused; another call continues the cache.
     """
     directory = expand(directory)
     settings = cache_settings(source, shard_rows, max_tokens, dtype)
@@ -133,7 +133,7 @@ def cache_settings(
 
 
 def _begin(directory: Path, settings: dict[str, Any]) -> CacheIndex:
-    """Return the index to go on from; clear what a kill left half written, in a cache of ours only."""
+    """Return the index to continue; clear what a kill left half written, in a cache of ours only."""
     with storage_errors(directory):
         foreign = [path for path in directory.iterdir() if not path.match(f".{INDEX_FILE}.*.partial")]
     if foreign and not (directory / INDEX_FILE).exists():
@@ -144,7 +144,7 @@ def _begin(directory: Path, settings: dict[str, Any]) -> CacheIndex:
         CacheIndex(settings).write(directory)
     index = CacheIndex.read(directory)
     differences = changes(index.settings, settings)
-    if differences and not index.shards:  # begun and never filled: nothing is lost
+    if differences and not index.shards:  # nothing was written yet, so nothing is lost
         with storage_errors(directory):
             for kind in (TOKENS_FOLDER, TOKENIZER_FOLDER, *index.settings["hookpoints"]):
                 shutil.rmtree(directory / folder_of(kind), ignore_errors=True)

@@ -56,13 +56,13 @@ def is_complete_cache(config: ActivationsConfig) -> bool:
     return False
 
 
-def check_begun(place: Path, wanted: dict[str, Any]) -> None:
-    """Raise CheckpointError where a cache that is not complete was begun with others than these settings."""
+def check_unfinished(place: Path, wanted: dict[str, Any]) -> None:
+    """Raise CheckpointError where a cache that is not complete has other settings than these."""
     if not place.exists() or not is_cache(place):
         return
     index = CacheIndex.read(place)
     differences = changes({name: index.settings.get(name) for name in wanted}, wanted)
-    if differences and index.shards:  # without shards it is begun anew
+    if differences and index.shards:  # without shards it is written anew
         raise _not_complete(place, index, f": {'; '.join(differences)}")
 
 

@@ -15,7 +15,7 @@ from flashsae.data.cache_index import FORMAT_VERSION
 from flashsae.data.cache_writer import SHARD_ROWS, cache_settings, write_cache
 from flashsae.data.existing import (
     check_asked,
-    check_begun,
+    check_unfinished,
     held_hookpoints,
     is_cache,
     is_complete_cache,
@@ -94,7 +94,7 @@ def prepare_activations(
     Raises:
         ConfigError: no such model or hookpoint, or settings that exclude each other.
         DataError: the text is missing or empty, or the cache holds something else than is asked for.
-        CheckpointError: the cache is damaged, or is not complete and was begun with other settings.
+        CheckpointError: the cache is damaged, or is not complete and has other settings.
     """
     named = config.activations
     if named is not None and is_checked:
@@ -112,10 +112,10 @@ def prepare_activations(
     if place is not None and ActivationCache.is_complete(place):
         return _cached(config, place)
     if named is not None:
-        check_begun(named, {"model": config.model, "text_fingerprint": text.fingerprint})
+        check_unfinished(named, {"model": config.model, "text_fingerprint": text.fingerprint})
     source = LanguageModelSource(config, text, held_out=config.held_out, device=device)
     if named is not None:
-        check_begun(named, cache_settings(source, SHARD_ROWS, rows, config.cache_dtype))
+        check_unfinished(named, cache_settings(source, SHARD_ROWS, rows, config.cache_dtype))
     size = (4 if config.cache_dtype == "float32" else 2) * rows * sum(source.widths.values())
     is_too_large = config.stream is None and named is None and size > LARGEST_DEFAULT_CACHE
     if place is None or is_too_large:
@@ -176,7 +176,7 @@ def _to_be_cached(
 def cache_activations(
     config: ReadingConfig, place: Path, *, max_tokens: int | None, device: str, on_progress: Progress | None = None
 ) -> tuple[str, ...]:
-    """Write a cache, or go on with one: see `write_cache`. Arguments as for `prepare_activations`.
+    """Write a cache, or continue one: see `write_cache`. Arguments as for `prepare_activations`.
 
     Returns:
         sentences on what may spoil results.

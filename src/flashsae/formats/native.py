@@ -24,7 +24,7 @@ FORMAT_VERSION = 1
 _CONFIG_FILE = "flashsae.json"
 _WEIGHTS_FILE = "flashsae.safetensors"
 _OF_SYSTEMS = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
-"""What file browsers leave in a folder that was looked at."""
+"""What file browsers leave in a folder that was opened."""
 _ADVICE = "Copy or save the SAE again."
 
 

@@ -140,7 +140,7 @@ def check_k(k: Any, d_sae: int, name: str = "k") -> int:
 def check_indices(name: str, indices: Tensor, size: int, *, lowest: int = 0) -> None:
     """Raise DtypeError or ShapeError unless every index lies in [lowest, size).
 
-    The range is looked at on the CPU only: on a GPU that would make the host wait for the device.
+    The range is checked on the CPU only: on a GPU that would make the host wait for the device.
     """
     if indices.dtype not in (torch.int32, torch.int64):
         raise DtypeError(f"{name}: expected int32 or int64, got {indices.dtype}.")

@@ -58,7 +58,7 @@ class RunConfig:
         try:
             arch = settings_of(flat.get("arch", DEFAULT_ARCH))
         except ConfigError as error:
-            raise CheckpointError(f"cannot go on with {path.parent}: {error}") from error
+            raise CheckpointError(f"cannot resume {path.parent}: {error}") from error
         if not is_sealed(path):
             _check_all_there(path, flat, arch)
         try:

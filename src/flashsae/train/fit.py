@@ -63,7 +63,7 @@ def fit(
         config: every other setting; its d_sae, k and tokens give way to those above.
         run: folder for metrics.jsonl and checkpoints. Must not exist, unless `resume`; removed again by a training that
             fails before its first checkpoint. None writes nothing.
-        resume: go on from the newest checkpoint in `run`, bit for bit, with the same x and settings.
+        resume: continue from the newest checkpoint in `run`, bit for bit, with the same x and settings.
         progress: say what will be done, and show a progress bar, on standard error.
     Returns:
         the trained SAE, on the device it was trained on.

@@ -162,7 +162,7 @@ class _Run:
         self._logged_step = 0
 
     def is_due(self, every: int) -> bool:
-        """Tell whether what is done every so many steps, and behind the last one, is due behind the step now begun."""
+        """Tell whether what is done every so many steps, and behind the last one, is due behind the current step."""
         step = self.state.step + 1
         return step == self.config.steps or step % every == 0
 

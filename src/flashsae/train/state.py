@@ -80,7 +80,7 @@ def init_state(
         config: settings.
         batches: of activations.
         device: for the SAE.
-        checkpoints: folder whose newest checkpoint is gone on from, if it holds one. Otherwise, and for None, the
+        checkpoints: folder whose newest checkpoint is resumed, if it holds one. Otherwise, and for None, the
             start: random unit directions, b_dec at the mean of some tokens.
         on_fill: hears of it if a shuffle buffer is filled at the start.
     Raises:
