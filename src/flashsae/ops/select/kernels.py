@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flashsae.ops.encode.kernels import KEY_NAN, KEY_NONE, _bounds, _pre_acts, _scaled, _to_key
+from flashsae.ops.encode.kernels import KEY_NAN, KEY_NONE, _bounds, _keys_of, _pre_acts, _scaled, _to_key
 
 LOWEST = tl.constexpr(-(2**31) + 1)  # below every latent, above KEY_NONE
 INFINITE = tl.constexpr(0x7F800000)  # the key of infinity, as which NaN counts in maxima of groups
@@ -85,13 +85,6 @@ def _listed(list_ptr, start, count, n, GROUP: tl.constexpr, TILE: tl.constexpr):
     latents = tl.reshape(group[:, None] * GROUP + tl.arange(0, GROUP)[None, :], [TILE])
     inside = tl.reshape(tl.broadcast_to((slot < count)[:, None], [TILE // GROUP, GROUP]), [TILE])
     return latents, inside & (latents < n)
-
-
-@triton.jit
-def _keys_of(values, latents, inside, scale_ptr):
-    if scale_ptr is not None:
-        values = values * tl.load(scale_ptr + latents, mask=inside, other=0.0).to(tl.float32)
-    return tl.where(inside, _to_key(values, KEY_NAN), KEY_NONE)
 
 
 @triton.jit
