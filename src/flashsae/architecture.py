@@ -217,7 +217,8 @@ def architecture_named(name: str) -> Architecture:
     if entry is None:
         raise ConfigError(
             f"arch: expected one of {', '.join(architecture_names())}, got {name!r}. One of your own has to be "
-            "registered first: import the module that calls flashsae.register."
+            f"registered first: import the module that calls flashsae.register, or install it with an entry point "
+            f"{_ENTRY_POINTS}."
         )
     found = _load(entry)
     if not isinstance(found, Architecture) or found.name != name:

@@ -71,7 +71,7 @@ def train(
 ) -> None:
     """Train a sparse autoencoder on the activations of a language model, measure it and draw a report.
 
-    Without arguments: a TopK SAE on a small transformer that reads the documentation of Python, in a few minutes; on a
+    Without arguments: an SAE on a small transformer that reads the documentation of Python, in a few minutes; on a
     slow CPU with fewer tokens, by a measurement of a second.
 
     Args:

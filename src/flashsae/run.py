@@ -42,7 +42,7 @@ from flashsae.report.render import render_report
 from flashsae.report.summary import final_figures
 from flashsae.report.tokens import token_text
 from flashsae.sae.module import SAE
-from flashsae.settings.run import CONFIG_FILE, RunConfig
+from flashsae.settings.run import CONFIG_FILE, RunConfig, load_settings
 from flashsae.start import check, check_rows, nothing_held_out, plan_table, prepare, saved_config, table
 from flashsae.start import new_run as new_run
 from flashsae.train.checkpoint import list_checkpoints, load_checkpoint
@@ -130,11 +130,12 @@ def draw_report(run: Path, console: Console) -> list[Path]:
     Raises:
         CheckpointError: the run is not finished, or something in it is damaged.
     """
-    config = saved_config(run)
+    load_settings(run / CONFIG_FILE)
     parts = sorted(path.parent for path in run.glob(f"*/{CONFIG_FILE}"))
     if parts:
         return [path for part in parts for path in draw_report(part, console)]
     if (run / "evaluation.json").exists() and not (run / "snippets.json").exists():
+        config = saved_config(run)
         activations = _compute(prepare(config, run), config, console)
         sae = SAE.load(run / "sae", device=resolve_device(config.train.device))
         _describe_latents(_Part(run, config, activations), sae, _dead_at_the_end(run), console)

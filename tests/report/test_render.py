@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from flashsae.architecture import architecture_named
@@ -12,6 +13,7 @@ from flashsae.errors import CheckpointError, MissingExtraError
 from flashsae.metrics import METRICS
 from flashsae.report.render import render_report
 from flashsae.report.snippets import LatentSnippets, Snippet, Snippets, write_snippets
+from flashsae.run import draw_report
 from helpers.page import Page
 
 
@@ -218,3 +220,12 @@ def test_tiny_dictionaries_can_be_drawn(run: Path, render: Callable[[Path], Page
     (run / "evaluation.json").write_text(json.dumps(stored | {"d_sae": d_sae, "k": 1, "dead_latents": 0}), "utf-8")
     page = render(run)
     assert f"of {d_sae} (0.0%)" in page.text
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_a_run_whose_architecture_is_not_there_is_drawn_again(run: Path) -> None:
+    path = run / "config.toml"
+    path.write_text(path.read_text().replace("k = 4", 'arch = "mine"\nwidth = 4'))
+    (run / "report.html").unlink(missing_ok=True)
+    assert draw_report(run, Console(quiet=True)) == [run / "report.html"]
+    assert "mine" in (run / "report.html").read_text("utf-8")

@@ -42,7 +42,8 @@ def _flat(cls: type[Config]) -> type[Config]:
 
     @functools.wraps(made)
     def init(self: Config, *positional: Any, **given: Any) -> None:
-        own = {name: given.pop(name) for name in set(given) - {each.name for each in fields(cls)}}
+        known = {each.name for each in fields(cls)}
+        own = {name: given.pop(name) for name in [name for name in given if name not in known]}
         if own:
             given["arch"] = settings_of(given.get("arch") or DEFAULT_ARCH, **own)
         made(self, *positional, **given)
