@@ -18,9 +18,8 @@ from flashsae.ops import decode, encode_topk, latent_rows
 from flashsae.ops.adam_rows import AdamRule, adam_rows, row_squares
 from flashsae.ops.factors import RowGradient, SparseFactor
 from flashsae.ops.latent_rows.reference import RUN
-from flashsae.testing import assert_as_accurate, integer_inputs, poison_empty
+from flashsae.testing import assert_as_accurate, chosen, dense_topk, integer_inputs, poison_empty, stable_topk
 from helpers.codes import index_of, topk_of
-from helpers.dense import dense_encode, dense_topk
 from helpers.selection import hard_inputs, selection_mistakes
 from helpers.steps import step_inputs, whole_step
 
@@ -66,7 +65,7 @@ def test_t0_catches_a_missing_relu_mask(generator: torch.Generator) -> None:
     code = encode_topk(x, weights, bias, 8)
     top_acts, top_indices = code.acts.relu(), code.top_indices
     upstream = integer_inputs(8, 8, generator=generator)
-    dense = dense_encode(x, weights, bias, top_indices, None).gather(1, top_indices)
+    dense = dense_topk(x, weights, bias, top_indices.shape[1], None, topk=chosen(top_indices)).gather(1, top_indices)
     (expected,) = torch.autograd.grad(dense, weights, upstream)
     assert bool((top_acts == 0).any())  # else the mask would not matter
     unmasked = latent_rows(index_of(top_indices, 10), upstream, x)
@@ -77,9 +76,9 @@ def test_t0_catches_a_missing_relu_mask(generator: torch.Generator) -> None:
 
 def test_t0_catches_a_tie_broken_the_other_way(generator: torch.Generator) -> None:
     pre_acts = integer_inputs(20, 30, generator=generator)
-    highest_first = 29 - dense_topk(pre_acts.flip(1), 7).flip(1)
+    highest_first = 29 - stable_topk(pre_acts.flip(1), 7)[1].flip(1)
     assert bool((pre_acts.gather(1, highest_first) >= pre_acts.topk(7).values[:, -1:]).all())  # a valid top-k
-    assert not torch.equal(highest_first, dense_topk(pre_acts, 7))
+    assert not torch.equal(highest_first, stable_topk(pre_acts, 7)[1])
 
 
 def test_poison_shows_memory_that_was_never_written() -> None:

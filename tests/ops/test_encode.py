@@ -9,8 +9,7 @@ from torch import Tensor
 from flashsae.errors import ConfigError, DtypeError, ShapeError
 from flashsae.ops import LatentIndex, SparseCode, decode, decode_loss, encode_topk
 from flashsae.ops.encode.reference import select_topk
-from flashsae.testing import assert_as_accurate, integer_inputs, poison_empty
-from helpers.dense import dense_encode, dense_topk
+from flashsae.testing import assert_as_accurate, chosen, dense_topk, integer_inputs, poison_empty, stable_topk
 
 SHAPES = [(0, 5, 7, 3), (1, 1, 1, 1), (1, 8, 16, 16), (37, 13, 101, 1), (37, 13, 101, 7), (64, 24, 96, 33)]
 NAMES = ("x", "W_enc_T", "b_enc", "b_dec")
@@ -40,7 +39,7 @@ def test_t0_integers_are_bitwise_equal(
     with poison_empty():
         code = encode_topk(p["x"], p["W_enc_T"], p["b_enc"], k, b_dec=p["b_dec"])
     pre_acts = (p["x"] - p["b_dec"]).float() @ p["W_enc_T"].float().T + p["b_enc"].float()
-    expected = dense_topk(pre_acts, k)  # integers tie all the time
+    expected = stable_topk(pre_acts, k)[1]  # integers tie all the time
     assert torch.equal(code.top_indices, expected)
     assert torch.equal(code.top_acts.float(), pre_acts.gather(1, expected))  # of any sign
 
@@ -51,7 +50,7 @@ def test_t0_long_rows_are_searched_by_groups(d_sae: int, k: int, largest: int, g
     keys = torch.randint(0, largest, (150, d_sae), generator=generator).float()
     keys[50:100, : d_sae // 2] -= largest  # the largest lie together
     keys[100:, : -(d_sae // 6)] -= largest
-    assert torch.equal(select_topk(keys, k), dense_topk(keys, k))
+    assert torch.equal(select_topk(keys, k), stable_topk(keys, k)[1])
 
 
 @pytest.mark.parametrize(("B", "d_in", "d_sae", "k"), SHAPES)
@@ -63,7 +62,9 @@ def test_t0_gradients_of_integers_are_bitwise_equal(
     with poison_empty():
         top_acts, top_indices = _relu(encode_topk(p["x"], p["W_enc_T"], p["b_enc"], k, b_dec=p["b_dec"]))
         ours = torch.autograd.grad(top_acts, [p[n] for n in NAMES], upstream)
-    dense = dense_encode(p["x"], p["W_enc_T"], p["b_enc"], top_indices, p["b_dec"]).gather(1, top_indices)
+    dense = dense_topk(
+        p["x"], p["W_enc_T"], p["b_enc"], top_indices.shape[1], p["b_dec"], topk=chosen(top_indices)
+    ).gather(1, top_indices)
     theirs = torch.autograd.grad(dense, [p[n] for n in NAMES], upstream)
     for name, a, b in zip(NAMES, ours, theirs):
         assert torch.equal(a, b), name
@@ -78,7 +79,9 @@ def test_t1_as_accurate_as_dense_autograd(k: int, generator: torch.Generator) ->
 
     def dense(dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, ...]]:
         q = {n: t.detach().to(dtype).requires_grad_() for n, t in p.items()}
-        acts = dense_encode(q["x"], q["W_enc_T"], q["b_enc"], top_indices, q["b_dec"]).gather(1, top_indices)
+        acts = dense_topk(
+            q["x"], q["W_enc_T"], q["b_enc"], top_indices.shape[1], q["b_dec"], topk=chosen(top_indices)
+        ).gather(1, top_indices)
         return acts, torch.autograd.grad(acts, [q[n] for n in NAMES], upstream.to(dtype))
 
     acts32, grads32 = dense(torch.float32)
@@ -193,9 +196,9 @@ def test_t0_key_scale_changes_the_choice_but_not_the_values(generator: torch.Gen
     scale[7] = 0
     top_acts, top_indices = _relu(encode_topk(p["x"], p["W_enc_T"], p["b_enc"], 5, key_scale=scale))
     pre_acts = p["x"] @ p["W_enc_T"].T + p["b_enc"]
-    assert torch.equal(top_indices, dense_topk(pre_acts * scale, 5))
+    assert torch.equal(top_indices, stable_topk(pre_acts * scale, 5)[1])
     assert torch.equal(top_acts, pre_acts.gather(1, top_indices).relu())
-    assert not torch.equal(top_indices, dense_topk(pre_acts, 5))
+    assert not torch.equal(top_indices, stable_topk(pre_acts, 5)[1])
 
 
 def test_one_index_serves_a_whole_step(monkeypatch: pytest.MonkeyPatch, generator: torch.Generator) -> None:

@@ -17,9 +17,8 @@ from flashsae.ops.decode.launch import LARGEST_FUSED_K
 from flashsae.ops.encode.launch import Layout, launch_encode_topk
 from flashsae.ops.latent_rows.op import latent_sums
 from flashsae.ops.latent_rows.reference import RUN
-from flashsae.testing import assert_as_accurate, integer_inputs, poison_empty
+from flashsae.testing import assert_as_accurate, integer_inputs, poison_empty, stable_topk
 from helpers.codes import index_of, topk_of
-from helpers.dense import dense_topk
 from helpers.on_both import DEVICE, as_float64, assert_same, on_kernels, on_reference
 from helpers.selection import HARD, hard_inputs, selection_mistakes
 from helpers.steps import Tensors, leaves, step_inputs, whole_step
@@ -47,7 +46,7 @@ def dense_encode(inputs: Tensors, k: int, scale: Tensor | None = None) -> Tensor
     """Encode with plain autograd."""
     p = leaves(inputs)
     pre_acts = (p["x"] - p["b_dec"]) @ p["W_enc_T"].T + p["b_enc"]
-    chosen = dense_topk(pre_acts.detach() if scale is None else pre_acts.detach() * scale, k)
+    chosen = stable_topk(pre_acts.detach() if scale is None else pre_acts.detach() * scale, k)[1]
     acts = pre_acts.gather(1, chosen)
     grads = torch.autograd.grad(acts, [p[n] for n in WEIGHTS], p["grad_acts"])
     return {"top_indices": chosen, "acts": acts.detach(), **{f"grad {n}": g for n, g in zip(WEIGHTS, grads)}}
@@ -160,7 +159,7 @@ def test_t0_a_row_with_too_many_candidates_is_redone(
         assert counts[4:6].tolist() == [1, 1]
     pre_acts = p["x"].double() @ p["W_enc_T"].double().T
     keys = pre_acts if scale is None else pre_acts * scale
-    expected = dense_topk(keys, k)
+    expected = stable_topk(keys, k)[1]
     assert torch.equal(indices.cpu(), expected)
     assert torch.equal(acts.cpu().double(), pre_acts.gather(1, expected))
 
@@ -223,7 +222,7 @@ def test_t2_certified_float32_selects_as_float64_does(kind: str, generator: torc
 
 def test_t2_the_count_of_mistakes_can_fail(generator: torch.Generator) -> None:
     x, W, bias = hard_inputs("normal", 15, 29, 300, generator)
-    indices = dense_topk(x.double() @ W.double().T + bias.double(), 12)
+    indices = stable_topk(x.double() @ W.double().T + bias.double(), 12)[1]
     assert selection_mistakes(x, W, bias, indices) == (0, 0)
     indices[3, 0] = (indices[3, 0] + 1) % 300
     assert selection_mistakes(x, W, bias, indices)[0] == 1
@@ -351,7 +350,7 @@ def test_t0_rows_that_are_not_contiguous(generator: torch.Generator) -> None:
         expected = dense_decode({**inputs, "W_dec": W_dec.cpu()})
         assert torch.equal(x_hat.cpu(), expected)
         code = encode_topk(p["target"], W_dec, torch.zeros(40, device=DEVICE), 4)
-        assert torch.equal(code.top_indices.cpu(), dense_topk(inputs["target"] @ W_dec.cpu().T, 4))
+        assert torch.equal(code.top_indices.cpu(), stable_topk(inputs["target"] @ W_dec.cpu().T, 4)[1])
 
 
 def dense_latent_rows(inputs: Tensors, d_sae: int) -> Tensor:
