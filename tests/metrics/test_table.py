@@ -10,6 +10,7 @@ import torch
 
 import flashsae
 from flashsae.architecture import Term, architecture_named, architecture_names
+from flashsae.errors import ConfigError
 from flashsae.logs.jsonl import read_log
 from flashsae.metrics import METRICS, table
 from flashsae.metrics.table import bare, of_evaluation
@@ -83,7 +84,13 @@ def test_a_term_says_itself_what_it_is() -> None:
     assert "penalty" not in METRICS
 
 
-def test_a_term_that_is_a_metric_keeps_its_row_and_says_its_formula() -> None:
+@pytest.mark.parametrize("name", ["step", "tokens", "loss", "l0", "held_out_fvu"])
+def test_a_term_cannot_take_the_place_of_a_metric(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"^term {name}: expected a name that no metric has"):
+        table([Term(name, "", "", lambda step: None)])
+
+
+def test_the_reconstruction_keeps_the_row_of_the_fvu_and_says_its_formula() -> None:
     error = Term("fvu", "Σ‖y − y_hat‖² / Σ‖y‖²", "Something.", lambda step: None)
     assert table([error])["fvu"].formula == error.formula
     assert table([error])["fvu"].caption == METRICS["fvu"].caption

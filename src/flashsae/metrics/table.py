@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from flashsae.architecture import Term
+from flashsae.errors import ConfigError
 from flashsae.metrics.numbers import written
 
 HELD_OUT = "held_out_"
@@ -206,15 +207,19 @@ METRICS: Mapping[str, Metric] = {row.name: row for row in _ROWS}
 
 
 def table(terms: Iterable[Term] = ()) -> dict[str, Metric]:
-    """Return METRICS with the terms of a loss, each of which is drawn. A term that is a metric has its row.
+    """Return METRICS with the terms of a loss, each of which is drawn. The reconstruction has the row of the FVU.
 
     Args:
         terms: of an architecture.
+    Raises:
+        ConfigError: a term has the name of another metric.
     """
     rows = dict(METRICS)
     for term in terms:
-        if term.name in METRICS:
-            rows[term.name] = replace(METRICS[term.name], formula=term.formula)
+        if term.name == _FVU.name:
+            rows[term.name] = replace(_FVU, formula=term.formula)
+        elif term.name in METRICS:
+            raise ConfigError(f"term {term.name}: expected a name that no metric has. Give it one of its own.")
         else:
             caption = f"{term.caption} Its weight in the loss is {term.weight}."
             rows[term.name] = replace(bare(term.name), caption=caption, formula=term.formula)
