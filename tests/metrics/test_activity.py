@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from flashsae.metrics import LatentActivity, active_entries, direction_recovery, is_dead
-from flashsae.ops.code import Pattern, SparseCode
+from flashsae.ops.code import SparseCode
+from flashsae.ops.pattern import Pattern
 
 
 def test_dead_is_not_active_for_so_many_tokens() -> None:

@@ -7,7 +7,8 @@ from torch import Tensor
 from flashsae.data.acts import Batch
 from flashsae.data.sources import Chunk
 from flashsae.errors import ConfigError, DataError
-from flashsae.ops.code import Pattern, SparseCode
+from flashsae.ops.code import SparseCode
+from flashsae.ops.pattern import Pattern
 from flashsae.report import snippets as module
 from flashsae.report.snippets import collect_snippets
 

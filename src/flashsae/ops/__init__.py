@@ -1,11 +1,12 @@
 """Exact sparse-aware operations on tensors, with autograd. They know nothing of models or training loops."""
 
-from flashsae.ops.code import LatentIndex, Pattern, SparseCode
+from flashsae.ops.code import SparseCode
 from flashsae.ops.decode import DecodeLoss, decode, decode_loss
-from flashsae.ops.encode import encode_topk, per_latent, pre_acts
+from flashsae.ops.encode import encode_above, encode_batch_topk, encode_topk, per_latent, pre_acts
 from flashsae.ops.factored import FactoredGradient
 from flashsae.ops.gradients import Collection, collect_factors, materialize, take_rows
 from flashsae.ops.latent_rows import latent_rows
+from flashsae.ops.pattern import LatentIndex, Pattern
 
 __all__ = [
     "Collection",
@@ -17,6 +18,8 @@ __all__ = [
     "collect_factors",
     "decode",
     "decode_loss",
+    "encode_above",
+    "encode_batch_topk",
     "encode_topk",
     "latent_rows",
     "materialize",

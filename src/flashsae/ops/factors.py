@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashsae.errors import GradientError
-from flashsae.ops.code import LatentIndex
 from flashsae.ops.latent_rows.op import sum_rows
+from flashsae.ops.pattern import LatentIndex
 from flashsae.ops.validate import check_shape, compute_dtype
 
 

@@ -13,11 +13,11 @@ from typing_extensions import Self
 
 from flashsae.backend import log_once, use_dense, use_kernels
 from flashsae.errors import GradientError
-from flashsae.ops.code import Pattern
 from flashsae.ops.dense import op as dense
 from flashsae.ops.factored import FactoredGradient
 from flashsae.ops.factors import RowFactor, SparseFactor
 from flashsae.ops.latent_rows.op import sum_rows
+from flashsae.ops.pattern import Pattern
 from flashsae.ops.register import differentiate, operator
 from flashsae.ops.validate import check_device, check_float, check_indices, check_shape
 

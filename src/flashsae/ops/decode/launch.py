@@ -6,8 +6,8 @@ import torch
 import triton
 from torch import Tensor
 
-from flashsae.ops.code import Pattern
 from flashsae.ops.decode import kernels
+from flashsae.ops.pattern import Pattern
 from flashsae.ops.validate import packed, rows_contiguous
 
 LARGEST_FUSED_K = 256

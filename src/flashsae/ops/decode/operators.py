@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from flashsae.backend import use_dense, use_kernels
-from flashsae.ops.code import Pattern
 from flashsae.ops.decode import reference
 from flashsae.ops.dense import op as dense
 from flashsae.ops.gradients import collects, pattern_of, weight_gradient
 from flashsae.ops.latent_rows.op import column_sums
+from flashsae.ops.pattern import Pattern
 from flashsae.ops.register import differentiate, operator
 from flashsae.ops.validate import compute_dtype
 

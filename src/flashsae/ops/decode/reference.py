@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashsae.ops.code import Pattern
+from flashsae.ops.pattern import Pattern
 from flashsae.ops.validate import compute_dtype, packed
 from flashsae.shapes import Activations, CodeActs, InputBias, Weights
 

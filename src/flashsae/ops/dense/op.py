@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashsae.backend import use_kernels
-from flashsae.ops.code import Pattern
+from flashsae.ops.pattern import Pattern
 from flashsae.ops.validate import compute_dtype
 from flashsae.profiling import part
 from flashsae.shapes import (

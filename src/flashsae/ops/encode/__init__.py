@@ -1,5 +1,7 @@
-"""Encode: `op.py` are the operations, `reference.py` what they mean."""
+"""Encode: `op.py` and its kin are the operations, `reference.py` what they mean."""
 
 from flashsae.ops.encode.op import encode_topk as encode_topk
-from flashsae.ops.encode.op import per_latent as per_latent
-from flashsae.ops.encode.op import pre_acts as pre_acts
+from flashsae.ops.encode.values import per_latent as per_latent
+from flashsae.ops.encode.values import pre_acts as pre_acts
+from flashsae.ops.encode.varying import encode_above as encode_above
+from flashsae.ops.encode.varying import encode_batch_topk as encode_batch_topk

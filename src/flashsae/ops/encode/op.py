@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flashsae.errors import ConfigError, DtypeError, ShapeError
-from flashsae.ops.code import Pattern, SparseCode
+from flashsae.errors import ConfigError, ShapeError
+from flashsae.ops.code import SparseCode
 from flashsae.ops.encode import reference
 from flashsae.ops.encode.operators import is_scale
 from flashsae.ops.gradients import share
+from flashsae.ops.pattern import Pattern
 from flashsae.ops.validate import (
     Precision,
     as_int,
@@ -70,90 +71,22 @@ def encode_topk(
     Source: Makhzani and Frey 2013 (k-sparse autoencoders); Gao et al. 2024, eq. 4; selection and backward ours,
         docs/methodology.md#exact-selection.
     """
-    d_sae, workspace_bytes = _check(x, W_enc_T, b_enc, b_dec, key_scale, workspace_bytes)
+    d_sae, workspace_bytes = check_encoder(x, W_enc_T, b_enc, b_dec, key_scale, workspace_bytes)
     k = check_k(k, d_sae)
-    chosen = _resolve(precision, W_enc_T)
+    chosen = resolve(precision, W_enc_T)
     acts, latents, *_ = torch.ops.flashsae.encode_topk(
         x, W_enc_T, b_enc, b_dec, key_scale, k, chosen, workspace_bytes
     )  # fmt: skip
-    return _code(Pattern(latents, d_sae), acts)
+    return shared_code(Pattern(latents, d_sae), acts)
 
 
-def pre_acts(
-    x: Tensor,
-    W_enc_T: Tensor,
-    b_enc: Tensor,
-    pattern: Pattern,
-    *,
-    b_dec: Tensor | None = None,
-    precision: Precision | None = None,
-) -> Tensor:
-    """Compute the pre-activations of given latents alone.
-
-        pre_acts[e] = (x[token of e] - b_dec) · W_enc_T[latent of e] + b_enc[latent of e]
-
-    Args:
-        x, W_enc_T, b_enc, b_dec: as in `encode_topk`.
-        pattern: which latents of which token.
-        precision: as in `encode_topk`; the product is accumulated in float32 and never rounded to less.
-    Returns:
-        [B, k] or [capacity], as the latents of the pattern: float32 (float64 for float64); 0 in places not used.
-    Raises:
-        ShapeError, DtypeError, ConfigError: names the argument, what was expected and what came.
-    Numerics: deterministic; accumulated in float32 (float64 for float64).
-    Gradients: x, W_enc_T (as a factor, where `collect_factors` asked for it), b_enc and b_dec. Once differentiable.
-    Cost: nnz·d_in multiply-adds forward, and for each of x and W_enc_T backward. `encode_topk` gives the values of the
-        selection that it makes without this.
-    Source: ours, docs/methodology.md#sparse-backward.
-    """
-    d_sae, _ = _check(x, W_enc_T, b_enc, b_dec, None, 1)
-    _check_pattern(pattern, d_sae, x.shape[0])
-    check_device("pattern", pattern.latents, x, "x")
-    chosen = _resolve(precision, W_enc_T)
-    values: Tensor
-    values, *_ = torch.ops.flashsae.pre_acts(x, W_enc_T, b_enc, b_dec, pattern.tensors, chosen)
-    share(pattern, values)
-    return values
-
-
-def per_latent(values: Tensor, pattern: Pattern) -> Tensor:
-    """Look up a number of each latent for every entry of a code, such as its threshold.
-
-    Args:
-        values: [d_sae], float.
-        pattern: which latents of which token.
-    Returns:
-        values[latents], of the shape of the latents, dtype of values; 0 in places that are not used.
-    Raises:
-        ShapeError, DtypeError: they do not fit each other.
-    Numerics: deterministic, backward too, where sums are accumulated in float32 (float64 for float64).
-    Gradients: values: the sum over the entries of each latent. Once differentiable.
-    Source: ours, docs/methodology.md#sparse-backward.
-    """
-    check_ordinary("values", values)
-    _check_pattern(pattern, None, None)
-    check_shape("values", values, (pattern.d_sae,))
-    check_float("values", values)
-    check_device("values", values, pattern.latents, "the pattern")
-    found: Tensor = torch.ops.flashsae.per_latent(values, pattern.tensors)
-    share(pattern, found)
-    return found
-
-
-def _code(pattern: Pattern, acts: Tensor) -> SparseCode:
+def shared_code(pattern: Pattern, acts: Tensor) -> SparseCode:
+    """Return a code whose pattern the backward pass of its values uses."""
     share(pattern, acts)
     return SparseCode(pattern, acts)
 
 
-def _check_pattern(pattern: Pattern, d_sae: int | None, B: int | None) -> None:
-    if not isinstance(pattern, Pattern):
-        raise DtypeError(f"pattern: expected a Pattern, such as code.pattern, got {type(pattern).__name__}.")
-    if d_sae not in (None, pattern.d_sae) or B not in (None, pattern.B):
-        raise ShapeError(f"pattern: expected {B} tokens and {d_sae} latents, got {pattern.B} and {pattern.d_sae}.")
-    pattern.check()
-
-
-def _check(
+def check_encoder(
     x: Tensor,
     W_enc_T: Tensor,
     b_enc: Tensor,
@@ -191,6 +124,7 @@ def _check(
     return d_sae, workspace_bytes
 
 
-def _resolve(precision: Precision | None, W_enc_T: Tensor) -> Precision:
+def resolve(precision: Precision | None, W_enc_T: Tensor) -> Precision:
+    """Return the precision of a product by these weights."""
     check_precision(precision)
     return precision or ("bf16" if W_enc_T.dtype == torch.bfloat16 else "float32")

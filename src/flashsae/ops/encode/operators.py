@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from flashsae.backend import use_kernels
-from flashsae.ops.code import Pattern
 from flashsae.ops.decode import reference as decode_reference
 from flashsae.ops.encode import reference
 from flashsae.ops.gradients import collects, pattern_of, weight_gradient
 from flashsae.ops.latent_rows.op import column_sums, latent_sums
+from flashsae.ops.pattern import Pattern
 from flashsae.ops.register import differentiate, operator
+from flashsae.ops.select import reference as select_reference
 from flashsae.ops.validate import compute_dtype
 
 
@@ -62,6 +63,84 @@ def _encode_topk(
     else:
         code = reference.encode_topk(centred, W_enc_T, b_enc, k, key_scale, workspace_bytes)
     return [*code, *([] if b_dec is None else [centred])]
+
+
+def _encode_batch_topk_fake(
+    x: Tensor,
+    W_enc_T: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor | None,
+    key_scale: Tensor | None,
+    k: int,
+    precision: str,
+    workspace_bytes: int,
+) -> list[Tensor]:
+    return _with_centred(_varying_fake(x, x.shape[0] * k), x, b_dec, precision)
+
+
+@operator(_encode_batch_topk_fake)
+def _encode_batch_topk(
+    x: Tensor,
+    W_enc_T: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor | None,
+    key_scale: Tensor | None,
+    k: int,
+    precision: str,
+    workspace_bytes: int,
+) -> list[Tensor]:
+    centred = _centred(x, b_dec, precision)
+    b_enc = _marked(b_enc, key_scale)
+    if use_kernels(x):
+        from flashsae.ops.select.launch import batch_topk
+
+        latents, starts, acts = batch_topk(centred, W_enc_T, b_enc, key_scale, k, precision, workspace_bytes)
+    else:
+        latents, starts, acts = select_reference.batch_topk(centred, W_enc_T, b_enc, key_scale, k, workspace_bytes)
+    return [acts, latents, starts, *([] if b_dec is None else [centred])]
+
+
+def _encode_above_fake(
+    x: Tensor,
+    W_enc_T: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor | None,
+    threshold: Tensor,
+    capacity: int | None,
+    precision: str,
+    workspace_bytes: int,
+) -> list[Tensor]:
+    size = torch.library.get_ctx().new_dynamic_size() if capacity is None else capacity
+    result = [*_varying_fake(x, size), x.new_empty((), dtype=torch.int64)]
+    return _with_centred(result, x, b_dec, precision)
+
+
+@operator(_encode_above_fake)
+def _encode_above(
+    x: Tensor,
+    W_enc_T: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor | None,
+    threshold: Tensor,
+    capacity: int | None,
+    precision: str,
+    workspace_bytes: int,
+) -> list[Tensor]:
+    centred = _centred(x, b_dec, precision)
+    if use_kernels(x):
+        from flashsae.ops.select.launch import above
+
+        found = above(centred, W_enc_T, b_enc, threshold, capacity, precision, workspace_bytes)
+    else:
+        found = select_reference.above(centred, W_enc_T, b_enc, threshold, capacity, workspace_bytes)
+    latents, starts, acts, count = found
+    return [acts, latents, starts, count, *([] if b_dec is None else [centred])]
+
+
+def _varying_fake(x: Tensor, size: int | torch.SymInt) -> list[Tensor]:
+    """Return fake values, latents and starts of a code of varying length."""
+    places = x.new_empty(size, dtype=torch.int32)
+    return [x.new_empty(size, dtype=compute_dtype(x.dtype)), places, x.new_empty(x.shape[0] + 1, dtype=torch.int32)]
 
 
 def _marked(b_enc: Tensor, key_scale: Tensor | None) -> Tensor:
@@ -208,4 +287,6 @@ def _pre_acts_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
 
 
 differentiate_selection("encode_topk", parts=1)
+differentiate_selection("encode_batch_topk", parts=2)
+differentiate_selection("encode_above", parts=2)
 differentiate("pre_acts", _pre_acts_backward, _save_pre_acts)

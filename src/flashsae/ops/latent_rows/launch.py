@@ -6,9 +6,9 @@ import torch
 import triton
 from torch import Tensor
 
-from flashsae.ops.code import LatentIndex
 from flashsae.ops.latent_rows import kernels
 from flashsae.ops.latent_rows.reference import RUN
+from flashsae.ops.pattern import LatentIndex
 from flashsae.ops.validate import packed, rows_contiguous
 
 

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from flashsae.backend import use_dense, use_kernels
 from flashsae.errors import DtypeError, ShapeError
-from flashsae.ops.code import LatentIndex, Pattern, check_index
 from flashsae.ops.dense import op as dense
 from flashsae.ops.latent_rows import reference
+from flashsae.ops.pattern import LatentIndex, Pattern, check_index
 from flashsae.ops.register import operator
 from flashsae.ops.validate import FLOATS, check_constant, check_device, check_float, check_shape, compute_dtype
 

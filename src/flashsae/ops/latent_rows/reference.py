@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashsae.ops.code import LatentIndex
+from flashsae.ops.pattern import LatentIndex
 from flashsae.ops.validate import compute_dtype
 from flashsae.shapes import Activations, CodeActs, InputBias, LatentBias, Weights
 

@@ -1,0 +1,122 @@
+"""Encode with a number of latents that differs between tokens: the largest of a batch, or all above a threshold."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flashsae.errors import ConfigError, ShapeError
+from flashsae.ops.code import SparseCode
+from flashsae.ops.encode.op import check_encoder, resolve, shared_code
+from flashsae.ops.encode.reference import WORKSPACE_BYTES
+from flashsae.ops.pattern import Pattern
+from flashsae.ops.validate import (
+    Precision,
+    as_int,
+    check_constant,
+    check_device,
+    check_float,
+    check_k,
+    check_ordinary,
+    check_shape,
+    compute_dtype,
+)
+
+
+def encode_batch_topk(
+    x: Tensor,
+    W_enc_T: Tensor,
+    b_enc: Tensor,
+    k: int,
+    *,
+    b_dec: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    precision: Precision | None = None,
+    workspace_bytes: int = WORKSPACE_BYTES,
+) -> SparseCode:
+    """Encode tokens and keep the B·k largest latents of the whole batch: k a token on average.
+
+        pre_acts = (x - b_dec) @ W_enc_T.T + b_enc;   acts = the B·k largest of all pre_acts
+
+    No nonlinearity is in it: `code.replace(code.acts.relu())` is the code of a BatchTopK SAE.
+
+    Args:
+        x, W_enc_T, b_enc, b_dec, key_scale, precision, workspace_bytes: as in `encode_topk`.
+        k: latents to keep for each token on average, 1 <= k <= d_sae.
+    Returns:
+        the code, of varying length: acts [B·k], float32 (float64 for float64), pre-activations of any sign. Every place
+        is used.
+    Raises:
+        ShapeError, DtypeError, ConfigError: names the argument, what was expected and what came.
+        GradientError: key_scale requires a gradient.
+    Numerics: as in `encode_topk`. Of equal values the first token wins, then the lowest latent; NaN is the largest.
+    Gradients: as in `encode_topk`, through the selected latents.
+    Cost: as `encode_topk`; the pre-activations of the batch are never in memory at once. No wait for the device.
+    Source: Bussmann et al. 2024, "BatchTopK sparse autoencoders"; selection ours,
+        docs/methodology.md#selection-over-a-batch.
+    """
+    d_sae, workspace_bytes = check_encoder(x, W_enc_T, b_enc, b_dec, key_scale, workspace_bytes)
+    k = check_k(k, d_sae)
+    if x.shape[0] * k >= 2**31:
+        raise ShapeError(f"x: expected fewer than 2**31 latents in all, B · k, got {x.shape[0] * k}: use fewer tokens.")
+    acts, latents, starts, *_ = torch.ops.flashsae.encode_batch_topk(
+        x, W_enc_T, b_enc, b_dec, key_scale, k, resolve(precision, W_enc_T), workspace_bytes
+    )
+    return shared_code(Pattern(latents, d_sae, starts), acts)
+
+
+def encode_above(
+    x: Tensor,
+    W_enc_T: Tensor,
+    b_enc: Tensor,
+    threshold: float | Tensor,
+    *,
+    b_dec: Tensor | None = None,
+    capacity: int | None = None,
+    precision: Precision | None = None,
+    workspace_bytes: int = WORKSPACE_BYTES,
+) -> SparseCode:
+    """Encode tokens and keep every latent whose pre-activation exceeds a threshold.
+
+        pre_acts = (x - b_dec) @ W_enc_T.T + b_enc;   acts = all pre_acts > threshold
+
+    Args:
+        x, W_enc_T, b_enc, b_dec, precision, workspace_bytes: as in `encode_topk`.
+        threshold: a number, a scalar tensor, or [d_sae], one for each latent. Receives no gradient here.
+        capacity: how many entries there is room for. None: as many as there are, which the host waits for; a number: no
+            wait, and `code.pattern.overflowed` tells whether they were more. Then the first of them in order are there,
+            `code.pattern.count` says how many there are, and encoding again with that capacity gives all.
+    Returns:
+        the code, of varying length: acts [capacity], float32 (float64 for float64); 0 in places that are not used.
+    Raises:
+        ShapeError, DtypeError, ConfigError: names the argument, what was expected and what came.
+        GradientError: threshold requires a gradient.
+    Numerics: as in `encode_topk`: exact selection among the pre-activations. NaN counts as exceeding.
+    Gradients: x, W_enc_T (as a factor, where `collect_factors` asked for it), b_enc and b_dec, through the selected
+        latents. Once differentiable.
+    Cost: as `encode_topk`.
+    Source: ours, docs/methodology.md#selection-over-a-batch.
+    """
+    d_sae, workspace_bytes = check_encoder(x, W_enc_T, b_enc, b_dec, None, workspace_bytes)
+    if capacity is not None:
+        capacity = as_int("capacity", capacity)
+        if not 0 <= capacity < 2**31:
+            raise ConfigError(f"capacity: expected 0 <= capacity < 2**31, or None, got {capacity}.")
+    acts, latents, starts, count, *_ = torch.ops.flashsae.encode_above(
+        x, W_enc_T, b_enc, b_dec, _as_thresholds(threshold, x, d_sae), capacity, resolve(precision, W_enc_T),
+        workspace_bytes,
+    )  # fmt: skip
+    return shared_code(Pattern(latents, d_sae, starts, None if capacity is None else count), acts)
+
+
+def _as_thresholds(threshold: float | Tensor, x: Tensor, d_sae: int) -> Tensor:
+    """Return thresholds as [1] or [d_sae]."""
+    if isinstance(threshold, int | float):
+        return torch.full((1,), float(threshold), dtype=compute_dtype(x.dtype), device=x.device)
+    check_ordinary("threshold", threshold)
+    if threshold.dim():
+        check_shape("threshold", threshold, (d_sae,))
+    check_float("threshold", threshold)
+    check_device("threshold", threshold, x, "x")
+    check_constant("threshold", threshold)
+    return threshold.reshape(-1)

@@ -1,0 +1,284 @@
+"""Which latents of which token (the pattern), and the same by latent (its index)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flashsae.errors import ConfigError, DtypeError, ShapeError
+from flashsae.ops.validate import (
+    as_int,
+    check_device,
+    check_indices,
+    check_shape,
+    has_values,
+)
+from flashsae.profiling import part
+
+
+class LatentIndex(NamedTuple):
+    """Lists of code entries by latent (CSC). An entry is a place in the flattened latents of a pattern.
+
+    Args:
+        entries: [capacity], int64, by latent, then by token. Places that are not used stand at the end.
+        latents: [capacity], int32. Latent of each of them, ascending; d_sae where a place is not used.
+        offsets: [d_sae + 1], int32. Latent i owns entries[offsets[i]:offsets[i + 1]].
+        k: entries of each token, so entry e belongs to token e // k; None where tokens differ.
+        tokens: [capacity], int32. Token of each of `entries`; None where k tells.
+    """
+
+    entries: Tensor
+    latents: Tensor
+    offsets: Tensor
+    k: int | None
+    tokens: Tensor | None = None
+
+    @property
+    def entry_tokens(self) -> Tensor:
+        """Token of each of `entries`, whatever the kind of code: [capacity], ascending within a latent."""
+        if self.tokens is not None:
+            return self.tokens
+        assert self.k is not None
+        return self.entries // self.k
+
+    @property
+    def by_entry(self) -> Tensor:
+        """Latent of each place of the code: [capacity], int64, d_sae where it is not used."""
+        return torch.empty_like(self.entries).scatter_(0, self.entries, self.latents.long())
+
+    @property
+    def counts(self) -> Tensor:
+        """Entries of each latent: [d_sae], int32."""
+        return self.offsets.diff()
+
+    @property
+    def d_sae(self) -> int:
+        """Number of latents."""
+        return self.offsets.shape[0] - 1
+
+    @property
+    def lists(self) -> list[Tensor]:
+        """The tensors, as operators take them; `of_lists` puts them together again."""
+        return [*self[:3], *([] if self.tokens is None else [self.tokens])]
+
+    @classmethod
+    def of_lists(cls, lists: Sequence[Tensor], coeffs: Tensor) -> LatentIndex:
+        """Return the index whose `lists` these are; coefficients of a code have its shape."""
+        entries, latents, offsets, *tokens = lists
+        return cls(entries, latents, offsets, None if tokens else coeffs.shape[1], *tokens)
+
+    @classmethod
+    def of_entries(
+        cls, latents: Tensor, d_sae: int, *, k: int | None = None, tokens: Tensor | None = None
+    ) -> LatentIndex:
+        """Sort entries by latent; equal latents keep their order.
+
+        Args:
+            latents: [capacity], int32 | int64, in [0, d_sae]; d_sae stands for no latent.
+            d_sae: number of latents.
+            k, tokens: either k, or the token of each entry, [capacity].
+        """
+        narrow = torch.int16 if d_sae < 2**15 else torch.int32  # half the bits, half the passes of a radix sort
+        keys, entries = torch.sort(latents.to(narrow), stable=True)
+        ordered = keys.to(torch.int32)
+        bounds = torch.arange(d_sae + 1, dtype=torch.int32, device=ordered.device)
+        offsets = torch.searchsorted(ordered, bounds, out_int32=True)
+        return cls(entries, ordered, offsets, k, None if tokens is None else tokens.to(torch.int32)[entries])
+
+    def part(self, start: int, stop: int) -> LatentIndex:
+        """Return the lists of the latents from start to stop alone: of an incomplete code. Waits for a GPU."""
+        first, last = (int(self.offsets[latent]) for latent in (start, stop))
+        latents, offsets = self.latents[first:last] - start, self.offsets[start : stop + 1] - first
+        tokens = None if self.tokens is None else self.tokens[first:last]
+        return LatentIndex(self.entries[first:last], latents, offsets, self.k, tokens)
+
+
+def check_index(index: LatentIndex) -> None:
+    """Raise DtypeError unless this is an index."""
+    if not isinstance(index, LatentIndex):
+        raise DtypeError(f"index: expected a LatentIndex, from Pattern.index, got {type(index).__name__}.")
+
+
+@dataclass(frozen=True, eq=False)
+class Pattern:
+    """Which latents of which token. Two kinds: the same number k for every token, or a number that varies.
+
+    Args:
+        latents: fixed k: [B, k], int32 | int64, each in [0, d_sae). Varying: [capacity], int32, by token, then
+            ascending; places that are not used stand at the end and hold d_sae.
+        d_sae: number of latents.
+        starts: [B + 1], int32: token t owns latents[starts[t]:starts[t + 1]]. None for fixed k.
+        count: scalar, int64, on the device: how many entries were wanted; more than the capacity if it overflowed, when
+            the first of them are there. None where the capacity is exact by construction.
+
+    `Pattern.topk` and `Pattern.rows` make one of somebody's own indices and check them; this constructor looks at
+    shapes alone.
+    """
+
+    latents: Tensor
+    d_sae: int
+    starts: Tensor | None = None
+    count: Tensor | None = None
+    _built: list[tuple[LatentIndex, tuple[int, ...]]] = field(default_factory=list, init=False, repr=False)
+    # the index once somebody has asked for it, and how often its memory had been written to by then
+
+    def __post_init__(self) -> None:
+        check_shape("latents", self.latents, ("B", "k") if self.starts is None else ("capacity",))
+        if self.starts is not None:
+            check_shape("starts", self.starts, ("B + 1",))
+        if self.latents.numel() >= 2**31:
+            raise ShapeError(f"latents: expected fewer than 2**31, got {self.latents.numel()}: use fewer tokens.")
+
+    @classmethod
+    def topk(cls, top_indices: Tensor, d_sae: int) -> Pattern:
+        """Return the pattern of k latents for each token.
+
+        Args:
+            top_indices: [B, k], int32 | int64, each in [0, d_sae). Need not be sorted; repeats within a row add up.
+            d_sae: number of latents.
+        Raises:
+            ShapeError, DtypeError, ConfigError: they are not that. The range is looked at on the CPU only.
+        """
+        check_shape("top_indices", top_indices, ("B", "k"))
+        d_sae = _as_d_sae(d_sae)
+        check_indices("top_indices", top_indices, d_sae)
+        return cls(top_indices, d_sae)
+
+    @classmethod
+    def rows(cls, latents: Tensor, starts: Tensor, d_sae: int) -> Pattern:
+        """Return the pattern of tokens with any number of latents each.
+
+        Args:
+            latents: [capacity], int32 | int64: by token, ascending within it, each at most once; behind starts[B]
+                places may be left over, which hold d_sae.
+            starts: [B + 1], int32 | int64, ascending from 0: token t owns latents[starts[t]:starts[t + 1]].
+            d_sae: number of latents.
+        Raises:
+            ShapeError, DtypeError, ConfigError: they are not that. Numbers are looked at on the CPU only.
+        """
+        check_shape("latents", latents, ("capacity",))
+        check_shape("starts", starts, ("B + 1",))
+        check_device("starts", starts, latents, "latents")
+        d_sae = _as_d_sae(d_sae)
+        if len(starts) == 0:
+            raise ShapeError("starts: expected at least one number, the 0 that the first token starts at, got none.")
+        check_indices("latents", latents, d_sae + 1)
+        check_indices("starts", starts, len(latents) + 1)
+        pattern = cls(latents.to(torch.int32), d_sae, starts.to(torch.int32))
+        if latents.device.type == "cpu" and has_values(latents):
+            _check_rows(pattern)
+        return pattern
+
+    @property
+    def B(self) -> int:
+        """Number of tokens."""
+        return self.latents.shape[0] if self.starts is None else self.starts.shape[0] - 1
+
+    @property
+    def k(self) -> int | None:
+        """Latents of each token; None where they vary."""
+        return self.latents.shape[1] if self.starts is None else None
+
+    @property
+    def capacity(self) -> int:
+        """Number of places, used or not."""
+        return self.latents.numel()
+
+    @property
+    def width(self) -> int:
+        """Places a token, on average, rounded up."""
+        return self.k if self.k is not None else -(-self.capacity // max(1, self.B))
+
+    @property
+    def tokens(self) -> Tensor:
+        """Token of each place: [capacity]; B where it is not used."""
+        device = self.latents.device
+        if self.starts is None:
+            tokens = torch.arange(self.B, dtype=torch.int64, device=device)
+            return tokens.repeat_interleave(self.latents.shape[1])
+        places = torch.arange(self.capacity, dtype=torch.int32, device=device)
+        return torch.searchsorted(self.starts[1:].contiguous(), places, right=True, out_int32=True)
+
+    @property
+    def counts(self) -> Tensor:
+        """Latents of each token: [B]."""
+        if self.starts is None:
+            return torch.full((self.B,), self.latents.shape[1], dtype=torch.int32, device=self.latents.device)
+        return self.starts.diff()
+
+    @property
+    def overflowed(self) -> Tensor | None:
+        """Whether more entries were wanted than there are places: a scalar on the device; None where they never are."""
+        return None if self.count is None else self.count > self.capacity
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Latents, and starts where there are any, as operators take them."""
+        return [self.latents] if self.starts is None else [self.latents, self.starts]
+
+    @property
+    def index(self) -> LatentIndex:
+        """The lists by latent: built once, for whoever asks first, and again after somebody has written to the memory.
+
+        Cost: one stable sort of as many keys of 32 bits, or 16, as there are places, and a binary search for each
+            latent. No wait for the device.
+        Source: compressed sparse columns; ours: the lists serve every latent-major pass of a step.
+        """
+        versions = tuple(_version(tensor) for tensor in self.tensors)
+        for index, known in self._built:
+            if known == versions and self._is_unchanged(index):
+                return index
+        with part("index"):
+            tokens = None if self.starts is None else self.tokens
+            index = LatentIndex.of_entries(self.latents.reshape(-1), self.d_sae, k=self.k, tokens=tokens)
+        self._built[:] = [(index, versions)]
+        return index
+
+    def _is_unchanged(self, index: LatentIndex) -> bool:
+        """Tell whether an index has the latents of this pattern.
+
+        Writes through .data or NumPy are not counted: on the CPU the numbers tell, a GPU would make the host wait.
+        """
+        latents = self.latents
+        return latents.device.type != "cpu" or not has_values(latents) or torch.equal(
+            index.by_entry, latents.reshape(-1).long()
+        )  # fmt: skip
+
+    def check(self, name: str = "latents") -> None:
+        """Raise ShapeError, on the CPU, if a latent is out of range: somebody may have written to them."""
+        check_indices(name, self.latents, self.d_sae + (self.starts is not None))
+
+
+def _as_d_sae(d_sae: int) -> int:
+    d_sae = as_int("d_sae", d_sae)
+    if d_sae < 1:
+        raise ConfigError(f"d_sae: expected a positive int, got {d_sae}.")
+    return d_sae
+
+
+def _check_rows(pattern: Pattern) -> None:
+    """Raise ShapeError unless rows are as `Pattern.rows` asks for them. Looks at numbers."""
+    latents, starts = pattern.latents, pattern.starts
+    assert starts is not None
+    if int(starts[0]) != 0 or bool((starts.diff() < 0).any()):
+        raise ShapeError(f"starts: expected numbers that ascend from 0, got {starts[:5].tolist()} and so on.")
+    used = int(starts[-1])
+    if bool((latents[:used] == pattern.d_sae).any()) or bool((latents[used:] != pattern.d_sae).any()):
+        raise ShapeError(
+            f"latents: expected latents below {pattern.d_sae} in the first {used} places, which starts says are used, "
+            f"and {pattern.d_sae} in the others."
+        )
+    keys = pattern.tokens[:used].long() * pattern.d_sae + latents[:used]
+    if bool((keys.diff() <= 0).any()):
+        raise ShapeError(
+            "latents: expected those of a token to ascend, each at most once: sort them within each token."
+        )
+
+
+def _version(tensor: Tensor) -> int:
+    """Return how often the memory of a tensor was written to; 0 where PyTorch does not count."""
+    return tensor._version if has_values(tensor) and not tensor.is_inference() else 0
