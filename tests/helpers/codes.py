@@ -40,4 +40,4 @@ def dense_of(pattern: Pattern, acts: Tensor) -> Tensor:
     for start, stop in zip(pattern.starts.tolist(), pattern.starts.tolist()[1:]):
         latents = pattern.latents[start:stop].long()
         rows.append(acts.new_zeros(pattern.d_sae).index_add(0, latents, acts[start:stop]))
-    return torch.stack(rows) if rows else acts.new_zeros(0, pattern.d_sae)
+    return torch.stack(rows) if rows else acts[:0, None].expand(0, pattern.d_sae)

@@ -24,7 +24,7 @@ FLOATS = {
     "x": (B, D_IN), "W_enc_T": (D_SAE, D_IN), "b_enc": (D_SAE,), "b_dec": (D_IN,), "W_dec": (D_SAE, D_IN),
     "top_acts": (B, K), "target": (B, D_IN), "coeffs": (B, K), "rows": (B, D_IN), "grad_acts": (B, K),
     "grad_x_hat": (B, D_IN), "grad_taken": (4, D_IN), "dense": (D_SAE, D_IN), "latent_values": (D_SAE,),
-    "row_acts": (17,), "grad_row_acts": (17,),
+    "thresholds": (D_SAE,), "row_acts": (17,), "grad_row_acts": (17,),
 }  # fmt: skip
 
 
@@ -70,6 +70,21 @@ def _encode(p: Tensors) -> Tensors:
     code = ops.encode_topk(q["x"], q["W_enc_T"], q["b_enc"], K, b_dec=q["b_dec"], key_scale=p["key_scale"])
     result = _with_gradients({"acts": code.acts}, {"acts": p["grad_acts"]}, q)
     return result | {"indices": code.top_indices} | _lists(code.pattern)
+
+
+def _encode_batch(p: Tensors) -> Tensors:
+    q = _leaves(p, "x", "W_enc_T", "b_enc", "b_dec")
+    code = ops.encode_batch_topk(q["x"], q["W_enc_T"], q["b_enc"], K, b_dec=q["b_dec"], key_scale=p["key_scale"])
+    result = _with_gradients({"acts": code.acts}, {"acts": p["grad_acts"].flatten()}, q)
+    return result | _lists(code.pattern)
+
+
+def _encode_above(p: Tensors) -> Tensors:
+    q = _leaves(p, "x", "W_enc_T", "b_enc", "b_dec")
+    code = ops.encode_above(q["x"], q["W_enc_T"], q["b_enc"], p["thresholds"], b_dec=q["b_dec"], capacity=17)
+    result = _with_gradients({"acts": code.acts}, {"acts": p["grad_row_acts"]}, q)
+    assert code.pattern.count is not None
+    return result | _lists(code.pattern) | {"count": code.pattern.count}
 
 
 def _lists(pattern: Pattern) -> Tensors:
@@ -203,6 +218,8 @@ def _train(p: Tensors) -> Tensors:
 
 OPERATIONS: dict[str, Callable[[Tensors], Tensors]] = {
     "encode_topk": _encode,
+    "encode_batch_topk": _encode_batch,
+    "encode_above": _encode_above,
     "pre_acts": _pre_acts,
     "per_latent": _per_latent,
     "decode": _decode,

@@ -57,6 +57,14 @@ def _operands(name: str, device: str) -> list[tuple[Any, ...]]:
             (x, W, b, bias, weights.new_ones(12), 3, "float32", 1 << 20),
             (x, W, b, bias, None, 3, "bf16", 1 << 20),
         ],
+        "encode_batch_topk": [
+            (x, W, b, None, None, 3, "float32", 1 << 20),
+            (x, W, b, bias, weights.new_ones(12), 3, "float32", 1 << 20),
+        ],
+        "encode_above": [
+            (x, W, b, bias, weights.new_zeros(1), 40, "float32", 1 << 20),
+            (x, W, b, None, weights.new_zeros(12), 5, "float32", 1 << 20),
+        ],
         "pre_acts": [(x, W, b, None, fixed, "float32"), (x, W, b, bias, varying, "float32")],
         "per_latent": [(b, fixed), (b, varying)],
         "decode": [
@@ -91,8 +99,8 @@ def _operands(name: str, device: str) -> list[tuple[Any, ...]]:
 
 
 OPERATORS = [
-    "encode_topk", "pre_acts", "per_latent", "center", "decode", "decode_grad_acts", "decode_loss", "latent_rows",
-    "column_sums", "latent_sums", "take_rows",
+    "encode_topk", "encode_batch_topk", "encode_above", "pre_acts", "per_latent", "center", "decode",
+    "decode_grad_acts", "decode_loss", "latent_rows", "column_sums", "latent_sums", "take_rows",
 ]  # fmt: skip
 
 

@@ -91,7 +91,11 @@ GRADIENTS_OFF = {"inference mode", "no_grad", "set_grad_enabled"}
 
 RUN = {
     "reference": list(OPERATIONS),
-    "triton": [name for name in OPERATIONS if name not in ("encode_topk", "SAE", "FactoredAdam")],  # slow, and covered
+    "triton": [
+        name
+        for name in OPERATIONS
+        if name not in ("encode_topk", "encode_batch_topk", "encode_above", "SAE", "FactoredAdam")
+    ],  # slow, and covered
 }
 
 
@@ -195,6 +199,12 @@ def _functions(device: str) -> dict[str, tuple[Callable[[Tensor], Tensor], Tenso
     def encode(x: Tensor) -> Tensor:
         return ops.encode_topk(x, p["W_enc_T"], p["b_enc"], K, b_dec=p["b_dec"]).acts.square().sum()
 
+    def encode_batch(W: Tensor) -> Tensor:
+        return ops.encode_batch_topk(p["x"], W, p["b_enc"], K).acts.square().sum()
+
+    def encode_above(b_enc: Tensor) -> Tensor:
+        return ops.encode_above(p["x"], p["W_enc_T"], b_enc, 0.5).acts.square().sum()
+
     def pre_acts(W: Tensor) -> Tensor:
         return ops.pre_acts(p["x"], W, p["b_enc"], ops.Pattern.topk(p["top_indices"], D_SAE)).square().sum()
 
@@ -215,6 +225,8 @@ def _functions(device: str) -> dict[str, tuple[Callable[[Tensor], Tensor], Tenso
 
     return {
         "encode_topk": (encode, p["x"]),
+        "encode_batch_topk": (encode_batch, p["W_enc_T"]),
+        "encode_above": (encode_above, p["b_enc"]),
         "pre_acts": (pre_acts, p["W_enc_T"]),
         "per_latent": (per_latent, p["latent_values"]),
         "decode": (decode, p["top_acts"]),
@@ -223,7 +235,16 @@ def _functions(device: str) -> dict[str, tuple[Callable[[Tensor], Tensor], Tenso
     }
 
 
-DIFFERENTIABLE = ("encode_topk", "pre_acts", "per_latent", "decode", "decode_loss", "take_rows")
+DIFFERENTIABLE = (
+    "encode_topk",
+    "encode_batch_topk",
+    "encode_above",
+    "pre_acts",
+    "per_latent",
+    "decode",
+    "decode_loss",
+    "take_rows",
+)
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)

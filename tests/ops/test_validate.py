@@ -138,7 +138,7 @@ def test_a_vector_with_strides_would_be_found(launches: list[str]) -> None:
 
 def _call(operation: str, **changes: Any) -> None:
     """Call an operation with good arguments but for these."""
-    p: dict[str, Any] = {**inputs("cpu"), "k": K, "workspace_bytes": 1 << 20, "d_sae": D_SAE, **changes}
+    p: dict[str, Any] = {**inputs("cpu"), "k": K, "workspace_bytes": 1 << 20, "capacity": 9, "d_sae": D_SAE, **changes}
     encode = p["x"], p["W_enc_T"], p["b_enc"], p["k"]
     options = {"b_dec": p["b_dec"], "key_scale": p["key_scale"], "workspace_bytes": p["workspace_bytes"]}
 
@@ -147,6 +147,10 @@ def _call(operation: str, **changes: Any) -> None:
 
     calls: dict[str, Callable[[], Any]] = {
         "encode_topk": lambda: ops.encode_topk(*encode, **options),
+        "encode_batch_topk": lambda: ops.encode_batch_topk(*encode, **options),
+        "encode_above": lambda: ops.encode_above(
+            *encode[:3], p["thresholds"], b_dec=p["b_dec"], capacity=p["capacity"]
+        ),
         "pre_acts": lambda: ops.pre_acts(p["x"], p["W_enc_T"], p["b_enc"], code().pattern, b_dec=p["b_dec"]),
         "per_latent": lambda: ops.per_latent(p["latent_values"], code().pattern),
         "decode": lambda: ops.decode(code(), p["W_dec"], p["b_dec"]),
@@ -163,6 +167,8 @@ def _call(operation: str, **changes: Any) -> None:
 
 TENSORS = {
     "encode_topk": ("x", "W_enc_T", "b_enc", "b_dec", "key_scale"),
+    "encode_batch_topk": ("x", "key_scale"),
+    "encode_above": ("thresholds",),
     "pre_acts": ("x", "W_enc_T"),
     "per_latent": ("latent_values",),
     "decode": ("top_acts", "top_indices", "W_dec", "b_dec"),
@@ -257,6 +263,7 @@ def test_where_nobody_may_look_a_wrong_key_scale_shows(device: str, monkeypatch:
 
 INTEGERS = [
     ("encode_topk", "k"),
+    ("encode_batch_topk", "k"),
     ("encode_topk", "workspace_bytes"),
     ("Pattern.topk", "d_sae"),
     ("Pattern.rows", "d_sae"),

@@ -27,24 +27,34 @@ from flashsae.ops.latent_rows.reference import RUN
 from flashsae.optim import FactoredAdam
 from flashsae.testing import assert_as_accurate, integer_inputs, poison_empty
 from helpers.codes import dense_of, ragged, to
-from helpers.on_both import as_float64
+from helpers.on_both import DEVICE, as_float64
 from helpers.steps import Tensors, leaves
 
 D_SAE, D = 200, 13
-COUNTS = {
-    "none at all": [],
-    "empty tokens": [0, 0, 0],
-    "a few": [3, 0, 7, 1, 0, 12],
-    "some above a tile": [0, 40, 2, 150, 1, 0, 17, 33, 3],
-    "one of all": [200],
+CODES: dict[str, tuple[list[int], int]] = {
+    "none at all": ([], 0),
+    "no tokens but places": ([], 5),
+    "empty tokens": ([0, 0, 0], 5),
+    "a few": ([3, 0, 7, 1, 0, 12], 0),
+    "some above a tile": ([0, 40, 2, 150, 1, 0, 17, 33, 3], 5),
+    "one of all": ([200], 0),
 }
-"""Latents of each token. Of "some above a tile" a program holds 32 at once."""
+"""Latents of each token, and places that are not used. Of "some above a tile" a program holds 32 at once."""
 
 
-@pytest.fixture(params=["1", "0"], ids=["sparse", "dense"])
-def dense_above(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("FLASHSAE_DENSE_ABOVE", request.param)
-    return str(request.param)
+@pytest.fixture(params=["reference", "sparse kernels", "dense products"])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run a test in three ways; where its tensors are to lie."""
+    if request.param == "reference":
+        monkeypatch.setenv("FLASHSAE_BACKEND", "reference")
+        return "cpu"
+    pytest.importorskip("triton")
+    monkeypatch.setenv("FLASHSAE_BACKEND", "triton")
+    monkeypatch.setenv("FLASHSAE_DENSE_ABOVE", "0" if request.param == "dense products" else "1")
+    return DEVICE
+
+
+sparse = pytest.mark.parametrize("device", ["reference", "sparse kernels"], indirect=True)
 
 
 def inputs_of(pattern: Pattern, generator: torch.Generator, *, integer: bool, d: int = D) -> Tensors:
@@ -118,13 +128,12 @@ def on(device: str, pattern: Pattern, inputs: Tensors) -> tuple[Pattern, Tensors
     return to(pattern, device), {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
-@pytest.mark.usefixtures("dense_above")
-@pytest.mark.parametrize("spare", [0, 5])
-@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
+@pytest.mark.parametrize("kind", CODES)
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_t0_integers_are_bitwise_those_of_dense_autograd(
-    name: str, counts: list[int], spare: int, device: str, generator: torch.Generator
+    name: str, kind: str, device: str, generator: torch.Generator
 ) -> None:
+    counts, spare = CODES[kind]
     pattern = ragged(counts, D_SAE, generator, spare=spare)
     inputs = inputs_of(pattern, generator, integer=True)
     exact = OPERATIONS[name](pattern, as_float64(inputs), dense=True)
@@ -141,11 +150,11 @@ def test_t0_integers_are_bitwise_those_of_dense_autograd(
         assert torch.equal(found, expected), key
 
 
+@sparse
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_t1_and_t3_as_accurate_as_dense_autograd_and_repeatable(
-    name: str, device: str, monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
+    name: str, device: str, generator: torch.Generator
 ) -> None:
-    monkeypatch.setenv("FLASHSAE_DENSE_ABOVE", "1")
     pattern = ragged([0, 40, 2, 90, 1, 0, 17, 33, 3], 100, generator, spare=4)
     inputs = inputs_of(pattern, generator, integer=False, d=40)
     ours, again = (OPERATIONS[name](*on(device, pattern, inputs), dense=False) for _ in range(2))
@@ -156,8 +165,8 @@ def test_t1_and_t3_as_accurate_as_dense_autograd_and_repeatable(
         assert_as_accurate(ours[key].cpu(), theirs[key], exact[key], key)
 
 
-def test_t0_float64_and_bfloat16(device: str, monkeypatch: pytest.MonkeyPatch, generator: torch.Generator) -> None:
-    monkeypatch.setenv("FLASHSAE_DENSE_ABOVE", "1")
+@sparse
+def test_t0_float64_and_bfloat16(device: str, generator: torch.Generator) -> None:
     pattern = ragged([0, 40, 2, 70], D_SAE, generator, spare=3)
     inputs = inputs_of(pattern, generator, integer=True)
     exact = compared(pattern, as_float64(inputs), dense=True)
@@ -171,7 +180,6 @@ def test_t0_float64_and_bfloat16(device: str, monkeypatch: pytest.MonkeyPatch, g
     assert narrow["W_dec"].dtype == torch.bfloat16
 
 
-@pytest.mark.usefixtures("dense_above")
 @pytest.mark.parametrize("varying", [False, True])
 def test_t0_prefixes_are_losses_of_the_first_latents_alone(
     varying: bool, device: str, generator: torch.Generator
@@ -214,13 +222,12 @@ def test_prefixes_that_are_none_are_refused(prefixes: tuple[int, ...]) -> None:
         decode_loss(code, torch.ones(20, 3), None, torch.ones(2, 3), prefixes=prefixes)
 
 
-@pytest.mark.parametrize("tokens", [3, RUN + 9, 3 * RUN + 50])
-@pytest.mark.parametrize("spare", [0, 7, 2 * RUN])
+@sparse
+@pytest.mark.parametrize(("tokens", "spare"), [(3, 7), (RUN + 9, 0), (3 * RUN + 50, 7), (3 * RUN + 50, 2 * RUN)])
 def test_t0_sums_of_latents_active_on_many_tokens(
-    tokens: int, spare: int, device: str, monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
+    tokens: int, spare: int, device: str, generator: torch.Generator
 ) -> None:
     """Runs are cut into pieces; the last latents' runs end where places that are not used begin."""
-    monkeypatch.setenv("FLASHSAE_DENSE_ABOVE", "1")
     kept = torch.rand(tokens, 6, generator=generator) < torch.tensor([0.9, 0.0, 0.1, 0.5, 0.02, 0.95])
     starts = torch.tensor([0, *kept.sum(1).tolist()]).cumsum(0)
     pattern = Pattern.rows(torch.cat([kept.nonzero()[:, 1], torch.full((spare,), 6)]), starts, 6)
@@ -242,10 +249,8 @@ def gradient_of(*factors: tuple[Pattern, Tensor, Tensor]) -> tuple[RowGradient, 
     return RowGradient.of([SparseFactor(pattern.index, coeffs, rows) for pattern, coeffs, rows in factors]), expected
 
 
-def test_t0_codes_of_both_kinds_are_joined(
-    device: str, monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
-) -> None:
-    monkeypatch.setenv("FLASHSAE_DENSE_ABOVE", "1")
+@sparse
+def test_t0_codes_of_both_kinds_are_joined(device: str, generator: torch.Generator) -> None:
     n = 12
     parts = []
     for pattern in (
@@ -307,6 +312,7 @@ def test_a_training_is_that_with_dense_gradients(generator: torch.Generator) -> 
     torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-14)
 
 
+@sparse
 def test_a_code_that_overflowed_is_that_of_its_first_entries(device: str, generator: torch.Generator) -> None:
     full = ragged([3, 5, 2, 4], 20, generator)
     assert full.starts is not None

@@ -229,19 +229,20 @@ def decode_sparse_residual_kernel(
 
 @triton.jit
 def _dots(
-    rows_ptr, indices_ptr, W_ptr, dots_ptr, slot, wanted, d, W_stride, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """Write dot products of a row with those of some latents."""
-    latents = tl.load(indices_ptr + slot, mask=wanted, other=0).to(tl.int64)
+    rows_ptr, indices_ptr, W_ptr, dots_ptr, row, first, slot, wanted, d, row_stride, W_stride, BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Write dot products of a row with those of some latents of its token."""
+    latents = tl.load(indices_ptr + first + slot, mask=wanted, other=0).to(tl.int64)
     W_rows = W_ptr + latents[:, None] * W_stride
     sums = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     for start in range(0, d, BLOCK_D):
         column = start + tl.arange(0, BLOCK_D)
         inside = column < d
         W = tl.load(W_rows + column[None, :], mask=wanted[:, None] & inside[None, :], other=0.0)
-        values = tl.load(rows_ptr + column, mask=inside, other=0.0)
+        values = tl.load(rows_ptr + row * row_stride + column, mask=inside, other=0.0)
         sums += W.to(tl.float32) * values.to(tl.float32)[None, :]
-    tl.store(dots_ptr + slot, tl.sum(sums, axis=1).to(dots_ptr.dtype.element_ty), mask=wanted)
+    tl.store(dots_ptr + first + slot, tl.sum(sums, axis=1).to(dots_ptr.dtype.element_ty), mask=wanted)
 
 
 @triton.jit
@@ -261,22 +262,22 @@ def decode_sparse_bwd_acts_kernel(
 ):
     """dots[b, j] = rows[b] · W[indices[b, j]], accumulated in float32."""
     row = tl.program_id(0).to(tl.int64)
-    first, count = _entries_of(starts_ptr, row, k)
-    rows_ptr += row * row_stride
+    slot = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     if starts_ptr is None:
+        count = k
         if counts_ptr is not None:
             count = tl.load(counts_ptr + row)
             count = tl.where(count > k, 0, count)
         if tl.program_id(1) * BLOCK_K < count:
-            slot = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
             _dots(
-                rows_ptr, indices_ptr + first, W_ptr, dots_ptr + first, slot, slot < count, d, W_stride, BLOCK_K,
-                BLOCK_D,
+                rows_ptr, indices_ptr, W_ptr, dots_ptr, row, row * k, slot, slot < count, d, row_stride, W_stride,
+                BLOCK_K, BLOCK_D,
             )  # fmt: skip
     else:
-        for start in range(tl.program_id(1) * BLOCK_K, count, tl.num_programs(1) * BLOCK_K):
-            slot = start + tl.arange(0, BLOCK_K)
+        first, count = _entries_of(starts_ptr, row, k)
+        for start in range(0, count - tl.program_id(1) * BLOCK_K, tl.num_programs(1) * BLOCK_K):
+            place = start + slot
             _dots(
-                rows_ptr, indices_ptr + first, W_ptr, dots_ptr + first, slot, slot < count, d, W_stride, BLOCK_K,
-                BLOCK_D,
+                rows_ptr, indices_ptr, W_ptr, dots_ptr, row, first, place, place < count, d, row_stride, W_stride,
+                BLOCK_K, BLOCK_D,
             )  # fmt: skip
