@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashsae.ops.select import reference
-from flashsae.testing import integer_inputs, poison_empty
+from flashsae.testing import integer_inputs, poison_empty, stable_topk
 from helpers.on_both import DEVICE
 from helpers.selection import HARD, batch_mistakes, hard_inputs, is_picked
 
@@ -28,7 +28,7 @@ def dense(x: Tensor, W: Tensor, bias: Tensor, scale: Tensor | None, k: int) -> S
     pre_acts = x.double() @ W.double().T + bias.double()
     keys = pre_acts if scale is None else pre_acts * scale.double()
     n = keys.shape[1]
-    best = keys.flatten().sort(descending=True, stable=True).indices[: len(x) * k].sort().values
+    _, best = stable_topk(keys.flatten(), len(x) * k)
     counts = torch.zeros(len(x) + 1, dtype=torch.int64, device=x.device).index_add_(0, best // n + 1, best**0)
     return (best % n).int(), counts.cumsum(0).int(), pre_acts.flatten()[best].float()
 
