@@ -34,12 +34,11 @@ from flashsae.logs.callback import Warn
 from flashsae.logs.jsonl import LOG_FILE, JsonlLog, read_log
 from flashsae.logs.progress import ProgressBar, StageBar, filling
 from flashsae.logs.trackers import build_logger
-from flashsae.metrics import METRICS
 from flashsae.metrics import is_dead as dead_mask
 from flashsae.report.evaluation_file import RunEvaluation, write_evaluation
 from flashsae.report.latents import describe_latents
 from flashsae.report.render import render_report
-from flashsae.report.summary import final_figures
+from flashsae.report.summary import result_lines
 from flashsae.report.tokens import token_text
 from flashsae.sae.module import SAE
 from flashsae.settings.run import CONFIG_FILE, RunConfig, load_settings
@@ -52,8 +51,6 @@ from flashsae.train.state import init_state
 MEASURE_TOKENS = 8192
 EVALUATION_TOKENS = 1 << 18
 SNIPPET_TOKENS = 150_000
-FEW_TOKENS = 1000
-"""Held-out figures of fewer are told with their number."""
 
 
 @dataclass(frozen=True)
@@ -286,12 +283,7 @@ def _dead_at_the_end(run: Path) -> torch.Tensor | None:
 
 
 def _print_result(part: _Part, result: dict[str, Any], console: Console) -> None:
-    figures = final_figures(result)
-    lines = {figure.name: figure.line() for figure in figures}
-    if result["held_out_tokens"] < FEW_TOKENS:
-        row = METRICS["held_out_tokens"]
-        lines[figures[0].name] += f", on {row.show(result[row.name])} {row.label}"
-    console.print(table("Result", lines))
+    console.print(table("Result", result_lines(result)))
     made = {"SAE": part.folder / "sae"} | ({"report": part.folder / "report.html"} if part.config.report else {})
     for name, path in made.items():
         console.print(f"{name}: {path.resolve()}", highlight=False, soft_wrap=True)

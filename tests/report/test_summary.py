@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from flashsae.report.summary import final_figures
+from flashsae.report.render import render_report
+from flashsae.report.summary import final_figures, result_lines
 
 
 def test_figures_are_those_of_the_evaluation() -> None:
@@ -51,22 +52,15 @@ def test_small_and_large_unexplained_variance_can_be_read(evaluation: dict[str, 
 
 @pytest.mark.usefixtures("without_figures")
 def test_the_terminal_and_the_report_say_the_same(run: Path) -> None:
-    from io import StringIO
-
-    from rich.console import Console
-
-    from flashsae.report.render import render_report
-    from flashsae.run import _result_table
-
     evaluation = json.loads((run / "evaluation.json").read_text("utf-8"))
-    terminal = Console(file=StringIO(), width=100)
-    terminal.print(_result_table(evaluation))
-    printed = terminal.file.getvalue()  # type: ignore[attr-defined]
-    assert "tokens, on" not in printed
-    terminal.print(_result_table({**evaluation, "held_out_tokens": 999}))
-    assert ", on 999 held-out tokens" in terminal.file.getvalue()  # type: ignore[attr-defined]
+    printed = result_lines(evaluation)
+    assert "tokens, on" not in " ".join(printed.values())
+    few = result_lines({**evaluation, "held_out_tokens": 999})
+    assert [line for name, line in few.items() if line != printed[name]] == [
+        printed["held-out FVU"] + ", on 999 held-out tokens"
+    ]
     page = render_report(run).read_text("utf-8")
     for figure in final_figures(evaluation):
-        assert figure.line() in printed
+        assert printed[figure.name] == figure.line()
         assert f">{figure.value}<" in page
         assert figure.note in page

@@ -6,9 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flashsae.metrics import OUTLIER_NORM_RATIO
+from flashsae.metrics import METRICS, OUTLIER_NORM_RATIO
 from flashsae.metrics.numbers import count, percent, real
 from flashsae.metrics.table import of_evaluation
+
+FEW_TOKENS = 1000
+"""Held-out figures of fewer are told with their number."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,19 @@ def final_figures(evaluation: Mapping[str, Any]) -> list[Figure]:
     if real(evaluation.get("tokens_per_second")) is not None:
         figures.append(_figure(evaluation, "tokens_per_second"))
     return figures
+
+
+def result_lines(evaluation: Mapping[str, Any]) -> dict[str, str]:
+    """Return the final figures by name, as the terminal prints them: those of few held-out tokens with their number.
+
+    Args:
+        evaluation: the content of evaluation.json.
+    """
+    lines = {figure.name: figure.line() for figure in final_figures(evaluation)}
+    row = METRICS["held_out_tokens"]
+    if evaluation[row.name] < FEW_TOKENS:
+        lines[of_evaluation("fvu").label] += f", on {row.show(evaluation[row.name])} {row.label}"
+    return lines
 
 
 def _figure(evaluation: Mapping[str, Any], name: str, **others: str) -> Figure:
