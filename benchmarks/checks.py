@@ -46,6 +46,24 @@ def check_encode(problem: Problem, code: SparseCode, precision: str) -> str:
     return wrong
 
 
+def check_batch(problem: Problem, code: SparseCode, precision: str) -> str:
+    """Compare values with float64 on sampled tokens, and what they left out with the smallest that the batch has."""
+    x, starts = problem.xs[0], code.pattern.starts
+    assert starts is not None
+    smallest, tolerance = float(code.acts.min()), TOLERANCE[precision]
+    wrong = "" if int(starts[-1]) == len(x) * problem.shape.k else "starts: another number than B · k. "
+    for token in sample(len(x), ROWS, x.device).tolist():
+        row = x[token].double() - problem.b_dec.double()
+        pre = torch.cat([W.double() @ row for W in torch.split(problem.W_enc_T, 32768)]) + problem.b_enc.double()
+        own = slice(int(starts[token]), int(starts[token + 1]))
+        latents = code.pattern.latents[own].long()
+        wrong += far(f"acts of token {token}", code.acts[own].detach(), pre[latents], tolerance)
+        left_out = pre.index_fill(0, latents, -torch.inf).max()
+        if float(left_out) - smallest > tolerance * float(pre.abs().max()):
+            wrong += f"latents of token {token}: one of {float(left_out):.4g} is left out, {smallest:.4g} is not. "
+    return wrong
+
+
 def check_index(index: LatentIndex, code: SparseCode, d_sae: int) -> str:
     """Compare the whole index with one made by counting and sorting."""
     latents = code.top_indices.flatten()

@@ -70,6 +70,25 @@ def encode(size: Size, dtype: torch.dtype, precision: Precision, *, beside_gemm:
     )
 
 
+def encode_batch(size: Size, dtype: torch.dtype, precision: Precision) -> Subject:
+    """Return `encode_batch_topk`, in turn with the dense product."""
+    shape, problem = size.shape, size.problem(dtype)
+    W_enc_T, b_enc, _, b_dec = problem.weights
+
+    def run(i: int) -> ops.SparseCode:
+        with torch.no_grad():
+            return ops.encode_batch_topk(problem.x(i), W_enc_T, b_enc, shape.k, b_dec=b_dec, precision=precision)
+
+    return Subject(
+        run,
+        lambda: checks.check_batch(problem, run(0), precision),
+        held=(problem.xs[0], W_enc_T, b_enc, b_dec),
+        figures=tflops(2.0 * shape.batch_tokens * shape.d_in * shape.d_sae),
+        capturable=True,
+        reference=("gemm", gemm(size, dtype).run),
+    )
+
+
 def index(size: Size, dtype: torch.dtype, kind: str = "dense") -> Subject:
     """Return the index of a pattern."""
     codes, d_sae = size.codes(dtype, kind), size.shape.d_sae
@@ -227,6 +246,7 @@ _LOWER: tuple[Precision, ...] = ("tf32", "bf16")
 CEILING_CASES = (Case("copy", "", copy), Case("gather", "", gather))
 CASES = (
     *_stages(BF16, "bf16"),
+    Case("encode_batch_topk", "bf16", partial(encode_batch, dtype=BF16, precision="bf16")),
     Case("weight_grads_bf16", "bf16", partial(weight_grads, dtype=BF16, written=BF16)),
     Case("weight_grads_zipf", "bf16", partial(weight_grads, dtype=BF16, kind="zipf", uniform="weight_grads")),
     Case("forward_backward", "bf16", partial(forward_backward, dtype=BF16, precision="bf16")),

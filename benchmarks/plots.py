@@ -44,6 +44,7 @@ START, END = "<!-- tables -->", "<!-- /tables -->"
 OPERATIONS = {
     "gemm": "dense product alone (GEMM)",
     "encode_topk": "`encode_topk`",
+    "encode_batch_topk": "`encode_batch_topk`",
     "index": "index by latent",
     "decode_loss": "`decode_loss`, with gradient of acts",
     "weight_grads": "both weight gradients, written in float32",

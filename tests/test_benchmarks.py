@@ -16,10 +16,12 @@ pytest.importorskip("matplotlib")
 from benchmarks import plots, plots_runs, plots_steps
 from benchmarks.ablation import RUNGS
 from benchmarks.cases import Size
+from benchmarks.checks import check_batch
 from benchmarks.drawing import Results
 from benchmarks.registry import GROUPS
 from benchmarks.session import RESULTS
 
+from flashsae import ops
 from flashsae.bench.measure import Record, measure
 from flashsae.bench.problem import Shape, make_problem, tiny
 
@@ -96,3 +98,17 @@ def test_a_rung_lets_go_what_it_was_built_from(name: str) -> None:
     del problem
     gc.collect()
     assert alive() is None
+
+
+def test_checks_of_a_batch_find_what_is_wrong() -> None:
+    problem = make_problem(Shape("x", 8, 12, 100, 5), torch.float32, torch.device("cpu"))
+    W_enc_T, b_enc, _, b_dec = problem.weights
+    right = ops.encode_batch_topk(problem.xs[0], W_enc_T, b_enc, 5, b_dec=b_dec)
+    fewer = ops.encode_batch_topk(problem.xs[0], W_enc_T, b_enc, 4, b_dec=b_dec)
+    per_token = ops.encode_topk(problem.xs[0], W_enc_T, b_enc, 5, b_dec=b_dec)
+    starts = torch.arange(0, 41, 5)
+    other = ops.SparseCode(ops.Pattern.rows(per_token.pattern.latents.flatten(), starts, 100), per_token.acts.flatten())
+    assert check_batch(problem, right, "float32") == ""
+    assert "starts: another number" in check_batch(problem, fewer, "float32")
+    assert "is left out" in check_batch(problem, other, "float32")
+    assert "acts of token" in check_batch(problem, right.replace(right.acts * 1.01), "float32")
