@@ -71,8 +71,11 @@ SHAPES = [  # B, d, n, k, rows of float16 at a time
 ]
 
 
-@pytest.mark.parametrize("precision", ["reference", *PRECISIONS])
-@pytest.mark.parametrize(("B", "d", "n", "k", "rows"), SHAPES)
+# TF32 differs from bf16 in the type of the products only, so one shape is enough
+CASES = [(*shape, how) for shape in SHAPES for how in ("reference", *PRECISIONS) if how != "tf32" or shape[2] == 300]
+
+
+@pytest.mark.parametrize(("B", "d", "n", "k", "rows", "precision"), CASES)
 def test_t0_as_a_stable_sort_of_all(
     B: int, d: int, n: int, k: int, rows: int, precision: str, generator: torch.Generator
 ) -> None:
@@ -131,9 +134,11 @@ def one_token_holds_nearly_all(x: Tensor, W: Tensor, bias: Tensor) -> None:
     W[:, 0] = W[:, 0].abs()
 
 
-@pytest.mark.parametrize("precision", ["reference", "bf16", "float32"])
+WAYS = [("reference", False), ("bf16", False), ("float32", False), ("bf16", True), ("float32", True)]
+
+
 @pytest.mark.parametrize("spoil", [all_equal, all_zero, one_token_holds_nearly_all])
-@pytest.mark.parametrize("redo", [False, True], ids=["list", "way out"])
+@pytest.mark.parametrize(("precision", "redo"), WAYS)
 def test_t0_ties_and_skew(
     spoil: Callable[[Tensor, Tensor, Tensor], None], precision: str, redo: bool,
     generator: torch.Generator, monkeypatch: pytest.MonkeyPatch,
@@ -146,8 +151,7 @@ def test_t0_ties_and_skew(
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # of the interpreter
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("redo", [False, True], ids=["list", "way out"])
+@pytest.mark.parametrize(("precision", "redo"), WAYS[1:])
 def test_nan_and_infinity_stay_visible(
     precision: str, redo: bool, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,6 +242,7 @@ def test_gpu_t0_at_real_sizes(
 def test_gpu_memory_is_bounded(precision: str, generator: torch.Generator) -> None:
     B, d, n, k, size = 4096, 64, 65536, 16, 1 << 24
     inputs = [tensor.to(DEVICE) for tensor in hard_inputs("normal", B, d, n, generator)]
+    launch.batch_topk(*(tensor[:9] for tensor in inputs), None, 1, precision, size)  # what cuBLAS takes for good
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     launch.batch_topk(*inputs, None, k, precision, size)
