@@ -161,6 +161,12 @@ def test_moved_to_memory_that_processes_share(twins: Twins) -> None:
     assert_memory_was_handed_out(twins)
 
 
+def test_moved_there_by_the_method_of_ordinary_tensors(twins: Twins) -> None:
+    for gradient in twins.gradients():
+        Tensor.share_memory_(gradient)
+    assert_memory_was_handed_out(twins)
+
+
 def test_a_module_moves_its_gradients_to_memory_that_processes_share(twins: Twins) -> None:
     twins.ours.share_memory()
     assert twins.ours.W_dec.grad is not None
