@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, make_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -381,6 +381,17 @@ def test_a_setting_that_the_architecture_lacks_is_refused_by_name(
     assert message in told
     assert told.count("\n") == 1
     assert not arrived
+
+
+@pytest.mark.usefixtures("gates")
+@pytest.mark.parametrize("name", ["held_out", "report", "resume", "tokens"])
+def test_an_architecture_whose_setting_is_called_as_one_of_the_run_is_refused(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = make_dataclass("Settings", [(name, int, 3)], frozen=True)
+    architecture.register(replace(architecture.architecture_named("topk"), name="taking", settings=settings))
+    assert _main("train", "--arch", "taking", "--plan") == 1
+    assert f"flashsae: {name}: expected settings of taking to have names of their own" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("gates")

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import MISSING, Field, field, fields, is_dataclass, make_dataclass
+from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
-from cyclopts import App, Token
+from cyclopts import App, Group, Parameter, Token
 from cyclopts.argument import Argument, ArgumentCollection
 from cyclopts.exceptions import UnknownOptionError
 
+from flashsae.architecture import Architecture, architecture_named, architecture_names
 from flashsae.errors import ConfigError
-from flashsae.settings.kinds import check, declared_types, parse, unwrap
+from flashsae.settings.kinds import check, declared_types, expand, parse, unwrap
 from flashsae.settings.toml import read_toml
+from flashsae.settings.training import DEFAULT_ARCH, TrainConfig, check_own_names
 
 _ALONE = {
     "resume": ({"plan"}, "a run is resumed with the settings that it has"),
@@ -106,7 +109,18 @@ def read_file(file: Path) -> dict[str, Any]:
     return settings
 
 
-def asked(words: Sequence[str], name: str) -> str | None:
+def architecture_asked(words: Sequence[str]) -> Architecture:
+    """Return the architecture that a command line asks for, perhaps in its file, or the default.
+
+    Raises:
+        ConfigError: there is none of this name, or the file cannot be read.
+    """
+    file = _asked(words, "config")
+    held = read_file(expand(file, "config")) if file else {}
+    return architecture_named(str(_asked(words, "arch") or held.get("arch") or DEFAULT_ARCH))
+
+
+def _asked(words: Sequence[str], name: str) -> str | None:
     """Return the last value of an option in the words of a command line, or None."""
     found = None
     for word, following in zip(words, [*words[1:], ""]):
@@ -118,33 +132,55 @@ def asked(words: Sequence[str], name: str) -> str | None:
     return found
 
 
-def flat_settings(settings: type, name: str, part: type, help_of_name: str) -> type:
-    """Return a dataclass with the settings of a part beside the others, as a command takes them.
+def taking_settings_of(architecture: Architecture, command: Callable[..., None], name: str) -> Callable[..., None]:
+    """Return a command that takes the settings of an architecture beside those of the training, and shows them.
 
     Args:
-        settings: a dataclass with a field that holds the part.
-        name: of that field; here it is a name.
-        part: the class of the part.
-        help_of_name: what the help says of the name.
+        architecture: any.
+        command: takes the settings of a training, all by name, in one parameter.
+        name: of this parameter.
+    Raises:
+        ConfigError: a setting of the architecture is called as another one of the command.
     """
-    kinds, own = declared_types(settings), declared_types(part)
+    hints = get_type_hints(command, include_extras=True)
+    others = _declared(command).keys() - {name}
+    check_own_names(architecture, [*declared_types(TrainConfig), *sorted(others), "config"])
+    settings, shown = _flat_settings(architecture), Parameter(name="*", group=Group("Training", sort_key=2))
+
+    @functools.wraps(command)
+    def taking(*positional: Any, **given: Any) -> None:
+        command(*positional, **given)
+
+    taking.__annotations__ = hints | {name: Annotated[settings, shown]}
+    return taking
+
+
+def _flat_settings(architecture: Architecture) -> type:
+    """Return a dataclass with the settings of an architecture behind its name, and those of the training."""
+    names = ", ".join(architecture_names(installed=False))
+    told = f"Architecture of the SAE: {names}, or one of a package. --arch NAME --help shows its own settings."
     made: list[tuple[str, Any, Any]] = []
-    for each in fields(settings):
-        if each.name == name:
-            default = field(default=each.default, kw_only=True, metadata={"help": help_of_name})
-            made += [(name, str, default), *((own_.name, own[own_.name], _copy(own_)) for own_ in fields(part))]
+    for each in fields(TrainConfig):
+        if each.name == "arch":
+            made.append(("arch", str, field(default=each.default, kw_only=True, metadata={"help": told})))
+            made += _copies(architecture.settings)
         else:
-            made.append((each.name, kinds[each.name], _copy(each)))
-    flat = make_dataclass(settings.__name__, made, frozen=True)
-    flat.__module__ = settings.__module__  # not "types", which cyclopts takes for built in
-    flat.__doc__ = f"{settings.__name__}.\n\nArgs:\n{_help(settings)}\n{_help(part)}"
+            made += _copies(TrainConfig, each.name)
+    flat = make_dataclass("TrainConfig", made, frozen=True)
+    flat.__module__ = __name__  # not "types", which cyclopts takes for built in
+    flat.__doc__ = f"TrainConfig.\n\nArgs:\n{_help(TrainConfig)}\n{_help(architecture.settings)}"
     return flat
 
 
-def _copy(declared: Field[Any]) -> Any:
-    if declared.default_factory is not MISSING:
-        return field(default_factory=declared.default_factory, kw_only=True)
-    return field(default=declared.default, kw_only=declared.kw_only)
+def _copies(settings: type, *names: str) -> list[tuple[str, Any, Any]]:
+    """Return the fields of a dataclass, or some of them, to make another one with."""
+    kinds, copies = declared_types(settings), []
+    for each in fields(settings):
+        if each.name in (names or kinds):
+            has_factory = each.default_factory is not MISSING
+            default: Any = {"default_factory": each.default_factory} if has_factory else {"default": each.default}
+            copies.append((each.name, kinds[each.name], field(kw_only=True, **default)))
+    return copies
 
 
 def _help(settings: type) -> str:

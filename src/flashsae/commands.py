@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 from cyclopts import App, Group, Parameter
 from rich.console import Console
 from rich.markup import escape
 
 from flashsae import __version__
-from flashsae.architecture import architecture_named, architecture_names
-from flashsae.arguments import Given, asked, flat_settings, read_file
+from flashsae.arguments import Given, architecture_asked, taking_settings_of
 from flashsae.errors import ConfigError, FlashSAEError
 from flashsae.precision import Precision
 from flashsae.settings.kinds import PositiveFloat, PositiveInt, expand
 from flashsae.settings.reading import ActivationsConfig, ReadingConfig
 from flashsae.settings.run import RunConfig
-from flashsae.settings.training import DEFAULT_ARCH, TrainConfig
+from flashsae.settings.training import TrainConfig
 
 
 def _examples(*lines: str) -> str:
@@ -116,38 +114,6 @@ def train(
             raise type(error)(f"{error}\nThe run is in {folder}; go on with: {how}") from error
         console.print(f"\nThe run is in {folder}; go on with: {how}", highlight=False, soft_wrap=True)
         raise
-
-
-def _declare_settings_of(arch: str) -> None:
-    """Let the command train take the settings of an architecture, and its help show them.
-
-    Args:
-        arch: its name.
-    Raises:
-        ConfigError: there is no such architecture.
-    """
-    names = ", ".join(architecture_names(installed=False))
-    told = f"Architecture of the SAE: {names}, or one of a package. --arch NAME --help shows its own settings."
-    settings = flat_settings(TrainConfig, "arch", architecture_named(arch).settings, told)
-
-    @functools.wraps(train)
-    def command(*positional: Any, **given: Any) -> None:
-        train(*positional, **given)
-
-    group = Parameter(name="*", group=Group("Training", sort_key=2))
-    command.__annotations__ = get_type_hints(train, include_extras=True) | {"training": Annotated[settings, group]}
-    app["train"].default_command = command
-
-
-def _architecture(words: Sequence[str]) -> str:
-    """Return the name of the architecture that a command line asks for, perhaps in its file.
-
-    Raises:
-        ConfigError: the file cannot be read.
-    """
-    file = asked(words, "config")
-    held = read_file(expand(file, "config")) if file else {}
-    return str(asked(words, "arch") or held.get("arch") or DEFAULT_ARCH)
 
 
 _BESIDE_THE_DEMO = {"run", "logger", "report", "plan"}
@@ -309,7 +275,7 @@ def run(words: Sequence[str]) -> None:
     """
     app.config = ()
     if "train" in words:
-        _declare_settings_of(_architecture(words))
+        app["train"].default_command = taking_settings_of(architecture_asked(words), train, "training")
     if words and not words[0].startswith("-") and words[0] not in app:
         words = words[:1]  # no command, which a --help behind it would hide
     app.meta(list(words), exit_on_error=False, print_error=False)

@@ -138,5 +138,5 @@ def test_an_architecture_or_setting_that_there_is_not_is_refused(settings: dict[
 def test_an_architecture_has_settings_of_other_names_than_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(architecture, "_REGISTERED", dict(architecture._REGISTERED))
     architecture.register(replace(architecture.architecture_named("topk"), name="greedy", settings=Greedy))
-    with pytest.raises(ConfigError, match="tokens: expected settings of the architecture to have names of their own"):
+    with pytest.raises(ConfigError, match="tokens: expected settings of greedy to have names of their own"):
         TrainConfig(arch=Greedy())

@@ -7,13 +7,13 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from flashsae.architecture import settings_of
+from flashsae.architecture import architecture_of, settings_of
 from flashsae.errors import CheckpointError, ConfigError
 from flashsae.settings.kinds import check_fields
 from flashsae.settings.left_open import open_names
 from flashsae.settings.reading import ActivationsConfig
 from flashsae.settings.toml import is_sealed, read_toml, sealed_toml
-from flashsae.settings.training import DEFAULT_ARCH, TrainConfig
+from flashsae.settings.training import DEFAULT_ARCH, TrainConfig, check_own_names
 
 CONFIG_FILE = "config.toml"
 _WORKED_OUT = ("model", "hookpoint", "context_length", *(name for name in open_names(TrainConfig) if name != "d_in"))
@@ -39,6 +39,9 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        check_own_names(
+            architecture_of(self.train.arch), (f.name for part in (ActivationsConfig, RunConfig) for f in fields(part))
+        )
 
     def to_toml(self) -> str:
         """Return the settings as TOML, one flat table; what is None is left out."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from flashsae.architecture import architecture_of, settings_of
+from flashsae.architecture import Architecture, architecture_of, settings_of
 from flashsae.errors import ConfigError
 from flashsae.precision import Precision
 from flashsae.settings.kinds import (
@@ -50,6 +50,16 @@ def _flat(cls: type[Config]) -> type[Config]:
 
     cls.__init__ = init  # type: ignore[assignment]
     return cls
+
+
+def check_own_names(arch: Architecture, taken: Iterable[str]) -> None:
+    """Raise ConfigError where settings of an architecture are called as others that they stand beside."""
+    for name in taken:
+        if any(each.name == name for each in fields(arch.settings)):
+            raise ConfigError(
+                f"{name}: expected settings of {arch.name} to have names of their own, and a run has "
+                "this one; give it another name."
+            )
 
 
 @_flat
@@ -119,9 +129,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         object.__setattr__(self, "arch", settings_of(self.arch))
-        taken = {each.name for each in fields(self)}.intersection(each.name for each in fields(self.arch))
-        if taken:
-            raise ConfigError(f"{min(taken)}: expected settings of the architecture to have names of their own.")
+        check_own_names(architecture_of(self.arch), (each.name for each in fields(self)))
 
     @property
     def steps(self) -> int:
