@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 
 from flashsae import TrainConfig, architecture
-from flashsae.architecture import Architecture, architecture_named, architecture_names, architecture_of
+from flashsae.architecture import Architecture, Parameter, architecture_named, architecture_names, architecture_of
 from flashsae.errors import ConfigError
 
 
@@ -76,3 +76,10 @@ def test_our_own_are_found_without_looking_at_packages(monkeypatch: pytest.Monke
     monkeypatch.setattr(architecture, "entry_points", lambda group: pytest.fail("looked for packages"))
     assert isinstance(architecture_named("batch_topk"), Architecture)
     assert architecture_of(TrainConfig().arch).name == "topk"
+
+
+def test_two_parameters_of_one_name_are_refused_however_they_differ() -> None:
+    topk = architecture_named("topk")
+    twice = replace(topk, parameters=(*topk.parameters, Parameter("b_dec", (), "another one", trained=False)))
+    with pytest.raises(ConfigError, match="parameters of topk: expected each name once, got b_dec again"):
+        architecture.register(twice)

@@ -171,7 +171,8 @@ def register(architecture: Architecture) -> Architecture:
     settings = architecture.settings
     if not is_dataclass(settings) or not settings.__dataclass_params__.frozen:  # type: ignore[attr-defined]
         raise ConfigError(f"settings of {architecture.name}: expected a frozen dataclass, got {settings!r}.")
-    repeated = sorted({p.name for p in architecture.parameters if architecture.parameters.count(p) > 1})
+    names = [row.name for row in architecture.parameters]
+    repeated = [name for name in names if names.count(name) > 1]
     if repeated:
         raise ConfigError(f"parameters of {architecture.name}: expected each name once, got {repeated[0]} again.")
     for other in _REGISTERED.values():
