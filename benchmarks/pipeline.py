@@ -109,14 +109,16 @@ def length(spans: list[Span]) -> float:
 
 
 def read_trace(path: Path) -> dict[str, Any]:
-    """Return what a trace shows of the stream that trains and of the one that fetches batches; milliseconds.
+    """Return what a trace shows of the stream that trains, by replaying graphs, and of those that fetch batches; ms.
 
     busy_share: of the time between its first and last kernel, in which the training stream runs one. fetch_ms: of
     copies and kernels on other streams, a step; fetch_hidden_share: of those, while the training stream is busy.
     timeline: spans of both streams over some steps.
     """
-    events = [e for e in json.loads(path.read_text())["traceEvents"] if e.get("cat") in ("kernel", "gpu_memcpy")]
-    training = {e["args"]["stream"] for e in events if "adam_rows_kernel" in e["name"]}
+    trace = json.loads(path.read_text())["traceEvents"]
+    events = [e for e in trace if e.get("cat") in ("kernel", "gpu_memcpy")]
+    replays = {e["args"]["correlation"] for e in trace if str(e.get("name", "")).startswith("cudaGraphLaunch")}
+    training = {e["args"]["stream"] for e in events if e["args"]["correlation"] in replays}
 
     def spans(is_training: bool) -> list[Span]:
         chosen = (e for e in events if (e["args"]["stream"] in training) == is_training)

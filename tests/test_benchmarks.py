@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import gc
+import json
 import weakref
 from collections import defaultdict
 from pathlib import Path
@@ -18,6 +19,7 @@ from benchmarks.ablation import RUNGS
 from benchmarks.cases import Size
 from benchmarks.checks import check_batch
 from benchmarks.drawing import Results
+from benchmarks.pipeline import TRACED_STEPS, read_trace
 from benchmarks.registry import GROUPS
 from benchmarks.session import RESULTS
 
@@ -112,3 +114,22 @@ def test_checks_of_a_batch_find_what_is_wrong() -> None:
     assert "starts: another number" in check_batch(problem, fewer, "float32")
     assert "is left out" in check_batch(problem, other, "float32")
     assert "acts of token" in check_batch(problem, right.replace(right.acts * 1.01), "float32")
+
+
+def test_the_stream_that_replays_graphs_is_the_one_that_trains(tmp_path: Path) -> None:
+    def event(category: str, name: str, start: float, length: float, correlation: int, stream: int) -> Record:
+        args = {"correlation": correlation, "stream": stream}
+        return {"ph": "X", "cat": category, "name": name, "ts": 1e3 * start, "dur": 1e3 * length, "args": args}
+
+    trace = [
+        event("cuda_runtime", "cudaGraphLaunch", 0, 0.1, 1, 0),
+        event("cuda_runtime", "cudaMemcpyAsync", 0, 0.1, 2, 0),
+        event("kernel", "first", 1, 4, 1, 7),
+        event("kernel", "second", 6, 5, 1, 7),
+        event("gpu_memcpy", "copy", 4, 3, 2, 8),
+    ]
+    (tmp_path / "trace.json").write_text(json.dumps({"traceEvents": trace}))
+    found = read_trace(tmp_path / "trace.json")
+    assert found["busy_share"] == pytest.approx(0.9)
+    assert found["fetch_ms"] == pytest.approx(3 / TRACED_STEPS)
+    assert found["fetch_hidden_share"] == pytest.approx(2 / 3)
