@@ -17,7 +17,16 @@ import flashsae
 from flashsae import SAE, SAEConfig, TrainConfig
 from flashsae.data.acts import Batch
 from flashsae.data.synthetic import SuperpositionModel
-from flashsae.ops import FactoredGradient, decode, decode_loss, encode_topk
+from flashsae.ops import (
+    FactoredGradient,
+    decode,
+    decode_loss,
+    encode_above,
+    encode_batch_topk,
+    encode_topk,
+    per_latent,
+    pre_acts,
+)
 from flashsae.ops.adam_rows import AdamRule, adam_rows, row_squares
 from flashsae.ops.adam_rows.reference import merge_halves
 from flashsae.ops.encode.launch import launch_encode_topk
@@ -141,6 +150,57 @@ def test_a_captured_step_replays_as_an_eager_one(precision: Precision, generator
     torch.cuda.synchronize()
     for name in eager:
         assert torch.equal(captured[name], eager[name]), name
+
+
+def varying_step(p: Tensors, precision: Precision) -> Tensors:
+    """Go through every operation on codes of varying length, and return every result and all gradients."""
+    q = leaves(p)
+    weights, names = (q["x"], q["W_enc_T"], q["b_enc"]), ("x", "W_enc_T", "b_enc", "W_dec", "b_dec")
+    largest = encode_batch_topk(*weights, 9, b_dec=q["b_dec"], precision=precision)
+    others = encode_above(*weights, p["thresholds"], b_dec=q["b_dec"], capacity=800, precision=precision)
+    code = largest.replace(largest.acts.relu())
+    found = decode_loss(code, q["W_dec"], q["b_dec"], q["x"], prefixes=(700, len(q["b_enc"])), precision=precision)
+    again = pre_acts(*weights, others.pattern, b_dec=q["b_dec"], precision=precision)
+    values = others.acts * per_latent(q["b_enc"], others.pattern) + again
+    x_hat = decode(others.replace(values), q["W_dec"], precision=precision)
+    outputs = [found.loss.sum(), x_hat]
+    grads = torch.autograd.grad(outputs, [q[n] for n in names], [torch.ones_like(outputs[0]), p["upstream"].to(x_hat)])
+    assert others.pattern.count is not None
+    assert others.pattern.overflowed is not None
+    result = {"loss": found.loss, "x_hat": found.x_hat, "other": x_hat, "acts": largest.acts, "values": values}
+    result |= {"count": others.pattern.count, "overflowed": others.pattern.overflowed}
+    result |= {"latents": largest.pattern.latents, "other latents": others.pattern.latents}
+    return {n: t.detach() for n, t in result.items()} | {f"grad {n}": g for n, g in zip(names, grads)}
+
+
+@pytest.mark.usefixtures("sparse")
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("threshold", [20.0, 35.0])  # of which the first asks for more than there is room for
+def test_a_captured_step_of_codes_of_varying_length_never_waits(
+    precision: Precision, threshold: float, generator: torch.Generator
+) -> None:
+    def inputs() -> Tensors:
+        p = step_inputs(100, 64, 2000, generator, integer=False)
+        return to_device(p | {"thresholds": torch.full((2000,), threshold)})
+
+    captured_of, replayed_with = inputs(), inputs()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            varying_step(captured_of, precision)
+    torch.cuda.current_stream().wait_stream(side)
+    eager = varying_step(replayed_with, precision)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = varying_step(captured_of, precision)
+    for name, tensor in replayed_with.items():
+        captured_of[name].copy_(tensor)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert bool(eager["overflowed"]) == (int(eager["count"]) > 800) == (threshold == 20.0)
+    for name, expected in eager.items():
+        assert torch.equal(captured[name], expected), name
 
 
 @pytest.mark.usefixtures("sparse")
