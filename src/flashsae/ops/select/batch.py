@@ -58,8 +58,8 @@ class _List:
     def of(cls, operands: Operands, k: int) -> _List:
         """Return an empty list for the B·k largest."""
         (B, n), device = (len(operands.x), len(operands.W)), operands.x.device
-        # so many maxima that already those of the first part tell a good bound
-        layout = Layout.of(n, min(n, k * operands.parts))
+        # so many maxima that already those of the first part tell a good bound, although norms of tokens differ
+        layout = Layout.of(n, min(n, k * max(2, operands.parts)))
         capacity = capacity_of(B, n, k, operands)
         chunks = triton.cdiv(layout.groups, _block_g(layout))
 
