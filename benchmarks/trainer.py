@@ -23,10 +23,10 @@ from flashsae.data.shuffle import RowShuffle
 from flashsae.evaluate.heldout import evaluate, held_out_batches
 from flashsae.ops.validate import Precision
 from flashsae.optim import lr_factor
+from flashsae.sae.dead import LEAST_RESIDUAL
 from flashsae.sae.module import SAE
 from flashsae.testing import DenseTrainer, dense_auxk, dense_decode
 from flashsae.train.config import TrainConfig
-from flashsae.train.dead import LEAST_RESIDUAL
 from flashsae.train.loop import train_step
 from flashsae.train.state import TrainState, init_state
 

@@ -27,7 +27,7 @@ install_import_hook(
         "flashsae.sae.losses",
         "flashsae.metrics.variance",
         "flashsae.metrics.activity",
-        "flashsae.train.dead",
+        "flashsae.sae.dead",
     ],
     "beartype.beartype",
 )

@@ -1,85 +1,122 @@
-"""How architectures are found by their names."""
-
 from __future__ import annotations
 
+import re
+import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from importlib.metadata import EntryPoint
-from types import ModuleType
+from pathlib import Path
 
 import pytest
+import torch
 
-from flashsae import TrainConfig, architecture
-from flashsae.architecture import Architecture, Parameter, architecture_named, architecture_names, architecture_of
+import flashsae
+from flashsae import SAE, Architecture, BatchTopKSettings, Parameter, SAEConfig, TopKSettings
+from flashsae import architecture as architectures
+from flashsae.architecture import AUTOENCODER, RECONSTRUCTION, architecture_named, architecture_of, settings_of
 from flashsae.errors import ConfigError
+
+SRC = Path(flashsae.__file__).parent
 
 
 @dataclass(frozen=True)
-class Packaged:
-    """Settings of an architecture that a package brings."""
+class OneSettings:
+    """Settings of an architecture that keeps one latent."""
 
-    k: int = 3
+    slope: float = 0.1
 
 
-MADE = replace(architecture_named("topk"), name="packaged", settings=Packaged)
+ONE = Architecture(
+    name="one",
+    title="One",
+    settings=OneSettings,
+    parameters=AUTOENCODER,
+    encode=lambda sae, x: flashsae.ops.encode_topk(x, sae.W_enc_T, sae.b_enc, 1, b_dec=sae.b_dec),
+    terms=(RECONSTRUCTION,),
+    l0=lambda settings: 1,
+)
 
 
 @pytest.fixture
-def package(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """A package that is installed and not imported: its entry points, in the group of architectures."""
-    module = ModuleType("a_package")
-    module.MADE = MADE  # type: ignore[attr-defined]
-    module.OTHER = 3  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "a_package", module)
-    monkeypatch.setattr(Packaged, "__module__", "a_package")
-    entries = [
-        EntryPoint("packaged", "a_package:MADE", "flashsae.architectures"),
-        EntryPoint("renamed", "a_package:MADE", "flashsae.architectures"),
-        EntryPoint("other", "a_package:OTHER", "flashsae.architectures"),
-        EntryPoint("gone", "a_package.gone:MADE", "flashsae.architectures"),
+def one() -> Iterator[Architecture]:
+    yield flashsae.register(ONE)
+    architectures._REGISTERED.pop("one")
+
+
+def test_an_architecture_is_found_by_name_and_by_its_settings(one: Architecture) -> None:
+    assert {"topk", "batch_topk", "one"} <= set(architectures.architecture_names())
+    assert architecture_named("topk") is architecture_of(TopKSettings())
+    assert architecture_named("one") is architecture_of(OneSettings()) is one
+    sae = SAE(SAEConfig(4, 9, arch=OneSettings()))
+    assert repr(sae).startswith("SAE(One, d_in=4, d_sae=9, slope=0.1,")
+    assert (sae(torch.randn(5, 4)).shape, sae.encode(torch.randn(5, 4)).acts.shape) == ((5, 4), (5, 1))
+
+
+def test_what_is_no_architecture_is_one_sentence() -> None:
+    with pytest.raises(ConfigError, match=r"arch: expected one of batch_topk, .*topk, got 'top-k'\. One of your own"):
+        architecture_named("top-k")
+    with pytest.raises(ConfigError, match="arch: expected settings of an architecture, such as TopKSettings"):
+        SAEConfig(3, 5, arch=OneSettings())
+    with pytest.raises(ConfigError, match="arch: expected either k, which makes a TopK SAE"):
+        SAEConfig(3, 5)
+    with pytest.raises(ConfigError, match="arch: expected either k, which makes a TopK SAE"):
+        SAEConfig(3, 5, 2, arch=TopKSettings(2))
+    with pytest.raises(ConfigError, match="slope: topk has no such setting; it has k"):
+        settings_of("topk", slope=1.0)
+    with pytest.raises(ConfigError, match=r"k: expected it in arch=TopKSettings\(...\), not beside it"):
+        settings_of(TopKSettings(), k=3)
+    with pytest.raises(ConfigError, match="d_out: TopK reconstructs what it reads: leave it out"):
+        SAEConfig(3, 5, 2, d_out=4)
+    with pytest.raises(ConfigError, match="k: expected k <= d_sae = 5, got 6"):
+        SAEConfig(3, 5, arch=BatchTopKSettings(6))
+
+
+def test_names_settings_and_parameters_are_taken_once(one: Architecture) -> None:
+    assert flashsae.register(replace(ONE)) == ONE  # once more, as a module that is loaded again does
+    with pytest.raises(ConfigError, match="two: expected a name and settings of its own, but One has these settings"):
+        flashsae.register(replace(ONE, name="two"))
+    with pytest.raises(ConfigError, match="one: expected a name and settings of its own, but One has this name"):
+        flashsae.register(replace(ONE, settings=type("Other", (OneSettings,), {})))
+    with pytest.raises(ConfigError, match="topk: expected a name and settings of its own, but TopK has this name"):
+        flashsae.register(replace(ONE, name="topk"))
+    with pytest.raises(ConfigError, match="settings of three: expected a frozen dataclass"):
+        flashsae.register(replace(ONE, name="three", settings=dict))
+    twice = (*AUTOENCODER, Parameter("b_enc", ("d_in",), "another"))
+    with pytest.raises(ConfigError, match="parameters of four: expected each name once, got b_enc again"):
+        flashsae.register(
+            replace(ONE, name="four", parameters=twice, settings=dataclass(frozen=True)(type("S", (), {})))
+        )
+
+
+def test_settings_are_known_without_torch() -> None:
+    code = (
+        "import sys; from flashsae import architecture as a; [a.architecture_named(n) for n in a.architecture_names()]"
+    )
+    done = subprocess.run([sys.executable, "-c", f"{code}; assert 'torch' not in sys.modules"], check=False)
+    assert done.returncode == 0
+
+
+def test_the_table_says_what_a_parameter_is() -> None:
+    sae = SAE(SAEConfig(6, 20, arch=BatchTopKSettings(3)))
+    shapes = {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()}
+    assert shapes == {row.name: row.sizes(sae.config.sizes) for row in sae.architecture.parameters}
+    trained = {row.name for row in sae.architecture.parameters if row.trained}
+    assert trained == {name for name, _ in sae.named_parameters()} == {"W_enc_T", "b_enc", "W_dec", "b_dec"}
+    assert [row.name for row in sae.architecture.parameters if row.per_latent] == ["W_enc_T", "b_enc", "W_dec"]
+    rescaled = sae.rescaled(4.0)
+    for row in sae.architecture.parameters:
+        assert torch.equal(getattr(rescaled, row.name), getattr(sae, row.name) / 4.0**row.power)
+
+
+LEARNS_NO_NAME = ("train", "optim", "evaluate", "report", "logs", "run.py", "start.py", "cli.py", "commands.py")
+
+
+@pytest.mark.parametrize("place", LEARNS_NO_NAME)
+def test_nothing_around_an_architecture_names_one(place: str) -> None:
+    files = sorted((SRC / place).rglob("*.py")) if (SRC / place).is_dir() else [SRC / place]
+    assert files
+    words = re.compile("|".join(["top_?k", *map(re.escape, architectures.architecture_names())]), re.IGNORECASE)
+    found = [
+        f"{path.name}: {line.strip()}" for path in files for line in path.read_text().splitlines() if words.search(line)
     ]
-    monkeypatch.setattr(architecture, "entry_points", lambda group: entries if group == entries[0].group else [])
-    monkeypatch.setattr(architecture, "_REGISTERED", dict(architecture._REGISTERED))
-    return module
-
-
-@pytest.mark.usefixtures("package")
-def test_an_architecture_of_an_installed_package_is_found_by_its_name_and_by_its_settings() -> None:
-    assert {"packaged", "topk", "batch_topk"} <= set(architecture_names())
-    assert "packaged" not in architecture_names(installed=False)
-    assert TrainConfig(arch="packaged", k=5).arch == Packaged(5)
-    assert architecture_of(Packaged()) is architecture_named("packaged") is MADE
-
-
-@pytest.mark.usefixtures("package")
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("renamed", "arch: expected a_package:MADE to be an Architecture named 'renamed', got Architecture"),
-        ("other", "arch: expected a_package:OTHER to be an Architecture named 'other', got 3"),
-        ("gone", r"arch: 'gone' cannot be loaded from a_package.gone:MADE \(ModuleNotFoundError: .*\)\. Repair or"),
-        ("nowhere", "arch: expected one of batch_topk, gone, other, packaged, renamed, topk, got 'nowhere'"),
-    ],
-)
-def test_a_package_whose_architecture_cannot_be_had_is_one_sentence(name: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        TrainConfig(arch=name)
-
-
-@pytest.mark.usefixtures("package")
-def test_settings_of_no_architecture_load_no_package() -> None:
-    with pytest.raises(ConfigError, match=r"arch: expected settings of an architecture, such as .*, got 3"):
-        architecture_of(3)
-
-
-def test_our_own_are_found_without_looking_at_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(architecture, "entry_points", lambda group: pytest.fail("looked for packages"))
-    assert isinstance(architecture_named("batch_topk"), Architecture)
-    assert architecture_of(TrainConfig().arch).name == "topk"
-
-
-def test_two_parameters_of_one_name_are_refused_however_they_differ() -> None:
-    topk = architecture_named("topk")
-    twice = replace(topk, parameters=(*topk.parameters, Parameter("b_dec", (), "another one", trained=False)))
-    with pytest.raises(ConfigError, match="parameters of topk: expected each name once, got b_dec again"):
-        architecture.register(twice)
+    assert not found

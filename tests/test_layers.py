@@ -14,7 +14,7 @@ SRC = Path(__file__).parents[1] / "src" / "flashsae"
 
 ORDER = """
 errors precision architecture settings
-schema files documents shapes backend neutral profiling
+schema files documents shapes backend neutral profiling distributed
 ops
 metrics
 formats sae architectures optim testing

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from flashsae.architectures.batch_topk import BatchTopKSettings
     from flashsae.architectures.topk import TopKSettings
     from flashsae.evaluate.heldout import evaluate
-    from flashsae.sae import SAE, SAEConfig, SparseCode
+    from flashsae.ops import SparseCode
+    from flashsae.sae import SAE, SAEConfig
     from flashsae.settings.training import TrainConfig
     from flashsae.train.fit import fit
 
@@ -47,7 +48,7 @@ _HOMES = {
     "register": "architecture",
     "SAE": "sae",
     "SAEConfig": "sae",
-    "SparseCode": "sae",
+    "SparseCode": "ops",
     "TrainConfig": "settings",
     "evaluate": "evaluate",
     "fit": "train",

@@ -8,7 +8,7 @@ entry point "flashsae.architectures" of a package (docs/adding-an-architecture.m
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from flashsae.ops.code import SparseCode
     from flashsae.sae.module import SAE
-    from flashsae.sae.step import Step  # type: ignore[import-not-found]
+    from flashsae.sae.step import Step
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,23 @@ class Architecture:
     def sites(self) -> tuple[str, ...]:
         """Every site once, those that are read first."""
         return tuple(dict.fromkeys((*self.reads, *self.writes)))
+
+    def sites_of(self, batch: Iterable[str]) -> tuple[list[str], list[str]]:
+        """Return which sites of a batch are read and which are written.
+
+        Args:
+            batch: names of its sites, whatever they are called, in the order of `sites`.
+        Raises:
+            ConfigError: there are more or fewer.
+        """
+        named = list(batch)
+        if len(named) != len(self.sites):
+            raise ConfigError(
+                f"{self.title} takes the activations of {len(self.sites)} ({', '.join(self.sites)}), got those of "
+                f"{len(named)} ({', '.join(named)})."
+            )
+        names = dict(zip(self.sites, named))
+        return [names[site] for site in self.reads], [names[site] for site in self.writes]
 
 
 AUTOENCODER = (
@@ -254,7 +271,7 @@ def architecture_of(settings: object) -> Architecture:
     )
 
 
-def settings_of(arch: object, **given: Any) -> Any:
+def settings_of(arch: object, /, **given: Any) -> Any:
     """Return the settings that somebody asks for.
 
     Args:

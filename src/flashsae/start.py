@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import fields
 from itertools import chain, count
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from rich import box
 from rich.table import Table
 
 from flashsae import files
-from flashsae.architecture import architecture_of
 from flashsae.backend import check_single_process, check_variables, resolve_device
 from flashsae.data.models import model_place
 from flashsae.data.open import Prepared, prepare_activations, run_name
@@ -25,7 +23,6 @@ from flashsae.logs.trackers import check_logger
 from flashsae.metrics import METRICS
 from flashsae.settings.reading import MINILM
 from flashsae.settings.run import CONFIG_FILE, RunConfig
-from flashsae.settings.training import TrainConfig
 from flashsae.train.plan import check_memory, check_selection, make_plan, repeats_warning
 
 RUNS = Path("runs")
@@ -152,7 +149,7 @@ def plan_table(config: RunConfig, prepared: Prepared, run: Path) -> Table:
         "model": f"{prepared.config.model} at {', '.join(prepared.widths)}, d_in {settings.d_in}",
         "text": prepared.source,
         "SAE": (f"{n} SAEs, one after another, each: " if n > 1 else "")
-        + f"{_named(settings)}: {plan.parameters:,} parameters",
+        + f"{settings.described}: {plan.parameters:,} parameters",
         "training": f"{settings.tokens:,} tokens in {plan.steps:,} steps of {settings.batch_tokens:,}, "
         f"learning rate {settings.lr:.2g}{_repeats(settings.tokens, prepared)}",
         METRICS["dead_latents"].label: f"after {settings.dead_after_tokens:,} tokens in which they are not active; "
@@ -167,17 +164,6 @@ def plan_table(config: RunConfig, prepared: Prepared, run: Path) -> Table:
     if prepared.cache_bytes:
         rows["disk"] = f"{prepared.cache_bytes / 1e9:.2f} GB at most for the cache" + _disk_warning(prepared, run)
     return table("Plan", rows)
-
-
-def _named(config: TrainConfig) -> str:
-    """Return the architecture with its settings and sizes."""
-    own = {each.name: getattr(config.arch, each.name) for each in fields(config.arch)}
-    title = architecture_of(config.arch).title
-    return ", ".join([title, *(f"{name} {_written(value)}" for name, value in {"d_sae": config.d_sae, **own}.items())])
-
-
-def _written(value: object) -> str:
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
 def check_rows(config: RunConfig, prepared: Prepared) -> None:

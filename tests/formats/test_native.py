@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from flashsae import SAE, SAEConfig
+from flashsae import SAE, BatchTopKSettings, SAEConfig
 from flashsae.documents import sealed
-from flashsae.errors import CheckpointError, ConfigError, FlashSAEError, StorageError
+from flashsae.errors import CheckpointError, ConfigError, FlashSAEError, ShapeError, StorageError
+from flashsae.sae import load_extras
 from helpers import kill
 
 OLD, NEW = SAE(SAEConfig(3, 5, 2), seed=0), SAE(SAEConfig(3, 5, 2), seed=1)
@@ -64,13 +65,18 @@ def test_replacing_an_sae_deletes_nothing_else(tmp_path: Path) -> None:
 WRONG = [None, "x", "../x", -1, 0, 1.5, 10**30, True, [], {}, float("nan")]
 
 
-@pytest.mark.parametrize("name", ["format", "format_version", "architecture", "dtype", "d_in", "d_sae", "k", "sha256"])
+FIELDS = ("architecture", "settings", "apply_b_dec_to_input", "dtype", "d_in", "d_out", "d_sae", "sha256")
+
+
+@pytest.mark.parametrize("name", ["format", "format_version", *FIELDS])
 @pytest.mark.parametrize("seal", [True, False])
 def test_each_field_of_each_wrong_kind_is_one_sentence(name: str, seal: bool, tmp_path: Path) -> None:
     OLD.save(tmp_path / "sae")
     path = tmp_path / "sae" / "flashsae.json"
     good = json.loads(path.read_text())
     for wrong in [*WRONG, ...]:
+        if wrong is good[name]:
+            continue
         edited = {key: value for key, value in {**good, name: wrong}.items() if value is not ...}
         path.write_text(json.dumps(sealed(edited) if seal else edited))
         with pytest.raises(CheckpointError):
@@ -113,13 +119,61 @@ def test_a_device_that_is_not_here_is_one_sentence(tmp_path: Path) -> None:
         SAE.load(tmp_path / "sae", device="cuda:77")
 
 
-def test_what_version_0_1_wrote_is_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("seal", [True, False])
+def test_what_version_1_wrote_is_read(seal: bool, tmp_path: Path) -> None:
     OLD.save(tmp_path / "sae")
     path = tmp_path / "sae" / "flashsae.json"
-    content = json.loads(path.read_text())
-    del content["crc32"]
-    path.write_text(json.dumps(content))
-    assert SAE.load(tmp_path / "sae").config == OLD.config
+    new = json.loads(path.read_text())
+    same = {
+        name: new[name] for name in ("format", "flashsae_version", "architecture", "dtype", "d_in", "d_sae", "sha256")
+    }
+    old = {**same, "format_version": 1, "k": 2, "metadata": {"hookpoint": "layers.3"}}
+    path.write_text(json.dumps(sealed(old) if seal else old))
+    loaded = SAE.load(tmp_path / "sae")
+    assert loaded.config == OLD.config
+    assert torch.equal(loaded.W_dec, OLD.W_dec)
+    for wrong in ({"k": 6}, {"k": 0}, {"k": None}, {"architecture": "batch_topk"}, {"d_in": 4}):
+        path.write_text(json.dumps(sealed({**old, **wrong}) if seal else {**old, **wrong}))
+        with pytest.raises(CheckpointError):
+            SAE.load(tmp_path / "sae")
+
+
+def test_any_architecture_is_written_with_its_settings_and_parameters(tmp_path: Path) -> None:
+    sae = SAE(SAEConfig(3, 6, arch=BatchTopKSettings(2)), dtype=torch.float64)
+    sae.threshold.fill_(0.25)
+    density = torch.rand(6)
+    sae.save(tmp_path / "sae", extras={"latent_density": density})
+    content = json.loads((tmp_path / "sae" / "flashsae.json").read_text())
+    assert {name: content[name] for name in FIELDS[:-1]} == {
+        "architecture": "batch_topk",
+        "settings": {"k": 2},
+        "apply_b_dec_to_input": True,
+        "dtype": "float64",
+        "d_in": 3,
+        "d_out": 3,
+        "d_sae": 6,
+    }
+    loaded = SAE.load(tmp_path / "sae")
+    assert (loaded.config, loaded.training) == (sae.config, False)
+    for name, tensor in sae.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+    assert torch.equal(load_extras(tmp_path / "sae")["latent_density"], density)
+    with pytest.raises(ShapeError, match=r"extras: latent_density: expected the shape \[6\], got \[5\]"):
+        sae.save(tmp_path / "other", extras={"latent_density": density[:5]})
+
+
+def test_an_architecture_that_is_not_known_here_is_one_sentence(tmp_path: Path) -> None:
+    OLD.save(tmp_path / "sae")
+    path = tmp_path / "sae" / "flashsae.json"
+    content = {**json.loads(path.read_text()), "architecture": "theirs"}
+    path.write_text(json.dumps(sealed(content)))
+    with pytest.raises(
+        CheckpointError, match=r"sae cannot be read here: arch: expected one of .* got 'theirs'\. One of"
+    ):
+        SAE.load(tmp_path / "sae")
+    path.write_text(json.dumps(sealed({**content, "architecture": "topk", "settings": {"k": 2, "slope": 1}})))
+    with pytest.raises(CheckpointError, match="slope: topk has no such setting; it has k"):
+        SAE.load(tmp_path / "sae")
 
 
 def test_saved_weights_obey_the_umask(tmp_path: Path) -> None:

@@ -179,9 +179,9 @@ def _edit(folder: Path, **changes: object) -> None:
     ("changes", "message"),
     [
         ({"format": "other"}, "is something else: expected the format 'flashsae.sae'"),
-        ({"format_version": 99}, "has format version 99, this FlashSAE reads 1"),
-        ({"architecture": "relu"}, "is damaged: architecture: expected one of topk, got 'relu'"),
-        ({"k": None}, "is damaged: k: expected a whole number, got nothing"),
+        ({"format_version": 99}, "has format version 99, this FlashSAE reads 2"),
+        ({"architecture": "relu"}, "cannot be read here: arch: expected one of .*, got 'relu'"),
+        ({"settings": None}, "is damaged: settings: expected a value, got nothing"),
         ({"d_in": "x", "k": 1.5}, "is damaged: d_in: expected a whole number, got 'x'"),
         ({"dtype": "floa|32"}, r"is damaged: dtype: expected one of float32, .* got 'floa\|32'"),
         ({"sha256": "0"}, "flashsae.safetensors is damaged: its checksum"),
@@ -214,7 +214,7 @@ def test_bad_input_is_named(sae: SAE) -> None:
         sae(torch.zeros(3, 11))
     with pytest.raises(DtypeError, match=r"x: expected a float tensor, got torch\.int64"):
         sae(torch.zeros(3, 12, dtype=torch.int64))
-    with pytest.raises(ConfigError, match="k: expected 1 <= k <= 4"):
+    with pytest.raises(ConfigError, match="k: expected k <= d_sae = 4, got 5"):
         SAEConfig(d_in=3, d_sae=4, k=5)
     with pytest.raises(ConfigError, match="d_in: expected a positive int, got 0"):
         SAEConfig(d_in=0, d_sae=4, k=2)

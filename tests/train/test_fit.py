@@ -313,9 +313,7 @@ def test_batches_of_one_token_train() -> None:
 def test_progress_begins_with_what_will_be_done(capsys: pytest.CaptureFixture[str]) -> None:
     flashsae.fit(X, d_sae=16, k=3, config=SMALL)
     said = capsys.readouterr().err
-    assert (
-        "TopK SAE, d_in 8, d_sae 16, k 3, on cpu: 1,920 tokens (each of the 640 in x about 3 times) in 30 steps" in said
-    )
+    assert "TopK, d_sae 16, k 3, d_in 8, on cpu: 1,920 tokens (each of the 640 in x about 3 times) in 30 steps" in said
     assert "shuffle buffer" not in said
 
 

@@ -17,10 +17,10 @@ from flashsae.ops import materialize
 from flashsae.ops.adam_rows.reference import merge_halves
 from flashsae.ops.validate import Precision
 from flashsae.optim import FactoredAdam, lr_factor
+from flashsae.sae.dead import Bounds
 from flashsae.testing import DenseTrainer
 from flashsae.train import TrainState, init_state, train, train_step
 from flashsae.train.checkpoint import list_checkpoints, save_checkpoint
-from flashsae.train.dead import Bounds
 from flashsae.train.state import to_checkpoint
 
 MODEL = SuperpositionModel(16, 40, active=3.0)
@@ -111,8 +111,8 @@ def test_halves_and_narrow_moments_resume_bit_for_bit(
     bits = _bits(whole)
     assert _equal(_bits(resumed), bits)
     assert bits["sae.W_dec"].dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
-    assert bits["adam.0.exp_avg"].dtype == (torch.bfloat16 if moments == "bf16" else torch.float32)
-    assert ("adam.0.low" in bits) == (precision == "bf16")
+    assert bits["adam.W_dec.exp_avg"].dtype == (torch.bfloat16 if moments == "bf16" else torch.float32)
+    assert ("adam.W_dec.low" in bits) == (precision == "bf16")
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])

@@ -15,11 +15,11 @@ from flashsae.bench.timing import float32_products
 from flashsae.data.shuffle import Batches
 from flashsae.ops.validate import Precision
 from flashsae.optim import FactoredAdam
+from flashsae.sae.dead import DeadLatents
 from flashsae.sae.losses import token_variance
 from flashsae.sae.module import SAE, SAEConfig
 from flashsae.testing import UnitNormAdam
 from flashsae.train.config import TrainConfig
-from flashsae.train.dead import DeadLatents
 from flashsae.train.graph import CapturedSteps
 from flashsae.train.loop import train_step
 from flashsae.train.state import TrainState, build_optimizer
@@ -132,7 +132,7 @@ def make_config(problem: Problem, variant: Variant) -> TrainConfig:
 def make_state(problem: Problem, config: TrainConfig, build_optimizer: BuildOptimizer = build_optimizer) -> TrainState:
     """Return the state of a training that starts from the weights of a float32 problem, without data."""
     shape = problem.shape
-    sae = SAE(SAEConfig(shape.d_in, shape.d_sae, shape.k), seed=None, device=problem.device)
+    sae = SAE(SAEConfig(shape.d_in, shape.d_sae, arch=config.arch), seed=None, device=problem.device)
     sae.precision = config.precision
     with torch.no_grad():
         for name, value in problem.params.items():

@@ -1,4 +1,8 @@
-"""A saved SAE on disk: flashsae.json says what flashsae.safetensors holds, and carries the checksums of both."""
+"""Our own format: flashsae.json says what flashsae.safetensors holds, and carries the checksums of both.
+
+Version 2 holds any architecture: its name, its settings, every parameter by name, and what else is known of latents.
+Version 1, which held TopK alone, is still read.
+"""
 
 from __future__ import annotations
 
@@ -15,40 +19,77 @@ import torch
 from torch import Tensor
 
 from flashsae import files
-from flashsae.documents import load_document, load_tensors, sealed
+from flashsae.documents import load_document, load_json, load_tensors, sealed
 from flashsae.errors import CheckpointError, ConfigError, StorageError
-from flashsae.schema import Size
+from flashsae.schema import Name, Size
 
 FORMAT = "flashsae.sae"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _CONFIG_FILE = "flashsae.json"
 _WEIGHTS_FILE = "flashsae.safetensors"
+_EXTRA = "extra."
 _OF_SYSTEMS = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
 """What file browsers leave in a folder that was opened."""
 _ADVICE = "Copy or save the SAE again."
+_Dtype = Literal["float32", "float64", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
 class Description:
     """The content of flashsae.json."""
 
-    architecture: Literal["topk"]
-    dtype: Literal["float32", "float64", "bfloat16", "float16"]
+    architecture: Name
+    settings: dict[str, Any]
+    """Of the architecture, by name."""
+    apply_b_dec_to_input: bool
+    dtype: _Dtype
     d_in: Size
+    d_out: Size
     d_sae: Size
-    k: Size
     sha256: str
     """Of the weights."""
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
-def write_sae(directory: Path, tensors: Mapping[str, Tensor], content: Mapping[str, Any], *, overwrite: bool) -> None:
+@dataclass(frozen=True)
+class _DescriptionOfVersion1:
+    architecture: Literal["topk"]
+    dtype: _Dtype
+    d_in: Size
+    d_sae: Size
+    k: Size
+    sha256: str
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def upgraded(self) -> Description:
+        return Description(
+            self.architecture,
+            {"k": self.k},
+            True,
+            self.dtype,
+            self.d_in,
+            self.d_in,
+            self.d_sae,
+            self.sha256,
+            self.metadata,
+        )
+
+
+def write(
+    directory: Path,
+    tensors: Mapping[str, Tensor],
+    content: Mapping[str, Any],
+    extras: Mapping[str, Tensor],
+    *,
+    overwrite: bool,
+) -> None:
     """Write the folder of an SAE, all or nothing.
 
     Args:
         directory: must not exist, unless `overwrite` and it holds an SAE and nothing else.
-        tensors: the weights.
+        tensors: every parameter by name.
         content: of flashsae.json, without what is the same for all: see `Description`.
+        extras: by name, [d_sae] each: what is known of every latent.
         overwrite: replace an SAE that is there.
     Raises:
         ConfigError: the metadata are nothing that JSON holds.
@@ -64,7 +105,8 @@ def write_sae(directory: Path, tensors: Mapping[str, Tensor], content: Mapping[s
     if overwrite and directory.exists():
         _check_replaceable(directory)
     with files.atomic_directory(directory, overwrite=overwrite) as folder:
-        files.save_tensors(folder / _WEIGHTS_FILE, tensors)
+        named = {_EXTRA + name: tensor for name, tensor in extras.items()}
+        files.save_tensors(folder / _WEIGHTS_FILE, {**tensors, **named})
         description["sha256"] = files.sha256(folder / _WEIGHTS_FILE)
         (folder / _CONFIG_FILE).write_text(json.dumps(sealed(description), indent=2) + "\n", "utf-8")
 
@@ -83,25 +125,49 @@ def _check_replaceable(directory: Path) -> None:
         )
 
 
-def read_sae(folder: Path) -> tuple[Description, dict[str, Tensor]]:
-    """Return the description and the weights of a saved SAE, both checked, and that they fit each other.
+def read(folder: Path) -> tuple[Description, dict[str, Tensor]]:
+    """Return the description and the parameters of a saved SAE, each checked; not yet that they fit each other.
 
     Raises:
         CheckpointError: the folder holds no FlashSAE SAE, a damaged one, or one of a newer format.
     """
+    description, tensors = _read_all(folder)
+    return description, {name: tensor for name, tensor in tensors.items() if not name.startswith(_EXTRA)}
+
+
+def read_extras(folder: Path) -> dict[str, Tensor]:
+    """Return what is known of every latent, by name: [d_sae] each.
+
+    Raises:
+        CheckpointError: as `read`.
+    """
+    _, tensors = _read_all(folder)
+    return {name.removeprefix(_EXTRA): tensor for name, tensor in tensors.items() if name.startswith(_EXTRA)}
+
+
+def _read_all(folder: Path) -> tuple[Description, dict[str, Tensor]]:
     description = read_description(folder)
     files.check_sha256(folder / _WEIGHTS_FILE, description.sha256, _CONFIG_FILE, _ADVICE)
-    tensors = load_tensors(folder / _WEIGHTS_FILE)
-    d_in, d_sae = description.d_in, description.d_sae
-    shapes = {"W_enc_T": [d_sae, d_in], "b_enc": [d_sae], "W_dec": [d_sae, d_in], "b_dec": [d_in]}
-    expected = {name: f"{description.dtype} {shape}" for name, shape in shapes.items()}
-    found = {name: f"{_name(tensor.dtype)} {list(tensor.shape)}" for name, tensor in tensors.items()}
+    return description, load_tensors(folder / _WEIGHTS_FILE)
+
+
+def check_tensors(folder: Path, tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError unless the tensors of a saved SAE are those that its description calls for.
+
+    Args:
+        folder: for the message.
+        tensors: as `read` returned them.
+        like: tensors of the names, shapes and dtypes that they must have.
+    """
+    expected, found = (
+        {name: f"{_name(tensor.dtype)} {list(tensor.shape)}" for name, tensor in each.items()}
+        for each in (like, tensors)
+    )
     if expected != found:
         raise CheckpointError(
             f"{folder / _WEIGHTS_FILE} does not fit {_CONFIG_FILE}: expected tensors {_listed(expected)}, got "
             f"{_listed(found)}. Save the SAE again."
         )
-    return description, tensors
 
 
 def read_description(folder: Path) -> Description:
@@ -119,10 +185,10 @@ def read_description(folder: Path) -> Description:
         raise CheckpointError(
             f"{folder} holds no FlashSAE SAE: expected {_CONFIG_FILE} in it, found {found or 'nothing'}."
         )
-    description = load_document(path, Description, head=(FORMAT, FORMAT_VERSION), advice=_ADVICE)
-    if description.k > description.d_sae:
-        raise CheckpointError(f"{path} is damaged: expected k <= d_sae, got k = {description.k}. {_ADVICE}")
-    return description
+    content = load_json(path, _ADVICE)
+    if isinstance(content, dict) and content.get("format_version") is not True and content.get("format_version") == 1:
+        return load_document(path, _DescriptionOfVersion1, head=(FORMAT, 1), advice=_ADVICE).upgraded()
+    return load_document(path, Description, head=(FORMAT, FORMAT_VERSION), advice=_ADVICE)
 
 
 def _plain_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -308,6 +308,10 @@ class FactoredAdam(torch.optim.Optimizer):
             out.copy_(merge_halves(high_rows, low_rows))
         return whole
 
+    def is_split(self, parameter: Tensor) -> bool:
+        """Tell whether a parameter is kept in two halves of 16 bits, of which it holds the upper ones."""
+        return "low" in self.state.get(parameter, {})
+
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
 

@@ -1,7 +1,19 @@
-"""Modules and losses built from `flashsae.ops`."""
+"""The SAE as a module, and the pieces that a training loop of one's own needs."""
 
-from flashsae.ops.code import SparseCode
+from flashsae.sae.dead import DeadLatents, DeadRows, auxk_loss
 from flashsae.sae.losses import fvu_weights, token_variance
-from flashsae.sae.module import SAE, SAEConfig
+from flashsae.sae.module import SAE, SAEConfig, initialize, load_extras
+from flashsae.sae.step import Step
 
-__all__ = ["SAE", "SAEConfig", "SparseCode", "fvu_weights", "token_variance"]
+__all__ = [
+    "SAE",
+    "DeadLatents",
+    "DeadRows",
+    "SAEConfig",
+    "Step",
+    "auxk_loss",
+    "fvu_weights",
+    "initialize",
+    "load_extras",
+    "token_variance",
+]

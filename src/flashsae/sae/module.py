@@ -1,4 +1,4 @@
-"""The TopK sparse autoencoder as a module built from `flashsae.ops`."""
+"""The SAE as a module: parameters from the table of its architecture, codes from its selection."""
 
 from __future__ import annotations
 
@@ -6,63 +6,99 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flashsae import ops
+from flashsae.architecture import Architecture, Parameter, architecture_of, settings_of
 from flashsae.backend import resolve_device
-from flashsae.errors import ConfigError, DtypeError, ShapeError
-from flashsae.formats.native import read_sae, write_sae
+from flashsae.errors import CheckpointError, ConfigError, DtypeError, ShapeError
+from flashsae.formats import native
 from flashsae.ops.register import isolated
-from flashsae.ops.validate import FLOATS, Precision, as_int, check_float, check_k, check_ordinary, check_shape
+from flashsae.ops.validate import FLOATS, Precision, as_int, check_float, check_ordinary, check_shape
 from flashsae.settings.kinds import check, expand
+from flashsae.settings.left_open import check_bounds
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class SAEConfig:
-    """What defines a TopK SAE besides its weights.
+    """What defines an SAE besides its weights.
 
     Args:
-        d_in: width of the activations.
+        d_in: width of the activations that go in; of all sites together, where they are several.
         d_sae: number of latents.
-        k: latents kept for each token.
+        k: of a TopK SAE, for short: SAEConfig(768, 16384, 32). Nothing beside `arch`.
+        arch: settings of its architecture, such as `flashsae.BatchTopKSettings(k=32)`.
+        d_out: width of what is reconstructed; None is d_in.
     Raises:
-        ConfigError: a size is not positive, or k > d_sae.
+        ConfigError: a size is not positive, or fewer than the latents that a token selects.
         DtypeError: it is no integer; those of NumPy are.
     """
 
     d_in: int
     d_sae: int
-    k: int
+    arch: Any
+    d_out: int
 
-    def __post_init__(self) -> None:
-        sizes = {name: as_int(name, getattr(self, name)) for name in ("d_in", "d_sae")}
-        for name, size in sizes.items():
+    def __init__(
+        self, d_in: int, d_sae: int, k: int | None = None, *, arch: object = None, d_out: int | None = None
+    ) -> None:
+        if (k is None) == (arch is None):
+            raise ConfigError("arch: expected either k, which makes a TopK SAE, or the settings of an architecture.")
+        given = {"d_in": d_in, "d_sae": d_sae, "d_out": d_in if d_out is None else d_out}
+        for name, value in given.items():
+            size = as_int(name, value)
             if size < 1:
                 raise ConfigError(f"{name}: expected a positive int, got {size}.")
-        for name, value in {**sizes, "k": check_k(self.k, sizes["d_sae"])}.items():
-            object.__setattr__(self, name, value)
+            object.__setattr__(self, name, size)
+        settings = settings_of("topk", k=as_int("k", k)) if arch is None else settings_of(arch)
+        object.__setattr__(self, "arch", settings)
+        check_bounds(settings, self)
+        if self.d_out != self.d_in and self.architecture.writes == self.architecture.reads:
+            raise ConfigError(f"d_out: {self.architecture.title} reconstructs what it reads: leave it out.")
+
+    @property
+    def architecture(self) -> Architecture:
+        """What the settings are those of."""
+        return architecture_of(self.arch)
+
+    @property
+    def k(self) -> int:
+        """The setting k of the architecture; AttributeError where it has none."""
+        k: int = self.arch.k
+        return k
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What the shapes of parameters are made of."""
+        return {"d_in": self.d_in, "d_out": self.d_out, "d_sae": self.d_sae}
 
 
 class SAE(nn.Module):
-    """TopK sparse autoencoder.
+    """A sparse autoencoder, or a relative of one: what its architecture says.
 
-        top_acts = relu(the k largest of (x − b_dec) @ W_enc + b_enc)
-        x_hat = Σ top_acts · their rows of W_dec + b_dec
+        code = architecture.encode(x)
+        x_hat = Σ over active latents of activation · their rows of W_dec + b_dec
 
-    The rows of W_dec start as random unit vectors and W_enc as its transpose; both biases start at 0. Leading
-    dimensions of x are free: [..., d_in].
+    Parameters stand in the table of the architecture. The rows of W_dec start as random unit vectors and W_enc as its
+    transpose; biases start at 0. Leading dimensions of x are free: [..., d_in]. As for any module, `train()` and
+    `eval()` tell training from inference, for architectures where they differ.
 
     Args:
-        config: sizes.
-        seed: of the initial weights; None leaves W_enc_T and W_dec without values, to be loaded.
+        config: sizes and architecture.
+        seed: of the initial weights; None leaves parameters without values, to be loaded.
         dtype: of the parameters.
         device: of the parameters, whatever the default device is. Initial weights are the same on every device.
-    Source: Gao et al. 2024, section 2.3 and appendix A.1.
+    Source: Gao et al. 2024, section 2.3 and appendix A.1, for how an SAE starts.
     """
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Return a parameter of the table: which there are is known when an SAE is made."""
 
     def __init__(
         self,
@@ -83,27 +119,30 @@ class SAE(nn.Module):
             reason = str(error).splitlines()[0]
             raise ConfigError(f"device: expected one that exists here, got {str(device)!r} ({reason}).") from error
         self.config = config
+        self.architecture = config.architecture
         self.precision: Precision | None = None
-        """Of products, as in `flashsae.ops.encode`; not saved. None: what fits the dtype of the weights."""
-        if seed is None:
-            rows = torch.empty(config.d_sae, config.d_in, dtype=dtype, device=device)
-        else:
-            rows = _unit_rows(config.d_sae, config.d_in, as_int("seed", seed), dtype).to(device)
-        self.W_enc_T = nn.Parameter(rows.clone())
-        self.b_enc = nn.Parameter(torch.zeros(config.d_sae, dtype=dtype, device=device))
-        self.W_dec = nn.Parameter(rows)
-        self.b_dec = nn.Parameter(torch.zeros(config.d_in, dtype=dtype, device=device))
+        """Of products, as in `flashsae.ops.encode_topk`; not saved. None: what fits the dtype of the weights."""
+        table = self.architecture.parameters
+        values = _initial(table, config.sizes, None if seed is None else as_int("seed", seed), dtype, device)
+        for row in table:
+            if row.trained:
+                self.register_parameter(row.name, nn.Parameter(values[row.name]))
+            else:
+                self.register_buffer(row.name, values[row.name])
 
     @property
     def W_enc(self) -> Tensor:
         """The encoder as the field writes it: [d_in, d_sae], a view of W_enc_T."""
-        return self.W_enc_T.T
+        W_enc: Tensor = self.W_enc_T.T
+        return W_enc
 
     def extra_repr(self) -> str:
         """Return what stands between the brackets of repr(sae)."""
         config, weights = self.config, self.W_dec
         dtype = str(weights.dtype).removeprefix("torch.")
-        return f"TopK, d_in={config.d_in}, d_sae={config.d_sae}, k={config.k}, {dtype}, {weights.device}"
+        width = f"d_in={config.d_in}" + (f", d_out={config.d_out}" if config.d_out != config.d_in else "")
+        settings = "".join(f", {name}={value}" for name, value in asdict(config.arch).items())
+        return f"{self.architecture.title}, {width}, d_sae={config.d_sae}{settings}, {dtype}, {weights.device}"
 
     def encode(self, x: Tensor) -> ops.SparseCode:
         """Return the code of some tokens.
@@ -111,28 +150,26 @@ class SAE(nn.Module):
         Args:
             x: [..., d_in], float; converted to the dtype of the parameters.
         Returns:
-            a code of shape [..., k].
+            a code of the shape [...].
         Raises:
             ShapeError, DtypeError: x does not fit.
         """
-        code = ops.encode_topk(
-            self._flat(x), self.W_enc_T, self.b_enc, self.config.k, b_dec=self.b_dec, precision=self.precision
-        )
-        return ops.SparseCode(code.pattern, code.acts.relu(), tuple(x.shape[:-1]))
+        code = self.architecture.encode(self, self._flat(x))
+        return ops.SparseCode(code.pattern, code.acts, tuple(x.shape[:-1]))
 
     def decode(self, code: ops.SparseCode, *, bias: bool = True) -> Tensor:
-        """Return the reconstruction [..., d_in] of a code of shape [..., k]; without b_dec if `bias` is False."""
+        """Return the reconstruction [..., d_out] of a code of the shape [...]; without b_dec if `bias` is False."""
         x_hat = ops.decode(code, self.W_dec, self.b_dec if bias else None, precision=self.precision)
-        return x_hat.view(*code.shape, self.config.d_in)
+        return x_hat.view(*code.shape, self.config.d_out)
 
     def decode_loss(
         self, code: ops.SparseCode, target: Tensor, *, token_weights: Tensor | None = None
     ) -> ops.DecodeLoss:
-        """Return the squared error of the reconstruction: `flashsae.ops.decode_loss` of a code of shape [B, k].
+        """Return the squared error of the reconstruction: `flashsae.ops.decode_loss` of the code of B tokens.
 
         Args:
             code: of B tokens.
-            target: [B, d_in], float; x itself.
+            target: [B, d_out], float; x itself for an autoencoder.
             token_weights: [B], as from `flashsae.sae.fvu_weights`.
         """
         return ops.decode_loss(
@@ -140,7 +177,7 @@ class SAE(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the reconstruction of x: [..., d_in] -> [..., d_in]."""
+        """Return the reconstruction of x: [..., d_in] -> [..., d_out]."""
         return self.decode(self.encode(x))
 
     def _flat(self, x: Tensor) -> Tensor:
@@ -155,33 +192,28 @@ class SAE(nn.Module):
 
     @isolated
     @torch.no_grad()
-    def initialize_from(self, x: Tensor) -> None:
-        """Set b_dec to the mean of some activations, and scale the encoder so that x_hat has the length that fits best.
-
-        With random directions the first reconstruction points the right way but may be far too long or too short;
-        one number, the least-squares fit over these tokens, puts that right.
+    def initialize_from(self, x: Tensor, target: Tensor | None = None) -> None:
+        """Set the parameters by some activations, as the architecture does it: by default as `flashsae.sae.initialize`.
 
         Args:
             x: [tokens, d_in], float; some thousands of training tokens.
+            target: [tokens, d_out], what is to be reconstructed; None is x.
         Raises:
-            ShapeError, DtypeError: x does not fit, or holds no token.
+            ShapeError, DtypeError: x or target does not fit, or holds no token.
         """
-        check_shape("x", x, ("tokens", self.config.d_in))
-        check_float("x", x)
-        if len(x) == 0:
-            raise ShapeError("x: expected at least one token, got none.")
-        self.b_dec.copy_(x.mean(0, dtype=torch.float64))
-        x_hat = self.decode(self.encode(x), bias=False).double()
-        centered = x.double() - self.b_dec.double()
-        scale = (centered * x_hat).sum() / x_hat.square().sum().clamp_min(1e-300)
-        if scale > 0:
-            self.W_enc_T.mul_(scale.to(self.W_enc_T.dtype))
+        target = x if target is None else target
+        for name, tokens, width in (("x", x, self.config.d_in), ("target", target, self.config.d_out)):
+            check_shape(name, tokens, ("tokens", width))
+            check_float(name, tokens)
+            if len(tokens) == 0:
+                raise ShapeError(f"{name}: expected at least one token, got none.")
+        (self.architecture.initialize or initialize)(self, x, target)
 
     @torch.no_grad()
     def rescaled(self, factor: float) -> SAE:
         """Return the SAE that does to x what this one does to factor · x: rescaled(x) = self(factor · x) / factor.
 
-        Selection and directions stay; biases and values of latents are divided by `factor`. Shares W_enc_T and W_dec.
+        Selection and directions stay; biases and values of latents are divided by `factor`. Shares what stays.
 
         Args:
             factor: a positive number.
@@ -191,67 +223,146 @@ class SAE(nn.Module):
         if not isinstance(factor, int | float) or not 0 < factor < math.inf:
             raise ConfigError(f"factor: expected a positive number, got {factor!r}.")
         other = SAE(self.config, seed=None, dtype=self.W_dec.dtype, device="meta")
+        powers = {row.name: row.power for row in self.architecture.parameters}
         other.load_state_dict(
-            {"W_enc_T": self.W_enc_T, "b_enc": self.b_enc / factor, "W_dec": self.W_dec, "b_dec": self.b_dec / factor},
+            {
+                name: value / factor ** powers[name] if powers[name] else value
+                for name, value in self.state_dict().items()
+            },
             assign=True,
         )
         other.precision = self.precision
-        return other
+        return other.train(self.training)
 
     @isolated
     @torch.no_grad()
     def project_decoder_grad(self) -> None:
         """Remove from the gradient of each decoder row the part along the row, which only changes its norm."""
-        grad = self.W_dec.grad
-        if grad is not None:
-            grad.addcmul_((grad * self.W_dec).sum(1, keepdim=True), self.W_dec, value=-1)
+        for weights in self._unit_norm_weights():
+            grad = weights.grad
+            if grad is not None:
+                grad.addcmul_((grad * weights).sum(1, keepdim=True), weights, value=-1)
 
     @isolated
     @torch.no_grad()
     def normalize_decoder(self) -> None:
         """Scale each row of W_dec to unit norm."""
-        self.W_dec.div_(torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True).clamp_min(1e-30))
+        for weights in self._unit_norm_weights():
+            weights.div_(torch.linalg.vector_norm(weights, dim=1, keepdim=True).clamp_min(1e-30))
+
+    def _unit_norm_weights(self) -> list[Tensor]:
+        return [getattr(self, row.name) for row in self.architecture.parameters if row.unit_norm]
 
     def save(
-        self, directory: str | Path, *, metadata: Mapping[str, Any] | None = None, overwrite: bool = False
+        self,
+        directory: str | Path,
+        *,
+        metadata: Mapping[str, Any] | None = None,
+        extras: Mapping[str, Tensor] | None = None,
+        overwrite: bool = False,
     ) -> None:
         """Write the SAE to a folder, all or nothing: flashsae.json and flashsae.safetensors.
 
         Args:
             directory: must not exist, unless `overwrite`.
             metadata: anything JSON can hold: model, hookpoint, data set, metrics; a path is written as text.
+            extras: [d_sae] each: what is known of every latent, such as latent_density; read again by
+                `flashsae.sae.load_extras`.
             overwrite: replace the folder, if it holds an SAE and nothing else; behind a link, the folder it leads to.
         Raises:
             ConfigError: metadata hold what JSON cannot, such as NaN, overwrite is no bool, or directory is no path.
+            ShapeError: an extra is not [d_sae].
             StorageError: the folder exists, holds other files too, or cannot be written.
         """
         check("overwrite", overwrite, bool)
+        for name, extra in (extras or {}).items():
+            check_shape(f"extras: {name}", extra, (self.config.d_sae,))
         content = {
-            "architecture": "topk",
+            "architecture": self.architecture.name,
+            "settings": asdict(self.config.arch),
+            "apply_b_dec_to_input": self.architecture.subtracts_b_dec,
             "dtype": str(self.W_dec.dtype).removeprefix("torch."),
-            **asdict(self.config),
+            **self.config.sizes,
             "metadata": metadata or {},
         }
-        write_sae(expand(directory, "directory"), self.state_dict(), content, overwrite=overwrite)
+        native.write(expand(directory, "directory"), self.state_dict(), content, extras or {}, overwrite=overwrite)
 
     @classmethod
     def load(cls, directory: str | Path, *, device: torch.device | str = "cpu") -> SAE:
-        """Read an SAE that `save` wrote.
+        """Read an SAE that `save` wrote; it is in `eval()` mode.
 
         Raises:
-            CheckpointError: the folder holds no FlashSAE SAE, a damaged one, or one of a newer format.
+            CheckpointError: the folder holds no FlashSAE SAE, a damaged one, one of a newer format, or one of an
+                architecture that is not registered here.
             ConfigError: no such device here, or directory is no path.
         """
         target = resolve_device(str(device))
-        description, tensors = read_sae(expand(directory, "directory"))
-        config = SAEConfig(description.d_in, description.d_sae, description.k)
+        folder = expand(directory, "directory")
+        description, tensors = native.read(folder)
+        try:
+            arch = settings_of(description.architecture, **description.settings)
+            config = SAEConfig(description.d_in, description.d_sae, arch=arch, d_out=description.d_out)
+            if config.architecture.subtracts_b_dec != description.apply_b_dec_to_input:
+                raise ConfigError(f"{config.architecture.title} is not what wrote it: apply_b_dec_to_input differs.")
+        except ConfigError as error:
+            raise CheckpointError(f"{folder} cannot be read here: {error}") from error
         sae = cls(config, seed=None, dtype=getattr(torch, description.dtype), device="meta")
+        native.check_tensors(folder, tensors, sae.state_dict())
         sae.load_state_dict(tensors, assign=True)
-        return sae.to(target)
+        return sae.to(target).eval()
+
+
+def load_extras(directory: str | Path) -> dict[str, Tensor]:
+    """Read what a saved SAE says of every latent, by name: [d_sae] each; {} if nothing was saved.
+
+    Raises:
+        CheckpointError: the folder holds no FlashSAE SAE, or a damaged one.
+    """
+    return native.read_extras(expand(directory, "directory"))
 
 
 @isolated
-def _unit_rows(d_sae: int, d_in: int, seed: int, dtype: torch.dtype) -> Tensor:
-    rows = torch.empty(d_sae, d_in, dtype=dtype, device="cpu")
-    rows.normal_(generator=torch.Generator("cpu").manual_seed(seed))
-    return F.normalize(rows, dim=1)
+@torch.no_grad()
+def initialize(sae: SAE, x: Tensor, target: Tensor) -> None:
+    """Set b_dec to the mean of what is to be reconstructed, and scale the encoder so that x_hat has the best length.
+
+    With random directions the first reconstruction points the right way but may be far too long or too short; one
+    number, the least-squares fit over these tokens, puts that right.
+
+    Args:
+        sae: with parameters W_enc_T and b_dec.
+        x: [tokens, d_in].
+        target: [tokens, d_out].
+    """
+    sae.b_dec.copy_(target.mean(0, dtype=torch.float64))
+    x_hat = sae.decode(sae.encode(x), bias=False).double()
+    centered = target.double() - sae.b_dec.double()
+    scale = (centered * x_hat).sum() / x_hat.square().sum().clamp_min(1e-300)
+    if scale > 0:
+        sae.W_enc_T.mul_(scale.to(sae.W_enc_T.dtype))
+
+
+@isolated
+def _initial(
+    table: tuple[Parameter, ...],
+    sizes: Mapping[str, int],
+    seed: int | None,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> dict[str, Tensor]:
+    """Return the values that parameters start with, by name; without a seed weights have none."""
+    generator = None if seed is None else torch.Generator("cpu").manual_seed(seed)
+    values = {}
+    for row in table:
+        shape = row.sizes(sizes)
+        if not isinstance(row.initial, str):
+            values[row.name] = torch.full(shape, row.initial, dtype=dtype, device=device)
+        elif generator is None:
+            values[row.name] = torch.empty(shape, dtype=dtype, device=device)
+        elif row.initial == "unit_rows":
+            rows = torch.empty(shape, dtype=dtype, device="cpu").normal_(generator=generator)
+            values[row.name] = F.normalize(rows, dim=1).to(device)
+    for row in table:
+        if row.name not in values:
+            values[row.name] = values[str(row.initial)].clone()
+    return values

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -71,6 +71,7 @@ class TrainConfig:
         d_sae: Number of latents. Default: the next power of two from 8 x d_in.
         arch: Architecture of the SAE: its name, or its settings.
         d_in: Width that the activations must have. Default: as they come.
+        d_out: Width that what is reconstructed must have. Default: as it comes.
         tokens: Tokens to train on, repeats counted.
         batch_tokens: Tokens in a step; no more than tokens.
         precision: Of products on a GPU: float32 (certified: the latents chosen are those of float32 arithmetic), tf32,
@@ -100,6 +101,7 @@ class TrainConfig:
     d_sae: LeftOpen[PositiveInt] = left_open(lambda config: 1 << (8 * config.d_in - 1).bit_length(), kw_only=False)
     arch: Any = field(default=DEFAULT_ARCH, kw_only=True)
     d_in: LeftOpen[PositiveInt] = left_open()
+    d_out: LeftOpen[PositiveInt] = left_open()
     tokens: PositiveInt = field(default=1_500_000, kw_only=True)
     batch_tokens: Annotated[PositiveInt, AtMost("tokens")] = field(default=1024, kw_only=True)
     precision: Precision = field(default="float32", kw_only=True)
@@ -136,18 +138,30 @@ class TrainConfig:
         """Steps of the whole training."""
         return -(-self.tokens // self.batch_tokens)
 
-    def resolve(self, d_in: int) -> TrainConfig:
+    @property
+    def described(self) -> str:
+        """Architecture, sizes and the architecture's settings, for people; of filled settings."""
+        own = "".join(f", {each.name.replace('_', ' ')} {getattr(self.arch, each.name)}" for each in fields(self.arch))
+        return f"{architecture_of(self.arch).title}, d_sae {self.d_sae:,}{own}"
+
+    def resolve(self, widths: int | Mapping[str, int]) -> TrainConfig:
         """Return the settings with everything filled in that was left to be worked out.
 
         Args:
-            d_in: width of the activations.
+            widths: of the activations, by site, in the order in which the architecture names its sites; a number for
+                one site.
         Raises:
-            ConfigError: another width is asked for, or a setting is above its bound: k or k_aux > d_sae,
-                batch_tokens > tokens, or warmup_steps > steps.
+            ConfigError: other widths or another number of sites are asked for, or a setting is above its bound: k or
+                k_aux > d_sae, batch_tokens > tokens, or warmup_steps > steps.
         """
-        if self.d_in not in (None, d_in):
-            raise ConfigError(f"d_in: expected {d_in}, the width of the activations, got {self.d_in}.")
-        config = fill(replace(self, d_in=d_in))
+        by_site = {"x": widths} if isinstance(widths, int) else widths
+        d_in, d_out = (sum(by_site[site] for site in sites) for sites in architecture_of(self.arch).sites_of(by_site))
+        for name, there_is in (("d_in", d_in), ("d_out", d_out)):
+            if getattr(self, name) not in (None, there_is):
+                raise ConfigError(
+                    f"{name}: expected {there_is}, the width of the activations, got {getattr(self, name)}."
+                )
+        config = fill(replace(self, d_in=d_in, d_out=d_out))
         check_bounds(config.arch, config)
         return config
 

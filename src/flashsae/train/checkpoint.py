@@ -16,7 +16,7 @@ from flashsae.errors import CheckpointError
 from flashsae.schema import Count
 
 FORMAT = "flashsae.checkpoint"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 KEPT = 2
 """Checkpoints that a run keeps: the newest, and the one before it in case that one is damaged."""
 _MANIFEST = "manifest.json"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from warnings import warn
 
 import numpy as np
@@ -38,35 +39,39 @@ LEAST_TOKENS = 2_000_000
 
 @neutral()
 def fit(
-    x: Tensor | np.ndarray | Iterable[Tensor | np.ndarray],
+    x: Tensor | np.ndarray | Iterable[Tensor | np.ndarray] | Mapping[str, Tensor | np.ndarray],
     *,
     d_sae: int,
-    k: int,
+    k: int | None = None,
+    arch: Any = None,
     tokens: int | None = None,
     config: TrainConfig | None = None,
     run: str | Path | None = None,
     resume: bool = False,
     progress: bool = True,
 ) -> SAE:
-    """Train a TopK SAE on activations.
+    """Train an SAE on activations.
 
     What the caller has set for all of PyTorch (autocast, default dtype and device, gradient mode, ...) changes nothing.
 
     Args:
         x: [tokens, d_in], a float tensor, numpy array or memory-mapped array, read in random order; or any iterable
             of such batches (or of tuples and dicts of one, as a DataLoader gives), read in its order through a shuffle
-            buffer. d_in is taken from it. If it can be read only once and ends early, the training ends with it.
+            buffer. d_in is taken from it. If it can be read only once and ends early, the training ends with it. For an
+            architecture of several sites: a dict of arrays of the same tokens by site, or an iterable of such.
         d_sae: number of latents.
-        k: latents active for each token.
+        k: latents active for each token, of an architecture that has this setting. Default: 32.
+        arch: the architecture: its settings, or its name, of `flashsae.architecture.architecture_names()`. Default:
+            that of `config`.
         tokens: tokens to train on, repeats counted. Default: those of `config`; without one, ten
             times an array, at least 2 million.
-        config: every other setting; its d_sae, k and tokens give way to those above.
+        config: every other setting; its d_sae, arch, k and tokens give way to those above.
         run: folder for metrics.jsonl and checkpoints. Must not exist, unless `resume`; removed again by a training that
             fails before its first checkpoint. None writes nothing.
         resume: continue from the newest checkpoint in `run`, bit for bit, with the same x and settings.
         progress: say what will be done, and show a progress bar, on standard error.
     Returns:
-        the trained SAE, on the device it was trained on.
+        the trained SAE, in `eval()` mode, on the device it was trained on.
     Raises:
         ShapeError, DtypeError, ConfigError: an argument does not fit, or this is one of several processes.
         DataError: x is empty, does not vary, holds NaN or Inf or what float32 cannot hold, or ended before the first
@@ -82,50 +87,75 @@ def fit(
         check(name, value, bool)
     folder = None if run is None else expand(run, "run")
     if resume and run is None:
-        raise ConfigError("resume: expected run=FOLDER beside it, the folder to go on in.")
+        raise ConfigError("resume: expected run=FOLDER beside it, the folder to resume.")
     if config is not None and not isinstance(config, TrainConfig):
         raise ConfigError(f"config: expected a flashsae.TrainConfig, got {type(config).__name__}.")
-    source = ArraySource(x) if isinstance(x, Tensor | np.ndarray) else IterableSource(x)
-    is_by_default = tokens is None and config is None
-    if is_by_default:
-        if not isinstance(source, ArraySource):
-            raise ConfigError(
-                "tokens: expected a number, because the length of an iterable is not known. Give tokens=."
-            )
-        tokens = max(10 * len(source.split_rows("train")), LEAST_TOKENS)
+    source = ArraySource(x) if isinstance(x, Tensor | np.ndarray | Mapping) else IterableSource(x)
     base = config or TrainConfig()
     settings = replace(
-        base, d_sae=d_sae, arch=settings_of(DEFAULT_ARCH, k=k), tokens=base.tokens if tokens is None else tokens
-    ).resolve(source.d_in)
+        base,
+        d_sae=d_sae,
+        arch=_arch(arch, k, base),
+        tokens=tokens if tokens is not None else config.tokens if config is not None else _default_tokens(source),
+    ).resolve(source.widths)
     device = resolve_device(settings.device)
     check_selection(settings, device)
-    most, batch_tokens = settings.shuffle_tokens, settings.batch_tokens
-    buffered, buffer_bytes = 0, 0
-    if isinstance(source, IterableSource):
-        buffered = buffer_size(most, batch_tokens, settings.tokens)
-        buffer_bytes = buffered * source.row_bytes
-    check_memory(make_plan(settings, device, buffer_bytes), device)
-    batches = shuffled(source, batch_tokens, seed=settings.seed, buffer_tokens=most, tokens=settings.tokens)
-    if folder is not None:
-        if resume and not folder.exists():
-            raise CheckpointError(f"{folder} does not exist, so there is nothing to resume; leave out resume to start.")
-        if folder.exists() and not resume:
-            raise StorageError(f"{folder} exists already and is not overwritten; give resume=True or another folder.")
-        with storage_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-    checkpoints = None if folder is None else folder / "checkpoints"
+    buffered = _buffer_tokens(source, settings)
+    row_bytes = source.row_bytes if isinstance(source, IterableSource) else 0
+    check_memory(make_plan(settings, device, buffered * row_bytes), device)
+    batches = shuffled(
+        source,
+        settings.batch_tokens,
+        seed=settings.seed,
+        buffer_tokens=settings.shuffle_tokens,
+        tokens=settings.tokens,
+    )
     callbacks: list[Callback] = [Warn(_warn)] if folder is None else [Warn(_warn), JsonlLog(folder)]
+    if folder is not None:
+        _make_folder(folder, resume=resume)
     console = Console(stderr=True)
     if progress:
         told = _what_will_be_done(settings, batches.epoch_tokens, buffered, device)
         console.print(told, highlight=False, soft_wrap=True)
         callbacks.append(ProgressBar(console))
+    checkpoints = None if folder is None else folder / "checkpoints"
+    is_told = tokens is None and config is None
     with nullcontext() if folder is None else _working_in(folder, may_discard=not resume):
         with filling(console) if progress else nullcontext() as on_fill:
             state = init_state(settings, batches, device, checkpoints, on_fill)
-        sae = train(state, settings, callbacks=callbacks, checkpoints=checkpoints, is_told_of_repeats=is_by_default)
+        sae = train(state, settings, callbacks=callbacks, checkpoints=checkpoints, is_told_of_repeats=is_told)
         del state  # its memory may be needed for the whole weights
         return sae.to(device)
+
+
+def _arch(arch: Any, k: int | None, base: TrainConfig) -> Any:
+    """Return the settings of the architecture that are meant."""
+    own = {} if k is None else {"k": k}
+    if arch is not None:
+        return settings_of(arch, **own)
+    return replace(base.arch, **own) if not own or hasattr(base.arch, "k") else settings_of(DEFAULT_ARCH, **own)
+
+
+def _default_tokens(source: ArraySource | IterableSource) -> int:
+    if not isinstance(source, ArraySource):
+        raise ConfigError("tokens: expected a number, because the length of an iterable is not known. Give tokens=.")
+    return max(10 * len(source.split_rows("train")), LEAST_TOKENS)
+
+
+def _buffer_tokens(source: ArraySource | IterableSource, settings: TrainConfig) -> int:
+    """Return how many tokens a shuffle buffer will hold; 0 where none is needed."""
+    if isinstance(source, ArraySource):
+        return 0
+    return buffer_size(settings.shuffle_tokens, settings.batch_tokens, settings.tokens)
+
+
+def _make_folder(folder: Path, *, resume: bool) -> None:
+    if resume and not folder.exists():
+        raise CheckpointError(f"{folder} does not exist, so there is nothing to resume; leave out resume to start.")
+    if folder.exists() and not resume:
+        raise StorageError(f"{folder} exists already and is not overwritten; give resume=True or another folder.")
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 @contextmanager
@@ -144,9 +174,8 @@ def _what_will_be_done(config: TrainConfig, rows: int | None, buffered: int, dev
     first = f" A shuffle buffer of {buffered:,} tokens is filled first." if buffered else ""
     repeats = "" if rows is None else f" (each of the {rows:,} in x about {config.tokens / rows:,.3g} times)"
     return (
-        f"TopK SAE, d_in {config.d_in:,}, d_sae {config.d_sae:,}, k {config.arch.k}, on {device}: "
-        f"{config.tokens:,} tokens{repeats} in {config.steps:,} steps of {config.batch_tokens:,}.{first} tokens= "
-        "changes how long it takes."
+        f"{config.described}, d_in {config.d_in:,}, on {device}: {config.tokens:,} tokens{repeats} in {config.steps:,} "
+        f"steps of {config.batch_tokens:,}.{first} tokens= changes how long it takes."
     )
 
 

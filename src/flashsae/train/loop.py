@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flashsae.data.acts import Batch, only_site
+from flashsae.data.acts import Batch
 from flashsae.data.prefetch import Prefetcher
 from flashsae.errors import DataEndedError, FlashSAEError
 from flashsae.logs.callback import Callback
@@ -19,9 +19,9 @@ from flashsae.logs.records import Records
 from flashsae.neutral import neutral
 from flashsae.optim import lr_factor
 from flashsae.sae.module import SAE
+from flashsae.sae.step import Step, join_sites
 from flashsae.train.checkpoint import save_checkpoint
 from flashsae.train.config import TrainConfig
-from flashsae.train.dead import auxk_loss
 from flashsae.train.plan import repeats_warning
 from flashsae.train.state import TrainState, to_checkpoint
 
@@ -31,17 +31,18 @@ def train_step(state: TrainState, batch: Batch, config: TrainConfig) -> dict[str
 
     Args:
         state: changed in place.
-        batch: [batch_tokens, d_in] by site, float, on the device of the SAE. Multiplied by the scale of the state, in
-            float32 or wider, before anything else.
+        batch: [batch_tokens, d] by site, float, on the device of the SAE; the sites in the order in which the
+            architecture names them. Multiplied by the scale of the state, in float32 or wider, before anything else.
         config: settings.
     Returns:
-        scalars on the device: fvu, Σ‖x − x_hat‖² / (batch_tokens · variance of a token of the initial sample), which
-        estimates the FVU of the whole set; loss, that and auxk_alpha times the auxiliary loss; l0; and auxk_loss and
-        grad_norm where they are computed. To be read before the next step, which may overwrite them.
+        scalars on the device: every term of the loss by name, fvu first, Σ‖x − x_hat‖² / (batch_tokens · variance of a
+        token of the initial sample), which estimates the FVU of the whole set; loss, their weighted sum; l0; and
+        grad_norm where it is computed. To be read before the next step, which may overwrite them.
     """
-    scale = state.scale
+    scale, terms = state.scale, state.sae.architecture.terms
+    needs_dead = any(term.of_dead_latents and term.weight_in(config.arch, config) for term in terms)
     tokens = len(next(iter(batch.values())))
-    capacity = state.dead.capacity(state.step, tokens) if config.auxk_alpha else 0
+    capacity = state.dead.capacity(state.step, tokens) if needs_dead else 0
     state.optimizer.param_groups[0]["lr"].fill_(_learning_rate(state.step, config))  # that of all groups
 
     def compute(batch: Batch) -> dict[str, Tensor]:
@@ -66,17 +67,11 @@ def _scaled(acts: Tensor, scale: float) -> Tensor:
 def _compute_step(state: TrainState, batch: Batch, config: TrainConfig, capacity: int) -> dict[str, Tensor]:
     """Do the part of a step that the device does: no number of it is known to the host."""
     sae, optimizer = state.sae, state.optimizer
-    x = only_site(batch)
     optimizer.zero_grad()
-    code = sae.encode(x)
-    weights = state.loss_weights(x)
-    decoded = sae.decode_loss(code, x, token_weights=weights)
-    loss = decoded.loss
-    metrics = {"fvu": loss.detach()}
-    if capacity:
-        aux = auxk_loss(sae, x, decoded, weights, state.dead.rows(capacity), config.k_aux)
-        loss = loss + config.auxk_alpha * aux
-        metrics["auxk_loss"] = aux.detach()
+    x, target = join_sites(sae.architecture, batch)
+    dead = state.dead.rows(capacity) if capacity else None
+    step = Step(sae, x, target, sae.encode(x), state.loss_weights(target), dead, config.k_aux)
+    loss, metrics = step.total(config)
     metrics["loss"] = loss.detach()
     with torch.autograd.set_multithreading_enabled(False):  # one device: a thread of its own only makes the host wait
         loss.backward()  # type: ignore[no-untyped-call]
@@ -84,8 +79,11 @@ def _compute_step(state: TrainState, batch: Batch, config: TrainConfig, capacity
         metrics["grad_norm"] = optimizer.clip_grad_norm(config.clip_norm)
     optimizer.step()
     optimizer.zero_grad()
-    fired = state.dead.update(code)
+    fired = state.dead.update(step.code)
     metrics["l0"] = fired.sum().float() / len(x)
+    if sae.architecture.after_step is not None:
+        with torch.no_grad():
+            sae.architecture.after_step(sae, step.code)
     return metrics
 
 

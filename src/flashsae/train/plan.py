@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 
+from flashsae.architecture import architecture_of
 from flashsae.backend import LARGEST_K, memory_bytes, runs_kernels
 from flashsae.errors import ConfigError
 from flashsae.ops.encode.reference import WORKSPACE_BYTES
@@ -46,15 +48,16 @@ def make_plan(config: TrainConfig, device: torch.device, buffer_bytes: int = 0, 
         buffer_bytes: of the shuffle buffer, if there is one; pages of a cache the system may drop at will.
         model_bytes: of a language model that runs beside the training; what it needs to run comes on top.
     """
-    n, d, B = config.d_sae, config.d_in, config.batch_tokens
-    matrices, biases = 2 * n * d, n + d
+    sizes = {"d_in": config.d_in, "d_out": config.d_out, "d_sae": config.d_sae}
+    shapes = [row.sizes(sizes) for row in architecture_of(config.arch).parameters if row.trained]
+    matrices, biases = (sum(prod(shape) for shape in shapes if (len(shape) == 2) == is_2d) for is_2d in (True, False))
     parts = {
         "weights": 4 * (matrices + biases),
         "moments of Adam": (4 if config.moments == "bf16" else 8) * matrices + 8 * biases,
         "one step": _gpu_step(config) if device.type == "cuda" else _cpu_step(config),
     }
     if device.type == "cuda":
-        parts["batches on their way"] = 2 * 2 * B * d
+        parts["batches on their way"] = 2 * 2 * config.batch_tokens * config.d_in
     else:
         parts["Python and libraries"] = _PROCESS_BYTES
     if buffer_bytes:
@@ -67,7 +70,9 @@ def make_plan(config: TrainConfig, device: torch.device, buffer_bytes: int = 0, 
 
 def check_selection(config: TrainConfig, device: torch.device) -> None:
     """Raise ConfigError if a token would select more latents than the kernels of the device can."""
-    for name, value in (("k", config.arch.k), ("k_aux", config.k_aux if config.auxk_alpha else None)):
+    most = architecture_of(config.arch).most
+    selected = None if most is None else most(config.arch)
+    for name, value in (("k", selected), ("k_aux", config.k_aux if config.auxk_alpha else None)):
         if value is not None and value > LARGEST_K and runs_kernels(device):
             raise ConfigError(
                 f"{name}: expected at most {LARGEST_K} on a GPU, got {value}. FLASHSAE_BACKEND=reference takes any."
@@ -118,7 +123,7 @@ def _gpu_step(config: TrainConfig) -> int:
 
     That is either while the last rows of pre-activations are searched, or, with float32 weights, somewhat later.
     """
-    n, d, B, k = config.d_sae, config.d_in, config.batch_tokens, config.arch.k
+    n, d, B, k = config.d_sae, config.d_in, config.batch_tokens, _active(config)
     width = 4 if config.precision == "tf32" else 2
     tokens = B * d * (2 + 4 + (6 if config.precision == "float32" else width))  # as they come, whole, centred
     code = B * k * (4 + 8 + 8 + 4 + 4 + 4)
@@ -132,8 +137,13 @@ def _gpu_step(config: TrainConfig) -> int:
     return int(tokens + code + max(workspace, errors + auxk) + 32 * n + _CUBLAS_BYTES)
 
 
+def _active(config: TrainConfig) -> float:
+    """Return how many latents of a token are expected to be active."""
+    return architecture_of(config.arch).l0(config.arch)
+
+
 def _cpu_step(config: TrainConfig) -> int:
     """Return the same where the gradient of a matrix is whole, one matrix at a time."""
     n, d, B = config.d_sae, config.d_in, config.batch_tokens
     workspace = min(WORKSPACE_BYTES, 12 * B * n)
-    return int(max(16 * n * d, workspace) + 4 * B * (8 * d + 8 * config.arch.k))
+    return int(max(16 * n * d, workspace) + 4 * B * (8 * d + 8 * _active(config)))

@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flashsae.data.acts import only_site
 from flashsae.data.shuffle import Batches, OnFill
 from flashsae.errors import CheckpointError
 from flashsae.neutral import neutral
 from flashsae.optim import FactoredAdam
+from flashsae.sae.dead import Bounds, DeadLatents
 from flashsae.sae.losses import fvu_weights
 from flashsae.sae.module import SAE, SAEConfig
+from flashsae.sae.step import join_sites
 from flashsae.schema import Positive, parse
 from flashsae.train.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
 from flashsae.train.config import TrainConfig
-from flashsae.train.dead import Bounds, DeadLatents
 from flashsae.train.graph import CapturedSteps
 from flashsae.train.plan import check_selection
 from flashsae.train.sample import measure_sample
@@ -54,16 +54,20 @@ class TrainState:
 
     def current_sae(self) -> SAE:
         """Return the SAE for activations as they come, without the scale; shares weights with the one in training."""
-        return self.sae.rescaled(self.scale)
+        return self.sae.rescaled(self.scale).eval()
 
     def finished_sae(self) -> SAE:
         """Return the SAE for activations as they come. Where weights are split, with whole ones, on the CPU."""
         sae = self.current_sae()
-        for name in ("W_enc_T", "W_dec"):
-            whole = self.optimizer.float32_weights(getattr(self.sae, name))
-            setattr(sae, name, nn.Parameter(whole))
+        for row in sae.architecture.parameters:
+            if row.trained and self.optimizer.is_split(getattr(self.sae, row.name)):
+                whole = self.optimizer.float32_weights(getattr(self.sae, row.name))
+                setattr(sae, row.name, nn.Parameter(whole / self.scale**row.power if row.power else whole))
         sae.precision = None
-        return sae.to(sae.W_dec.device)
+        sae = sae.to(sae.W_dec.device)
+        if sae.architecture.finish is not None:
+            sae.architecture.finish(sae)
+        return sae
 
 
 @neutral()
@@ -80,25 +84,27 @@ def init_state(
         config: settings.
         batches: of activations.
         device: for the SAE.
-        checkpoints: folder whose newest checkpoint is resumed, if it holds one. Otherwise, and for None, the
-            start: random unit directions, b_dec at the mean of some tokens.
+        checkpoints: folder whose newest checkpoint is resumed, if it holds one. Otherwise, and for None, the start: as
+            the architecture initialises its parameters from some tokens.
         on_fill: hears of it if a shuffle buffer is filled at the start.
     Raises:
         DataError: the activations do not vary, or are too large or too small for float32.
-        ConfigError: k or k_aux is larger than a GPU can select.
+        ConfigError: more latents are selected for a token than a GPU can.
         CheckpointError: the newest checkpoint is damaged, foreign, or of other data. It is not passed over silently.
     """
     check_selection(config, device)
     found = [] if checkpoints is None else list_checkpoints(checkpoints)
-    sae = SAE(SAEConfig(config.d_in, config.d_sae, config.arch.k), seed=config.seed).to(device)
+    sae = SAE(SAEConfig(config.d_in, config.d_sae, arch=config.arch, d_out=config.d_out), seed=config.seed).to(device)
     sae.precision = config.precision
     scale, variance = 1.0, 1.0
     warnings: tuple[str, ...] = ()
     if not found:
-        x = only_site(batches.sample(INIT_TOKENS, on_fill))
-        sample = measure_sample(x.to(device, torch.float64))
+        batch = batches.sample(INIT_TOKENS, on_fill)
+        batch = {site: acts.to(device, torch.float64) for site, acts in batch.items()}
+        x, target = join_sites(sae.architecture, batch)
+        sample = measure_sample(target)
         scale, variance, warnings = sample.scale, sample.variance, sample.warnings
-        sae.initialize_from(sample.x)
+        sae.initialize_from(sample.x if x is target else (x * scale).float(), sample.x)
     dead = DeadLatents(config.d_sae, config.dead_after_tokens, device)
     state = TrainState(sae, build_optimizer(sae, config), dead, batches, scale, variance, warnings=warnings)
     if found:
@@ -110,12 +116,11 @@ def init_state(
 
 def build_optimizer(sae: SAE, config: TrainConfig) -> FactoredAdam:
     """Return the optimiser of a training; with bf16 products it splits the weights of `sae`."""
-    groups: list[dict[str, Any]] = [
-        {"params": [sae.W_dec], "unit_norm": True},
-        {"params": [sae.W_enc_T, sae.b_enc, sae.b_dec]},
-    ]
     optimizer = FactoredAdam(
-        groups,
+        [
+            {"params": [getattr(sae, name) for name in names], "unit_norm": unit_norm}
+            for unit_norm, names in _groups(sae).items()
+        ],
         config.lr,
         split_weights=config.precision == "bf16",
         state_dtype=torch.bfloat16 if config.moments == "bf16" else torch.float32,
@@ -125,12 +130,25 @@ def build_optimizer(sae: SAE, config: TrainConfig) -> FactoredAdam:
     return optimizer
 
 
+def _groups(sae: SAE) -> dict[bool, list[str]]:
+    """Return the names of what is trained, in the order of the optimiser: with unit norm first, then the others."""
+    trained = [row for row in sae.architecture.parameters if row.trained]
+    groups = {is_unit: [row.name for row in trained if row.unit_norm == is_unit] for is_unit in (True, False)}
+    return {is_unit: names for is_unit, names in groups.items() if names}
+
+
+def _moments(state: TrainState) -> dict[str, dict[str, Any]]:
+    """Return the state of the optimiser, by name of the parameter."""
+    names = [name for names in _groups(state.sae).values() for name in names]
+    return {names[number]: moments for number, moments in state.optimizer.state_dict()["state"].items()}
+
+
 def to_checkpoint(state: TrainState, config: TrainConfig) -> Checkpoint:
     """Return everything of the state that must survive a kill."""
     place, data = state.batches.state()
     tensors = {f"sae.{name}": tensor for name, tensor in state.sae.state_dict().items()}
-    for number, moments in state.optimizer.state_dict()["state"].items():
-        tensors |= {f"adam.{number}.{name}": tensor for name, tensor in moments.items()}
+    for parameter, moments in _moments(state).items():
+        tensors |= {f"adam.{parameter}.{name}": tensor for name, tensor in moments.items()}
     state.dead.finish_reading()
     bounds = None if state.dead.bounds is None else asdict(state.dead.bounds)
     tensors["dead.tokens_since_fired"] = state.dead.tokens_since_fired
@@ -198,8 +216,8 @@ def restore(state: TrainState, checkpoint: Checkpoint) -> None:
         parameter.copy_(_tensor(checkpoint, f"sae.{name}", parameter))
     adam = state.optimizer.state_dict()
     adam["state"] = {
-        number: {name: _tensor(checkpoint, f"adam.{number}.{name}", moment) for name, moment in moments.items()}
-        for number, moments in adam["state"].items()
+        number: {name: _tensor(checkpoint, f"adam.{parameter}.{name}", moment) for name, moment in moments.items()}
+        for number, (parameter, moments) in enumerate(_moments(state).items())
     }
     state.optimizer.load_state_dict(adam)
     since = state.dead.tokens_since_fired

@@ -42,13 +42,13 @@ class Bounds:
     """What is known of how many latents can be dead. A resumed run must go by the same.
 
     Args:
-        in_force: bound of the steps that are done now.
-        following: bound of the steps behind these.
+        now: for the steps that are done now.
+        next: for the steps behind these.
         capacity: rows of the table.
     """
 
-    in_force: int
-    following: int
+    now: int
+    next: int
     capacity: int
 
 
@@ -119,14 +119,14 @@ class DeadLatents:
         if step % period == 0:
             self.finish_reading()
             soon = self._count_within(2 * period * batch_tokens)
-            self.bounds.in_force = self.bounds.following
+            self.bounds.now = self.bounds.next
             self._pending = torch.empty((), dtype=torch.int64, device="cpu", pin_memory=soon.is_cuda).copy_(
                 soon, non_blocking=True
             )
             if soon.is_cuda:
                 self._is_read = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 self._is_read.record()
-        needed = _rounded_up(self.bounds.in_force, len(self.tokens_since_fired))
+        needed = _rounded_up(self.bounds.now, len(self.tokens_since_fired))
         if needed > self.bounds.capacity or step % PERIOD == 0:
             self.bounds.capacity = needed
         return self.bounds.capacity
@@ -136,7 +136,7 @@ class DeadLatents:
         if self._pending is not None and self.bounds is not None:
             if self._is_read is not None:
                 self._is_read.synchronize()
-            self.bounds.following = int(self._pending)
+            self.bounds.next = int(self._pending)
             self._pending = None
 
     def _count_within(self, tokens: int) -> Tensor:
@@ -145,7 +145,7 @@ class DeadLatents:
 
 
 def auxk_loss(
-    sae: SAE, x: Activations, decoded: ops.DecodeLoss, weights: Float[Tensor, " B"], dead: DeadRows, k_aux: int
+    sae: SAE, x: Activations, decoded: ops.DecodeLoss, token_weights: Float[Tensor, " B"], dead: DeadRows, k_aux: int
 ) -> Float[Tensor, ""]:
     """Compute how badly dead latents explain what the living ones left over.
 
@@ -157,7 +157,7 @@ def auxk_loss(
         sae: whose latents are dead.
         x: [B, d_in].
         decoded: of x and its code, with these weights; no gradient flows into it.
-        weights: [B], all equal, from `flashsae.sae.fvu_weights`.
+        token_weights: [B], all equal, from `flashsae.sae.fvu_weights`.
         dead: the dead latents; their rows are all that is read or changed.
         k_aux: dead latents to use for each token.
     Returns:
@@ -172,11 +172,11 @@ def auxk_loss(
     W_enc_T, W_dec = (ops.take_rows(W, dead.latents, dead.slots) for W in (sae.W_enc_T, sae.W_dec))
     b_enc = torch.where(dead.is_dead, sae.b_enc.index_select(0, dead.latents), _NEVER)
     k = min(k_aux, len(dead.latents))
-    code = ops.encode_topk(x, W_enc_T, b_enc, k, b_dec=sae.b_dec, precision=sae.precision)
+    b_dec = sae.b_dec if sae.architecture.subtracts_b_dec else None
+    code = ops.encode_topk(x, W_enc_T, b_enc, k, b_dec=b_dec, precision=sae.precision)
     code = code.replace(code.acts.relu())
-    missed = ops.decode_loss(
-        code, W_dec, None, decoded.residual.detach(), token_weights=weights, precision=sae.precision
-    ).loss
+    residual = decoded.residual.detach()
+    missed = ops.decode_loss(code, W_dec, None, residual, token_weights=token_weights, precision=sae.precision).loss
     return missed / decoded.loss.detach().clamp_min(LEAST_RESIDUAL) * dead.is_dead[0]
 
 

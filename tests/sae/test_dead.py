@@ -10,7 +10,7 @@ from torch import Tensor
 from flashsae import SAE, SAEConfig, SparseCode, ops
 from flashsae.ops.validate import Precision
 from flashsae.sae import fvu_weights
-from flashsae.train.dead import LEAST_RESIDUAL, DeadLatents, DeadRows, _rounded_up, auxk_loss
+from flashsae.sae.dead import LEAST_RESIDUAL, DeadLatents, DeadRows, _rounded_up, auxk_loss
 
 D, N, K, B = 6, 30, 4, 13
 DEAD = [0, 3, 7, 8, 21]

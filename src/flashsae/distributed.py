@@ -1,0 +1,34 @@
+"""Where devices that train one SAE together would meet. There is one for now: functions return what they are given.
+
+Whatever a step needs of the whole batch passes through here; nothing else in the library knows how many devices there
+are. What would be exchanged is small: factors of gradients, O(tokens · (k + d)), counts, and one number each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+from torch import Tensor
+
+Factor = TypeVar("Factor")
+
+
+def joined(factors: Sequence[Factor]) -> Sequence[Factor]:
+    """Return the factors of a gradient that all devices left, for the latents of this one."""
+    return factors
+
+
+def summed(tensor: Tensor) -> Tensor:
+    """Return the sum over all devices: of squared norms, of counts of active tokens, of histograms of keys."""
+    return tensor
+
+
+def tokens_of(tokens: int) -> int:
+    """Return how many tokens the batch has of which this device has so many."""
+    return tokens
+
+
+def averaged(number: float) -> float:
+    """Return the mean over all devices, such as of the variance of a sample."""
+    return number

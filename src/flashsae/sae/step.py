@@ -1,0 +1,85 @@
+"""What the terms of a loss are computed of: everything that is known of one step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from flashsae.architecture import Architecture
+from flashsae.ops import DecodeLoss, SparseCode
+from flashsae.sae.dead import DeadRows, auxk_loss
+from flashsae.sae.module import SAE
+
+
+@dataclass
+class Step:
+    """One step of a training, up to its loss.
+
+    Args:
+        sae: the SAE.
+        x: [B, d_in].
+        target: [B, d_out], what is to be reconstructed; x itself for an autoencoder.
+        code: of x.
+        token_weights: [B], from `flashsae.sae.fvu_weights`.
+        dead: the dead latents, where a term needs them and there may be any, else None.
+        k_aux: dead latents that the auxiliary loss uses for each token.
+    """
+
+    sae: SAE
+    x: Tensor
+    target: Tensor
+    code: SparseCode
+    token_weights: Tensor
+    dead: DeadRows | None = None
+    k_aux: int = 0
+
+    @cached_property
+    def decoded(self) -> DecodeLoss:
+        """The reconstruction, its residual, and its error relative to the variance; computed once."""
+        return self.sae.decode_loss(self.code, self.target, token_weights=self.token_weights)
+
+    def auxk_loss(self) -> Tensor | None:
+        """Return `flashsae.sae.auxk_loss`, None where no latent can be dead."""
+        if self.dead is None:
+            return None
+        return auxk_loss(self.sae, self.x, self.decoded, self.token_weights, self.dead, self.k_aux)
+
+    def total(self, *settings: object) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss, the weighted sum of the terms of the architecture, and each term by name.
+
+        Args:
+            settings: where weights are found that are settings, beside those of the architecture.
+        """
+        terms = self.sae.architecture.terms
+        weights = {term.name: term.weight_in(self.sae.config.arch, *settings) for term in terms}
+        parts = {term.name: term.compute(self) for term in terms if weights[term.name]}
+        there = {name: part for name, part in parts.items() if part is not None}
+        weighted = [part if weights[name] == 1.0 else weights[name] * part for name, part in there.items()]
+        loss = weighted[0]
+        for part in weighted[1:]:
+            loss = loss + part
+        return loss, {name: part.detach() for name, part in there.items()}
+
+
+def join_sites(architecture: Architecture, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return what an architecture reads of a batch, and what it reconstructs: its sites beside each other.
+
+    Args:
+        architecture: whose `reads` and `writes` name the sites in the order in which a batch holds them.
+        batch: {site: [B, d]}.
+    Returns:
+        [B, d_in] and [B, d_out]; the same tensor for an autoencoder, and no copy where it is one site.
+    Raises:
+        ConfigError: the batch has another number of sites.
+    """
+    reads, writes = architecture.sites_of(batch)
+    x = _beside([batch[site] for site in reads])
+    return x, x if writes == reads else _beside([batch[site] for site in writes])
+
+
+def _beside(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=1)
