@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 
-from flashsae import SAE, SAEConfig, TrainConfig, evaluate, fit
+import flashsae
+from flashsae import SAE, SAEConfig, TrainConfig, evaluate, fit, ops, register
+from flashsae.architecture import AUTOENCODER, RECONSTRUCTION, Architecture
 from flashsae.data.sources import ArraySource, Chunk
 from flashsae.errors import ConfigError, DataError, DtypeError
 from flashsae.evaluate import held_out_batches, latent_geometry
@@ -175,3 +178,51 @@ def test_what_is_no_sae_is_told_in_a_sentence(sae: Any) -> None:
         evaluate(sae, torch.zeros(2, 2))
     with pytest.raises(DtypeError, match=r"^sae: expected a flashsae\.SAE, got \w+\.$"):
         latent_geometry(sae)
+
+
+@dataclass(frozen=True)
+class TranscoderSettings:
+    """Settings of a TopK transcoder, for a test.
+
+    Args:
+        k: Latents of each token.
+    """
+
+    k: int = 3
+
+
+TRANSCODER = Architecture(
+    name="transcoder_of_a_test",
+    title="Transcoder of a test",
+    settings=TranscoderSettings,
+    parameters=(replace(AUTOENCODER[0], initial="unit_rows"), *AUTOENCODER[1:]),
+    encode=lambda sae, x: ops.encode_topk(x, sae.W_enc_T, sae.b_enc, sae.config.arch.k),
+    terms=(RECONSTRUCTION,),
+    l0=lambda settings: settings.k,
+    reads=("before",),
+    writes=("after",),
+    subtracts_b_dec=False,
+)
+
+
+def test_an_sae_that_writes_elsewhere_is_measured_on_what_it_writes(
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flashsae.architecture, "_REGISTERED", {})
+    register(TRANSCODER)
+    sae = SAE(SAEConfig(6, 20, arch=TranscoderSettings(), d_out=4))
+    before, after = torch.randn(101, 6, generator=generator), torch.randn(101, 4, generator=generator)
+    after[7] *= 100.0
+    acts = sae.encode(before).to_dense()
+    error = (after - acts @ sae.W_dec - sae.b_dec).square().sum()
+    whole = {"before": before, "after": after}
+    batches = [{"before": a, "after": b} for a, b in zip(before.split(17), after.split(17))]
+    for x in (whole, batches, iter(batches)):
+        result = evaluate(sae, x, batch_tokens=10)
+        assert result.fvu == pytest.approx((error / (after - after.mean(0)).square().sum()).item(), rel=1e-5)
+        assert (result.tokens, result.outliers) == (101, 1)
+        torch.testing.assert_close(result.latent_density, (acts != 0).double().mean(0))
+    with pytest.raises(DataError, match="x: 1 of 101 rows hold NaN"):
+        evaluate(sae, {"before": before, "after": torch.where(torch.arange(101)[:, None] == 3, torch.nan, after)})
+    with pytest.raises(ConfigError, match=r"\(before, after\), got .*1 \(x\)"):
+        evaluate(sae, before)

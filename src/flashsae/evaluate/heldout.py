@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -14,12 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashsae.data.acts import Batch, as_acts, batch_acts, check_finite, iterate
+from flashsae.architecture import Architecture
+from flashsae.data.acts import Batch, X, acts_by_site, batch_acts, check_finite, iterate
 from flashsae.data.sources import RowSource, Source
 from flashsae.errors import ConfigError, DataError, DtypeError
 from flashsae.metrics import FVU, LatentActivity, norm_limit
 from flashsae.neutral import neutral
 from flashsae.sae.module import SAE, SAEConfig
+from flashsae.sae.step import join_sites
 
 NORM_TOKENS = 8192
 """Tokens whose median norm says which are outliers."""
@@ -64,7 +66,8 @@ def evaluate(
     Args:
         sae: on any device.
         x: anything that `flashsae.fit` takes, [tokens, d_in] in all; held-out tokens, if the figures are to mean
-            anything.
+            anything. For an SAE of several sites {site: [tokens, d]} in their order, or an iterable of such: figures
+            are of what it writes.
         batch_tokens: tokens encoded at once.
     Raises:
         DataError: there are no tokens, or one holds NaN, Inf, or more than float32 does.
@@ -73,22 +76,24 @@ def evaluate(
     _check_sae(sae)
     if isinstance(batch_tokens, bool) or not hasattr(batch_tokens, "__index__") or batch_tokens < 1:
         raise ConfigError(f"batch_tokens: expected a positive int, got {batch_tokens!r}.")
-    first, batches = _begin(x)
-    limit = norm_limit(torch.cat([_norms(batch[:: 1 + len(batch) // NORM_TOKENS]) for batch in first] or [_NONE]))
+    first, batches = _begin(x, sae.architecture)
+    limit = norm_limit(torch.cat([_norms(target[:: 1 + len(target) // NORM_TOKENS]) for _, target in first] or [_NONE]))
     fvu, activity = FVU(), LatentActivity(sae.config.d_sae, sae.W_dec.device)
     others, outliers = fvu, 0
     with inference(sae):
-        for part in (part for batch in batches for part in torch.split(batch, int(batch_tokens))):
+        for part, target in (parts for batch in batches for parts in _split(batch, int(batch_tokens))):
             check_finite(part, "x")
             code = sae.encode(part.to(sae.W_dec.device, sae.W_dec.dtype))
             activity.update(code)
-            part, x_hat = part.to(sae.W_dec.device), sae.decode(code)
-            is_outlier = _norms(part) > limit
+            if target is not part:
+                check_finite(target, "x")
+            target, x_hat = target.to(sae.W_dec.device), sae.decode(code)
+            is_outlier = _norms(target) > limit
             if others is fvu and bool(is_outlier.any()):
                 others = copy(fvu)
-            fvu.update(part, x_hat)
+            fvu.update(target, x_hat)
             if others is not fvu:
-                others.update(part[~is_outlier], x_hat[~is_outlier])
+                others.update(target[~is_outlier], x_hat[~is_outlier])
                 outliers += int(is_outlier.sum())
     if activity.tokens == 0:
         raise DataError("x is empty: expected at least one token to evaluate on. Give more data or a larger held_out.")
@@ -112,19 +117,36 @@ def _check_sae(sae: object) -> None:
         raise DtypeError(f"sae: expected a flashsae.SAE, got {type(sae).__name__}.")
 
 
-def _begin(x: Any) -> tuple[list[Tensor], Iterator[Tensor]]:
+_Pair = tuple[Tensor, Tensor]
+"""What an SAE reads and what it is to reconstruct, [n, d_in] and [n, d_out]: the same tensor for an autoencoder."""
+
+
+def _begin(x: Any, architecture: Architecture) -> tuple[list[_Pair], Iterator[_Pair]]:
     """Return tokens to know the usual norm from, and all batches from the first."""
-    if isinstance(x, Tensor | np.ndarray):
-        acts = as_acts(x, "x")
-        return [acts], iter([acts])
-    batches = (batch_acts(batch, "a batch of x") for batch in iterate(x))
-    first: list[Tensor] = []
-    while sum(map(len, first)) < NORM_TOKENS:
+
+    def pair(batch: Any, what: str) -> _Pair:
+        is_several = len(architecture.sites) > 1 and isinstance(batch, Mapping)
+        return join_sites(architecture, acts_by_site(batch, what) if is_several else {X: batch_acts(batch, what)})
+
+    if isinstance(x, Tensor | np.ndarray | Mapping):
+        acts = [pair(x, "x")]
+        return acts, iter(acts)
+    batches = (pair(batch, "a batch of x") for batch in iterate(x))
+    first: list[_Pair] = []
+    while sum(len(target) for _, target in first) < NORM_TOKENS:
         batch = next(batches, None)
         if batch is None:
             break
         first.append(batch)
     return first, chain(first, batches)
+
+
+def _split(batch: _Pair, tokens: int) -> Iterator[_Pair]:
+    """Cut a batch into parts of so many tokens."""
+    part, target = batch
+    if part is target:
+        return ((each, each) for each in torch.split(part, tokens))
+    return zip(torch.split(part, tokens), torch.split(target, tokens))
 
 
 def _norms(x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from flashsae.data.acts import Batch, only_site
+from flashsae.data.acts import Batch
 from flashsae.data.sources import Chunk, Split
 from flashsae.documents import save_tensors_atomic
 from flashsae.evaluate import inference, latent_geometry
@@ -16,6 +16,7 @@ from flashsae.ops.code import SparseCode
 from flashsae.report.snippets import collect_snippets, write_snippets
 from flashsae.report.tokens import TokenText
 from flashsae.sae.module import SAE
+from flashsae.sae.step import join_sites
 
 
 @torch.no_grad()
@@ -43,7 +44,7 @@ def describe_latents(
     activity = LatentActivity(sae.config.d_sae, sae.W_dec.device)
 
     def encode(batch: Batch) -> SparseCode:
-        code = sae.encode(only_site(batch).to(sae.W_dec.device, sae.W_dec.dtype))
+        code = sae.encode(join_sites(sae.architecture, batch)[0].to(sae.W_dec.device, sae.W_dec.dtype))
         activity.update(code)
         on_progress(activity.tokens)
         return code

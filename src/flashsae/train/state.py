@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flashsae.architecture import architecture_of
 from flashsae.data.shuffle import Batches, OnFill
 from flashsae.errors import CheckpointError
+from flashsae.metrics import table
 from flashsae.neutral import neutral
 from flashsae.optim import FactoredAdam
 from flashsae.sae.dead import Bounds, DeadLatents
@@ -93,6 +95,7 @@ def init_state(
         CheckpointError: the newest checkpoint is damaged, foreign, or of other data. It is not passed over silently.
     """
     check_selection(config, device)
+    table(architecture_of(config.arch).terms)  # refuses a term with the name of a metric
     found = [] if checkpoints is None else list_checkpoints(checkpoints)
     sae = SAE(SAEConfig(config.d_in, config.d_sae, arch=config.arch, d_out=config.d_out), seed=config.seed).to(device)
     sae.precision = config.precision
