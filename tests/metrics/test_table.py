@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import ast
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -108,3 +108,11 @@ def test_rows_cannot_be_changed() -> None:
 def test_the_documentation_of_the_files_names_every_key() -> None:
     docs = (Path(__file__).parents[2] / "docs" / "formats.md").read_text("utf-8")
     assert [name for name in METRICS if f"`{name}`" not in docs] == []
+
+
+def test_a_training_with_such_a_term_is_refused_before_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    topk = architecture_named("topk")
+    wrong = replace(topk, terms=(*topk.terms, Term("step", "", "", lambda step: None)))
+    monkeypatch.setitem(flashsae.architecture._REGISTERED, "topk", wrong)
+    with pytest.raises(ConfigError, match="^term step: expected a name that no metric has"):
+        flashsae.fit(torch.randn(64, 6), d_sae=24, k=2, progress=False)
