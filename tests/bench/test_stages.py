@@ -173,6 +173,6 @@ def test_every_part_of_a_step_names_itself(tmp_path: Path) -> None:
     profiler.export_chrome_trace(str(tmp_path / "trace.json"))
     trace = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     stages = [stage for _, stage in launched_stages(_as_if_on_a_device(trace), step.parameters())]
-    assert {ENCODE, DECODE, CLIP, ENCODER, DECODER, REST} <= set(stages)
+    assert {ENCODE, INDEX, DECODE, CLIP, ENCODER, DECODER, "loss: auxk_loss", REST} <= set(stages)
     first = {stage: stages.index(stage) for stage in set(stages)}
-    assert first[ENCODE] < first[DECODE] < first[CLIP] < min(first[ENCODER], first[DECODER])
+    assert first[ENCODE] < first[DECODE] < first["loss: auxk_loss"] < first[CLIP] < min(first[ENCODER], first[DECODER])

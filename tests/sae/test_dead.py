@@ -11,6 +11,7 @@ from flashsae import SAE, SAEConfig, SparseCode, ops
 from flashsae.ops.validate import Precision
 from flashsae.sae import fvu_weights
 from flashsae.sae.dead import LEAST_RESIDUAL, DeadLatents, DeadRows, _rounded_up, auxk_loss
+from flashsae.testing import dense_auxk
 
 D, N, K, B = 6, 30, 4, 13
 DEAD = [0, 3, 7, 8, 21]
@@ -117,11 +118,7 @@ def _sae(dtype: torch.dtype = torch.float64) -> SAE:
 def _dense_auxk(sae: SAE, x: Tensor, residual: Tensor, dead: list[int], k_aux: int) -> Tensor:
     """Write AuxK as the paper does, over all latents."""
     is_dead = torch.zeros(N, dtype=torch.bool).index_fill_(0, torch.tensor(dead), True)
-    pre_acts = (x - sae.b_dec) @ sae.W_enc_T.T + sae.b_enc
-    chosen = torch.where(is_dead, pre_acts, -torch.inf).topk(min(k_aux, len(dead)), dim=1).indices
-    code = torch.relu(pre_acts) * torch.zeros_like(pre_acts).scatter(1, chosen, 1.0)
-    target = residual.detach()
-    return (target - code @ sae.W_dec).square().sum() / target.square().sum()
+    return dense_auxk(x, dict(sae.named_parameters()), residual, is_dead, k_aux) / residual.square().sum()
 
 
 def _auxk(sae: SAE, x: Tensor, residual: Tensor, dead: DeadRows, k_aux: int, variance: float = 1.0) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flashsae.architecture import Architecture
 from flashsae.ops import DecodeLoss, SparseCode
+from flashsae.profiling import part
 from flashsae.sae.dead import DeadRows, auxk_loss
 from flashsae.sae.module import SAE
 
@@ -54,15 +55,19 @@ class Step:
         Args:
             settings: where weights are found that are settings, beside those of the architecture.
         """
-        terms = self.sae.architecture.terms
-        weights = {term.name: term.weight_in(self.sae.config.arch, *settings) for term in terms}
-        parts = {term.name: term.compute(self) for term in terms if weights[term.name]}
-        there = {name: part for name, part in parts.items() if part is not None}
-        weighted = [part if weights[name] == 1.0 else weights[name] * part for name, part in there.items()]
+        first, *others = self.sae.architecture.terms
+        weights = {term.name: term.weight_in(self.sae.config.arch, *settings) for term in (first, *others)}
+        values = {first.name: first.compute(self)} if weights[first.name] else {}
+        for term in others:
+            if weights[term.name]:
+                with part(f"loss: {term.name}"):
+                    values[term.name] = term.compute(self)
+        there = {name: value for name, value in values.items() if value is not None}
+        weighted = [value if weights[name] == 1.0 else weights[name] * value for name, value in there.items()]
         loss = weighted[0]
-        for part in weighted[1:]:
-            loss = loss + part
-        return loss, {name: part.detach() for name, part in there.items()}
+        for value in weighted[1:]:
+            loss = loss + value
+        return loss, {name: value.detach() for name, value in there.items()}
 
 
 def join_sites(architecture: Architecture, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
