@@ -141,7 +141,7 @@ class Pattern:
             top_indices: [B, k], int32 | int64, each in [0, d_sae). Need not be sorted; repeats within a row add up.
             d_sae: number of latents.
         Raises:
-            ShapeError, DtypeError, ConfigError: they are not that. The range is looked at on the CPU only.
+            ShapeError, DtypeError, ConfigError: they are not that. The range is checked on the CPU only.
         """
         check_shape("top_indices", top_indices, ("B", "k"))
         d_sae = _as_d_sae(d_sae)
@@ -158,7 +158,7 @@ class Pattern:
             starts: [B + 1], int32 | int64, ascending from 0: token t owns latents[starts[t]:starts[t + 1]].
             d_sae: number of latents.
         Raises:
-            ShapeError, DtypeError, ConfigError: they are not that. Numbers are looked at on the CPU only.
+            ShapeError, DtypeError, ConfigError: they are not that. Numbers are checked on the CPU only.
         """
         check_shape("latents", latents, ("capacity",))
         check_shape("starts", starts, ("B + 1",))

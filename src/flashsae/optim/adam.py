@@ -113,7 +113,7 @@ class FactoredAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned, into the tensors that are there: a captured graph goes on with them.
+        """Take over what `state_dict` returned, into the tensors that are there: a captured graph keeps using them.
 
         A state of `torch.optim.Adam` fits too, unless weights are split here or moments are narrow.
 

@@ -31,7 +31,7 @@ def decode(
         x_hat[b] = Σ over entries e of token b of acts[e] · W_dec[latents[e]] + b_dec
 
     Args:
-        code: of B tokens, from `encode_topk` and its kin, or `SparseCode.topk`; its `batch_shape` is not looked at.
+        code: of B tokens, from `encode_topk` and its kin, or `SparseCode.topk`; its `batch_shape` is ignored.
         W_dec: [d_sae, d_in], float.
         b_dec: [d_in], dtype of W_dec, or float32, or None for no bias.
         precision: "bf16" rounds W_dec to bfloat16 first, halving what is gathered; gradients keep the dtype of W_dec.
