@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from flashsae.architectures.batch_topk import BatchTopKSettings
 from flashsae.bench.ours import Variant, build_ours, expected_rows, make_state
 from flashsae.bench.problem import Shape, dense_squared_error, make_problem
 
@@ -14,14 +15,17 @@ PROBLEM = make_problem(SHAPE, torch.float32, CPU)
 
 @pytest.mark.parametrize(
     "variant",
-    [Variant(), Variant("tf32"), Variant("float32"), Variant(moments="bf16"), Variant(clip_norm=1.0)],
+    [
+        *(Variant(), Variant("tf32"), Variant("float32"), Variant(moments="bf16"), Variant(clip_norm=1.0)),
+        *(Variant(arch="batch_topk"), Variant("float32", arch="batch_topk"), Variant(arch=BatchTopKSettings(k=5))),
+    ],
     ids=str,
 )
 def test_steps_start_from_the_problem_and_fall(variant: Variant) -> None:
     step, x = build_ours(PROBLEM, variant), PROBLEM.xs[0]
     losses = [float(step.run(x)) for _ in range(4)]
     assert losses == sorted(losses, reverse=True)
-    assert step.squared_error(losses[0], x) == pytest.approx(dense_squared_error(PROBLEM), rel=0.02)
+    assert step.squared_error(losses[0], x) == pytest.approx(dense_squared_error(PROBLEM, variant.arch), rel=0.02)
     assert (step.expected is not None) == (variant == Variant("float32"))
 
 
