@@ -26,6 +26,26 @@ def test_links_within_the_project_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors(target), link
 
 
+def test_docstrings_lead_to_headings_that_exist() -> None:
+    for file in sorted((ROOT / "src").rglob("*.py")):
+        for page, anchor in re.findall(r"(docs/[\w-]+\.md)(?:#([\w-]+))?", file.read_text("utf-8")):
+            assert (ROOT / page).exists(), f"{file}: {page}"
+            assert not anchor or anchor in anchors(ROOT / page), f"{file}: {page}#{anchor}"
+
+
+def test_the_files_that_a_newcomer_is_sent_to_exist_and_are_read_from_the_top() -> None:
+    """No file of the reading order imports one that stands in a later row."""
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    rows = [re.findall(r"`([\w/]+\.py)`", row) for row in re.findall(r"^\| \d .*$", text, re.MULTILINE)]
+    assert len(rows) >= 6
+    for number, row in enumerate(rows):
+        later = {path.removesuffix(".py").replace("/", ".") for row in rows[number + 1 :] for path in row}
+        for path in row:
+            code = (ROOT / "src" / "flashsae" / path).read_text("utf-8")
+            imported = set(re.findall(r"^from flashsae\.([\w.]+) import", code, re.MULTILINE))
+            assert not imported & later, f"{path} imports {imported & later}, which are read later"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_modules_and_names_that_pages_mention_exist(page: Path) -> None:
     for dotted in sorted(set(re.findall(r"\bflashsae(?:\.\w+)+", page.read_text("utf-8")))):
