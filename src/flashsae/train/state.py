@@ -68,7 +68,8 @@ class TrainState:
         sae.precision = None
         sae = sae.to(sae.W_dec.device)
         if sae.architecture.finish is not None:
-            sae.architecture.finish(sae)
+            with torch.no_grad():
+                sae.architecture.finish(sae)
         return sae
 
 
