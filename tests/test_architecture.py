@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+import pickle
 import re
 import subprocess
 import sys
@@ -50,6 +52,13 @@ def test_an_architecture_is_found_by_name_and_by_its_settings(one: Architecture)
     sae = SAE(SAEConfig(4, 9, arch=OneSettings()))
     assert repr(sae).startswith("SAE(One, d_in=4, d_sae=9, slope=0.1,")
     assert (sae(torch.randn(5, 4)).shape, sae.encode(torch.randn(5, 4)).acts.shape) == ((5, 4), (5, 1))
+
+
+def test_a_copy_and_a_pickle_of_an_sae_have_the_architecture_itself() -> None:
+    sae = SAE(SAEConfig(6, 20, arch=BatchTopKSettings(k=3)))
+    for twin in (copy.deepcopy(sae), pickle.loads(pickle.dumps(sae))):
+        assert twin.architecture is sae.architecture is architecture_named("batch_topk")
+        assert all(torch.equal(tensor, twin.state_dict()[name]) for name, tensor in sae.state_dict().items())
 
 
 def test_what_is_no_architecture_is_one_sentence() -> None:

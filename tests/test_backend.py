@@ -34,7 +34,7 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_machine_is_described() -> None:
     facts = describe()
-    assert facts["torch"] == torch.__version__
+    assert torch.__version__.startswith(facts["torch"])  # some wheels leave +cu130 out of their metadata
     assert facts["flashsae"] == "0.1.0"
     assert "threads" in facts["cpu"]
 

@@ -128,6 +128,10 @@ class Architecture:
     finish: Callable[[SAE], None] | None = None
     source: str = ""
 
+    def __reduce__(self) -> tuple[Callable[[str], Architecture], tuple[str]]:
+        """Copy and pickle as a name: functions without one cannot be pickled, and what is registered is there once."""
+        return architecture_named, (self.name,)
+
     @property
     def sites(self) -> tuple[str, ...]:
         """Every site once, those that are read first."""
