@@ -12,6 +12,8 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_line_holds_what_the_device_had_when_it_began(device: str) -> None:
     records, value = Records(), torch.zeros((), device=device)
+    records.add({"step": -1}, {"loss": value})  # allocates page-locked memory, for which the device is waited for
+    assert len(list(records.ready(wait=True))) == 1
     for step in range(3):
         if device == "cuda":
             torch.cuda._sleep(100_000_000)
