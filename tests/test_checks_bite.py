@@ -14,12 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashsae.ops import decode, encode_topk, latent_rows
+from flashsae.ops import Pattern, SparseCode, decode, decode_loss, encode_topk, latent_rows
 from flashsae.ops.adam_rows import AdamRule, adam_rows, row_squares
 from flashsae.ops.factors import RowGradient, SparseFactor
 from flashsae.ops.latent_rows.reference import RUN
 from flashsae.testing import assert_as_accurate, chosen, dense_topk, integer_inputs, poison_empty, stable_topk
-from helpers.codes import index_of, topk_of
+from helpers.codes import dense_of, index_of, ragged, to, topk_of
 from helpers.selection import hard_inputs, selection_mistakes
 from helpers.steps import step_inputs, whole_step
 
@@ -163,6 +163,33 @@ def _selection_is_certified() -> None:
     assert selection_mistakes(x, W, bias, indices.cpu())[0] == 0
 
 
+def _rows_are_right() -> None:
+    """Check T0 of codes of varying length, as test_varying.py does: tokens above a tile, places that are not used."""
+    generator = torch.Generator().manual_seed(0)
+    pattern = ragged([0, 40, 3, 33], 50, generator, spare=2)
+    acts, W_dec = integer_inputs(pattern.capacity, generator=generator), integer_inputs(50, 70, generator=generator)
+    target = integer_inputs(4, 70, generator=generator)
+    code = dense_of(pattern, acts)
+    residual, used = target - code @ W_dec, int(pattern.counts.sum())
+    leaf = acts.to(DEVICE).requires_grad_()
+    with poison_empty():
+        found = decode_loss(SparseCode(to(pattern, DEVICE), leaf), W_dec.to(DEVICE), None, target.to(DEVICE))
+        (grad,) = torch.autograd.grad(found.loss, leaf)
+    assert torch.equal(found.residual.cpu(), residual)
+    dots = (-2 * residual[pattern.tokens[:used].long()] * W_dec[pattern.latents[:used].long()]).sum(1)
+    assert torch.equal(grad[:used].cpu(), dots)
+    kept = torch.rand(2 * RUN, 3, generator=generator) < torch.tensor([0.2, 0.0, 0.9])
+    starts = torch.tensor([0, *kept.sum(1).tolist()]).cumsum(0)
+    pattern = Pattern.rows(torch.cat([kept.nonzero()[:, 1], torch.full((RUN,), 3)]), starts, 3)
+    coeffs, rows = (
+        integer_inputs(pattern.capacity, generator=generator),
+        integer_inputs(2 * RUN, 2, generator=generator),
+    )
+    with poison_empty():
+        sums = latent_rows(to(pattern, DEVICE).index, coeffs.to(DEVICE), rows.to(DEVICE))
+    assert torch.equal(sums.cpu(), dense_of(pattern, coeffs).T @ rows)
+
+
 def _moments_are_right() -> None:
     """Check T0 of the latent pass, as test_adam_rows.py does: sparse part, slots and projection."""
     generator = torch.Generator().manual_seed(0)
@@ -203,6 +230,16 @@ KERNEL_BUGS = {
     ),
     "the second run of a piece forgotten": (
         "latent_rows", "kernels", "tl.where(piece == begin, behind, 0)", "0", _long_runs_are_right,
+    ),
+    "latents above a tile forgotten": (
+        "decode", "kernels", "for tile in range(0, count, BLOCK_K):\n                acts, W = ",
+        "for tile in range(0, BLOCK_K, BLOCK_K):\n                acts, W = ", _rows_are_right,
+    ),
+    "dot products of the last columns alone": (
+        "decode", "kernels", "tl.store(sums_ptr, before - 2.0", "tl.store(sums_ptr, 0 * before - 2.0", _rows_are_right,
+    ),
+    "the token of another entry": (
+        "latent_rows", "kernels", "tl.load(tokens_ptr + at,", "tl.load(tokens_ptr + low + 0 * at,", _rows_are_right,
     ),
     "a reduction in bfloat16": (
         "decode", "kernels", "W.to(tl.float32)", "W.to(tl.bfloat16).to(tl.float32)", _decode_is_accurate,
