@@ -39,7 +39,7 @@ CODES: dict[str, tuple[list[int], int]] = {
     "some above a tile": ([0, 40, 2, 150, 1, 0, 17, 33, 3], 5),
     "one of all": ([200], 0),
 }
-"""Latents of each token, and places that are not used. Of "some above a tile" a program holds 32 at once, and 64 columns."""
+"""Latents of each token, and places that are not used. Of "some above a tile" a program holds 32, and 64 columns."""
 
 
 @pytest.fixture(params=["reference", "sparse kernels", "dense products"])
