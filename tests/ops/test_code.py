@@ -157,6 +157,15 @@ def test_an_index_cannot_be_stale(way: str, varying: bool) -> None:
     assert after.sum(1).nonzero()[:, 0].tolist() == [0, 1, 2, 5]
 
 
+@pytest.mark.parametrize("way", ["in place", ".data"])
+def test_an_index_is_of_the_starts_as_they_are(way: str) -> None:
+    pattern = Pattern.rows(torch.tensor([1, 3, 7, 8]), torch.tensor([0, 3, 4]), 9)
+    assert pattern.starts is not None
+    assert pattern.index.entry_tokens.tolist() == [0, 0, 0, 1]
+    (pattern.starts if way == "in place" else pattern.starts.data)[1] = 1
+    assert pattern.index.entry_tokens.tolist() == [0, 1, 1, 1]
+
+
 def test_an_index_is_shared_by_other_values_and_built_in_inference_mode(generator: torch.Generator) -> None:
     with torch.inference_mode():
         code = SparseCode.topk(torch.ones(4, 3), torch.randint(0, 9, (4, 3), generator=generator), 9)

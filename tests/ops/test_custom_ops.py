@@ -64,6 +64,7 @@ def _operands(name: str, device: str) -> list[tuple[Any, ...]]:
         "encode_above": [
             (x, W, b, bias, weights.new_zeros(1), 40, "float32", 1 << 20),
             (x, W, b, None, weights.new_zeros(12), 5, "float32", 1 << 20),
+            (x, W, b, None, weights.new_zeros(1), None, "float32", 1 << 20),
         ],
         "pre_acts": [(x, W, b, None, fixed, "float32"), (x, W, b, bias, varying, "float32")],
         "per_latent": [(b, fixed), (b, varying)],

@@ -123,14 +123,14 @@ class Pattern:
     d_sae: int
     starts: Tensor | None = None
     count: Tensor | None = None
-    _built: list[tuple[LatentIndex, tuple[int, ...]]] = field(default_factory=list, init=False, repr=False)
+    _built: list[tuple[LatentIndex, tuple[int | None, ...]]] = field(default_factory=list, init=False, repr=False)
     # the index once somebody has asked for it, and how often its memory had been written to by then
 
     def __post_init__(self) -> None:
         check_shape("latents", self.latents, ("B", "k") if self.starts is None else ("capacity",))
         if self.starts is not None:
             check_shape("starts", self.starts, ("B + 1",))
-        if self.latents.numel() >= 2**31:
+        if has_values(self.latents) and self.latents.numel() >= 2**31:
             raise ShapeError(f"latents: expected fewer than 2**31, got {self.latents.numel()}: use fewer tokens.")
 
     @classmethod
@@ -230,7 +230,7 @@ class Pattern:
         """
         versions = tuple(_version(tensor) for tensor in self.tensors)
         for index, known in self._built:
-            if known == versions and self._is_unchanged(index):
+            if known == versions and self._is_of(index, versions):
                 return index
         with part("index"):
             tokens = None if self.starts is None else self.tokens
@@ -238,15 +238,18 @@ class Pattern:
         self._built[:] = [(index, versions)]
         return index
 
-    def _is_unchanged(self, index: LatentIndex) -> bool:
-        """Tell whether an index has the latents of this pattern.
+    def _is_of(self, index: LatentIndex, versions: tuple[int | None, ...]) -> bool:
+        """Tell whether an index is still that of this pattern.
 
-        Writes through .data or NumPy are not counted: on the CPU the numbers tell, a GPU would make the host wait.
+        Writes through .data or NumPy are not counted, nor any in inference mode: on the CPU the numbers tell. A GPU
+        would make the host wait: there an index is built again where nothing is counted.
         """
-        latents = self.latents
-        return latents.device.type != "cpu" or not has_values(latents) or torch.equal(
-            index.by_entry, latents.reshape(-1).long()
-        )  # fmt: skip
+        if self.latents.device.type != "cpu":
+            return None not in versions
+        if not has_values(self.latents):
+            return True
+        is_same = torch.equal(index.by_entry, self.latents.reshape(-1).long())
+        return is_same and (index.tokens is None or torch.equal(index.tokens, self.tokens[index.entries]))
 
     def check(self, name: str = "latents") -> None:
         """Raise ShapeError, on the CPU, if a latent is out of range: somebody may have written to them."""
@@ -279,6 +282,8 @@ def _check_rows(pattern: Pattern) -> None:
         )
 
 
-def _version(tensor: Tensor) -> int:
-    """Return how often the memory of a tensor was written to; 0 where PyTorch does not count."""
-    return tensor._version if has_values(tensor) and not tensor.is_inference() else 0
+def _version(tensor: Tensor) -> int | None:
+    """Return how often the memory of a tensor was written to; None where PyTorch does not count, 0 while tracing."""
+    if not has_values(tensor):
+        return 0
+    return None if tensor.is_inference() else tensor._version

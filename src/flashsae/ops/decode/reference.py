@@ -25,7 +25,7 @@ def decode(acts: CodeActs, pattern: Pattern, W_dec: Weights, b_dec: InputBias | 
         x_hat = W_dec.new_zeros(pattern.B, W_dec.shape[1], dtype=dtype)
         if used:
             x_hat = F.embedding_bag(
-                latents, W_dec.to(dtype), pattern.starts[:-1], mode="sum", per_sample_weights=acts
+                latents, W_dec.to(dtype), pattern.starts[:-1].to(latents.dtype), mode="sum", per_sample_weights=acts
             )  # fmt: skip
     return x_hat if b_dec is None else x_hat + b_dec.to(dtype)
 
