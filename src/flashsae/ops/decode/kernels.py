@@ -24,7 +24,7 @@ def _entries_of(starts_ptr, row, k):
 
 
 @triton.jit
-def decode_sparse_fwd_kernel(
+def decode_fwd_kernel(
     acts_ptr,  # [B, k] or [capacity]
     indices_ptr,  # as acts_ptr
     starts_ptr,  # [B + 1] or None
@@ -59,7 +59,7 @@ def decode_sparse_fwd_kernel(
 
 
 @triton.jit
-def decode_sparse_loss_kernel(
+def decode_loss_kernel(
     acts_ptr,  # [B, k]
     indices_ptr,  # [B, k]
     W_ptr,  # [d_sae, d]
@@ -107,7 +107,7 @@ def decode_sparse_loss_kernel(
 
 
 @triton.jit
-def decode_sparse_loss_rows_kernel(
+def decode_loss_rows_kernel(
     acts_ptr,  # [capacity]
     indices_ptr,  # [capacity]
     starts_ptr,  # [B + 1]
@@ -121,7 +121,7 @@ def decode_sparse_loss_rows_kernel(
     d, W_stride, target_stride,
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Do as `decode_sparse_loss_kernel` for a token of any number of latents.
+    """Do as `decode_loss_kernel` for a token of any number of latents.
 
     The latents of most tokens fit in one tile. Those of the others are gone through twice in every block of columns,
     for x_hat and for the dot products; the block is so small that the second reading comes from the cache.
@@ -197,7 +197,7 @@ def _compared(x_hat, bias_ptr, target_row, x_hat_row, residual_row, column, insi
 
 
 @triton.jit
-def decode_sparse_residual_kernel(
+def decode_residual_kernel(
     x_hat_ptr,  # [B, d] without the bias, which is added
     bias_ptr,  # [d] or None
     target_ptr,  # [B, d]
@@ -208,7 +208,7 @@ def decode_sparse_residual_kernel(
     target_stride,
     BLOCK_D: tl.constexpr,
 ):
-    """Compare a reconstruction that is there already with its target, as `decode_sparse_loss_kernel` does."""
+    """Compare a reconstruction that is there already with its target, as `decode_loss_kernel` does."""
     row = tl.program_id(0).to(tl.int64)
     error = 0.0
     for start in range(0, d, BLOCK_D):
@@ -246,7 +246,7 @@ def _dots(
 
 
 @triton.jit
-def decode_sparse_bwd_acts_kernel(
+def decode_bwd_acts_kernel(
     rows_ptr,  # [B, d]
     indices_ptr,  # [B, k] or [capacity]
     starts_ptr,  # [B + 1] or None

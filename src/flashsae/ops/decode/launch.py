@@ -23,7 +23,7 @@ def launch_decode(acts: Tensor, pattern: Pattern, W_dec: Tensor, b_dec: Tensor |
     if B:
         block_k = min(32, triton.next_power_of_2(max(1, pattern.width)))
         block_d = min(512, triton.next_power_of_2(d))
-        kernels.decode_sparse_fwd_kernel[(B, triton.cdiv(d, block_d))](
+        kernels.decode_fwd_kernel[(B, triton.cdiv(d, block_d))](
             acts, latents, starts, W_dec, b_dec, x_hat, pattern.k, d, W_dec.stride(0),
             BLOCK_K=block_k, BLOCK_D=block_d, num_warps=4,
         )  # fmt: skip
@@ -65,13 +65,11 @@ def launch_decode_loss(
     results = x_hat, residual, errors, grad_acts
     strides = W_dec.stride(0), target.stride(0)
     if k is None:
-        kernels.decode_sparse_loss_rows_kernel[(B,)](
+        kernels.decode_loss_rows_kernel[(B,)](
             acts, latents, starts, W_dec, b_dec, target, weights, *results, d, *strides, **tile
         )
     else:
-        kernels.decode_sparse_loss_kernel[(B,)](
-            acts, latents, W_dec, b_dec, target, weights, *results, k, d, *strides, **tile
-        )
+        kernels.decode_loss_kernel[(B,)](acts, latents, W_dec, b_dec, target, weights, *results, k, d, *strides, **tile)
     return errors, x_hat, residual, grad_acts
 
 
@@ -85,7 +83,7 @@ def launch_residual(
     residual = torch.empty_like(x_hat)
     errors = torch.empty(B, dtype=torch.float32, device=x_hat.device)
     if B:
-        kernels.decode_sparse_residual_kernel[(B,)](
+        kernels.decode_residual_kernel[(B,)](
             x_hat, b_dec, target, weights, residual, errors, d, target.stride(0),
             BLOCK_D=min(1024, triton.next_power_of_2(d)), num_warps=4,
         )  # fmt: skip
@@ -108,7 +106,7 @@ def launch_dots(
     if B:
         width = max(1, k if k is not None else triton.cdiv(len(latents), B))
         block_k, block_d = min(16, triton.next_power_of_2(width)), min(128, triton.next_power_of_2(d))
-        kernels.decode_sparse_bwd_acts_kernel[(B, triton.cdiv(width, block_k))](
+        kernels.decode_bwd_acts_kernel[(B, triton.cdiv(width, block_k))](
             rows, latents, starts, counts, W, dots, k, d, rows.stride(0), W.stride(0),
             BLOCK_K=block_k, BLOCK_D=block_d, num_warps=2,
         )  # fmt: skip
