@@ -17,6 +17,7 @@ LOWEST = tl.constexpr(-(2**31) + 1)  # below every latent, above KEY_NONE
 INFINITE = tl.constexpr(0x7F800000)  # the key of infinity, as which NaN counts in maxima of groups
 BINS = tl.constexpr(65536)  # of a histogram; behind them stands how many keys lie beyond the last
 SIDE = tl.constexpr(256)
+ROWS = tl.constexpr(32)
 NEAR = tl.constexpr(256)
 
 
@@ -164,9 +165,12 @@ def select_bound_kernel(
             low = tl.full([], -(2**31), tl.int64)
             shift = tl.full([], 16, tl.int64)
         place = tl.arange(0, SIDE)
-        counts = tl.load(hist_ptr + place[:, None] * SIDE + place[None, :]).to(tl.int64)
         beyond = tl.load(hist_ptr + BINS).to(tl.int64)
-        sums = tl.sum(counts, axis=1)
+        sums = tl.zeros([SIDE], tl.int64)
+        for start in range(0, SIDE, ROWS):  # a few rows of bins at a time: all of them are more than registers hold
+            line = start + tl.arange(0, ROWS)
+            part = tl.sum(tl.load(hist_ptr + line[:, None] * SIDE + place[None, :]).to(tl.int64), axis=1)
+            sums += tl.sum(tl.where(place[:, None] == line[None, :], part[None, :], 0), axis=1)
         from_above = beyond + tl.sum(sums) - tl.cumsum(sums) + sums
         block = tl.max(tl.where(from_above >= wanted, place, -1))
         above_block = beyond + tl.sum(tl.where(place > block, sums, 0))
@@ -194,10 +198,10 @@ def select_bound_kernel(
         tl.store(out_ptr + 2, above)
         if not COARSE:
             tl.debug_barrier()  # all was read
-            tl.store(
-                hist_ptr + place[:, None] * SIDE + place[None, :],
-                tl.zeros([SIDE, SIDE], hist_ptr.dtype.element_ty),
-            )
+            for start in range(0, SIDE, ROWS):
+                line = start + tl.arange(0, ROWS)
+                zeros = tl.zeros([ROWS, SIDE], hist_ptr.dtype.element_ty)
+                tl.store(hist_ptr + line[:, None] * SIDE + place[None, :], zeros)
             tl.store(hist_ptr + BINS, tl.full([], 0, hist_ptr.dtype.element_ty))
 
 
