@@ -40,8 +40,11 @@ def _tile(block_k: int, W_dec: Tensor) -> tuple[int, int]:
 
 
 def rows_tile(pattern: Pattern) -> int:
-    """Return how many latents of a token a program holds at once, where their number varies: those of most tokens."""
-    return int(min(128, max(16, triton.next_power_of_2(max(1, pattern.width)))))
+    """Return how many latents of a token a program holds at once, where their number varies, as measured (LOG.md).
+
+    Half of the usual number: that most tokens take two turns costs less than registers that few of them fill.
+    """
+    return int(min(64, max(16, triton.next_power_of_2(max(1, pattern.width)) // 2)))
 
 
 def launch_decode_loss(

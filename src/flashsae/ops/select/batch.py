@@ -14,12 +14,12 @@ from flashsae.ops.encode.launch import Layout
 from flashsae.ops.select import kernels, redo_kernels
 from flashsae.ops.select.operands import PROGRAMS, Operands, rescore
 
-FINE = 10
-"""Bins of the first histogram are 2 ** FINE keys wide: 65536 of them cover a factor of 256 above the bound."""
+FINE = 12
+"""Bins of the first histogram are 2 ** FINE keys wide: 16384 of them cover a factor of 256 above the bound."""
 
 LOWEST = -(2**31) + 1
-BINS = 65536
-TILE = 1024
+BINS, TOP = kernels.BINS.value, kernels.TOP.value
+TILE = 512
 
 
 @dataclass(frozen=True)
@@ -120,14 +120,14 @@ def batch_topk(
 
 def _block_g(layout: Layout) -> int:
     """Return how many groups a program looks at."""
-    return int(min(1024, triton.next_power_of_2(layout.groups)))
+    return int(min(256, triton.next_power_of_2(layout.groups)))  # as measured: one long token must not be waited for
 
 
 def _start(device: torch.device) -> Tensor:
-    """Return a bound that every key reaches, and bins by the top 16 bits."""
+    """Return a bound that every key reaches, and bins by the top bits."""
     state = torch.zeros(3, dtype=torch.int64, device=device)
     state[0].fill_(LOWEST)
-    state[1].fill_(16)
+    state[1].fill_(TOP)
     return state
 
 
@@ -195,8 +195,8 @@ def _choose(operands: Operands, of: _List, out: tuple[Tensor, Tensor, Tensor]) -
     B, device, fine = len(operands.x), operands.x.device, of.histograms[1]
     starts, latents, values = out
     entry_values = _rescore(operands, of) if operands.certified else of.other
-    # the bound's bin is open where all keys lay beyond the last one: once more to close it
-    for _ in range(3 if operands.certified else 2):
+    # the bound's bin is open where all keys lay beyond the last one: twice more to close it
+    for _ in range(4 if operands.certified else 3):
         _count_entries(of)
         _raise_bound(fine, of.state, of.wanted)
     redo = _Redo(operands, of, out)
@@ -232,10 +232,10 @@ class _Redo:
     out: tuple[Tensor, Tensor, Tensor]
 
     def find_bound(self) -> None:
-        """Set the bound to the B·k-th largest key of all, by its top 16 bits, then by the others."""
+        """Set the bound to the B·k-th largest key of all, by its top bits, by those behind them, and by the last."""
         device = self.operands.x.device
         state, hist = _start(device), torch.zeros(BINS + 1, dtype=torch.int64, device=device)
-        for result in (state, self.of.state):
+        for result in (state, state, self.of.state):
             self.run(redo_kernels.HISTOGRAM.value, state, None, hist)
             kernels.select_bound_kernel[(1,)](
                 hist, state, result, self.of.used, self.of.capacity, self.of.wanted, -1, COARSE=False, num_warps=16

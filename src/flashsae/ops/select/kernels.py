@@ -15,10 +15,10 @@ from flashsae.ops.encode.kernels import KEY_NAN, KEY_NONE, _bounds, _keys_of, _p
 
 LOWEST = tl.constexpr(-(2**31) + 1)  # below every latent, above KEY_NONE
 INFINITE = tl.constexpr(0x7F800000)  # the key of infinity, as which NaN counts in maxima of groups
-BINS = tl.constexpr(65536)  # of a histogram; behind them stands how many keys lie beyond the last
-SIDE = tl.constexpr(256)
-ROWS = tl.constexpr(32)
-NEAR = tl.constexpr(256)
+TOP = tl.constexpr(18)  # a key without so many of its bits is a bin of the coarse histogram
+BINS = tl.constexpr(16384)  # of a histogram; behind them stands how many keys lie beyond the last
+SIDE = tl.constexpr(128)
+NEAR = tl.constexpr(64)
 
 
 @triton.jit
@@ -66,8 +66,8 @@ def _count_keys(keys, inside, hist_ptr, low, shift):
 
 @triton.jit
 def _count_coarsely(keys, inside, hist_ptr):
-    """Add keys to a histogram of their top 16 bits, by way of one of the tile: keys crowd into few bins."""
-    bin = (keys.to(tl.int32) >> 16) + 32768
+    """Add keys to a histogram of their top bits, by way of one of the tile: keys crowd into few bins."""
+    bin = (keys.to(tl.int32) >> TOP) + BINS // 2
     top = tl.max(tl.where(inside, bin, -1))
     behind = tl.where(inside, top - bin, NEAR)
     near = tl.arange(0, 2 * NEAR)
@@ -122,7 +122,7 @@ def select_histogram_kernel(
     COARSE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Count the keys that reach the bound: by their top 16 bits (coarse), or in bins that begin at the bound."""
+    """Count the keys that reach the bound: by their top bits (coarse), or in bins that begin at the bound."""
     count = n
     if used_ptr is not None:
         used = tl.load(used_ptr)
@@ -163,14 +163,10 @@ def select_bound_kernel(
         low = bound
         if COARSE:
             low = tl.full([], -(2**31), tl.int64)
-            shift = tl.full([], 16, tl.int64)
+            shift = tl.full([], TOP, tl.int64)
         place = tl.arange(0, SIDE)
         beyond = tl.load(hist_ptr + BINS).to(tl.int64)
-        sums = tl.zeros([SIDE], tl.int64)
-        for start in range(0, SIDE, ROWS):  # a few rows of bins at a time: all of them are more than registers hold
-            line = start + tl.arange(0, ROWS)
-            part = tl.sum(tl.load(hist_ptr + line[:, None] * SIDE + place[None, :]).to(tl.int64), axis=1)
-            sums += tl.sum(tl.where(place[:, None] == line[None, :], part[None, :], 0), axis=1)
+        sums = tl.sum(tl.load(hist_ptr + place[:, None] * SIDE + place[None, :]).to(tl.int64), axis=1)
         from_above = beyond + tl.sum(sums) - tl.cumsum(sums) + sums
         block = tl.max(tl.where(from_above >= wanted, place, -1))
         above_block = beyond + tl.sum(tl.where(place > block, sums, 0))
@@ -198,10 +194,8 @@ def select_bound_kernel(
         tl.store(out_ptr + 2, above)
         if not COARSE:
             tl.debug_barrier()  # all was read
-            for start in range(0, SIDE, ROWS):
-                line = start + tl.arange(0, ROWS)
-                zeros = tl.zeros([ROWS, SIDE], hist_ptr.dtype.element_ty)
-                tl.store(hist_ptr + line[:, None] * SIDE + place[None, :], zeros)
+            zeros = tl.zeros([SIDE, SIDE], hist_ptr.dtype.element_ty)
+            tl.store(hist_ptr + place[:, None] * SIDE + place[None, :], zeros)
             tl.store(hist_ptr + BINS, tl.full([], 0, hist_ptr.dtype.element_ty))
 
 
