@@ -40,13 +40,10 @@ def encode(sae: Any, x: Tensor) -> Any:
     return code.replace(code.acts.relu())
 
 
-def average_threshold(sae: Any, code: Any) -> None:
-    """Let the threshold follow the smallest activation above 0 of each batch: at first the mean of all."""
-    smallest = code.acts.where(code.acts > 0, float("inf")).amin()
-    is_there = smallest.isfinite()
-    sae.threshold_steps.add_(is_there)
-    rate = sae.threshold_steps.clamp(1, AVERAGED_STEPS).reciprocal()
-    sae.threshold.add_((smallest - sae.threshold).where(is_there, 0.0) * rate)
+def average_threshold(sae: flashsae.SAE, code: flashsae.SparseCode) -> None:
+    """Let the threshold follow the smallest activation selected in each batch: at first it is the mean of all."""
+    sae.threshold_steps.add_(1)
+    sae.threshold.lerp_(code.acts.amin(), sae.threshold_steps.clamp(max=AVERAGED_STEPS).reciprocal())
 
 
 ARCHITECTURE = Architecture(

@@ -14,12 +14,12 @@ from flashsae.ops.encode.launch import Layout
 from flashsae.ops.select import kernels, redo_kernels
 from flashsae.ops.select.operands import PROGRAMS, Operands, rescore
 
-FINE = 12
-"""Bins of the first histogram are 2 ** FINE keys wide: 16384 of them cover a factor of 256 above the bound."""
+FINE = 13
+"""Bins of the first histogram are 2 ** FINE keys wide: 16384 of them cover a factor of 65536 above the bound."""
 
-LOWEST = -(2**31) + 1
-BINS, TOP = kernels.BINS.value, kernels.TOP.value
-TILE = 512
+BINS = kernels.BINS.value
+TILE, WARPS = 512, 2
+"""Of programs over pieces of a row, as measured (LOG.md): most find little to do, so many at once is what counts."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class _List:
         segments: [B, chunks, 2], int32: where the entries of a chunk begin, and how many they are.
         used: [1], int64: entries wanted so far, whether they fit or not.
         state: [3], int64: the bound, the logarithm of the width of a bin, how many keys lie above the bound's bin.
+        redo_state, redo_histogram: [3] and [BINS + 1], int64: the same for the way out.
         histograms: [2, BINS + 1], int32: of maxima by their top bits, and of keys above the bound.
     """
 
@@ -52,6 +53,8 @@ class _List:
     segments: Tensor
     used: Tensor
     state: Tensor
+    redo_state: Tensor
+    redo_histogram: Tensor
     histograms: Tensor
 
     @classmethod
@@ -66,12 +69,13 @@ class _List:
         def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.empty(*shape, dtype=dtype, device=device)
 
+        zeros = torch.zeros(7 + 2 * (BINS + 1), dtype=torch.int64, device=device)  # one launch for all of them
+        used, state, redo_state, redo_histogram, histograms = zeros.split([1, 3, 3, BINS + 1, BINS + 1])
         other = empty(capacity, dtype=torch.int32 if operands.certified else torch.float32)
         return cls(
             layout, B * k, capacity, chunks, empty(capacity), other, empty(capacity),
             empty(capacity) if operands.certified else None, empty(B, chunks, 2),
-            torch.zeros(1, dtype=torch.int64, device=device), _start(device),
-            torch.zeros(2, BINS + 1, dtype=torch.int32, device=device),
+            used, state, redo_state, redo_histogram, histograms.view(torch.int32).view(2, BINS + 1),
         )  # fmt: skip
 
 
@@ -106,7 +110,7 @@ def batch_topk(
     B, wanted, device = len(centred), len(centred) * k, centred.device
     latents = torch.empty(wanted, dtype=torch.int32, device=device)
     values = torch.empty(wanted, dtype=torch.float32, device=device)
-    starts = torch.zeros(B + 1, dtype=torch.int32, device=device)
+    starts = (torch.empty if B else torch.zeros)(B + 1, dtype=torch.int32, device=device)
     if B:
         operands = Operands.of(centred, W_enc_T, b_enc, key_scale, precision, workspace_bytes)
         candidates = _List.of(operands, k)
@@ -123,14 +127,6 @@ def _block_g(layout: Layout) -> int:
     return int(min(256, triton.next_power_of_2(layout.groups)))  # as measured: one long token must not be waited for
 
 
-def _start(device: torch.device) -> Tensor:
-    """Return a bound that every key reaches, and bins by the top bits."""
-    state = torch.zeros(3, dtype=torch.int64, device=device)
-    state[0].fill_(LOWEST)
-    state[1].fill_(TOP)
-    return state
-
-
 def _count_maxima(maxima: Tensor, hist: Tensor, state: Tensor, tokens: Tensor | None) -> None:
     n, block = maxima.numel(), 4096
     kernels.select_histogram_kernel[(min(PROGRAMS, triton.cdiv(n, block)),)](
@@ -145,8 +141,13 @@ def _count_entries(of: _List) -> None:
     )
 
 
-def _raise_bound(hist: Tensor, state: Tensor, wanted: int, next_shift: int = -1, coarse: bool = False) -> None:
-    kernels.select_bound_kernel[(1,)](hist, state, state, None, 0, wanted, next_shift, COARSE=coarse, num_warps=16)
+def _raise_bound(
+    of: _List, hist: Tensor, next_shift: int = -1, *, coarse: bool = False, must_close: bool = False
+) -> None:
+    kernels.select_bound_kernel[(1,)](
+        hist, of.state, of.state, of.used, of.capacity, of.wanted, next_shift,
+        COARSE=coarse, ONLY_REDO=False, MUST_CLOSE=must_close, num_warps=16,
+    )  # fmt: skip
 
 
 def _add_part(operands: Operands, to: _List, first: int, products: Tensor, tokens: Tensor | None) -> None:
@@ -156,20 +157,20 @@ def _add_part(operands: Operands, to: _List, first: int, products: Tensor, token
     by = products, operands.b_enc, operands.key_scale, operands.latents, tokens
     maxima, supers = _group_maxima(operands, layout, products, tokens)
     _count_maxima(supers, coarse, to.state, tokens)
-    _raise_bound(coarse, to.state, to.wanted, FINE, coarse=True)
+    _raise_bound(to, coarse, FINE, coarse=True)
     block_g, grid = _block_g(layout), (rows, to.chunks)
     counts = torch.empty(rows, to.chunks, dtype=torch.int32, device=products.device)
     shape = rows, n, layout.groups, to.chunks, products.stride(0)
     kernels.select_groups_kernel[grid](
-        *by, maxima, counts, fine, to.state, *shape, GROUP=layout.group, BLOCK_G=block_g, TILE=TILE, num_warps=4
+        *by, maxima, counts, fine, to.state, *shape, GROUP=layout.group, BLOCK_G=block_g, TILE=TILE, num_warps=WARPS
     )
     if first:
         _count_entries(to)
     # certified: values, which lie above their lower bounds, are counted in bins of the same width next
-    _raise_bound(fine, to.state, to.wanted, FINE if operands.certified else -1)
+    _raise_bound(to, fine, FINE if operands.certified else -1)
     kernels.select_append_kernel[grid](
         *by, maxima, counts, to.state, to.used, to.keys, to.other, to.latents, to.tokens, to.segments,
-        first, to.capacity, *shape, GROUP=layout.group, BLOCK_G=block_g, TILE=TILE, num_warps=4,
+        first, to.capacity, *shape, GROUP=layout.group, BLOCK_G=block_g, TILE=TILE, num_warps=WARPS,
     )  # fmt: skip
 
 
@@ -195,10 +196,9 @@ def _choose(operands: Operands, of: _List, out: tuple[Tensor, Tensor, Tensor]) -
     B, device, fine = len(operands.x), operands.x.device, of.histograms[1]
     starts, latents, values = out
     entry_values = _rescore(operands, of) if operands.certified else of.other
-    # the bound's bin is open where all keys lay beyond the last one: twice more to close it
-    for _ in range(4 if operands.certified else 3):
+    for is_last in (False, True) if operands.certified else (True,):
         _count_entries(of)
-        _raise_bound(fine, of.state, of.wanted)
+        _raise_bound(of, fine, must_close=is_last)
     redo = _Redo(operands, of, out)
     redo.find_bound()
     counts = torch.empty(2, B, dtype=torch.int64, device=device)
@@ -233,13 +233,13 @@ class _Redo:
 
     def find_bound(self) -> None:
         """Set the bound to the B·k-th largest key of all, by its top bits, by those behind them, and by the last."""
-        device = self.operands.x.device
-        state, hist = _start(device), torch.zeros(BINS + 1, dtype=torch.int64, device=device)
-        for result in (state, state, self.of.state):
+        of, state, hist = self.of, self.of.redo_state, self.of.redo_histogram
+        for result in (state, state, of.state):
             self.run(redo_kernels.HISTOGRAM.value, state, None, hist)
             kernels.select_bound_kernel[(1,)](
-                hist, state, result, self.of.used, self.of.capacity, self.of.wanted, -1, COARSE=False, num_warps=16
-            )
+                hist, state, result, of.used, of.capacity, of.wanted, -1,
+                COARSE=False, ONLY_REDO=True, MUST_CLOSE=False, num_warps=16,
+            )  # fmt: skip
 
     def run(self, mode: int, state: Tensor, counts: Tensor | None, hist: Tensor | None = None) -> None:
         """Do one pass over all pre-activations."""

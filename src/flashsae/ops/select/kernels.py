@@ -22,6 +22,18 @@ NEAR = tl.constexpr(64)
 
 
 @triton.jit
+def bound_of(state_ptr):
+    """Return the bound of a state; that of one that is all zeros is reached by every key."""
+    return tl.load(state_ptr) + LOWEST
+
+
+@triton.jit
+def shift_of(state_ptr):
+    """Return the logarithm of the width of bins; those of a state that is all zeros are the top bits."""
+    return tl.load(state_ptr + 1) + TOP
+
+
+@triton.jit
 def _inverse(unit):
     """Return 1 / unit of a power of two, exactly, which a division on a GPU need not be."""
     return (0x7F000000 - unit.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
@@ -127,7 +139,7 @@ def select_histogram_kernel(
     if used_ptr is not None:
         used = tl.load(used_ptr)
         count = tl.where(used > n, 0, used).to(tl.int32)  # of a list that is incomplete nothing is wanted
-    low, shift = tl.load(state_ptr), tl.load(state_ptr + 1)
+    low, shift = bound_of(state_ptr), shift_of(state_ptr)
     for start in range(tl.program_id(0) * BLOCK, count, tl.num_programs(0) * BLOCK):
         slot = start + tl.arange(0, BLOCK)
         keys = tl.load(keys_ptr + slot, mask=slot < count, other=KEY_NONE)
@@ -145,21 +157,23 @@ def select_bound_kernel(
     hist_ptr,  # [BINS + 1]
     state_ptr,  # [3] int64: what the histogram was counted by
     out_ptr,  # [3] int64: what follows; may be the same
-    used_ptr,  # run only if this exceeds `capacity`; or None
+    used_ptr,  # int64: how many entries were wanted
     capacity,
     wanted,
     next_shift,  # -1: as fine as what is left can be resolved
     COARSE: tl.constexpr,
+    ONLY_REDO: tl.constexpr,  # run only if more entries were wanted than the capacity
+    MUST_CLOSE: tl.constexpr,  # if the bin is not that of one key, call the list incomplete
 ):
     """Raise the bound to the lower edge of the bin in which the number of keys, counted from above, reaches `wanted`.
 
     A histogram of top bits is kept, to be added to; any other is emptied.
     """
-    wanted_here = True
-    if used_ptr is not None:
-        wanted_here = tl.load(used_ptr) > capacity
-    if wanted_here:
-        bound, shift = tl.load(state_ptr), tl.load(state_ptr + 1)
+    runs = True
+    if ONLY_REDO:
+        runs = tl.load(used_ptr) > capacity
+    if runs:
+        bound, shift = bound_of(state_ptr), shift_of(state_ptr)
         low = bound
         if COARSE:
             low = tl.full([], -(2**31), tl.int64)
@@ -189,9 +203,12 @@ def select_bound_kernel(
             next = tl.full([], 0, tl.int64)
             while (tl.full([], BINS, tl.int64) << next) < width:
                 next += 1
-        tl.store(out_ptr, tl.maximum(edge, bound))
-        tl.store(out_ptr + 1, next)
+        tl.store(out_ptr, tl.maximum(edge, bound) - LOWEST)
+        tl.store(out_ptr + 1, next - TOP)
         tl.store(out_ptr + 2, above)
+        if MUST_CLOSE:
+            incomplete = tl.maximum(tl.load(used_ptr), tl.full([], 1, tl.int64) + capacity)
+            tl.store(used_ptr, incomplete, mask=width > 1)
         if not COARSE:
             tl.debug_barrier()  # all was read
             zeros = tl.zeros([SIDE, SIDE], hist_ptr.dtype.element_ty)
@@ -212,7 +229,7 @@ def select_groups_kernel(
     """List the groups of a chunk that reach the bound, and count their latents that do, certified: for certain."""
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
-    low, shift = tl.load(state_ptr), tl.load(state_ptr + 1)
+    low, shift = bound_of(state_ptr), shift_of(state_ptr)
     group = chunk * BLOCK_G + tl.arange(0, BLOCK_G)
     maxima = tl.load(maxima_ptr + row * groups + group, mask=group < groups, other=KEY_NONE)
     if row_ptr is not None:
@@ -254,7 +271,7 @@ def select_append_kernel(
     """
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
-    low = tl.load(state_ptr)
+    low = bound_of(state_ptr)
     list_ptr = lists_ptr + row * groups + chunk * BLOCK_G
     listed = tl.load(counts_ptr + row * chunks + chunk)
     total = 0
@@ -320,7 +337,7 @@ def select_rescore_kernel(
     count = tl.minimum(used, capacity).to(tl.int32)
     if high_ptr is not None:
         count = tl.where(used > capacity, 0, count)
-        low = tl.load(state_ptr)
+        low = bound_of(state_ptr)
     for start in range(tl.program_id(0) * BLOCK, count, tl.num_programs(0) * BLOCK):
         slot = start + tl.arange(0, BLOCK)
         inside = slot < count
@@ -348,7 +365,7 @@ def select_count_kernel(
     """Count the listed entries of a token."""
     if tl.load(used_ptr) <= capacity:
         row = tl.program_id(0)
-        bound = tl.load(state_ptr)
+        bound = bound_of(state_ptr)
         above = 0
         tied = 0
         for chunk in range(0, chunks):
@@ -401,7 +418,7 @@ def select_write_kernel(
     """Write what is selected of a token to its places."""
     if tl.load(used_ptr) <= capacity:
         row = tl.program_id(0)
-        bound = tl.load(state_ptr)
+        bound = bound_of(state_ptr)
         room = tl.load(counts_ptr + B + row).to(tl.int32)
         position = tl.load(starts_ptr + row)
         ties = 0

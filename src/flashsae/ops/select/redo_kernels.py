@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from flashsae.ops.encode.kernels import KEY_NAN, KEY_NONE, _to_key
-from flashsae.ops.select.kernels import _count_keys
+from flashsae.ops.select.kernels import _count_keys, bound_of, shift_of
 
 HISTOGRAM = tl.constexpr(0)
 COUNT = tl.constexpr(1)
@@ -34,7 +34,7 @@ def select_redo_kernel(
     """Do one pass over all pre-activations of some tokens, in float32 (rounded as products of bfloat16 are)."""
     if tl.load(used_ptr) > capacity:
         row = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
-        bound, shift = tl.load(state_ptr), tl.load(state_ptr + 1)
+        bound, shift = bound_of(state_ptr), shift_of(state_ptr)
         above = tl.zeros([BLOCK_B], tl.int64)
         ties = tl.zeros([BLOCK_B], tl.int64)
         if MODE == WRITE:
