@@ -18,8 +18,8 @@ FINE = 13
 """Bins of the first histogram are 2 ** FINE keys wide: 16384 of them cover a factor of 65536 above the bound."""
 
 BINS = kernels.BINS.value
-TILE, WARPS = 512, 2
-"""Of programs over pieces of a row, as measured (LOG.md): most find little to do, so many at once is what counts."""
+TILE, WARPS = 512, 4
+"""Of programs over pieces of a row, as measured (LOG.md)."""
 
 
 @dataclass(frozen=True)
