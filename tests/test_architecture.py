@@ -16,7 +16,8 @@ import flashsae
 from flashsae import SAE, Architecture, BatchTopKSettings, Parameter, SAEConfig, TopKSettings
 from flashsae import architecture as architectures
 from flashsae.architecture import AUTOENCODER, RECONSTRUCTION, architecture_named, architecture_of, settings_of
-from flashsae.errors import ConfigError
+from flashsae.errors import ConfigError, DtypeError
+from flashsae.sae import Step
 
 SRC = Path(flashsae.__file__).parent
 
@@ -90,11 +91,26 @@ def test_names_settings_and_parameters_are_taken_once(one: Architecture) -> None
         flashsae.register(replace(ONE, name="topk"))
     with pytest.raises(ConfigError, match="settings of three: expected a frozen dataclass"):
         flashsae.register(replace(ONE, name="three", settings=dict))
+    bare = dataclass(frozen=True)(type("Bare", (), {"__annotations__": {"slope": float}}))
+    with pytest.raises(ConfigError, match="settings of bare: expected a default for each, but slope has none"):
+        flashsae.register(replace(ONE, name="bare", settings=bare))
     twice = (*AUTOENCODER, Parameter("b_enc", ("d_in",), "another"))
     with pytest.raises(ConfigError, match="parameters of four: expected each name once, got b_enc again"):
         flashsae.register(
             replace(ONE, name="four", parameters=twice, settings=dataclass(frozen=True)(type("S", (), {})))
         )
+
+
+def test_a_weight_that_nobody_sets_and_an_encode_that_gives_no_code_are_named(one: Architecture) -> None:
+    sae, x = SAE(SAEConfig(6, 20, 3)), torch.ones(2, 6)
+    step = Step(sae, x, x, sae.encode(x), torch.ones(2))
+    with pytest.raises(ConfigError, match="weight of auxk_loss: expected settings with 'auxk_alpha', such as"):
+        step.total()
+    sae.architecture = replace(one, encode=lambda sae, x: x)
+    with pytest.raises(
+        DtypeError, match=r"encode of One: expected a SparseCode, as ops\.encode_topk returns it, got Tensor"
+    ):
+        sae(x)
 
 
 def test_settings_are_known_without_torch() -> None:

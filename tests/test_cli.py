@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import flashsae
 from flashsae.cli import main
 
 
@@ -290,6 +291,11 @@ def test_settings_from_a_file(text: Path, tmp_path: Path, capsys: pytest.Capture
     config.write_text("k = = 5\n")
     assert "my.toml" in _error(capsys, *_train(text, tmp_path / "other", "--config", config))
     assert "none.toml" in _error(capsys, *_train(text, tmp_path / "other", "--config", "none.toml"))
+
+
+def test_the_package_is_the_command() -> None:
+    command = [sys.executable, "-m", "flashsae", "--version"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == f"{flashsae.__version__}\n"
 
 
 def test_doctor_tells_versions_devices_and_backends(capsys: pytest.CaptureFixture[str]) -> None:

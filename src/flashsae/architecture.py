@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
@@ -82,10 +82,15 @@ class Term:
     of_dead_latents: bool = False
 
     def weight_in(self, *settings: object) -> float:
-        """Return the weight, read from the first of these settings that has it."""
+        """Return the weight, read from the first of these settings that has it; ConfigError where none has."""
         if not isinstance(self.weight, str):
             return self.weight
-        return float(next(getattr(each, self.weight) for each in settings if hasattr(each, self.weight)))
+        for each in settings:
+            if hasattr(each, self.weight):
+                return float(getattr(each, self.weight))
+        raise ConfigError(
+            f"weight of {self.name}: expected settings with {self.weight!r}, such as a flashsae.TrainConfig, got none."
+        )
 
 
 @dataclass(frozen=True)
@@ -192,6 +197,9 @@ def register(architecture: Architecture) -> Architecture:
     settings = architecture.settings
     if not is_dataclass(settings) or not settings.__dataclass_params__.frozen:  # type: ignore[attr-defined]
         raise ConfigError(f"settings of {architecture.name}: expected a frozen dataclass, got {settings!r}.")
+    bare = [field.name for field in fields(settings) if field.default is field.default_factory is MISSING]
+    if bare:
+        raise ConfigError(f"settings of {architecture.name}: expected a default for each, but {bare[0]} has none.")
     names = [row.name for row in architecture.parameters]
     repeated = [name for name in names if names.count(name) > 1]
     if repeated:

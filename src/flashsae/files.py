@@ -102,12 +102,15 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 
 @contextmanager
-def atomic_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def atomic_directory(
+    path: Path, *, overwrite: bool = False, advice: str = "choose another folder or remove it."
+) -> Iterator[Path]:
     """Fill a folder aside and rename it to `path` when the block ends without an error.
 
     Args:
         path: must not exist, unless `overwrite`. Its parents are made. A link stays one: what it leads to is written.
         overwrite: replace a folder that is there already.
+        advice: what to do where `path` exists.
     Yields:
         the folder to write into.
     Raises:
@@ -117,7 +120,7 @@ def atomic_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         path = _behind_link(path)
         settle(path)
         if path.exists() and not (overwrite and path.is_dir()):
-            raise StorageError(f"{path} exists already and is not overwritten; choose another folder or remove it.")
+            raise StorageError(f"{path} exists already and is not overwritten; {advice}")
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = _aside(path, "partial")
         aside.mkdir()

@@ -24,6 +24,7 @@ def test_figures_are_those_of_the_whole_set(generator: torch.Generator) -> None:
     assert result.l0 == pytest.approx((acts > 0).sum(1).double().mean().item())
     torch.testing.assert_close(result.latent_density, (acts > 0).double().mean(0))
     assert result.tokens == 101
+    assert "latent_density" not in repr(result)
 
 
 @pytest.mark.parametrize("max_tokens", [0, 1, 4000, 5000, 10**6])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flashsae import SAE, SAEConfig, SparseCode, ops
+from flashsae.errors import ConfigError
 from flashsae.ops.validate import Precision
 from flashsae.sae import fvu_weights
 from flashsae.sae.dead import LEAST_RESIDUAL, DeadLatents, DeadRows, _rounded_up, auxk_loss
@@ -48,6 +49,11 @@ def test_tables_of_none_of_one_and_of_all(dead: list[int]) -> None:
     latents, is_dead, slots = _table(dead, N)
     assert latents[is_dead].tolist() == dead
     assert slots.tolist() == [dead.index(latent) if latent in dead else -1 for latent in range(N)]
+
+
+def test_there_is_no_table_of_nothing() -> None:
+    with pytest.raises(ConfigError, match=r"capacity: expected at least 1, got 0\. No latent can be dead then"):
+        _table([], 0)
 
 
 def test_on_the_cpu_the_capacity_is_the_number_of_the_dead() -> None:

@@ -158,7 +158,7 @@ def test_save_and_load_give_the_same_bits(dtype: torch.dtype, tmp_path: Path, ge
 
 def test_saving_overwrites_only_when_asked(sae: SAE, tmp_path: Path) -> None:
     sae.save(tmp_path / "sae")
-    with pytest.raises(StorageError, match="exists already and is not overwritten"):
+    with pytest.raises(StorageError, match="exists already and is not overwritten; give overwrite=True"):
         sae.save(tmp_path / "sae")
     sae.save(tmp_path / "sae", overwrite=True)
     (tmp_path / "precious").mkdir()

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import flashsae
-from flashsae import SAE, TrainConfig
+from flashsae import SAE, BatchTopKSettings, TopKSettings, TrainConfig
 from flashsae.backend import check_single_process
 from flashsae.data.synthetic import SuperpositionModel
 from flashsae.errors import (
@@ -113,6 +113,25 @@ def test_a_run_folder_holds_log_and_checkpoint_and_is_gone_on_with(tmp_path: Pat
     assert _same(resumed, expected)
     again = flashsae.fit(X, d_sae=16, k=3, config=SMALL, run=tmp_path / "a", resume=True, progress=False)
     assert _same(again, whole)
+
+
+@pytest.mark.parametrize(
+    ("arch", "k", "config", "expected"),
+    [
+        ("batch_topk", None, {"k": 5}, BatchTopKSettings(k=5)),
+        ("topk", None, {"k": 5}, TopKSettings(k=5)),
+        ("topk", None, {"arch": "batch_topk", "k": 5}, TopKSettings(k=5)),
+        ("batch_topk", 6, {"k": 5}, BatchTopKSettings(k=6)),
+        (BatchTopKSettings(k=7), None, {"k": 5}, BatchTopKSettings(k=7)),
+        (None, 6, {"arch": "batch_topk", "k": 5}, BatchTopKSettings(k=6)),
+    ],
+)
+def test_settings_of_an_architecture_are_kept_beside_the_name_of_another(
+    arch: object, k: int | None, config: dict[str, Any], expected: object
+) -> None:
+    settings = flashsae.TrainConfig(tokens=16, batch_tokens=8, **config)
+    sae = flashsae.fit(X, d_sae=16, k=k, arch=arch, config=settings, progress=False)
+    assert sae.config.arch == expected
 
 
 def test_bad_arguments_are_named(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -49,7 +49,7 @@ class Evaluation:
     fvu: float
     l0: float
     tokens: int
-    latent_density: Tensor
+    latent_density: Tensor = field(repr=False)  # thousands of numbers
     fvu_without_outliers: float
     outliers: int
 

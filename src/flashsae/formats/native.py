@@ -31,6 +31,7 @@ _EXTRA = "extra."
 _OF_SYSTEMS = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
 """What file browsers leave in a folder that was opened."""
 _ADVICE = "Copy or save the SAE again."
+_OVERWRITE = "give overwrite=True to replace an SAE, or choose another folder."
 _Dtype = Literal["float32", "float64", "bfloat16", "float16"]
 
 
@@ -104,7 +105,7 @@ def write(
     }
     if overwrite and directory.exists():
         _check_replaceable(directory)
-    with files.atomic_directory(directory, overwrite=overwrite) as folder:
+    with files.atomic_directory(directory, overwrite=overwrite, advice=_OVERWRITE) as folder:
         named = {_EXTRA + name: tensor for name, tensor in extras.items()}
         files.save_tensors(folder / _WEIGHTS_FILE, {**tensors, **named})
         description["sha256"] = files.sha256(folder / _WEIGHTS_FILE)

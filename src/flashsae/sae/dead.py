@@ -1,4 +1,4 @@
-"""Dead latents: those that no token has given a value above zero for a number of tokens. Counting and reviving them."""
+"""Dead latents: those that were active on none of so many tokens. Counting and reviving them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from flashsae import ops
+from flashsae.errors import ConfigError
 from flashsae.metrics import count_active, is_dead
 from flashsae.sae.module import SAE
 from flashsae.shapes import Activations
@@ -57,7 +58,7 @@ class DeadLatents:
 
     Args:
         d_sae: number of latents.
-        after_tokens: a latent is dead after this many tokens without a value above 0.
+        after_tokens: a latent is dead after this many tokens without a value other than 0.
         device: where codes come from.
     """
 
@@ -85,7 +86,15 @@ class DeadLatents:
         return is_dead(self.tokens_since_fired, self._after_tokens)
 
     def rows(self, capacity: int) -> DeadRows:
-        """Return a table of the dead latents, which must be no more than `capacity`; no wait for the device."""
+        """Return a table of the dead latents, which must be no more than `capacity`; no wait for the device.
+
+        Raises:
+            ConfigError: capacity is 0.
+        """
+        if capacity < 1:
+            raise ConfigError(
+                "capacity: expected at least 1, got 0. No latent can be dead then: leave out what needs them."
+            )
         dead = self.mask()
         place = dead.cumsum(0, dtype=torch.int32) - 1
         slots = torch.where(dead, place, -1)

@@ -152,9 +152,14 @@ class SAE(nn.Module):
         Returns:
             a code of the shape [...].
         Raises:
-            ShapeError, DtypeError: x does not fit.
+            ShapeError, DtypeError: x does not fit, or the architecture returns no code.
         """
         code = self.architecture.encode(self, self._flat(x))
+        if not isinstance(code, ops.SparseCode):
+            raise DtypeError(
+                f"encode of {self.architecture.title}: expected a SparseCode, as ops.encode_topk returns it, got "
+                f"{type(code).__name__}."
+            )
         return ops.SparseCode(code.pattern, code.acts, tuple(x.shape[:-1]))
 
     def decode(self, code: ops.SparseCode, *, bias: bool = True) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from warnings import warn
@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from flashsae.architecture import settings_of
+from flashsae.architecture import architecture_of, settings_of
 from flashsae.backend import check_single_process, check_variables, resolve_device
 from flashsae.data.shuffle import buffer_size, shuffled
 from flashsae.data.sources import ArraySource, IterableSource
@@ -65,7 +65,8 @@ def fit(
             that of `config`.
         tokens: tokens to train on, repeats counted. Default: those of `config`; without one, ten
             times an array, at least 2 million.
-        config: every other setting; its d_sae, arch, k and tokens give way to those above.
+        config: every other setting; its d_sae, arch, k and tokens give way to those above. Beside the name of an
+            architecture, what it sets of another one, such as k, is set of this one.
         run: folder for metrics.jsonl and checkpoints. Must not exist, unless `resume`; removed again by a training that
             fails before its first checkpoint. None writes nothing.
         resume: continue from the newest checkpoint in `run`, bit for bit, with the same x and settings.
@@ -131,6 +132,11 @@ def fit(
 def _arch(arch: Any, k: int | None, base: TrainConfig) -> Any:
     """Return the settings of the architecture that are meant."""
     own = {} if k is None else {"k": k}
+    if isinstance(arch, str):
+        there = asdict(base.arch)
+        if architecture_of(base.arch).name != arch:
+            there = {name: value for name, value in there.items() if value != getattr(type(base.arch)(), name)}
+        return settings_of(arch, **{**there, **own})
     if arch is not None:
         return settings_of(arch, **own)
     return replace(base.arch, **own) if not own or hasattr(base.arch, "k") else settings_of(DEFAULT_ARCH, **own)
@@ -172,7 +178,8 @@ def _working_in(folder: Path, *, may_discard: bool) -> Iterator[None]:
 
 def _what_will_be_done(config: TrainConfig, rows: int | None, buffered: int, device: torch.device) -> str:
     first = f" A shuffle buffer of {buffered:,} tokens is filled first." if buffered else ""
-    repeats = "" if rows is None else f" (each of the {rows:,} in x about {config.tokens / rows:,.3g} times)"
+    often = f"each of the {rows:,} in x about {config.tokens / rows:,.3g} times" if rows else ""
+    repeats = "" if rows is None else f" ({often if config.tokens >= rows else f'of the {rows:,} in x'})"
     return (
         f"{config.described}, d_in {config.d_in:,}, on {device}: {config.tokens:,} tokens{repeats} in {config.steps:,} "
         f"steps of {config.batch_tokens:,}.{first} tokens= changes how long it takes."
