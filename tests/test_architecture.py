@@ -104,7 +104,9 @@ def test_names_settings_and_parameters_are_taken_once(one: Architecture) -> None
 def test_a_weight_that_nobody_sets_and_an_encode_that_gives_no_code_are_named(one: Architecture) -> None:
     sae, x = SAE(SAEConfig(6, 20, 3)), torch.ones(2, 6)
     step = Step(sae, x, x, sae.encode(x), torch.ones(2))
-    with pytest.raises(ConfigError, match="weight of auxk_loss: expected settings with 'auxk_alpha', such as"):
+    with pytest.raises(
+        ConfigError, match="weight of auxk_loss: expected a setting 'auxk_alpha' of the architecture or"
+    ):
         step.total()
     sae.architecture = replace(one, encode=lambda sae, x: x)
     with pytest.raises(

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
+from flashsae.architecture_check import check_architecture
 from flashsae.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -89,7 +90,8 @@ class Term:
             if hasattr(each, self.weight):
                 return float(getattr(each, self.weight))
         raise ConfigError(
-            f"weight of {self.name}: expected settings with {self.weight!r}, such as a flashsae.TrainConfig, got none."
+            f"weight of {self.name}: expected a setting {self.weight!r} of the architecture or of a "
+            "flashsae.TrainConfig, and there is none here."
         )
 
 
@@ -100,9 +102,9 @@ class Architecture:
     Args:
         name: of the option --arch, and in files.
         title: for people.
-        settings: a frozen dataclass of its own settings, each field with a type and range of `flashsae.settings.kinds`
-            and a line under "Args:" of its docstring, which is the help text.
-        parameters: the table.
+        settings: a frozen dataclass of its own settings, each field with a default, a type and range of
+            `flashsae.settings.kinds`, and a line under "Args:" of its docstring, which is the help text.
+        parameters: the table. W_enc_T, b_enc, W_dec and b_dec are in it.
         encode: from x ([B, d_in], sites beside each other) to a code: the selection and what follows it. Reads
             `sae.training` where training and inference differ.
         terms: of the loss. The first is the reconstruction, relative to the variance.
@@ -146,7 +148,7 @@ class Architecture:
         """Return which sites of a batch are read and which are written.
 
         Args:
-            batch: names of its sites, whatever they are called, in the order of `sites`.
+            batch: names of its sites: those of `sites` in any order, or others in that order.
         Raises:
             ConfigError: there are more or fewer.
         """
@@ -156,7 +158,7 @@ class Architecture:
                 f"{self.title} takes the activations of {len(self.sites)} ({', '.join(self.sites)}), got those of "
                 f"{len(named)} ({', '.join(named)})."
             )
-        names = dict(zip(self.sites, named))
+        names = dict(zip(self.sites, self.sites if set(named) == set(self.sites) else named))
         return [names[site] for site in self.reads], [names[site] for site in self.writes]
 
 
@@ -191,27 +193,29 @@ _REGISTERED: dict[str, Architecture] = {}
 def register(architecture: Architecture) -> Architecture:
     """Make an architecture known by its name, and by the class of its settings; return it.
 
+    A name is registered again by the same class of settings, or by the same lines run once more, as a notebook does.
+
     Raises:
-        ConfigError: its settings are no frozen dataclass with defaults, or name or class belong to another one.
+        ConfigError: it is not what an `Architecture` has to be, or its name or settings belong to another one.
     """
-    settings = architecture.settings
-    if not is_dataclass(settings) or not settings.__dataclass_params__.frozen:  # type: ignore[attr-defined]
-        raise ConfigError(f"settings of {architecture.name}: expected a frozen dataclass, got {settings!r}.")
-    bare = [field.name for field in fields(settings) if field.default is field.default_factory is MISSING]
-    if bare:
-        raise ConfigError(f"settings of {architecture.name}: expected a default for each, but {bare[0]} has none.")
-    names = [row.name for row in architecture.parameters]
-    repeated = [name for name in names if names.count(name) > 1]
-    if repeated:
-        raise ConfigError(f"parameters of {architecture.name}: expected each name once, got {repeated[0]} again.")
+    check_architecture(architecture)
+    name, settings = architecture.name, architecture.settings
+    if name in _ours() and name not in _REGISTERED:
+        _REGISTERED[name] = import_module(f"{_OURS}.{name}").ARCHITECTURE
     for other in _REGISTERED.values():
-        if (other.name == architecture.name) != (other.settings is settings):
+        has_name = other.name == name and _defined(other.settings) != _defined(settings)
+        if has_name or (other.name != name and other.settings is settings):
             raise ConfigError(
-                f"{architecture.name}: expected a name and settings of its own, but {other.title} has "
-                f"{'this name' if other.name == architecture.name else 'these settings'}."
+                f"{name}: expected a name and settings of its own, but {other.title} has "
+                f"{'this name' if has_name else 'these settings'}."
             )
     _REGISTERED[architecture.name] = architecture
     return architecture
+
+
+def _defined(settings: type) -> tuple[str, str]:
+    """Return where a class is defined."""
+    return settings.__module__, settings.__qualname__
 
 
 def architecture_names(*, installed: bool = True) -> list[str]:

@@ -20,6 +20,8 @@ Batch: TypeAlias = dict[str, Tensor]
 """Activations of the same tokens by site, [B, d] each, in the order of the sites.
 
 A site is a named place of activations: a hookpoint of a language model, or whatever arrays are called."""
+Acts: TypeAlias = Mapping[str, Tensor | np.ndarray]
+"""The same as people have them."""
 X = "x"
 """The site of activations that come without a name."""
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashsae.architecture import Architecture
-from flashsae.data.acts import Batch, X, acts_by_site, batch_acts, check_finite, iterate
+from flashsae.data.acts import Acts, Batch, X, acts_by_site, batch_acts, check_finite, iterate
 from flashsae.data.sources import RowSource, Source
 from flashsae.errors import ConfigError, DataError, DtypeError
 from flashsae.metrics import FVU, LatentActivity, norm_limit
@@ -57,7 +57,10 @@ class Evaluation:
 @neutral()
 @torch.no_grad()
 def evaluate(
-    sae: SAE, x: Tensor | np.ndarray | Iterable[Tensor | np.ndarray | Batch], *, batch_tokens: int = 4096
+    sae: SAE,
+    x: Tensor | np.ndarray | Acts | Iterable[Tensor | np.ndarray | Acts],
+    *,
+    batch_tokens: int = 4096,
 ) -> Evaluation:
     """Measure an SAE, as it is in inference.
 

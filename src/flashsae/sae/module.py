@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from flashsae import ops
 from flashsae.architecture import Architecture, Parameter, architecture_of, settings_of
+from flashsae.architecture_check import UNIT_ROWS
 from flashsae.backend import resolve_device
 from flashsae.errors import CheckpointError, ConfigError, DtypeError, ShapeError
 from flashsae.formats import native
@@ -125,6 +126,8 @@ class SAE(nn.Module):
         table = self.architecture.parameters
         values = _initial(table, config.sizes, None if seed is None else as_int("seed", seed), dtype, device)
         for row in table:
+            if hasattr(self, row.name):
+                raise ConfigError(f"parameter {row.name}: every SAE has an attribute of this name. Give it another.")
             if row.trained:
                 self.register_parameter(row.name, nn.Parameter(values[row.name]))
             else:
@@ -364,10 +367,16 @@ def _initial(
             values[row.name] = torch.full(shape, row.initial, dtype=dtype, device=device)
         elif generator is None:
             values[row.name] = torch.empty(shape, dtype=dtype, device=device)
-        elif row.initial == "unit_rows":
+        elif row.initial == UNIT_ROWS:
             rows = torch.empty(shape, dtype=dtype, device="cpu").normal_(generator=generator)
             values[row.name] = F.normalize(rows, dim=1).to(device)
     for row in table:
         if row.name not in values:
-            values[row.name] = values[str(row.initial)].clone()
+            source = values[str(row.initial)]
+            if source.shape != row.sizes(sizes):
+                raise ConfigError(
+                    f"parameter {row.name}: it starts equal to {row.initial}, so expected {list(row.sizes(sizes))} as "
+                    f'the shape of that, got {list(source.shape)}. Let it start otherwise, such as with "{UNIT_ROWS}".'
+                )
+            values[row.name] = source.clone()
     return values

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flashsae.architecture import Architecture
+from flashsae.errors import ConfigError
 from flashsae.ops import DecodeLoss, SparseCode
 from flashsae.profiling import part
 from flashsae.sae.dead import DeadRows, auxk_loss
@@ -64,6 +65,8 @@ class Step:
                     values[term.name] = term.compute(self)
         there = {name: value for name, value in values.items() if value is not None}
         weighted = [value if weights[name] == 1.0 else weights[name] * value for name, value in there.items()]
+        if not weighted:
+            raise ConfigError(f"loss: no term of {self.sae.architecture.title} gave anything at this step.")
         loss = weighted[0]
         for value in weighted[1:]:
             loss = loss + value

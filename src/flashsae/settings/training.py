@@ -131,7 +131,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         object.__setattr__(self, "arch", settings_of(self.arch))
-        check_own_names(architecture_of(self.arch), (each.name for each in fields(self)))
+        architecture = architecture_of(self.arch)
+        check_own_names(architecture, (each.name for each in fields(self)))
+        weights = [term.weight_in(self.arch, self) for term in architecture.terms]
+        if not any(weights):
+            raise ConfigError(f"arch: the terms of the loss of {architecture.title} all have the weight 0.")
 
     @property
     def steps(self) -> int:

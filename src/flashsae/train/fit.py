@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 from warnings import warn
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from flashsae.architecture import architecture_of, settings_of
 from flashsae.backend import check_single_process, check_variables, resolve_device
+from flashsae.data.acts import Acts, X
 from flashsae.data.shuffle import buffer_size, shuffled
 from flashsae.data.sources import ArraySource, IterableSource
 from flashsae.errors import CheckpointError, ConfigError, FlashSAEWarning, StorageError
@@ -27,7 +28,6 @@ from flashsae.logs.progress import ProgressBar, filling
 from flashsae.neutral import neutral
 from flashsae.sae.module import SAE
 from flashsae.settings.kinds import check, expand
-from flashsae.settings.training import DEFAULT_ARCH
 from flashsae.train.config import TrainConfig
 from flashsae.train.loop import train
 from flashsae.train.plan import check_memory, check_selection, make_plan
@@ -39,7 +39,7 @@ LEAST_TOKENS = 2_000_000
 
 @neutral()
 def fit(
-    x: Tensor | np.ndarray | Iterable[Tensor | np.ndarray] | Mapping[str, Tensor | np.ndarray],
+    x: Tensor | np.ndarray | Acts | Iterable[Tensor | np.ndarray | Acts],
     *,
     d_sae: int,
     k: int | None = None,
@@ -58,7 +58,8 @@ def fit(
         x: [tokens, d_in], a float tensor, numpy array or memory-mapped array, read in random order; or any iterable
             of such batches (or of tuples and dicts of one, as a DataLoader gives), read in its order through a shuffle
             buffer. d_in is taken from it. If it can be read only once and ends early, the training ends with it. For an
-            architecture of several sites: a dict of arrays of the same tokens by site, or an iterable of such.
+            architecture of several sites: a dict of arrays of the same tokens by site, or an iterable of such, whose
+            entries have the names of its sites.
         d_sae: number of latents.
         k: latents active for each token, of an architecture that has this setting. Default: 32.
         arch: the architecture: its settings, or its name, of `flashsae.architecture.architecture_names()`. Default:
@@ -91,12 +92,13 @@ def fit(
         raise ConfigError("resume: expected run=FOLDER beside it, the folder to resume.")
     if config is not None and not isinstance(config, TrainConfig):
         raise ConfigError(f"config: expected a flashsae.TrainConfig, got {type(config).__name__}.")
-    source = ArraySource(x) if isinstance(x, Tensor | np.ndarray | Mapping) else IterableSource(x)
     base = config or TrainConfig()
+    own = _arch(arch, k, base)
+    source = _source(x, architecture_of(own).sites)
     settings = replace(
         base,
         d_sae=d_sae,
-        arch=_arch(arch, k, base),
+        arch=own,
         tokens=tokens if tokens is not None else config.tokens if config is not None else _default_tokens(source),
     ).resolve(source.widths)
     device = resolve_device(settings.device)
@@ -139,7 +141,16 @@ def _arch(arch: Any, k: int | None, base: TrainConfig) -> Any:
         return settings_of(arch, **{**there, **own})
     if arch is not None:
         return settings_of(arch, **own)
-    return replace(base.arch, **own) if not own or hasattr(base.arch, "k") else settings_of(DEFAULT_ARCH, **own)
+    if own and "k" not in (each.name for each in fields(base.arch)):
+        raise ConfigError(f"k: {architecture_of(base.arch).name}, the arch of config, has no such setting.")
+    return replace(base.arch, **own)
+
+
+def _source(x: Any, sites: Sequence[str]) -> ArraySource | IterableSource:
+    """Return the activations as a source; entries of an iterable's batches are found by the names of the sites."""
+    if isinstance(x, Tensor | np.ndarray | Mapping):
+        return ArraySource(x)
+    return IterableSource(x, sites=sites if len(sites) > 1 else (X,))
 
 
 def _default_tokens(source: ArraySource | IterableSource) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -186,13 +187,18 @@ class _Saved:
     dead_bounds: Bounds | None
 
 
+def _as_json(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings as a checkpoint gives them back: a tuple is a list there."""
+    return dict(json.loads(json.dumps(settings)))
+
+
 def check_settings(config: TrainConfig, checkpoint: Checkpoint) -> None:
     """Raise CheckpointError if a checkpoint was written with other settings; names each with both values."""
     saved = checkpoint.state.get("config")
     saved = saved if isinstance(saved, dict) else {}
     differences = [
         f"{name} was {saved.get(name)!r} and is {value!r} now"
-        for name, value in config.flat().items()
+        for name, value in _as_json(config.flat()).items()
         if name not in FREE_TO_CHANGE and saved.get(name) != value
     ]
     if differences:
