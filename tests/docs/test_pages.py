@@ -92,8 +92,18 @@ def test_a_training_loop_of_yours(capsys: pytest.CaptureFixture[str]) -> None:
     assert 0 < float(capsys.readouterr().out) < 1
 
 
+def test_a_loop_with_all_its_pieces(arrays: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = [block for block in code_blocks(QUICKSTART) if "DeadLatents" in block]
+    code = code.replace("4096", "64").replace("k=32", "k=4").replace("100_000", "600")
+    exec(smaller(code, steps=("1000, 1024,", "60, 64,"), k_aux=("k_aux=256", "k_aux=4")), arrays)
+    loss, n_dead, l0 = capsys.readouterr().out.split()
+    assert 0 < float(loss) < 1
+    assert int(n_dead) < 64
+    assert 2 < float(l0) < 6
+
+
 def test_the_operations_alone(arrays: dict[str, Any]) -> None:
-    (code,) = [block for block in code_blocks(QUICKSTART) if "encode_topk" in block]
+    (code,) = [block for block in code_blocks(QUICKSTART) if "ops.encode_topk" in block]
     exec(code, arrays)
     for name in ("W_enc_T", "W_dec", "b_enc", "b_dec"):
         assert arrays[name].grad.abs().sum() > 0
