@@ -116,73 +116,69 @@ def decode_loss_rows_kernel(
     target_ptr,  # [B, d]
     weights_ptr,  # [B] or None
     x_hat_ptr, residual_ptr,  # [B, d]
-    errors_ptr,  # [B]
-    grad_acts_ptr,  # [capacity]
-    d, W_stride, target_stride,
-    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+    errors_ptr,  # [chunks, B]: of each chunk of columns
+    grad_acts_ptr,  # [chunks, capacity]: of each
+    capacity, d, W_stride, target_stride,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, CHUNK: tl.constexpr, LONG_K: tl.constexpr,
 ):  # fmt: skip
-    """Do as `decode_loss_kernel` for a token of any number of latents.
+    """Do as `decode_loss_kernel` for a chunk of the columns of a token of any number of latents.
 
-    The latents of most tokens fit in one tile. Those of the others are gone through twice in every block of columns,
-    for x_hat and for the dot products; the block is so small that the second reading comes from the cache.
+    The latents of most tokens fit in one tile, which moves along the columns. Those of the others are gone through in
+    small tiles as wide as the chunk, once for x_hat and once for the dot products. Chunks make programs short, so that
+    no token is waited for; all tokens of a chunk come before the next, so that rows of W are found in the cache.
     """
-    row = tl.program_id(0).to(tl.int64)
+    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     first, count = _entries_of(starts_ptr, row, None)
     weight = 1.0
     if weights_ptr is not None:
         weight = tl.load(weights_ptr + row).to(tl.float32)
-    slot = tl.arange(0, BLOCK_K)
+    target_row, x_hat_row, residual_row = target_ptr + row * target_stride, x_hat_ptr + row * d, residual_ptr + row * d
+    grad_row = grad_acts_ptr + chunk * capacity + first
+    begin = (chunk * CHUNK).to(tl.int32)
     error = 0.0
     if count <= BLOCK_K:
+        slot = tl.arange(0, BLOCK_K)
         acts = tl.load(acts_ptr + first + slot, mask=slot < count, other=0.0).to(tl.float32)
         latents = tl.load(indices_ptr + first + slot, mask=slot < count, other=0).to(tl.int64)
         W_rows = W_ptr + latents[:, None] * W_stride
         dots = tl.zeros([BLOCK_K], tl.float32)
-        for start in tl.range(0, d, BLOCK_D, num_stages=STAGES):
+        for start in tl.range(begin, tl.minimum(begin + CHUNK, d), BLOCK_D, num_stages=STAGES):
             column = start + tl.arange(0, BLOCK_D)
             inside = column < d
             W = tl.load(W_rows + column[None, :], mask=(slot < count)[:, None] & inside[None, :], other=0.0)
             W = W.to(tl.float32)
-            residual = _compared(
-                tl.sum(acts[:, None] * W, axis=0), bias_ptr, target_ptr + row * target_stride, x_hat_ptr + row * d,
-                residual_ptr + row * d, column, inside,
-            )  # fmt: skip
+            x_hat = tl.sum(acts[:, None] * W, axis=0)
+            residual = _compared(x_hat, bias_ptr, target_row, x_hat_row, residual_row, column, inside)
             error += tl.sum(residual * residual)
             dots += tl.sum(W * residual[None, :], axis=1)
-        tl.store(grad_acts_ptr + first + slot, -2.0 * weight * dots, mask=slot < count)
+        tl.store(grad_row + slot, -2.0 * weight * dots, mask=slot < count)
     else:
-        for start in range(0, d, BLOCK_D):
-            column = start + tl.arange(0, BLOCK_D)
-            inside = column < d
-            x_hat = tl.zeros([BLOCK_D], tl.float32)
-            for tile in range(0, count, BLOCK_K):
-                acts, W = _tile(acts_ptr, indices_ptr, W_ptr, first, tile + slot, count, column, inside, W_stride)
-                x_hat += tl.sum(acts[:, None] * W, axis=0)
-            residual = _compared(
-                x_hat, bias_ptr, target_ptr + row * target_stride, x_hat_ptr + row * d, residual_ptr + row * d, column,
-                inside,
-            )  # fmt: skip
-            error += tl.sum(residual * residual)
-            for tile in range(0, count, BLOCK_K):
-                _, W = _tile(acts_ptr, indices_ptr, W_ptr, first, tile + slot, count, column, inside, W_stride)
-                dots = tl.sum(W * residual[None, :], axis=1)
-                sums_ptr = grad_acts_ptr + first + tile + slot
-                before = tl.load(sums_ptr, mask=(tile + slot < count) & (start > 0), other=0.0)
-                tl.debug_barrier()  # all have read before it is written
-                tl.store(sums_ptr, before - 2.0 * weight * dots, mask=tile + slot < count)
-            tl.debug_barrier()  # the next block of columns reads what other threads wrote
-    tl.store(errors_ptr + row, weight * error)
+        column = begin + tl.arange(0, CHUNK)
+        inside = column < d
+        x_hat = tl.zeros([CHUNK], tl.float32)
+        for start in tl.range(0, count, LONG_K, num_stages=STAGES):
+            slot = start + tl.arange(0, LONG_K)
+            acts = tl.load(acts_ptr + first + slot, mask=slot < count, other=0.0).to(tl.float32)
+            W = _rows_of(indices_ptr + first, W_ptr, slot, count, column, inside, W_stride)
+            x_hat += tl.sum(acts[:, None] * W, axis=0)
+        residual = _compared(x_hat, bias_ptr, target_row, x_hat_row, residual_row, column, inside)
+        residual = tl.where(inside, residual, 0.0)
+        error = tl.sum(residual * residual)
+        for start in tl.range(0, count, LONG_K, num_stages=STAGES):
+            slot = start + tl.arange(0, LONG_K)
+            W = _rows_of(indices_ptr + first, W_ptr, slot, count, column, inside, W_stride)
+            tl.store(grad_row + slot, -2.0 * weight * tl.sum(W * residual[None, :], axis=1), mask=slot < count)
+    tl.store(errors_ptr + chunk * tl.num_programs(0) + row, weight * error)
 
 
 @triton.jit
-def _tile(acts_ptr, indices_ptr, W_ptr, first, slot, count, column, inside, W_stride):
-    """Load some latents of a token, and some columns of their rows."""
-    acts = tl.load(acts_ptr + first + slot, mask=slot < count, other=0.0).to(tl.float32)
-    latents = tl.load(indices_ptr + first + slot, mask=slot < count, other=0).to(tl.int64)
+def _rows_of(indices_ptr, W_ptr, slot, count, column, inside, W_stride):
+    """Load some columns of the rows of some latents of a token."""
+    latents = tl.load(indices_ptr + slot, mask=slot < count, other=0).to(tl.int64)
     W = tl.load(
         W_ptr + latents[:, None] * W_stride + column[None, :], mask=(slot < count)[:, None] & inside[None, :], other=0.0
     )
-    return acts, W.to(tl.float32)
+    return W.to(tl.float32)
 
 
 @triton.jit

@@ -39,12 +39,13 @@ def _tile(block_k: int, W_dec: Tensor) -> tuple[int, int]:
     return (128 if block_k <= 32 or (block_k == 64 and far) else 64), 3
 
 
-def rows_tile(pattern: Pattern) -> int:
-    """Return how many latents of a token a program holds at once, where their number varies, as measured (LOG.md).
+CHUNK = 512
+"""Columns that a program of codes of varying length does."""
 
-    Half of the usual number: that most tokens take two turns costs less than registers that few of them fill.
-    """
-    return int(min(64, max(16, triton.next_power_of_2(max(1, pattern.width)) // 2)))
+
+def rows_tile(pattern: Pattern) -> int:
+    """Return how many latents of a token a program holds at once, where their number varies: those of most tokens."""
+    return int(min(128, max(16, 2 * triton.next_power_of_2(max(1, pattern.width)))))
 
 
 def launch_decode_loss(
@@ -56,24 +57,53 @@ def launch_decode_loss(
     B, d, k = pattern.B, W_dec.shape[1], pattern.k
     x_hat = torch.empty(B, d, dtype=W_dec.dtype, device=W_dec.device)
     residual = torch.empty_like(x_hat)
-    errors = torch.empty(B, dtype=torch.float32, device=W_dec.device)
-    empty = torch.zeros if k is None else torch.empty  # not every place is used
-    grad_acts = empty(latents.shape, dtype=torch.float32, device=W_dec.device)
-    if not B:
-        return errors, x_hat, residual, grad_acts
-    block_k = rows_tile(pattern) if k is None else triton.next_power_of_2(k)
-    block_d, stages = _tile(block_k, W_dec)
-    block_d = min(triton.next_power_of_2(d), block_d)
-    tile = {"BLOCK_K": block_k, "BLOCK_D": block_d, "STAGES": stages, "num_warps": max(1, block_k * block_d // 4096)}
-    results = x_hat, residual, errors, grad_acts
+    tensors = W_dec, b_dec, target, weights, x_hat, residual
     strides = W_dec.stride(0), target.stride(0)
     if k is None:
-        kernels.decode_loss_rows_kernel[(B,)](
-            acts, latents, starts, W_dec, b_dec, target, weights, *results, d, *strides, **tile
-        )
-    else:
-        kernels.decode_loss_kernel[(B,)](acts, latents, W_dec, b_dec, target, weights, *results, k, d, *strides, **tile)
+        return _launch_rows(pattern, (acts, latents, starts, *tensors), (d, *strides))
+    errors = torch.empty(B, dtype=torch.float32, device=W_dec.device)
+    grad_acts = torch.empty(B, k, dtype=torch.float32, device=W_dec.device)
+    if B:
+        block_k = triton.next_power_of_2(k)
+        block_d, stages = _tile(block_k, W_dec)
+        block_d = min(triton.next_power_of_2(d), block_d)
+        kernels.decode_loss_kernel[(B,)](
+            acts, latents, *tensors, errors, grad_acts, k, d, *strides,
+            BLOCK_K=block_k, BLOCK_D=block_d, STAGES=stages, num_warps=max(1, block_k * block_d // 4096),
+        )  # fmt: skip
     return errors, x_hat, residual, grad_acts
+
+
+def _launch_rows(
+    pattern: Pattern, tensors: tuple[Tensor | None, ...], sizes: tuple[int, int, int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Do `launch_decode_loss` for a number of latents that varies, a chunk of columns at a time.
+
+    Args:
+        pattern: of the code.
+        tensors: as the kernel takes them, up to the residual.
+        sizes: d, and the strides of W_dec and the target.
+    """
+    *_, W_dec, _, _, _, x_hat, residual = tensors
+    assert W_dec is not None
+    assert x_hat is not None
+    assert residual is not None
+    B, capacity, block_k = pattern.B, pattern.capacity, rows_tile(pattern)
+    chunk = min(CHUNK, triton.next_power_of_2(sizes[0]))
+    chunks = triton.cdiv(sizes[0], chunk)
+    errors = torch.empty(chunks, B, dtype=torch.float32, device=x_hat.device)
+    grad_acts = torch.zeros(chunks, capacity, dtype=torch.float32, device=x_hat.device)  # not every place is used
+    if B:
+        block_d, stages = _tile(block_k, W_dec)
+        block_d = min(chunk, block_d)
+        kernels.decode_loss_rows_kernel[(B, chunks)](
+            *tensors, errors, grad_acts, capacity, *sizes,
+            BLOCK_K=block_k, BLOCK_D=block_d, STAGES=stages, CHUNK=chunk, LONG_K=max(1, min(16, 8192 // chunk)),
+            num_warps=max(1, block_k * block_d // 4096),
+        )  # fmt: skip
+    if chunks > 1:
+        return errors.sum(0), x_hat, residual, grad_acts.sum(0)
+    return errors[0], x_hat, residual, grad_acts[0]
 
 
 def launch_residual(

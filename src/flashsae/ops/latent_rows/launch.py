@@ -14,7 +14,7 @@ from flashsae.ops.validate import packed, rows_contiguous
 
 def launch_partial(index: LatentIndex, coeffs: Tensor, rows: Tensor) -> Tensor:
     """Sum the pieces of runs longer than RUN: [pieces, 2, d], as `sum_run` reads them; all packed."""
-    nnz, d = coeffs.numel(), rows.shape[1]
+    nnz, d = index.entries.numel(), rows.shape[1]  # those of a part are fewer than coefficients
     pieces = triton.cdiv(nnz, RUN)
     partial = torch.empty(pieces, 2, d, dtype=torch.float32, device=rows.device)
     block_d = min(512, triton.next_power_of_2(d))
@@ -31,7 +31,7 @@ def launch_latent_rows(index: LatentIndex, coeffs: Tensor, rows: Tensor, dtype: 
     index, coeffs, rows = packed_index(index), packed(coeffs), rows_contiguous(rows)
     d = rows.shape[1]
     out = torch.empty(index.d_sae, d, dtype=dtype, device=rows.device)
-    if coeffs.numel() == 0:
+    if index.entries.numel() == 0:
         return out.zero_()
     partial = launch_partial(index, coeffs, rows)
     block_d, block_n = min(512, triton.next_power_of_2(d)), 8
@@ -47,7 +47,7 @@ def launch_latent_sums(index: LatentIndex, coeffs: Tensor) -> Tensor:
     """Return the sum of the coefficients of each latent: [d_sae], float32."""
     index, coeffs = packed_index(index), packed(coeffs)
     sums = torch.empty(index.d_sae, dtype=torch.float32, device=coeffs.device)
-    nnz = coeffs.numel()
+    nnz = index.entries.numel()
     if nnz == 0:
         return sums.zero_()
     weights = torch.empty(triton.cdiv(nnz, RUN), 2, dtype=torch.float32, device=coeffs.device)

@@ -37,8 +37,9 @@ class _List:
         tokens: [capacity], int32, if certified.
         segments: [B, chunks, 2], int32: where the entries of a chunk begin, and how many they are.
         used: [1], int64: entries wanted so far, whether they fit or not.
-        state: [3], int64: the bound, the logarithm of the width of a bin, how many keys lie above the bound's bin.
-        redo_state, redo_histogram: [3] and [BINS + 1], int64: the same for the way out.
+        state: [4], int64: the bound, the logarithm of the width of a bin, how many keys lie above the bound's bin, and
+            whether that is one key.
+        redo_state, redo_histogram: [4] and [BINS + 1], int64: the same for the way out.
         histograms: [2, BINS + 1], int32: of maxima by their top bits, and of keys above the bound.
     """
 
@@ -69,8 +70,8 @@ class _List:
         def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.empty(*shape, dtype=dtype, device=device)
 
-        zeros = torch.zeros(7 + 2 * (BINS + 1), dtype=torch.int64, device=device)  # one launch for all of them
-        used, state, redo_state, redo_histogram, histograms = zeros.split([1, 3, 3, BINS + 1, BINS + 1])
+        zeros = torch.zeros(9 + 2 * (BINS + 1), dtype=torch.int64, device=device)  # one launch for all of them
+        used, state, redo_state, redo_histogram, histograms = zeros.split([1, 4, 4, BINS + 1, BINS + 1])
         other = empty(capacity, dtype=torch.int32 if operands.certified else torch.float32)
         return cls(
             layout, B * k, capacity, chunks, empty(capacity), other, empty(capacity),
@@ -141,12 +142,10 @@ def _count_entries(of: _List) -> None:
     )
 
 
-def _raise_bound(
-    of: _List, hist: Tensor, next_shift: int = -1, *, coarse: bool = False, must_close: bool = False
-) -> None:
+def _raise_bound(of: _List, hist: Tensor, next_shift: int = -1, *, coarse: bool = False) -> None:
     kernels.select_bound_kernel[(1,)](
         hist, of.state, of.state, of.used, of.capacity, of.wanted, next_shift,
-        COARSE=coarse, ONLY_REDO=False, MUST_CLOSE=must_close, num_warps=16,
+        COARSE=coarse, ONLY_REDO=False, num_warps=16,
     )  # fmt: skip
 
 
@@ -196,9 +195,10 @@ def _choose(operands: Operands, of: _List, out: tuple[Tensor, Tensor, Tensor]) -
     B, device, fine = len(operands.x), operands.x.device, of.histograms[1]
     starts, latents, values = out
     entry_values = _rescore(operands, of) if operands.certified else of.other
-    for is_last in (False, True) if operands.certified else (True,):
+    # one pass closes the bound's bin, unless all keys lay beyond the last bin: then it takes two more
+    for _ in range(4 if operands.certified else 3):
         _count_entries(of)
-        _raise_bound(of, fine, must_close=is_last)
+        _raise_bound(of, fine)
     redo = _Redo(operands, of, out)
     redo.find_bound()
     counts = torch.empty(2, B, dtype=torch.int64, device=device)
@@ -238,7 +238,7 @@ class _Redo:
             self.run(redo_kernels.HISTOGRAM.value, state, None, hist)
             kernels.select_bound_kernel[(1,)](
                 hist, state, result, of.used, of.capacity, of.wanted, -1,
-                COARSE=False, ONLY_REDO=True, MUST_CLOSE=False, num_warps=16,
+                COARSE=False, ONLY_REDO=True, num_warps=16,
             )  # fmt: skip
 
     def run(self, mode: int, state: Tensor, counts: Tensor | None, hist: Tensor | None = None) -> None:

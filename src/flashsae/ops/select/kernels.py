@@ -2,8 +2,8 @@
 
 Keys are those of `ops.encode.kernels`. A bound rises from part to part of the rows, what reaches it is listed, and the
 list is chosen from in the end: docs/methodology.md#selection-over-a-batch. `state` is the bound's key, the logarithm of
-the width of bins in the next histogram, and how many keys lie above the bin that the bound begins. Atomics add integers
-only, so no result depends on their order.
+the width of bins in the next histogram, how many keys lie above the bin that the bound begins, and whether that bin is
+one key. Atomics add integers only, so no result depends on their order.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ INFINITE = tl.constexpr(0x7F800000)  # the key of infinity, as which NaN counts 
 TOP = tl.constexpr(18)  # a key without so many of its bits is a bin of the coarse histogram
 BINS = tl.constexpr(16384)  # of a histogram; behind them stands how many keys lie beyond the last
 SIDE = tl.constexpr(128)
-NEAR = tl.constexpr(64)
+NEAR = tl.constexpr(256)
 
 
 @triton.jit
@@ -128,7 +128,7 @@ def select_histogram_kernel(
     used_ptr,  # how many of these there are, or None
     n,
     hist_ptr,  # [BINS + 1]
-    state_ptr,  # [3] int64
+    state_ptr,  # [4] int64
     row_ptr,  # [3, rows] facts of tokens, in whose units the keys are; or None
     width,  # keys of a token
     COARSE: tl.constexpr,
@@ -140,6 +140,8 @@ def select_histogram_kernel(
         used = tl.load(used_ptr)
         count = tl.where(used > n, 0, used).to(tl.int32)  # of a list that is incomplete nothing is wanted
     low, shift = bound_of(state_ptr), shift_of(state_ptr)
+    if tl.load(state_ptr + 3) != 0:
+        count = 0
     for start in range(tl.program_id(0) * BLOCK, count, tl.num_programs(0) * BLOCK):
         slot = start + tl.arange(0, BLOCK)
         keys = tl.load(keys_ptr + slot, mask=slot < count, other=KEY_NONE)
@@ -155,21 +157,20 @@ def select_histogram_kernel(
 @triton.jit
 def select_bound_kernel(
     hist_ptr,  # [BINS + 1]
-    state_ptr,  # [3] int64: what the histogram was counted by
-    out_ptr,  # [3] int64: what follows; may be the same
+    state_ptr,  # [4] int64: what the histogram was counted by
+    out_ptr,  # [4] int64: what follows; may be the same
     used_ptr,  # int64: how many entries were wanted
     capacity,
     wanted,
     next_shift,  # -1: as fine as what is left can be resolved
     COARSE: tl.constexpr,
     ONLY_REDO: tl.constexpr,  # run only if more entries were wanted than the capacity
-    MUST_CLOSE: tl.constexpr,  # if the bin is not that of one key, call the list incomplete
 ):
     """Raise the bound to the lower edge of the bin in which the number of keys, counted from above, reaches `wanted`.
 
     A histogram of top bits is kept, to be added to; any other is emptied.
     """
-    runs = True
+    runs = tl.load(state_ptr + 3) == 0
     if ONLY_REDO:
         runs = tl.load(used_ptr) > capacity
     if runs:
@@ -206,9 +207,7 @@ def select_bound_kernel(
         tl.store(out_ptr, tl.maximum(edge, bound) - LOWEST)
         tl.store(out_ptr + 1, next - TOP)
         tl.store(out_ptr + 2, above)
-        if MUST_CLOSE:
-            incomplete = tl.maximum(tl.load(used_ptr), tl.full([], 1, tl.int64) + capacity)
-            tl.store(used_ptr, incomplete, mask=width > 1)
+        tl.store(out_ptr + 3, (width == 1).to(tl.int64))
         if not COARSE:
             tl.debug_barrier()  # all was read
             zeros = tl.zeros([SIDE, SIDE], hist_ptr.dtype.element_ty)
@@ -222,7 +221,7 @@ def select_groups_kernel(
     maxima_ptr,  # [rows, groups] largest key of each group, certified: of the upper bounds; lists take their place
     counts_ptr,  # [rows, chunks]
     hist_ptr,  # [BINS + 1]
-    state_ptr,  # [3] int64
+    state_ptr,  # [4] int64
     rows, n, groups, chunks, raw_stride,
     GROUP: tl.constexpr, BLOCK_G: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -254,7 +253,7 @@ def select_append_kernel(
     raw_ptr, bias_ptr, scale_ptr, column_ptr, row_ptr,  # as in encode_topk_group_max_kernel
     lists_ptr,  # [rows, groups] from select_groups_kernel
     counts_ptr,  # [rows, chunks] from there
-    state_ptr,  # [3] int64
+    state_ptr,  # [4] int64
     used_ptr,  # int64: how many entries were wanted so far
     keys_ptr,  # [capacity] int32
     values_ptr,  # [capacity] float32; certified: int32 keys of the upper bounds
@@ -325,7 +324,7 @@ def select_rescore_kernel(
     latents_ptr,  # [capacity]
     tokens_ptr,  # [capacity]
     high_ptr,  # [capacity] keys of upper bounds: rescore those that reach the bound; or None: all
-    state_ptr,  # [3] int64, or None
+    state_ptr,  # [4] int64, or None
     used_ptr,
     keys_ptr,  # [capacity], or None
     values_ptr,  # [capacity]
@@ -356,7 +355,7 @@ def select_rescore_kernel(
 @triton.jit
 def select_count_kernel(
     keys_ptr, segments_ptr,  # as from select_append_kernel
-    state_ptr,  # [3] int64
+    state_ptr,  # [4] int64
     used_ptr,
     counts_ptr,  # [2, B] int64: keys above the bound, keys that equal it
     capacity, B, chunks,
@@ -383,7 +382,7 @@ def select_count_kernel(
 @triton.jit
 def select_starts_kernel(
     counts_ptr,  # [2, B] int64: from select_count_kernel; the second row becomes how many of the tied are selected
-    state_ptr,  # [3] int64
+    state_ptr,  # [4] int64
     starts_ptr,  # [B + 1] int32
     B,
     wanted,

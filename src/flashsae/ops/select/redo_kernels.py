@@ -21,7 +21,7 @@ def select_redo_kernel(
     x_ptr,  # [B, d]
     W_ptr,  # [n, d]
     bias_ptr, scale_ptr,
-    state_ptr,  # [3] int64
+    state_ptr,  # [4] int64
     used_ptr,
     hist_ptr,  # [BINS + 1] int64: HISTOGRAM adds keys that reach the bound
     counts_ptr,  # [2, B] int64: COUNT sets, WRITE reads them as from select_starts_kernel
