@@ -234,7 +234,7 @@ def test_a_flag_goes_before_the_file_and_the_files_name_may_have_dashes(arrived:
         ("doctor = 5", "there is no setting 'doctor' of flashsae train. flashsae train --help names all"),
         ("cache = true", "there is no setting 'cache' of flashsae train."),
         ("d_sae = 5\nd-sae = 6", "d_sae stands there twice."),
-        ("[train]\nk = 5", "got the section [train]"),
+        ("[train]\nk = 5", "got the section [train]. Write each setting on a line of its own"),
         ("k = {a = 3}", "got the section [k]"),
         ("k = = 5", "it is not TOML"),
         ("a = " + 5000 * "[", "it is not TOML"),

@@ -104,7 +104,8 @@ def read_file(file: Path) -> dict[str, Any]:
     sections = [name for name, value in settings.items() if isinstance(value, dict)]
     if sections:
         raise ConfigError(
-            f"config: cannot read {file}: expected settings without sections, got the section [{sections[0]}]."
+            f"config: cannot read {file}: expected settings without sections, got the section [{sections[0]}]. Write "
+            'each setting on a line of its own: arch = "topk", then k = 32.'
         )
     return settings
 
