@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import flashsae
+from flashsae import distributed
+
 SCRIPT = """
 import sys
 import torch
@@ -65,3 +68,20 @@ def test_data_parallel_processes_stay_together_and_equal_one_process(tmp_path: P
         for name, tensor in weights.items():
             assert torch.equal(tensor, second[kind][name]), (kind, name)
             torch.testing.assert_close(tensor, alone[name], rtol=1e-10, atol=1e-12)
+
+
+def test_what_a_step_needs_of_the_whole_batch_passes_through_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
+    config = flashsae.TrainConfig(batch_tokens=32, clip_norm=0.1)
+    asked: list[tuple[str, object]] = []
+    for name in ("joined", "summed", "tokens_of", "averaged"):
+
+        def passing(value: object, name: str = name) -> object:
+            asked.append((name, tuple(value.shape) if isinstance(value, torch.Tensor) else type(value)))
+            return value
+
+        monkeypatch.setattr(distributed, name, passing)
+    flashsae.fit(x, d_sae=400, k=3, tokens=32, config=config, progress=False)
+    dead, norm, batch = ("summed", (400,)), ("summed", ()), ("tokens_of", int)
+    assert {dead, norm, batch, ("averaged", float)} <= set(asked)
+    assert len([name for name, _ in asked if name == "joined"]) == 4  # two matrices: for the norm, and for the step

@@ -1,7 +1,8 @@
 """Where devices that train one SAE together would meet. There is one for now: functions return what they are given.
 
-Whatever a step needs of the whole batch passes through here; nothing else in the library knows how many devices there
-are. What would be exchanged is small: factors of gradients, O(tokens · (k + d)), counts, and one number each.
+What a step needs of the whole batch passes through here, so that nothing else has to know how many devices there are:
+factors, the clipping norm, dead latents, the weight of a token, the variance. A selection over a batch does not yet.
+What would be exchanged is small: factors of gradients, O(tokens · (k + d)), counts, and one number each.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ def joined(factors: Sequence[Factor]) -> Sequence[Factor]:
 
 
 def summed(tensor: Tensor) -> Tensor:
-    """Return the sum over all devices: of squared norms, of counts of active tokens, of histograms of keys."""
+    """Return the sum over all devices: of squared norms, of counts of active tokens."""
     return tensor
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from typing_extensions import Self
 
+from flashsae import distributed
 from flashsae.backend import use_kernels
 from flashsae.errors import ShapeError
 from flashsae.ops.adam_rows.op import row_squares
@@ -72,7 +73,7 @@ class FactoredGradient(Tensor):
         content = self._content
         if content.factors is None or (content.numbers is not None and not all(f.is_intact for f in content.factors)):
             return RowGradient(dense=content.numbers)
-        return RowGradient.of(content.factors)
+        return RowGradient.of(distributed.joined(content.factors))
 
     @torch.no_grad()
     def materialize(self) -> Tensor:

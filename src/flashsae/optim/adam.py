@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from flashsae import distributed
 from flashsae.errors import CheckpointError, DtypeError, FlashSAEError
 from flashsae.ops.adam_rows import AdamRule, adam_rows, row_squares
 from flashsae.ops.adam_rows.reference import merge_halves, split_halves
@@ -289,7 +290,7 @@ class FactoredAdam(torch.optim.Optimizer):
                 ).sum()
                 for p, group in gradients
             ]
-            norm = torch.stack(squares).sum().sqrt()
+            norm = distributed.summed(torch.stack(squares).sum()).sqrt()
             scale = (max_norm / (norm + 1e-6)).clamp_max(1.0)
             for parameter, _ in gradients:
                 parameter.grad.mul_(scale)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from flashsae import ops
+from flashsae import distributed, ops
 from flashsae.errors import ConfigError
 from flashsae.metrics import count_active, is_dead
 from flashsae.sae.module import SAE
@@ -75,10 +75,10 @@ class DeadLatents:
         """Count the tokens of a step. Exact to the batch; no wait for the device.
 
         Returns:
-            [d_sae], int64: on how many of these tokens each latent was active.
+            [d_sae], int64: on how many tokens of the batch each latent was active.
         """
-        fired = count_active(torch.zeros_like(self.tokens_since_fired), code)
-        self.tokens_since_fired.add_(code.pattern.B).mul_(fired == 0)
+        fired = distributed.summed(count_active(torch.zeros_like(self.tokens_since_fired), code))
+        self.tokens_since_fired.add_(distributed.tokens_of(code.pattern.B)).mul_(fired == 0)
         return fired
 
     def mask(self) -> Tensor:

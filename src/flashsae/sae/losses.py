@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from flashsae import distributed
 from flashsae.errors import ConfigError
 from flashsae.ops.validate import compute_dtype
 from flashsae.shapes import Activations
@@ -33,7 +34,7 @@ def fvu_weights(x: Activations, variance: float) -> Float[Tensor, " B"]:
     """
     if not 0.0 < variance < math.inf:
         raise ConfigError(f"variance: expected a positive number, got {variance}. Take that of a larger sample.")
-    weight = 1 / (max(len(x), 1) * variance)
+    weight = 1 / (max(distributed.tokens_of(len(x)), 1) * variance)
     return torch.full((len(x),), weight, dtype=compute_dtype(x.dtype), device=x.device)
 
 

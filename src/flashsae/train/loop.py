@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from flashsae import distributed
 from flashsae.data.acts import Batch
 from flashsae.data.prefetch import Prefetcher
 from flashsae.errors import DataEndedError, FlashSAEError
@@ -80,7 +81,7 @@ def _compute_step(state: TrainState, batch: Batch, config: TrainConfig, capacity
     optimizer.step()
     optimizer.zero_grad()
     fired = state.dead.update(step.code)
-    metrics["l0"] = fired.sum().float() / len(x)
+    metrics["l0"] = fired.sum().float() / distributed.tokens_of(len(x))
     if sae.architecture.after_step is not None:
         with torch.no_grad():
             sae.architecture.after_step(sae, step.code)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flashsae import distributed
 from flashsae.architecture import architecture_of
 from flashsae.data.shuffle import Batches, OnFill
 from flashsae.errors import CheckpointError
@@ -108,7 +109,7 @@ def init_state(
         batch = {site: acts.to(device, torch.float64) for site, acts in batch.items()}
         x, target = join_sites(sae.architecture, batch)
         sample = measure_sample(target)
-        scale, variance, warnings = sample.scale, sample.variance, sample.warnings
+        scale, variance, warnings = sample.scale, distributed.averaged(sample.variance), sample.warnings
         sae.initialize_from(sample.x if x is target else (x * scale).float(), sample.x)
     dead = DeadLatents(config.d_sae, config.dead_after_tokens, device)
     state = TrainState(sae, build_optimizer(sae, config), dead, batches, scale, variance, warnings=warnings)
