@@ -71,7 +71,7 @@ class _List:
             return torch.empty(*shape, dtype=dtype, device=device)
 
         zeros = torch.zeros(9 + 2 * (BINS + 1), dtype=torch.int64, device=device)  # one launch for all of them
-        used, state, redo_state, redo_histogram, histograms = zeros.split([1, 4, 4, BINS + 1, BINS + 1])
+        used, state, redo_state, redo_histogram, histograms = torch.split(zeros, [1, 4, 4, BINS + 1, BINS + 1])
         other = empty(capacity, dtype=torch.int32 if operands.certified else torch.float32)
         return cls(
             layout, B * k, capacity, chunks, empty(capacity), other, empty(capacity),
