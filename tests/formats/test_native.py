@@ -11,7 +11,7 @@ import torch
 
 from flashsae import SAE, BatchTopKSettings, SAEConfig
 from flashsae.documents import sealed
-from flashsae.errors import CheckpointError, ConfigError, FlashSAEError, ShapeError, StorageError
+from flashsae.errors import CheckpointError, ConfigError, DtypeError, FlashSAEError, ShapeError, StorageError
 from flashsae.sae import load_extras
 from helpers import kill
 
@@ -160,6 +160,17 @@ def test_any_architecture_is_written_with_its_settings_and_parameters(tmp_path: 
     assert torch.equal(load_extras(tmp_path / "sae")["latent_density"], density)
     with pytest.raises(ShapeError, match=r"extras: latent_density: expected the shape \[6\], got \[5\]"):
         sae.save(tmp_path / "other", extras={"latent_density": density[:5]})
+
+
+def test_extras_may_share_memory_and_what_could_not_be_read_again_is_not_written(tmp_path: Path) -> None:
+    sae = SAE(SAEConfig(4, 6, 2))
+    density = torch.rand(6)
+    sae.save(tmp_path / "sae", extras={"density": density, "again": density, "bias": sae.b_enc})
+    assert torch.equal(load_extras(tmp_path / "sae")["again"], density)
+    sae.b_enc = torch.nn.Parameter(sae.b_enc.double())
+    with pytest.raises(DtypeError, match=r"b_enc: expected torch.float32, the dtype of W_dec, got torch.float64"):
+        sae.save(tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_an_architecture_that_is_not_known_here_is_one_sentence(tmp_path: Path) -> None:

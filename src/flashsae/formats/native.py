@@ -106,7 +106,7 @@ def write(
     if overwrite and directory.exists():
         _check_replaceable(directory)
     with files.atomic_directory(directory, overwrite=overwrite, advice=_OVERWRITE) as folder:
-        named = {_EXTRA + name: tensor for name, tensor in extras.items()}
+        named = {f"{_EXTRA}{name}": tensor.detach().clone() for name, tensor in extras.items()}  # no two share memory
         files.save_tensors(folder / _WEIGHTS_FILE, {**tensors, **named})
         description["sha256"] = files.sha256(folder / _WEIGHTS_FILE)
         (folder / _CONFIG_FILE).write_text(json.dumps(sealed(description), indent=2) + "\n", "utf-8")

@@ -280,9 +280,16 @@ class SAE(nn.Module):
         Raises:
             ConfigError: metadata hold what JSON cannot, such as NaN, overwrite is no bool, or directory is no path.
             ShapeError: an extra is not [d_sae].
+            DtypeError: parameters have different dtypes.
             StorageError: the folder exists, holds other files too, or cannot be written.
         """
         check("overwrite", overwrite, bool)
+        for name, tensor in self.state_dict().items():
+            if tensor.dtype != self.W_dec.dtype:
+                raise DtypeError(
+                    f"{name}: expected {self.W_dec.dtype}, the dtype of W_dec, got {tensor.dtype}. Convert the SAE "
+                    "first: sae.float().save(...)."
+                )
         for name, extra in (extras or {}).items():
             check_shape(f"extras: {name}", extra, (self.config.d_sae,))
         content = {
