@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from flashsae import architecture as architectures
 from flashsae.architecture import AUTOENCODER, RECONSTRUCTION
 from flashsae.architectures.topk import ARCHITECTURE as TOPK
 from flashsae.data.synthetic import SuperpositionModel
-from flashsae.errors import ConfigError, DtypeError
+from flashsae.errors import ConfigError, DtypeError, FlashSAEWarning
 from flashsae.settings.kinds import check_fields
 
 SMALL = TrainConfig(batch_tokens=64, tokens=64 * 12, checkpoint_every_steps=5, shuffle_tokens=256)
@@ -39,6 +41,13 @@ class ListSettings:
     __post_init__ = check_fields
 
 
+@dataclass(frozen=True)
+class RoomSettings:
+    """Settings of codes with a capacity."""
+
+    capacity: int = 40
+
+
 @pytest.fixture(autouse=True)
 def registered() -> Iterator[None]:
     rows = {row.name: row for row in AUTOENCODER}
@@ -59,8 +68,21 @@ def registered() -> Iterator[None]:
         )
     )
     flashsae.register(replace(TOPK, name="listed", title="Listed", settings=ListSettings))
+    flashsae.register(
+        replace(
+            TOPK,
+            name="room",
+            title="Room",
+            settings=RoomSettings,
+            encode=lambda sae, x: flashsae.ops.encode_above(
+                x, sae.W_enc_T, sae.b_enc, 0.0, capacity=sae.config.arch.capacity, b_dec=sae.b_dec
+            ),
+            l0=lambda settings: settings.capacity / 64,
+            most=None,
+        )
+    )
     yield
-    for name in ("transcoder", "listed"):
+    for name in ("transcoder", "listed", "room"):
         architectures._REGISTERED.pop(name)
 
 
@@ -104,3 +126,17 @@ def test_a_training_whose_settings_hold_a_list_is_resumed(tmp_path: Path) -> Non
     assert same(*runs)
     runs[0].save(tmp_path / "sae")
     assert SAE.load(tmp_path / "sae").config.arch == ListSettings()
+
+
+@pytest.mark.parametrize("capacity", [40, 64 * 16])
+def test_codes_without_room_for_all_are_told_of_once(capacity: int, tmp_path: Path) -> None:
+    told = (
+        pytest.warns(FlashSAEWarning, match="entries of the code found no place") if capacity == 40 else nullcontext()
+    )
+    with told as warnings:
+        arch = RoomSettings(capacity)
+        flashsae.fit(X, d_sae=16, arch=arch, config=SMALL, run=tmp_path / "run", progress=False)
+    assert capacity > 40 or (warnings is not None and len(warnings) == 1)
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text("utf-8").splitlines()[-1])
+    assert (last["left_out"] > 0) == (capacity == 40)
+    assert last["l0"] <= capacity / 64

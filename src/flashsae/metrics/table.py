@@ -131,6 +131,16 @@ _ROWS = (
         "lower",
         axis="linear",
     ),
+    Metric(
+        "left_out",
+        "left out",
+        "Entries left out",
+        "Entries of the code of a step that found no place, where the architecture gives it a capacity.",
+        "max(0, wanted − capacity)",
+        "entries",
+        "lower",
+        axis="linear",
+    ),
     Metric("lr", "lr", "Learning rate", "Step size of Adam.", format=".3g", axis="linear"),
     Metric(
         "grad_norm",

@@ -216,6 +216,11 @@ class Pattern:
         return None if self.count is None else self.count > self.capacity
 
     @property
+    def left_out(self) -> Tensor | None:
+        """How many of the entries that were wanted found no place: a scalar on the device; None where none ever is."""
+        return None if self.count is None else (self.count - self.capacity).clamp_min(0)
+
+    @property
     def tensors(self) -> list[Tensor]:
         """Latents, and starts where there are any, as operators take them."""
         return [self.latents] if self.starts is None else [self.latents, self.starts]

@@ -37,8 +37,9 @@ def train_step(state: TrainState, batch: Batch, config: TrainConfig) -> dict[str
         config: settings.
     Returns:
         scalars on the device: every term of the loss by name, fvu first, Σ‖x − x_hat‖² / (batch_tokens · variance of a
-        token of the initial sample), which estimates the FVU of the whole set; loss, their weighted sum; l0; and
-        grad_norm where it is computed. To be read before the next step, which may overwrite them.
+        token of the initial sample), which estimates the FVU of the whole set; loss, their weighted sum; l0;
+        grad_norm where it is computed; left_out where codes have a capacity. To be read before the next step, which may
+        overwrite them.
     """
     scale, terms = state.scale, state.sae.architecture.terms
     needs_dead = any(term.of_dead_latents and term.weight_in(config.arch, config) for term in terms)
@@ -80,6 +81,8 @@ def _compute_step(state: TrainState, batch: Batch, config: TrainConfig, capacity
         metrics["grad_norm"] = optimizer.clip_grad_norm(config.clip_norm)
     optimizer.step()
     optimizer.zero_grad()
+    if step.code.pattern.left_out is not None:
+        metrics["left_out"] = step.code.pattern.left_out
     fired = state.dead.update(step.code)
     metrics["l0"] = fired.sum().float() / distributed.tokens_of(len(x))
     if sae.architecture.after_step is not None:
@@ -153,6 +156,7 @@ class _Run:
     checkpoints: Path | None
     measure: Callable[[SAE], dict[str, float]] | None
     knows_of_repeats: bool
+    knows_of_overflow: bool = False
     metrics: dict[str, Tensor] = field(default_factory=dict)
     """Of the last step; empty before the first one of this process."""
 
@@ -210,6 +214,16 @@ class _Run:
         if message:
             self.warn(message)
 
+    def _warn_of_overflow(self, record: dict[str, float]) -> None:
+        """Warn once if codes have no room for all that is selected."""
+        left_out = record.get("left_out", 0.0)
+        if left_out and not self.knows_of_overflow:
+            self.knows_of_overflow = True
+            self.warn(
+                f"step {record['step']:.0f}: {left_out:,.0f} entries of the code found no place and were left out. "
+                "Give the architecture a larger capacity; left_out in the log says how it goes on."
+            )
+
     def _begin_record(self) -> None:
         state, config = self.state, self.config
         known = {
@@ -223,6 +237,7 @@ class _Run:
 
     def _log(self, *, wait: bool, is_measured: bool) -> None:
         for record in self._records.ready(wait=wait):
+            self._warn_of_overflow(record)
             if is_measured and self.measure is not None and record["step"] == self.state.step:
                 record |= self.measure(self.state.current_sae())
             for callback in self.callbacks:
