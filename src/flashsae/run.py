@@ -41,6 +41,7 @@ from flashsae.report.render import render_report
 from flashsae.report.summary import result_lines
 from flashsae.report.tokens import token_text
 from flashsae.sae.module import SAE
+from flashsae.settings.kinds import as_json
 from flashsae.settings.run import CONFIG_FILE, RunConfig, load_settings
 from flashsae.start import check, check_rows, nothing_held_out, plan_table, prepare, saved_config, table
 from flashsae.start import new_run as new_run
@@ -239,7 +240,7 @@ def _evaluate(part: _Part, sae: SAE, console: Console) -> dict[str, Any]:
         d_in=config.d_in,
         d_sae=config.d_sae,
         architecture=architecture_of(config.arch).name,
-        settings=asdict(config.arch),
+        settings=as_json(asdict(config.arch)),
         held_out_tokens=evaluation.tokens,
         train_tokens=int(log[-1]["tokens"]),
         steps=log[-1]["step"],

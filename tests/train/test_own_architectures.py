@@ -34,10 +34,11 @@ class TranscoderSettings:
 
 @dataclass(frozen=True)
 class ListSettings:
-    """Settings of which one is a list."""
+    """Settings of which one is a list, and one a path."""
 
     k: int = 3
     groups: tuple[int, ...] = (4, 16)
+    words: Path = Path("words.txt")
     __post_init__ = check_fields
 
 
@@ -118,7 +119,7 @@ def test_k_is_not_taken_for_that_of_another_architecture() -> None:
         flashsae.fit({"before": X, "after": Y}, d_sae=16, k=3, config=config, progress=False)
 
 
-def test_a_training_whose_settings_hold_a_list_is_resumed(tmp_path: Path) -> None:
+def test_a_training_whose_settings_hold_a_list_and_a_path_is_resumed(tmp_path: Path) -> None:
     runs = [
         flashsae.fit(X, d_sae=16, arch=ListSettings(), config=SMALL, run=tmp_path / "a", resume=resume, progress=False)
         for resume in (False, True)

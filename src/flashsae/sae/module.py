@@ -20,7 +20,7 @@ from flashsae.errors import CheckpointError, ConfigError, DtypeError, ShapeError
 from flashsae.formats import native
 from flashsae.ops.register import isolated
 from flashsae.ops.validate import FLOATS, Precision, as_int, check_float, check_ordinary, check_shape
-from flashsae.settings.kinds import check, expand
+from flashsae.settings.kinds import as_json, check, expand
 from flashsae.settings.left_open import check_bounds
 
 
@@ -294,7 +294,7 @@ class SAE(nn.Module):
             check_shape(f"extras: {name}", extra, (self.config.d_sae,))
         content = {
             "architecture": self.architecture.name,
-            "settings": asdict(self.config.arch),
+            "settings": as_json(asdict(self.config.arch)),
             "apply_b_dec_to_input": self.architecture.subtracts_b_dec,
             "dtype": str(self.W_dec.dtype).removeprefix("torch."),
             **self.config.sizes,

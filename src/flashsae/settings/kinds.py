@@ -7,12 +7,13 @@ A field's annotation says all: `int`, `float`, `bool`, `str`, `Path`, a `Literal
 from __future__ import annotations
 
 import functools
+import json
 import math
 import numbers
 import operator
 import os
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -77,6 +78,11 @@ def check_fields(settings: Any) -> None:
         meant = check(name, value, annotation)
         if meant is not value:
             object.__setattr__(settings, name, meant)
+
+
+def as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings by name as a JSON file gives them back: a tuple is a list there, a path is text."""
+    return dict(json.loads(json.dumps(dict(settings), default=os.fspath)))
 
 
 @functools.cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from flashsae.sae.losses import fvu_weights
 from flashsae.sae.module import SAE, SAEConfig
 from flashsae.sae.step import join_sites
 from flashsae.schema import Positive, parse
+from flashsae.settings.kinds import as_json
 from flashsae.train.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
 from flashsae.train.config import TrainConfig
 from flashsae.train.graph import CapturedSteps
@@ -166,7 +166,7 @@ def to_checkpoint(state: TrainState, config: TrainConfig) -> Checkpoint:
             "data": place,
             "scale": state.scale,
             "variance": state.variance,
-            "config": config.flat(),
+            "config": as_json(config.flat()),
             "dead_bounds": bounds,
         },
         tensors,
@@ -188,18 +188,13 @@ class _Saved:
     dead_bounds: Bounds | None
 
 
-def _as_json(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return settings as a checkpoint gives them back: a tuple is a list there."""
-    return dict(json.loads(json.dumps(settings)))
-
-
 def check_settings(config: TrainConfig, checkpoint: Checkpoint) -> None:
     """Raise CheckpointError if a checkpoint was written with other settings; names each with both values."""
     saved = checkpoint.state.get("config")
     saved = saved if isinstance(saved, dict) else {}
     differences = [
         f"{name} was {saved.get(name)!r} and is {value!r} now"
-        for name, value in _as_json(config.flat()).items()
+        for name, value in as_json(config.flat()).items()
         if name not in FREE_TO_CHANGE and saved.get(name) != value
     ]
     if differences:
