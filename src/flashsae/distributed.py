@@ -33,3 +33,13 @@ def tokens_of(tokens: int) -> int:
 def averaged(number: float) -> float:
     """Return the mean over all devices, such as of the variance of a sample."""
     return number
+
+
+def largest(keys: Tensor, wanted: int) -> Tensor:
+    """Return which keys of this device are among the `wanted` largest of all: ascending places; of equal ones the first.
+
+    Args:
+        keys: [n].
+        wanted: of all devices together; on one, no more than n.
+    """
+    return keys.sort(descending=True, stable=True).indices[:wanted].sort().values

@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from flashsae import distributed
 from flashsae.ops.encode import kernels as encode_kernels
 from flashsae.ops.encode.launch import Layout
 from flashsae.ops.select import kernels, redo_kernels
@@ -144,7 +145,7 @@ def _count_entries(of: _List) -> None:
 
 def _raise_bound(of: _List, hist: Tensor, next_shift: int = -1, *, coarse: bool = False) -> None:
     kernels.select_bound_kernel[(1,)](
-        hist, of.state, of.state, of.used, of.capacity, of.wanted, next_shift,
+        distributed.summed(hist), of.state, of.state, of.used, of.capacity, of.wanted, next_shift,
         COARSE=coarse, ONLY_REDO=False, num_warps=16,
     )  # fmt: skip
 

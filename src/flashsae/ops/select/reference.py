@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from flashsae import distributed
 from flashsae.ops.validate import compute_dtype
 from flashsae.shapes import Activations, LatentActs, LatentBias, Weights
 
@@ -51,7 +52,7 @@ def batch_topk(
         places = torch.cat([places, first * n + new])
         values, keys = torch.cat([values, pre_acts.flatten()[new]]), torch.cat([keys, part_keys.flatten()[new]])
         if len(keys) > wanted:
-            best = keys.sort(descending=True, stable=True).indices[:wanted].sort().values
+            best = distributed.largest(keys, wanted)
             places, values, keys = places[best], values[best], keys[best]
     return (places % n).int(), _starts(places // n, B), values
 
