@@ -1,7 +1,7 @@
 """Where devices that train one SAE together would meet. There is one for now: functions return what they are given.
 
 What a step needs of the whole batch passes through here, so that nothing else has to know how many devices there are:
-factors, the clipping norm, dead latents, the weight of a token, the variance. A selection over a batch does not yet.
+factors, the clipping norm, dead latents, the weight of a token, the variance, the largest of a batch.
 What would be exchanged is small: factors of gradients, O(tokens · (k + d)), counts, and one number each.
 """
 
@@ -21,7 +21,7 @@ def joined(factors: Sequence[Factor]) -> Sequence[Factor]:
 
 
 def summed(tensor: Tensor) -> Tensor:
-    """Return the sum over all devices: of squared norms, of counts of active tokens."""
+    """Return the sum over all devices: of squared norms, of counts of active tokens, of histograms of keys."""
     return tensor
 
 
@@ -36,7 +36,7 @@ def averaged(number: float) -> float:
 
 
 def largest(keys: Tensor, wanted: int) -> Tensor:
-    """Return which keys of this device are among the `wanted` largest of all: ascending places; of equal ones the first.
+    """Return which keys of this device are among the `wanted` largest of all, ascending; of equal ones the first.
 
     Args:
         keys: [n].

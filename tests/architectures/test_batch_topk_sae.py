@@ -40,14 +40,19 @@ def test_training_takes_the_largest_of_the_batch_and_inference_what_exceeds_the_
     torch.testing.assert_close(sae.encode(x[7:8]).to_dense(), sae.encode(x).to_dense()[7:8])  # whatever the batch
 
 
-def test_the_threshold_is_the_mean_of_the_smallest_activations() -> None:
+def test_the_threshold_follows_the_smallest_activations_of_late() -> None:
     sae = SAE(SAEConfig(12, 48, arch=BatchTopKSettings(K)))
-    smallest = []
-    for seed in range(5):
-        code = sae.encode(tokens(64, seed))
-        smallest.append(code.acts.min())
+    expected = 0.0
+    for step in range(1, 41):
+        with torch.no_grad():
+            code = sae.encode(tokens(64, step))
         average_threshold(sae, code)
-    torch.testing.assert_close(sae.threshold, torch.stack(smallest).mean())
+        expected += (float(code.acts.min()) - expected) / max(1.0, step / 10)
+    assert float(sae.threshold) == pytest.approx(expected, rel=1e-5)
+    sae.threshold_steps.fill_(10**6)
+    before = float(sae.threshold)
+    average_threshold(sae, code.replace(torch.zeros_like(code.acts)))
+    assert float(sae.threshold) == pytest.approx(before * 0.999, rel=1e-5)
 
 
 def test_a_training_explains_held_out_tokens_with_k_latents_on_average(trained: SAE) -> None:

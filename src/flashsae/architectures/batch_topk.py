@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 AVERAGED_STEPS = 1000
-"""Over so many steps, about, the threshold is averaged."""
+"""Over so many steps, about, the threshold is averaged in long trainings; in shorter ones over the last tenth."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ def encode(sae: Any, x: Tensor) -> Any:
 
 
 def average_threshold(sae: flashsae.SAE, code: flashsae.SparseCode) -> None:
-    """Let the threshold follow the smallest activation selected in each batch: at first it is the mean of all."""
+    """Let the threshold follow the smallest activation selected in each batch, which falls while an SAE learns."""
     sae.threshold_steps.add_(1)
-    sae.threshold.lerp_(code.acts.amin(), sae.threshold_steps.clamp(max=AVERAGED_STEPS).reciprocal())
+    sae.threshold.lerp_(code.acts.amin(), (sae.threshold_steps / 10).clamp(1, AVERAGED_STEPS).reciprocal())
 
 
 ARCHITECTURE = Architecture(
@@ -53,7 +53,7 @@ ARCHITECTURE = Architecture(
     parameters=(
         *AUTOENCODER,
         Parameter("threshold", (), "what a pre-activation must exceed in inference", power=1, trained=False),
-        Parameter("threshold_steps", (), "steps that the threshold is an average of", trained=False),
+        Parameter("threshold_steps", (), "steps of training that the threshold has seen", trained=False),
     ),
     encode=encode,
     terms=(RECONSTRUCTION, AUXK),
