@@ -19,7 +19,8 @@ from flashsae.data.acts import only_site
 from flashsae.data.cache import ActivationCache
 from flashsae.data.shuffle import RowShuffle
 from flashsae.ops.encode.launch import Layout, launch_encode_topk
-from flashsae.sae.module import SAE, SAEConfig
+from flashsae.sae.config import SAEConfig
+from flashsae.sae.module import SAE
 from flashsae.train import TrainConfig, init_state, train
 
 WORKSPACE_BYTES = 512 << 20

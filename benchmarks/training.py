@@ -22,8 +22,9 @@ from flashsae.data.cache import ActivationCache
 from flashsae.data.shuffle import RowShuffle
 from flashsae.ops.validate import Precision
 from flashsae.optim import lr_factor
+from flashsae.sae.config import SAEConfig
 from flashsae.sae.losses import token_variance
-from flashsae.sae.module import SAE, SAEConfig
+from flashsae.sae.module import SAE
 from flashsae.testing import DenseTrainer, dense_decode
 
 CURVES = ("dense float64", "dense float32", "flashsae float32", "dense bf16 autocast", "flashsae bf16")

@@ -15,9 +15,10 @@ from flashsae.bench.timing import float32_products
 from flashsae.data.shuffle import Batches
 from flashsae.ops.validate import Precision
 from flashsae.optim import FactoredAdam
+from flashsae.sae.config import SAEConfig
 from flashsae.sae.dead import DeadLatents
 from flashsae.sae.losses import token_variance
-from flashsae.sae.module import SAE, SAEConfig
+from flashsae.sae.module import SAE
 from flashsae.testing import UnitNormAdam
 from flashsae.train.config import TrainConfig
 from flashsae.train.graph import CapturedSteps

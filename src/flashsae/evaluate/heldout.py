@@ -20,7 +20,8 @@ from flashsae.data.sources import RowSource, Source
 from flashsae.errors import ConfigError, DataError, DtypeError
 from flashsae.metrics import FVU, LatentActivity, norm_limit
 from flashsae.neutral import neutral
-from flashsae.sae.module import SAE, SAEConfig
+from flashsae.sae.config import SAEConfig
+from flashsae.sae.module import SAE
 from flashsae.sae.step import join_sites
 
 NORM_TOKENS = 8192

@@ -4,78 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flashsae import ops
-from flashsae.architecture import Architecture, Parameter, architecture_of, settings_of
-from flashsae.architecture_check import UNIT_ROWS
+from flashsae.architecture import settings_of
 from flashsae.backend import resolve_device
 from flashsae.errors import CheckpointError, ConfigError, DtypeError, ShapeError
 from flashsae.formats import native
 from flashsae.ops.register import isolated
 from flashsae.ops.validate import FLOATS, Precision, as_int, check_float, check_ordinary, check_shape
+from flashsae.sae.config import SAEConfig
+from flashsae.sae.initial import initial_values, initialize
 from flashsae.settings.kinds import as_json, check, expand
-from flashsae.settings.left_open import check_bounds
-
-
-@dataclass(frozen=True, init=False)
-class SAEConfig:
-    """What defines an SAE besides its weights.
-
-    Args:
-        d_in: width of the activations that go in; of all sites together, where they are several.
-        d_sae: number of latents.
-        k: of a TopK SAE, for short: SAEConfig(768, 16384, 32). Nothing beside `arch`.
-        arch: settings of its architecture, such as `flashsae.BatchTopKSettings(k=32)`.
-        d_out: width of what is reconstructed; None is d_in.
-    Raises:
-        ConfigError: a size is not positive, or fewer than the latents that a token selects.
-        DtypeError: it is no integer; those of NumPy are.
-    """
-
-    d_in: int
-    d_sae: int
-    arch: Any
-    d_out: int
-
-    def __init__(
-        self, d_in: int, d_sae: int, k: int | None = None, *, arch: object = None, d_out: int | None = None
-    ) -> None:
-        if (k is None) == (arch is None):
-            raise ConfigError("arch: expected either k, which makes a TopK SAE, or the settings of an architecture.")
-        given = {"d_in": d_in, "d_sae": d_sae, "d_out": d_in if d_out is None else d_out}
-        for name, value in given.items():
-            size = as_int(name, value)
-            if size < 1:
-                raise ConfigError(f"{name}: expected a positive int, got {size}.")
-            object.__setattr__(self, name, size)
-        settings = settings_of("topk", k=as_int("k", k)) if arch is None else settings_of(arch)
-        object.__setattr__(self, "arch", settings)
-        check_bounds(settings, self)
-        if self.d_out != self.d_in and self.architecture.writes == self.architecture.reads:
-            raise ConfigError(f"d_out: {self.architecture.title} reconstructs what it reads: leave it out.")
-
-    @property
-    def architecture(self) -> Architecture:
-        """What the settings are those of."""
-        return architecture_of(self.arch)
-
-    @property
-    def k(self) -> int:
-        """The setting k of the architecture; AttributeError where it has none."""
-        k: int = self.arch.k
-        return k
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """What the shapes of parameters are made of."""
-        return {"d_in": self.d_in, "d_out": self.d_out, "d_sae": self.d_sae}
 
 
 class SAE(nn.Module):
@@ -124,7 +69,7 @@ class SAE(nn.Module):
         self.precision: Precision | None = None
         """Of products, as in `flashsae.ops.encode_topk`; not saved. None: what fits the dtype of the weights."""
         table = self.architecture.parameters
-        values = _initial(table, config.sizes, None if seed is None else as_int("seed", seed), dtype, device)
+        values = initial_values(table, config.sizes, None if seed is None else as_int("seed", seed), dtype, device)
         for row in table:
             if hasattr(self, row.name):
                 raise ConfigError(f"parameter {row.name}: every SAE has an attribute of this name. Give it another.")
@@ -334,56 +279,3 @@ def load_extras(directory: str | Path) -> dict[str, Tensor]:
         CheckpointError: the folder holds no FlashSAE SAE, or a damaged one.
     """
     return native.read_extras(expand(directory, "directory"))
-
-
-@isolated
-@torch.no_grad()
-def initialize(sae: SAE, x: Tensor, target: Tensor) -> None:
-    """Set b_dec to the mean of what is to be reconstructed, and scale the encoder so that x_hat has the best length.
-
-    With random directions the first reconstruction points the right way but may be far too long or too short; one
-    number, the least-squares fit over these tokens, puts that right.
-
-    Args:
-        sae: with parameters W_enc_T and b_dec.
-        x: [tokens, d_in].
-        target: [tokens, d_out].
-    """
-    sae.b_dec.copy_(target.mean(0, dtype=torch.float64))
-    x_hat = sae.decode(sae.encode(x), bias=False).double()
-    centered = target.double() - sae.b_dec.double()
-    scale = (centered * x_hat).sum() / x_hat.square().sum().clamp_min(1e-300)
-    if scale > 0:
-        sae.W_enc_T.mul_(scale.to(sae.W_enc_T.dtype))
-
-
-@isolated
-def _initial(
-    table: tuple[Parameter, ...],
-    sizes: Mapping[str, int],
-    seed: int | None,
-    dtype: torch.dtype,
-    device: torch.device | str,
-) -> dict[str, Tensor]:
-    """Return the values that parameters start with, by name; without a seed weights have none."""
-    generator = None if seed is None else torch.Generator("cpu").manual_seed(seed)
-    values = {}
-    for row in table:
-        shape = row.sizes(sizes)
-        if not isinstance(row.initial, str):
-            values[row.name] = torch.full(shape, row.initial, dtype=dtype, device=device)
-        elif generator is None:
-            values[row.name] = torch.empty(shape, dtype=dtype, device=device)
-        elif row.initial == UNIT_ROWS:
-            rows = torch.empty(shape, dtype=dtype, device="cpu").normal_(generator=generator)
-            values[row.name] = F.normalize(rows, dim=1).to(device)
-    for row in table:
-        if row.name not in values:
-            source = values[str(row.initial)]
-            if source.shape != row.sizes(sizes):
-                raise ConfigError(
-                    f"parameter {row.name}: it starts equal to {row.initial}, so expected {list(row.sizes(sizes))} as "
-                    f'the shape of that, got {list(source.shape)}. Let it start otherwise, such as with "{UNIT_ROWS}".'
-                )
-            values[row.name] = source.clone()
-    return values

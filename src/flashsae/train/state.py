@@ -16,9 +16,10 @@ from flashsae.errors import CheckpointError
 from flashsae.metrics import table
 from flashsae.neutral import neutral
 from flashsae.optim import FactoredAdam
+from flashsae.sae.config import SAEConfig
 from flashsae.sae.dead import Bounds, DeadLatents
 from flashsae.sae.losses import fvu_weights
-from flashsae.sae.module import SAE, SAEConfig
+from flashsae.sae.module import SAE
 from flashsae.sae.step import join_sites
 from flashsae.schema import Positive, parse
 from flashsae.settings.kinds import as_json

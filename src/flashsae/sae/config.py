@@ -1,0 +1,65 @@
+"""What defines an SAE besides its weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from flashsae.architecture import Architecture, architecture_of, settings_of
+from flashsae.errors import ConfigError
+from flashsae.ops.validate import as_int
+from flashsae.settings.left_open import check_bounds
+
+
+@dataclass(frozen=True, init=False)
+class SAEConfig:
+    """What defines an SAE besides its weights.
+
+    Args:
+        d_in: width of the activations that go in; of all sites together, where they are several.
+        d_sae: number of latents.
+        k: of a TopK SAE, for short: SAEConfig(768, 16384, 32). Nothing beside `arch`.
+        arch: settings of its architecture, such as `flashsae.BatchTopKSettings(k=32)`.
+        d_out: width of what is reconstructed; None is d_in.
+    Raises:
+        ConfigError: a size is not positive, or fewer than the latents that a token selects.
+        DtypeError: it is no integer; those of NumPy are.
+    """
+
+    d_in: int
+    d_sae: int
+    arch: Any
+    d_out: int
+
+    def __init__(
+        self, d_in: int, d_sae: int, k: int | None = None, *, arch: object = None, d_out: int | None = None
+    ) -> None:
+        if (k is None) == (arch is None):
+            raise ConfigError("arch: expected either k, which makes a TopK SAE, or the settings of an architecture.")
+        given = {"d_in": d_in, "d_sae": d_sae, "d_out": d_in if d_out is None else d_out}
+        for name, value in given.items():
+            size = as_int(name, value)
+            if size < 1:
+                raise ConfigError(f"{name}: expected a positive int, got {size}.")
+            object.__setattr__(self, name, size)
+        settings = settings_of("topk", k=as_int("k", k)) if arch is None else settings_of(arch)
+        object.__setattr__(self, "arch", settings)
+        check_bounds(settings, self)
+        if self.d_out != self.d_in and self.architecture.writes == self.architecture.reads:
+            raise ConfigError(f"d_out: {self.architecture.title} reconstructs what it reads: leave it out.")
+
+    @property
+    def architecture(self) -> Architecture:
+        """What the settings are those of."""
+        return architecture_of(self.arch)
+
+    @property
+    def k(self) -> int:
+        """The setting k of the architecture; AttributeError where it has none."""
+        k: int = self.arch.k
+        return k
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What the shapes of parameters are made of."""
+        return {"d_in": self.d_in, "d_out": self.d_out, "d_sae": self.d_sae}
