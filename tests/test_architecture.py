@@ -62,6 +62,12 @@ def test_a_copy_and_a_pickle_of_an_sae_have_the_architecture_itself() -> None:
         assert all(torch.equal(tensor, twin.state_dict()[name]) for name, tensor in sae.state_dict().items())
 
 
+def test_a_copy_is_itself_whatever_has_its_name_by_now(one: Architecture) -> None:
+    sae = SAE(SAEConfig(4, 9, arch=OneSettings()))
+    flashsae.register(replace(ONE, title="One again"))
+    assert copy.deepcopy(sae).architecture is one
+
+
 def test_what_is_no_architecture_is_one_sentence() -> None:
     with pytest.raises(ConfigError, match=r"arch: expected one of batch_topk, .*topk, got 'top-k'\. One of your own"):
         architecture_named("top-k")

@@ -139,6 +139,10 @@ class Architecture:
         """Copy and pickle as a name: functions without one cannot be pickled, and what is registered is there once."""
         return architecture_named, (self.name,)
 
+    def __deepcopy__(self, memo: object) -> Architecture:
+        """Return itself: nothing in it can change, and another may have its name by now."""
+        return self
+
     @property
     def sites(self) -> tuple[str, ...]:
         """Every site once, those that are read first."""

@@ -71,6 +71,12 @@ def test_rows_that_are_none_are_refused(latents: list[int], starts: list[int], m
         Pattern.rows(torch.tensor(latents), torch.tensor(starts, dtype=torch.int64), 4)
 
 
+def test_leading_dimensions_of_other_tokens_are_refused() -> None:
+    pattern = Pattern.topk(torch.tensor([[0, 1], [2, 3]]), 4)
+    with pytest.raises(ShapeError, match=r"batch_shape: expected a product of 2, got \[3, 5\]"):
+        SparseCode(pattern, torch.zeros(2, 2), (3, 5))
+
+
 def test_a_code_of_any_leading_dimensions(generator: torch.Generator) -> None:
     top_indices, top_acts = torch.randint(0, 9, (2, 4, 3), generator=generator), torch.rand(2, 4, 3)
     code = SparseCode.topk(top_acts, top_indices, 9)

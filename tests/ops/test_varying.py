@@ -21,6 +21,7 @@ from flashsae.ops import (
     pre_acts,
 )
 from flashsae.ops.adam_rows import AdamRule, adam_rows, row_squares
+from flashsae.ops.encode import varying
 from flashsae.ops.factors import RowGradient, SparseFactor
 from flashsae.ops.latent_rows.op import latent_sums
 from flashsae.ops.latent_rows.reference import RUN
@@ -334,3 +335,11 @@ def test_a_pattern_of_other_tokens_or_latents_is_refused(generator: torch.Genera
         decode(SparseCode(pattern, torch.ones(3)), torch.ones(8, 2))
     with pytest.raises(ShapeError, match=r"coeffs: expected the shape \[capacity\], got \[3, 1\]"):
         latent_rows(pattern.index, torch.ones(3, 1), torch.ones(2, 2))
+
+
+def test_a_capture_that_has_no_capacity_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(varying, "_is_capturing", lambda x: True)
+    inputs = torch.randn(3, 4), torch.randn(5, 4), torch.zeros(5)
+    with pytest.raises(ConfigError, match="capacity: expected a number while a CUDA graph is captured"):
+        varying.encode_above(*inputs, 0.0)
+    assert varying.encode_above(*inputs, 0.0, capacity=15).pattern.capacity == 15

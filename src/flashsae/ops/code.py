@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,8 @@ class SparseCode:
         check_shape("acts", self.acts, tuple(self.pattern.latents.shape))
         check_float("acts", self.acts)
         check_device("acts", self.acts, self.pattern.latents, "the pattern")
+        if self.batch_shape is not None and math.prod(self.batch_shape) != self.pattern.B:
+            raise ShapeError(f"batch_shape: expected a product of {self.pattern.B}, got {list(self.batch_shape)}.")
 
     @classmethod
     def topk(cls, top_acts: Tensor, top_indices: Tensor, d_sae: int) -> SparseCode:
@@ -51,9 +54,7 @@ class SparseCode:
             raise ShapeError("top_indices: expected the shape [..., k], got [].")
         check_shape("top_acts", top_acts, tuple(top_indices.shape))
         *batch, k = top_indices.shape
-        tokens = 1
-        for size in batch:
-            tokens *= size
+        tokens = math.prod(batch)
         pattern = Pattern.topk(top_indices.reshape(tokens, k), d_sae)
         return cls(pattern, top_acts.reshape(tokens, k), None if len(batch) == 1 else tuple(batch))
 

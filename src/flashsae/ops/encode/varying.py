@@ -20,6 +20,7 @@ from flashsae.ops.validate import (
     check_ordinary,
     check_shape,
     compute_dtype,
+    has_values,
 )
 
 
@@ -85,11 +86,13 @@ def encode_above(
         threshold: a number, a scalar tensor, or [d_sae], one for each latent. Receives no gradient here.
         capacity: how many entries there is room for. None: as many as there are, which the host waits for; a number: no
             wait, and `code.pattern.overflowed` tells whether they were more. Then the first of them in order are there,
-            `code.pattern.count` says how many there are, and encoding again with that capacity gives all.
+            `code.pattern.count` says how many there are, and encoding again with that capacity gives all. A training on
+            a GPU needs one.
     Returns:
         the code, of varying length: acts [capacity], float32 (float64 for float64); 0 in places that are not used.
     Raises:
-        ShapeError, DtypeError, ConfigError: names the argument, what was expected and what came.
+        ShapeError, DtypeError, ConfigError: names the argument, what was expected and what came; no capacity while a
+            CUDA graph is captured.
         GradientError: threshold requires a gradient.
     Numerics: as in `encode_topk`: exact selection among the pre-activations. NaN counts as exceeding.
     Gradients: x, W_enc_T (as a factor, where `collect_factors` asked for it), b_enc and b_dec, through the selected
@@ -102,11 +105,20 @@ def encode_above(
         capacity = as_int("capacity", capacity)
         if not 0 <= capacity < 2**31:
             raise ConfigError(f"capacity: expected 0 <= capacity < 2**31, or None, got {capacity}.")
+    elif _is_capturing(x):
+        raise ConfigError(
+            "capacity: expected a number while a CUDA graph is captured, as training on a GPU does, got None, which "
+            "waits for the device. Give one where sae.training, of what tokens need and some more."
+        )
     acts, latents, starts, count, *_ = torch.ops.flashsae.encode_above(
         x, W_enc_T, b_enc, b_dec, _as_thresholds(threshold, x, d_sae), capacity, resolve(precision, W_enc_T),
         workspace_bytes,
     )  # fmt: skip
     return shared_code(Pattern(latents, d_sae, starts, None if capacity is None else count), acts)
+
+
+def _is_capturing(x: Tensor) -> bool:
+    return x.is_cuda and has_values(x) and torch.cuda.is_current_stream_capturing()
 
 
 def _as_thresholds(threshold: float | Tensor, x: Tensor, d_sae: int) -> Tensor:
