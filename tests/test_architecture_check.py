@@ -46,6 +46,10 @@ REFUSED = [
     ({"terms": ()}, "terms of odd: expected at least one, such as flashsae.architecture.RECONSTRUCTION"),
     ({"terms": (RECONSTRUCTION, RECONSTRUCTION)}, "terms of odd: expected each name once, got fvu again"),
     ({"parameters": AUTOENCODER[:3]}, "expected W_enc_T, b_enc, W_dec, b_dec among them, .* there is no b_dec"),
+    (
+        {"parameters": tuple(replace(row, trained=False) for row in AUTOENCODER)},
+        "expected at least one that is trained",
+    ),
     ({"parameters": another(name="a.b")}, r"parameter a\.b of odd: expected a name that an attribute can have"),
     ({"parameters": another(shape=("heads",))}, "parameter z of odd: .* d_in, d_out, d_sae, got 'heads' in it"),
     ({"parameters": another(factored=True)}, r"parameter z of odd: expected two sizes .*, got \['d_sae'\]"),

@@ -35,6 +35,8 @@ def check_architecture(architecture: Architecture) -> None:
             f"parameters of {name}: expected {', '.join(_NEEDED)} among them, as in flashsae.architecture.AUTOENCODER, "
             f"and there is no {missing[0]}. Where it has no use, give it trained=False."
         )
+    if not any(row.trained for row in architecture.parameters):
+        raise ConfigError(f"parameters of {name}: expected at least one that is trained.")
     for row in architecture.parameters:
         _check_parameter(f"parameter {row.name} of {name}", row, rows)
 

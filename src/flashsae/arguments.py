@@ -145,7 +145,7 @@ def taking_settings_of(architecture: Architecture, command: Callable[..., None],
     """
     hints = get_type_hints(command, include_extras=True)
     others = _declared(command).keys() - {name}
-    check_own_names(architecture, [*declared_types(TrainConfig), *sorted(others), "config"])
+    check_own_names(architecture, [*declared_types(TrainConfig), *sorted(others), "config", "help", "version"])
     settings, shown = _flat_settings(architecture), Parameter(name="*", group=Group("Training", sort_key=2))
 
     @functools.wraps(command)

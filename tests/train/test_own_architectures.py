@@ -109,8 +109,10 @@ def test_batches_of_several_sites_are_trained_on() -> None:
     assert same(fitted(batches), fitted(iter([*batches, *batches])))
     with pytest.raises(DtypeError, match="expected a dict of before, after, got Tensor"):
         fitted([X])
-    with pytest.raises(DtypeError, match="expected a dict of before, after, got a dict of x, y"):
-        fitted([{"x": X, "y": Y}])
+    named = [{"h.3:in": batch["before"], "h.3": batch["after"]} for batch in batches]
+    assert same(fitted(named), fitted(batches))
+    with pytest.raises(DtypeError, match="expected a dict of before, after, got a dict of x, y, z"):
+        fitted([{"x": X, "y": Y, "z": Y}])
 
 
 def test_k_is_not_taken_for_that_of_another_architecture() -> None:

@@ -199,7 +199,7 @@ class IterableSource:
     Args:
         batches: read once if it is an iterator, once an epoch otherwise.
         sites: what to take of each batch. Of one site, a batch is [tokens, d_in], or a tuple, list or dict of nothing
-            else; of several it is a dict that holds them, whatever it holds beside.
+            else; of several it is a dict that holds them, whatever it holds beside, or as many of other names.
     Raises:
         ShapeError, DtypeError: a batch is not [tokens, d_in] or not float, or width, dtype or device change.
     """
@@ -216,9 +216,13 @@ class IterableSource:
         self._sites = tuple(sites)
         self._iterator: Iterator[Any] | None = iterate(batches)
         # the first batch tells the widths, and is kept, so that a generator loses nothing
-        first = self._ahead = next(map(self._acts, self._iterator), None)
-        if first is None:
+        raw = next(self._iterator, None)
+        if raw is None:
             raise DataError(f"{name} is empty: expected at least one [tokens, d_in] batch.")
+        if len(self._sites) > 1 and isinstance(raw, Mapping) and len(raw) == len(self._sites):
+            self._sites = self._sites if set(raw) == set(self._sites) else tuple(raw)  # of other names, the order tells
+        first = self._acts(raw)
+        self._ahead: Batch | None = first
         digests = " ".join(map(rows_digest, first.values()))
         self.identity = {"kind": "iterable", "sites": list(first), "first batch": digests}
         self.widths = {site: int(acts.shape[1]) for site, acts in first.items()}

@@ -58,8 +58,8 @@ def fit(
         x: [tokens, d_in], a float tensor, numpy array or memory-mapped array, read in random order; or any iterable
             of such batches (or of tuples and dicts of one, as a DataLoader gives), read in its order through a shuffle
             buffer. d_in is taken from it. If it can be read only once and ends early, the training ends with it. For an
-            architecture of several sites: a dict of arrays of the same tokens by site, or an iterable of such, whose
-            entries have the names of its sites.
+            architecture of several sites: a dict of arrays of the same tokens by site, or an iterable of such. Where
+            their names are not those of its sites, the order tells which is which.
         d_sae: number of latents.
         k: latents active for each token, of an architecture that has this setting. Default: 32.
         arch: the architecture: its settings, or its name, of `flashsae.architecture.architecture_names()`. Default:
@@ -147,7 +147,7 @@ def _arch(arch: Any, k: int | None, base: TrainConfig) -> Any:
 
 
 def _source(x: Any, sites: Sequence[str]) -> ArraySource | IterableSource:
-    """Return the activations as a source; entries of an iterable's batches are found by the names of the sites."""
+    """Return the activations as a source."""
     if isinstance(x, Tensor | np.ndarray | Mapping):
         return ArraySource(x)
     return IterableSource(x, sites=sites if len(sites) > 1 else (X,))
