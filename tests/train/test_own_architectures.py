@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import flashsae
-from flashsae import SAE, TrainConfig
+from flashsae import SAE, SAEConfig, TrainConfig
 from flashsae import architecture as architectures
 from flashsae.architecture import AUTOENCODER, RECONSTRUCTION
 from flashsae.architectures.topk import ARCHITECTURE as TOPK
@@ -143,3 +143,10 @@ def test_codes_without_room_for_all_are_told_of_once(capacity: int, tmp_path: Pa
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text("utf-8").splitlines()[-1])
     assert (last["left_out"] > 0) == (capacity == 40)
     assert last["l0"] <= capacity / 64
+
+
+def test_an_evaluation_tells_of_entries_that_found_no_place() -> None:
+    sae = SAE(SAEConfig(8, 16, arch=RoomSettings(40)))
+    with pytest.warns(FlashSAEWarning, match="in inference, let Room encode without a capacity"):
+        few = flashsae.evaluate(sae, X)
+    assert few.l0 < flashsae.evaluate(SAE(SAEConfig(8, 16, arch=RoomSettings(640 * 16))), X).l0

@@ -8,6 +8,7 @@ from copy import copy
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
+from warnings import warn
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from flashsae.architecture import Architecture
 from flashsae.data.acts import Acts, Batch, X, acts_by_site, batch_acts, check_finite, iterate
 from flashsae.data.sources import RowSource, Source
-from flashsae.errors import ConfigError, DataError, DtypeError
+from flashsae.errors import ConfigError, DataError, DtypeError, FlashSAEWarning
 from flashsae.metrics import FVU, LatentActivity, norm_limit
 from flashsae.neutral import neutral
 from flashsae.sae.config import SAEConfig
@@ -76,6 +77,8 @@ def evaluate(
     Raises:
         DataError: there are no tokens, or one holds NaN, Inf, or more than float32 does.
         ShapeError, DtypeError: x does not fit the SAE.
+    Warns:
+        FlashSAEWarning: codes have a capacity, and it was too small.
     """
     _check_sae(sae)
     if isinstance(batch_tokens, bool) or not hasattr(batch_tokens, "__index__") or batch_tokens < 1:
@@ -83,12 +86,13 @@ def evaluate(
     first, batches = _begin(x, sae.architecture)
     limit = norm_limit(torch.cat([_norms(target[:: 1 + len(target) // NORM_TOKENS]) for _, target in first] or [_NONE]))
     fvu, activity = FVU(), LatentActivity(sae.config.d_sae, sae.W_dec.device)
-    others, outliers = fvu, 0
+    others, outliers, left_out = fvu, 0, 0
     with inference(sae):
         for part, target in (parts for batch in batches for parts in _split(batch, int(batch_tokens))):
             check_finite(part, "x")
             code = sae.encode(part.to(sae.W_dec.device, sae.W_dec.dtype))
             activity.update(code)
+            left_out += 0 if code.pattern.left_out is None else int(code.pattern.left_out)
             if target is not part:
                 check_finite(target, "x")
             target, x_hat = target.to(sae.W_dec.device), sae.decode(code)
@@ -101,6 +105,13 @@ def evaluate(
                 outliers += int(is_outlier.sum())
     if activity.tokens == 0:
         raise DataError("x is empty: expected at least one token to evaluate on. Give more data or a larger held_out.")
+    if left_out:
+        warn(
+            f"{left_out:,} entries of the code found no place and were left out, so the figures are of less than the "
+            f"SAE selects: in inference, let {sae.architecture.title} encode without a capacity.",
+            FlashSAEWarning,
+            stacklevel=2,
+        )
     density = activity.latent_density().cpu()
     return Evaluation(fvu.compute(), activity.l0(), activity.tokens, density, others.compute(), outliers)
 
