@@ -73,6 +73,9 @@ def test_what_is_no_architecture_is_one_sentence() -> None:
         architecture_named("top-k")
     with pytest.raises(ConfigError, match="arch: expected settings of an architecture, such as TopKSettings"):
         SAEConfig(3, 5, arch=OneSettings())
+    for other in (TopKSettings, architecture_named("topk")):
+        with pytest.raises(ConfigError, match=r"arch: expected settings .* Give an instance of its settings"):
+            SAEConfig(3, 5, arch=other)
     with pytest.raises(ConfigError, match="arch: expected either k, which makes a TopK SAE"):
         SAEConfig(3, 5)
     with pytest.raises(ConfigError, match="arch: expected either k, which makes a TopK SAE"):

@@ -285,9 +285,11 @@ def architecture_of(settings: object) -> Architecture:
         for name in names():
             if type(settings) is architecture_named(name).settings:
                 return architecture_named(name)
+    advice = "The class has to be registered: flashsae.register(Architecture(settings=...))."
+    if isinstance(settings, type | Architecture):
+        advice = "Give an instance of its settings: arch=...Settings()."
     raise ConfigError(
-        f"arch: expected settings of an architecture, such as TopKSettings(k=32), got {settings!r}. The class has to "
-        "be registered: flashsae.register(Architecture(settings=...))."
+        f"arch: expected settings of an architecture, such as TopKSettings(k=32), got {settings!r:.80}. {advice}"
     )
 
 

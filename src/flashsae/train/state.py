@@ -62,7 +62,10 @@ class TrainState:
         return self.sae.rescaled(self.scale).eval()
 
     def finished_sae(self) -> SAE:
-        """Return the SAE for activations as they come. Where weights are split, with whole ones, on the CPU."""
+        """Return the SAE for activations as they come. Where weights are split, with whole ones, on the CPU.
+
+        What it shares with the SAE in training is changed by an architecture that finishes in place: for the end only.
+        """
         sae = self.current_sae()
         for row in sae.architecture.parameters:
             if row.trained and self.optimizer.is_split(getattr(self.sae, row.name)):
