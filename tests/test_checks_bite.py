@@ -166,9 +166,9 @@ def _selection_is_certified() -> None:
 def _rows_are_right() -> None:
     """Check T0 of codes of varying length, as test_varying.py does: tokens above a tile, places that are not used."""
     generator = torch.Generator().manual_seed(0)
-    pattern = ragged([0, 40, 3, 33], 50, generator, spare=2)
-    acts, W_dec = integer_inputs(pattern.capacity, generator=generator), integer_inputs(50, 70, generator=generator)
-    target = integer_inputs(4, 70, generator=generator)
+    pattern = ragged([0, 150, 3, 33], 200, generator, spare=2)
+    acts, W_dec = integer_inputs(pattern.capacity, generator=generator), integer_inputs(200, 530, generator=generator)
+    target = integer_inputs(4, 530, generator=generator)
     code = dense_of(pattern, acts)
     residual, used = target - code @ W_dec, int(pattern.counts.sum())
     leaf = acts.to(DEVICE).requires_grad_()
@@ -232,11 +232,12 @@ KERNEL_BUGS = {
         "latent_rows", "kernels", "tl.where(piece == begin, behind, 0)", "0", _long_runs_are_right,
     ),
     "latents above a tile forgotten": (
-        "decode", "kernels", "for tile in range(0, count, BLOCK_K):\n                acts, W = ",
-        "for tile in range(0, BLOCK_K, BLOCK_K):\n                acts, W = ", _rows_are_right,
+        "decode", "kernels", "for start in tl.range(0, count, LONG_K, num_stages=STAGES):\n            slot",
+        "for start in tl.range(0, BLOCK_K, LONG_K, num_stages=STAGES):\n            slot", _rows_are_right,
     ),
     "dot products of the last columns alone": (
-        "decode", "kernels", "tl.store(sums_ptr, before - 2.0", "tl.store(sums_ptr, 0 * before - 2.0", _rows_are_right,
+        "decode", "kernels", "grad_row = grad_acts_ptr + chunk * capacity + first", "grad_row = grad_acts_ptr + first",
+        _rows_are_right,
     ),
     "the token of another entry": (
         "latent_rows", "kernels", "tl.load(tokens_ptr + at,", "tl.load(tokens_ptr + low + 0 * at,", _rows_are_right,

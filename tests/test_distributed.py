@@ -85,3 +85,20 @@ def test_what_a_step_needs_of_the_whole_batch_passes_through_one_place(monkeypat
     dead, norm, batch = ("summed", (400,)), ("summed", ()), ("tokens_of", int)
     assert {dead, norm, batch, ("averaged", float)} <= set(asked)
     assert len([name for name, _ in asked if name == "joined"]) == 4  # two matrices: for the norm, and for the step
+
+
+def test_the_largest_of_a_batch_are_chosen_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, W = torch.randn(20, 6), torch.randn(90, 6)
+    asked = []
+    largest = distributed.largest
+
+    def counted(keys: torch.Tensor, wanted: int) -> torch.Tensor:
+        asked.append(wanted)
+        return largest(keys, wanted)
+
+    monkeypatch.setattr(distributed, "largest", counted)
+    code = flashsae.ops.encode_batch_topk(x, W, torch.zeros(90), 3)
+    assert asked == [60]
+    expected = torch.zeros(20 * 90, dtype=torch.bool)
+    expected[(x @ W.T).flatten().topk(60).indices] = True
+    assert torch.equal(code.to_dense() != 0, expected.view(20, 90))

@@ -40,7 +40,7 @@ CODES: dict[str, tuple[list[int], int]] = {
     "some above a tile": ([0, 40, 2, 150, 1, 0, 17, 33, 3], 5),
     "one of all": ([200], 0),
 }
-"""Latents of each token, and places that are not used. Of "some above a tile" a program holds 32, and 64 columns."""
+"""Latents of each token, and places that are not used. Of "some above a tile" a program holds 64, and 512 columns."""
 
 
 @pytest.fixture(params=["reference", "sparse kernels", "dense products"])
@@ -136,7 +136,7 @@ def test_t0_integers_are_bitwise_those_of_dense_autograd(
 ) -> None:
     counts, spare = CODES[kind]
     pattern = ragged(counts, D_SAE, generator, spare=spare)
-    inputs = inputs_of(pattern, generator, integer=True, d=70 if kind == "some above a tile" else D)
+    inputs = inputs_of(pattern, generator, integer=True, d=530 if kind == "some above a tile" else D)
     exact = OPERATIONS[name](pattern, as_float64(inputs), dense=True)
     for key in ("acts", "grad"):
         inputs[key][pattern.capacity - spare :] = torch.nan  # what stands in places that are not used is not read
