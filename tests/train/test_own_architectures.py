@@ -12,12 +12,12 @@ import pytest
 import torch
 
 import flashsae
-from flashsae import SAE, SAEConfig, TrainConfig
+from flashsae import SAE, SAEConfig, Term, TrainConfig
 from flashsae import architecture as architectures
 from flashsae.architecture import AUTOENCODER, RECONSTRUCTION
 from flashsae.architectures.topk import ARCHITECTURE as TOPK
 from flashsae.data.synthetic import SuperpositionModel
-from flashsae.errors import ConfigError, DtypeError, FlashSAEWarning
+from flashsae.errors import ConfigError, DtypeError, FlashSAEWarning, ShapeError
 from flashsae.settings.kinds import check_fields
 
 SMALL = TrainConfig(batch_tokens=64, tokens=64 * 12, checkpoint_every_steps=5, shuffle_tokens=256)
@@ -129,6 +129,14 @@ def test_a_training_whose_settings_hold_a_list_and_a_path_is_resumed(tmp_path: P
     assert same(*runs)
     runs[0].save(tmp_path / "sae")
     assert SAE.load(tmp_path / "sae").config.arch == ListSettings()
+
+
+@pytest.mark.parametrize(("value", "got"), [(0.5, "0.5"), (torch.ones(3), r"\[3\]")])
+def test_a_term_that_is_no_scalar_is_refused(value: object, got: str) -> None:
+    term = Term("odd", "?", "Odd.", lambda step: value)  # type: ignore[arg-type, return-value]
+    flashsae.register(replace(TOPK, name="listed", settings=ListSettings, terms=(RECONSTRUCTION, term)))
+    with pytest.raises(ShapeError, match=f"term odd: expected a scalar tensor, or None, got {got}"):
+        flashsae.fit(X, d_sae=16, arch=ListSettings(), config=SMALL, progress=False)
 
 
 @pytest.mark.parametrize("capacity", [40, 64 * 16])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flashsae.architecture import Architecture
-from flashsae.errors import ConfigError
+from flashsae.errors import ConfigError, ShapeError
 from flashsae.ops import DecodeLoss, SparseCode
 from flashsae.profiling import part
 from flashsae.sae.dead import DeadRows, auxk_loss
@@ -64,6 +64,10 @@ class Step:
                 with part(f"loss: {term.name}"):
                     values[term.name] = term.compute(self)
         there = {name: value for name, value in values.items() if value is not None}
+        for name, value in there.items():
+            if not isinstance(value, Tensor) or value.dim():
+                got = list(value.shape) if isinstance(value, Tensor) else repr(value)
+                raise ShapeError(f"term {name}: expected a scalar tensor, or None, got {got}.")
         weighted = [value if weights[name] == 1.0 else weights[name] * value for name, value in there.items()]
         if not weighted:
             raise ConfigError(f"loss: no term of {self.sae.architecture.title} gave anything at this step.")
