@@ -101,7 +101,7 @@ DENSE_ABOVE = {torch.bfloat16: 1 / 64, torch.float16: 1 / 64, torch.float32: 1 /
 """Density k / d_sae above which matrix products of the dense code are faster than gathers, by dtype of the weights."""
 
 
-def use_dense(k: int, d_sae: int, weights: torch.Tensor) -> bool:
+def use_dense(k: int | torch.SymInt, d_sae: int, weights: torch.Tensor) -> bool:
     """Return whether k of d_sae latents a token is dense enough for matrix products. Said once in the log.
 
     FLASHSAE_DENSE_ABOVE overrides the crossover; 1 never goes dense, 0 always.
@@ -110,7 +110,7 @@ def use_dense(k: int, d_sae: int, weights: torch.Tensor) -> bool:
         ConfigError: FLASHSAE_DENSE_ABOVE is no number from 0 to 1.
     """
     limit = _dense_above(DENSE_ABOVE.get(weights.dtype, 1.0))
-    if k <= limit * d_sae:
+    if isinstance(k, torch.SymInt) or k <= limit * d_sae:  # of what depends on data a tracer knows no density
         return False
     log_once(
         f"{k} of {d_sae} latents a token is a density above 1/{d_sae / max(1, limit * d_sae):.0f}: decode and weight "

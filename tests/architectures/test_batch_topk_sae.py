@@ -100,3 +100,14 @@ def test_a_resumed_training_ends_with_the_same_bytes(tmp_path: Path, monkeypatch
     resumed = fit(tmp_path / "cut", resume=True)
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_threshold_of_a_loop_of_ones_own_has_any_dtype_and_any_batch(dtype: torch.dtype) -> None:
+    sae = SAE(SAEConfig(12, 48, arch=BatchTopKSettings(K)), dtype=dtype)
+    with torch.no_grad():
+        average_threshold(sae, sae.encode(tokens(0)))
+        assert float(sae.threshold_steps) == 0
+        code = sae.encode(tokens(64))
+        average_threshold(sae, code)
+    assert float(sae.threshold) == pytest.approx(float(code.acts.min()), rel=1e-2)

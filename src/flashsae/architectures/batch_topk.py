@@ -42,8 +42,11 @@ def encode(sae: Any, x: Tensor) -> Any:
 
 def average_threshold(sae: flashsae.SAE, code: flashsae.SparseCode) -> None:
     """Let the threshold follow the smallest activation selected in each batch, which falls while an SAE learns."""
+    if code.acts.numel() == 0:
+        return
     sae.threshold_steps.add_(1)
-    sae.threshold.lerp_(code.acts.amin(), (sae.threshold_steps / 10).clamp(1, AVERAGED_STEPS).reciprocal())
+    smallest = code.acts.amin().to(sae.threshold.dtype)
+    sae.threshold.lerp_(smallest, (sae.threshold_steps / 10).clamp(1, AVERAGED_STEPS).reciprocal())
 
 
 ARCHITECTURE = Architecture(

@@ -88,7 +88,8 @@ def capacity_of(B: int, n: int, k: int, operands: Operands) -> int:
     cut, and in certified float32 those that the error may lift above the bound.
     """
     parts = operands.parts
-    factor = (2.0 if operands.certified else 1.25) * min(parts, 2 + math.log2(parts))
+    shares = min(parts, 2 + math.log2(parts))
+    factor = 8.0 + 2.0 * (shares - 1) if operands.certified else 1.25 * shares
     return min(B * n, 1024 + math.ceil(factor * B * k))
 
 
