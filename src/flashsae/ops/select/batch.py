@@ -89,7 +89,7 @@ def capacity_of(B: int, n: int, k: int, operands: Operands) -> int:
     """
     parts = operands.parts
     shares = min(parts, 2 + math.log2(parts))
-    factor = 8.0 + 2.0 * (shares - 1) if operands.certified else 1.25 * shares
+    factor = 16.0 + 2.0 * (shares - 1) if operands.certified else 1.25 * shares
     return min(B * n, 1024 + math.ceil(factor * B * k))
 
 
