@@ -156,3 +156,12 @@ def test_nothing_around_an_architecture_names_one(place: str) -> None:
         f"{path.name}: {line.strip()}" for path in files for line in path.read_text().splitlines() if words.search(line)
     ]
     assert not found
+
+
+def test_settings_of_our_architectures_have_a_short_name() -> None:
+    for name in architectures.architecture_names(installed=False):
+        settings = architecture_named(name).settings
+        assert getattr(flashsae, settings.__name__) is settings
+        assert settings.__name__ in dir(flashsae)
+    with pytest.raises(AttributeError, match="module 'flashsae' has no attribute 'NoSettings'"):
+        flashsae.NoSettings  # noqa: B018

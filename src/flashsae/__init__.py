@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flashsae import data, errors, ops, sae
     from flashsae.architecture import Architecture, Parameter, Term, register
-    from flashsae.architectures.batch_topk import BatchTopKSettings
-    from flashsae.architectures.topk import TopKSettings
     from flashsae.evaluate.heldout import evaluate
     from flashsae.ops import SparseCode
     from flashsae.sae import SAE, SAEConfig
@@ -22,12 +20,10 @@ __version__ = "0.1.0"
 __all__ = [
     "SAE",
     "Architecture",
-    "BatchTopKSettings",
     "Parameter",
     "SAEConfig",
     "SparseCode",
     "Term",
-    "TopKSettings",
     "TrainConfig",
     "__version__",
     "data",
@@ -41,10 +37,8 @@ __all__ = [
 
 _HOMES = {
     "Architecture": "architecture",
-    "BatchTopKSettings": "architectures.batch_topk",
     "Parameter": "architecture",
     "Term": "architecture",
-    "TopKSettings": "architectures.topk",
     "register": "architecture",
     "SAE": "sae",
     "SAEConfig": "sae",
@@ -63,6 +57,10 @@ def __getattr__(name: str) -> Any:
         value = getattr(import_module(f"flashsae.{_HOMES[name]}"), name)
         globals()[name] = value
         return value
+    if name.endswith("Settings"):
+        for settings in _settings_of_architectures():
+            if settings.__name__ == name:
+                return settings
     if not name.startswith("_"):
         try:
             return import_module(f"flashsae.{name}")
@@ -72,5 +70,12 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'flashsae' has no attribute {name!r}")
 
 
+def _settings_of_architectures() -> list[type]:
+    """Return the settings classes of our architectures: a new file among them has its settings here, too."""
+    architecture = import_module("flashsae.architecture")
+    names = architecture.architecture_names(installed=False)
+    return [architecture.architecture_named(name).settings for name in names]
+
+
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *(settings.__name__ for settings in _settings_of_architectures())})
