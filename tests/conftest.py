@@ -44,6 +44,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
+@pytest.fixture(autouse=True)
+def _architectures_of_others_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no test find what another one registered."""
+    from flashsae import architecture
+
+    monkeypatch.setattr(architecture, "_REGISTERED", dict(architecture._REGISTERED))
+
+
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
