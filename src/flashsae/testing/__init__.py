@@ -1,0 +1,41 @@
+"""What "exact" means, as checks, and the dense code that ours must equal: for tests, here and of any backend or SAE."""
+
+from flashsae.testing.checks import assert_as_accurate, integer_inputs, poison_empty
+from flashsae.testing.oracles import (
+    ORACLES,
+    DenseStep,
+    Oracle,
+    Params,
+    TopK,
+    chosen,
+    dense_batch_topk,
+    dense_decode,
+    dense_pre_acts,
+    dense_reconstruction,
+    dense_topk,
+    oracle,
+    stable_topk,
+)
+from flashsae.testing.training import DenseTrainer, UnitNormAdam, dense_auxk
+
+__all__ = [
+    "ORACLES",
+    "DenseStep",
+    "DenseTrainer",
+    "Oracle",
+    "Params",
+    "TopK",
+    "UnitNormAdam",
+    "assert_as_accurate",
+    "chosen",
+    "dense_auxk",
+    "dense_batch_topk",
+    "dense_decode",
+    "dense_pre_acts",
+    "dense_reconstruction",
+    "dense_topk",
+    "integer_inputs",
+    "oracle",
+    "poison_empty",
+    "stable_topk",
+]
