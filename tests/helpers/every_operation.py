@@ -168,6 +168,15 @@ def _per_latent(p: Tensors) -> Tensors:
     return found
 
 
+def _latent_sums(p: Tensors) -> Tensors:
+    found = {}
+    for name, pattern in (("top_acts", Pattern.topk(p["top_indices"], D_SAE)), ("row_acts", _rows(p))):
+        q = _leaves(p, name)
+        part = _with_gradients({"sums": ops.latent_sums(q[name], pattern)}, {"sums": p["latent_values"]}, q)
+        found |= {f"{name} {key}": tensor for key, tensor in part.items()}
+    return found
+
+
 def _gradient(p: Tensors) -> RowGradient:
     sparse = SparseFactor(index_of(p["top_indices"], D_SAE), p["coeffs"], p["rows"])
     return RowGradient(sparse, p["grad_taken"], p["slots"])
@@ -222,6 +231,7 @@ OPERATIONS: dict[str, Callable[[Tensors], Tensors]] = {
     "encode_above": _encode_above,
     "pre_acts": _pre_acts,
     "per_latent": _per_latent,
+    "latent_sums": _latent_sums,
     "decode": _decode,
     "decode, rows": _decode_rows,
     "decode_loss": _decode_loss,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashsae.ops import Pattern, decode, decode_loss, encode_topk, per_latent, pre_acts
+from flashsae.ops import Pattern, decode, decode_loss, encode_topk, latent_sums, per_latent, pre_acts
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -92,7 +92,7 @@ def _operands(name: str, device: str) -> list[tuple[Any, ...]]:
             (lists, acts.detach(), rows, torch.bfloat16),
             (row_lists, row_acts.detach(), rows, torch.float32),
         ],
-        "latent_sums": [(lists, acts.detach()), (lists, acts.detach().bfloat16()), (row_lists, row_acts.detach())],
+        "latent_sums": [(lists, acts), (lists, acts.detach().bfloat16().requires_grad_()), (row_lists, row_acts)],
         "column_sums": [(weights, rows, torch.float32), (weights, rows.bfloat16(), torch.bfloat16)],
         "take_rows": [(W, torch.tensor([7, 2, 0], device=device), _slots(device))],
         "center": [(rows, bias.detach(), False), (rows, bias.detach(), True)],
@@ -118,7 +118,8 @@ def _step(x: Tensor, W_enc_T: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tenso
     loss, x_hat, residual = decode_loss(code, W_dec, b_dec, x)
     again = pre_acts(x, W_enc_T, b_enc, code.pattern, b_dec=b_dec) - per_latent(b_enc, code.pattern)
     residual_hat = decode(code.replace(again), W_dec)
-    return loss + (residual - residual_hat).square().sum(), x_hat, code.top_indices
+    mass = latent_sums(code.acts, code.pattern).square().sum()
+    return loss + (residual - residual_hat).square().sum() + mass, x_hat, code.top_indices
 
 
 def _run_step(step: Any, device: str) -> list[Tensor]:

@@ -211,6 +211,9 @@ def _functions(device: str) -> dict[str, tuple[Callable[[Tensor], Tensor], Tenso
     def per_latent(values: Tensor) -> Tensor:
         return ops.per_latent(values, ops.Pattern.topk(p["top_indices"], D_SAE)).square().sum()
 
+    def latent_sums(values: Tensor) -> Tensor:
+        return ops.latent_sums(values, ops.Pattern.topk(p["top_indices"], D_SAE)).square().sum()
+
     def code(acts: Tensor) -> ops.SparseCode:
         return topk_of(acts, p["top_indices"], p["W_dec"])
 
@@ -229,6 +232,7 @@ def _functions(device: str) -> dict[str, tuple[Callable[[Tensor], Tensor], Tenso
         "encode_above": (encode_above, p["b_enc"]),
         "pre_acts": (pre_acts, p["W_enc_T"]),
         "per_latent": (per_latent, p["latent_values"]),
+        "latent_sums": (latent_sums, p["top_acts"]),
         "decode": (decode, p["top_acts"]),
         "decode_loss": (loss, p["top_acts"]),
         "take_rows": (take, p["W_dec"]),
@@ -241,6 +245,7 @@ DIFFERENTIABLE = (
     "encode_above",
     "pre_acts",
     "per_latent",
+    "latent_sums",
     "decode",
     "decode_loss",
     "take_rows",

@@ -153,6 +153,7 @@ def _call(operation: str, **changes: Any) -> None:
         ),
         "pre_acts": lambda: ops.pre_acts(p["x"], p["W_enc_T"], p["b_enc"], code().pattern, b_dec=p["b_dec"]),
         "per_latent": lambda: ops.per_latent(p["latent_values"], code().pattern),
+        "latent_sums": lambda: ops.latent_sums(p["top_acts"], ops.Pattern.topk(inputs("cpu")["top_indices"], D_SAE)),
         "decode": lambda: ops.decode(code(), p["W_dec"], p["b_dec"]),
         "decode_loss": lambda: ops.decode_loss(
             code(), p["W_dec"], p["b_dec"], p["target"], token_weights=p["token_weights"]
@@ -171,6 +172,7 @@ TENSORS = {
     "encode_above": ("thresholds",),
     "pre_acts": ("x", "W_enc_T"),
     "per_latent": ("latent_values",),
+    "latent_sums": ("top_acts",),
     "decode": ("top_acts", "top_indices", "W_dec", "b_dec"),
     "decode_loss": ("target", "token_weights"),
     "Pattern.topk": ("top_indices",),

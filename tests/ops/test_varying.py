@@ -17,13 +17,13 @@ from flashsae.ops import (
     decode,
     decode_loss,
     latent_rows,
+    latent_sums,
     per_latent,
     pre_acts,
 )
 from flashsae.ops.adam_rows import AdamRule, adam_rows, row_squares
 from flashsae.ops.encode import varying
 from flashsae.ops.factors import RowGradient, SparseFactor
-from flashsae.ops.latent_rows.op import latent_sums
 from flashsae.ops.latent_rows.reference import RUN
 from flashsae.optim import FactoredAdam
 from flashsae.testing import assert_as_accurate, integer_inputs, poison_empty
@@ -117,11 +117,18 @@ def looked_up(pattern: Pattern, inputs: Tensors, *, dense: bool) -> Tensors:
     return with_gradients(values, {"b_enc": p["b_enc"]}, inputs["grad"])
 
 
+def summed(pattern: Pattern, inputs: Tensors, *, dense: bool) -> Tensors:
+    p = leaves(inputs)
+    sums = dense_of(pattern, p["acts"]).sum(0) if dense else latent_sums(p["acts"], pattern)
+    return with_gradients(sums, {"acts": p["acts"]}, inputs["b_enc"])
+
+
 OPERATIONS: dict[str, Callable[..., Tensors]] = {
     "decode": decoded,
     "decode_loss": compared,
     "pre_acts": encoded,
     "per_latent": looked_up,
+    "latent_sums": summed,
 }
 
 
@@ -236,10 +243,10 @@ def test_t0_sums_of_latents_active_on_many_tokens(
     rows = integer_inputs(tokens, 5, generator=generator)
     code = dense_of(pattern, coeffs)
     coeffs[pattern.capacity - spare :] = torch.nan
-    index = to(pattern, device).index
+    there = to(pattern, device)
     with poison_empty():
-        sums = latent_rows(index, coeffs.to(device), rows.to(device))
-        alone = latent_sums(index, coeffs.to(device))
+        sums = latent_rows(there.index, coeffs.to(device), rows.to(device))
+        alone = latent_sums(coeffs.to(device), there)
     assert torch.equal(sums.cpu(), code.T @ rows)
     assert torch.equal(alone.cpu(), code.sum(0))
 

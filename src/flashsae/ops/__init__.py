@@ -2,7 +2,7 @@
 
 from flashsae.ops.code import SparseCode
 from flashsae.ops.decode import DecodeLoss, decode, decode_loss
-from flashsae.ops.encode import encode_above, encode_batch_topk, encode_topk, per_latent, pre_acts
+from flashsae.ops.encode import encode_above, encode_batch_topk, encode_topk, latent_sums, per_latent, pre_acts
 from flashsae.ops.factored import FactoredGradient
 from flashsae.ops.gradients import Collection, collect_factors, materialize, take_rows
 from flashsae.ops.latent_rows import latent_rows
@@ -22,6 +22,7 @@ __all__ = [
     "encode_batch_topk",
     "encode_topk",
     "latent_rows",
+    "latent_sums",
     "materialize",
     "per_latent",
     "pre_acts",

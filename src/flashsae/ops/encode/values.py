@@ -73,6 +73,36 @@ def per_latent(values: Tensor, pattern: Pattern) -> Tensor:
     return found
 
 
+def latent_sums(values: Tensor, pattern: Pattern) -> Tensor:
+    """Sum a number of every entry of a code over the entries of each latent: the transpose of `per_latent`.
+
+        sums[i] = Σ over entries e of latent i of values[e]
+
+    With `code.acts` it is the mass of each latent in a batch, with `(code.acts > 0).float()` how often it is active.
+
+    Args:
+        values: [B, k] or [capacity], as the latents of the pattern, float. What stands in places that are not used is
+            not read.
+        pattern: which latents of which token.
+    Returns:
+        [d_sae], float32 (float64 for float64); 0 for a latent that no token uses.
+    Raises:
+        ShapeError, DtypeError: they do not fit each other.
+    Numerics: deterministic; accumulated in float32 (float64 for float64), a latent with more than 128 entries in pieces
+        of at most 128, the pieces in order.
+    Gradients: values: that of its latent, 0 in places that are not used. Once differentiable.
+    Cost: reads the index of the pattern and each value once.
+    Source: ours, docs/methodology.md#sparse-backward.
+    """
+    check_ordinary("values", values)
+    _check_pattern(pattern, None, None)
+    check_shape("values", values, tuple(pattern.latents.shape))
+    check_float("values", values)
+    check_device("values", values, pattern.latents, "the pattern")
+    sums: Tensor = torch.ops.flashsae.latent_sums(pattern.index.lists, values)
+    return sums
+
+
 def _check_pattern(pattern: Pattern, d_sae: int | None, B: int | None) -> None:
     if not isinstance(pattern, Pattern):
         raise DtypeError(f"pattern: expected a Pattern, such as code.pattern, got {type(pattern).__name__}.")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flashsae.backend import use_dense, use_kernels
@@ -10,7 +13,7 @@ from flashsae.errors import DtypeError, ShapeError
 from flashsae.ops.dense import op as dense
 from flashsae.ops.latent_rows import reference
 from flashsae.ops.pattern import LatentIndex, Pattern, check_index
-from flashsae.ops.register import operator
+from flashsae.ops.register import differentiate, operator
 from flashsae.ops.validate import FLOATS, check_constant, check_device, check_float, check_shape, compute_dtype
 
 
@@ -103,6 +106,22 @@ def _latent_sums(index: list[Tensor], coeffs: Tensor) -> Tensor:
 
         return launch_latent_sums(lists, coeffs)
     return reference.latent_sums(lists, coeffs)
+
+
+def _save_latent_sums(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    lists, coeffs = inputs
+    ctx.save_for_backward(*lists[:2])
+    ctx.lists, ctx.shape, ctx.dtype = len(lists), coeffs.shape, coeffs.dtype
+
+
+def _latent_sums_backward(ctx: Any, grad: Tensor) -> tuple[list[None], Tensor]:
+    """Give each entry the gradient of its latent: 0 in places that are not used."""
+    entries, latents = ctx.saved_tensors
+    found = F.pad(grad.to(ctx.dtype), (0, 1))[latents]
+    return [None] * ctx.lists, torch.empty_like(found).scatter_(0, entries, found).view(ctx.shape)
+
+
+differentiate("latent_sums", _latent_sums_backward, _save_latent_sums)
 
 
 def _column_sums_fake(coeffs: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
