@@ -7,92 +7,30 @@ entry point "flashsae.architectures" of a package (docs/adding-an-architecture.m
 
 from __future__ import annotations
 
+import inspect
 import pkgutil
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, make_dataclass
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from textwrap import dedent, indent
 from typing import TYPE_CHECKING, Any
 
 from flashsae.architecture_check import check_architecture
+from flashsae.architecture_parts import AUTOENCODER as AUTOENCODER
+from flashsae.architecture_parts import AUXK as AUXK
+from flashsae.architecture_parts import RECONSTRUCTION as RECONSTRUCTION
+from flashsae.architecture_parts import Parameter as Parameter
+from flashsae.architecture_parts import Progress as Progress
+from flashsae.architecture_parts import Term as Term
 from flashsae.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from flashsae.ops.code import SparseCode
+    from flashsae.sae.config import SAEConfig
     from flashsae.sae.module import SAE
-    from flashsae.sae.step import Step
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """A row of the table of parameters: all that initialising, rescaling, training, planning and saving must know.
-
-    Args:
-        name: attribute of the SAE, and name in files.
-        shape: named sizes, of d_in, d_out and d_sae; () for one number.
-        initial: "unit_rows" (random directions), a number to fill with, or the name of the parameter to start equal to.
-        power: of the scale of the activations: an SAE for c · x has c**power times this. 0 for weights, 1 for biases
-            and thresholds.
-        factored: the gradient is left as factors, which the optimiser consumes in the latent pass: for weight matrices
-            with a row a latent.
-        unit_norm: rows keep norm 1.
-        trained: has a gradient; False for what a step of training updates by itself, such as a running threshold.
-        meaning: one clause.
-    """
-
-    name: str
-    shape: tuple[str, ...]
-    meaning: str
-    initial: str | float = 0.0
-    power: int = 0
-    factored: bool = False
-    unit_norm: bool = False
-    trained: bool = True
-
-    @property
-    def per_latent(self) -> bool:
-        """Whether it is a row or number a latent, and so is cut where latents are spread over devices."""
-        return self.shape[:1] == ("d_sae",)
-
-    def sizes(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """Return its shape in numbers."""
-        return tuple(sizes[name] for name in self.shape)
-
-
-@dataclass(frozen=True)
-class Term:
-    """A part of the loss.
-
-    Args:
-        name: in the log.
-        formula: in the words of the field.
-        caption: a sentence for the report.
-        compute: a scalar of a `Step`, or None where there is nothing to compute this time.
-        weight: what it is multiplied by: a number, or the name of a setting of the architecture or of the training. 0
-            leaves it out.
-        of_dead_latents: whether it needs `Step.dead`.
-    """
-
-    name: str
-    formula: str
-    caption: str
-    compute: Callable[[Step], Tensor | None]
-    weight: float | str = 1.0
-    of_dead_latents: bool = False
-
-    def weight_in(self, *settings: object) -> float:
-        """Return the weight, read from the first of these settings that has it; ConfigError where none has."""
-        if not isinstance(self.weight, str):
-            return self.weight
-        for each in settings:
-            if hasattr(each, self.weight):
-                return float(getattr(each, self.weight))
-        raise ConfigError(
-            f"weight of {self.name}: expected a setting {self.weight!r} of the architecture or of a "
-            "flashsae.TrainConfig, and there is none here."
-        )
 
 
 @dataclass(frozen=True)
@@ -110,12 +48,21 @@ class Architecture:
         terms: of the loss. The first is the reconstruction, relative to the variance.
         l0: expected number of active latents a token, of the settings; for the plan.
         most: latents that are selected for each token at most, of the settings; None where there is no such number.
-        reads: sites that go in, in this order.
+        reads: sites that go in, in this order; () for all sites of a batch, two or more, which are written too.
         writes: sites that are reconstructed. An autoencoder writes what it reads.
         subtracts_b_dec: whether the encoder sees x - b_dec.
         initialize: sets the parameters from a sample, before the first step. None: as `flashsae.sae.initialize`.
         after_step: updates what is not trained, of the SAE and the code of a step; waits for nothing.
         finish: makes of a trained SAE one for inference, in place, such as by folding norms into weights.
+        direct: what is added to the reconstruction beside the code, of x: [B, d_in] -> [B, d_out], differentiable.
+        levels: of an SAE and a code, what `flashsae.ops.decode_loss` needs to know of nested reconstructions.
+        schedule: numbers that change from step to step, or lists of as many numbers each time; encode and terms find
+            them in `sae.now`, on the device. The numbers of `Progress.end()` are those of inference.
+        width: latents of a token that a code with a fixed number of them has room for at a step, as `sae.width`. On a
+            GPU a step is captured anew whenever it changes: round it up coarsely.
+        varies: whether encode makes codes above a threshold, with room for `sae.capacity` entries. Training sees to it
+            that they have room for all.
+        defaults: for settings of the training that are left open, such as lr: values, or functions of the settings.
         source: of the definition.
     """
 
@@ -133,6 +80,12 @@ class Architecture:
     initialize: Callable[[SAE, Tensor, Tensor], None] | None = None
     after_step: Callable[[SAE, SparseCode], None] | None = None
     finish: Callable[[SAE], None] | None = None
+    direct: Callable[[SAE, Tensor], Tensor] | None = None
+    levels: Callable[[SAE, SparseCode], Mapping[str, Any]] | None = None
+    schedule: Callable[[SAEConfig, Progress], Mapping[str, float | Sequence[float]]] | None = None
+    width: Callable[[Any, Progress], int] | None = None
+    varies: bool = False
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     source: str = ""
 
     def __reduce__(self) -> tuple[Callable[[str], Architecture], tuple[str]]:
@@ -157,6 +110,12 @@ class Architecture:
             ConfigError: there are more or fewer.
         """
         named = list(batch)
+        if not self.sites:
+            if len(named) < 2:
+                raise ConfigError(
+                    f"{self.title} takes the activations of two sites or more, got those of {len(named)}."
+                )
+            return named, named
         if len(named) != len(self.sites):
             raise ConfigError(
                 f"{self.title} takes the activations of {len(self.sites)} ({', '.join(self.sites)}), got those of "
@@ -165,30 +124,6 @@ class Architecture:
         names = dict(zip(self.sites, self.sites if set(named) == set(self.sites) else named))
         return [names[site] for site in self.reads], [names[site] for site in self.writes]
 
-
-AUTOENCODER = (
-    Parameter("W_enc_T", ("d_sae", "d_in"), "encoder, a row a latent", "W_dec", factored=True),
-    Parameter("b_enc", ("d_sae",), "bias of the encoder", power=1),
-    Parameter("W_dec", ("d_sae", "d_out"), "decoder, a row a latent", "unit_rows", factored=True, unit_norm=True),
-    Parameter("b_dec", ("d_out",), "bias of the decoder", power=1),
-)
-"""The parameters that all autoencoders share."""
-
-RECONSTRUCTION = Term(
-    "fvu",
-    "Σ‖x − x_hat‖² / (tokens · variance of a token)",
-    "Fraction of the variance that the reconstruction of a training batch leaves unexplained.",
-    lambda step: step.decoded.loss,
-)
-
-AUXK = Term(
-    "auxk_loss",
-    "Σ‖residual − residual_hat‖² / Σ‖residual‖²",
-    "How badly dead latents explain what the living ones left over (AuxK, Gao et al. 2024): 1 where they give nothing.",
-    lambda step: step.auxk_loss(),
-    weight="auxk_alpha",
-    of_dead_latents=True,
-)
 
 _OURS = _ENTRY_POINTS = "flashsae.architectures"
 _REGISTERED: dict[str, Architecture] = {}
@@ -205,7 +140,7 @@ def register(architecture: Architecture) -> Architecture:
     check_architecture(architecture)
     name, settings = architecture.name, architecture.settings
     if name in _ours() and name not in _REGISTERED:
-        _REGISTERED[name] = import_module(f"{_OURS}.{name}").ARCHITECTURE
+        _REGISTERED[name] = _own(name)
     for other in _REGISTERED.values():
         has_name = other.name == name and _defined(other.settings) != _defined(settings)
         if has_name or (other.name != name and other.settings is settings):
@@ -231,6 +166,49 @@ def architecture_names(*, installed: bool = True) -> list[str]:
     return sorted({*_REGISTERED, *_ours(), *(_installed() if installed else ())})
 
 
+def _own(name: str, base: str | None = None) -> Architecture:
+    """Return one of ours: what its file defines, or composes of another architecture."""
+    module = import_module(f"{_OURS}.{name}")
+    compose = getattr(module, "compose", None)
+    if compose is None:
+        if base is not None:
+            raise ConfigError(f"arch: {name} is not made of another architecture; leave out :{base}.")
+        return module.ARCHITECTURE  # type: ignore[no-any-return]
+    return compose(architecture_named(module.BASE if base is None else base))  # type: ignore[no-any-return]
+
+
+def composed_name(outer: str, base: Architecture, default: str) -> str:
+    """Return the name of an architecture that is made of another one: `transcoder`, or `transcoder:jump_relu`."""
+    return outer if base.name == default else f"{outer}:{base.name}"
+
+
+def composed_settings(name: str, base: type, doc: str = "", **added: tuple[Any, Any]) -> type:
+    """Return the settings of an architecture that is made of another one: those of that one, and its own behind them.
+
+    Args:
+        name: of the architecture, `outer` or `outer:base`.
+        base: the settings class of the other one.
+        doc: lines about its own settings, as under "Args:".
+        added: types and defaults of its own settings, by name.
+    """
+    outer, _, inner = name.partition(":")
+    title = "".join(word.capitalize() for word in outer.split("_"))
+    own = [(each, kind, field(default=default)) for each, (kind, default) in added.items()]
+    made = make_dataclass(f"{title}{base.__name__ if inner else 'Settings'}", own, bases=(base,), frozen=True)
+    made.__module__ = f"{_OURS}.{outer}"
+    made.__doc__ = f"{inspect.getdoc(base) or 'Settings.'}".rstrip() + f"\n{indent(dedent(doc).strip(), '    ')}\n"
+
+    def reduced(settings: Any) -> tuple[Any, ...]:
+        return _settings_again, (name, {each.name: getattr(settings, each.name) for each in fields(settings)})
+
+    made.__reduce__ = reduced  # type: ignore[assignment, method-assign]
+    return made
+
+
+def _settings_again(name: str, values: dict[str, Any]) -> Any:
+    return settings_of(name, **values)
+
+
 def _ours() -> list[str]:
     return [module.name for module in pkgutil.iter_modules(import_module(_OURS).__path__)]
 
@@ -249,8 +227,10 @@ def architecture_named(name: str) -> Architecture:
     """
     if name in _REGISTERED:
         return _REGISTERED[name]
-    if name in _ours():
-        return register(import_module(f"{_OURS}.{name}").ARCHITECTURE)
+    outer, is_composed, inner = name.partition(":")
+    if outer in _ours():
+        made = _own(outer, inner if is_composed else None)
+        return _REGISTERED[made.name] if made.name in _REGISTERED else register(made)
     entry = _installed().get(name)
     if entry is None:
         raise ConfigError(

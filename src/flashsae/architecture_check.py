@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 SIZES = ("d_in", "d_out", "d_sae")
 UNIT_ROWS = "unit_rows"
 _NEEDED = ("W_enc_T", "b_enc", "W_dec", "b_dec")
-_NAME = r"\w[\w.-]*"  # as files of a saved SAE may have it
+_NAME = r"\w[\w.-]*(:\w[\w.-]*)*"  # as files of a saved SAE may have it; outer:inner where it is composed
 
 
 def check_architecture(architecture: Architecture) -> None:

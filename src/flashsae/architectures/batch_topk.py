@@ -34,9 +34,9 @@ def encode(sae: Any, x: Tensor) -> Any:
     """Return relu(pre-activations selected): the B·k largest of the batch in training, all above the threshold else."""
     weights = x, sae.W_enc_T, sae.b_enc
     if sae.training:
-        code = flashsae.ops.encode_batch_topk(*weights, sae.config.arch.k, b_dec=sae.b_dec, precision=sae.precision)
+        code = flashsae.ops.encode_batch_topk(*weights, sae.config.arch.k, b_dec=sae.b_pre, precision=sae.precision)
     else:
-        code = flashsae.ops.encode_above(*weights, sae.threshold, b_dec=sae.b_dec, precision=sae.precision)
+        code = flashsae.ops.encode_above(*weights, sae.threshold, b_dec=sae.b_pre, precision=sae.precision)
     return code.replace(code.acts.relu())
 
 

@@ -22,11 +22,13 @@ class SparseCode:
         pattern: which latents of which token.
         acts: a number for each of `pattern.latents`, of its shape: [B, k] or [capacity], float.
         batch_shape: leading dimensions of what was encoded, whose product is B; None for [B].
+        pre_acts: the pre-activations that the values were made of, as a selection gave them; None where nobody knows.
     """
 
     pattern: Pattern
     acts: Tensor
     batch_shape: tuple[int, ...] | None = None
+    pre_acts: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.pattern, Pattern):
@@ -89,7 +91,7 @@ class SparseCode:
 
     def replace(self, acts: Tensor) -> SparseCode:
         """Return the code with other values of the same latents, whose index it shares."""
-        return SparseCode(self.pattern, acts, self.batch_shape)
+        return SparseCode(self.pattern, acts, self.batch_shape, self.pre_acts)
 
     def to_dense(self) -> Tensor:
         """Return latent_acts, [..., d_sae]: many times the memory of the code. Differentiable by `acts`."""

@@ -181,8 +181,7 @@ def auxk_loss(
     W_enc_T, W_dec = (ops.take_rows(W, dead.latents, dead.slots) for W in (sae.W_enc_T, sae.W_dec))
     b_enc = torch.where(dead.is_dead, sae.b_enc.index_select(0, dead.latents), _NEVER)
     k = min(k_aux, len(dead.latents))
-    b_dec = sae.b_dec if sae.architecture.subtracts_b_dec else None
-    code = ops.encode_topk(x, W_enc_T, b_enc, k, b_dec=b_dec, precision=sae.precision)
+    code = ops.encode_topk(x, W_enc_T, b_enc, k, b_dec=sae.b_pre, precision=sae.precision)
     code = code.replace(code.acts.relu())
     residual = decoded.residual.detach()
     missed = ops.decode_loss(code, W_dec, None, residual, token_weights=token_weights, precision=sae.precision).loss

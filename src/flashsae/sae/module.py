@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flashsae import ops
-from flashsae.architecture import settings_of
+from flashsae.architecture import Progress, settings_of
 from flashsae.backend import resolve_device
 from flashsae.errors import CheckpointError, ConfigError, DtypeError, ShapeError
 from flashsae.formats import native
@@ -68,6 +68,11 @@ class SAE(nn.Module):
         self.architecture = config.architecture
         self.precision: Precision | None = None
         """Of products, as in `flashsae.ops.encode_topk`; not saved. None: what fits the dtype of the weights."""
+        self.capacity: int | None = None
+        """Entries that codes above a threshold have room for; None: all. Set by a training on a GPU; not saved."""
+        self.width: int | None = None
+        """Latents of a token that codes of a fixed number have room for, where the architecture says so."""
+        self._now: dict[str, Tensor] = {}
         table = self.architecture.parameters
         values = initial_values(table, config.sizes, None if seed is None else as_int("seed", seed), dtype, device)
         for row in table:
@@ -77,6 +82,38 @@ class SAE(nn.Module):
                 self.register_parameter(row.name, nn.Parameter(values[row.name]))
             else:
                 self.register_buffer(row.name, values[row.name])
+        self.set_progress(Progress.end())
+
+    def set_progress(self, progress: Progress) -> None:
+        """Let what the architecture has scheduled be as it is at a step: `now` and `width`. No wait for the device."""
+        self.progress = progress
+        architecture, config = self.architecture, self.config
+        if architecture.width is not None:
+            self.width = architecture.width(config.arch, progress)
+        if architecture.schedule is not None:
+            for name, value in architecture.schedule(config, progress).items():
+                number = torch.as_tensor(value, dtype=torch.float64, device="cpu")
+                there = self._now.get(name)
+                if there is None or there.shape != number.shape:
+                    self._now[name] = number.to(self.W_dec.device)
+                elif number.dim():
+                    there.copy_(number, non_blocking=True)
+                else:
+                    there.fill_(number.item())
+
+    @property
+    def now(self) -> Mapping[str, Tensor]:
+        """The numbers that the architecture has scheduled, float64, on the device of the parameters."""
+        if any(number.device != self.W_dec.device for number in self._now.values()):
+            self._now = {}
+            self.set_progress(self.progress)
+        return self._now
+
+    @property
+    def b_pre(self) -> Tensor | None:
+        """What is subtracted from x before it is encoded: b_dec, or nothing."""
+        b_dec: Tensor = self.b_dec
+        return b_dec if self.architecture.subtracts_b_dec else None
 
     @property
     def W_enc(self) -> Tensor:
@@ -108,7 +145,7 @@ class SAE(nn.Module):
                 f"encode of {self.architecture.title}: expected a SparseCode, as ops.encode_topk returns it, got "
                 f"{type(code).__name__}."
             )
-        return ops.SparseCode(code.pattern, code.acts, tuple(x.shape[:-1]))
+        return replace(code, batch_shape=tuple(x.shape[:-1]))
 
     def decode(self, code: ops.SparseCode, *, bias: bool = True) -> Tensor:
         """Return the reconstruction [..., d_out] of a code of the shape [...]; without b_dec if `bias` is False."""
@@ -125,13 +162,17 @@ class SAE(nn.Module):
             target: [B, d_out], float; x itself for an autoencoder.
             token_weights: [B], as from `flashsae.sae.fvu_weights`.
         """
+        levels = {} if self.architecture.levels is None else self.architecture.levels(self, code)
         return ops.decode_loss(
-            code, self.W_dec, self.b_dec, target, token_weights=token_weights, precision=self.precision
+            code, self.W_dec, self.b_dec, target, token_weights=token_weights, precision=self.precision, **levels
         )
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the reconstruction of x: [..., d_in] -> [..., d_out]."""
-        return self.decode(self.encode(x))
+        x_hat = self.decode(self.encode(x))
+        if self.architecture.direct is None:
+            return x_hat
+        return x_hat + self.architecture.direct(self, self._flat(x)).view(x_hat.shape)
 
     def _flat(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor):
@@ -185,6 +226,7 @@ class SAE(nn.Module):
             assign=True,
         )
         other.precision = self.precision
+        other.set_progress(self.progress)
         return other.train(self.training)
 
     @isolated

@@ -42,7 +42,10 @@ class Step:
     @cached_property
     def decoded(self) -> DecodeLoss:
         """The reconstruction, its residual, and its error relative to the variance; computed once."""
-        return self.sae.decode_loss(self.code, self.target, token_weights=self.token_weights)
+        target, direct = self.target, self.sae.architecture.direct
+        if direct is not None:
+            target = target - direct(self.sae, self.x)
+        return self.sae.decode_loss(self.code, target, token_weights=self.token_weights)
 
     def auxk_loss(self) -> Tensor | None:
         """Return `flashsae.sae.auxk_loss`, None where no latent can be dead."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import field, fields, replace
 from typing import Any, TypeVar
 
@@ -35,17 +35,18 @@ def given(settings: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def fill(settings: Settings, *, but: Iterable[str] = ()) -> Settings:
+def fill(settings: Settings, *, but: Iterable[str] = (), before: Mapping[str, Any] | None = None) -> Settings:
     """Return settings with every one that was left open at its default, in the order of the fields, all bounds checked.
 
     Args:
         settings: a frozen dataclass.
         but: names that stay open.
+        before: defaults by name that go before those at the fields: values, or functions of the settings.
     Raises:
         ConfigError: a setting is above its bound.
     """
     for each in fields(settings):  # type: ignore[arg-type]
-        default = each.metadata.get(_DEFAULT)
+        default = (before or {}).get(each.name, each.metadata.get(_DEFAULT))
         if getattr(settings, each.name) is None and default is not None and each.name not in but:
             value = default(settings) if callable(default) else default
             settings = replace(settings, **{each.name: value})  # type: ignore[type-var]

@@ -165,7 +165,7 @@ class TrainConfig:
                 raise ConfigError(
                     f"{name}: expected {there_is}, the width of the activations, got {getattr(self, name)}."
                 )
-        config = fill(replace(self, d_in=d_in, d_out=d_out))
+        config = fill(replace(self, d_in=d_in, d_out=d_out), before=architecture_of(self.arch).defaults)
         check_bounds(config.arch, config)
         return config
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flashsae import distributed
+from flashsae.architecture import Progress
 from flashsae.data.acts import Batch
 from flashsae.data.prefetch import Prefetcher
 from flashsae.errors import DataEndedError, FlashSAEError
@@ -46,11 +47,12 @@ def train_step(state: TrainState, batch: Batch, config: TrainConfig) -> dict[str
     tokens = len(next(iter(batch.values())))
     capacity = state.dead.capacity(state.step, tokens) if needs_dead else 0
     state.optimizer.param_groups[0]["lr"].fill_(_learning_rate(state.step, config))  # that of all groups
+    state.sae.set_progress(Progress(state.step, config.steps, config.seed))
 
     def compute(batch: Batch) -> dict[str, Tensor]:
         return _compute_step(state, {site: _scaled(acts, scale) for site, acts in batch.items()}, config, capacity)
 
-    metrics = state.captured(compute, batch, (capacity, scale))
+    metrics = state.captured(compute, batch, (capacity, scale, state.sae.width))
     state.step += 1
     return metrics
 

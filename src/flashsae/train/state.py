@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flashsae import distributed
-from flashsae.architecture import architecture_of
+from flashsae.architecture import Progress, architecture_of
 from flashsae.data.shuffle import Batches, OnFill
 from flashsae.errors import CheckpointError
 from flashsae.metrics import table
@@ -67,6 +67,7 @@ class TrainState:
         What it shares with the SAE in training is changed by an architecture that finishes in place: for the end only.
         """
         sae = self.current_sae()
+        sae.set_progress(Progress.end())
         for row in sae.architecture.parameters:
             if row.trained and self.optimizer.is_split(getattr(self.sae, row.name)):
                 whole = self.optimizer.float32_weights(getattr(self.sae, row.name))
@@ -106,6 +107,7 @@ def init_state(
     found = [] if checkpoints is None else list_checkpoints(checkpoints)
     sae = SAE(SAEConfig(config.d_in, config.d_sae, arch=config.arch, d_out=config.d_out), seed=config.seed).to(device)
     sae.precision = config.precision
+    sae.set_progress(Progress(0, config.steps, config.seed))
     scale, variance = 1.0, 1.0
     warnings: tuple[str, ...] = ()
     if not found:

@@ -83,7 +83,7 @@ def encode_topk(
 def shared_code(pattern: Pattern, acts: Tensor) -> SparseCode:
     """Return a code whose pattern the backward pass of its values uses."""
     share(pattern, acts)
-    return SparseCode(pattern, acts)
+    return SparseCode(pattern, acts, pre_acts=acts)
 
 
 def check_encoder(
