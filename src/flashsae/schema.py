@@ -50,7 +50,7 @@ Fraction = Annotated[float, Range(0, 1)]
 _PRINTABLE = "[^\0\ud800-\udfff]*"
 Text = Annotated[str, Pattern(_PRINTABLE, "without NUL and lone surrogates")]
 """Text that can be printed and can be looked for in the file system."""
-Name = Annotated[str, Pattern(r"\w[\w.-]*(:\w[\w.-]*)*", "a plain name, fit for a file, or some with : between them")]
+Name = Annotated[str, Pattern(r"\w[\w.-]*(:\w[\w.-]*)*", "a plain name (or some with : between them), fit for a file")]
 """A name that may become part of a path: no separator, no drive, nothing that leads out of the folder."""
 
 
