@@ -97,6 +97,12 @@ def _rows(p: Tensors) -> Pattern:
     return Pattern.rows(p["row_latents"], p["row_starts"], D_SAE)
 
 
+def _by_value(p: Tensors) -> Tensors:
+    q = _leaves(p, "top_acts")
+    code = ops.by_value(topk_of(q["top_acts"], p["top_indices"], p["W_dec"]), magnitude=True)
+    return _with_gradients({"acts": code.acts}, {"acts": p["grad_acts"]}, q) | _lists(code.pattern)
+
+
 def _decode(p: Tensors) -> Tensors:
     q = _leaves(p, "top_acts", "W_dec", "b_dec")
     x_hat = ops.decode(topk_of(q["top_acts"], p["top_indices"], q["W_dec"]), q["W_dec"], q["b_dec"])
@@ -232,6 +238,7 @@ OPERATIONS: dict[str, Callable[[Tensors], Tensors]] = {
     "pre_acts": _pre_acts,
     "per_latent": _per_latent,
     "latent_sums": _latent_sums,
+    "by_value": _by_value,
     "decode": _decode,
     "decode, rows": _decode_rows,
     "decode_loss": _decode_loss,

@@ -112,7 +112,9 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.parametrize("dense_above", ["0", "1"])
-@pytest.mark.parametrize("name", [name for name in OPERATIONS if not name.startswith(("pattern", "take_rows"))])
+@pytest.mark.parametrize(
+    "name", [name for name in OPERATIONS if not name.startswith(("pattern", "take_rows", "by_value"))]
+)
 def test_kernels_are_given_what_they_can_read(
     name: str, dense_above: str, launches: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

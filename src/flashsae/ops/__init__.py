@@ -6,6 +6,7 @@ from flashsae.ops.encode import encode_above, encode_batch_topk, encode_topk, la
 from flashsae.ops.factored import FactoredGradient
 from flashsae.ops.gradients import Collection, collect_factors, materialize, take_rows
 from flashsae.ops.latent_rows import latent_rows
+from flashsae.ops.order import by_value
 from flashsae.ops.pattern import LatentIndex, Pattern
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "LatentIndex",
     "Pattern",
     "SparseCode",
+    "by_value",
     "collect_factors",
     "decode",
     "decode_loss",

@@ -125,6 +125,8 @@ class Pattern:
     count: Tensor | None = None
     _built: list[tuple[LatentIndex, tuple[int | None, ...]]] = field(default_factory=list, init=False, repr=False)
     # the index once somebody has asked for it, and how often its memory had been written to by then
+    _ordered: list[tuple[Pattern, Tensor, tuple[int | None, ...]]] = field(default_factory=list, init=False, repr=False)
+    # what this is in another order, and that order
 
     def __post_init__(self) -> None:
         check_shape("latents", self.latents, ("B", "k") if self.starts is None else ("capacity",))
@@ -239,9 +241,31 @@ class Pattern:
                 return index
         with part("index"):
             tokens = None if self.starts is None else self.tokens
-            index = LatentIndex.of_entries(self.latents.reshape(-1), self.d_sae, k=self.k, tokens=tokens)
+            index = self._moved_index() or LatentIndex.of_entries(
+                self.latents.reshape(-1), self.d_sae, k=self.k, tokens=tokens
+            )
         self._built[:] = [(index, versions)]
         return index
+
+    def in_order(self, order: Tensor) -> Pattern:
+        """Return the same latents of each token in another order, which shares the sort that the index takes.
+
+        Args:
+            order: [B, k], int64: for each new place of a token its old one.
+        """
+        other = Pattern(self.latents.gather(1, order), self.d_sae)
+        other._ordered.append((self, order, (_version(self.latents), _version(order), _version(other.latents))))
+        return other
+
+    def _moved_index(self) -> LatentIndex | None:
+        """Return the index of the pattern that this one is in another order, with its entries where they went."""
+        for other, order, known in self._ordered:
+            if None not in known and known == tuple(map(_version, (other.latents, order, self.latents))):
+                places = torch.arange(self.width, dtype=torch.int64, device=order.device).expand_as(order)
+                new = self.tokens.view_as(order) * self.width + torch.empty_like(order).scatter_(1, order, places)
+                index = other.index
+                return index._replace(entries=new.flatten()[index.entries])
+        return None
 
     def _is_of(self, index: LatentIndex, versions: tuple[int | None, ...]) -> bool:
         """Tell whether an index is still that of this pattern.

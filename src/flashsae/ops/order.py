@@ -1,0 +1,45 @@
+"""The entries of a token in the order of their values."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from flashsae.errors import ConfigError
+from flashsae.ops.code import SparseCode, check_code
+
+
+def by_value(code: SparseCode, *, magnitude: bool = False) -> SparseCode:
+    """Put the entries of each token in descending order of value, so that the first j of them are its j largest.
+
+        acts[b] = sort(acts[b], descending), latents alike
+
+    Args:
+        code: of k latents for each token.
+        magnitude: go by |acts|; signs stay.
+    Returns:
+        the same code: the same latents with the same values, in another order. Of equal values the lowest latent comes
+        first, NaN before all others. So the first j entries are those that `encode_topk` selects with j in place of k,
+        where the code came from there as it is.
+    Raises:
+        ConfigError: tokens have different numbers of latents.
+    Numerics: nothing is computed, only moved; -0 equals 0. Two runs give the same bits. No wait for the device.
+    Gradients: acts. Which comes first has none.
+    Cost: two sorts of B·k numbers within tokens. Both orders share the sort of the index.
+    Source: ours.
+    """
+    check_code(code)
+    if code.pattern.k is None:
+        raise ConfigError("code: expected the same number of latents for every token, got a code of varying length.")
+    order = _descending(code.pattern.latents, code.acts.detach(), magnitude)
+    return replace(code, pattern=code.pattern.in_order(order), acts=code.acts.gather(1, order))
+
+
+def _descending(latents: Tensor, acts: Tensor, magnitude: bool) -> Tensor:
+    """Return for each place of the new order the old one: [B, k], int64."""
+    by_latent = latents.sort(dim=1, stable=True).indices
+    keys = (acts.abs() if magnitude else acts).gather(1, by_latent)
+    keys = torch.where(keys.isnan(), torch.nan, keys + 0.0)  # a NaN with a sign, and -0, are nothing of their own
+    return by_latent.gather(1, keys.sort(dim=1, descending=True, stable=True).indices)
