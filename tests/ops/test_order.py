@@ -63,6 +63,14 @@ def test_the_first_j_entries_are_those_that_j_selects(generator: torch.Generator
         assert torch.equal(by_value(fewer).acts, code.acts[:, :j])
 
 
+def test_pre_activations_go_along(generator: torch.Generator) -> None:
+    x, W = (integer_inputs(*shape, generator=generator) for shape in ((23, 6), (40, 6)))
+    code = encode_topk(x, W, torch.zeros(40), 12)
+    moved = by_value(code.replace(-code.acts))
+    assert moved.pre_acts is not None
+    assert torch.equal(moved.pre_acts, -moved.acts)
+
+
 def test_leading_dimensions_stay(generator: torch.Generator) -> None:
     code = SparseCode.topk(torch.randn(2, 3, 4, generator=generator), torch.arange(4).expand(2, 3, 4), 4)
     assert by_value(code).top_acts.shape == (2, 3, 4)

@@ -20,9 +20,9 @@ def by_value(code: SparseCode, *, magnitude: bool = False) -> SparseCode:
         code: of k latents for each token.
         magnitude: go by |acts|; signs stay.
     Returns:
-        the same code: the same latents with the same values, in another order. Of equal values the lowest latent comes
-        first, NaN before all others. So the first j entries are those that `encode_topk` selects with j in place of k,
-        where the code came from there as it is.
+        the same code: the same latents with the same values and pre_acts, in another order. Of equal values the lowest
+        latent comes first, NaN before all others. So the first j entries are those that `encode_topk` selects with j in
+        place of k, where the code came from there as it is.
     Raises:
         ConfigError: tokens have different numbers of latents.
     Numerics: nothing is computed, only moved; -0 equals 0. Two runs give the same bits. No wait for the device.
@@ -34,7 +34,10 @@ def by_value(code: SparseCode, *, magnitude: bool = False) -> SparseCode:
     if code.pattern.k is None:
         raise ConfigError("code: expected the same number of latents for every token, got a code of varying length.")
     order = _descending(code.pattern.latents, code.acts.detach(), magnitude)
-    return replace(code, pattern=code.pattern.in_order(order), acts=code.acts.gather(1, order))
+    acts = pre_acts = code.acts.gather(1, order)
+    if code.pre_acts is not code.acts:
+        pre_acts = None if code.pre_acts is None else code.pre_acts.gather(1, order)
+    return replace(code, pattern=code.pattern.in_order(order), acts=acts, pre_acts=pre_acts)
 
 
 def _descending(latents: Tensor, acts: Tensor, magnitude: bool) -> Tensor:
