@@ -133,6 +133,27 @@ def _asked(words: Sequence[str], name: str) -> str | None:
     return found
 
 
+def joined(words: Sequence[str], name: str) -> list[str]:
+    """Return the words of a command line with all values of an option that may be repeated in one, between commas."""
+    found, rest = list[str](), list[str]()
+    remaining = iter(words)
+    for word in remaining:
+        option, equals, value = word.partition("=")
+        if word == "--":
+            rest.append(word)
+            break
+        if option != f"--{name}":
+            rest.append(word)
+            continue
+        given = value if equals else next(remaining, None)
+        if given is None:
+            return list(words)  # of which it is told that a value is missing
+        found.append(given)
+    options = [f"--{name}={', '.join(found)}"] if found else []
+    place = rest.index("--") if "--" in rest else len(rest)
+    return [*rest[:place], *options, *rest[place:], *remaining]
+
+
 def taking_settings_of(architecture: Architecture, command: Callable[..., None], name: str) -> Callable[..., None]:
     """Return a command that takes the settings of an architecture beside those of the training, and shows them.
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from flashsae import __version__
-from flashsae.arguments import Given, architecture_asked, taking_settings_of
+from flashsae.arguments import Given, architecture_asked, joined, taking_settings_of
 from flashsae.errors import ConfigError, FlashSAEError
 from flashsae.precision import Precision
 from flashsae.settings.kinds import PositiveFloat, PositiveInt, expand
@@ -54,6 +54,8 @@ Reading = Annotated[ReadingConfig, Parameter(name="*", group="Activations")]
         "flashsae train --plan",
         "flashsae train gpt2 my-text.jsonl --hookpoint h.6 --d-sae 16384",
         "flashsae train --activations acts --hookpoint h.6 --run runs/wider",
+        "flashsae train gpt2 my-text.jsonl --arch transcoder --hookpoint h.6.mlp",
+        "flashsae train gpt2 my-text.jsonl --arch crosscoder --hookpoint 'h.{4,6,8}'",
         "flashsae train --resume runs/wider",
     )
 )
@@ -274,6 +276,7 @@ def run(words: Sequence[str]) -> None:
         SystemExit: it is done, or was stopped.
     """
     app.config = ()
+    words = joined(words, "hookpoint")
     if "train" in words:
         app["train"].default_command = taking_settings_of(architecture_asked(words), train, "training")
     if words and not words[0].startswith("-") and words[0] not in app:

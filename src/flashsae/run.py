@@ -70,7 +70,7 @@ class _Part:
 
     @property
     def hookpoint(self) -> str:
-        """Where its activations are taken."""
+        """Where its activations are taken: one hookpoint, or several with commas between them."""
         return self.config.activations.hookpoint
 
     @property

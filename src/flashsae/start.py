@@ -12,6 +12,7 @@ from rich import box
 from rich.table import Table
 
 from flashsae import files
+from flashsae.architecture import architecture_of
 from flashsae.backend import check_single_process, check_variables, resolve_device
 from flashsae.data.models import model_place
 from flashsae.data.open import Prepared, prepare_activations, run_name
@@ -68,7 +69,8 @@ def place_of(config: RunConfig, run: Path | None = None) -> Path:
         StorageError: the folder exists already, or cannot be made there.
     """
     if run is None:
-        names = (run_name(config.activations) + suffix for suffix in chain([""], (f"-{n}" for n in count(2))))
+        name = run_name(config.activations, len(architecture_of(config.train.arch).sites))
+        names = (name + suffix for suffix in chain([""], (f"-{n}" for n in count(2))))
         run = next(path for path in map(RUNS.joinpath, names) if not path.exists())
     with files.storage_errors(run):
         try:
@@ -125,6 +127,7 @@ def prepare(config: RunConfig, run: Path) -> Prepared:
         folder=run.parent / "activations",
         device=str(resolve_device(config.train.device)),
         is_checked=(run / LOG_FILE).exists() or has_parts,
+        sites=architecture_of(config.train.arch).sites,
     )
 
 
@@ -139,14 +142,15 @@ def plan_table(config: RunConfig, prepared: Prepared, run: Path) -> Table:
         ConfigError: k > d_sae, or the training cannot fit into the memory of the device.
     """
     device = resolve_device(config.train.device)
-    resolved = [config.train.resolve(width) for width in prepared.widths.values()]
-    settings = max(resolved, key=lambda each: each.d_sae * each.d_in)
+    resolved = [config.train.resolve(widths) for widths in prepared.widths.values()]
+    settings = max(resolved, key=lambda each: each.d_sae * (each.d_in + each.d_out))
     buffered = buffer_size(settings.shuffle_tokens, settings.batch_tokens, settings.tokens)
     plan = make_plan(settings, device, prepared.row_bytes * buffered, prepared.model_bytes)
     warning = check_memory(plan, device)
     n = len(prepared.widths)
     rows = {
-        "model": f"{prepared.config.model} at {', '.join(prepared.widths)}, d_in {settings.d_in}",
+        "model": f"{prepared.config.model} at {_places(prepared)}, d_in {settings.d_in}"
+        + (f", d_out {settings.d_out}" if settings.d_out != settings.d_in else ""),
         "text": prepared.source,
         "SAE": (f"{n} SAEs, one after another, each: " if n > 1 else "")
         + f"{settings.described}: {plan.parameters:,} parameters",
@@ -164,6 +168,12 @@ def plan_table(config: RunConfig, prepared: Prepared, run: Path) -> Table:
     if prepared.cache_bytes:
         rows["disk"] = f"{prepared.cache_bytes / 1e9:.2f} GB at most for the cache" + _disk_warning(prepared, run)
     return table("Plan", rows)
+
+
+def _places(prepared: Prepared) -> str:
+    """Name the hookpoints of every SAE; those of one together, where it has several."""
+    is_several = len(prepared.widths) > 1
+    return ", ".join(f"({name})" if is_several and len(of) > 1 else name for name, of in prepared.widths.items())
 
 
 def check_rows(config: RunConfig, prepared: Prepared) -> None:

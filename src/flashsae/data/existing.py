@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from flashsae.data.cache import ActivationCache
 from flashsae.data.cache_index import INDEX_FILE, CacheIndex, has_index
 from flashsae.data.cache_writer import DTYPE_NAMES, changes
-from flashsae.data.hookpoints import match_hookpoints
+from flashsae.data.hookpoints import OUTPUT, alternatives, in_order, match_hookpoints
 from flashsae.data.text import TextDataset, open_text
 from flashsae.data.weights import model_fingerprint
 from flashsae.errors import CheckpointError, ConfigError, DataError, MissingExtraError
@@ -153,15 +154,16 @@ def _known_fingerprint(model: str) -> str | None:
         return None
 
 
-def held_hookpoints(pattern: str | None, held: list[str]) -> list[str]:
-    """Return which of the hookpoints of a cache a pattern stands for; all, where there is none."""
-    if pattern is None:
-        return held
-    prefix, _, without_prefix = pattern.partition(".")
-    matches = match_hookpoints(pattern, held)
-    if not matches and prefix in BASE_MODEL_PREFIXES:
-        matches = match_hookpoints(without_prefix, held)
-    return matches or [pattern]
+def held_hookpoints(pattern: str, held: Sequence[str]) -> list[str]:
+    """Return which of the hookpoints that are there a pattern stands for; what is not among them, as it is named."""
+    found: list[str] = []
+    for choice in alternatives(pattern):
+        prefix, _, without_prefix = choice.partition(".")
+        matches = match_hookpoints(choice, held)
+        if not matches and prefix in BASE_MODEL_PREFIXES:
+            matches = match_hookpoints(without_prefix, held)
+        found += matches or [choice.removesuffix(OUTPUT)]
+    return in_order(dict.fromkeys(found))
 
 
 def rounding_warning(cache: ActivationCache) -> str | None:

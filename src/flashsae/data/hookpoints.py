@@ -1,10 +1,14 @@
-"""Names of hookpoints: `layers.6` is the output of a module, `layers.6:in` its input; patterns stand for several."""
+"""Names of hookpoints: `layers.6` is the output of a module, `layers.6:in` its input; patterns stand for several.
+
+A setting names one pattern, or more with commas between them. Which hookpoints then make an SAE is in
+`data/arrangement.py`.
+"""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -25,8 +29,35 @@ def is_input(hookpoint: str) -> bool:
 
 
 def folder_of(hookpoint: str) -> str:
-    """Return what a folder for a hookpoint is called: a colon is no part of a name on every file system."""
-    return hookpoint.replace(":", "@")
+    """Return what a folder for a hookpoint, or several, is called: a colon is no part of a name on every file system."""
+    return hookpoint.replace(":", "@").replace(", ", "+")
+
+
+def patterns_in(setting: str) -> list[str]:
+    """Return the patterns that a setting names: "h.1:in, h.{2,3}" has two.
+
+    Raises:
+        ConfigError: there is nothing before, behind or between its commas.
+    """
+    patterns = [part.strip() for part in re.split(r",(?![^{}]*\})", setting)]
+    if not all(patterns):
+        raise ConfigError(f"hookpoint: expected a module path on both sides of each comma, got {setting!r}.")
+    return patterns
+
+
+def alternatives(pattern: str) -> list[str]:
+    """Return a pattern for each choice that its braces leave: "h.{1,3}.mlp" stands for "h.1.mlp" and "h.3.mlp".
+
+    Raises:
+        ConfigError: a brace has no other one.
+    """
+    before, opening, behind = pattern.partition("{")
+    inside, closing, rest = behind.partition("}")
+    if not opening and "}" not in pattern:
+        return [pattern]
+    if not closing or "{" in inside or "}" in before:
+        raise ConfigError(f"hookpoint: expected braces in pairs, such as h.{{1,3}}, got {pattern!r}.")
+    return [f"{before}{choice.strip()}{end}" for choice in inside.split(",") for end in alternatives(rest)]
 
 
 def resolve_hookpoints(model: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
@@ -35,27 +66,30 @@ def resolve_hookpoints(model: nn.Module, patterns: Sequence[str]) -> tuple[str, 
     Args:
         model: the base model.
         patterns: module paths, for the output of the module; with ``:in`` behind, for its input. ``*``, ``?`` and
-            ``[...]`` do not match dots. The name of the base model in its parent (``model.``, ``transformer.``) may
-            stand in front.
+            ``[...]`` do not match dots; of ``{1,3}`` each has to be there. The name of the base model in its parent
+            (``model.``, ``transformer.``) may stand in front.
     Raises:
         ConfigError: a pattern matches nothing; names what comes close.
     """
     modules = [name for name, _ in model.named_modules() if name]
     names = [f"{name}{side}" for side in ("", INPUT) for name in modules]
     found: dict[str, None] = {}
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
     for pattern in patterns:
-        matches = match_hookpoints(pattern, names)
-        prefix = f"{getattr(model, 'base_model_prefix', '')}."
-        if not matches and pattern.startswith(prefix):
-            matches = match_hookpoints(pattern.removeprefix(prefix), names)
-        if not matches:
-            raise _unknown_hookpoint(module_of(pattern), modules)
-        found |= dict.fromkeys(matches)
+        of_pattern: list[str] = []
+        for choice in alternatives(pattern):
+            matches = match_hookpoints(choice, names)
+            if not matches and choice.startswith(prefix):
+                matches = match_hookpoints(choice.removeprefix(prefix), names)
+            if not matches:
+                raise _unknown_hookpoint(module_of(choice), modules)
+            of_pattern += matches
+        found |= dict.fromkeys(in_order(of_pattern))
     return tuple(found)
 
 
 def match_hookpoints(pattern: str, names: Sequence[str]) -> list[str]:
-    """Return the names of hookpoints that a pattern stands for, 2 before 10; its wildcards do not match dots.
+    """Return the names of hookpoints that a pattern without braces stands for, 2 before 10; `*` matches no dots.
 
     Raises:
         ConfigError: behind the module path stands something else than ``:in`` or ``:out``.
@@ -69,7 +103,12 @@ def match_hookpoints(pattern: str, names: Sequence[str]) -> list[str]:
     matches = [
         name for name in names if is_input(name) == is_input(pattern) and _fits(module_of(name).split("."), parts)
     ]
-    return sorted(matches, key=_natural)
+    return in_order(matches)
+
+
+def in_order(hookpoints: Iterable[str]) -> list[str]:
+    """Return hookpoints by name, 2 before 10."""
+    return sorted(hookpoints, key=_natural)
 
 
 def _fits(name: list[str], parts: list[str]) -> bool:

@@ -20,7 +20,7 @@ from flashsae.backend import resolve_device
 from flashsae.data.acts import only_site
 from flashsae.data.fingerprint import text_digest
 from flashsae.data.hooked import HookedModel, context_limit, look, never_finite, vocabulary_size
-from flashsae.data.hookpoints import resolve_hookpoints
+from flashsae.data.hookpoints import patterns_in, resolve_hookpoints
 from flashsae.data.models import Loading, load_with_account
 from flashsae.data.reading_order import Place, ReadingOrder
 from flashsae.data.sources import Chunk, Cursor, Split, check_held_out, split_mask
@@ -47,7 +47,7 @@ class LanguageModelSource:
     Args:
         config: what to read from which model, and where in it. What is left open is filled in.
         text: the documents.
-        hookpoints: several module paths or patterns, in place of the one of `config`.
+        hookpoints: module paths or patterns, in place of those of `config`.
         held_out: fraction of the documents that training never sees.
         device: of the model; "auto" is the GPU where there is one.
         loaded: a model (with or without a head) and its tokenizer to use instead of loading `config.model`. The
@@ -77,7 +77,7 @@ class LanguageModelSource:
         model = getattr(model, "base_model", model)
         if loaded is None:
             model = model.to(resolve_device(device))
-        self.hookpoints = resolve_hookpoints(model, hookpoints or (config.hookpoint,))
+        self.hookpoints = resolve_hookpoints(model, hookpoints or patterns_in(config.hookpoint))
         self.name = self._name()
         self._check_context(model)
         self._windows = Windows(self.tokenizer, config, vocabulary_size(model))

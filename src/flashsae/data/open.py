@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from flashsae.data.acts import X
+from flashsae.data.arrangement import arrange, spread
 from flashsae.data.cache import VERIFIED_BYTES, ActivationCache
 from flashsae.data.cache_index import FORMAT_VERSION
 from flashsae.data.cache_writer import SHARD_ROWS, cache_settings, write_cache
 from flashsae.data.existing import (
     check_asked,
     check_unfinished,
-    held_hookpoints,
     is_cache,
     is_complete_cache,
     moved_place,
@@ -38,7 +39,7 @@ class Activations:
     """Activations that are ready to be read.
 
     Args:
-        sources: by hookpoint, one site each.
+        sources: by the name of the SAE that reads them: its hookpoint, or its several, each a site.
         tokenizer: that of the model; called, because loading it takes a moment.
         warnings: sentences on what may spoil the result.
     """
@@ -47,9 +48,9 @@ class Activations:
     tokenizer: Callable[[], Any]
     warnings: tuple[str, ...] = ()
 
-    def text_chunks(self, hookpoint: str, split: Split) -> Iterator[Chunk]:
+    def text_chunks(self, name: str, split: Split) -> Iterator[Chunk]:
         """Yield the chunks of a split, with token ids."""
-        return (chunk for chunk, _ in self.sources[hookpoint].chunks(split))
+        return (chunk for chunk, _ in self.sources[name].chunks(split))
 
 
 Progress = Callable[[int], None]
@@ -60,7 +61,7 @@ class Prepared:
     """Activations of which everything is known and checked, before the long work of computing them.
 
     Args:
-        widths: d_in by hookpoint.
+        widths: of the activations by site, of each SAE by its name.
         config: the settings that led here, filled in.
         source: where they come from, in words.
         compute: does the long work: called with a function that hears of the rows cached so far.
@@ -70,7 +71,7 @@ class Prepared:
         ready: the activations, where no long work is left.
     """
 
-    widths: Mapping[str, int]
+    widths: Mapping[str, Mapping[str, int]]
     config: ActivationsConfig
     source: str
     compute: Callable[[Progress], Activations]
@@ -81,7 +82,13 @@ class Prepared:
 
 
 def prepare_activations(
-    config: ActivationsConfig, *, tokens: int, folder: Path, device: str, is_checked: bool = False
+    config: ActivationsConfig,
+    *,
+    tokens: int,
+    folder: Path,
+    device: str,
+    is_checked: bool = False,
+    sites: Sequence[str] = (X,),
 ) -> Prepared:
     """Find the activations that settings ask for, or what has to be done to get them.
 
@@ -91,18 +98,21 @@ def prepare_activations(
         folder: where a cache goes if the settings name no place.
         device: for the model.
         is_checked: an earlier call found that the cache fits the settings; do not open the text to compare again.
+        sites: of an SAE; none where it takes all that there are.
     Raises:
-        ConfigError: no such model or hookpoint, or settings that exclude each other.
+        ConfigError: no such model or hookpoint, hookpoints that make no SAE, or settings that exclude each other.
         DataError: the text is missing or empty, or the cache holds something else than is asked for.
         CheckpointError: the cache is damaged, or is not complete and has other settings.
     """
+    if config.hookpoint is not None:
+        config = replace(config, hookpoint=spread(config.hookpoint, sites))
     named = config.activations
     if named is not None and is_checked:
         named = moved_place(named, folder)
         config = replace(config, activations=named)
     if named is not None and is_complete_cache(config):
-        return _cached(config if is_checked else check_asked(config, named), named)
-    config = config.filled()
+        return _cached(config if is_checked else check_asked(config, named), named, sites)
+    config = config.filled(len(sites))
     text = open_configured_text(config)
     check_splits(text, config.held_out)
     rows = int(tokens / (1 - config.held_out))
@@ -110,29 +120,31 @@ def prepare_activations(
     if place is None and not config.stream:
         place = folder / _cache_name(config, text, rows, device)
     if place is not None and ActivationCache.is_complete(place):
-        return _cached(config, place)
+        return _cached(config, place, sites)
     if named is not None:
         check_unfinished(named, {"model": config.model, "text_fingerprint": text.fingerprint})
     source = LanguageModelSource(config, text, held_out=config.held_out, device=device)
+    saes = arrange(config.hookpoint, source.hookpoints, sites)
     if named is not None:
         check_unfinished(named, cache_settings(source, SHARD_ROWS, rows, config.cache_dtype))
     size = (4 if config.cache_dtype == "float32" else 2) * rows * sum(source.widths.values())
     is_too_large = config.stream is None and named is None and size > LARGEST_DEFAULT_CACHE
     if place is None or is_too_large:
         # so that a part of a run whose cache would be too large is streamed too, were it small enough by itself
-        return _streamed(replace(config, stream=True, cache_dtype=None), source)  # type: ignore[arg-type]  # left open
-    return _to_be_cached(config, source, place, rows, size)
+        streamed = replace(config, stream=True, cache_dtype=None)  # type: ignore[arg-type]  # left open
+        return _streamed(streamed, source, saes)
+    return _to_be_cached(config, source, place, rows, size, sites)
 
 
-def _cached(config: ActivationsConfig, place: Path) -> Prepared:
+def _cached(config: ActivationsConfig, place: Path, sites: Sequence[str]) -> Prepared:
     """Return the activations of a complete cache."""
-    names = held_hookpoints(config.hookpoint, list(ActivationCache.read_settings(place)["hookpoints"]))
-    caches = {name: ActivationCache(place, name, config.held_out) for name in names}
+    saes = arrange(config.hookpoint, list(ActivationCache.read_settings(place)["hookpoints"]), sites)
+    caches = {name: ActivationCache(place, names, config.held_out) for name, names in saes.items()}
     first = next(iter(caches.values()))
     warnings = tuple(filter(None, map(rounding_warning, caches.values())))
     ready = Activations(dict(caches), first.read_tokenizer, warnings)
-    widths = {name: cache.d_in for name, cache in caches.items()}
-    size = first.dtype.itemsize * first.n_rows * sum(widths.values())
+    widths = {name: cache.widths for name, cache in caches.items()}
+    size = first.dtype.itemsize * first.n_rows * sum(width for each in widths.values() for width in each.values())
     told = f"{first.dataset}: {first.n_rows:,} tokens, cached in {place} as {str(first.dtype).removeprefix('torch.')}"
     lost = max(cache.rounded_away for cache in caches.values())
     if first.dtype == torch.bfloat16 and lost:
@@ -143,34 +155,38 @@ def _cached(config: ActivationsConfig, place: Path) -> Prepared:
     return Prepared(widths, config, told, lambda _: ready, cache_bytes=size, ready=ready)
 
 
-def _streamed(config: ActivationsConfig, source: LanguageModelSource) -> Prepared:
-    """Return the activations of a model that reads the text beside the training, anew for each hookpoint."""
-    parts = {name: source.at(name) for name in source.hookpoints} if len(source.hookpoints) > 1 else {}
-    ready = Activations(dict(parts or {source.hookpoints[0]: source}), lambda: source.tokenizer)
+def _streamed(
+    config: ActivationsConfig, source: LanguageModelSource, saes: Mapping[str, tuple[str, ...]]
+) -> Prepared:
+    """Return the activations of a model that reads the text beside the training, anew for each SAE."""
+    parts = {name: source.at(*hookpoints) for name, hookpoints in saes.items()}
+    ready = Activations(dict(parts), lambda: source.tokenizer)
     told = f"{source.text.name}, streamed beside the training"
     return Prepared(
-        source.widths,
+        {name: part.widths for name, part in parts.items()},
         config,
-        told + (f": the model reads it {len(parts)} times, once for each SAE" if parts else ""),
+        told + (f": the model reads it {len(parts)} times, once for each SAE" if len(parts) > 1 else ""),
         lambda _: ready,
-        row_bytes=max(part.row_bytes for part in parts.values()) if parts else source.row_bytes,
+        row_bytes=max(part.row_bytes for part in parts.values()),
         model_bytes=source.model_bytes,
         ready=ready,
     )
 
 
 def _to_be_cached(
-    config: ActivationsConfig, source: LanguageModelSource, place: Path, rows: int, size: int
+    config: ActivationsConfig, source: LanguageModelSource, place: Path, rows: int, size: int, sites: Sequence[str]
 ) -> Prepared:
     """Return the activations of a cache that is yet to be written."""
 
     def write_and_open(on_progress: Progress) -> Activations:
         write_cache(place, source, max_tokens=rows, dtype=config.cache_dtype, on_progress=on_progress)
-        return _cached(config, place).compute(on_progress)
+        return _cached(config, place, sites).compute(on_progress)
 
     told = f"{source.text.name}, to be cached in {place}: {rows:,} tokens at most"
     config = replace(config, activations=place.resolve())
-    return Prepared(source.widths, config, told, write_and_open, cache_bytes=size)
+    saes = arrange(config.hookpoint, source.hookpoints, sites)
+    widths = {name: {site: source.widths[site] for site in hookpoints} for name, hookpoints in saes.items()}
+    return Prepared(widths, config, told, write_and_open, cache_bytes=size)
 
 
 def cache_activations(
@@ -198,14 +214,19 @@ def _cache_name(config: ActivationsConfig, text: TextDataset, rows: int, device:
     return f"{run_name(config)}-{text_digest([repr(sorted(config.of_tokens().items())), repr((what, of_cache))])[:8]}"
 
 
-def run_name(config: ReadingConfig) -> str:
-    """Return a readable name for what is trained on, fit for a folder."""
+def run_name(config: ReadingConfig, sites: int = 1) -> str:
+    """Return a readable name for what is trained on, fit for a folder.
+
+    Args:
+        config: what to read.
+        sites: of an SAE; 0 where it takes all that there are.
+    """
     if isinstance(config, ActivationsConfig) and config.activations is not None and is_complete_cache(config):
         held = ActivationCache.read_settings(config.activations)
         names = list(held["hookpoints"])
         model, hookpoint = held["model"], config.hookpoint or (names[0] if len(names) == 1 else "all")
     else:
-        filled = config.filled()
+        filled = config.filled(sites)
         model, hookpoint = filled.model, filled.hookpoint
     name = f"{Path(model).resolve().name}-{hookpoint}".replace("*", "all")
     return re.sub(r"[^\w.-]+", "-", name)[:120]

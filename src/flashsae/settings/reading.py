@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -14,7 +14,12 @@ MINILM = "minilm"
 """The model that comes with the extra demo."""
 PYTHON_DOCS = "python-docs"
 """The text that needs no download."""
-DEFAULT_HOOKPOINT = "encoder.layer.2"
+DEFAULT_HOOKPOINTS = {
+    1: "encoder.layer.2",
+    2: "encoder.layer.2.intermediate:in, encoder.layer.2.output.dense",  # an MLP, before its result is added
+    0: "encoder.layer.{1,2,3}",
+}
+"""Of minilm, by the number of sites of an SAE: one, what it reads and what it writes, or all that there are."""
 _TOLD_BESIDE = (
     *("model", "dataset", "text_column", "text_split", "text_subset"),  # by fingerprints
     *("hookpoint", "model_dtype", "cache_dtype"),  # as what they are resolved to
@@ -42,8 +47,10 @@ class ReadingConfig:
         dataset: Text to read: a name on the Hugging Face hub, a .txt, .jsonl or .parquet file, a folder of such, or
             python-docs, which ships with Python. Default: python-docs.
         hookpoint: Module path in the model whose output is taken, such as layers.6 or h.3.mlp; h.3.mlp:in is its
-            input. A * stands for anything but a dot and trains one SAE for each match. Default: encoder.layer.2 of
-            minilm; with a cache, all that it holds.
+            input. A * stands for anything but a dot, {1,3} for 1 and 3: an SAE for each match, or one crosscoder of
+            all. May be repeated, or have commas between several. A transcoder takes what it reads and what it writes;
+            a module alone stands for its input and output. Default: in minilm encoder.layer.2, or its MLP for a
+            transcoder, or {1,2,3} for a crosscoder; with a cache, all that it holds.
         context_length: Tokens in one input of the model. Default: 256.
         mask_special: Leave out special tokens. Default: yes.
         max_norm_ratio: Leave out tokens whose norm exceeds so many times the median. Default: keep all.
@@ -70,7 +77,7 @@ class ReadingConfig:
 
     model: LeftOpen[str] = left_open(MINILM, kw_only=False)
     dataset: LeftOpen[str] = left_open(PYTHON_DOCS, kw_only=False)
-    hookpoint: LeftOpen[str] = left_open(DEFAULT_HOOKPOINT)
+    hookpoint: LeftOpen[str] = left_open(DEFAULT_HOOKPOINTS[1])
     context_length: LeftOpen[Annotated[PositiveInt, AtMost("forward_tokens")]] = left_open(256)
     mask_special: LeftOpen[bool] = left_open(True)
     max_norm_ratio: MoreThanOne | None = field(default=None, kw_only=True)
@@ -99,17 +106,24 @@ class ReadingConfig:
         if self.document_seed and self.shuffle_documents is False:
             raise ConfigError("document_seed: expected nothing beside --no-shuffle-documents, which needs no seed.")
 
-    def filled(self: Config) -> Config:
+    def filled(self: Config, sites: int = 1) -> Config:
         """Return the settings with what was left open at its default; None is left only where it means something.
 
+        Args:
+            sites: of an SAE; 0 where it takes all that there are.
         Raises:
             ConfigError: there is a model and no hookpoint, or an input of the model is longer than a forward.
         """
-        if "hookpoint" not in given(self) and given(self).get("model", MINILM) != MINILM:
-            raise ConfigError(
-                f"hookpoint: expected a module path of {self.model}, such as --hookpoint layers.6 or h.6, got nothing."
-            )
-        return fill(self, but=self._unused())
+        settings = self
+        if self.hookpoint is None:
+            default = DEFAULT_HOOKPOINTS.get(sites)
+            if default is None or given(self).get("model", MINILM) != MINILM:
+                raise ConfigError(
+                    f"hookpoint: expected a module path of {self.model or MINILM}, such as --hookpoint layers.6 or h.6, "
+                    "got nothing."
+                )
+            settings = replace(self, hookpoint=default)
+        return fill(settings, but=self._unused())
 
     def _unused(self) -> tuple[str, ...]:
         """Return the settings that stay open."""
