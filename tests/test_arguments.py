@@ -417,3 +417,25 @@ def test_help_shows_the_settings_of_the_architecture_that_is_asked_for(
 def test_whole_numbers_may_be_written_as_people_write_them(word: str, meant: int, arrived: Arrived) -> None:
     assert _main("train", "--tokens", word) == 0
     assert arrived["tokens"] == meant
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        (["--hookpoint", "h.1:in", "--k", "3", "--hookpoint=h.1"], "h.1:in, h.1"),
+        (["--hookpoint", "h.{1,2}"], "h.{1,2}"),
+        (["--hookpoint=h.1,h.2", "gpt2", "--hookpoint", "h.3"], "h.1,h.2, h.3"),
+    ],
+)
+def test_hookpoints_may_be_repeated(given: list[str], meant: str, arrived: Arrived) -> None:
+    assert _main("train", *given) == 0
+    assert arrived["hookpoint"] == meant
+    assert _main("cache", "--out", "acts", *(word for word in given if word not in ("--k", "3"))) == 0
+    assert arrived["hookpoint"] == meant
+
+
+def test_a_hookpoint_without_a_value_is_told_of(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _main("train", "--hookpoint", "h.1", "--hookpoint") == 2
+    assert "--hookpoint" in capsys.readouterr().err
+    assert _main("train", "--hookpoint=", "--k", "3") == 1
+    assert "hookpoint: expected a string, got ''" in capsys.readouterr().err

@@ -54,8 +54,6 @@ Reading = Annotated[ReadingConfig, Parameter(name="*", group="Activations")]
         "flashsae train --plan",
         "flashsae train gpt2 my-text.jsonl --hookpoint h.6 --d-sae 16384",
         "flashsae train --activations acts --hookpoint h.6 --run runs/wider",
-        "flashsae train gpt2 my-text.jsonl --arch transcoder --hookpoint h.6.mlp",
-        "flashsae train gpt2 my-text.jsonl --arch crosscoder --hookpoint 'h.{4,6,8}'",
         "flashsae train --resume runs/wider",
     )
 )

@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 
-from flashsae.data.hookpoints import folder_of, match_hookpoints, module_of, resolve_hookpoints
+from flashsae.data.hookpoints import folder_of, match_hookpoints, module_of, patterns_in, resolve_hookpoints
 from flashsae.errors import ConfigError
 
 
@@ -48,6 +48,19 @@ def test_what_stands_behind_a_colon_is_in_or_out(tiny: ModuleType, wrong: str) -
         resolve_hookpoints(tiny.gpt2().base_model, [wrong])
 
 
+def test_braces_stand_for_each_choice_and_all_of_them_must_be_there(tiny: ModuleType) -> None:
+    model = tiny.gpt2(layers=11).base_model
+    assert resolve_hookpoints(model, ["h.{10,2}.mlp", "transformer.h.{0,1}:in"]) == (
+        *("h.2.mlp", "h.10.mlp"),
+        *("h.0:in", "h.1:in"),
+    )
+    assert resolve_hookpoints(model, ["h.{0,1}.{mlp,attn}"]) == ("h.0.attn", "h.0.mlp", "h.1.attn", "h.1.mlp")
+    assert patterns_in(" h.{1,2}:in , h.3,h.[45]") == ["h.{1,2}:in", "h.3", "h.[45]"]
+    with pytest.raises(ConfigError, match=r"no module 'h\.70'"):
+        resolve_hookpoints(model, ["h.{0,70}"])
+
+
 def test_no_folder_holds_what_a_file_system_may_refuse() -> None:
     assert folder_of("layers.6.mlp") == "layers.6.mlp"
     assert folder_of("layers.6.mlp:in") == "layers.6.mlp@in"
+    assert folder_of("layers.6.mlp:in, layers.6.mlp") == "layers.6.mlp@in+layers.6.mlp"

@@ -29,7 +29,7 @@ def is_input(hookpoint: str) -> bool:
 
 
 def folder_of(hookpoint: str) -> str:
-    """Return what a folder for a hookpoint, or several, is called: a colon is no part of a name on every file system."""
+    """Return what a folder for a hookpoint, or several, is called: not every file system has colons in names."""
     return hookpoint.replace(":", "@").replace(", ", "+")
 
 

@@ -155,9 +155,7 @@ def _cached(config: ActivationsConfig, place: Path, sites: Sequence[str]) -> Pre
     return Prepared(widths, config, told, lambda _: ready, cache_bytes=size, ready=ready)
 
 
-def _streamed(
-    config: ActivationsConfig, source: LanguageModelSource, saes: Mapping[str, tuple[str, ...]]
-) -> Prepared:
+def _streamed(config: ActivationsConfig, source: LanguageModelSource, saes: Mapping[str, tuple[str, ...]]) -> Prepared:
     """Return the activations of a model that reads the text beside the training, anew for each SAE."""
     parts = {name: source.at(*hookpoints) for name, hookpoints in saes.items()}
     ready = Activations(dict(parts), lambda: source.tokenizer)

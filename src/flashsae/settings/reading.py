@@ -114,13 +114,12 @@ class ReadingConfig:
         Raises:
             ConfigError: there is a model and no hookpoint, or an input of the model is longer than a forward.
         """
-        settings = self
-        if self.hookpoint is None:
+        settings, model = self, given(self).get("model", MINILM)
+        if "hookpoint" not in given(self):
             default = DEFAULT_HOOKPOINTS.get(sites)
-            if default is None or given(self).get("model", MINILM) != MINILM:
+            if default is None or model != MINILM:
                 raise ConfigError(
-                    f"hookpoint: expected a module path of {self.model or MINILM}, such as --hookpoint layers.6 or h.6, "
-                    "got nothing."
+                    f"hookpoint: expected a module path of {model}, such as --hookpoint layers.6 or h.6, got nothing."
                 )
             settings = replace(self, hookpoint=default)
         return fill(settings, but=self._unused())
