@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks.cases import Case
 from benchmarks.steps import whole_step
 from flashsae import ops
-from flashsae.bench.dense import AutogradStep, dense_pytorch, fast_topk, unit_norm_adam
+from flashsae.bench.dense import AutogradStep, adam, dense_pytorch, fast_topk
 from flashsae.bench.measure import WholeStep
 from flashsae.bench.ours import OurStep, Variant, build_ours, make_config, make_state
 from flashsae.bench.peers import PYTORCH
@@ -61,7 +61,7 @@ def sparse_decode(problem: Problem) -> AutogradStep:
         acts: Tensor = _DenseTopk.apply(x, W_enc_T, b_enc, b_dec, k, made)  # type: ignore[no-untyped-call]
         return ops.decode_loss(ops.SparseCode(made[0], acts), W_dec, b_dec, x, precision="bf16").loss
 
-    return AutogradStep(loss, unit_norm_adam(weights, W_dec), weights, lambda value, x: value)
+    return AutogradStep(loss, adam(weights, W_dec), weights, lambda value, x: value)
 
 
 def fused_selection(problem: Problem) -> AutogradStep:
@@ -73,7 +73,7 @@ def fused_selection(problem: Problem) -> AutogradStep:
         code = ops.encode_topk(x, W_enc_T, b_enc, k, b_dec=b_dec, precision="bf16")
         return ops.decode_loss(code.replace(code.acts.relu()), W_dec, b_dec, x, precision="bf16").loss
 
-    return AutogradStep(loss, unit_norm_adam(weights, weights[2]), weights, lambda value, x: value)
+    return AutogradStep(loss, adam(weights, weights[2]), weights, lambda value, x: value)
 
 
 class _Uncaptured(CapturedSteps):
@@ -90,7 +90,7 @@ def _whole_weights(sae: SAE, config: TrainConfig) -> FactoredAdam:
 def latent_pass(problem: Problem) -> OurStep:
     """As before, with gradients as factors and `FactoredAdam` in one pass over float32 weights."""
     config = make_config(problem, Variant("bf16"))
-    return _uncaptured(OurStep(make_state(problem, config, _whole_weights), config))
+    return _uncaptured(OurStep(make_state(problem, config, _whole_weights), config, problem.sites))
 
 
 def split_weights(problem: Problem) -> OurStep:

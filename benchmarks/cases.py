@@ -11,7 +11,8 @@ from benchmarks.shapes import random_code, zipf_code
 from flashsae.bench.ceilings import Ceilings, measure_ceilings
 from flashsae.bench.measure import Subject
 from flashsae.bench.peers import Peer
-from flashsae.bench.problem import Problem, Shape, dense_code, make_problem
+from flashsae.bench.problem import Problem, dense_code, make_problem
+from flashsae.bench.setups import Shape
 from flashsae.ops import SparseCode
 
 DRAW = {"dense": dense_code, "random": random_code, "zipf": zipf_code}

@@ -20,7 +20,7 @@ from cyclopts import App
 from benchmarks import operations, shapes
 from benchmarks.cases import Size
 from benchmarks.session import RESULTS, provenance
-from flashsae.bench.problem import Shape
+from flashsae.bench.setups import Shape
 
 app = App(name="benchmarks.counters", help=__doc__, version_flags=[])
 COUNTERS = {

@@ -28,7 +28,7 @@ from flashsae.bench.ceilings import Ceilings
 from flashsae.bench.cost import predict_stages
 from flashsae.bench.measure import OURS, Record
 from flashsae.bench.peers import LIBRARIES, PYTORCH, PYTORCH_COMPILED
-from flashsae.bench.problem import Shape
+from flashsae.bench.setups import Shape
 from flashsae.bench.stages import ENCODE, REST, STAGES
 
 WHOLE_STEPS = ("step", "scale", "ablation")

@@ -17,7 +17,7 @@ from benchmarks.openai import OPENAI
 from benchmarks.registry import GROUPS
 from benchmarks.session import RESULTS, Session
 from flashsae.bench.peers import LIBRARIES
-from flashsae.bench.problem import Shape, tiny
+from flashsae.bench.setups import Shape, tiny
 from flashsae.bench.timing import free
 
 app = App(name="benchmarks.run", help=__doc__, version_flags=[])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from flashsae.bench.problem import Problem, Shape
+from flashsae.bench.problem import Problem
+from flashsae.bench.setups import Shape
 from flashsae.ops import SparseCode
 
 SIZES = (

@@ -25,7 +25,8 @@ from benchmarks.session import RESULTS
 
 from flashsae import ops
 from flashsae.bench.measure import Record, measure
-from flashsae.bench.problem import Shape, make_problem, tiny
+from flashsae.bench.problem import make_problem
+from flashsae.bench.setups import Shape, tiny
 
 ROOT = Path(__file__).parents[1]
 HARNESS = sorted([*(ROOT / "src" / "flashsae" / "bench").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")])

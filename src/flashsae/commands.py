@@ -247,7 +247,7 @@ def step(
         json: File for the results. Default: none is written.
         tiny: Toy sizes on any device, to try the command.
     """
-    from flashsae.bench.problem import Shape
+    from flashsae.bench.setups import Shape
     from flashsae.bench.step import bench_step
 
     shape = Shape("", batch_tokens, d_in, d_sae, k)

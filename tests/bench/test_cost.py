@@ -8,7 +8,7 @@ import pytest
 
 from flashsae.bench.ceilings import Ceilings
 from flashsae.bench.cost import predict_stages
-from flashsae.bench.problem import Shape
+from flashsae.bench.setups import Shape
 from flashsae.bench.stages import ENCODE
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "step.jsonl"

@@ -14,7 +14,8 @@ from flashsae.bench import measure
 from flashsae.bench.dense import AutogradStep, dense_pytorch
 from flashsae.bench.measure import Record, StepCase, Subject, WholeStep, check_step, measure_ours
 from flashsae.bench.ours import OurStep, Variant, build_ours
-from flashsae.bench.problem import Problem, Shape, dense_squared_error, make_problem
+from flashsae.bench.problem import Problem, dense_squared_error, make_problem
+from flashsae.bench.setups import Shape
 from flashsae.errors import MissingExtraError
 
 CPU, SHAPE = torch.device("cpu"), Shape("x", 64, 12, 100, 5)

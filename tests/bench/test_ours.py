@@ -7,7 +7,8 @@ import torch
 
 from flashsae.architectures.batch_topk import BatchTopKSettings
 from flashsae.bench.ours import Variant, build_ours, expected_rows, make_state
-from flashsae.bench.problem import Shape, dense_squared_error, make_problem
+from flashsae.bench.problem import dense_squared_error, make_problem
+from flashsae.bench.setups import Shape
 
 CPU, SHAPE = torch.device("cpu"), Shape("x", 64, 12, 100, 5)
 PROBLEM = make_problem(SHAPE, torch.float32, CPU)
@@ -22,10 +23,11 @@ PROBLEM = make_problem(SHAPE, torch.float32, CPU)
     ids=str,
 )
 def test_steps_start_from_the_problem_and_fall(variant: Variant) -> None:
-    step, x = build_ours(PROBLEM, variant), PROBLEM.xs[0]
+    problem = make_problem(SHAPE, torch.float32, CPU, arch=variant.arch)
+    step, x = build_ours(problem, variant), problem.xs[0]
     losses = [float(step.run(x)) for _ in range(4)]
     assert losses == sorted(losses, reverse=True)
-    assert step.squared_error(losses[0], x) == pytest.approx(dense_squared_error(PROBLEM, variant.arch), rel=0.02)
+    assert step.squared_error(losses[0], x) == pytest.approx(dense_squared_error(problem), rel=0.02)
     assert (step.expected is not None) == (variant == Variant("float32"))
 
 

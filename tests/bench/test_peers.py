@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from flashsae.bench import peers
 from flashsae.bench.dense import dense_pytorch
 from flashsae.bench.peers import LIBRARIES, PYTORCH
-from flashsae.bench.problem import Shape, dense_squared_error, make_problem
+from flashsae.bench.problem import dense_squared_error, make_problem
+from flashsae.bench.setups import Shape
 from flashsae.errors import MissingExtraError
 
 PROBLEM = make_problem(Shape("x", 64, 12, 100, 5), torch.float32, torch.device("cpu"))

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from flashsae.architectures.batch_topk import BatchTopKSettings
-from flashsae.bench.problem import Shape, arch_settings, dense_code, dense_squared_error, make_problem, tiny
+from flashsae.bench.problem import dense_code, dense_squared_error, make_problem
+from flashsae.bench.setups import Shape, arch_settings, tiny
 from flashsae.testing import dense_batch_topk
 
 CPU, SHAPE = torch.device("cpu"), Shape("x", 40, 12, 100, 5)
@@ -47,12 +48,11 @@ def test_tiny_keeps_the_order_of_sizes() -> None:
 
 
 def test_the_squared_error_is_that_of_the_architecture() -> None:
-    problem = make_problem(SHAPE, torch.float32, CPU)
+    problem = make_problem(SHAPE, torch.float32, CPU, arch="batch_topk")
     params = {name: value.double() for name, value in problem.params.items()}
     x = problem.xs[0].double()
     latent_acts = dense_batch_topk(x, params["W_enc_T"], params["b_enc"], 5, params["b_dec"])
     error = float((latent_acts @ params["W_dec"] + params["b_dec"] - x).square().sum())
-    assert dense_squared_error(problem, "batch_topk") == pytest.approx(error, rel=1e-6)
-    assert dense_squared_error(problem, BatchTopKSettings(k=5)) == pytest.approx(error, rel=1e-6)
-    assert dense_squared_error(problem, "topk") != pytest.approx(error, rel=1e-3)
-    assert arch_settings("batch_topk", SHAPE) == BatchTopKSettings(k=5)
+    assert dense_squared_error(problem) == pytest.approx(error, rel=1e-6)
+    assert problem.arch == arch_settings("batch_topk", SHAPE) == BatchTopKSettings(k=5)
+    assert dense_squared_error(make_problem(SHAPE, torch.float32, CPU)) != pytest.approx(error, rel=1e-3)

@@ -10,7 +10,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from flashsae.bench.ceilings import Ceilings
 from flashsae.bench.ours import Variant, build_ours
-from flashsae.bench.problem import Shape, make_problem
+from flashsae.bench.problem import make_problem
+from flashsae.bench.setups import Shape
 from flashsae.bench.stages import (
     CLIP,
     DECODE,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flashsae.bench.problem import Shape
+from flashsae.bench.setups import Shape
 from flashsae.bench.timing import float32_products, free, time_runs
 
 GEMM_OUT_BYTES = 2**31

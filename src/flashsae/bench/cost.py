@@ -6,7 +6,7 @@ The constants below were fitted on one NVIDIA H200 (docs/performance.md); what t
 from __future__ import annotations
 
 from flashsae.bench.ceilings import Ceilings
-from flashsae.bench.problem import Shape
+from flashsae.bench.setups import Shape
 from flashsae.bench.stages import DECODE, ENCODE, INDEX, PASSES, REST
 
 LAUNCHES_MS = 0.12  # kernels too small to be limited by anything but their launch

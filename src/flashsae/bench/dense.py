@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import functools
+import operator
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from flashsae.architecture import Progress, architecture_of
 from flashsae.bench.problem import Problem
 from flashsae.bench.timing import float32_products
 from flashsae.optim import default_lr
-from flashsae.testing import UnitNormAdam, dense_decode, dense_topk
+from flashsae.sae.config import SAEConfig
+from flashsae.sae.losses import token_variance
+from flashsae.testing import UnitNormAdam, oracle
 
 
 def backward(loss: Tensor) -> None:
@@ -29,9 +35,10 @@ class AutogradStep:
         loss: from x, [B, d_in] float32, to the scalar that it trains on.
         update: all that follows backward: gradients adjusted, optimiser, decoder adjusted, gradients forgotten.
         state: its parameters and buffers.
-        squared_error: from its loss and x to the sum of squared errors.
+        squared_error: from what `run` returns, and x, to the sum of squared errors.
         backward: of the loss, times a scale where its recipe has one.
         products: how float32 products are computed around all of it: "tf32", "ieee", or None for as they are.
+        error: the part of the last loss that is the error of the reconstruction; None where there is no other part.
     """
 
     loss: Callable[[Tensor], Tensor]
@@ -40,17 +47,18 @@ class AutogradStep:
     squared_error: Callable[[float, Tensor], float]
     backward: Callable[[Tensor], None] = backward
     products: str | None = None
+    error: Callable[[], Tensor] | None = None
 
     def settings(self) -> AbstractContextManager[None]:
         """Return the context in which all of it is to run."""
         return float32_products(self.products)
 
     def run(self, x: Tensor) -> Tensor:
-        """Do a whole training step; return the loss before it."""
+        """Do a whole training step; return the loss before it, or its part that is the error."""
         loss = self.loss(x)
         self.backward(loss)
         self.update()
-        return loss.detach()
+        return (loss if self.error is None else self.error()).detach()
 
 
 def autocast(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> torch.autocast:
@@ -58,9 +66,18 @@ def autocast(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> torch
     return torch.autocast(device.type, dtype)
 
 
-def unit_norm_adam(weights: tuple[Tensor, ...], W_dec: Tensor) -> Callable[[], None]:
-    """Return the update by fused `torch.optim.Adam` that keeps the rows of one of these weights at norm 1."""
-    return UnitNormAdam(weights, W_dec, default_lr(len(W_dec)), fused=W_dec.is_cuda).step
+def adam(weights: Sequence[Tensor], W_dec: Tensor, *, unit_norm: bool = True) -> Callable[[], None]:
+    """Return the update by fused `torch.optim.Adam`, which keeps the rows of W_dec at norm 1 unless told otherwise."""
+    lr, fused = default_lr(len(W_dec)), W_dec.is_cuda
+    if unit_norm:
+        return UnitNormAdam(weights, W_dec, lr, fused=fused).step
+    plain = torch.optim.Adam(weights, lr, fused=fused)
+
+    def update() -> None:
+        plain.step()
+        plain.zero_grad()
+
+    return update
 
 
 def fast_topk(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -70,33 +87,55 @@ def fast_topk(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def dense_pytorch(problem: Problem, precision: str = "bf16", *, compiled: bool = False) -> AutogradStep:
-    """Dense PyTorch with autograd: linear, topk, relu, scatter, matmul; fused Adam, projection, unit norm.
+    """Dense PyTorch with autograd, by the oracle of the architecture: linear, topk, relu, scatter, matmul; fused Adam.
 
     Args:
-        problem: whose weights it starts from.
+        problem: whose architecture it trains, and whose weights it starts from.
         precision: "bf16" (autocast), "tf32" or "float32" (IEEE), by the settings of torch.backends, put back later.
         compiled: forward and backward through torch.compile.
     """
-    weights = tuple(weight.clone().requires_grad_() for weight in problem.weights)
-    W_enc_T, b_enc, W_dec, b_dec = weights
-    params, k = dict(zip(problem.params, weights)), problem.shape.k  # the problem itself is to be let go
+    architecture, sites = architecture_of(problem.arch), problem.sites  # the problem itself is to be let go
+    rows = {row.name: row for row in architecture.parameters}
+    params = {name: value.clone().requires_grad_(rows[name].trained) for name, value in problem.params.items()}
+    W_dec, dense, settings = params["W_dec"], oracle(architecture.name), _settings(problem)
+    variance = token_variance(sites.written(problem.xs[0]))
+    weights = {term.name: term.weight_in(problem.arch) for term in architecture.terms if term.name in dense.terms}
+    first: list[Tensor] = []  # of the terms of the last loss
 
-    def loss(x: Tensor) -> Tensor:
+    def terms(x: Tensor) -> list[Tensor]:
         with autocast(W_dec.device) if precision == "bf16" else contextlib.nullcontext():
-            latent_acts = dense_topk(x, W_enc_T, b_enc, k, b_dec, topk=fast_topk)
-            x_hat = dense_decode(latent_acts, params)
-        return (x_hat - x).square().sum()
+            given = {"target": sites.written(x), "topk": fast_topk, **settings}
+            found = dense.losses(sites.read(x), params, variance, **given)
+        return [weights[name] * value for name, value in found.items() if weights[name]]
 
     if compiled:
         torch.compiler.reset()  # else a second size is compiled for any size, which is slower
-        loss = torch.compile(loss, dynamic=False)
+        terms = torch.compile(terms, dynamic=False)
+
+    def loss(x: Tensor) -> Tensor:
+        found = terms(x)
+        first[:] = [found[0].detach()]
+        return functools.reduce(operator.add, found)
+
     return AutogradStep(
         loss,
-        unit_norm_adam(weights, W_dec),
-        weights,
-        lambda value, x: value,
+        adam([value for value in params.values() if value.requires_grad], W_dec, unit_norm=rows["W_dec"].unit_norm),
+        tuple(params.values()),
+        lambda value, x: value * len(x) * variance,
         products={"bf16": None, "tf32": "tf32", "float32": "ieee"}[precision],
+        error=lambda: first[0],
     )
+
+
+def _settings(problem: Problem) -> dict[str, Any]:
+    """Return the settings of the architecture by name, and the numbers of its schedule at the end of a training."""
+    architecture = architecture_of(problem.arch)
+    settings = asdict(problem.arch)
+    if architecture.schedule is not None:
+        sites = problem.sites
+        config = SAEConfig(sites.d_in, problem.shape.d_sae, arch=problem.arch, d_out=sites.d_out)
+        settings |= architecture.schedule(config, Progress.end())
+    return settings
 
 
 def dense_pytorch_compiled(problem: Problem) -> AutogradStep:

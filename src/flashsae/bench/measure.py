@@ -15,7 +15,8 @@ from torch import Tensor
 from flashsae.bench.ceilings import Ceilings
 from flashsae.bench.ours import OurStep, Variant, build_ours
 from flashsae.bench.peers import Peer
-from flashsae.bench.problem import Problem, Shape, dense_squared_error, make_problem
+from flashsae.bench.problem import Problem, dense_squared_error, make_problem
+from flashsae.bench.setups import Shape
 from flashsae.bench.stages import profiled_steps, stage_records, stage_times, traced_stages
 from flashsae.bench.timing import captured, free, peak_bytes, time_runs
 from flashsae.errors import MissingExtraError
@@ -169,15 +170,17 @@ class StepCase:
 
     def subject(self, shape: Shape, device: torch.device) -> Subject:
         """Make the step of one size ready; all that it allocates counts as its memory, graphs and inputs included."""
-        problem = make_problem(shape, torch.float32, device, tied=True, dead=self.dead)
-        xs, expected = problem.xs, dense_squared_error(problem, self.arch)
+        problem = make_problem(shape, torch.float32, device, tied=True, dead=self.dead, arch=self.arch)
+        xs, expected = problem.xs, dense_squared_error(problem, "ieee" if self.precision == "float32" else "tf32")
         step = self.build(problem)
 
         def run(i: int) -> Tensor:
             return step.run(xs[i % len(xs)])
 
         def figures(record: Record) -> Record:
-            rate = {"tokens_per_s": 1e3 * shape.batch_tokens / record["median_ms"]}
+            rate: Record = {"tokens_per_s": 1e3 * shape.batch_tokens / record["median_ms"]}
+            if isinstance(step, OurStep):
+                rate["l0"] = step.active(xs[0])
             if not isinstance(step, OurStep) or self.ceilings is None or device.type != "cuda":
                 return rate
             times = _stage_times(step, xs, record["median_ms"])

@@ -10,7 +10,9 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from flashsae.bench.problem import Problem, arch_settings, dense_code, residual_of
+from flashsae.architecture import architecture_of
+from flashsae.bench.problem import Problem, dense_code, residual_of
+from flashsae.bench.setups import Sites
 from flashsae.bench.timing import float32_products
 from flashsae.data.shuffle import Batches
 from flashsae.ops.validate import Precision
@@ -41,7 +43,7 @@ class Variant:
         moments: dtype of Adam's moments.
         clip_norm: largest norm of the gradient, None for no clipping.
         k_aux: dead latents of each token in the auxiliary loss, where the problem has dead ones.
-        arch: the architecture: its settings, or its name, then with the k of the size.
+        arch: the architecture: its settings, or its name, as in `arch_settings`.
     """
 
     precision: Precision = "bf16"
@@ -67,11 +69,13 @@ class OurStep:
     Args:
         state: changed by each step.
         config: settings.
+        sites: what an input is made of.
         expected: rows of the weights after the first step; None where they cannot be told exactly.
     """
 
     state: TrainState
     config: TrainConfig
+    sites: Sites
     expected: Rows | None = None
 
     def settings(self) -> AbstractContextManager[None]:
@@ -80,7 +84,11 @@ class OurStep:
 
     def run(self, x: Tensor) -> Tensor:
         """Do a step; return the FVU before it."""
-        return train_step(self.state, {"x": x}, self.config)["fvu"]
+        return train_step(self.state, self.sites.batch(x), self.config)["fvu"]
+
+    def active(self, x: Tensor) -> float:
+        """Do a step; return the active latents of a token in it."""
+        return float(train_step(self.state, self.sites.batch(x), self.config)["l0"])
 
     def squared_error(self, fvu: float, x: Tensor) -> float:
         """Return the sum of squared errors that the FVU of a step stands for."""
@@ -111,13 +119,13 @@ class OurStep:
 def make_config(problem: Problem, variant: Variant) -> TrainConfig:
     """Return the settings of a training on such a problem, without warm-up of the learning rate.
 
-    With dead latents AuxK is on, and the learning rate a tenth: that costs the same, and the dead stay dead for as long
-    as they are measured.
+    With dead latents AuxK is on, and the learning rate a tenth; with codes above a threshold it is a thousandth. That
+    costs the same, and the dead stay dead, and L0 as it is, for as long as they are measured.
     """
     shape = problem.shape
     config = TrainConfig(
         d_sae=shape.d_sae,
-        arch=arch_settings(variant.arch, shape),
+        arch=problem.arch,
         tokens=10**9,
         batch_tokens=shape.batch_tokens,
         precision=variant.precision,
@@ -126,14 +134,16 @@ def make_config(problem: Problem, variant: Variant) -> TrainConfig:
         clip_norm=variant.clip_norm,
         auxk_alpha=1 / 32 if problem.dead else 0.0,
         k_aux=max(1, min(variant.k_aux, problem.dead)),
-    ).resolve(shape.d_in)
-    return replace(config, lr=config.lr / 10) if problem.dead else config
+    ).resolve(problem.sites.widths)
+    slower = 1000 if architecture_of(config.arch).varies else 10 if problem.dead else 1
+    return replace(config, lr=config.lr / slower)
 
 
 def make_state(problem: Problem, config: TrainConfig, build_optimizer: BuildOptimizer = build_optimizer) -> TrainState:
     """Return the state of a training that starts from the weights of a float32 problem, without data."""
     shape = problem.shape
-    sae = SAE(SAEConfig(shape.d_in, shape.d_sae, arch=config.arch), seed=None, device=problem.device)
+    sae_config = SAEConfig(problem.sites.d_in, shape.d_sae, arch=config.arch, d_out=problem.sites.d_out)
+    sae = SAE(sae_config, seed=None, device=problem.device)
     sae.precision = config.precision
     with torch.no_grad():
         for name, value in problem.params.items():
@@ -141,7 +151,7 @@ def make_state(problem: Problem, config: TrainConfig, build_optimizer: BuildOpti
     dead = DeadLatents(shape.d_sae, config.dead_after_tokens, problem.device)
     dead.tokens_since_fired[: problem.dead] = config.dead_after_tokens
     no_batches = cast(Batches, None)  # each step is given its batch
-    variance = token_variance(problem.xs[0])
+    variance = token_variance(problem.sites.written(problem.xs[0]))
     return TrainState(sae, build_optimizer(sae, config), dead, no_batches, variance=variance)
 
 
@@ -149,7 +159,7 @@ def build_ours(problem: Problem, variant: Variant) -> OurStep:
     """Make our step ready; plain float32 knows what its first update must give."""
     config = make_config(problem, variant)
     expected = expected_rows(problem, config.lr) if variant == Variant("float32") and not problem.dead else None
-    return OurStep(make_state(problem, config), config, expected)
+    return OurStep(make_state(problem, config), config, problem.sites, expected)
 
 
 def expected_rows(problem: Problem, lr: float) -> Rows:

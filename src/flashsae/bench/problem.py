@@ -2,40 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashsae.architecture import architecture_named, architecture_of, settings_of
+from flashsae.architecture import architecture_of
+from flashsae.bench.setups import Shape, Sites, arch_settings, other_params, sites_of
 from flashsae.bench.timing import float32_products
 from flashsae.ops import SparseCode
-from flashsae.testing import dense_decode, dense_pre_acts, oracle
+from flashsae.testing import dense_pre_acts, oracle
 
 L2_BYTES = 64 * 2**20  # more than the second-level cache of a Hopper GPU holds
 DENSE_ELEMENTS = 2**29  # of pre-activations in memory at once, where a batch may be cut
 DEAD_SCALE = 0.01  # of the encoder rows of dead latents: they are never among the k largest
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One size.
-
-    Args:
-        name: as it stands in results.
-        batch_tokens: tokens, B.
-        d_in: width of the activations.
-        d_sae: number of latents.
-        k: active latents of each token.
-    """
-
-    name: str
-    batch_tokens: int
-    d_in: int
-    d_sae: int
-    k: int
 
 
 @dataclass(frozen=True)
@@ -44,12 +27,16 @@ class Problem:
 
     Args:
         shape: the size.
-        xs: inputs to take turns with, so that a small one is not found in the cache; [B, d_in], unit scale.
+        xs: inputs to take turns with, so that a small one is not found in the cache; [B, d_in], unit scale; of an
+            architecture of several sites these beside each other.
         W_enc_T: [d_sae, d_in], equal to W_dec but for dead latents, so that pre-activations are about N(0, 1).
-        W_dec: [d_sae, d_in], rows of norm 1.
+        W_dec: [d_sae, d_out], rows of norm 1.
         b_enc: [d_sae], small.
-        b_dec: [d_in], small.
+        b_dec: [d_out], small.
         dead: the first so many latents never fire.
+        arch: settings of the architecture.
+        sites: of the architecture.
+        others: parameters that it has beside these four, by name.
     """
 
     shape: Shape
@@ -58,7 +45,10 @@ class Problem:
     W_dec: Tensor
     b_enc: Tensor
     b_dec: Tensor
-    dead: int = 0
+    dead: int
+    arch: Any
+    sites: Sites
+    others: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -67,8 +57,8 @@ class Problem:
 
     @property
     def params(self) -> dict[str, Tensor]:
-        """The same by name."""
-        return dict(zip(("W_enc_T", "b_enc", "W_dec", "b_dec"), self.weights))
+        """All parameters by name."""
+        return {**dict(zip(("W_enc_T", "b_enc", "W_dec", "b_dec"), self.weights)), **self.others}
 
     @property
     def device(self) -> torch.device:
@@ -80,20 +70,10 @@ class Problem:
         return self.xs[i % len(self.xs)]
 
 
-def tiny(shape: Shape) -> Shape:
-    """Return the shape scaled down until a CPU runs it at once; to test the benchmark, not to time anything."""
-    return replace(
-        shape,
-        batch_tokens=32,
-        d_in=16 + shape.d_in // 256,
-        d_sae=128 + shape.d_sae // 4096,
-        k=min(16, 2 + shape.k // 16),
-    )
-
-
 def make_problem(
-    shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0, *, tied: bool = False, dead: int = 0
-) -> Problem:
+    shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0, *, tied: bool = False, dead: int = 0,
+    arch: object = "topk",
+) -> Problem:  # fmt: skip
     """Draw the tensors of one size.
 
     Args:
@@ -103,42 +83,37 @@ def make_problem(
         seed: of the draw; the same for each implementation that is compared.
         tied: W_enc_T and W_dec may share memory, for callers that change neither.
         dead: the first so many latents are to be dead.
+        arch: the architecture, as in `arch_settings`; about k latents are active for each token, whatever it is.
     """
     generator = torch.Generator(device).manual_seed(seed)
 
     def draw(*size: int) -> Tensor:
         return torch.randn(*size, generator=generator, dtype=torch.float32, device=device)
 
-    x_bytes = shape.batch_tokens * shape.d_in * dtype.itemsize
+    settings = arch_settings(arch, shape)
+    sites = sites_of(settings, shape)
+    width = sum(sites.widths.values())
+    x_bytes = shape.batch_tokens * width * dtype.itemsize
     turns = min(4, -(-L2_BYTES // x_bytes)) if device.type == "cuda" else 2
-    W_dec = torch.empty(shape.d_sae, shape.d_in, dtype=dtype, device=device)
+    W_dec = torch.empty(shape.d_sae, sites.d_out, dtype=dtype, device=device)
     for rows in torch.split(W_dec, 65536):
-        drawn = draw(len(rows), shape.d_in)
+        drawn = draw(len(rows), sites.d_out)
         rows.copy_(drawn / drawn.norm(dim=1, keepdim=True))
     W_enc_T = W_dec if tied and not dead else W_dec.clone()
     W_enc_T[:dead] *= DEAD_SCALE
-    return Problem(
+    problem = Problem(
         shape,
-        tuple(draw(shape.batch_tokens, shape.d_in).to(dtype) for _ in range(turns)),
+        tuple(draw(shape.batch_tokens, width).to(dtype) for _ in range(turns)),
         W_enc_T,
         W_dec,
         (0.1 * draw(shape.d_sae)).to(dtype),
-        (0.1 * draw(shape.d_in)).to(dtype),
+        (0.1 * draw(sites.d_out)).to(dtype),
         dead,
+        settings,
+        sites,
     )
-
-
-def arch_settings(arch: object, shape: Shape) -> Any:
-    """Return the settings of an architecture at a size.
-
-    Args:
-        arch: its settings, or its name: then with the k of the size, if it has such a setting.
-        shape: the size.
-    """
-    if not isinstance(arch, str):
-        return arch
-    names = [field.name for field in fields(architecture_named(arch).settings)]
-    return settings_of(arch, **({"k": shape.k} if "k" in names else {}))
+    params = other_params(settings, shape, problem.params)
+    return replace(problem, b_enc=params.pop("b_enc", problem.b_enc), others=params)
 
 
 def dense_code(problem: Problem, i: int) -> SparseCode:
@@ -162,19 +137,21 @@ def residual_of(problem: Problem, code: SparseCode, i: int) -> Tensor:
 
 
 @torch.no_grad()
-def dense_squared_error(problem: Problem, arch: object = "topk") -> float:
-    """Return Σ‖x − x_hat‖² of the first input by the dense oracle, float32 products in IEEE arithmetic.
+def dense_squared_error(problem: Problem, products: str = "ieee") -> float:
+    """Return Σ‖target − x_hat‖² of the first input by the dense oracle; of nested reconstructions, the mean over them.
 
     Args:
-        problem: whose weights and input.
-        arch: an architecture, as in `arch_settings`.
+        problem: whose weights, input and architecture.
+        products: arithmetic of float32 products on a GPU, as in `float32_products`.
     """
-    settings = arch_settings(arch, problem.shape)
-    encode, x = oracle(architecture_of(settings).name), problem.xs[0]
-    rows = max(1, DENSE_ELEMENTS // problem.shape.d_sae) if encode.by_token else len(x)
-    total = 0.0
-    with float32_products("ieee"):
+    dense, x = oracle(architecture_of(problem.arch).name), problem.xs[0]
+    rows = max(1, DENSE_ELEMENTS // problem.shape.d_sae) if dense.by_token else len(x)
+    total, sites = 0.0, problem.sites
+    with float32_products(products):
         for part in torch.split(x, rows):
-            latent_acts = encode(part, problem.params, topk=torch.topk, **asdict(settings))
-            total += float((part - dense_decode(latent_acts, problem.params)).double().square().sum())
+            terms = dense.losses(
+                sites.read(part), problem.params, 1 / len(part), target=sites.written(part), topk=torch.topk,
+                **asdict(problem.arch),
+            )  # fmt: skip
+            total += float(next(iter(terms.values())))
     return total

@@ -21,7 +21,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from flashsae.bench.ceilings import Ceilings
-from flashsae.bench.problem import Shape
+from flashsae.bench.setups import Shape
 
 ENCODE = "encode + select"
 INDEX = "index"

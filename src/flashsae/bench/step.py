@@ -21,7 +21,7 @@ from flashsae.bench.ceilings import Ceilings, measure_ceilings
 from flashsae.bench.measure import OURS, Record, measure_ours, measure_peer
 from flashsae.bench.ours import Variant
 from flashsae.bench.peers import LIBRARIES, PYTORCH
-from flashsae.bench.problem import Shape, tiny
+from flashsae.bench.setups import Shape, tiny
 from flashsae.bench.timing import facts
 from flashsae.errors import ConfigError, StorageError
 from flashsae.ops.validate import Precision, check_k
