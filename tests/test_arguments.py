@@ -20,7 +20,7 @@ from flashsae.data import cache_index
 from flashsae.data import open as data_open
 from flashsae.errors import ConfigError
 from flashsae.settings import ActivationsConfig, ReadingConfig, RunConfig, TrainConfig
-from flashsae.settings.kinds import PositiveInt, check, check_fields, declared_types, unwrap
+from flashsae.settings.kinds import Length, PositiveInt, check, check_fields, declared_types, unwrap
 
 OF_RUN = {name: kind for name, kind in declared_types(RunConfig).items() if name not in ("activations", "train")}
 PARTS = {"activations": ActivationsConfig, "train": TrainConfig}
@@ -40,9 +40,10 @@ Arrived = dict[str, Any]
 
 def other(annotation: Any, default: Any) -> Any:
     """Return a value, as TOML has it, that a setting may have and does not have by default."""
-    kind = unwrap(annotation)[0]
+    kind, limits, _ = unwrap(annotation)
     if get_origin(kind) is tuple:
-        return [other(get_args(kind)[0], None)]
+        lengths = [limit.numbers for limit in limits if isinstance(limit, Length)]
+        return [other(get_args(kind)[0], None)] * next(iter(lengths), 1)
     if get_origin(kind) is Literal:
         return next(choice for choice in get_args(kind) if choice != default)
     candidates: dict[Any, list[Any]] = {
@@ -288,6 +289,31 @@ def test_words_that_are_wrong_are_one_sentence(
     assert message in told
     assert told.count("\n") == 1
     assert not arrived
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--betas", "0.8", "0.99", "gpt2"],
+        ["--betas", "0.8,0.99", "gpt2"],
+        ["--betas=0.8,.99", "gpt2"],
+        ["gpt2", "--betas", "8e-1, 0.99"],
+        ["gpt2", "--betas", "0.8", "--lr", "0.5", "--betas", "0.99"],
+        ["--betas", "[0.8, 0.99]", "gpt2", "--exclude-ids", "5", "7,9"],
+    ],
+)
+def test_lists_of_numbers_are_written_as_one_likes(words: list[str], arrived: Arrived) -> None:
+    assert _main("train", *words, "--hookpoint", "h.6") == 0
+    assert (arrived["betas"], arrived["model"]) == ((0.8, 0.99), "gpt2")
+    assert arrived["exclude_ids"] == ((5, 7, 9) if "--exclude-ids" in words else None)
+
+
+@pytest.mark.parametrize("betas", [["0.9"], ["0.9", "0.99", "0.999"], ["0.9", "1"], ["-0.1", "0.9"], ["0.9", "nan"]])
+def test_betas_are_two_and_below_one(betas: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert _main("train", "--betas", *betas) == 1
+    assert "betas: expected a " in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="betas: expected a list of "):
+        TrainConfig(betas=tuple(map(float, betas)))
 
 
 def test_the_file_may_lie_in_the_home_folder(

@@ -77,7 +77,10 @@ class Term:
             return self.weight
         for each in settings:
             if hasattr(each, self.weight):
-                return float(getattr(each, self.weight))
+                value = getattr(each, self.weight)
+                if value is None:
+                    raise ConfigError(f"{self.weight}: it is left open here; config.resolve(d_in) gives its default.")
+                return float(value)
         raise ConfigError(
             f"weight of {self.name}: expected a setting {self.weight!r} of the architecture or of a "
             "flashsae.TrainConfig, and there is none here."

@@ -154,6 +154,42 @@ def joined(words: Sequence[str], name: str) -> list[str]:
     return [*rest[:place], *options, *rest[place:], *remaining]
 
 
+def one_by_one(words: Sequence[str], command: Callable[..., Any]) -> list[str]:
+    """Return the words of a command line with lists of numbers as options that are repeated.
+
+    `--betas 0.9 0.999` and `--betas 0.9,0.999` are `--betas 0.9 --betas 0.999`, which is what cyclopts takes beside
+    arguments without a name.
+
+    Args:
+        words: of the command line.
+        command: whose settings tell which options are lists of numbers.
+    """
+    lists = {f"--{name.replace('_', '-')}" for name, kind in _declared(command).items() if _is_of_numbers(kind)}
+    spread: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if word == "--":
+            return [*spread, word, *rest]
+        option, equals, value = word.partition("=")
+        given = _numbers(value) if option in lists else []
+        while option in lists and not equals and rest and _numbers(rest[0]):
+            given += _numbers(rest.pop(0))
+        spread += [part for number in given for part in (option, number)] or [word]
+    return spread
+
+
+def _is_of_numbers(annotation: Any) -> bool:
+    kind = unwrap(annotation)[0]
+    return get_origin(kind) is tuple and unwrap(get_args(kind)[0])[0] in (int, float)
+
+
+def _numbers(word: str) -> list[str]:
+    """Return the numbers of a word, between commas; none if it is something else."""
+    parts = [part.strip() for part in word.strip("[]() ").split(",") if part.strip()]
+    return parts if all(isinstance(parse(part, float), int | float) for part in parts) else []
+
+
 def taking_settings_of(architecture: Architecture, command: Callable[..., None], name: str) -> Callable[..., None]:
     """Return a command that takes the settings of an architecture beside those of the training, and shows them.
 

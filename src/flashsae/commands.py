@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from flashsae import __version__
-from flashsae.arguments import Given, architecture_asked, joined, taking_settings_of
+from flashsae.arguments import Given, architecture_asked, joined, one_by_one, taking_settings_of
 from flashsae.errors import ConfigError, FlashSAEError
 from flashsae.precision import Precision
 from flashsae.settings.kinds import PositiveFloat, PositiveInt, expand
@@ -276,7 +276,8 @@ def run(words: Sequence[str]) -> None:
     app.config = ()
     words = joined(words, "hookpoint")
     if "train" in words:
-        app["train"].default_command = taking_settings_of(architecture_asked(words), train, "training")
+        taking = taking_settings_of(architecture_asked(words), train, "training")
+        app["train"].default_command, words = taking, one_by_one(words, taking)
     if words and not words[0].startswith("-") and words[0] not in app:
         words = words[:1]  # no command, which a --help behind it would hide
     app.meta(list(words), exit_on_error=False, print_error=False)

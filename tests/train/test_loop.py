@@ -18,7 +18,7 @@ from flashsae.ops.adam_rows.reference import merge_halves
 from flashsae.ops.validate import Precision
 from flashsae.optim import FactoredAdam, lr_factor
 from flashsae.sae.dead import Bounds
-from flashsae.testing import DenseTrainer
+from flashsae.testing import DenseTrainer, UnitNormAdam
 from flashsae.train import TrainState, init_state, train, train_step
 from flashsae.train.checkpoint import list_checkpoints, save_checkpoint
 from flashsae.train.state import to_checkpoint
@@ -157,6 +157,20 @@ def test_the_step_is_that_of_a_dense_sae_with_plain_adam() -> None:
         assert ours == pytest.approx(theirs, rel=1e-3), step
     for name, parameter in state.sae.named_parameters():
         torch.testing.assert_close(parameter.detach(), dense.params[name].detach(), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("betas", [(0.0, 0.999), (0.5, 0.9), (0.9, 0.0)])
+def test_betas_and_eps_are_those_of_the_settings(betas: tuple[float, float]) -> None:
+    config = _config(auxk_alpha=0.0, betas=betas, eps=1e-3)
+    state = _state(config)
+    dense = DenseTrainer(dict(state.sae.named_parameters()), config.lr, state.variance, k=config.arch.k)
+    dense.optimizer = UnitNormAdam(dense.params.values(), dense.params["W_dec"], config.lr, betas=betas, eps=1e-3)
+    twin = _state(config).batches
+    for _ in range(12):
+        train_step(state, state.batches.next_batch(), config)
+        dense.step(twin.next_batch()["x"] * state.scale, float(state.optimizer.param_groups[0]["lr"]))
+    for name, parameter in state.sae.named_parameters():
+        torch.testing.assert_close(parameter.detach(), dense.params[name].detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_a_batch_of_equal_tokens_changes_little() -> None:

@@ -19,11 +19,9 @@ from flashsae.ops.factors import RowGradient
 from flashsae.ops.gradients import Collection
 from flashsae.optim.groups import check_group, fits, is_same_kind
 from flashsae.profiling import part
+from flashsae.settings.training import ADAM_BETAS, ADAM_EPS
 
-ADAM_BETAS = (0.9, 0.999)
 _ROWS = 8192  # of a matrix that is split or merged, at once
-ADAM_EPS = 6.25e-10
-"""As in Gao et al. 2024. The loss is a fraction of variance, so gradients of rare latents are far below 1e-8."""
 
 _OF_TORCH = ("params", "foreach", "fused", "capturable", "differentiable", "amsgrad", "maximize")
 """Keys of a group of torch.optim.Adam that say how it computes, or that must be off."""

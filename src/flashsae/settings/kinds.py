@@ -52,9 +52,31 @@ class AtMost:
     words: str = ""
 
 
+@dataclass(frozen=True)
+class Length:
+    """How many numbers a list has: part of a field's annotation, as `Range` is.
+
+    Args:
+        numbers: so many.
+    """
+
+    numbers: int
+
+    @property
+    def words(self) -> str:
+        """What is expected, for messages."""
+        return f"a list of {self.numbers} numbers"
+
+    def holds(self, value: tuple[Any, ...]) -> bool:
+        """Tell whether a tuple is of this length."""
+        return len(value) == self.numbers
+
+
 POSITIVE = Range("a positive number", lambda value: 0 < value < math.inf)
 NOT_NEGATIVE = Range("a number that is not negative", lambda value: 0 <= value < math.inf)
 FRACTION = Range("a fraction from 0 to 1", lambda value: 0 <= value <= 1)
+DECAY = Range("a number from 0 to below 1", lambda value: 0 <= value < 1)
+ABOVE_ZERO = Range("a number above 0 that float32 holds", lambda value: 2.0**-126 <= value < 2.0**128)
 
 PositiveInt = Annotated[int, POSITIVE]
 PositiveFloat = Annotated[float, POSITIVE]
@@ -142,14 +164,14 @@ def metadata_of(annotation: Any, kind: type[T]) -> list[T]:
     return [each for each in getattr(annotation, "__metadata__", ()) if isinstance(each, kind)]
 
 
-def unwrap(annotation: Any) -> tuple[Any, list[Range], bool]:
-    """Return the bare type of an annotation, its ranges, and whether None is allowed."""
-    limits: list[Range] = []
+def unwrap(annotation: Any) -> tuple[Any, list[Range | Length], bool]:
+    """Return the bare type of an annotation, its ranges or length, and whether None is allowed."""
+    limits: list[Range | Length] = []
     is_optional = False
     while True:
         origin = get_origin(annotation)
         if origin is Annotated:
-            limits += metadata_of(annotation, Range)
+            limits += [*metadata_of(annotation, Range), *metadata_of(annotation, Length)]
             is_optional = is_optional or _OPEN in annotation.__metadata__
             annotation = annotation.__origin__
         elif origin in (Union, types.UnionType):
@@ -233,7 +255,8 @@ def _tuple(value: Any, kind: Any) -> tuple[Any, ...]:
     try:
         return tuple(check("", each, element) for each in value)
     except ConfigError:
-        raise ValueError from None
+        each = ", each ".join([_words(kind), *(limit.words for limit in unwrap(element)[1])])
+        raise ConfigError(f"expected {each}, got {_shown(value)}.") from None
 
 
 def _instance(value: Any, kind: Any) -> Any:
@@ -253,13 +276,15 @@ _CHECKS: dict[Any, Callable[[Any, Any], Any]] = {
 }
 
 
+_ELEMENTS = {int: "whole numbers", float: "numbers"}
+
+
 def _words(kind: Any) -> str:
     """Return what a type expects, for messages."""
     if get_origin(kind) is Literal:
         return f"one of {', '.join(get_args(kind))}"
     if get_origin(kind) is tuple:
-        element = unwrap(get_args(kind)[0])[0]
-        return f"a list of {'whole numbers' if element is int else 'strings'}"
+        return f"a list of {_ELEMENTS.get(unwrap(get_args(kind)[0])[0], 'strings')}"
     words = {
         int: "a whole number below 2**63, such as 1_000_000",
         float: "a number",

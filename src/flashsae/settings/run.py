@@ -16,9 +16,15 @@ from flashsae.settings.toml import is_sealed, read_toml, sealed_toml
 from flashsae.settings.training import DEFAULT_ARCH, TrainConfig, check_own_names
 
 CONFIG_FILE = "config.toml"
-_WORKED_OUT = ("model", "hookpoint", "context_length", *(name for name in open_names(TrainConfig) if name != "d_in"))
-"""Settings that may be left out of a run, and that have their values once its training has begun. Version 0.1 wrote no
-d_in, and no arch."""
+_LATER = ("d_in", "betas", "eps", "warmup", "warmup_start", "decay_fraction", "auxk_alpha")
+_WORKED_OUT = (
+    "model",
+    "hookpoint",
+    "context_length",
+    *(name for name in open_names(TrainConfig) if name not in _LATER),
+)
+"""Settings that may be left out of a run, and that have their values once its training has begun. Earlier versions
+wrote no arch, and not those that were added or opened later."""
 
 
 @dataclass(frozen=True)

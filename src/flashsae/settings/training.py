@@ -12,9 +12,12 @@ from flashsae.architecture import Architecture, architecture_of, settings_of
 from flashsae.errors import ConfigError
 from flashsae.precision import Precision
 from flashsae.settings.kinds import (
+    ABOVE_ZERO,
+    DECAY,
     AtMost,
     Fraction,
     LeftOpen,
+    Length,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -24,6 +27,10 @@ from flashsae.settings.kinds import (
 from flashsae.settings.left_open import check_bounds, fill, left_open
 
 DEFAULT_ARCH = "topk"
+ADAM_BETAS = (0.9, 0.999)
+ADAM_EPS = 6.25e-10
+"""As in Gao et al. 2024. The loss is a fraction of variance, so gradients of rare latents are far below 1e-8."""
+
 Config = TypeVar("Config", bound="TrainConfig")
 
 
@@ -78,12 +85,17 @@ class TrainConfig:
             or bf16 (fastest: weights are kept in two halves of 16 bits, and no bit of them is lost).
         moments: float32, or bf16: half the memory of Adam's moments, rounded stochastically. Approximate.
         lr: Peak learning rate of Adam. Default: 8e-4 / sqrt(d_sae / 16384).
-        warmup_steps: Steps of linear rise of the learning rate; no more than there are. Default: 5 % of the steps, 1000
-            at most.
+        betas: Decay of the moments of Adam. Default: 0.9 and 0.999.
+        eps: Added to the root of Adam's second moment, of gradients of a loss that is a fraction of the variance.
+            Default: 6.25e-10.
+        warmup_steps: Steps of rise of the learning rate; no more than there are. Default: 5 % of the steps, 1000 at
+            most.
+        warmup: How it rises: linear, or cosine, which begins and ends slowly. Default: linear.
+        warmup_start: Fraction of lr that the rise begins above. Default: 0.
         decay_fraction: Last fraction of the steps, in which the learning rate falls linearly to 0. Where it overlaps
-            the rise, the lower of both holds.
+            the rise, the lower of both holds. Default: 0.2.
         clip_norm: Largest global norm of the gradient. Default: no clipping.
-        auxk_alpha: Weight of the auxiliary loss that revives dead latents; 0 turns it off.
+        auxk_alpha: Weight of the auxiliary loss that revives dead latents; 0 turns it off. Default: 1 / 32.
         k_aux: Dead latents that the auxiliary loss uses for each token. Default: d_in / 2, 1024 and d_sae at most.
         dead_after_tokens: A latent is dead when it was active on none of this many tokens; with more than tokens none
             ever is. Default: tokens / 10, 10 million at most.
@@ -107,12 +119,16 @@ class TrainConfig:
     precision: Precision = field(default="float32", kw_only=True)
     moments: Literal["float32", "bf16"] = field(default="float32", kw_only=True)
     lr: LeftOpen[PositiveFloat] = left_open(lambda config: default_lr(config.d_sae))
+    betas: LeftOpen[Annotated[tuple[Annotated[float, DECAY], ...], Length(2)]] = left_open(ADAM_BETAS)
+    eps: LeftOpen[Annotated[float, ABOVE_ZERO]] = left_open(ADAM_EPS)
     warmup_steps: LeftOpen[Annotated[NonNegativeInt, AtMost("steps", "the steps of this training")]] = left_open(
         lambda config: min(1000, config.steps // 20)
     )
-    decay_fraction: Fraction = field(default=0.2, kw_only=True)
+    warmup: LeftOpen[Literal["linear", "cosine"]] = left_open("linear")
+    warmup_start: LeftOpen[Fraction] = left_open(0.0)
+    decay_fraction: LeftOpen[Fraction] = left_open(0.2)
     clip_norm: PositiveFloat | None = field(default=None, kw_only=True)
-    auxk_alpha: NonNegativeFloat = field(default=1 / 32, kw_only=True)
+    auxk_alpha: LeftOpen[NonNegativeFloat] = left_open(1 / 32)
     k_aux: LeftOpen[Annotated[PositiveInt, AtMost("d_sae")]] = left_open(
         lambda config: min(1024, max(1, config.d_in // 2), config.d_sae)
     )
@@ -133,8 +149,9 @@ class TrainConfig:
         object.__setattr__(self, "arch", settings_of(self.arch))
         architecture = architecture_of(self.arch)
         check_own_names(architecture, (each.name for each in fields(self)))
-        weights = [term.weight_in(self.arch, self) for term in architecture.terms]
-        if not any(weights):
+        open_weights = [term for term in architecture.terms if getattr(self, str(term.weight), 0) is None]
+        weights = [term.weight_in(self.arch, self) for term in architecture.terms if term not in open_weights]
+        if not any((*weights, *open_weights)):
             raise ConfigError(f"arch: the terms of the loss of {architecture.title} all have the weight 0.")
 
     @property

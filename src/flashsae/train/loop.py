@@ -19,7 +19,7 @@ from flashsae.errors import DataEndedError, FlashSAEError
 from flashsae.logs.callback import Callback
 from flashsae.logs.records import Records
 from flashsae.neutral import neutral
-from flashsae.optim import lr_factor
+from flashsae.optim import learning_rate
 from flashsae.sae.module import SAE
 from flashsae.sae.step import Step, join_sites
 from flashsae.train.checkpoint import save_checkpoint
@@ -46,7 +46,7 @@ def train_step(state: TrainState, batch: Batch, config: TrainConfig) -> dict[str
     needs_dead = any(term.of_dead_latents and term.weight_in(config.arch, config) for term in terms)
     tokens = len(next(iter(batch.values())))
     capacity = state.dead.capacity(state.step, tokens) if needs_dead else 0
-    state.optimizer.param_groups[0]["lr"].fill_(_learning_rate(state.step, config))  # that of all groups
+    state.optimizer.param_groups[0]["lr"].fill_(learning_rate(state.step, config))  # that of all groups
     state.sae.set_progress(Progress(state.step, config.steps, config.seed))
 
     def compute(batch: Batch) -> dict[str, Tensor]:
@@ -55,11 +55,6 @@ def train_step(state: TrainState, batch: Batch, config: TrainConfig) -> dict[str
     metrics = state.captured(compute, batch, (capacity, scale, state.sae.width))
     state.step += 1
     return metrics
-
-
-def _learning_rate(step: int, config: TrainConfig) -> float:
-    decay_steps = round(config.decay_fraction * config.steps)
-    return config.lr * lr_factor(step, config.steps, config.warmup_steps, decay_steps)
 
 
 def _scaled(acts: Tensor, scale: float) -> Tensor:
@@ -195,7 +190,7 @@ class _Run:
             self._log(wait=True, is_measured=is_new)
             self._save()
         tokens = state.step * config.batch_tokens
-        rate = _learning_rate(state.step - 1, config) / config.lr
+        rate = learning_rate(state.step - 1, config) / config.lr
         self.warn(
             f"{reason} The SAE is that of {tokens:,} tokens, not {config.tokens:,}: step {state.step:,} of "
             f"{config.steps:,}, where the learning rate was {rate:.0%} of its peak. With tokens={tokens} it falls to 0 "
@@ -231,7 +226,7 @@ class _Run:
         known = {
             "step": state.step,
             "tokens": state.step * config.batch_tokens,
-            "lr": _learning_rate(state.step - 1, config),
+            "lr": learning_rate(state.step - 1, config),
             "tokens_per_second": self._clock.rate(state.step, config.batch_tokens),
         }
         self._records.add(known, {**self.metrics, "dead_latents": state.dead.mask().sum()})

@@ -72,7 +72,7 @@ def check_selection(config: TrainConfig, device: torch.device) -> None:
     """Raise ConfigError if a token would select more latents than the kernels of the device can."""
     most = architecture_of(config.arch).most
     selected = None if most is None else most(config.arch)
-    for name, value in (("k", selected), ("k_aux", config.k_aux if config.auxk_alpha else None)):
+    for name, value in (("k", selected), ("k_aux", config.k_aux if config.auxk_alpha != 0 else None)):
         if value is not None and value > LARGEST_K and runs_kernels(device):
             raise ConfigError(
                 f"{name}: expected at most {LARGEST_K} on a GPU, got {value}. FLASHSAE_BACKEND=reference takes any."

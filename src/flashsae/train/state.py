@@ -134,6 +134,8 @@ def build_optimizer(sae: SAE, config: TrainConfig) -> FactoredAdam:
             for unit_norm, names in _groups(sae).items()
         ],
         config.lr,
+        betas=(config.betas[0], config.betas[1]),
+        eps=config.eps,
         split_weights=config.precision == "bf16",
         state_dtype=torch.bfloat16 if config.moments == "bf16" else torch.float32,
     )
