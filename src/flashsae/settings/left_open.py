@@ -43,8 +43,11 @@ def fill(settings: Settings, *, but: Iterable[str] = (), before: Mapping[str, An
         but: names that stay open.
         before: defaults by name that go before those at the fields: values, or functions of the settings.
     Raises:
-        ConfigError: a setting is above its bound.
+        ConfigError: a setting is above its bound, or `before` has a name that cannot be left open.
     """
+    for name in before or ():
+        if not any(each.name == name and _DEFAULT in each.metadata for each in fields(settings)):  # type: ignore[arg-type]
+            raise ConfigError(f"{name}: expected defaults of settings that may be left open, and this is none.")
     for each in fields(settings):  # type: ignore[arg-type]
         default = (before or {}).get(each.name, each.metadata.get(_DEFAULT))
         if getattr(settings, each.name) is None and default is not None and each.name not in but:

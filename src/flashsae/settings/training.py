@@ -149,9 +149,8 @@ class TrainConfig:
         object.__setattr__(self, "arch", settings_of(self.arch))
         architecture = architecture_of(self.arch)
         check_own_names(architecture, (each.name for each in fields(self)))
-        open_weights = [term for term in architecture.terms if getattr(self, str(term.weight), 0) is None]
-        weights = [term.weight_in(self.arch, self) for term in architecture.terms if term not in open_weights]
-        if not any((*weights, *open_weights)):
+        is_open = [getattr(self, str(term.weight), 0) is None for term in architecture.terms]
+        if not any(there or term.weight_in(self.arch, self) for there, term in zip(is_open, architecture.terms)):
             raise ConfigError(f"arch: the terms of the loss of {architecture.title} all have the weight 0.")
 
     @property
