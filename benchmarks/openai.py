@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashsae.bench.dense import AutogradStep, autocast, backward
-from flashsae.bench.peers import Peer, load, state_of
+from flashsae.bench.dense import AutogradStep, autocast, backward, load, state_of
+from flashsae.bench.peers import Peer
 from flashsae.bench.problem import Problem
 from flashsae.errors import require
 
@@ -65,5 +65,6 @@ def openai(problem: Problem) -> AutogradStep:
 
 
 OPENAI = Peer(
-    "OpenAI", "sparse_autoencoder", "fp16", openai, "pip install git+https://github.com/openai/sparse_autoencoder"
-)
+    "OpenAI", "sparse_autoencoder", "fp16", openai,
+    install="pip install git+https://github.com/openai/sparse_autoencoder",
+)  # fmt: skip

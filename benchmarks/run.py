@@ -1,4 +1,4 @@
-"""Measure the operations and whole steps: `python -m benchmarks.run ops paper sweep step scale ablation`.
+"""Measure the operations and whole steps: `python -m benchmarks.run ops paper sweep step scale architectures ablation`.
 
 Appends one JSON line for each result and prints a table. A result that a float64 computation contradicts is not timed.
 """
@@ -49,7 +49,7 @@ def _is_there(case: Case) -> bool:
 
 @app.default
 def main(
-    *groups: Literal["ops", "paper", "sweep", "step", "scale", "ablation", "all"],
+    *groups: Literal["ops", "paper", "sweep", "step", "scale", "architectures", "ablation", "all"],
     sizes: str = ",".join(NAMED),
     only: str = "",
     out: Path | None = None,
@@ -61,9 +61,11 @@ def main(
 
     Args:
         groups: "ops" (stages and whole passes in bf16, peers beside them), "paper" (certified float32), "sweep"
-            (against d_sae, k and d_in), "step" (whole training steps), "scale" (these against d_sae), "ablation" (from
-            dense PyTorch to ours, one technique at a time), or "all". None: ops.
-        sizes: sizes of the groups ops, step (which alone has 1M) and ablation (which has only M and L), by comma.
+            (against d_sae, k and d_in), "step" (whole training steps), "scale" (these against d_sae), "architectures"
+            (steps of every architecture, in turn with TopK's), "ablation" (from dense PyTorch to ours, one technique at
+            a time), or "all". None: ops.
+        sizes: sizes of the groups ops, step (which alone has 1M), architectures and ablation (which have only M and L),
+            by comma.
         only: measure only cases whose name holds this text.
         out: file to append JSON lines to. Default: ops.jsonl and step.jsonl under benchmarks/results.
         peers: measure the peers that are installed.

@@ -26,19 +26,19 @@ VARIANTS = {
 AT_XL = (PYTORCH.name, OPENAI.name)  # others need more memory there than there is
 
 
-def our_step(size: Size, variant: Variant, dead_fraction: float = 0.0) -> Subject:
-    """Return our step by stage."""
+def our_step(size: Size, variant: Variant, dead_fraction: float = 0.0, beside: str = "") -> Subject:
+    """Return our step by stage; beside it, in turn, that of an architecture."""
     size.forget()
     dead = round(dead_fraction * size.shape.d_sae)
     ceilings = size.ceilings(variant.precision)
-    case = StepCase(variant.precision, partial(build_ours, variant=variant), variant.arch, dead, ceilings)
+    case = StepCase(variant.precision, partial(build_ours, variant=variant), variant.arch, dead, ceilings, beside)
     return case.subject(size.shape, size.device)
 
 
-def whole_step(size: Size, build: Callable[[Problem], WholeStep], precision: str) -> Subject:
+def whole_step(size: Size, build: Callable[[Problem], WholeStep], precision: str, arch: str = "topk") -> Subject:
     """Return the step of some implementation."""
     size.forget()
-    return StepCase(precision, build).subject(size.shape, size.device)
+    return StepCase(precision, build, arch).subject(size.shape, size.device)
 
 
 def peer_case(peer: Peer, at: tuple[str, ...] | None = None, name: str = "") -> Case:

@@ -24,7 +24,7 @@ from benchmarks.registry import GROUPS
 from benchmarks.session import RESULTS
 
 from flashsae import ops
-from flashsae.bench.measure import Record, measure
+from flashsae.bench.measure import OURS, Record, measure
 from flashsae.bench.problem import make_problem
 from flashsae.bench.setups import Shape, tiny
 
@@ -83,6 +83,19 @@ def test_every_operation_is_right(name: str) -> None:
     case = next(case for case in GROUPS["ops"].cases if case.name == name)
     record = measure(lambda: case.build(Size(tiny(shape), device, 1e-9, {})), device, 1e-9)
     assert record["status"].startswith("ok"), record
+
+
+STEPS = {case.name: case for case in GROUPS["architectures"].cases if case.peer is None}
+
+
+@pytest.mark.parametrize("name", [name for name in STEPS if "compiled" not in name])
+def test_every_step_is_right(name: str) -> None:
+    shape = Shape(STEPS[name].at[0], 16, 12, 64, 4)
+    subject = STEPS[name].build(Size(shape, torch.device("cpu"), 1e-9, {}))
+    assert subject.check() == ""
+    if name.startswith(OURS):
+        assert float(subject.beside[1]()(0)) > 0
+        assert subject.figures({"median_ms": 1.0})["l0"] == pytest.approx(shape.k, rel=0.5)
 
 
 @pytest.mark.parametrize("name", GROUPS)

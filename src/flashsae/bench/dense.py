@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flashsae.architecture import Progress, architecture_of
 from flashsae.bench.problem import Problem
@@ -66,6 +66,23 @@ def autocast(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> torch
     return torch.autocast(device.type, dtype)
 
 
+def state_of(module: nn.Module) -> tuple[Tensor, ...]:
+    """Return the parameters and buffers of a module."""
+    return (*module.parameters(), *module.buffers())
+
+
+@torch.no_grad()
+def load(*pairs: tuple[Tensor, Tensor]) -> None:
+    """Copy weights: pairs of theirs and ours."""
+    for theirs, ours in pairs:
+        theirs.copy_(ours)
+
+
+def sum_per_token(value: float, x: Tensor) -> float:
+    """Return the sum of squared errors of which the mean over tokens is known."""
+    return value * len(x)
+
+
 def adam(weights: Sequence[Tensor], W_dec: Tensor, *, unit_norm: bool = True) -> Callable[[], None]:
     """Return the update by fused `torch.optim.Adam`, which keeps the rows of W_dec at norm 1 unless told otherwise."""
     lr, fused = default_lr(len(W_dec)), W_dec.is_cuda
@@ -97,7 +114,7 @@ def dense_pytorch(problem: Problem, precision: str = "bf16", *, compiled: bool =
     architecture, sites = architecture_of(problem.arch), problem.sites  # the problem itself is to be let go
     rows = {row.name: row for row in architecture.parameters}
     params = {name: value.clone().requires_grad_(rows[name].trained) for name, value in problem.params.items()}
-    W_dec, dense, settings = params["W_dec"], oracle(architecture.name), _settings(problem)
+    W_dec, dense, settings = params["W_dec"], oracle(problem.arch_name), _settings(problem)
     variance = token_variance(sites.written(problem.xs[0]))
     weights = {term.name: term.weight_in(problem.arch) for term in architecture.terms if term.name in dense.terms}
     first: list[Tensor] = []  # of the terms of the last loss

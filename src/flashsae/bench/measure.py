@@ -42,6 +42,7 @@ class Subject:
         settings: the context in which it is to be checked and run.
         capturable: whether it can run as a CUDA graph. Then the time is that of replays, so of the GPU alone.
         reference: name and run of what takes turns with it, so that both see the same clocks and temperature.
+        beside: the same, but made only when its own memory is known, and timed with it once more.
     """
 
     run: Callable[[int], Any]
@@ -51,6 +52,7 @@ class Subject:
     settings: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
     capturable: bool = False
     reference: tuple[str, Callable[[int], Any]] | None = None
+    beside: tuple[str, Callable[[], Callable[[int], Any]]] | None = None
 
 
 def measure(build: Callable[[], Subject], device: torch.device, seconds: float) -> Record:
@@ -101,6 +103,10 @@ def _measured(build: Callable[[], Subject], device: torch.device, seconds: float
             name = subject.reference[0]
             record[f"{name}_ms"] = beside[0].median_ms
             record[f"ratio_to_{name}"] = timed.median_ms / beside[0].median_ms
+        if subject.beside:
+            name, make = subject.beside
+            timed, other = time_runs([subject.run, make()], device, seconds)
+            record |= {f"{name}_ms": other.median_ms, f"ratio_to_{name}": timed.median_ms / other.median_ms}
         return record | subject.figures(record)
 
 
@@ -160,6 +166,7 @@ class StepCase:
         arch: its architecture, by name or as settings.
         dead: latents that never fire.
         ceilings: measured on the device; with these, and on a GPU, the record of ours has "stages".
+        beside: the name of an architecture whose step by us takes turns with it.
     """
 
     precision: str
@@ -167,6 +174,7 @@ class StepCase:
     arch: object = "topk"
     dead: int = 0
     ceilings: Ceilings | None = None
+    beside: str = ""
 
     def subject(self, shape: Shape, device: torch.device) -> Subject:
         """Make the step of one size ready; all that it allocates counts as its memory, graphs and inputs included."""
@@ -191,7 +199,13 @@ class StepCase:
         def check() -> str:
             return check_step(step, xs[0], expected, self.precision)
 
-        return Subject(run, check, None, figures, step.settings)
+        def other() -> Callable[[int], Tensor]:
+            problem = make_problem(shape, torch.float32, device, tied=True, arch=self.beside)
+            xs, step = problem.xs, build_ours(problem, Variant(arch=self.beside))
+            return lambda i: step.run(xs[i % len(xs)])
+
+        beside = (self.beside, other) if self.beside else None
+        return Subject(run, check, None, figures, step.settings, beside=beside)
 
 
 def _stage_times(step: OurStep, xs: tuple[Tensor, ...], step_ms: float) -> dict[str, float] | str:
@@ -219,8 +233,8 @@ def measure_ours(
     return measure(lambda: case.subject(shape, device), device, seconds)
 
 
-def measure_peer(peer: Peer, shape: Shape, device: torch.device, seconds: float) -> Record:
-    """Measure another implementation, if it is installed."""
+def measure_peer(peer: Peer, shape: Shape, device: torch.device, seconds: float, arch: str = "topk") -> Record:
+    """Measure another implementation of an architecture, if it is installed."""
     if not peer.is_installed:
         return {"status": "not installed", "why": peer.install}
-    return measure(lambda: StepCase(peer.precision, peer.build).subject(shape, device), device, seconds)
+    return measure(lambda: StepCase(peer.precision, peer.build, arch).subject(shape, device), device, seconds)

@@ -61,6 +61,11 @@ class Problem:
         return {**dict(zip(("W_enc_T", "b_enc", "W_dec", "b_dec"), self.weights)), **self.others}
 
     @property
+    def arch_name(self) -> str:
+        """Name of the architecture."""
+        return architecture_of(self.arch).name
+
+    @property
     def device(self) -> torch.device:
         """Where the tensors are."""
         return self.W_dec.device
@@ -144,7 +149,7 @@ def dense_squared_error(problem: Problem, products: str = "ieee") -> float:
         problem: whose weights, input and architecture.
         products: arithmetic of float32 products on a GPU, as in `float32_products`.
     """
-    dense, x = oracle(architecture_of(problem.arch).name), problem.xs[0]
+    dense, x = oracle(problem.arch_name), problem.xs[0]
     rows = max(1, DENSE_ELEMENTS // problem.shape.d_sae) if dense.by_token else len(x)
     total, sites = 0.0, problem.sites
     with float32_products(products):

@@ -65,6 +65,11 @@ class Sites:
     d_in: int
     d_out: int
 
+    @property
+    def transcodes(self) -> bool:
+        """Whether other activations are written than are read."""
+        return sum(self.widths.values()) > self.d_in
+
     def batch(self, x: Tensor) -> dict[str, Tensor]:
         """Return the activations by site, views."""
         return dict(zip(self.widths, torch.split(x, list(self.widths.values()), dim=1)))
@@ -99,6 +104,11 @@ def arch_settings(arch: object, shape: Shape) -> Any:
     names = {field.name for field in fields(architecture_named(arch).settings)}
     given = {name: value(shape) for name, value in SETTINGS.items() if name in names}
     return settings_of(arch, **given)
+
+
+def base_name(arch: str) -> str:
+    """Return the name of the selection of an architecture, which may be composed: jump_relu of transcoder:jump_relu."""
+    return arch.rpartition(":")[2]
 
 
 def threshold(shape: Shape) -> float:
