@@ -101,6 +101,20 @@ DENSE_ABOVE = {torch.bfloat16: 1 / 64, torch.float16: 1 / 64, torch.float32: 1 /
 """Density k / d_sae above which matrix products of the dense code are faster than gathers, by dtype of the weights."""
 
 
+DENSE_ABOVE_ON_CPU = 1 / 8
+"""The same where plain PyTorch runs, for codes above a threshold: the density from which a full code trains faster."""
+
+
+def crossover(weights: torch.Tensor) -> float:
+    """Return the density above which codes above a threshold are taken as full ones; FLASHSAE_DENSE_ABOVE overrides it.
+
+    Raises:
+        ConfigError: FLASHSAE_DENSE_ABOVE is no number from 0 to 1.
+    """
+    kernels = use_kernels(weights)
+    return _dense_above(DENSE_ABOVE.get(weights.dtype, 1.0) if kernels else DENSE_ABOVE_ON_CPU)
+
+
 def use_dense(k: int | torch.SymInt, d_sae: int, weights: torch.Tensor) -> bool:
     """Return whether k of d_sae latents a token is dense enough for matrix products. Said once in the log.
 

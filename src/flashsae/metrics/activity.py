@@ -27,12 +27,17 @@ def count_active(counts: Int[Tensor, " d_sae"], code: SparseCode) -> Int[Tensor,
         counts: int64.
         code: of some tokens.
     """
+    if code.pattern.is_full:
+        return counts.add_((code.acts != 0).sum(0))
     latents, is_active = _places(code)
     return counts.scatter_add_(0, latents, is_active.long())
 
 
 def active_entries(code: SparseCode) -> tuple[Tensor, Tensor, Tensor]:
     """Return token, latent and value of each active entry of a code: [n] each, by token. Waits for the device."""
+    if code.pattern.is_full:
+        tokens, latents = (code.acts != 0).nonzero().unbind(1)
+        return tokens, latents, code.acts[tokens, latents]
     latents, is_active = _places(code)
     active = is_active.nonzero()[:, 0]
     return code.pattern.tokens[active].long(), latents[active], code.acts.flatten()[active]

@@ -96,7 +96,9 @@ class SparseCode:
     def to_dense(self) -> Tensor:
         """Return latent_acts, [..., d_sae]: many times the memory of the code. Differentiable by `acts`."""
         pattern, B, d_sae = self.pattern, self.pattern.B, self.d_sae
-        if pattern.starts is None:
+        if pattern.is_full:
+            dense = self.acts
+        elif pattern.starts is None:
             dense = self.acts.new_zeros(B, d_sae).scatter_add(1, pattern.latents.long(), self.acts)
         else:
             places = torch.where(pattern.latents < d_sae, pattern.tokens.long() * d_sae + pattern.latents, B * d_sae)

@@ -104,7 +104,7 @@ def materialize(parameters: Tensor | Iterable[Tensor]) -> None:
 
 def is_dense(rows: Tensor, pattern: Pattern) -> bool:
     """Tell whether gradients of rows by a code are matrix products, which need no index."""
-    return use_kernels(rows) and use_dense(pattern.width, pattern.d_sae, rows)
+    return pattern.is_full or (use_kernels(rows) and use_dense(pattern.width, pattern.d_sae, rows))
 
 
 def weight_gradient(
@@ -123,7 +123,7 @@ def weight_gradient(
         does not come for free.
     """
     if is_dense(rows, pattern):
-        grad, sums = dense.latent_rows(pattern, coeffs, rows, with_sums)
+        grad, sums = dense.latent_rows(pattern, coeffs, dense.operand(rows, coeffs), with_sums)
         return FactoredGradient([RowFactor(grad, None)], like) if as_factor else grad.to(like.dtype), sums
     if as_factor:
         # a graph behind them would stay alive until they are used
@@ -143,10 +143,10 @@ def share(pattern: Pattern, output: Tensor) -> None:
         node.pattern = pattern
 
 
-def pattern_of(ctx: Any, tensors: Sequence[Tensor], d_sae: int) -> Pattern:
-    """Return the pattern that was shared with a backward pass, or one of the tensors that it saved."""
+def pattern_of(ctx: Any, tensors: Sequence[Tensor], d_sae: int, rows: Tensor) -> Pattern:
+    """Return the pattern that was shared with a backward pass, or one of the tensors that it saved; rows: [B, ...]."""
     shared: Pattern | None = getattr(ctx, "pattern", None)
-    return shared if shared is not None else Pattern(tensors[0], d_sae, *tensors[1:])
+    return shared if shared is not None else Pattern.of_tensors(tensors, d_sae, rows)
 
 
 def take_rows(weights: Tensor, latents: Tensor, slots: Tensor) -> Tensor:

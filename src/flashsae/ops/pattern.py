@@ -1,15 +1,16 @@
-"""Which latents of which token (the pattern), and the same by latent (its index)."""
+"""Which latents of which token (the pattern), and the same by latent on request (its index)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from flashsae.errors import ConfigError, DtypeError, ShapeError
+from flashsae.ops.latent_index import LatentIndex as LatentIndex
+from flashsae.ops.latent_index import check_index as check_index
 from flashsae.ops.validate import (
     as_int,
     check_device,
@@ -20,92 +21,11 @@ from flashsae.ops.validate import (
 from flashsae.profiling import part
 
 
-class LatentIndex(NamedTuple):
-    """Lists of code entries by latent (CSC). An entry is a place in the flattened latents of a pattern.
-
-    Args:
-        entries: [capacity], int64, by latent, then by token. Places that are not used stand at the end.
-        latents: [capacity], int32. Latent of each of them, ascending; d_sae where a place is not used.
-        offsets: [d_sae + 1], int32. Latent i owns entries[offsets[i]:offsets[i + 1]].
-        k: entries of each token, so entry e belongs to token e // k; None where tokens differ.
-        tokens: [capacity], int32. Token of each of `entries`; None where k tells.
-    """
-
-    entries: Tensor
-    latents: Tensor
-    offsets: Tensor
-    k: int | None
-    tokens: Tensor | None = None
-
-    @property
-    def entry_tokens(self) -> Tensor:
-        """Token of each of `entries`, whatever the kind of code: [capacity], ascending within a latent."""
-        if self.tokens is not None:
-            return self.tokens
-        assert self.k is not None
-        return self.entries // self.k
-
-    @property
-    def by_entry(self) -> Tensor:
-        """Latent of each place of the code: [capacity], int64, d_sae where it is not used."""
-        return torch.empty_like(self.entries).scatter_(0, self.entries, self.latents.long())
-
-    @property
-    def counts(self) -> Tensor:
-        """Entries of each latent: [d_sae], int32."""
-        return self.offsets.diff()
-
-    @property
-    def d_sae(self) -> int:
-        """Number of latents."""
-        return self.offsets.shape[0] - 1
-
-    @property
-    def lists(self) -> list[Tensor]:
-        """The tensors, as operators take them; `of_lists` puts them together again."""
-        return [*self[:3], *([] if self.tokens is None else [self.tokens])]
-
-    @classmethod
-    def of_lists(cls, lists: Sequence[Tensor], coeffs: Tensor) -> LatentIndex:
-        """Return the index whose `lists` these are; coefficients of a code have its shape."""
-        entries, latents, offsets, *tokens = lists
-        return cls(entries, latents, offsets, None if tokens else coeffs.shape[1], *tokens)
-
-    @classmethod
-    def of_entries(
-        cls, latents: Tensor, d_sae: int, *, k: int | None = None, tokens: Tensor | None = None
-    ) -> LatentIndex:
-        """Sort entries by latent; equal latents keep their order.
-
-        Args:
-            latents: [capacity], int32 | int64, in [0, d_sae]; d_sae stands for no latent.
-            d_sae: number of latents.
-            k, tokens: either k, or the token of each entry, [capacity].
-        """
-        narrow = torch.int16 if d_sae < 2**15 else torch.int32  # half the bits, half the passes of a radix sort
-        keys, entries = torch.sort(latents.to(narrow), stable=True)
-        ordered = keys.to(torch.int32)
-        bounds = torch.arange(d_sae + 1, dtype=torch.int32, device=ordered.device)
-        offsets = torch.searchsorted(ordered, bounds, out_int32=True)
-        return cls(entries, ordered, offsets, k, None if tokens is None else tokens.to(torch.int32)[entries])
-
-    def part(self, start: int, stop: int) -> LatentIndex:
-        """Return the lists of the latents from start to stop alone: of an incomplete code. Waits for a GPU."""
-        first, last = (int(self.offsets[latent]) for latent in (start, stop))
-        latents, offsets = self.latents[first:last] - start, self.offsets[start : stop + 1] - first
-        tokens = None if self.tokens is None else self.tokens[first:last]
-        return LatentIndex(self.entries[first:last], latents, offsets, self.k, tokens)
-
-
-def check_index(index: LatentIndex) -> None:
-    """Raise DtypeError unless this is an index."""
-    if not isinstance(index, LatentIndex):
-        raise DtypeError(f"index: expected a LatentIndex, from Pattern.index, got {type(index).__name__}.")
-
-
 @dataclass(frozen=True, eq=False)
 class Pattern:
     """Which latents of which token. Two kinds: the same number k for every token, or a number that varies.
+
+    A full pattern is of the first kind: every latent of every token. Operations take its codes as dense matrices.
 
     Args:
         latents: fixed k: [B, k], int32 | int64, each in [0, d_sae). Varying: [capacity], int32, by token, then
@@ -114,15 +34,17 @@ class Pattern:
         starts: [B + 1], int32: token t owns latents[starts[t]:starts[t + 1]]. None for fixed k.
         count: scalar, int64, on the device: how many entries were wanted; more than the capacity if it overflowed, when
             the first of them are there. None where the capacity is exact by construction.
+        is_full: whether it is that of `Pattern.full`, latents 0, 1, ... of each token in this order.
 
-    `Pattern.topk` and `Pattern.rows` make one of somebody's own indices and check them; this constructor looks at
-    shapes alone.
+    `Pattern.topk` and `Pattern.rows` make one of somebody's own indices and check them, `Pattern.full` one of all
+    latents; this constructor looks at shapes alone.
     """
 
     latents: Tensor
     d_sae: int
     starts: Tensor | None = None
     count: Tensor | None = None
+    is_full: bool = False
     _built: list[tuple[LatentIndex, tuple[int | None, ...]]] = field(default_factory=list, init=False, repr=False)
     # the index once somebody has asked for it, and how often its memory had been written to by then
     _ordered: list[tuple[Pattern, Tensor, tuple[int | None, ...]]] = field(default_factory=list, init=False, repr=False)
@@ -132,7 +54,7 @@ class Pattern:
         check_shape("latents", self.latents, ("B", "k") if self.starts is None else ("capacity",))
         if self.starts is not None:
             check_shape("starts", self.starts, ("B + 1",))
-        if has_values(self.latents) and self.latents.numel() >= 2**31:
+        if not self.is_full and has_values(self.latents) and self.latents.numel() >= 2**31:
             raise ShapeError(f"latents: expected fewer than 2**31, got {self.latents.numel()}: use fewer tokens.")
 
     @classmethod
@@ -174,6 +96,33 @@ class Pattern:
         if latents.device.type == "cpu" and has_values(latents):
             _check_rows(pattern)
         return pattern
+
+    @classmethod
+    def full(
+        cls, B: int, d_sae: int, *, device: torch.device | str | None = None, count: Tensor | None = None
+    ) -> Pattern:
+        """Return the pattern of every latent of every token, whose codes have acts [B, d_sae]: no memory for latents.
+
+        Args:
+            B: number of tokens.
+            d_sae: number of latents.
+            device: of the acts; None is the default device.
+            count: how many of the entries were wanted, for whoever goes by it: a scalar, int64, on the device.
+        Raises:
+            ConfigError, DtypeError: B or d_sae is no such number.
+        """
+        B, d_sae = as_int("B", B), _as_d_sae(d_sae)
+        if B < 0:
+            raise ConfigError(f"B: expected a number of tokens, got {B}.")
+        latents = torch.arange(d_sae, dtype=torch.int64, device=device).expand(B, d_sae)
+        return cls(latents, d_sae, None, count, is_full=True)
+
+    @classmethod
+    def of_tensors(cls, tensors: Sequence[Tensor], d_sae: int, rows: Tensor) -> Pattern:
+        """Return the pattern whose `tensors` these are; `rows` has one for each token."""
+        if not tensors:
+            return cls.full(len(rows), d_sae, device=rows.device)
+        return cls(tensors[0], d_sae, tensors[1] if len(tensors) > 1 else None)
 
     @property
     def B(self) -> int:
@@ -224,7 +173,9 @@ class Pattern:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """Latents, and starts where there are any, as operators take them."""
+        """Latents, and starts where there are any, as operators take them; none of a full pattern."""
+        if self.is_full:
+            return []
         return [self.latents] if self.starts is None else [self.latents, self.starts]
 
     @property
@@ -232,7 +183,7 @@ class Pattern:
         """The lists by latent: built once, for whoever asks first, and again after somebody has written to the memory.
 
         Cost: one stable sort of as many keys of 32 bits, or 16, as there are places, and a binary search for each
-            latent. No wait for the device.
+            latent. No wait for the device. Of a full pattern no sort, but B·d_sae numbers: nothing here asks for it.
         Source: compressed sparse columns; ours: the lists serve every latent-major pass of a step.
         """
         versions = tuple(_version(tensor) for tensor in self.tensors)
@@ -240,10 +191,7 @@ class Pattern:
             if known == versions and self._is_of(index, versions):
                 return index
         with part("index"):
-            tokens = None if self.starts is None else self.tokens
-            index = self._moved_index() or LatentIndex.of_entries(
-                self.latents.reshape(-1), self.d_sae, k=self.k, tokens=tokens
-            )
+            index = self._moved_index() or self._sorted()
         self._built[:] = [(index, versions)]
         return index
 
@@ -267,12 +215,25 @@ class Pattern:
                 return index._replace(entries=new.flatten()[index.entries])
         return None
 
+    def _sorted(self) -> LatentIndex:
+        if not self.is_full:
+            tokens = None if self.starts is None else self.tokens
+            return LatentIndex.of_entries(self.latents.reshape(-1), self.d_sae, k=self.k, tokens=tokens)
+        if self.capacity >= 2**31:
+            raise ShapeError(f"index: expected fewer than 2**31 entries, got {self.capacity}: use fewer tokens.")
+        device = self.latents.device
+        entries = torch.arange(self.capacity, dtype=torch.int64, device=device).view(self.B, self.d_sae).T.reshape(-1)
+        numbers = torch.arange(self.d_sae + 1, dtype=torch.int32, device=device)
+        return LatentIndex(entries, numbers[:-1].repeat_interleave(self.B), numbers * self.B, self.d_sae)
+
     def _is_of(self, index: LatentIndex, versions: tuple[int | None, ...]) -> bool:
         """Tell whether an index is still that of this pattern.
 
         Writes through .data or NumPy are not counted, nor any in inference mode: on the CPU the numbers tell. A GPU
         would make the host wait: there an index is built again where nothing is counted.
         """
+        if self.is_full:  # nobody can write to latents that stand for those of all tokens
+            return True
         if self.latents.device.type != "cpu":
             return None not in versions
         if not has_values(self.latents):
@@ -282,7 +243,8 @@ class Pattern:
 
     def check(self, name: str = "latents") -> None:
         """Raise ShapeError, on the CPU, if a latent is out of range: somebody may have written to them."""
-        check_indices(name, self.latents, self.d_sae + (self.starts is not None))
+        if not self.is_full:
+            check_indices(name, self.latents, self.d_sae + (self.starts is not None))
 
 
 def _as_d_sae(d_sae: int) -> int:

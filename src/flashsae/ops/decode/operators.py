@@ -20,21 +20,21 @@ from flashsae.ops.register import differentiate, operator
 from flashsae.ops.validate import compute_dtype
 
 
-def _pattern(tensors: list[Tensor], W: Tensor) -> Pattern:
-    return Pattern(tensors[0], W.shape[0], *tensors[1:])
+def _pattern(tensors: list[Tensor], W: Tensor, rows: Tensor) -> Pattern:
+    return Pattern.of_tensors(tensors, W.shape[0], rows)
 
 
 def _decode_fake(
     acts: Tensor, pattern: list[Tensor], W_dec: Tensor, b_dec: Tensor | None, rounded: bool, dtype: torch.dtype
 ) -> Tensor:
-    return W_dec.new_empty(_pattern(pattern, W_dec).B, W_dec.shape[1], dtype=dtype)
+    return W_dec.new_empty(_pattern(pattern, W_dec, acts).B, W_dec.shape[1], dtype=dtype)
 
 
 @operator(_decode_fake)
 def _decode(
     acts: Tensor, pattern: list[Tensor], W_dec: Tensor, b_dec: Tensor | None, rounded: bool, dtype: torch.dtype
 ) -> Tensor:
-    return _reconstruct(acts, _pattern(pattern, W_dec), _maybe_rounded(W_dec, rounded), b_dec, dtype)
+    return _reconstruct(acts, _pattern(pattern, W_dec, acts), _maybe_rounded(W_dec, rounded), b_dec, dtype)
 
 
 def _maybe_rounded(W_dec: Tensor, rounded: bool) -> Tensor:
@@ -42,6 +42,9 @@ def _maybe_rounded(W_dec: Tensor, rounded: bool) -> Tensor:
 
 
 def _reconstruct(acts: Tensor, pattern: Pattern, W_dec: Tensor, b_dec: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if pattern.is_full:
+        W = dense.operand(W_dec, acts) if dtype == W_dec.dtype else W_dec.to(compute_dtype(acts.dtype, W_dec.dtype))
+        return dense.decode(acts, pattern, W, b_dec).to(dtype)
     if not use_kernels(W_dec, acts):
         return reference.decode(acts, pattern, W_dec, b_dec).to(dtype)
     # a dense product is rounded to the dtype of W_dec, so it serves nobody who asks for more
@@ -53,13 +56,16 @@ def _reconstruct(acts: Tensor, pattern: Pattern, W_dec: Tensor, b_dec: Tensor | 
 
 
 def _decode_grad_acts_fake(grad_x_hat: Tensor, pattern: list[Tensor], W_dec: Tensor, dtype: torch.dtype) -> Tensor:
-    return grad_x_hat.new_empty(pattern[0].shape, dtype=dtype)
+    return grad_x_hat.new_empty(_pattern(pattern, W_dec, grad_x_hat).latents.shape, dtype=dtype)
 
 
 @operator(_decode_grad_acts_fake)
 def _decode_grad_acts(grad_x_hat: Tensor, pattern: list[Tensor], W_dec: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the gradient of the activations in `dtype`, a compute dtype; 0 in places that are not used."""
-    code = _pattern(pattern, W_dec)
+    code = _pattern(pattern, W_dec, grad_x_hat)
+    if code.is_full:
+        W = W_dec.to(dtype) if dtype == torch.float64 else dense.operand(W_dec)
+        return dense.decode_grad_acts(grad_x_hat, code, W).to(dtype)
     if dtype == torch.float64 or not use_kernels(W_dec):
         return reference.decode_grad_acts(grad_x_hat, code, W_dec, dtype)
     if use_dense(code.width, W_dec.shape[0], W_dec):
@@ -85,7 +91,7 @@ def _decode_backward(ctx: Any, grad_x_hat: Tensor) -> tuple[Tensor | list[None] 
         dtype = compute_dtype(acts.dtype, rows.dtype)
         grad_acts = torch.ops.flashsae.decode_grad_acts(grad_x_hat, tensors, rows, dtype).to(acts.dtype)
     if needs_W_dec:
-        pattern = pattern_of(ctx, tensors, W_dec.shape[0])
+        pattern = pattern_of(ctx, tensors, W_dec.shape[0], grad_x_hat)
         grad_W_dec, _ = weight_gradient(ctx.as_factor, pattern, acts, grad_x_hat, W_dec)
     if needs_b_dec:
         ones = grad_x_hat.new_ones(grad_x_hat.shape[0])
@@ -122,11 +128,11 @@ def _decode_loss(
     rounded: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     W_dec = _maybe_rounded(W_dec, rounded)
-    code = _pattern(pattern, W_dec)
+    code = _pattern(pattern, W_dec, acts)
     if use_kernels(W_dec, acts, target):
         from flashsae.ops.decode.launch import LARGEST_FUSED_K, launch_decode_loss, launch_residual
 
-        if use_dense(code.width, code.d_sae, W_dec):
+        if code.is_full or use_dense(code.width, code.d_sae, W_dec):
             x_hat = dense.product(acts, code, W_dec)
             errors, residual = launch_residual(x_hat, b_dec, target, token_weights)
             grad_acts = dense.decode_grad_acts(residual, code, W_dec)
@@ -168,7 +174,7 @@ def _loss_backward(ctx: Any, grad_errors: Tensor, *_others: Tensor) -> tuple[Ten
     acts, W_dec, residual, grad_acts, token_weights, wide_target, b_dec, *tensors = ctx.saved_tensors
     needs_acts, _, needs_W_dec, needs_b_dec, needs_target, *_ = ctx.needs_input_grad
     bias_dtype, target_dtype = ctx.dtypes
-    pattern = pattern_of(ctx, tensors, W_dec.shape[0])
+    pattern = pattern_of(ctx, tensors, W_dec.shape[0], acts)
     slope = -2 * grad_errors  # of the error of each token by its residual, without the residual
     if token_weights is not None:
         slope = slope * token_weights.to(slope.dtype)

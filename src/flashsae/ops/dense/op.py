@@ -1,4 +1,7 @@
-"""The same operations as dense matrix products, for codes so dense that gathering rows no longer pays."""
+"""The same operations as dense matrix products, for codes so dense that gathering rows no longer pays.
+
+Of a full code (`Pattern.full`) they are what the operations are, on every device: its acts are the dense code.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,29 @@ from flashsae.shapes import (
 _CODE_ELEMENTS = 1 << 26  # of the dense code in memory at once
 
 
+def operand(matrix: Tensor, *others: Tensor) -> Tensor:
+    """Return a matrix in the dtype of products with it: its own where kernels run, else the compute dtype of all."""
+    if use_kernels(matrix, *others):
+        return matrix
+    return matrix.to(compute_dtype(matrix.dtype, *(other.dtype for other in others)))
+
+
+def pre_acts(centred: Activations, W_enc_T: Weights, b_enc: LatentBias, precision: str) -> LatentActs:
+    """Return centred @ W_enc_T.T + b_enc: [B, d_sae], compute dtype; with kernels, in that precision of the product."""
+    dtype = compute_dtype(centred.dtype, W_enc_T.dtype)
+    if not use_kernels(centred, W_enc_T):
+        return F.linear(centred.to(dtype), W_enc_T.to(dtype), b_enc.to(dtype))
+    from flashsae.ops.encode.product import products_in
+
+    narrow = torch.bfloat16 if precision == "bf16" else dtype
+    x, weights = centred.to(narrow), W_enc_T.to(narrow)
+    result = torch.empty(len(x), len(weights), dtype=dtype, device=x.device)
+    with products_in(precision), part("dense products"):
+        for tokens in _parts(len(x), len(weights)) if narrow != dtype else [slice(0, len(x))]:
+            result[tokens] = x[tokens] @ weights.T
+    return result.add_(b_enc.to(dtype))
+
+
 def decode(acts: CodeActs, pattern: Pattern, W_dec: Weights, b_dec: InputBias | None) -> Activations:
     """Multiply the dense code by W_dec: -> [B, d_in], compute dtype. Code and product are rounded to that of W_dec."""
     x_hat = product(acts, pattern, W_dec)
@@ -35,7 +61,7 @@ def product(acts: CodeActs, pattern: Pattern, W_dec: Weights) -> Activations:
     """Multiply the dense code by W_dec: -> [B, d_in], dtype of W_dec."""
     x_hat = W_dec.new_empty(pattern.B, W_dec.shape[1])
     with part("dense products"):
-        for tokens in _parts(pattern):
+        for tokens in _parts_of(acts, pattern, W_dec):
             torch.mm(_code_of(acts, pattern, tokens, W_dec), W_dec, out=x_hat[tokens])
     return x_hat
 
@@ -43,12 +69,16 @@ def product(acts: CodeActs, pattern: Pattern, W_dec: Weights) -> Activations:
 def decode_grad_acts(grad_x_hat: Activations, pattern: Pattern, W_dec: Weights) -> CodeActs:
     """Multiply gradients by every row of W_dec and keep those of the code, as `acts`, compute dtype."""
     dtype = compute_dtype(W_dec.dtype)
+    if pattern.is_full and W_dec.dtype == dtype:
+        return grad_x_hat.to(dtype) @ W_dec.T
     empty = torch.empty if pattern.starts is None else torch.zeros  # not every place is used
     grad_acts = empty(pattern.latents.shape, dtype=dtype, device=W_dec.device)
     with part("dense products"):
-        for tokens in _parts(pattern):
+        for tokens in _parts(pattern.B, pattern.d_sae):
             products = F.linear(grad_x_hat[tokens].to(W_dec.dtype), W_dec)
-            if pattern.starts is None:
+            if pattern.is_full:
+                grad_acts[tokens] = products
+            elif pattern.starts is None:
                 grad_acts[tokens] = products.gather(1, pattern.latents[tokens].long())
             else:
                 places, inside = _places(pattern, tokens)
@@ -62,11 +92,15 @@ def latent_rows(
 ) -> tuple[Weights, LatentBias | None]:
     """Multiply the transposed dense code by rows: -> [d_sae, d], dtype of rows; sum it: -> [d_sae], compute dtype.
 
-    The code is rounded to the dtype of rows; sums over parts of the tokens are added in the compute dtype.
+    The code is rounded to the dtype of rows, except for the sums of a full one; sums over parts of the tokens are added
+    in the compute dtype.
     """
+    if pattern.is_full and with_sums:
+        total, _ = latent_rows(pattern, coeffs, rows)
+        return total, coeffs.sum(0, dtype=compute_dtype(coeffs.dtype))
     dtype, d_sae = compute_dtype(rows.dtype), pattern.d_sae
-    parts = _parts(pattern)
     like = rows.new_empty(d_sae, 0)
+    parts = _parts_of(coeffs, pattern, like)
     with part("dense products"):
         if len(parts) == 1:
             whole = _code_of(coeffs, pattern, parts[0], like)
@@ -81,14 +115,21 @@ def latent_rows(
         return total.to(rows.dtype), sums if with_sums else None
 
 
-def _parts(pattern: Pattern) -> list[slice]:
-    """Return the tokens whose dense code is in memory at once, part by part."""
-    step = max(1, _CODE_ELEMENTS // pattern.d_sae)
-    return [slice(start, min(start + step, pattern.B)) for start in range(0, pattern.B, step)]
+def _parts_of(acts: CodeActs, pattern: Pattern, weights: Tensor) -> list[slice]:
+    """Return the tokens whose dense code is in memory at once, part by part; all where it is there already."""
+    is_there = pattern.is_full and acts.dtype == weights.dtype
+    return [slice(0, pattern.B)] if is_there else _parts(pattern.B, pattern.d_sae)
+
+
+def _parts(B: int, d_sae: int) -> list[slice]:
+    step = max(1, _CODE_ELEMENTS // d_sae)
+    return [slice(start, min(start + step, B)) for start in range(0, B, step)]
 
 
 def _code_of(acts: CodeActs, pattern: Pattern, tokens: slice, weights: Tensor) -> LatentActs:
     """Return the dense code of some tokens in the dtype of [d_sae, ...] weights."""
+    if pattern.is_full:
+        return acts[tokens].to(weights.dtype)
     if pattern.starts is None:
         return code(acts[tokens], pattern.latents[tokens], weights)
     places, _ = _places(pattern, tokens)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flashsae.backend import use_kernels
 from flashsae.ops.decode import reference as decode_reference
+from flashsae.ops.dense import op as dense
 from flashsae.ops.encode import reference
 from flashsae.ops.gradients import collects, pattern_of, weight_gradient
 from flashsae.ops.latent_rows.op import column_sums, latent_sums
@@ -137,6 +138,51 @@ def _encode_above(
     return [acts, latents, starts, count, *([] if b_dec is None else [centred])]
 
 
+def _encode_any_fake(
+    x: Tensor,
+    W_enc_T: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor | None,
+    threshold: Tensor,
+    limit: int,
+    precision: str,
+    workspace_bytes: int,
+) -> list[Tensor]:
+    values, latents, starts = (torch.library.get_ctx().new_dynamic_size() for _ in range(3))
+    result = [
+        x.new_empty(values, dtype=compute_dtype(x.dtype)),
+        x.new_empty(latents, dtype=torch.int32),
+        x.new_empty(starts, dtype=torch.int32),
+    ]
+    return _with_centred(result, x, b_dec, precision)
+
+
+@operator(_encode_any_fake)
+def _encode_any(
+    x: Tensor,
+    W_enc_T: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor | None,
+    threshold: Tensor,
+    limit: int,
+    precision: str,
+    workspace_bytes: int,
+) -> list[Tensor]:
+    """Return values, latents and starts of all above a threshold; where these are more than `limit` all values, alone.
+
+    All values are flat as well, and latents and starts are empty then.
+    """
+    centred = _centred(x, b_dec, precision)
+    if use_kernels(x):
+        from flashsae.ops.select.launch import above
+
+        found = above(centred, W_enc_T, b_enc, threshold, None, precision, workspace_bytes, limit)
+    else:
+        found = select_reference.above(centred, W_enc_T, b_enc, threshold, None, workspace_bytes, limit)
+    latents, starts, values, _ = found
+    return [values, latents, starts, *([] if b_dec is None else [centred])]
+
+
 def _varying_fake(x: Tensor, size: int | torch.SymInt) -> list[Tensor]:
     """Return fake values, latents and starts of a code of varying length."""
     places = x.new_empty(size, dtype=torch.int32)
@@ -177,7 +223,8 @@ def _centred_dtype(x: Tensor, precision: str) -> torch.dtype:
 def _pre_acts_fake(
     x: Tensor, W_enc_T: Tensor, b_enc: Tensor, b_dec: Tensor | None, pattern: list[Tensor], precision: str
 ) -> list[Tensor]:
-    values = x.new_empty(pattern[0].shape, dtype=compute_dtype(x.dtype))
+    shape = Pattern.of_tensors(pattern, len(W_enc_T), x).latents.shape
+    values = x.new_empty(shape, dtype=compute_dtype(x.dtype))
     return _with_centred([values], x, b_dec, precision)
 
 
@@ -185,8 +232,10 @@ def _pre_acts_fake(
 def _pre_acts(
     x: Tensor, W_enc_T: Tensor, b_enc: Tensor, b_dec: Tensor | None, pattern: list[Tensor], precision: str
 ) -> list[Tensor]:
-    code = Pattern(pattern[0], len(W_enc_T), *pattern[1:])
+    code = Pattern.of_tensors(pattern, len(W_enc_T), x)
     centred = _centred(x, b_dec, precision)
+    if code.is_full:
+        return [dense.pre_acts(centred, W_enc_T, b_enc, precision), *([] if b_dec is None else [centred])]
     if use_kernels(x):
         from flashsae.ops.decode.launch import launch_dots
 
@@ -220,7 +269,7 @@ def _save_per_latent(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _per_latent_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, list[None]]:
     tensors = ctx.saved_tensors
-    sums = latent_sums(pattern_of(ctx, tensors, ctx.d_sae).index, grad)
+    sums = latent_sums(pattern_of(ctx, tensors, ctx.d_sae, grad).index, grad)
     return sums.to(ctx.dtype), [None] * len(tensors)
 
 
@@ -242,7 +291,8 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]
     grad_pre = grads[0]
     if grad_pre is None:
         return None, None, None, None
-    pattern = pattern_of(ctx, tensors, len(W_enc_T))
+    pattern = pattern_of(ctx, tensors, len(W_enc_T), centred)
+    grad_pre = grad_pre.reshape(pattern.latents.shape)  # that of `encode_any` is flat, of a full code too
     needs_x, needs_W, needs_b_enc, needs_b_dec = ctx.needs_input_grad[:4]
     grad_x = grad_W = grad_b_enc = grad_b_dec = None
     if needs_x:
@@ -253,7 +303,7 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]
             rows = _centred(centred, None, ctx.precision)
             grad_W, sums = weight_gradient(ctx.as_factor, pattern, grad_pre, rows, W_enc_T, with_sums=True)
         if sums is None:
-            sums = latent_sums(pattern.index, grad_pre)
+            sums = grad_pre.sum(0) if pattern.is_full else latent_sums(pattern.index, grad_pre)
         grad_b_enc = sums.to(ctx.bias_dtypes[0]) if needs_b_enc else None
         if needs_b_dec:
             # Σ over tokens of -grad_pre @ W_enc_T, summed over tokens first: d_sae·d_in instead of B·k·d_in
@@ -270,7 +320,9 @@ def differentiate_selection(name: str, parts: int) -> None:
     """
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-        _save(ctx, inputs, output, output[1 : 1 + parts], inputs[-2])
+        tensors = output[1 : 1 + parts]
+        is_full = tensors[-1].numel() == 0 and len(tensors) == 2  # starts have a number more than there are tokens
+        _save(ctx, inputs, output, [] if is_full else tensors, inputs[-2])
 
     def backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
         return (*_backward(ctx, grads), None, None, None, None)
@@ -289,4 +341,5 @@ def _pre_acts_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
 differentiate_selection("encode_topk", parts=1)
 differentiate_selection("encode_batch_topk", parts=2)
 differentiate_selection("encode_above", parts=2)
+differentiate_selection("encode_any", parts=2)
 differentiate("pre_acts", _pre_acts_backward, _save_pre_acts)

@@ -9,7 +9,7 @@ from flashsae.errors import DtypeError, ShapeError
 from flashsae.ops.encode.op import check_encoder, resolve
 from flashsae.ops.gradients import share
 from flashsae.ops.pattern import Pattern
-from flashsae.ops.validate import Precision, check_device, check_float, check_ordinary, check_shape
+from flashsae.ops.validate import Precision, check_device, check_float, check_ordinary, check_shape, compute_dtype
 
 
 def pre_acts(
@@ -56,7 +56,8 @@ def per_latent(values: Tensor, pattern: Pattern) -> Tensor:
         values: [d_sae], float.
         pattern: which latents of which token.
     Returns:
-        values[latents], of the shape of the latents, dtype of values; 0 in places that are not used.
+        values[latents], of the shape of the latents, dtype of values; 0 in places that are not used. Of a full pattern
+        without a copy, so not to be written to.
     Raises:
         ShapeError, DtypeError: they do not fit each other.
     Numerics: deterministic, backward too, where sums are accumulated in float32 (float64 for float64).
@@ -68,6 +69,8 @@ def per_latent(values: Tensor, pattern: Pattern) -> Tensor:
     check_shape("values", values, (pattern.d_sae,))
     check_float("values", values)
     check_device("values", values, pattern.latents, "the pattern")
+    if pattern.is_full:
+        return values.expand(pattern.B, -1)
     found: Tensor = torch.ops.flashsae.per_latent(values, pattern.tensors)
     share(pattern, found)
     return found
@@ -99,6 +102,8 @@ def latent_sums(values: Tensor, pattern: Pattern) -> Tensor:
     check_shape("values", values, tuple(pattern.latents.shape))
     check_float("values", values)
     check_device("values", values, pattern.latents, "the pattern")
+    if pattern.is_full:
+        return values.sum(0, dtype=compute_dtype(values.dtype))
     sums: Tensor = torch.ops.flashsae.latent_sums(pattern.index.lists, values)
     return sums
 

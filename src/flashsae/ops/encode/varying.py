@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
+from flashsae.backend import crossover
 from flashsae.errors import ConfigError, ShapeError
 from flashsae.ops.code import SparseCode
 from flashsae.ops.encode.op import check_encoder, resolve, shared_code
 from flashsae.ops.encode.reference import WORKSPACE_BYTES
+from flashsae.ops.gradients import share
 from flashsae.ops.pattern import Pattern
 from flashsae.ops.validate import (
     Precision,
@@ -22,6 +26,11 @@ from flashsae.ops.validate import (
     compute_dtype,
     has_values,
 )
+
+Capacity = int | Literal["any", "full"] | None
+"""How many entries a code above a threshold has room for: see `encode_above`."""
+
+_COUNTED = 1 << 28  # pre-activations compared at once: a byte each
 
 
 def encode_batch_topk(
@@ -73,7 +82,7 @@ def encode_above(
     threshold: float | Tensor,
     *,
     b_dec: Tensor | None = None,
-    capacity: int | None = None,
+    capacity: Capacity = None,
     precision: Precision | None = None,
     workspace_bytes: int = WORKSPACE_BYTES,
 ) -> SparseCode:
@@ -87,34 +96,74 @@ def encode_above(
         capacity: how many entries there is room for. None: as many as there are, which the host waits for; a number: no
             wait, and `code.pattern.overflowed` tells whether they were more. Then the first of them in order are there,
             `code.pattern.count` says how many there are, and encoding again with that capacity gives all. A training on
-            a GPU needs one.
+            a GPU needs one. "full": every latent of every token, as `Pattern.full`, whatever its pre-activation; what
+            exceeds the threshold is counted. "any": as None, but where so many exceed it that dense products are
+            faster, as "full". Whatever follows must then be 0 for values up to the threshold.
     Returns:
         the code, of varying length: acts [capacity], float32 (float64 for float64); 0 in places that are not used.
+        A full one: acts [B, d_sae], all pre-activations.
     Raises:
         ShapeError, DtypeError, ConfigError: names the argument, what was expected and what came; no capacity while a
             CUDA graph is captured.
         GradientError: threshold requires a gradient.
-    Numerics: as in `encode_topk`: exact selection among the pre-activations. NaN counts as exceeding.
+    Numerics: as in `encode_topk`: exact selection among the pre-activations. NaN counts as exceeding. A full code needs
+        no certificate: its product is one of float32, tf32 or bf16 as `precision` says.
     Gradients: x, W_enc_T (as a factor, where `collect_factors` asked for it), b_enc and b_dec, through the selected
         latents. Once differentiable.
     Cost: as `encode_topk`.
     Source: ours, docs/methodology.md#selection-over-a-batch.
     """
     d_sae, workspace_bytes = check_encoder(x, W_enc_T, b_enc, b_dec, None, workspace_bytes)
-    if capacity is not None:
-        capacity = as_int("capacity", capacity)
-        if not 0 <= capacity < 2**31:
-            raise ConfigError(f"capacity: expected 0 <= capacity < 2**31, or None, got {capacity}.")
-    elif _is_capturing(x):
-        raise ConfigError(
-            "capacity: expected a number while a CUDA graph is captured, as training on a GPU does, got None, which "
-            "waits for the device. Give one where sae.training, of what tokens need and some more."
-        )
+    capacity = _as_capacity(capacity, x)
+    operands = x, W_enc_T, b_enc, b_dec
+    thresholds, chosen = _as_thresholds(threshold, x, d_sae), resolve(precision, W_enc_T)
+    if capacity == "full":
+        acts, *_ = torch.ops.flashsae.pre_acts(*operands, [], chosen)
+        return shared_code(Pattern.full(len(x), d_sae, device=x.device, count=_count(acts, thresholds)), acts)
+    if capacity == "any" and has_values(x):
+        limit = int(crossover(W_enc_T) * len(x) * d_sae)
+        flat, latents, starts, *_ = torch.ops.flashsae.encode_any(
+            *operands, thresholds, limit, chosen, workspace_bytes
+        )  # fmt: skip
+        if len(starts):
+            return shared_code(Pattern(latents, d_sae, starts), flat)
+        pattern = Pattern.full(len(x), d_sae, device=x.device)
+        share(pattern, flat)
+        acts = flat.view(len(x), d_sae)
+        return SparseCode(pattern, acts, pre_acts=acts)
+    room = capacity if isinstance(capacity, int) else None
     acts, latents, starts, count, *_ = torch.ops.flashsae.encode_above(
-        x, W_enc_T, b_enc, b_dec, _as_thresholds(threshold, x, d_sae), capacity, resolve(precision, W_enc_T),
-        workspace_bytes,
+        *operands, thresholds, room, chosen, workspace_bytes
     )  # fmt: skip
-    return shared_code(Pattern(latents, d_sae, starts, None if capacity is None else count), acts)
+    return shared_code(Pattern(latents, d_sae, starts, None if room is None else count), acts)
+
+
+def _as_capacity(capacity: Capacity, x: Tensor) -> Capacity:
+    """Return a capacity as it may be here."""
+    if capacity is None or isinstance(capacity, str):
+        if capacity not in (None, "any", "full"):
+            raise ConfigError(f'capacity: expected a number, "any", "full" or None, got {capacity!r}.')
+        if capacity != "full" and _is_capturing(x):
+            raise ConfigError(
+                f"capacity: expected a number while a CUDA graph is captured, as training on a GPU does, got "
+                f"{capacity!r}, which waits for the device. Give one where sae.training, of what tokens need and some "
+                "more."
+            )
+        return capacity
+    number = as_int("capacity", capacity)
+    if not 0 <= number < 2**31:
+        raise ConfigError(f"capacity: expected 0 <= capacity < 2**31, or None, got {number}.")
+    return number
+
+
+@torch.no_grad()
+def _count(pre_acts: Tensor, thresholds: Tensor) -> Tensor:
+    """Return how many pre-activations exceed the thresholds: a scalar, int64, on the device."""
+    thresholds, count = thresholds.to(pre_acts.dtype), torch.zeros((), dtype=torch.int64, device=pre_acts.device)
+    rows = max(1, _COUNTED // pre_acts.shape[1])
+    for first in range(0, len(pre_acts), rows):
+        count += pre_acts[first : first + rows].le(thresholds).logical_not_().sum()
+    return count
 
 
 def _is_capturing(x: Tensor) -> bool:

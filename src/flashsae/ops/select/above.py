@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 
 from flashsae.errors import ShapeError
+from flashsae.ops.dense import op as dense
 from flashsae.ops.select import above_kernels
 from flashsae.ops.select.operands import Operands, rescore
 from flashsae.ops.validate import packed
@@ -77,6 +78,7 @@ def above(
     capacity: int | None,
     precision: str,
     workspace_bytes: int,
+    limit: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return latents, int32, starts [B + 1], int32, values, float32, and count, int64, as the reference does.
 
@@ -86,6 +88,7 @@ def above(
         capacity: how many places there are, without a wait for the device; None: as many as are wanted, one wait a
             part.
         precision: "bf16" (operands and products in bfloat16), "tf32" or "float32" (certified).
+        limit: as in the reference; only without a capacity.
     Raises:
         ShapeError: capacity is None, and 2**31 entries or more are wanted.
     """
@@ -101,6 +104,9 @@ def above(
         marks, places = _mark(selection, first, products, tokens)
         if capacity is None:
             total = int(selection.total)  # the one wait: how much memory
+            if limit is not None and total > limit:
+                no = (torch.empty(0, dtype=torch.int32, device=device) for _ in range(2))
+                return (*no, dense.pre_acts(centred, W_enc_T, b_enc, precision).flatten(), selection.total[0])
             if total > LARGEST:
                 raise ShapeError(
                     f"threshold: expected fewer than 2**31 entries above it, got {total}: use fewer tokens."

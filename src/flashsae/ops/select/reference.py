@@ -64,13 +64,15 @@ def above(
     threshold: Float[Tensor, " thresholds"],
     capacity: int | None,
     workspace_bytes: int,
-) -> tuple[Latents, Starts, Values, Int[Tensor, ""]]:
+    limit: int | None = None,
+) -> tuple[Int[Tensor, " places"], Int[Tensor, " starts"], Values, Int[Tensor, ""]]:
     """Return latents, starts, values and count of all of x @ W_enc_T.T + b_enc that exceed the threshold.
 
     Args:
         threshold: [d_sae] or [1]. NaN, on either side, counts as exceeding.
         capacity: how many places the result has: the first in order are kept, those left over hold d_sae and 0. None:
             as many as are wanted.
+        limit: where more than so many are wanted, all values are returned, flat, without latents and starts.
     """
     B, n, dtype = len(x), len(W_enc_T), compute_dtype(x.dtype, W_enc_T.dtype)
     places = torch.empty(0, dtype=torch.int64, device=x.device)
@@ -78,6 +80,10 @@ def above(
     for first, pre_acts in _parts(x, W_enc_T, b_enc, workspace_bytes):
         chosen = ~(pre_acts <= threshold.to(dtype))
         counts[first : first + len(chosen)] = chosen.sum(1)
+        if limit is not None and int(counts.sum()) > limit:
+            every = pre_acts if len(pre_acts) == B else F.linear(x.to(dtype), W_enc_T.to(dtype), b_enc.to(dtype))
+            no = (torch.empty(0, dtype=torch.int32, device=x.device) for _ in range(2))
+            return (*no, every.flatten(), counts.sum())
         new = chosen.flatten().nonzero()[:, 0]
         if capacity is not None:
             new = new[: capacity - len(places)]
