@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from flashsae.errors import ConfigError, DtypeError, ShapeError
+from flashsae.errors import ConfigError, ShapeError
 from flashsae.ops.latent_index import LatentIndex as LatentIndex
 from flashsae.ops.latent_index import check_index as check_index
 from flashsae.ops.validate import (

@@ -105,8 +105,9 @@ def above(
         if capacity is None:
             total = int(selection.total)  # the one wait: how much memory
             if limit is not None and total > limit:
-                no = (torch.empty(0, dtype=torch.int32, device=device) for _ in range(2))
-                return (*no, dense.pre_acts(centred, W_enc_T, b_enc, precision).flatten(), selection.total[0])
+                latents, starts = (torch.empty(0, dtype=torch.int32, device=device) for _ in range(2))
+                every = dense.pre_acts(centred, W_enc_T, b_enc, precision).flatten()
+                return latents, starts, every, selection.total[0]
             if total > LARGEST:
                 raise ShapeError(
                     f"threshold: expected fewer than 2**31 entries above it, got {total}: use fewer tokens."

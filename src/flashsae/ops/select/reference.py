@@ -82,8 +82,8 @@ def above(
         counts[first : first + len(chosen)] = chosen.sum(1)
         if limit is not None and int(counts.sum()) > limit:
             every = pre_acts if len(pre_acts) == B else F.linear(x.to(dtype), W_enc_T.to(dtype), b_enc.to(dtype))
-            no = (torch.empty(0, dtype=torch.int32, device=x.device) for _ in range(2))
-            return (*no, every.flatten(), counts.sum())
+            latents, starts = (torch.empty(0, dtype=torch.int32, device=x.device) for _ in range(2))
+            return latents, starts, every.flatten(), counts.sum()
         new = chosen.flatten().nonzero()[:, 0]
         if capacity is not None:
             new = new[: capacity - len(places)]
