@@ -204,27 +204,43 @@ class SAE(nn.Module):
         (self.architecture.initialize or initialize)(self, x, target)
 
     @torch.no_grad()
-    def rescaled(self, factor: float) -> SAE:
-        """Return the SAE that does to x what this one does to factor · x: rescaled(x) = self(factor · x) / factor.
+    def rescaled(self, factor: Factor, factor_out: Factor | None = None) -> SAE:
+        """Return the SAE that does to x what this one does to factor · x: rescaled(x) = self(factor · x) / factor_out.
 
-        Selection and directions stay; biases and values of latents are divided by `factor`. Shares what stays.
+        The latents that are active stay, and so does W_dec where `factor_out` is one number. Shares what stays. How
+        each parameter changes: `flashsae.sae.scaling.Units`.
 
         Args:
-            factor: a positive number.
+            factor: a positive number; or one for each coordinate of x, [d_in].
+            factor_out: the same of what is reconstructed, [d_out]. None is `factor`.
         Raises:
-            ConfigError: it is none.
+            ConfigError: it is none, or the SAE normalises tokens, which takes away their unit.
+            ShapeError: it is not one for each coordinate.
         """
-        if not isinstance(factor, int | float) or not 0 < factor < math.inf:
-            raise ConfigError(f"factor: expected a positive number, got {factor!r}.")
-        other = SAE(self.config, seed=None, dtype=self.W_dec.dtype, device="meta")
-        powers = {row.name: row.power for row in self.architecture.parameters}
-        other.load_state_dict(
-            {
-                name: value / factor ** powers[name] if powers[name] else value
-                for name, value in self.state_dict().items()
-            },
-            assign=True,
+        config = self.config
+        if config.normalize_activations == LAYER_NORM:
+            raise ConfigError("factor: an SAE that normalises each token has no unit that could be changed.")
+        units = Units.of(factor, factor if factor_out is None else factor_out, config.d_in, config.d_out)
+        values = self.state_dict()
+        return self._with(config, {row.name: units.fold(row, values[row.name]) for row in self.architecture.parameters})
+
+    @torch.no_grad()
+    def normalizing(self, normalize_activations: str) -> SAE:
+        """Return the SAE with these parameters, which it shares, that normalises tokens itself, or does not any more.
+
+        Args:
+            normalize_activations: as of `SAEConfig`.
+        """
+        config, d_out = self.config, self.config.d_out
+        other = SAEConfig(
+            config.d_in, config.d_sae, arch=config.arch, d_out=d_out, normalize_activations=normalize_activations
         )
+        return self._with(other, self.state_dict())
+
+    def _with(self, config: SAEConfig, values: dict[str, Tensor]) -> SAE:
+        """Return an SAE of the same kind that has these parameters."""
+        other = SAE(config, seed=None, dtype=self.W_dec.dtype, device="meta")
+        other.load_state_dict(values, assign=True)
         other.precision = self.precision
         other.set_progress(self.progress)
         return other.train(self.training)
