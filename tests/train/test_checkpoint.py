@@ -51,7 +51,7 @@ def test_any_damage_is_found(name: str, damage: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"format": "x"}, "is something else"), ({"format_version": 9}, "has format version 9, .* reads 4")],
+    [({"format": "x"}, "is something else"), ({"format_version": 9}, "has format version 9, .* reads 5")],
 )
 def test_foreign_checkpoints_are_refused(changes: dict[str, object], message: str, tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, _checkpoint(3))

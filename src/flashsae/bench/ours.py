@@ -25,6 +25,7 @@ from flashsae.testing import UnitNormAdam
 from flashsae.train.config import TrainConfig
 from flashsae.train.graph import CapturedSteps
 from flashsae.train.loop import train_step
+from flashsae.train.scaling import Scaling
 from flashsae.train.state import TrainState, build_optimizer
 
 SAMPLED_ROWS = 48
@@ -152,7 +153,8 @@ def make_state(problem: Problem, config: TrainConfig, build_optimizer: BuildOpti
     dead.tokens_since_fired[: problem.dead] = config.dead_after_tokens
     no_batches = cast(Batches, None)  # each step is given its batch
     variance = token_variance(problem.sites.written(problem.xs[0]))
-    return TrainState(sae, build_optimizer(sae, config), dead, no_batches, variance=variance)
+    scaling = Scaling.uniform(1.0, sae.config.d_in, sae.config.d_out)
+    return TrainState(sae, build_optimizer(sae, config), dead, no_batches, scaling, variance)
 
 
 def build_ours(problem: Problem, variant: Variant) -> OurStep:

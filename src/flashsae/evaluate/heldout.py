@@ -90,12 +90,13 @@ def evaluate(
     with inference(sae):
         for part, target in (parts for batch in batches for parts in _split(batch, int(batch_tokens))):
             check_finite(part, "x")
-            code = sae.encode(part.to(sae.W_dec.device, sae.W_dec.dtype))
+            seen = part.to(sae.W_dec.device, sae.W_dec.dtype)
+            code = sae.encode(seen)
             activity.update(code)
             left_out += 0 if code.pattern.left_out is None else int(code.pattern.left_out)
             if target is not part:
                 check_finite(target, "x")
-            target, x_hat = target.to(sae.W_dec.device), sae.decode(code)
+            target, x_hat = target.to(sae.W_dec.device), sae.decode(code, like=seen)
             is_outlier = _norms(target) > limit
             if others is fvu and bool(is_outlier.any()):
                 others = copy(fvu)

@@ -1,7 +1,8 @@
 """Our own format: flashsae.json says what flashsae.safetensors holds, and carries the checksums of both.
 
 Version 2 holds any architecture: its name, its settings, every parameter by name, and what else is known of latents.
-Version 1, which held TopK alone, is still read.
+Version 3 is written where tokens are normalised, which readers of version 2 would pass over. Version 1, which held TopK
+alone, is still read.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from flashsae.errors import CheckpointError, ConfigError, StorageError
 from flashsae.schema import Name, Size
 
 FORMAT = "flashsae.sae"
-FORMAT_VERSION = 2
+FORMAT_VERSION, _NORMALIZING_VERSION = 2, 3
 _CONFIG_FILE = "flashsae.json"
 _WEIGHTS_FILE = "flashsae.safetensors"
 _EXTRA = "extra."
@@ -50,6 +51,8 @@ class Description:
     sha256: str
     """Of the weights."""
     metadata: dict[str, Any] = field(default_factory=dict)
+    normalize_activations: Literal["none", "layer_norm"] = "none"
+    """Of version 3."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +99,10 @@ def write(
         ConfigError: the metadata are nothing that JSON holds.
         StorageError: the folder exists, holds files that are not ours, or cannot be written.
     """
+    is_normalizing = "normalize_activations" in content
     description = {
         "format": FORMAT,
-        "format_version": FORMAT_VERSION,
+        "format_version": _NORMALIZING_VERSION if is_normalizing else FORMAT_VERSION,
         "flashsae_version": packages.version("flashsae"),
         **content,
         "metadata": _plain_metadata(content["metadata"]),
@@ -187,9 +191,11 @@ def read_description(folder: Path) -> Description:
             f"{folder} holds no FlashSAE SAE: expected {_CONFIG_FILE} in it, found {found or 'nothing'}."
         )
     content = load_json(path, _ADVICE)
-    if isinstance(content, dict) and content.get("format_version") is not True and content.get("format_version") == 1:
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if version is not True and version == 1:
         return load_document(path, _DescriptionOfVersion1, head=(FORMAT, 1), advice=_ADVICE).upgraded()
-    return load_document(path, Description, head=(FORMAT, FORMAT_VERSION), advice=_ADVICE)
+    newest = _NORMALIZING_VERSION if version == _NORMALIZING_VERSION else FORMAT_VERSION
+    return load_document(path, Description, head=(FORMAT, newest), advice=_ADVICE)
 
 
 def _plain_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from flashsae.architecture import Architecture, architecture_of, settings_of
 from flashsae.errors import ConfigError
 from flashsae.ops.validate import as_int
+from flashsae.settings.kinds import check, declared_types
 from flashsae.settings.left_open import check_bounds
+from flashsae.settings.normalization import check_normalization
 
 
 @dataclass(frozen=True, init=False)
@@ -21,8 +23,11 @@ class SAEConfig:
         k: of a TopK SAE, for short: SAEConfig(768, 16384, 32). Nothing beside `arch`.
         arch: settings of its architecture, such as `flashsae.BatchTopKSettings(k=32)`.
         d_out: width of what is reconstructed; None is d_in.
+        normalize_activations: "layer_norm" lets the SAE subtract from each token its mean and divide it by its
+            deviation before it is encoded, and undo that of the reconstruction; "none".
     Raises:
-        ConfigError: a size is not positive, or fewer than the latents that a token selects.
+        ConfigError: a size is not positive, or fewer than the latents that a token selects; or tokens cannot be
+            normalised so.
         DtypeError: it is no integer; those of NumPy are.
     """
 
@@ -30,9 +35,17 @@ class SAEConfig:
     d_sae: int
     arch: Any
     d_out: int
+    normalize_activations: Literal["none", "layer_norm"]
 
     def __init__(
-        self, d_in: int, d_sae: int, k: int | None = None, *, arch: object = None, d_out: int | None = None
+        self,
+        d_in: int,
+        d_sae: int,
+        k: int | None = None,
+        *,
+        arch: object = None,
+        d_out: int | None = None,
+        normalize_activations: str = "none",
     ) -> None:
         if (k is None) == (arch is None):
             raise ConfigError("arch: expected either k, which makes a TopK SAE, or the settings of an architecture.")
@@ -45,6 +58,10 @@ class SAEConfig:
         settings = settings_of("topk", k=as_int("k", k)) if arch is None else settings_of(arch)
         object.__setattr__(self, "arch", settings)
         check_bounds(settings, self)
+        kinds = declared_types(SAEConfig)["normalize_activations"]
+        chosen = check("normalize_activations", normalize_activations, kinds)
+        object.__setattr__(self, "normalize_activations", chosen)
+        check_normalization(self.architecture, chosen, self.d_in)
         if self.d_out != self.d_in and self.architecture.writes == self.architecture.reads:
             raise ConfigError(f"d_out: {self.architecture.title} reconstructs what it reads: leave it out.")
 

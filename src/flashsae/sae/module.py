@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,7 +19,9 @@ from flashsae.ops.register import isolated
 from flashsae.ops.validate import FLOATS, Precision, as_int, check_float, check_ordinary, check_shape
 from flashsae.sae.config import SAEConfig
 from flashsae.sae.initial import initial_values, initialize
+from flashsae.sae.units import Factor, Units, layer_norm, token_statistics
 from flashsae.settings.kinds import as_json, check, expand
+from flashsae.settings.normalization import LAYER_NORM
 
 
 class SAE(nn.Module):
@@ -147,10 +148,17 @@ class SAE(nn.Module):
             )
         return replace(code, batch_shape=tuple(x.shape[:-1]))
 
-    def decode(self, code: ops.SparseCode, *, bias: bool = True) -> Tensor:
-        """Return the reconstruction [..., d_out] of a code of the shape [...]; without b_dec if `bias` is False."""
+    def decode(self, code: ops.SparseCode, *, bias: bool = True, like: Tensor | None = None) -> Tensor:
+        """Return the reconstruction [..., d_out] of a code of the shape [...].
+
+        Args:
+            code: of this SAE.
+            bias: False leaves b_dec out.
+            like: [..., d_in], the tokens that the code is of. Of use where the SAE normalises tokens: with them the
+                reconstruction has their mean and deviation; without, it is that of the normalised tokens.
+        """
         x_hat = ops.decode(code, self.W_dec, self.b_dec if bias else None, precision=self.precision)
-        return x_hat.view(*code.shape, self.config.d_out)
+        return self._as_they_come(x_hat.view(*code.shape, self.config.d_out), like)
 
     def decode_loss(
         self, code: ops.SparseCode, target: Tensor, *, token_weights: Tensor | None = None
@@ -159,7 +167,7 @@ class SAE(nn.Module):
 
         Args:
             code: of B tokens.
-            target: [B, d_out], float; x itself for an autoencoder.
+            target: [B, d_out], float; x itself for an autoencoder, normalised where the SAE normalises tokens.
             token_weights: [B], as from `flashsae.sae.fvu_weights`.
         """
         levels = {} if self.architecture.levels is None else self.architecture.levels(self, code)
@@ -170,9 +178,18 @@ class SAE(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the reconstruction of x: [..., d_in] -> [..., d_out]."""
         x_hat = self.decode(self.encode(x))
-        if self.architecture.direct is None:
+        if self.architecture.direct is not None:
+            x_hat = x_hat + self.architecture.direct(self, self._flat(x)).view(x_hat.shape)
+        return self._as_they_come(x_hat, x)
+
+    def _as_they_come(self, x_hat: Tensor, like: Tensor | None) -> Tensor:
+        """Undo what `_flat` does to tokens, of their reconstruction; nothing where `like` is None."""
+        if like is None or self.config.normalize_activations != LAYER_NORM:
             return x_hat
-        return x_hat + self.architecture.direct(self, self._flat(x)).view(x_hat.shape)
+        if like.shape != x_hat.shape:
+            raise ShapeError(f"like: expected the tokens of the code, {list(x_hat.shape)}, got {list(like.shape)}.")
+        mean, deviation = token_statistics(like)
+        return (x_hat.double() * deviation + mean).to(x_hat.dtype)
 
     def _flat(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor):
@@ -182,7 +199,8 @@ class SAE(nn.Module):
             raise ShapeError(f"x: expected the shape [..., {self.config.d_in}], got {list(x.shape)}.")
         check_float("x", x)
         is_fit = x.dtype == self.W_enc_T.dtype  # half-width tokens may meet half-width weights and whole biases
-        return x.reshape(-1, self.config.d_in).to(x.dtype if is_fit else self.b_enc.dtype)
+        dtype, tokens = x.dtype if is_fit else self.b_enc.dtype, x.reshape(-1, self.config.d_in)
+        return layer_norm(tokens, dtype) if self.config.normalize_activations == LAYER_NORM else tokens.to(dtype)
 
     @isolated
     @torch.no_grad()
@@ -201,6 +219,10 @@ class SAE(nn.Module):
             check_float(name, tokens)
             if len(tokens) == 0:
                 raise ShapeError(f"{name}: expected at least one token, got none.")
+        if self.config.normalize_activations == LAYER_NORM:
+            x = target = layer_norm(x)
+            self.normalizing("none").initialize_from(x)
+            return
         (self.architecture.initialize or initialize)(self, x, target)
 
     @torch.no_grad()
@@ -208,7 +230,7 @@ class SAE(nn.Module):
         """Return the SAE that does to x what this one does to factor · x: rescaled(x) = self(factor · x) / factor_out.
 
         The latents that are active stay, and so does W_dec where `factor_out` is one number. Shares what stays. How
-        each parameter changes: `flashsae.sae.scaling.Units`.
+        each parameter changes: `flashsae.sae.units.Units`.
 
         Args:
             factor: a positive number; or one for each coordinate of x, [d_in].
@@ -301,6 +323,7 @@ class SAE(nn.Module):
             "apply_b_dec_to_input": self.architecture.subtracts_b_dec,
             "dtype": str(self.W_dec.dtype).removeprefix("torch."),
             **self.config.sizes,
+            **({"normalize_activations": LAYER_NORM} if self.config.normalize_activations == LAYER_NORM else {}),
             "metadata": metadata or {},
         }
         native.write(expand(directory, "directory"), self.state_dict(), content, extras or {}, overwrite=overwrite)
@@ -319,7 +342,10 @@ class SAE(nn.Module):
         description, tensors = native.read(folder)
         try:
             arch = settings_of(description.architecture, **description.settings)
-            config = SAEConfig(description.d_in, description.d_sae, arch=arch, d_out=description.d_out)
+            d_out, normalize = description.d_out, description.normalize_activations
+            config = SAEConfig(
+                description.d_in, description.d_sae, arch=arch, d_out=d_out, normalize_activations=normalize
+            )
             if config.architecture.subtracts_b_dec != description.apply_b_dec_to_input:
                 raise ConfigError(f"{config.architecture.title} is not what wrote it: apply_b_dec_to_input differs.")
         except ConfigError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import field, fields, replace
+from dataclasses import MISSING, field, fields, replace
 from typing import Any, TypeVar
 
 from flashsae.errors import ConfigError
@@ -33,6 +33,12 @@ def given(settings: Any) -> dict[str, Any]:
     """Return the settings that are not left open, by name."""
     values = {each.name: getattr(settings, each.name) for each in fields(settings)}
     return {name: value for name, value in values.items() if value is not None}
+
+
+def default_values(settings: Any) -> dict[str, Any]:
+    """Return the defaults of a dataclass that are values, not functions of other settings, by name."""
+    defaults = {each.name: each.metadata.get(_DEFAULT, each.default) for each in fields(settings)}
+    return {name: value for name, value in defaults.items() if value is not MISSING and not callable(value)}
 
 
 def fill(settings: Settings, *, but: Iterable[str] = (), before: Mapping[str, Any] | None = None) -> Settings:

@@ -13,12 +13,15 @@ Normalization = Literal["power_of_two", "none", "mean_square", "layer_norm"]
 LAYER_NORM = "layer_norm"
 
 
-def check_normalization(architecture: Architecture, normalization: str | None) -> None:
-    """Raise ConfigError where each token is to be normalised by statistics that nobody knows in inference."""
-    if normalization != LAYER_NORM or len(architecture.sites) == 1:
+def check_normalization(architecture: Architecture, normalization: str | None, d_in: int | None) -> None:
+    """Raise ConfigError where tokens cannot be normalised: by statistics that nobody knows, or that there are not."""
+    if normalization != LAYER_NORM:
         return
-    raise ConfigError(
-        f"normalize_activations: layer_norm is undone with the mean and the deviation of the token that is read, and "
-        f"{architecture.title} reconstructs others, whose statistics the SAE cannot know. Take mean_square, which has a "
-        "scale for each site."
-    )
+    if architecture.reads != architecture.writes or len(architecture.sites) != 1:
+        raise ConfigError(
+            "normalize_activations: layer_norm is undone with the mean and the deviation of the token that is read, "
+            f"and {architecture.title} reads or reconstructs others beside it. Take mean_square, which has a scale for "
+            "each site."
+        )
+    if d_in == 1:
+        raise ConfigError("normalize_activations: expected layer_norm of at least two coordinates, got d_in = 1.")

@@ -16,15 +16,13 @@ from flashsae.settings.toml import is_sealed, read_toml, sealed_toml
 from flashsae.settings.training import DEFAULT_ARCH, TrainConfig, check_own_names
 
 CONFIG_FILE = "config.toml"
-_LATER = ("d_in", "betas", "eps", "warmup", "warmup_start", "decay_fraction", "auxk_alpha")
-_WORKED_OUT = (
-    "model",
-    "hookpoint",
-    "context_length",
-    *(name for name in open_names(TrainConfig) if name not in _LATER),
-)
-"""Settings that may be left out of a run, and that have their values once its training has begun. Earlier versions
-wrote no arch, and not those that were added or opened later."""
+_LATER = (
+    "arch", "d_in", "betas", "eps", "warmup", "warmup_start", "decay_fraction", "auxk_alpha", "normalize_activations",
+    "init", "init_from",
+)  # fmt: skip
+"""Settings that were added or opened later than version 0.1, which wrote no checksum."""
+_WORKED_OUT = ("model", "hookpoint", "context_length", *open_names(TrainConfig))
+"""Settings that may be left out of a run, and that have their values once its training has begun."""
 
 
 @dataclass(frozen=True)
@@ -101,10 +99,10 @@ def load_settings(path: Path) -> dict[str, Any]:
 def _check_all_there(path: Path, settings: Mapping[str, Any], arch: Any) -> None:
     """Raise CheckpointError where settings without a checksum are not all that a run writes: the file was cut."""
     declared = [f for config in (ActivationsConfig, arch, TrainConfig, RunConfig) for f in fields(config)]
-    expected = [f.name for f in declared if f.default is not None and f.default_factory is MISSING and f.name != "arch"]
+    expected = [f.name for f in declared if f.default is not None and f.default_factory is MISSING]
     if (path.parent / "metrics.jsonl").exists():
         expected += _WORKED_OUT
-    missing = [name for name in expected if name not in settings]
+    missing = [name for name in expected if name not in settings and name not in _LATER]
     if missing:
         raise CheckpointError(
             f"{path} is damaged: it has no checksum and lacks the setting {missing[0]}, and a run writes all of them. "

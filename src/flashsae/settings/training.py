@@ -25,6 +25,7 @@ from flashsae.settings.kinds import (
     check_fields,
 )
 from flashsae.settings.left_open import check_bounds, fill, left_open
+from flashsae.settings.normalization import Normalization, check_normalization
 
 DEFAULT_ARCH = "topk"
 ADAM_BETAS = (0.9, 0.999)
@@ -84,6 +85,10 @@ class TrainConfig:
         precision: Of products on a GPU: float32 (certified: the latents chosen are those of float32 arithmetic), tf32,
             or bf16 (fastest: weights are kept in two halves of 16 bits, and no bit of them is lost).
         moments: float32, or bf16: half the memory of Adam's moments, rounded stochastically. Approximate.
+        normalize_activations: How activations are scaled for the training: by a power_of_two, which rounds nothing (the
+            deviation of a coordinate becomes about 1/4); to a mean_square of 1, each site for itself; none; or by
+            layer_norm of each token, which becomes part of the SAE. Factors are folded into the saved SAE. Settings of
+            thresholds and values are in the unit of scaled activations. Default: power_of_two.
         lr: Peak learning rate of Adam. Default: 8e-4 / sqrt(d_sae / 16384).
         betas: Decay of the moments of Adam. Default: 0.9 and 0.999.
         eps: Added to the root of Adam's second moment, of gradients of a loss that is a fraction of the variance.
@@ -118,6 +123,7 @@ class TrainConfig:
     batch_tokens: Annotated[PositiveInt, AtMost("tokens")] = field(default=1024, kw_only=True)
     precision: Precision = field(default="float32", kw_only=True)
     moments: Literal["float32", "bf16"] = field(default="float32", kw_only=True)
+    normalize_activations: LeftOpen[Normalization] = left_open("power_of_two")
     lr: LeftOpen[PositiveFloat] = left_open(lambda config: default_lr(config.d_sae))
     betas: LeftOpen[Annotated[tuple[Annotated[float, DECAY], ...], Length(2)]] = left_open(ADAM_BETAS)
     eps: LeftOpen[Annotated[float, ABOVE_ZERO]] = left_open(ADAM_EPS)
@@ -149,6 +155,7 @@ class TrainConfig:
         object.__setattr__(self, "arch", settings_of(self.arch))
         architecture = architecture_of(self.arch)
         check_own_names(architecture, (each.name for each in fields(self)))
+        check_normalization(architecture, self.normalize_activations, self.d_in)
         is_open = [getattr(self, str(term.weight), 0) is None for term in architecture.terms]
         if not any(there or term.weight_in(self.arch, self) for there, term in zip(is_open, architecture.terms)):
             raise ConfigError(f"arch: the terms of the loss of {architecture.title} all have the weight 0.")

@@ -11,12 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from flashsae import files
-from flashsae.documents import load_document, load_tensors, sealed
+from flashsae.documents import load_document, load_json, load_tensors, sealed
 from flashsae.errors import CheckpointError
 from flashsae.schema import Count
 
 FORMAT = "flashsae.checkpoint"
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
+"""Version 4 had one scale for all sites; it is still read."""
 KEPT = 2
 """Checkpoints that a run keeps: the newest, and the one before it in case that one is damaged."""
 _MANIFEST = "manifest.json"
@@ -89,9 +90,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
     older = [other.name for other in list_checkpoints(path.parent) if int(other.name[5:]) < int(path.name[5:])]
     back = f"from {older[-1]}" if older else "from the start"
     advice = f"Remove the folder {path.name} to go on {back}."
-    manifest = load_document(
-        path / _MANIFEST, _Manifest, head=(FORMAT, FORMAT_VERSION), must_be_sealed=True, advice=advice
-    )
+    content = load_json(path / _MANIFEST, advice)
+    version = 4 if isinstance(content, dict) and content.get("format_version") == 4 else FORMAT_VERSION
+    manifest = load_document(path / _MANIFEST, _Manifest, head=(FORMAT, version), must_be_sealed=True, advice=advice)
     if manifest.step != int(path.name[5:]):
         raise CheckpointError(
             f"{path} holds the checkpoint of step {manifest.step}: it was renamed. Give it its name "

@@ -34,7 +34,7 @@ def train_step(state: TrainState, batch: Batch, config: TrainConfig) -> dict[str
     Args:
         state: changed in place.
         batch: [batch_tokens, d] by site, float, on the device of the SAE; the sites in the order in which the
-            architecture names them. Multiplied by the scale of the state, in float32 or wider, before anything else.
+            architecture names them. Scaled as the state says, in float32 or wider, before anything else.
         config: settings.
     Returns:
         scalars on the device: every term of the loss by name, fvu first, Σ‖x − x_hat‖² / (batch_tokens · variance of a
@@ -42,7 +42,7 @@ def train_step(state: TrainState, batch: Batch, config: TrainConfig) -> dict[str
         grad_norm where it is computed; left_out where codes have a capacity. To be read before the next step, which may
         overwrite them.
     """
-    scale, terms = state.scale, state.sae.architecture.terms
+    terms = state.sae.architecture.terms
     needs_dead = any(term.of_dead_latents and term.weight_in(config.arch, config) for term in terms)
     tokens = len(next(iter(batch.values())))
     capacity = state.dead.capacity(state.step, tokens) if needs_dead else 0
@@ -50,24 +50,20 @@ def train_step(state: TrainState, batch: Batch, config: TrainConfig) -> dict[str
     state.sae.set_progress(Progress(state.step, config.steps, config.seed))
 
     def compute(batch: Batch) -> dict[str, Tensor]:
-        return _compute_step(state, {site: _scaled(acts, scale) for site, acts in batch.items()}, config, capacity)
+        return _compute_step(state, batch, config, capacity)
 
-    metrics = state.captured(compute, batch, (capacity, scale, state.sae.width))
+    metrics = state.captured(compute, batch, (capacity, state.scaling, state.sae.width))
     state.step += 1
     return metrics
 
 
-def _scaled(acts: Tensor, scale: float) -> Tensor:
-    """Return activations in float32, scaled before they are narrowed: float64 may be out of the range of float32."""
-    acts = acts.to(torch.promote_types(acts.dtype, torch.float32))
-    return (acts if scale == 1.0 else acts * scale).float()
 
 
 def _compute_step(state: TrainState, batch: Batch, config: TrainConfig, capacity: int) -> dict[str, Tensor]:
     """Do the part of a step that the device does: no number of it is known to the host."""
     sae, optimizer = state.sae, state.optimizer
     optimizer.zero_grad()
-    x, target = join_sites(sae.architecture, batch)
+    x, target = state.scaling(*join_sites(sae.architecture, batch))
     dead = state.dead.rows(capacity) if capacity else None
     step = Step(sae, x, target, sae.encode(x), state.loss_weights(target), dead, config.k_aux)
     loss, metrics = step.total(config)

@@ -5,11 +5,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from flashsae.architecture import Architecture
+from flashsae.data.acts import Batch
 from flashsae.errors import DataError
 from flashsae.metrics import OUTLIER_NORM_RATIO, VarianceSpread, unit_of, variance_spread
 from flashsae.sae.losses import token_variance
+from flashsae.sae.step import join_sites
+from flashsae.sae.units import EPS
+from flashsae.settings.normalization import Normalization
+from flashsae.train.scaling import Scaling, SiteScale
 
 LARGEST, SMALLEST = 2.0**120, 2.0**-100
 """Activations beyond are refused: the values of latents have their unit, and are float32."""
@@ -18,48 +25,82 @@ MOST_ROUNDED = 0.01
 """Share of the variance that float32 may round away without a warning."""
 
 
+WITHIN = 2.0**40
+"""What is not scaled is refused beyond, or below its reciprocal: float32 has no room for the squares."""
+
+LEAST_DEVIATION = 1e-4
+"""Tokens that deviate less from their mean, in the root mean square, are not normalised: see `layer_norm`."""
+
+
 @dataclass(frozen=True)
 class Sample:
     """What a training goes by.
 
     Args:
-        x: [n, d_in], float32, times `scale`: as the training sees it.
-        scale: the power of two that brings the standard deviation of a coordinate next to 1/4. Weights have no unit,
-            since decoder rows have norm 1; biases have that of x, and Adam moves them by about lr a step. Multiplying
-            by a power of two rounds nothing, so the finished SAE is exactly the one that was trained.
-        variance: of a token of `x`, what the loss is relative to.
+        x: [n, d_in], float32, as the SAE will see it.
+        target: [n, d_out], the same of what is reconstructed; x itself for an autoencoder.
+        scaling: what makes it so of activations as they come.
+        variance: of a token of `target`, what the loss is relative to.
         warnings: sentences for the user.
     """
 
     x: Tensor
-    scale: float
+    target: Tensor
+    scaling: Scaling
     variance: float
     warnings: tuple[str, ...] = ()
 
 
-def measure_sample(x: Tensor) -> Sample:
+def measure_sample(batch: Batch, architecture: Architecture, normalization: Normalization = "power_of_two") -> Sample:
     """Measure what a training goes by.
 
+    With "power_of_two", the factor is the power of two that brings the standard deviation of a coordinate of what is
+    reconstructed next to 1/4. Weights have no unit, since decoder rows have norm 1; biases have that of x, and Adam
+    moves them by about lr a step. Multiplying by a power of two rounds nothing, so the finished SAE is exactly the one
+    that was trained. Sites that are only read have a power of two of their own.
+
+    With "mean_square", each site has the factor that makes the mean square of its coordinates 1.
+
     Args:
-        x: [n, d_in], float64, training tokens as they come.
+        batch: [n, d] by site, float64, training tokens as they come.
+        architecture: says which sites are read and written.
+        normalization: of the settings.
     Raises:
         DataError: the tokens do not vary, or are too large or too small for float32.
     """
-    largest = x.abs().amax().item() if x.numel() else 0.0
-    if largest and not SMALLEST <= largest <= LARGEST:
-        raise DataError(
-            f"the activations reach {largest:.1e}, where float32, in which an SAE is trained and saved, has no room "
-            f"for it: multiply them by a constant first, such as {unit_of(largest):.1e}."
-        )
-    exponent = math.frexp(largest)[1]
-    near_one = x * 2.0**-exponent
-    whole = token_variance(near_one)
-    if whole == 0.0:
-        raise DataError(
-            f"the activations do not vary: {len(x):,} sampled tokens are equal, so there is nothing for an SAE to "
-            "explain. Check where they come from."
-        )
-    scale = 2.0 ** (round(math.log2(x.shape[1] / whole) / 2 - 2) - exponent)
+    x, target = join_sites(architecture, batch)
+    reads, writes = ([(site, batch[site]) for site in sites] for sites in architecture.sites_of(batch))
+    warnings, two = _check(target)
+    if normalization == "none":
+        _check_unscaled(x, target)
+    if normalization == "layer_norm":
+        _check_deviation(x)
+    others = [acts for site, acts in reads if site not in dict(writes)]
+    two_of_others = _power_of_two(torch.cat(others, 1), "the activations that are read") if others else two
+
+    def scale(site: str, acts: Tensor) -> SiteScale:
+        if normalization == "mean_square":
+            return SiteScale(acts.shape[1], _unit_mean_square(site, acts))
+        if normalization == "power_of_two":
+            return SiteScale(acts.shape[1], two if site in dict(writes) else two_of_others)
+        return SiteScale(acts.shape[1], 1.0)
+
+    scaling = Scaling(
+        tuple(scale(*each) for each in reads),
+        tuple(scale(*each) for each in writes),
+        is_layer_norm=normalization == "layer_norm",
+    )
+    seen = scaling(x, target)
+    variance = token_variance(seen[1])
+    if variance == 0.0:
+        raise DataError(_EQUAL.format(what="the activations", n=len(x)))
+    return Sample(*seen, scaling, variance, warnings)
+
+
+def _check(x: Tensor) -> tuple[tuple[str, ...], float]:
+    """Return warnings of what is to be reconstructed, [n, d_out], float64, and its power of two."""
+    scale = _power_of_two(x, "the activations")
+    largest = x.abs().amax().item()
     seen = (x * scale).float()
     variance = token_variance(seen)
     rounded = (seen.double() - x * scale).square().sum(1).mean().item()
@@ -68,14 +109,62 @@ def measure_sample(x: Tensor) -> Sample:
             f"the activations vary less than float32 resolves beside values of {largest:.1e}: subtract their mean "
             "before, in float64."
         )
-    spread = variance_spread(near_one)
+    spread = variance_spread(x * 2.0 ** -math.frexp(largest)[1])
     warnings = [_concentration(spread)] if spread.is_concentrated else []
     if rounded > MOST_ROUNDED * variance:
         warnings.append(
             f"float32 rounds the activations by {rounded / variance:.1%} of their variance, since they vary little "
             f"beside values of {largest:.1e}: subtract their mean before, in float64."
         )
-    return Sample(seen, scale, variance, tuple(warnings))
+    return tuple(warnings), scale
+
+
+_EQUAL = (
+    "{what} do not vary: {n:,} sampled tokens are equal, so there is nothing for an SAE to explain. Check where they "
+    "come from."
+)
+
+
+def _power_of_two(x: Tensor, what: str) -> float:
+    """Return the power of two that brings the standard deviation of a coordinate next to 1/4."""
+    largest = x.abs().amax().item() if x.numel() else 0.0
+    if largest and not SMALLEST <= largest <= LARGEST:
+        raise DataError(
+            f"{what} reach {largest:.1e}, where float32, in which an SAE is trained and saved, has no room "
+            f"for it: multiply them by a constant first, such as {unit_of(largest):.1e}."
+        )
+    exponent = math.frexp(largest)[1]
+    whole = token_variance(x * 2.0**-exponent)
+    if whole == 0.0:
+        raise DataError(_EQUAL.format(what=what, n=len(x)))
+    return 2.0 ** (round(math.log2(x.shape[1] / whole) / 2 - 2) - exponent)
+
+
+def _unit_mean_square(site: str, x: Tensor) -> float:
+    """Return what makes the mean square of a coordinate 1, as a float32 number."""
+    mean_square = x.square().mean().item()
+    if mean_square == 0.0:
+        raise DataError(f"the activations of {site} are all 0, so no factor gives them a unit mean square.")
+    return torch.tensor(mean_square**-0.5, dtype=torch.float32, device="cpu").item()
+
+
+def _check_unscaled(*sites: Tensor) -> None:
+    for x in sites:
+        largest = x.abs().amax().item()
+        if not 1 / WITHIN <= largest <= WITHIN:
+            raise DataError(
+                f"the activations reach {largest:.1e}, which float32 has no room to square: normalize_activations none "
+                "leaves them as they are, and power_of_two or mean_square would not."
+            )
+
+
+def _check_deviation(x: Tensor) -> None:
+    deviation = x.var(dim=1).mean().sqrt().item()
+    if deviation < LEAST_DEVIATION:
+        raise DataError(
+            f"the coordinates of a token deviate by {deviation:.1e} from their mean, to which layer_norm adds "
+            f"{EPS:.0e} before it divides: multiply the activations by a constant first."
+        )
 
 
 def _concentration(spread: VarianceSpread) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from flashsae import distributed
 from flashsae.architecture import Progress, architecture_of
+from flashsae.data.acts import only_site
 from flashsae.data.shuffle import Batches, OnFill
 from flashsae.errors import CheckpointError
 from flashsae.metrics import table
@@ -20,14 +21,15 @@ from flashsae.sae.config import SAEConfig
 from flashsae.sae.dead import Bounds, DeadLatents
 from flashsae.sae.losses import fvu_weights
 from flashsae.sae.module import SAE
-from flashsae.sae.step import join_sites
 from flashsae.schema import Positive, parse
 from flashsae.settings.kinds import as_json
+from flashsae.settings.left_open import default_values
 from flashsae.train.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
 from flashsae.train.config import TrainConfig
 from flashsae.train.graph import CapturedSteps
 from flashsae.train.plan import check_selection
 from flashsae.train.sample import measure_sample
+from flashsae.train.scaling import Scaling
 
 INIT_TOKENS = 8192
 _ADVICE = "Resume with the settings and the data of the run, or start a new one."
@@ -41,15 +43,20 @@ class TrainState:
     optimizer: FactoredAdam
     dead: DeadLatents
     batches: Batches
-    scale: float = 1.0
-    """What activations are multiplied by, so that one learning rate fits the biases whatever the unit of x."""
+    scaling: Scaling
+    """What is done to activations first, so that one learning rate fits the biases whatever the unit of x."""
     variance: float = 1.0
-    """Of a token of the initial sample, times scale²: what the loss is relative to, for the whole of the training."""
+    """Of a token of the initial sample, scaled: what the loss is relative to, for the whole of the training."""
     step: int = 0
     warnings: tuple[str, ...] = ()
     """Sentences about the data, for the user."""
     captured: CapturedSteps = field(default_factory=CapturedSteps)
     _weights: Tensor | None = None
+
+    @property
+    def scale(self) -> float:
+        """What activations of one site are multiplied by."""
+        return only_site({f"site {number}": site.factor for number, site in enumerate(self.scaling.writes)})
 
     def loss_weights(self, x: Tensor) -> Tensor:
         """Return the weight of each token of a batch [B, d_in] in the loss; the same tensor while B is the same."""
@@ -58,20 +65,20 @@ class TrainState:
         return self._weights
 
     def current_sae(self) -> SAE:
-        """Return the SAE for activations as they come, without the scale; shares weights with the one in training."""
-        return self.sae.rescaled(self.scale).eval()
+        """Return the SAE for activations as they come, without the scaling; shares weights with the one in training."""
+        return self.scaling.folded(self.sae).eval()
 
     def finished_sae(self) -> SAE:
         """Return the SAE for activations as they come. Where weights are split, with whole ones, on the CPU.
 
         What it shares with the SAE in training is changed by an architecture that finishes in place: for the end only.
         """
-        sae = self.current_sae()
+        sae, units = self.current_sae(), self.scaling.units
         sae.set_progress(Progress.end())
         for row in sae.architecture.parameters:
             if row.trained and self.optimizer.is_split(getattr(self.sae, row.name)):
                 whole = self.optimizer.float32_weights(getattr(self.sae, row.name))
-                setattr(sae, row.name, nn.Parameter(whole / self.scale**row.power if row.power else whole))
+                setattr(sae, row.name, nn.Parameter(units.fold(row, whole)))
         sae.precision = None
         sae = sae.to(sae.W_dec.device)
         if sae.architecture.finish is not None:
@@ -108,17 +115,16 @@ def init_state(
     sae = SAE(SAEConfig(config.d_in, config.d_sae, arch=config.arch, d_out=config.d_out), seed=config.seed).to(device)
     sae.precision = config.precision
     sae.set_progress(Progress(0, config.steps, config.seed))
-    scale, variance = 1.0, 1.0
+    scaling, variance = Scaling.uniform(1.0, config.d_in, config.d_out), 1.0
     warnings: tuple[str, ...] = ()
     if not found:
         batch = batches.sample(INIT_TOKENS, on_fill)
         batch = {site: acts.to(device, torch.float64) for site, acts in batch.items()}
-        x, target = join_sites(sae.architecture, batch)
-        sample = measure_sample(target)
-        scale, variance, warnings = sample.scale, distributed.averaged(sample.variance), sample.warnings
-        sae.initialize_from(sample.x if x is target else (x * scale).float(), sample.x)
+        sample = measure_sample(batch, sae.architecture, config.normalize_activations)
+        scaling, variance, warnings = sample.scaling, distributed.averaged(sample.variance), sample.warnings
+        sae.initialize_from(sample.x, sample.target)
     dead = DeadLatents(config.d_sae, config.dead_after_tokens, device)
-    state = TrainState(sae, build_optimizer(sae, config), dead, batches, scale, variance, warnings=warnings)
+    state = TrainState(sae, build_optimizer(sae, config), dead, batches, scaling, variance, warnings=warnings)
     if found:
         checkpoint = load_checkpoint(found[-1])
         check_settings(config, checkpoint)
@@ -172,7 +178,7 @@ def to_checkpoint(state: TrainState, config: TrainConfig) -> Checkpoint:
         state.step,
         {
             "data": place,
-            "scale": state.scale,
+            "scaling": asdict(state.scaling),
             "variance": state.variance,
             "config": as_json(config.flat()),
             "dead_bounds": bounds,
@@ -190,20 +196,23 @@ class _Saved:
     """The part of a checkpoint that JSON holds."""
 
     data: dict[str, Any]
-    scale: Positive
     variance: Positive
     config: dict[str, Any]
     dead_bounds: Bounds | None
+    scaling: Scaling | None = None
+    scale: Positive | None = None
+    """What version 4 wrote in the place of `scaling`."""
 
 
 def check_settings(config: TrainConfig, checkpoint: Checkpoint) -> None:
     """Raise CheckpointError if a checkpoint was written with other settings; names each with both values."""
     saved = checkpoint.state.get("config")
     saved = saved if isinstance(saved, dict) else {}
+    later = as_json(default_values(config))  # what it names nothing of, a version wrote that had no such setting
     differences = [
-        f"{name} was {saved.get(name)!r} and is {value!r} now"
+        f"{name} was {saved.get(name, later.get(name))!r} and is {value!r} now"
         for name, value in as_json(config.flat()).items()
-        if name not in FREE_TO_CHANGE and saved.get(name) != value
+        if name not in FREE_TO_CHANGE and saved.get(name, later.get(name)) != value
     ]
     if differences:
         raise CheckpointError(
@@ -238,7 +247,12 @@ def restore(state: TrainState, checkpoint: Checkpoint) -> None:
     since.copy_(_tensor(checkpoint, "dead.tokens_since_fired", since))
     state.dead.bounds = saved.dead_bounds
     torch.set_rng_state(_tensor(checkpoint, "rng.torch", torch.get_rng_state()))
-    state.scale, state.variance = saved.scale, saved.variance
+    if saved.scaling is None:
+        config = state.sae.config
+        state.scaling = Scaling.uniform(saved.scale or 1.0, config.d_in, config.d_out)
+    else:
+        state.scaling = saved.scaling
+    state.variance = saved.variance
     state.step = checkpoint.step
 
 

@@ -1,4 +1,4 @@
-"""Activations in another unit: what becomes of the parameters, and the normalisation that no parameter can take over."""
+"""Activations in another unit: what becomes of parameters, and the normalisation that no parameter can take over."""
 
 from __future__ import annotations
 
@@ -48,14 +48,15 @@ def layer_norm(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 class Units:
     """Factors between activations as they come and as an SAE sees them, and what they make of its parameters.
 
-    With S_in and S_out the diagonal matrices of the factors and λ the factor of latents, the SAE for activations as they
-    come has, of parameters with a dash,
+    With S_in and S_out the diagonal matrices of the factors and λ the factor of latents, the SAE for activations as
+    they come has, of parameters with a dash,
 
         W_enc = S_in W_enc' / λ     b_enc = b_enc' / λ     threshold = threshold' / λ
         W_dec = λ W_dec' / S_out    b_dec = b_dec' / S_out     W_skip = W_skip' S_in / S_out
 
-    which gives x_hat = x_hat' / S_out and the code over λ: the same latents. λ is the factor of what is reconstructed where
-    that is one number, so that W_dec stays as it is; otherwise a power of two that leaves rows of W_dec near their norm.
+    which gives x_hat = x_hat' / S_out and the code over λ: the same latents. λ is the factor of what is reconstructed
+    where that is one number, so that W_dec stays as it is; otherwise a power of two that leaves the rows of W_dec near
+    their norm.
 
     Args:
         reads: of what goes in.
