@@ -57,8 +57,6 @@ def train_step(state: TrainState, batch: Batch, config: TrainConfig) -> dict[str
     return metrics
 
 
-
-
 def _compute_step(state: TrainState, batch: Batch, config: TrainConfig, capacity: int) -> dict[str, Tensor]:
     """Do the part of a step that the device does: no number of it is known to the host."""
     sae, optimizer = state.sae, state.optimizer
