@@ -57,6 +57,22 @@ def test_every_kind_of_array_gives_the_same_sae(tmp_path: Path) -> None:
     assert _same(saes[0], saes[2])
 
 
+def test_settings_by_keyword_are_those_of_a_config() -> None:
+    given = {"lr": 2e-3, "seed": 4, "betas": (0.8, 0.9), "batch_tokens": 64, "tokens": 64 * 9, "shuffle_tokens": 256}
+    by_config = flashsae.fit(X, d_sae=16, config=TrainConfig(k=3, **given), progress=False)  # type: ignore[arg-type]
+    by_keyword = flashsae.fit(X, d_sae=16, k=3, progress=False, **given)  # type: ignore[arg-type, call-overload]
+    assert _same(by_keyword, by_config)
+    config = replace(SMALL, lr=2e-3, seed=4, betas=(0.5, 0.5), tokens=64 * 9, arch=BatchTopKSettings(k=7))
+    assert _same(
+        flashsae.fit(X, d_sae=16, arch="topk", k=3, betas=(0.8, 0.9), config=config, progress=False), by_config
+    )
+
+
+def test_the_number_of_latents_may_be_left_open() -> None:
+    sae = flashsae.fit(X, k=3, config=replace(SMALL, tokens=64), progress=False)
+    assert sae.config.d_sae == 64
+
+
 @pytest.mark.parametrize("kind", ["list", "generator", "bfloat16", "loader"])
 def test_iterables_are_trained_on(kind: str) -> None:
     parts = list(X.split(50))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from flashsae.architecture import Architecture, architecture_of, settings_of
+from flashsae.architecture import Architecture, architecture_named, architecture_names, architecture_of, settings_of
 from flashsae.errors import ConfigError
 from flashsae.precision import Precision
 from flashsae.settings.kinds import (
@@ -53,11 +54,37 @@ def _flat(cls: type[Config]) -> type[Config]:
         known = {each.name for each in fields(cls)}
         own = {name: given.pop(name) for name in [name for name in given if name not in known]}
         if own:
-            given["arch"] = settings_of(given.get("arch") or DEFAULT_ARCH, **own)
+            arch = given.get("arch") or DEFAULT_ARCH
+            check_known(own, architecture_named(arch) if isinstance(arch, str) else architecture_of(arch))
+            given["arch"] = settings_of(arch, **own)
         made(self, *positional, **given)
 
     cls.__init__ = init  # type: ignore[assignment]
     return cls
+
+
+def check_known(names: Iterable[str], architecture: Architecture, beside: Iterable[str] = (), why: str = "") -> None:
+    """Raise ConfigError where an architecture has no such setting, with the nearest name that there is.
+
+    Args:
+        names: that are no settings of a training.
+        architecture: whose settings they should be.
+        beside: other names that may be given there.
+        why: what the architecture is, behind its name.
+    """
+    own = [each.name for each in fields(architecture.settings)]
+    for name in names:
+        if name not in own:
+            known = [*own, *beside, *(each.name for each in fields(TrainConfig))]
+            near = difflib.get_close_matches(name, known, n=1)
+            others = [] if near else [other for other in architecture_names(installed=False) if _has(other, name)]
+            hint = f" Did you mean {near[0]}?" if near else f' arch="{others[0]}" has.' if others else ""
+            has = "" if why else f"; it has {', '.join(own) or 'none'}"
+            raise ConfigError(f"{name}: {architecture.name}{why} has no such setting{has}.{hint}")
+
+
+def _has(architecture: str, name: str) -> bool:
+    return any(each.name == name for each in fields(architecture_named(architecture).settings))
 
 
 def check_own_names(arch: Architecture, taken: Iterable[str]) -> None:

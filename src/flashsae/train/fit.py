@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
 from warnings import warn
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from flashsae.architecture import architecture_of, settings_of
+from flashsae.architecture import architecture_of
 from flashsae.backend import check_single_process, check_variables, resolve_device
 from flashsae.data.acts import Acts, X
 from flashsae.data.shuffle import buffer_size, shuffled
@@ -27,6 +27,7 @@ from flashsae.logs.jsonl import LOG_FILE, JsonlLog
 from flashsae.logs.progress import ProgressBar, filling
 from flashsae.neutral import neutral
 from flashsae.sae.module import SAE
+from flashsae.settings.keywords import settings_by_keyword, signature_with_settings
 from flashsae.settings.kinds import check, expand
 from flashsae.train.config import TrainConfig
 from flashsae.train.loop import train
@@ -37,20 +38,39 @@ LEAST_TOKENS = 2_000_000
 """About 2000 steps: fewer leave some directions unfound, however small the data."""
 
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from flashsae.settings.keywords import TrainSettings
+
+    Arrays: TypeAlias = Tensor | np.ndarray | Acts
+
+
+@overload
+def fit(
+    x: Arrays | Iterable[Arrays], *, config: TrainConfig | None = None, run: str | Path | None = None,
+    resume: bool = False, progress: bool = True, **settings: Unpack[TrainSettings],
+) -> SAE: ...  # fmt: skip
+
+
+@overload
+def fit(
+    x: Arrays | Iterable[Arrays], *, arch: Any, config: TrainConfig | None = None, run: str | Path | None = None,
+    resume: bool = False, progress: bool = True, **settings: Any,
+) -> SAE: ...  # fmt: skip
+
+
 @neutral()
 def fit(
     x: Tensor | np.ndarray | Acts | Iterable[Tensor | np.ndarray | Acts],
     *,
-    d_sae: int,
-    k: int | None = None,
-    arch: Any = None,
-    tokens: int | None = None,
     config: TrainConfig | None = None,
     run: str | Path | None = None,
     resume: bool = False,
     progress: bool = True,
+    **settings: Any,
 ) -> SAE:
-    """Train an SAE on activations.
+    """Train an SAE on activations: `fit(x, d_sae=16384, k=32, lr=4e-4, seed=1)`.
 
     What the caller has set for all of PyTorch (autocast, default dtype and device, gradient mode, ...) changes nothing.
 
@@ -60,22 +80,22 @@ def fit(
             buffer. d_in is taken from it. If it can be read only once and ends early, the training ends with it. For an
             architecture of several sites: a dict of arrays of the same tokens by site, or an iterable of such. Where
             their names are not those of its sites, the order tells which is which.
-        d_sae: number of latents.
-        k: latents active for each token, of an architecture that has this setting. Default: 32.
-        arch: the architecture: its settings, or its name, of `flashsae.architecture.architecture_names()`. Default:
-            that of `config`.
-        tokens: tokens to train on, repeats counted. Default: those of `config`; without one, ten
-            times an array, at least 2 million.
-        config: every other setting; its d_sae, arch, k and tokens give way to those above. Beside the name of an
-            architecture, what it sets of another one, such as k, is set of this one.
+        config: settings in one value; those given by name go before it. Beside the name of an architecture, what it
+            sets of another one, such as k, is set of this one.
         run: folder for metrics.jsonl and checkpoints. Must not exist, unless `resume`; removed again by a training that
             fails before its first checkpoint. None writes nothing.
         resume: continue from the newest checkpoint in `run`, bit for bit, with the same x and settings.
         progress: say what will be done, and show a progress bar, on standard error.
+        settings: every setting of `flashsae.TrainConfig` by its name: d_sae, arch, tokens, lr, seed ... None is the
+            same as leaving one out. arch is a name of `flashsae.architecture.architecture_names()`, whose own settings
+            stand beside it (arch="batch_topk", k=64), or these settings (arch=flashsae.BatchTopKSettings(k=64)), beside
+            which none may stand. tokens counts repeats; where neither it nor `config` is given: ten times an array, at
+            least 2 million.
     Returns:
         the trained SAE, in `eval()` mode, on the device it was trained on.
     Raises:
-        ShapeError, DtypeError, ConfigError: an argument does not fit, or this is one of several processes.
+        ShapeError, DtypeError, ConfigError: an argument does not fit, there is no such setting, or this is one of
+            several processes.
         DataError: x is empty, does not vary, holds NaN or Inf or what float32 cannot hold, or ended before the first
             step.
         StorageError, CheckpointError: `run` exists, or cannot be written or resumed.
@@ -92,58 +112,40 @@ def fit(
         raise ConfigError("resume: expected run=FOLDER beside it, the folder to resume.")
     if config is not None and not isinstance(config, TrainConfig):
         raise ConfigError(f"config: expected a flashsae.TrainConfig, got {type(config).__name__}.")
-    base = config or TrainConfig()
-    own = _arch(arch, k, base)
-    source = _source(x, architecture_of(own).sites)
-    settings = replace(
-        base,
-        d_sae=d_sae,
-        arch=own,
-        tokens=tokens if tokens is not None else config.tokens if config is not None else _default_tokens(source),
-    ).resolve(source.widths)
-    device = resolve_device(settings.device)
-    check_selection(settings, device)
-    buffered = _buffer_tokens(source, settings)
+    asked = settings_by_keyword(settings, config, beside=("config", "run", "resume", "progress"))
+    source = _source(x, architecture_of(asked.arch).sites)
+    is_open = settings.get("tokens") is None and config is None
+    resolved = (replace(asked, tokens=_default_tokens(source)) if is_open else asked).resolve(source.widths)
+    device = resolve_device(resolved.device)
+    check_selection(resolved, device)
+    buffered = _buffer_tokens(source, resolved)
     row_bytes = source.row_bytes if isinstance(source, IterableSource) else 0
-    check_memory(make_plan(settings, device, buffered * row_bytes), device)
+    check_memory(make_plan(resolved, device, buffered * row_bytes), device)
     batches = shuffled(
         source,
-        settings.batch_tokens,
-        seed=settings.seed,
-        buffer_tokens=settings.shuffle_tokens,
-        tokens=settings.tokens,
+        resolved.batch_tokens,
+        seed=resolved.seed,
+        buffer_tokens=resolved.shuffle_tokens,
+        tokens=resolved.tokens,
     )
     callbacks: list[Callback] = [Warn(_warn)] if folder is None else [Warn(_warn), JsonlLog(folder)]
     if folder is not None:
         _make_folder(folder, resume=resume)
     console = Console(stderr=True)
     if progress:
-        told = _what_will_be_done(settings, batches.epoch_tokens, buffered, device)
+        told = _what_will_be_done(resolved, batches.epoch_tokens, buffered, device)
         console.print(told, highlight=False, soft_wrap=True)
         callbacks.append(ProgressBar(console))
     checkpoints = None if folder is None else folder / "checkpoints"
-    is_told = tokens is None and config is None
     with nullcontext() if folder is None else _working_in(folder, may_discard=not resume):
         with filling(console) if progress else nullcontext() as on_fill:
-            state = init_state(settings, batches, device, checkpoints, on_fill)
-        sae = train(state, settings, callbacks=callbacks, checkpoints=checkpoints, is_told_of_repeats=is_told)
+            state = init_state(resolved, batches, device, checkpoints, on_fill)
+        sae = train(state, resolved, callbacks=callbacks, checkpoints=checkpoints, is_told_of_repeats=is_open)
         del state  # its memory may be needed for the whole weights
         return sae.to(device)
 
 
-def _arch(arch: Any, k: int | None, base: TrainConfig) -> Any:
-    """Return the settings of the architecture that are meant."""
-    own = {} if k is None else {"k": k}
-    if isinstance(arch, str):
-        there = asdict(base.arch)
-        if architecture_of(base.arch).name != arch:
-            there = {name: value for name, value in there.items() if value != getattr(type(base.arch)(), name)}
-        return settings_of(arch, **{**there, **own})
-    if arch is not None:
-        return settings_of(arch, **own)
-    if own and "k" not in (each.name for each in fields(base.arch)):
-        raise ConfigError(f"k: {architecture_of(base.arch).name}, the arch of config, has no such setting.")
-    return replace(base.arch, **own)
+fit.__signature__ = signature_with_settings(fit)  # type: ignore[attr-defined]
 
 
 def _source(x: Any, sites: Sequence[str]) -> ArraySource | IterableSource:
