@@ -1,0 +1,159 @@
+"""Held-out FVU against L0 of every architecture, at three sparsities: `python -m benchmarks.pareto ACTIVATIONS`.
+
+Each is trained with `flashsae.fit` on the same activations of the demo's model and measured with `flashsae.evaluate` on
+documents that training never saw. What is in the file of results already is not trained again, so an interrupted call
+goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import cyclopts
+import torch
+from torch import Tensor
+
+import flashsae
+from benchmarks.session import RESULTS, provenance
+from flashsae.architecture import architecture_names, settings_of
+from flashsae.bench.measure import Record
+from flashsae.data.cache import ActivationCache
+from flashsae.data.cache_writer import write_cache
+from flashsae.data.language_model import LanguageModelSource
+from flashsae.data.text import open_text
+from flashsae.settings.reading import ReadingConfig
+
+SPARSITIES = (16, 32, 64)
+LAYER = "encoder.layer.2"
+MLP = (f"{LAYER}.intermediate:in", f"{LAYER}.output.dense")
+LAYERS = ("encoder.layer.1", LAYER, "encoder.layer.3")
+HELD_OUT = 0.05
+SAME = ("arch", "settings", "sites", "d_sae", "tokens", "batch_tokens", "train_tokens", "model_dtype", "on")
+"""What two results of one training share."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """An architecture to train at each of the sparsities.
+
+    Args:
+        arch: its name.
+        settings: its settings for an L0.
+        sites: hookpoints of the model.
+    """
+
+    arch: str
+    settings: Callable[[int], Mapping[str, Any]]
+    sites: tuple[str, ...] = (LAYER,)
+
+
+def _k(l0: int) -> dict[str, Any]:
+    return {"k": l0}
+
+
+LINES = (
+    Line("topk", _k),
+    Line("batch_topk", _k),
+    Line("abs_topk", _k),
+    Line("transcoder", _k, MLP),
+    Line("skip_transcoder", _k, MLP),
+    Line("crosscoder", _k, LAYERS),
+)
+
+
+def write_activations(folder: Path, model: str, dataset: str, max_tokens: int) -> None:
+    """Write the activations at all of the sites, unless they are there."""
+    config = ReadingConfig(model, dataset, hookpoint=LAYER).filled()
+    source = LanguageModelSource(config, open_text(config.dataset), hookpoints=tuple(dict.fromkeys((*MLP, *LAYERS))))
+    write_cache(folder, source, max_tokens=max_tokens)
+
+
+def read_activations(folder: Path, sites: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, Tensor], str]:
+    """Return the activations to train on, those held out, by site, and in which dtype the model computed them."""
+    cache = ActivationCache(folder, sites, held_out=HELD_OUT)
+    train, held_out = (cache.rows(cache.split_rows(split)) for split in ("train", "held_out"))
+    return train, held_out, str(cache.settings["model_dtype"])
+
+
+def train_one(line: Line, l0: int, folder: Path, config: Mapping[str, Any], done: list[Record]) -> Record | None:
+    """Train and measure one SAE; None if that was done before."""
+    train, held_out, model_dtype = read_activations(folder, line.sites)
+    settings = settings_of(line.arch, **line.settings(l0))
+    record: Record = {
+        "group": "pareto", "arch": line.arch, "sparsity": l0, "settings": asdict(settings), "sites": list(line.sites),
+        **config, "train_tokens": len(train[line.sites[0]]), "model_dtype": model_dtype,
+        "on": "cuda" if torch.cuda.is_available() else "cpu",
+    }  # fmt: skip
+    record = json.loads(json.dumps(record))
+    if any(all(other.get(name) == record[name] for name in SAME) for other in done):
+        return None
+    started = time.perf_counter()
+    x = train if len(train) > 1 else train[line.sites[0]]
+    sae = flashsae.fit(x, d_sae=config["d_sae"], config=_train_config(settings, config), progress=False)
+    seconds = time.perf_counter() - started
+    found = flashsae.evaluate(sae, held_out if len(held_out) > 1 else held_out[line.sites[0]])
+    return record | {
+        "d_in": sae.config.d_in, "d_out": sae.config.d_out, "l0": round(found.l0, 3), "fvu": round(found.fvu, 6),
+        "never_active": int((found.latent_density == 0).sum()), "held_out_tokens": found.tokens,
+        "seconds": round(seconds, 2),
+    }  # fmt: skip
+
+
+def _train_config(settings: object, config: Mapping[str, Any]) -> flashsae.TrainConfig:
+    own = {name: config[name] for name in ("tokens", "batch_tokens", "seed")}
+    return flashsae.TrainConfig(config["d_sae"], arch=settings, **own)
+
+
+def wanted(only: str) -> Iterator[tuple[Line, int]]:
+    """Yield what is to be trained: the architectures that are there, all at the middle sparsity first."""
+    lines = [line for line in LINES if line.arch.partition(":")[0] in architecture_names(installed=False)]
+    chosen = [line for line in lines if not only or line.arch in only.split(",")]
+    for l0 in (SPARSITIES[1], SPARSITIES[0], *SPARSITIES[2:]):
+        yield from ((line, l0) for line in chosen)
+
+
+def main(
+    activations: Path, *, d_sae: int = 4096, tokens: int = 4_000_000, batch_tokens: int = 1024, seed: int = 0,
+    only: str = "", model: str = "minilm", dataset: str = "python-docs", max_tokens: int = 400_000,
+    seconds: float = float("inf"), out: Path = RESULTS / "pareto.jsonl",
+) -> None:  # fmt: skip
+    """Train every architecture at every sparsity and append one JSON line each.
+
+    Args:
+        activations: folder of a cache of all the sites; written first if there is none.
+        d_sae, tokens, batch_tokens, seed: of each training; whatever else there is has the default of the architecture.
+        only: names of architectures, by comma; "" for all.
+        model, dataset, max_tokens: of the cache, where it is to be written.
+        seconds: start no training after so many.
+        out: JSON lines file.
+    """
+    started = time.perf_counter()
+    if not (activations.exists() and ActivationCache.is_complete(activations)):
+        write_activations(activations, model, dataset, max_tokens)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    done = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    about = provenance(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    config = {"d_sae": d_sae, "tokens": tokens, "batch_tokens": batch_tokens, "seed": seed}
+    for line, l0 in wanted(only):
+        if time.perf_counter() - started > seconds:
+            print(f"{seconds:.0f} seconds are over: {line.arch} at {l0} and what follows are left out")
+            break
+        record = train_one(line, l0, activations, config, done)
+        if record is None:
+            continue
+        with out.open("a") as file:
+            file.write(json.dumps(record | about) + "\n")
+        print(
+            f"{line.arch:20s} L0 {record['l0']:8.2f} FVU {record['fvu']:.4f} never active {record['never_active']:5d}"
+            f" {record['seconds']:7.2f} s",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    cyclopts.run(main)
