@@ -15,7 +15,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks import plots_runs, plots_steps
+from benchmarks import plots_architectures, plots_runs, plots_steps
 from benchmarks.drawing import (
     BLUE,
     DPI,
@@ -234,7 +234,7 @@ def read(path: Path) -> list[Record]:
 
 @app.default
 def main(results: Path = RESULTS, docs: Path = DOCS) -> None:
-    """Draw the pictures of docs, and write the tables of performance.md and numerics.md.
+    """Draw the pictures of docs, and write the tables of performance.md, numerics.md and architectures.md.
 
     Args:
         results: folder of JSON lines that the benchmarks have written. What is not there is left out.
@@ -243,7 +243,8 @@ def main(results: Path = RESULTS, docs: Path = DOCS) -> None:
     found, whole = Results(read(results / "ops.jsonl")), Results(read(results / "step.jsonl"))
     pipeline, trainer = read(results / "pipeline.jsonl"), read(results / "trainer.jsonl")
     counters = read(results / "counters.jsonl")
-    if not (found.by_key or whole.by_key or pipeline or trainer):
+    archs, pareto = Results(read(results / "architectures.jsonl")), read(results / "pareto.jsonl")
+    if not (found.by_key or whole.by_key or pipeline or trainer or archs.by_key or pareto):
         raise SystemExit(f"{results}: expected results of benchmarks, found none.")
     figures: dict[str, Callable[[], Figure | None]] = {
         "performance-sweep.png": lambda: sweep_figure(found),
@@ -253,15 +254,17 @@ def main(results: Path = RESULTS, docs: Path = DOCS) -> None:
         "performance-ablation.png": lambda: plots_steps.ablation_figure(whole),
         "performance-pipeline.png": lambda: plots_runs.pipeline_figure(pipeline),
         "numerics-trainer.png": lambda: plots_runs.trainer_figure(trainer),
+        "architectures.png": lambda: plots_architectures.pareto_figure(pareto),
     }
     for name, draw in figures.items():
         with rc_context(STYLE):
             if figure := draw():
                 figure.savefig(docs / name, dpi=DPI)
         print(f"{docs / name}: {'drawn' if figure else 'nothing to draw'}")
-    parts = [plots_steps.step_text(whole), plots_runs.pipeline_text(pipeline)]
+    parts = [plots_steps.step_text(whole), plots_architectures.steps_table(archs), plots_runs.pipeline_text(pipeline)]
     parts += [all_tables(found) if found.by_key else "", counters_table(counters) if counters else ""]
     pages = {"performance.md": parts, "numerics.md": [plots_runs.trainer_text(trainer)]}
+    pages["architectures.md"] = [plots_architectures.pareto_text(pareto)]
     for name, texts in pages.items():
         text = "\n\n".join(part for part in texts if part)
         print(f"{docs / name}: tables replaced" if replace_tables(docs / name, text) else text)

@@ -7,17 +7,15 @@ import functools
 import operator
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from flashsae.architecture import Progress, architecture_of
+from flashsae.architecture import architecture_of
 from flashsae.bench.problem import Problem
 from flashsae.bench.timing import float32_products
 from flashsae.optim import default_lr
-from flashsae.sae.config import SAEConfig
 from flashsae.sae.losses import token_variance
 from flashsae.testing import UnitNormAdam, oracle
 
@@ -114,7 +112,7 @@ def dense_pytorch(problem: Problem, precision: str = "bf16", *, compiled: bool =
     architecture, sites = architecture_of(problem.arch), problem.sites  # the problem itself is to be let go
     rows = {row.name: row for row in architecture.parameters}
     params = {name: value.clone().requires_grad_(rows[name].trained) for name, value in problem.params.items()}
-    W_dec, dense, settings = params["W_dec"], oracle(problem.arch_name), _settings(problem)
+    W_dec, dense, settings = params["W_dec"], oracle(problem.arch_name), problem.settings
     variance = token_variance(sites.written(problem.xs[0]))
     weights = {term.name: term.weight_in(problem.arch) for term in architecture.terms if term.name in dense.terms}
     first: list[Tensor] = []  # of the terms of the last loss
@@ -142,17 +140,6 @@ def dense_pytorch(problem: Problem, precision: str = "bf16", *, compiled: bool =
         products={"bf16": None, "tf32": "tf32", "float32": "ieee"}[precision],
         error=lambda: first[0],
     )
-
-
-def _settings(problem: Problem) -> dict[str, Any]:
-    """Return the settings of the architecture by name, and the numbers of its schedule at the end of a training."""
-    architecture = architecture_of(problem.arch)
-    settings = asdict(problem.arch)
-    if architecture.schedule is not None:
-        sites = problem.sites
-        config = SAEConfig(sites.d_in, problem.shape.d_sae, arch=problem.arch, d_out=sites.d_out)
-        settings |= architecture.schedule(config, Progress.end())
-    return settings
 
 
 def dense_pytorch_compiled(problem: Problem) -> AutogradStep:

@@ -17,7 +17,6 @@ from flashsae.bench.timing import float32_products
 from flashsae.data.shuffle import Batches
 from flashsae.ops.validate import Precision
 from flashsae.optim import FactoredAdam
-from flashsae.sae.config import SAEConfig
 from flashsae.sae.dead import DeadLatents
 from flashsae.sae.losses import token_variance
 from flashsae.sae.module import SAE
@@ -143,8 +142,7 @@ def make_config(problem: Problem, variant: Variant) -> TrainConfig:
 def make_state(problem: Problem, config: TrainConfig, build_optimizer: BuildOptimizer = build_optimizer) -> TrainState:
     """Return the state of a training that starts from the weights of a float32 problem, without data."""
     shape = problem.shape
-    sae_config = SAEConfig(problem.sites.d_in, shape.d_sae, arch=config.arch, d_out=problem.sites.d_out)
-    sae = SAE(sae_config, seed=None, device=problem.device)
+    sae = SAE(problem.sae_config, seed=None, device=problem.device)
     sae.precision = config.precision
     with torch.no_grad():
         for name, value in problem.params.items():

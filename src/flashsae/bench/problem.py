@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashsae.architecture import architecture_of
+from flashsae.architecture import Progress, architecture_of
 from flashsae.bench.setups import Shape, Sites, arch_settings, other_params, sites_of
 from flashsae.bench.timing import float32_products
 from flashsae.ops import SparseCode
+from flashsae.sae.config import SAEConfig
 from flashsae.testing import dense_pre_acts, oracle
 
 L2_BYTES = 64 * 2**20  # more than the second-level cache of a Hopper GPU holds
@@ -64,6 +65,17 @@ class Problem:
     def arch_name(self) -> str:
         """Name of the architecture."""
         return architecture_of(self.arch).name
+
+    @property
+    def sae_config(self) -> SAEConfig:
+        """What defines the SAE besides its weights."""
+        return SAEConfig(self.sites.d_in, self.shape.d_sae, arch=self.arch, d_out=self.sites.d_out)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Settings of the architecture by name, and the numbers of its schedule at the end of a training."""
+        schedule = architecture_of(self.arch).schedule
+        return {**asdict(self.arch), **(schedule(self.sae_config, Progress.end()) if schedule else {})}
 
     @property
     def device(self) -> torch.device:
@@ -156,7 +168,7 @@ def dense_squared_error(problem: Problem, products: str = "ieee") -> float:
         for part in torch.split(x, rows):
             terms = dense.losses(
                 sites.read(part), problem.params, 1 / len(part), target=sites.written(part), topk=torch.topk,
-                **asdict(problem.arch),
+                **problem.settings,
             )  # fmt: skip
             total += float(next(iter(terms.values())))
     return total

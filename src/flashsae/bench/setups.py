@@ -116,7 +116,7 @@ def threshold(shape: Shape) -> float:
     return PRE_ACTS_STD * NormalDist().inv_cdf(1 - shape.k / shape.d_sae)
 
 
-SETTINGS: dict[str, Callable[[Shape], Any]] = {"k": lambda shape: shape.k}
+SETTINGS: dict[str, Callable[[Shape], Any]] = {"k": lambda shape: shape.k, "target_l0": lambda shape: float(shape.k)}
 """Settings that follow from the size, by name, for every architecture that has them."""
 
 
