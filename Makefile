@@ -36,6 +36,7 @@ bench-gpu: $(VENV)/.dev
 	test -d build/activations || $(BIN)/flashsae cache --out build/activations
 	$(BIN)/python -m benchmarks.trainer build/activations
 	$(BIN)/python -m benchmarks.trainer build/activations --dead-after-tokens 102400
+	$(BIN)/python -m benchmarks.pareto build/activations-of-sites
 	if command -v ncu >/dev/null; then $(BIN)/python -m benchmarks.counters; fi
 	$(BIN)/python -m benchmarks.plots
 

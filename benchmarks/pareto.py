@@ -32,13 +32,13 @@ SPARSITIES = (16, 32, 64)
 LAYER = "encoder.layer.2"
 MLP = (f"{LAYER}.intermediate:in", f"{LAYER}.output.dense")
 LAYERS = ("encoder.layer.1", LAYER, "encoder.layer.3")
-HELD_OUT = 0.05
+HELD_OUT_SHARE = 0.05
 SAME = ("arch", "settings", "sites", "d_sae", "tokens", "batch_tokens", "train_tokens", "model_dtype", "on")
 """What two results of one training share."""
 
 
 @dataclass(frozen=True)
-class Line:
+class Training:
     """An architecture to train at each of the sparsities.
 
     Args:
@@ -56,13 +56,13 @@ def _k(l0: int) -> dict[str, Any]:
     return {"k": l0}
 
 
-LINES = (
-    Line("topk", _k),
-    Line("batch_topk", _k),
-    Line("abs_topk", _k),
-    Line("transcoder", _k, MLP),
-    Line("skip_transcoder", _k, MLP),
-    Line("crosscoder", _k, LAYERS),
+TRAININGS = (
+    Training("topk", _k),
+    Training("batch_topk", _k),
+    Training("abs_topk", _k),
+    Training("transcoder", _k, MLP),
+    Training("skip_transcoder", _k, MLP),
+    Training("crosscoder", _k, LAYERS),
 )
 
 
@@ -75,12 +75,12 @@ def write_activations(folder: Path, model: str, dataset: str, max_tokens: int) -
 
 def read_activations(folder: Path, sites: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, Tensor], str]:
     """Return the activations to train on, those held out, by site, and in which dtype the model computed them."""
-    cache = ActivationCache(folder, sites, held_out=HELD_OUT)
+    cache = ActivationCache(folder, sites, held_out=HELD_OUT_SHARE)
     train, held_out = (cache.rows(cache.split_rows(split)) for split in ("train", "held_out"))
     return train, held_out, str(cache.settings["model_dtype"])
 
 
-def train_one(line: Line, l0: int, folder: Path, config: Mapping[str, Any], done: list[Record]) -> Record | None:
+def train_one(line: Training, l0: int, folder: Path, config: Mapping[str, Any], done: list[Record]) -> Record | None:
     """Train and measure one SAE; None if that was done before."""
     train, held_out, model_dtype = read_activations(folder, line.sites)
     settings = settings_of(line.arch, **line.settings(l0))
@@ -109,9 +109,9 @@ def _train_config(settings: object, config: Mapping[str, Any]) -> flashsae.Train
     return flashsae.TrainConfig(config["d_sae"], arch=settings, **own)
 
 
-def wanted(only: str) -> Iterator[tuple[Line, int]]:
+def wanted(only: str) -> Iterator[tuple[Training, int]]:
     """Yield what is to be trained: the architectures that are there, all at the middle sparsity first."""
-    lines = [line for line in LINES if line.arch.partition(":")[0] in architecture_names(installed=False)]
+    lines = [line for line in TRAININGS if line.arch.partition(":")[0] in architecture_names(installed=False)]
     chosen = [line for line in lines if not only or line.arch in only.split(",")]
     for l0 in (SPARSITIES[1], SPARSITIES[0], *SPARSITIES[2:]):
         yield from ((line, l0) for line in chosen)

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from benchmarks.architectures import BASE, TIMES_TOPK
 from benchmarks.drawing import BLUE, INK, ORANGE, RED, WIDTH, Results, number, size_text, table
-from benchmarks.pareto import LINES, SPARSITIES
+from benchmarks.pareto import SPARSITIES, TRAININGS
 from flashsae.bench.measure import OURS, Record
 from flashsae.bench.peers import LIBRARIES, PYTORCH, PYTORCH_COMPILED
 
@@ -18,7 +18,7 @@ GROUP = "architectures"
 # Okabe and Ito's, then Tol's muted ones; the marker tells lines of near colours apart
 COLOURS = (BLUE, ORANGE, RED, "#009E73", "#CC79A7", "#56B4E9", INK, "#882255", "#999933")
 MARKERS = "osD^vP<X>"
-STEP_TEXT = """Whole steps in bf16. Ours, times a step of our TopK of the same size, which took turns with it, and the
+STEPS_TEXT = """Whole steps in bf16. Ours, times a step of our TopK of the same size, which took turns with it, and the
 most that we allow ourselves; L0 are the active latents of a token. Then how many times as long as ours the others take:
 the dense form in PyTorch (naive autograd, or through torch.compile) and the libraries that train it, each by its own
 recipe. Last the peak memory of ours, and the least of all others."""
@@ -50,7 +50,7 @@ def steps_table(results: Results) -> str:
         parts.append(f"**{shape['name']}**\n\n{table(heads, rows)}")
     where = "; ".join(f"{shape['name']}: {size_text([shape])}" for shape in sizes)
     footer = results.footer(GROUP)
-    return "\n\n".join([f"### Architectures\n\n{STEP_TEXT} {where}.\n\n{footer}", *parts])
+    return "\n\n".join([f"### Architectures\n\n{STEPS_TEXT} {where}.\n\n{footer}", *parts])
 
 
 def _step_cells(results: Results, size: str, arch: str, ours: Record) -> list[str]:
@@ -73,7 +73,7 @@ def _step_cells(results: Results, size: str, arch: str, ours: Record) -> list[st
 def _last(records: Iterable[Record]) -> dict[tuple[str, int], Record]:
     """Return the last record of each architecture and sparsity, in the order of the architectures."""
     found = {(record["arch"], record["sparsity"]): record for record in records}
-    places = {line.arch: place for place, line in enumerate(LINES)}
+    places = {line.arch: place for place, line in enumerate(TRAININGS)}
     return {key: found[key] for key in sorted(found, key=lambda key: (places.get(key[0], len(places)), key[1]))}
 
 
@@ -124,6 +124,5 @@ def _log_axes(axes: Axes) -> None:
     axes.set(xscale="log", yscale="log")
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticks(list(SPARSITIES), [str(l0) for l0 in SPARSITIES])
-    plain = FuncFormatter(lambda value, _: f"{value:.2g}")
-    axes.yaxis.set(major_locator=LogLocator(10, (1, 1.5, 2, 3, 4, 5, 6, 8)), minor_locator=NullLocator())
-    axes.yaxis.set_major_formatter(plain)
+    plain = FuncFormatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set(major_locator=MaxNLocator(7), minor_locator=NullLocator(), major_formatter=plain)

@@ -7,6 +7,7 @@ import gc
 import json
 import weakref
 from collections import defaultdict
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 
 pytest.importorskip("matplotlib")
 
-from benchmarks import plots, plots_runs, plots_steps
+from benchmarks import pareto, plots, plots_architectures, plots_runs, plots_steps
 from benchmarks.ablation import RUNGS
 from benchmarks.cases import Size
 from benchmarks.checks import check_batch
@@ -22,6 +23,7 @@ from benchmarks.drawing import Results
 from benchmarks.pipeline import TRACED_STEPS, read_trace
 from benchmarks.registry import GROUPS
 from benchmarks.session import RESULTS
+from benchmarks.shapes import SIZES
 
 from flashsae import ops
 from flashsae.bench.measure import OURS, Record, measure
@@ -114,11 +116,40 @@ def _read(name: str) -> list[Record]:
 
 def test_the_tables_of_the_docs_are_those_of_the_results() -> None:
     ops, step = Results(_read("ops")), Results(_read("step"))
-    parts = [plots_steps.step_text(step), plots_runs.pipeline_text(_read("pipeline")), plots.all_tables(ops)]
+    parts = [plots_steps.step_text(step), plots_architectures.steps_table(Results(_read("architectures")))]
+    parts += [plots_runs.pipeline_text(_read("pipeline")), plots.all_tables(ops)]
     parts.append(plots.counters_table(_read("counters")))
     performance = (ROOT / "docs" / "performance.md").read_text("utf-8")
-    assert "\n\n".join(parts) in performance
+    assert "\n\n".join(filter(None, parts)) in performance
+    architectures = (ROOT / "docs" / "architectures.md").read_text("utf-8")
+    assert plots_architectures.pareto_text(_read("pareto")) in architectures
     assert plots_runs.trainer_text(_read("trainer")) in (ROOT / "docs" / "numerics.md").read_text("utf-8")
+
+
+def test_a_training_that_was_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(400, 12, generator=torch.Generator().manual_seed(0)) @ torch.randn(12, 12)
+    monkeypatch.setattr(pareto, "read_activations", lambda folder, sites: ({"x": x[40:]}, {"x": x[:40]}, "float32"))
+    config = {"d_sae": 32, "tokens": 256, "batch_tokens": 64, "seed": 0}
+    records = []
+    for l0 in (2, 4):
+        record = pareto.train_one(pareto.Training("topk", lambda l0: {"k": l0}, ("x",)), l0, tmp_path, config, records)
+        assert record is not None
+        assert record["l0"] == l0
+        assert 0 < record["fvu"] < 1
+        records.append(record | {"gpu": "none", "torch": "2", "commit": "c", "sparsity": 8 * l0})
+    again = pareto.Training("topk", lambda l0: {"k": l0}, ("x",))
+    assert pareto.train_one(again, 4, tmp_path, config, records) is None
+    assert f"{records[1]['fvu']:.4f} at 4.00" in plots_architectures.pareto_text(records)
+    assert plots_architectures.pareto_figure(records) is not None
+
+
+def test_the_table_of_architectures_has_what_was_measured() -> None:
+    step = {"group": "architectures", "precision": "bf16", "shape": asdict(tiny(SIZES[1])), "status": "ok"}
+    step |= {"gpu": "G", "torch": "2", "triton": "3", "flashsae": "0", "commit": "c", "date": "2026-01-01"}
+    ours = {"name": f"{OURS}, batch_topk", "median_ms": 2.0, "ratio_to_topk": 1.04, "l0": 6.0, "peak_bytes": 2e9}
+    dense = {"name": "dense PyTorch, batch_topk", "median_ms": 9.0, "peak_bytes": 3e9}
+    text = plots_architectures.steps_table(Results([step | ours, step | dense]))
+    assert "| batch_topk | 2.00 | 1.04× | 1.10× | 6.00 | 4.5× |  |  |  |  | 2.00 | 3.00 |" in text
 
 
 @pytest.mark.parametrize("name", list(RUNGS)[1:])
