@@ -35,6 +35,7 @@ class Pattern:
         count: scalar, int64, on the device: how many entries were wanted; more than the capacity if it overflowed, when
             the first of them are there. None where the capacity is exact by construction.
         is_full: whether it is that of `Pattern.full`, latents 0, 1, ... of each token in this order.
+        ascends: fixed k: that the latents of each token ascend is known, and need not be looked at.
 
     `Pattern.topk` and `Pattern.rows` make one of somebody's own indices and check them, `Pattern.full` one of all
     latents; this constructor looks at shapes alone.
@@ -45,6 +46,7 @@ class Pattern:
     starts: Tensor | None = None
     count: Tensor | None = None
     is_full: bool = False
+    ascends: bool = field(default=False, kw_only=True)
     _built: list[tuple[LatentIndex, tuple[int | None, ...]]] = field(default_factory=list, init=False, repr=False)
     # the index once somebody has asked for it, and how often its memory had been written to by then
     _ordered: list[tuple[Pattern, Tensor, tuple[int | None, ...]]] = field(default_factory=list, init=False, repr=False)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from flashsae.ops.decode import kernels
+from flashsae.ops.decode import kernels, level_kernels
 from flashsae.ops.pattern import Pattern
 from flashsae.ops.validate import packed, rows_contiguous
 
@@ -41,6 +42,10 @@ def _tile(block_k: int, W_dec: Tensor) -> tuple[int, int]:
 
 CHUNK = 512
 """Columns that a program of codes of varying length does."""
+
+
+LEVELS_CHUNK = 256
+"""Columns that a program of several levels does: rows of its token, read twice, stay in the cache nearby."""
 
 
 def rows_tile(pattern: Pattern) -> int:
@@ -104,6 +109,36 @@ def _launch_rows(
     if chunks > 1:
         return errors.sum(0), x_hat, residual, grad_acts.sum(0)
     return errors[0], x_hat, residual, grad_acts[0]
+
+
+def launch_decode_levels(
+    acts: Tensor, lists: tuple[Tensor, Tensor, Tensor], W_dec: Tensor, b_dec: Tensor | None, target: Tensor,
+    token_weights: Tensor | None, level_weights: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return errors [B, L], x_hat, residual, total [B, d_in], sums [B·L, d_in] and the gradient of acts.
+
+    Args:
+        lists: latents and row of each entry, and where rows start, as `decode_levels_kernel` reads them.
+        level_weights: [L], float64.
+    """
+    acts, b_dec, target, weights = packed(acts, b_dec, rows_contiguous(target), token_weights)
+    lists, W_dec = packed(*lists), rows_contiguous(W_dec)
+    B, d, L, device = len(target), W_dec.shape[1], len(level_weights), W_dec.device
+    x_hat = torch.empty(B, d, dtype=W_dec.dtype, device=device)
+    residual, total = torch.empty_like(x_hat), torch.empty(B, d, dtype=torch.float32, device=device)
+    sums = torch.empty(B * L, d, dtype=W_dec.dtype, device=device)
+    chunk = min(LEVELS_CHUNK, triton.next_power_of_2(d))
+    chunks = triton.cdiv(d, chunk)
+    errors = torch.empty(chunks, B, L, dtype=torch.float32, device=device)
+    grad_acts = torch.zeros(chunks, *acts.shape, dtype=torch.float32, device=device)  # not every place may be used
+    if B:
+        before = F.pad(level_weights.cumsum(0), (1, 0))
+        level_kernels.decode_levels_kernel[(B, chunks)](
+            acts, *lists, W_dec, b_dec, target, weights, before, x_hat, residual, total, sums, errors, grad_acts,
+            acts.numel(), L, d, W_dec.stride(0), target.stride(0),
+            FIRST_K=8, BLOCK_K=4, CHUNK=chunk, STAGES=1, num_warps=max(1, chunk // 256),
+        )  # fmt: skip
+    return errors.sum(0), x_hat, residual, total, sums, grad_acts.sum(0)
 
 
 def launch_residual(

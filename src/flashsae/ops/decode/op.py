@@ -8,13 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flashsae.errors import ConfigError, ShapeError
+from flashsae.errors import ShapeError
 from flashsae.ops.code import SparseCode, check_code
-from flashsae.ops.decode import operators  # noqa: F401 - makes torch.ops.flashsae.decode
+from flashsae.ops.decode import level_operators, operators  # noqa: F401 - make torch.ops.flashsae.decode and its kin
+from flashsae.ops.decode.levels import levels_of
 from flashsae.ops.gradients import share
 from flashsae.ops.validate import (
     Precision,
-    as_int,
     check_constant,
     check_device,
     check_float,
@@ -59,14 +59,30 @@ class DecodeLoss(NamedTuple):
     """What `decode_loss` returns.
 
     Args:
-        loss: scalar, or [len(prefixes)] where prefixes are given; float32 (float64 where acts, W_dec or target is).
-        x_hat: [B, d_in], dtype of W_dec (bfloat16 in that precision). Carries no gradient.
+        loss: scalar, float32 (float64 where acts, W_dec or target is); the weighted sum over levels, where there are
+            any.
+        x_hat: [B, d_in], dtype of W_dec (bfloat16 in that precision), of all latents. Carries no gradient.
         residual: [B, d_in], target - x_hat, in the same dtype. Carries no gradient.
     """
 
     loss: Tensor
     x_hat: Tensor
     residual: Tensor
+
+    @property
+    def level_losses(self) -> Tensor:
+        """The loss of each level without its weight, the last that of all latents: [L]. Carries no gradient."""
+        return self.loss.detach()[None]
+
+
+class _NestedLoss(DecodeLoss):
+    """A `DecodeLoss` of several levels, which unpacks into as many parts as one of one level."""
+
+    losses: Tensor
+
+    @property
+    def level_losses(self) -> Tensor:
+        return self.losses
 
 
 def decode_loss(
@@ -76,34 +92,44 @@ def decode_loss(
     target: Tensor,
     *,
     token_weights: Tensor | None = None,
-    prefixes: Sequence[int] | None = None,
+    prefixes: Sequence[int] | Tensor | None = None,
+    budgets: Sequence[int] | None = None,
+    level_weights: Sequence[float] | Tensor | None = None,
     precision: Precision | None = None,
 ) -> DecodeLoss:
     """Reconstruct, compare and differentiate by the activations, in one pass over the active decoder rows.
 
         loss = Σ over b of token_weights[b] · ‖target[b] − x_hat[b]‖²,   x_hat as in `decode`
 
+    With prefixes or budgets there are L nested reconstructions, of which each holds the entries of the one before it:
+
+        loss = Σ over l of level_weights[l] · Σ over b of token_weights[b] · ‖target[b] − x_hat_l[b]‖²
+
     Args:
         code, W_dec, b_dec, precision: as in `decode`.
         target: [B, d_in], float: x for an autoencoder, the output of a module for a transcoder.
         token_weights: [B], float; None is 1 each. Divide here by whatever the loss is to be relative to.
-        prefixes: ascending numbers of latents, of which the last is d_sae: a loss for each, of the reconstruction from
-            latents below it alone, as a Matryoshka SAE trains with. None: one, of all.
+        prefixes: ascending numbers of latents, of which the last is d_sae: level l reconstructs from the latents below
+            prefixes[l] alone, as a Matryoshka SAE trains with. Ints, or [L], int32 | int64, on the device of the code,
+            whose numbers are looked at on the CPU only.
+        budgets: ascending numbers of entries, of which the last is k: level l reconstructs from the first budgets[l]
+            entries of each token, in the order in which the code of k latents has them.
+        level_weights: L numbers, or [L], float; None is 1 / L each, so that the loss is the mean over levels.
     Returns:
-        loss, x_hat and residual; these two of all latents.
+        loss, x_hat, residual and, as `level_losses`, the loss of each level; x_hat and residual of all latents.
     Raises:
         ShapeError, DtypeError, ConfigError: as in `decode`.
-        GradientError: token_weights require a gradient.
-    Numerics: deterministic; errors and dot products from the unrounded residual in float32 (float64 where acts,
-        W_dec or target is; above the dense crossover: from a product rounded to the dtype of W_dec). The gradients of
-        W_dec and b_dec use the residual as returned, so rounded to the dtype of W_dec.
+        GradientError: token_weights or level_weights require a gradient.
+    Numerics: deterministic; errors and dot products from unrounded residuals in float32 (float64 where acts, W_dec or
+        target is; above the dense crossover: from a product rounded to the dtype of W_dec). The gradients of W_dec and
+        b_dec use the residual as returned, so rounded to the dtype of W_dec; at levels that of W_dec uses the sum of
+        their weighted residuals, rounded once, and those of b_dec and target are not rounded before the end.
     Gradients: of loss by acts, W_dec (as in `decode`), b_dec and target. Those of the activations are computed on the
-        way. That of a target of more bits than W_dec decodes once more. Token weights receive none. Once
-        differentiable.
-    Cost: reads each of the nnz decoder rows once (a fixed k above 256: twice; where tokens differ, those of a token
-        that has more than most: the second time from the cache): nnz·d_in elements; as often as there are prefixes.
-        Backward: that of W_dec.
-    Source: ours, docs/methodology.md#sparse-decode; prefixes: Bussmann et al. 2025.
+        way. That of a target of more bits than W_dec decodes once more. Weights receive none. Once differentiable.
+    Cost: reads each of the nnz decoder rows once (a fixed k above 256, and levels: twice, the second time mostly from
+        the cache; where tokens differ, those of a token that has more than most so too): nnz·d_in elements, however
+        many levels there are. Backward: that of W_dec. Levels write B·L rows of d_in numbers for it.
+    Source: ours, docs/methodology.md#sparse-decode; prefixes: Bussmann et al. 2025; budgets: Balagansky et al. 2025.
     """
     _check(code, W_dec, b_dec, precision)
     check_shape("target", target, (code.pattern.B, W_dec.shape[1]))
@@ -114,28 +140,21 @@ def decode_loss(
         check_float("token_weights", token_weights)
         check_device("token_weights", token_weights, W_dec, "W_dec")
         check_constant("token_weights", token_weights)
-    parts = [code]
-    if prefixes is not None:
-        limits = _as_prefixes(prefixes, code.d_sae)
-        latents = code.pattern.latents
-        parts = [code.replace(torch.where(latents < limit, code.acts, 0.0)) for limit in limits[:-1]] + parts
-    losses = []
-    for part in parts:
+    levels = levels_of(code, prefixes, budgets, level_weights)
+    rounded = precision == "bf16"
+    if levels is None:
         errors, x_hat, residual, _ = torch.ops.flashsae.decode_loss(
-            part.acts, part.pattern.tensors, W_dec, b_dec, target, token_weights, precision == "bf16"
+            code.acts, code.pattern.tensors, W_dec, b_dec, target, token_weights, rounded
         )
-        share(part.pattern, errors)
-        losses.append(errors.sum())
-    loss = losses[0] if prefixes is None else torch.stack(losses)
-    return DecodeLoss(loss, x_hat.detach(), residual.detach())
-
-
-def _as_prefixes(prefixes: Sequence[int], d_sae: int) -> list[int]:
-    limits = [as_int("prefixes", prefix) for prefix in prefixes]
-    rises = all(low < high for low, high in zip([0, *limits], limits))
-    if not limits or not rises or limits[-1] != d_sae:
-        raise ConfigError(f"prefixes: expected ascending numbers of latents, the last {d_sae} as d_sae, got {limits}.")
-    return limits
+        share(code.pattern, errors)
+        return DecodeLoss(errors.sum(), x_hat.detach(), residual.detach())
+    errors, level_errors, x_hat, residual, *_ = torch.ops.flashsae.decode_levels(
+        levels.code.acts, levels.lists, W_dec, b_dec, target, token_weights, levels.weights, rounded
+    )
+    share(levels.code.pattern, errors)
+    nested = _NestedLoss(errors.sum(), x_hat.detach(), residual.detach())
+    nested.losses = level_errors.detach().sum(0)
+    return nested
 
 
 def _check(code: SparseCode, W_dec: Tensor, b_dec: Tensor | None, precision: Precision | None) -> None:

@@ -47,6 +47,32 @@ def decode_grad_acts(grad_x_hat: Activations, pattern: Pattern, W_dec: Weights, 
     return F.pad(dots, (0, pattern.capacity - used))
 
 
+def decode_levels(
+    acts: CodeActs, rows: Pattern, W_dec: Weights, b_dec: InputBias | None, target: Activations, level_weights: Tensor
+) -> tuple[Activations, Tensor, Tensor, CodeActs]:
+    """Decode each token at L levels, each of the entries of the one before it and its own.
+
+    Args:
+        acts: [capacity], by token, then by level.
+        rows: pattern of B·L rows: the entries that each level of each token adds.
+        W_dec, b_dec, target: [d_sae, d_in], [d_in], [B, d_in], of the dtype that is computed in.
+        level_weights: [L], of this dtype.
+    Returns:
+        x_hat of all entries [B, d_in]; the residual of each level [B, L, d_in]; Σ of weight · residual over each level
+        and those behind it, as large; and the dot products of these with the decoder rows of their entries [capacity].
+    """
+    B, L, d = len(target), len(level_weights), W_dec.shape[1]
+    x_hats = decode(acts, rows, W_dec, None).view(B, L, d).cumsum_(1)
+    if b_dec is not None:
+        x_hats += b_dec
+    residuals = target[:, None] - x_hats
+    sums = residuals * level_weights[:, None]
+    for level in reversed(range(L - 1)):
+        sums[:, level] += sums[:, level + 1]
+    dots = decode_grad_acts(sums.view(B * L, d), rows, W_dec, W_dec.dtype)
+    return x_hats[:, -1].clone(), residuals, sums, dots
+
+
 def _used(starts: Tensor) -> int:
     """Return how many places of a code are used. Waits for a GPU, as the reference may."""
     return int(starts[-1])

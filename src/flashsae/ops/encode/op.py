@@ -77,7 +77,7 @@ def encode_topk(
     acts, latents, *_ = torch.ops.flashsae.encode_topk(
         x, W_enc_T, b_enc, b_dec, key_scale, k, chosen, workspace_bytes
     )  # fmt: skip
-    return shared_code(Pattern(latents, d_sae), acts)
+    return shared_code(Pattern(latents, d_sae, ascends=True), acts)
 
 
 def shared_code(pattern: Pattern, acts: Tensor) -> SparseCode:
