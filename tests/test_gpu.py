@@ -163,7 +163,7 @@ def varying_step(p: Tensors, precision: Precision) -> Tensors:
     again = pre_acts(*weights, others.pattern, b_dec=q["b_dec"], precision=precision)
     values = others.acts * per_latent(q["b_enc"], others.pattern) + again
     x_hat = decode(others.replace(values), q["W_dec"], precision=precision)
-    outputs = [found.loss.sum(), x_hat]
+    outputs = [found.loss, x_hat]
     grads = torch.autograd.grad(outputs, [q[n] for n in names], [torch.ones_like(outputs[0]), p["upstream"].to(x_hat)])
     assert others.pattern.count is not None
     assert others.pattern.overflowed is not None

@@ -30,6 +30,8 @@ def to(pattern: Pattern, device: torch.device | str) -> Pattern:
     """Return a pattern on a device."""
     if pattern.is_full:
         return Pattern.full(pattern.B, pattern.d_sae, device=device, count=pattern.count)
+    if pattern.is_full:
+        return Pattern.full(pattern.B, pattern.d_sae, device=device, count=pattern.count)
     starts, count = (None if t is None else t.to(device) for t in (pattern.starts, pattern.count))
     return Pattern(pattern.latents.to(device), pattern.d_sae, starts, count)
 

@@ -20,7 +20,13 @@ from triton.runtime.jit import JITFunction
 from flashsae.ops import Pattern
 from flashsae.ops.adam_rows import AdamRule
 from flashsae.ops.adam_rows.launch import launch_adam_rows, launch_row_squares
-from flashsae.ops.decode.launch import launch_decode, launch_decode_loss, launch_dots, launch_residual
+from flashsae.ops.decode.launch import (
+    launch_decode,
+    launch_decode_levels,
+    launch_decode_loss,
+    launch_dots,
+    launch_residual,
+)
 from flashsae.ops.dense.launch import launch_dense_code
 from flashsae.ops.encode.launch import launch_center, launch_encode_topk
 from flashsae.ops.factors import RowGradient, SparseFactor
@@ -104,6 +110,10 @@ def launch_everything() -> None:
             launch_decode(flat, pattern, W, b_dec, dtype)
             launch_decode(flat, pattern, W, b_dec, F32)
             launch_decode_loss(flat, pattern, W, b_dec, x, weights)
+            for L in (1, 5):
+                rows, starts = torch.zeros(2 * k, dtype=torch.int32), torch.zeros(2 * L + 1, dtype=torch.int32)
+                lists, level_weights = (pattern.latents, rows, starts), torch.ones(L, dtype=torch.float64)
+                launch_decode_levels(flat, lists, W, b_dec, x, weights, level_weights)
             launch_dots(x, pattern.latents, W, starts=pattern.starts)
             launch_latent_sums(pattern.index, flat)
             launch_latent_sums(pattern.index, flat.to(dtype))

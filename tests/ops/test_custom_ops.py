@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashsae.ops import Pattern, decode, decode_loss, encode_topk, latent_sums, per_latent, pre_acts
+from flashsae.ops import Pattern, SparseCode, decode, decode_loss, encode_topk, latent_sums, per_latent, pre_acts
+from flashsae.ops.decode.levels import levels_of
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -50,6 +51,16 @@ def _operands(name: str, device: str) -> list[tuple[Any, ...]]:
     lists, row_lists = pattern.index.lists, rows_pattern.index.lists
     row_acts, full_acts = _normal(11, device=device), _normal(5, 12, device=device)
     weights = torch.rand(5, device=device)
+    halves = torch.full((2,), 0.5, dtype=torch.float64, device=device)
+    budgets, prefixes, full = (
+        levels.lists
+        for levels in (
+            levels_of(SparseCode(pattern, acts), None, (1, 3), None),
+            levels_of(SparseCode(rows_pattern, row_acts), (3, 12), None, None),
+            levels_of(SparseCode(Pattern.full(5, 12, device=device), full_acts), (3, 12), None, None),
+        )
+        if levels is not None
+    )
     half = [t.detach().bfloat16().requires_grad_() for t in (W, bias)]
     return {
         "encode_topk": [
@@ -99,6 +110,13 @@ def _operands(name: str, device: str) -> list[tuple[Any, ...]]:
             (row_acts, varying, W, bias, x, weights, False),
             (full_acts, [], W, bias, x, weights, False),
         ],
+        "decode_levels": [
+            (acts, budgets, W, None, rows, None, halves, False),
+            (acts, budgets, W, bias, x, weights, halves, True),
+            (acts, budgets, *half, x, weights, halves, False),
+            (row_acts, prefixes, W, bias, x, weights, halves, False),
+            (full_acts, full, W, bias, x, weights, halves, False),
+        ],
         "latent_rows": [
             (lists, acts.detach(), rows, torch.float32),
             (lists, acts.detach(), rows, torch.bfloat16),
@@ -113,7 +131,7 @@ def _operands(name: str, device: str) -> list[tuple[Any, ...]]:
 
 OPERATORS = [
     "encode_topk", "encode_batch_topk", "encode_above", "encode_any", "pre_acts", "per_latent", "center", "decode",
-    "decode_grad_acts", "decode_loss", "latent_rows", "column_sums", "latent_sums", "take_rows",
+    "decode_grad_acts", "decode_loss", "decode_levels", "latent_rows", "column_sums", "latent_sums", "take_rows",
 ]  # fmt: skip
 
 

@@ -56,7 +56,10 @@ def transcoder(p: Tensors) -> Tensor:
 
 def batch_topk(p: Tensors, prefixes: tuple[int, ...] | None = None) -> Tensor:
     code = encode_batch_topk(p["x"], p["W_enc_T"], p["b_enc"], K, b_dec=p["b_dec"])
-    return decode_loss(rectified(code), p["W_dec"], p["b_dec"], p["x"], prefixes=prefixes).loss.sum()
+    weights = None if prefixes is None else [1.0] * len(prefixes)
+    return decode_loss(
+        rectified(code), p["W_dec"], p["b_dec"], p["x"], prefixes=prefixes, level_weights=weights
+    ).loss  # fmt: skip
 
 
 def matryoshka(p: Tensors) -> Tensor:

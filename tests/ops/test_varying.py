@@ -188,48 +188,6 @@ def test_t0_float64_and_bfloat16(device: str, generator: torch.Generator) -> Non
     assert narrow["W_dec"].dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("varying", [False, True])
-def test_t0_prefixes_are_losses_of_the_first_latents_alone(
-    varying: bool, device: str, generator: torch.Generator
-) -> None:
-    pattern = ragged([0, 7, 2, 12, 1], 20, generator, spare=2)
-    if not varying:
-        pattern = Pattern.topk(torch.rand(5, 20, generator=generator).topk(4).indices, 20)
-    inputs = inputs_of(pattern, generator, integer=True)
-    inputs["acts"] = inputs["acts"].view(pattern.latents.shape)
-    prefixes, slopes = (3, 11, 20), torch.tensor([1.0, 2.0, 3.0])
-
-    def run(pattern: Pattern, inputs: Tensors, *, dense: bool) -> Tensors:
-        p = leaves(inputs)
-        weights = p["token_weights"].detach()
-        if dense:
-            code = dense_of(pattern, p["acts"])
-            parts = [code[:, :m] @ p["W_dec"][:m] + p["b_dec"] for m in prefixes]
-            losses = torch.stack([((p["target"] - part).square().sum(1) * weights).sum() for part in parts])
-        else:
-            found = decode_loss(
-                SparseCode(pattern, p["acts"]), p["W_dec"], p["b_dec"], p["target"], token_weights=weights,
-                prefixes=prefixes,
-            )  # fmt: skip
-            assert torch.equal(found.residual, p["target"] - found.x_hat)
-            losses = found.loss
-        return with_gradients(losses, {n: p[n] for n in ("acts", "W_dec", "b_dec", "target")}, slopes.to(losses))
-
-    exact = run(pattern, as_float64(inputs), dense=True)
-    ours = run(*on(device, pattern, inputs), dense=False)
-    for key, expected in exact.items():
-        found = ours[key].cpu().double()
-        assert torch.equal(found[: len(expected) - 2] if key == "acts" and varying else found,
-                           expected[: len(expected) - 2] if key == "acts" and varying else expected), key  # fmt: skip
-
-
-@pytest.mark.parametrize("prefixes", [(), (3, 3, 20), (0, 20), (5, 19), (5, 21), (20, 5)])
-def test_prefixes_that_are_none_are_refused(prefixes: tuple[int, ...]) -> None:
-    code = SparseCode.topk(torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.int64), 20)
-    with pytest.raises(ConfigError, match="prefixes: expected ascending numbers of latents, the last 20 as d_sae, got"):
-        decode_loss(code, torch.ones(20, 3), None, torch.ones(2, 3), prefixes=prefixes)
-
-
 @sparse
 @pytest.mark.parametrize(("tokens", "spare"), [(3, 7), (RUN + 9, 0), (3 * RUN + 50, 7), (3 * RUN + 50, 2 * RUN)])
 def test_t0_sums_of_latents_active_on_many_tokens(

@@ -14,7 +14,7 @@ from flashsae import distributed
 from flashsae.backend import use_kernels
 from flashsae.errors import ShapeError
 from flashsae.ops.adam_rows.op import row_squares
-from flashsae.ops.factors import Factor, RowFactor, RowGradient
+from flashsae.ops.factors import Factor, RowFactor, RowGradient, SparseFactor
 from flashsae.ops.validate import compute_dtype
 
 aten = torch.ops.aten
@@ -101,7 +101,10 @@ class FactoredGradient(Tensor):
     def _bounded(self, factors: list[Factor]) -> list[Factor]:
         """Return the same sum in less memory, where numbers take less than several factors."""
         numbers = self.numel() * compute_dtype(self.dtype).itemsize
-        if len(factors) < 2 or sum(factor.nbytes for factor in factors) <= numbers:
+        sparse = [factor for factor in factors if isinstance(factor, SparseFactor)]
+        # that of all levels of a loss may be larger by itself, which is no reason to give it up for rows beside it
+        nested = sparse[0] if len(sparse) == 1 and sparse[0].levels > 1 else None
+        if len(factors) < 2 or sum(factor.nbytes for factor in factors if factor is not nested) <= numbers:
             return factors
         like = torch.empty(0, dtype=compute_dtype(self.dtype), device=self.device)
         return [RowFactor(RowGradient.of(factors).total(like), None)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +22,14 @@ class SparseFactor:
     Args:
         index: of the code.
         coeffs: [B, k] or [capacity], as the code, float32 (float64 for float64).
-        rows: [B, d], float.
+        rows: [B, d], float; [B·L, d] of a loss of L levels, where the index has rows in place of tokens.
+        levels: L.
     """
 
     index: LatentIndex
     coeffs: Tensor
     rows: Tensor
+    levels: int = 1
     versions: tuple[int, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
@@ -46,7 +48,7 @@ class SparseFactor:
     def scaled(self, scale: Tensor | float) -> SparseFactor:
         """Return a factor whose gradient is this one times a scalar."""
         coeffs = self.coeffs * scale
-        return SparseFactor(self.index, coeffs, self.rows, (*_versions(coeffs), *self.versions[1:]))
+        return replace(self, coeffs=coeffs, versions=(*_versions(coeffs), *self.versions[1:]))
 
     def dense(self) -> Tensor:
         """Return the gradient: [d_sae, d], compute dtype."""

@@ -2,7 +2,8 @@
 
 A code of B tokens at L levels has B·L rows: row token · L + level owns the entries that this level adds to those of the
 levels before it. It comes as three tensors: latents, as the code has them; the row of each place, [capacity], int32,
-ascending, B·L where it is not used; and where each row starts, [B·L + 1], int32.
+ascending, B·L where it is not used; and where each row starts, [B·L + 1], int32. A full code, which has no such lists,
+comes as the level of each latent, [d_sae], int32, alone.
 """
 
 from __future__ import annotations
@@ -12,38 +13,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashsae.backend import use_dense, use_kernels
+from flashsae.backend import use_kernels
 from flashsae.ops.decode import reference
 from flashsae.ops.dense import op as dense
 from flashsae.ops.factored import FactoredGradient
 from flashsae.ops.factors import RowFactor, SparseFactor
-from flashsae.ops.gradients import collects
+from flashsae.ops.gradients import collects, is_dense
 from flashsae.ops.latent_rows.op import column_sums, sum_rows
 from flashsae.ops.pattern import Pattern
 from flashsae.ops.register import differentiate, operator
 from flashsae.ops.validate import compute_dtype
 
 
-def _by_token(lists: list[Tensor], L: int, d_sae: int) -> Pattern:
+def _by_token(lists: list[Tensor], L: int, d_sae: int, acts: Tensor) -> Pattern:
     """Return the pattern of the tokens."""
+    if len(lists) == 1:
+        return Pattern.full(len(acts), d_sae, device=acts.device)
     latents, _, starts = lists
     return Pattern(latents, d_sae) if latents.dim() == 2 else Pattern(latents, d_sae, starts[::L].contiguous())
 
 
-def _level_of(rows: Tensor, latents: Tensor, L: int) -> Tensor:
-    """Return the level of each place, of the shape of latents."""
-    return (rows % L).view(latents.shape)
+def _level_of(lists: list[Tensor], L: int) -> Tensor:
+    """Return the level of each place, to compare with others of the shape of acts."""
+    return lists[0] if len(lists) == 1 else (lists[1] % L).view(lists[0].shape)
 
 
-def _of_tokens(numbers: Tensor, rows: Tensor, L: int) -> Tensor:
-    """Return the number of its token for each place: [B] -> [capacity]."""
+def _of_places(numbers: Tensor, lists: list[Tensor], L: int, acts: Tensor) -> Tensor:
+    """Return the number of its token for each place, to multiply acts by: [B, 1], or [capacity]."""
+    if acts.dim() == 2:
+        return numbers[:, None]
     if len(numbers) == 0:
-        return numbers.new_zeros(len(rows))
-    return numbers[(rows // L).clamp_max(len(numbers) - 1)]
-
-
-def _is_dense(pattern: Pattern, W_dec: Tensor) -> bool:
-    return use_kernels(W_dec) and use_dense(pattern.width, pattern.d_sae, W_dec)
+        return numbers.new_zeros(len(acts))
+    return numbers[(lists[1] // L).clamp_max(len(numbers) - 1)]
 
 
 def _decode_levels_fake(
@@ -77,26 +78,27 @@ def _decode_levels(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     W_dec = W_dec.to(torch.bfloat16) if rounded else W_dec
     L, dtype = len(level_weights), compute_dtype(W_dec.dtype, acts.dtype, target.dtype)
-    if use_kernels(W_dec, acts, target) and not _is_dense(_by_token(lists, L, len(W_dec)), W_dec):
+    pattern = _by_token(lists, L, len(W_dec), acts)
+    if use_kernels(W_dec, acts, target) and not is_dense(W_dec, pattern):
         from flashsae.ops.decode.launch import launch_decode_levels
 
         found = launch_decode_levels(
             acts, (lists[0], lists[1], lists[2]), W_dec, b_dec, target, token_weights, level_weights
         )  # fmt: skip
         return (found[0] * level_weights.float()).sum(1), *found
-    weights = level_weights.to(dtype)
-    if _is_dense(_by_token(lists, L, len(W_dec)), W_dec):
-        x_hat, residuals, sums, dots = _dense_levels(acts, lists, W_dec, b_dec, target.to(dtype), weights)
+    bias, weights = None if b_dec is None else b_dec.to(dtype), level_weights.to(dtype)
+    if is_dense(W_dec, pattern):
+        W, level = dense.operand(W_dec, acts, target), _level_of(lists, L)
+        x_hat, residuals, sums, dots = _dense_levels(acts, (pattern, level), W, bias, target.to(dtype), weights)
     else:
         rows = Pattern(lists[0].reshape(-1), len(W_dec), lists[2])
-        bias = None if b_dec is None else b_dec.to(dtype)
         x_hat, residuals, sums, dots = reference.decode_levels(
             acts.reshape(-1).to(dtype), rows, W_dec.to(dtype), bias, target.to(dtype), weights
         )  # fmt: skip
     level_errors, slopes = residuals.square().sum(2), dots.new_full((len(target),), -2.0)
     if token_weights is not None:
         level_errors, slopes = level_errors * token_weights.to(dtype)[:, None], slopes * token_weights.to(dtype)
-    grad_acts = dots.view(acts.shape) * _of_tokens(slopes, lists[1], L).view(acts.shape)
+    grad_acts = dots.view(acts.shape) * _of_places(slopes, lists, L, acts)
     residual, errors = residuals[:, -1].to(W_dec.dtype, copy=True), (level_errors * weights).sum(1)
     total = sums[:, 0].clone(memory_format=torch.contiguous_format)
     sums = sums.flatten(0, 1).to(W_dec.dtype)
@@ -104,21 +106,20 @@ def _decode_levels(
 
 
 def _dense_levels(
-    acts: Tensor, lists: list[Tensor], W_dec: Tensor, b_dec: Tensor | None, target: Tensor, weights: Tensor
+    acts: Tensor, places: tuple[Pattern, Tensor], W_dec: Tensor, b_dec: Tensor | None, target: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Do `reference.decode_levels` with dense products, two a level."""
-    L = len(weights)
-    pattern, level = _by_token(lists, L, len(W_dec)), _level_of(lists[1], lists[0], L)
+    """Do `reference.decode_levels` with dense products, two a level; `places` are the pattern and their levels."""
+    pattern, level = places
     residuals, sums = [], []
-    for last in range(L):
+    for last in range(len(weights)):
         x_hat = dense.decode(torch.where(level <= last, acts, 0.0), pattern, W_dec, b_dec)
         residuals.append(target - x_hat)
     total = torch.zeros_like(target)
     dots = torch.zeros(acts.shape, dtype=target.dtype, device=acts.device)
-    for last in reversed(range(L)):
+    for last in reversed(range(len(weights))):
         total = total + weights[last] * residuals[last]
         sums.append(total)
-        dots = torch.where(level == last, dense.decode_grad_acts(total, pattern, W_dec), dots)
+        dots = torch.where(level == last, dense.decode_grad_acts(total, pattern, W_dec).to(dots.dtype), dots)
     return x_hat.to(target.dtype), torch.stack(residuals, 1), torch.stack(sums[::-1], 1), dots
 
 
@@ -140,9 +141,9 @@ def _levels_backward(ctx: Any, grad_errors: Tensor, *_others: Tensor) -> tuple[T
         slope = slope * token_weights.to(slope.dtype)
     grad_acts_in = grad_W_dec = grad_b_dec = grad_target = None
     if needs_acts:
-        grad_acts_in = (grad_acts * _of_tokens(grad_errors, lists[1], ctx.L).view(acts.shape)).to(acts.dtype)
+        grad_acts_in = (grad_acts * _of_places(grad_errors, lists, ctx.L, acts)).to(acts.dtype)
     if needs_W_dec:
-        coeffs = acts.to(slope.dtype) * _of_tokens(slope, lists[1], ctx.L).view(acts.shape)
+        coeffs = acts.to(slope.dtype) * _of_places(slope, lists, ctx.L, acts)
         grad_W_dec = _weight_gradient(ctx, lists, coeffs, sums, W_dec)
     if needs_b_dec:
         grad_b_dec = column_sums(slope, total, bias_dtype)
@@ -155,9 +156,9 @@ def _weight_gradient(ctx: Any, lists: list[Tensor], coeffs: Tensor, sums: Tensor
     """Return the gradient of W_dec: a segment sum over the rows, by the index that the tokens have."""
     L, d_sae = ctx.L, W_dec.shape[0]
     shared: Pattern | None = getattr(ctx, "pattern", None)
-    pattern = _by_token(lists, L, d_sae) if shared is None else shared
-    if _is_dense(pattern, sums):
-        level, by_level = _level_of(lists[1], lists[0], L), sums.view(-1, L, sums.shape[1])
+    pattern = _by_token(lists, L, d_sae, coeffs) if shared is None else shared
+    if is_dense(sums, pattern):
+        level, by_level = _level_of(lists, L), dense.operand(sums, coeffs).view(-1, L, sums.shape[1])
         parts = [
             dense.latent_rows(pattern, torch.where(level == each, coeffs, 0.0), by_level[:, each])[0]
             for each in range(L)
@@ -167,7 +168,7 @@ def _weight_gradient(ctx: Any, lists: list[Tensor], coeffs: Tensor, sums: Tensor
     index = pattern.index
     index = index._replace(k=None, tokens=lists[1][index.entries])
     if ctx.as_factor:
-        return FactoredGradient([SparseFactor(index, coeffs.reshape(-1), sums)], W_dec)
+        return FactoredGradient([SparseFactor(index, coeffs.reshape(-1), sums, L)], W_dec)
     return sum_rows(index, coeffs.reshape(-1), sums, W_dec.dtype)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from flashsae.errors import ConfigError, DtypeError, ShapeError
 from flashsae.ops.code import SparseCode
 from flashsae.ops.pattern import Pattern
-from flashsae.ops.validate import as_int, check_constant, check_device, check_float, check_shape, has_values
+from flashsae.ops.validate import as_int, check_constant, check_device, check_float, check_shape, has_values, packed
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class Levels:
     Args:
         code: the code.
         lists: its latents; the row of each place, token · L + level, ascending, B·L where it is not used: [capacity],
-            int32; and where each row starts, [B·L + 1], int32.
+            int32; and where each row starts, [B·L + 1], int32. Of a full code the level of each latent alone, [d_sae],
+            int32.
         weights: [L], float64, on the device of the code.
     """
 
@@ -57,17 +58,20 @@ def levels_of(
     pattern = code.pattern
     if pattern.B * L >= 2**31:
         raise ShapeError(f"levels: expected fewer than 2**31 for all tokens together, got {pattern.B * L}.")
-    device = pattern.latents.device
-    if budgets is None:
-        assert prefixes is not None
-        limits = prefixes if isinstance(prefixes, Tensor) else _constant(prefixes, torch.int64, device)
-        level = torch.searchsorted(limits[:-1].to(pattern.latents.dtype), pattern.latents, right=True, out_int32=True)
+    numbers, limits = pattern.latents, budgets if prefixes is None else prefixes
+    is_same = pattern.is_full or budgets is not None  # for all tokens
+    if is_same:
+        numbers = torch.arange(numbers.shape[1], dtype=numbers.dtype, device=numbers.device)
+    if is_same and len(numbers) == L:  # a level each
+        level = numbers.to(torch.int32)
     else:
-        slots = torch.arange(pattern.latents.shape[1], dtype=torch.int32, device=device)
-        level = slots  # of all budgets
-        if len(slots) > L:
-            level = torch.searchsorted(_constant(budgets, torch.int32, device), slots, right=True, out_int32=True)
-    return Levels(code, [pattern.latents, *_rows(pattern, level, L)], _as_weights(weights, L, code))
+        if not isinstance(limits, Tensor):
+            limits = _constant(limits or (), torch.int64, numbers.device)
+        # those from the last limit on are of the last level, if there can be any
+        numbers, limits = packed(numbers, limits[:-1].to(numbers.dtype))
+        level = torch.searchsorted(limits, numbers, right=True, out_int32=True)
+    lists = [level] if pattern.is_full else [pattern.latents, *_rows(pattern, level, L)]
+    return Levels(code, lists, _as_weights(weights, L, code))
 
 
 def _count(code: SparseCode, prefixes: Sequence[int] | Tensor | None, budgets: Sequence[int] | None) -> int:
@@ -103,7 +107,7 @@ def _at_least_one(name: str, what: str, L: int) -> int:
 
 def _ascends(pattern: Pattern) -> bool:
     """Tell whether latents of each token are known to ascend. On the CPU the numbers tell."""
-    if pattern.starts is not None:
+    if pattern.starts is not None or pattern.is_full:
         return True
     if pattern.latents.device.type == "cpu" and has_values(pattern.latents):
         return bool((pattern.latents.diff() >= 0).all())
