@@ -34,8 +34,9 @@ from flashsae.logs.callback import Callback
 from flashsae.logs.jsonl import JsonlLog
 from flashsae.settings.reading import ReadingConfig
 from flashsae.train.config import TrainConfig
-from flashsae.train.loop import train, train_step
+from flashsae.train.loop import train
 from flashsae.train.state import TrainState, init_state
+from flashsae.train.step import train_step
 
 Arm = Literal["cache", "auxk", "model"]
 Source = RowSource | StreamSource

@@ -27,8 +27,8 @@ from flashsae.sae.dead import LEAST_RESIDUAL
 from flashsae.sae.module import SAE
 from flashsae.testing import DenseTrainer, dense_auxk, dense_decode
 from flashsae.train.config import TrainConfig
-from flashsae.train.loop import train_step
 from flashsae.train.state import TrainState, init_state
+from flashsae.train.step import train_step
 
 HELD_OUT = 0.1
 AUTOGRAD, REVERSED, NUDGED = "dense", "dense, batches reversed", "dense, start one rounding away"

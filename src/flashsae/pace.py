@@ -13,8 +13,8 @@ from flashsae.data.shuffle import shuffled
 from flashsae.data.sources import ArraySource
 from flashsae.settings.run import RunConfig
 from flashsae.train.config import TrainConfig
-from flashsae.train.loop import train_step
 from flashsae.train.state import init_state
+from flashsae.train.step import train_step
 
 SECONDS = 210.0
 """What the demo may take once everything is installed: with the installation, about four minutes."""

@@ -23,9 +23,9 @@ from flashsae.sae.module import SAE
 from flashsae.testing import UnitNormAdam
 from flashsae.train.config import TrainConfig
 from flashsae.train.graph import CapturedSteps
-from flashsae.train.loop import train_step
 from flashsae.train.scaling import Scaling
 from flashsae.train.state import TrainState, build_optimizer
+from flashsae.train.step import train_step
 
 SAMPLED_ROWS = 48
 ROW_TOLERANCE = 0.02  # of the learning rate, which is about what Adam moves each weight by

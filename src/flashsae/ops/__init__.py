@@ -2,7 +2,15 @@
 
 from flashsae.ops.code import SparseCode
 from flashsae.ops.decode import DecodeLoss, decode, decode_loss
-from flashsae.ops.encode import encode_above, encode_batch_topk, encode_topk, latent_sums, per_latent, pre_acts
+from flashsae.ops.encode import (
+    Capacity,
+    encode_above,
+    encode_batch_topk,
+    encode_topk,
+    latent_sums,
+    per_latent,
+    pre_acts,
+)
 from flashsae.ops.factored import FactoredGradient
 from flashsae.ops.gradients import Collection, collect_factors, materialize, take_rows
 from flashsae.ops.latent_rows import latent_rows
@@ -10,6 +18,7 @@ from flashsae.ops.order import by_value
 from flashsae.ops.pattern import LatentIndex, Pattern
 
 __all__ = [
+    "Capacity",
     "Collection",
     "DecodeLoss",
     "FactoredGradient",

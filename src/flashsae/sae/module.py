@@ -69,8 +69,8 @@ class SAE(nn.Module):
         self.architecture = config.architecture
         self.precision: Precision | None = None
         """Of products, as in `flashsae.ops.encode_topk`; not saved. None: what fits the dtype of the weights."""
-        self.capacity: int | None = None
-        """Entries that codes above a threshold have room for; None: all. Set by a training on a GPU; not saved."""
+        self.capacity: ops.Capacity = "any" if self.architecture.varies else None
+        """Of codes above a threshold, for `flashsae.ops.encode_above`. Set by a training on a GPU; not saved."""
         self.width: int | None = None
         """Latents of a token that codes of a fixed number have room for, where the architecture says so."""
         self._now: dict[str, Tensor] = {}

@@ -3,33 +3,40 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Generator, Hashable, Iterator
 from contextlib import contextmanager
 from threading import Lock
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from flashsae.data.acts import Batch
 
-Step = Callable[[Batch], dict[str, Tensor]]
+Metrics = dict[str, Tensor]
+Parts = Callable[[Batch], Generator[Any, None, None]]
+"""A step in parts: what each yields is known when its part was done; the last one yields scalars."""
 
 
 class CapturedSteps:
     """Runs a step; on a GPU the second one of a kind is captured as a graph, and replayed from then on.
 
-    Only the graph of the newest kind is kept: kinds follow each other, and a graph keeps the memory of a step.
+    A step into which the host looks is captured as two graphs, between which it does. They share their memory: what the
+    first one leaves, such as the graph of autograd, is what the second one was captured with, and both are always
+    replayed in this order. A first one without the second changes nothing.
+
+    Only the graphs of the newest kind are kept: kinds follow each other, and a graph keeps the memory of a step.
     """
 
     def __init__(self) -> None:
         self._kind: Hashable = None
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._graphs: list[torch.cuda.CUDAGraph] = []
         self._batch: Batch = {}
-        self._metrics: dict[str, Tensor] = {}
+        self._results: list[Any] = []  # of each part: what it yielded
         self.capturing = Lock()
         """Held while a step is captured: no other thread may then draw random numbers on the device."""
 
-    def __call__(self, step: Step, batch: Batch, kind: Hashable) -> dict[str, Tensor]:
+    def __call__(self, step: Callable[[Batch], Metrics], batch: Batch, kind: Hashable) -> Metrics:
         """Do one step.
 
         Args:
@@ -39,21 +46,74 @@ class CapturedSteps:
         Returns:
             scalars on the device, to be read before the next step.
         """
-        if next(iter(batch.values())).device.type != "cuda":
-            return step(batch)
+
+        def whole(batch: Batch) -> Generator[Any, None, None]:
+            yield step(batch)
+
+        metrics: Metrics | None = self.in_parts(whole, batch, kind)
+        assert metrics is not None
+        return metrics
+
+    def in_parts(
+        self, step: Parts, batch: Batch, kind: Hashable, goes_on: Callable[[Any], bool] | None = None
+    ) -> Metrics | None:
+        """Do one step whose host decides behind the first part whether it goes on.
+
+        Args:
+            step, batch, kind: as in a call; `step` yields once, or twice where it is looked into.
+            goes_on: of what the first part yielded, whether the second part is to be done. It may wait for the device,
+                and is asked where no graph is being captured. None where there is one part.
+        Returns:
+            scalars as from a call; None where the second part was not done.
+        """
         kind = (kind, *((site, x.shape, x.dtype) for site, x in batch.items()))
-        if kind != self._kind:
-            self._kind, self._graph, self._batch, self._metrics = kind, None, {}, {}
-            return step(batch)  # compiles what is missing, which a capture must not
-        if self._graph is None:
-            self._batch, self._graph = {site: x.clone() for site, x in batch.items()}, torch.cuda.CUDAGraph()
-            with self.capturing, _garbage_kept(), torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-                self._metrics = step(self._batch)
-        else:
+        is_eager = next(iter(batch.values())).device.type != "cuda"
+        if is_eager or kind != self._kind:
+            self._forget()
+            parts = step(batch)
+            result: Any = next(parts)  # compiles what is missing, which a capture must not
+            if goes_on is not None:
+                result = next(parts) if goes_on(result) else None
+            parts.close()
+            self._kind = kind if result is not None and not is_eager else None
+            return cast("Metrics | None", result)
+        if self._graphs:
             for site, x in batch.items():
                 self._batch[site].copy_(x)
-        self._graph.replay()
-        return self._metrics
+            return self._replayed(goes_on)
+        self._batch = {site: x.clone() for site, x in batch.items()}
+        parts = step(self._batch)
+        self._capture(parts, is_last=goes_on is None)
+        self._graphs[0].replay()
+        if goes_on is not None:
+            if not goes_on(self._results[0]):
+                parts.close()
+                self._forget()
+                return None
+            self._capture(parts, is_last=True)
+            self._graphs[1].replay()
+        return cast("Metrics", self._results[-1])
+
+    def _replayed(self, goes_on: Callable[[Any], bool] | None) -> Metrics | None:
+        self._graphs[0].replay()
+        if goes_on is not None:
+            if not goes_on(self._results[0]):
+                return None
+            self._graphs[1].replay()
+        return cast("Metrics", self._results[-1])
+
+    def _capture(self, parts: Generator[Any, None, None], *, is_last: bool) -> None:
+        """Capture the next part, in the memory of the one before it."""
+        graph = torch.cuda.CUDAGraph()
+        pool = self._graphs[0].pool() if self._graphs else None
+        with self.capturing, _garbage_kept(), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            self._results.append(next(parts))
+            if is_last:
+                parts.close()  # what it holds is given back to the pool of the graphs
+        self._graphs.append(graph)
+
+    def _forget(self) -> None:
+        self._kind, self._graphs, self._batch, self._results = None, [], {}, []
 
 
 @contextmanager

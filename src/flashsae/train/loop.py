@@ -1,4 +1,4 @@
-"""The training loop: one step, and many."""
+"""The training loop."""
 
 from __future__ import annotations
 
@@ -8,12 +8,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from flashsae import distributed
-from flashsae.architecture import Progress
-from flashsae.data.acts import Batch
 from flashsae.data.prefetch import Prefetcher
 from flashsae.errors import DataEndedError, FlashSAEError
 from flashsae.logs.callback import Callback
@@ -21,65 +17,11 @@ from flashsae.logs.records import Records
 from flashsae.neutral import neutral
 from flashsae.optim import learning_rate
 from flashsae.sae.module import SAE
-from flashsae.sae.step import Step, join_sites
 from flashsae.train.checkpoint import save_checkpoint
 from flashsae.train.config import TrainConfig
 from flashsae.train.plan import repeats_warning
 from flashsae.train.state import TrainState, to_checkpoint
-
-
-def train_step(state: TrainState, batch: Batch, config: TrainConfig) -> dict[str, Tensor]:
-    """Do one step of Adam on one batch.
-
-    Args:
-        state: changed in place.
-        batch: [batch_tokens, d] by site, float, on the device of the SAE; the sites in the order in which the
-            architecture names them. Scaled as the state says, in float32 or wider, before anything else.
-        config: settings.
-    Returns:
-        scalars on the device: every term of the loss by name, fvu first, Σ‖x − x_hat‖² / (batch_tokens · variance of a
-        token of the initial sample), which estimates the FVU of the whole set; loss, their weighted sum; l0;
-        grad_norm where it is computed; left_out where codes have a capacity. To be read before the next step, which may
-        overwrite them.
-    """
-    terms = state.sae.architecture.terms
-    needs_dead = any(term.of_dead_latents and term.weight_in(config.arch, config) for term in terms)
-    tokens = len(next(iter(batch.values())))
-    capacity = state.dead.capacity(state.step, tokens) if needs_dead else 0
-    state.optimizer.param_groups[0]["lr"].fill_(learning_rate(state.step, config))  # that of all groups
-    state.sae.set_progress(Progress(state.step, config.steps, config.seed))
-
-    def compute(batch: Batch) -> dict[str, Tensor]:
-        return _compute_step(state, batch, config, capacity)
-
-    metrics = state.captured(compute, batch, (capacity, state.scaling, state.sae.width))
-    state.step += 1
-    return metrics
-
-
-def _compute_step(state: TrainState, batch: Batch, config: TrainConfig, capacity: int) -> dict[str, Tensor]:
-    """Do the part of a step that the device does: no number of it is known to the host."""
-    sae, optimizer = state.sae, state.optimizer
-    optimizer.zero_grad()
-    x, target = state.scaling(*join_sites(sae.architecture, batch))
-    dead = state.dead.rows(capacity) if capacity else None
-    step = Step(sae, x, target, sae.encode(x), state.loss_weights(target), dead, config.k_aux)
-    loss, metrics = step.total(config)
-    metrics["loss"] = loss.detach()
-    with torch.autograd.set_multithreading_enabled(False):  # one device: a thread of its own only makes the host wait
-        loss.backward()  # type: ignore[no-untyped-call]
-    if config.clip_norm is not None:
-        metrics["grad_norm"] = optimizer.clip_grad_norm(config.clip_norm)
-    optimizer.step()
-    optimizer.zero_grad()
-    if step.code.pattern.left_out is not None:
-        metrics["left_out"] = step.code.pattern.left_out
-    fired = state.dead.update(step.code)
-    metrics["l0"] = fired.sum().float() / distributed.tokens_of(len(x))
-    if sae.architecture.after_step is not None:
-        with torch.no_grad():
-            sae.architecture.after_step(sae, step.code)
-    return metrics
+from flashsae.train.step import train_step
 
 
 @neutral()

@@ -28,6 +28,7 @@ from flashsae.train.checkpoint import Checkpoint, list_checkpoints, load_checkpo
 from flashsae.train.config import TrainConfig
 from flashsae.train.graph import CapturedSteps
 from flashsae.train.plan import check_selection
+from flashsae.train.room import Room
 from flashsae.train.sample import measure_sample
 from flashsae.train.scaling import Scaling
 
@@ -51,6 +52,8 @@ class TrainState:
     warnings: tuple[str, ...] = ()
     """Sentences about the data, for the user."""
     captured: CapturedSteps = field(default_factory=CapturedSteps)
+    room: Room | None = None
+    """For codes above a threshold, on a GPU; None where the host may wait for their size, or knows it."""
     _weights: Tensor | None = None
 
     @property
@@ -125,6 +128,8 @@ def init_state(
         sae.initialize_from(sample.x, sample.target)
     dead = DeadLatents(config.d_sae, config.dead_after_tokens, device)
     state = TrainState(sae, build_optimizer(sae, config), dead, batches, scaling, variance, warnings=warnings)
+    if sae.architecture.varies and device.type == "cuda":
+        state.room = Room()
     if found:
         checkpoint = load_checkpoint(found[-1])
         check_settings(config, checkpoint)
@@ -182,6 +187,7 @@ def to_checkpoint(state: TrainState, config: TrainConfig) -> Checkpoint:
             "variance": state.variance,
             "config": as_json(config.flat()),
             "dead_bounds": bounds,
+            "room": None if state.room is None else asdict(state.room),
         },
         tensors,
     )
@@ -199,6 +205,7 @@ class _Saved:
     variance: Positive
     config: dict[str, Any]
     dead_bounds: Bounds | None
+    room: Room | None = None
     scaling: Scaling | None = None
     scale: Positive | None = None
     """What version 4 wrote in the place of `scaling`."""
@@ -246,6 +253,8 @@ def restore(state: TrainState, checkpoint: Checkpoint) -> None:
     since = state.dead.tokens_since_fired
     since.copy_(_tensor(checkpoint, "dead.tokens_since_fired", since))
     state.dead.bounds = saved.dead_bounds
+    if state.room is not None and saved.room is not None:
+        state.room = saved.room
     torch.set_rng_state(_tensor(checkpoint, "rng.torch", torch.get_rng_state()))
     if saved.scaling is None:
         config = state.sae.config
