@@ -49,7 +49,7 @@ class Room:
         """
         if self.is_full or count <= self.entries:
             return True
-        self._make(_wanted(count), crossover)
+        self._make(count, crossover)
         return False
 
     def done(self, count: int, crossover: int) -> None:
@@ -57,13 +57,12 @@ class Room:
         self.largest, self.steps = max(self.largest, count), self.steps + 1
         if self.steps < PERIOD:
             return
-        wanted = _wanted(self.largest)
-        if wanted < 7 / 8 * (crossover if self.is_full else self.entries):
-            self._make(wanted, crossover)
+        if _wanted(self.largest) < 7 / 8 * (crossover if self.is_full else self.entries):
+            self._make(self.largest, crossover)
         self.largest = self.steps = 0
 
-    def _make(self, entries: int, crossover: int) -> None:
-        self.entries, self.is_full = entries, entries > crossover
+    def _make(self, count: int, crossover: int) -> None:
+        self.entries, self.is_full = min(_wanted(count), max(count, crossover)), count > crossover
         self.largest = self.steps = 0
 
 

@@ -128,13 +128,16 @@ def init_state(
         sae.initialize_from(sample.x, sample.target)
     dead = DeadLatents(config.d_sae, config.dead_after_tokens, device)
     state = TrainState(sae, build_optimizer(sae, config), dead, batches, scaling, variance, warnings=warnings)
-    if sae.architecture.varies and device.type == "cuda":
-        state.room = Room()
+    state.room = _room(sae, device)
     if found:
         checkpoint = load_checkpoint(found[-1])
         check_settings(config, checkpoint)
         restore(state, checkpoint)
     return state
+
+
+def _room(sae: SAE, device: torch.device) -> Room | None:
+    return Room() if sae.architecture.varies and device.type == "cuda" else None
 
 
 def build_optimizer(sae: SAE, config: TrainConfig) -> FactoredAdam:

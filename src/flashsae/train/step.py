@@ -58,7 +58,7 @@ def _with_room(
 ) -> dict[str, Tensor]:
     """Do a step whose codes vary in size: look at the count behind the encoder, and encode again if it is too large."""
     sae, tokens = state.sae, len(next(iter(batch.values())))
-    dense_from = int(crossover(sae.W_enc_T) * tokens * sae.config.d_sae)
+    dense_from = min(2**31 - 1, int(crossover(sae.W_enc_T) * tokens * sae.config.d_sae))
     count = 0
 
     def goes_on(wanted: Tensor | None) -> bool:
