@@ -34,7 +34,8 @@ def by_value(code: SparseCode, *, magnitude: bool = False) -> SparseCode:
     if code.pattern.k is None:
         raise ConfigError("code: expected the same number of latents for every token, got a code of varying length.")
     order = _descending(code.pattern.latents, code.acts.detach(), magnitude)
-    acts = pre_acts = code.acts.gather(1, order)
+    acts = code.acts.gather(1, order)
+    pre_acts: Tensor | None = acts
     if code.pre_acts is not code.acts:
         pre_acts = None if code.pre_acts is None else code.pre_acts.gather(1, order)
     return replace(code, pattern=code.pattern.in_order(order), acts=acts, pre_acts=pre_acts)
