@@ -130,7 +130,8 @@ RECONSTRUCTION = Term(
 AUXK = Term(
     "auxk_loss",
     "Σ‖residual − residual_hat‖² / Σ‖residual‖²",
-    "How badly dead latents explain what the living ones left over (AuxK, Gao et al. 2024): 1 where they give nothing.",
+    "How badly dead latents explain what the living ones left over (AuxK, Gao et al. 2024): 1 where they give nothing. "
+    "The setting auxk may name the formula of another library.",
     lambda step: step.auxk_loss(),
     weight="auxk_alpha",
     of_dead_latents=True,

@@ -13,6 +13,7 @@ from flashsae import distributed, ops
 from flashsae.errors import ConfigError
 from flashsae.metrics import count_active, is_dead
 from flashsae.sae.module import SAE
+from flashsae.settings.training import AuxK
 from flashsae.shapes import Activations
 
 PERIOD = 16
@@ -154,13 +155,26 @@ class DeadLatents:
 
 
 def auxk_loss(
-    sae: SAE, x: Activations, decoded: ops.DecodeLoss, token_weights: Float[Tensor, " B"], dead: DeadRows, k_aux: int
+    sae: SAE,
+    x: Activations,
+    decoded: ops.DecodeLoss,
+    token_weights: Float[Tensor, " B"],
+    dead: DeadRows,
+    k_aux: int,
+    *,
+    form: AuxK = "gao",
+    target: Activations | None = None,
 ) -> Float[Tensor, ""]:
     """Compute how badly dead latents explain what the living ones left over.
 
-        Σ‖residual − residual_hat‖² / Σ‖residual‖²
+        gao                 Σ‖e − ê‖² / Σ‖e‖²
+        sae_lens            s · Σ‖e − ê‖² / (B · variance), ê of pre-activations, which may be negative
+        dictionary_learning Σ‖e − ê‖² / Σ‖e − mean e‖²
+        sparsify            s · Σ‖e − ê‖² / Σ‖target − mean target‖²
 
-    residual_hat is the reconstruction from the k_aux largest dead latents of each token, without b_dec.
+    e is the residual. ê is the reconstruction from the k_aux largest dead latents of each token, all where there are
+    fewer, without b_dec; of relu(pre-activations) but where it is said. s = min(dead latents / k_aux, 1). Means are
+    over the batch.
 
     Args:
         sae: whose latents are dead.
@@ -168,24 +182,50 @@ def auxk_loss(
         decoded: of x and its code, with these weights; no gradient flows into it.
         token_weights: [B], all equal, from `flashsae.sae.fvu_weights`.
         dead: the dead latents; their rows are all that is read or changed.
-        k_aux: dead latents to use for each token.
+        k_aux: dead latents to use for each token. The libraries take d_in / 2.
+        form: whose formula.
+        target: [B, d_out], what is reconstructed; None is x. Read by sparsify alone.
     Returns:
-        scalar; 0 if no latent is dead. 1 when the dead latents give nothing. To be weighted by auxk_alpha (1/32).
-    Gradients: W_dec, W_enc_T and b_enc at dead latents, and b_dec.
-    Numerics: the denominator is `decoded.loss`, in the same unit as the numerator, and so costs nothing. It is no less
-        than a thousandth of the variance of the sample: no batch can make it vanish.
+        scalar; 0 if no latent is dead. To be weighted by auxk_alpha: 1/32, and 1 for sae_lens.
+
+        The first term of our loss is Σ‖e‖² / (B · variance). That of SAELens and of dictionary_learning is Σ‖e‖² / B,
+        `variance` times as much: of SAELens the whole loss is, so that its coefficient is auxk_alpha here, and
+        dictionary_learning with 1/32 weighs as auxk_alpha = 1 / (32 · variance) does, with the variance of a token in
+        the unit that it trains in, about 1 where it normalises. That of sparsify is Σ‖e‖² / Σ‖target − mean target‖²,
+        which is ours on average: its auxk_alpha is ours.
+    Gradients: W_dec, W_enc_T and b_enc at dead latents, and b_dec. (sparsify itself trains the decoder only: its
+        backward pass drops the gradient of pre-activations. That is no part of its formula, and is not reproduced.)
+    Numerics: denominators are no less than a thousandth of the variance of the sample, times B: no batch can make one
+        vanish. That of gao is `decoded.loss`, in the same unit as the numerator, and so costs nothing.
     Cost: as `encode_topk` and `decode_loss` with as many latents as the table has rows.
-    Source: Gao et al. 2024, "Scaling and evaluating sparse autoencoders", appendix A.2. The paper leaves the
-        normalisation open; here it is the squared residual of the batch.
+    Source: Gao et al. 2024, "Scaling and evaluating sparse autoencoders", appendix A.2, which leaves the normalisation
+        open: in gao it is the squared residual of the batch. SAELens 6.54 (TopKTrainingSAE), dictionary_learning 0.1
+        (AutoEncoderTopK's trainer) and sparsify 1.3 (SparseCoder).
     """
     W_enc_T, W_dec = (ops.take_rows(W, dead.latents, dead.slots) for W in (sae.W_enc_T, sae.W_dec))
     b_enc = torch.where(dead.is_dead, sae.b_enc.index_select(0, dead.latents), _NEVER)
     k = min(k_aux, len(dead.latents))
     code = ops.encode_topk(x, W_enc_T, b_enc, k, b_dec=sae.b_pre, precision=sae.precision)
-    code = code.replace(code.acts.relu())
+    if form == "sae_lens":
+        code = code.replace(code.acts * ops.per_latent(dead.is_dead.to(code.acts.dtype), code.pattern))
+    else:
+        code = code.replace(code.acts.relu())
     residual = decoded.residual.detach()
     missed = ops.decode_loss(code, W_dec, None, residual, token_weights=token_weights, precision=sae.precision).loss
-    return missed / decoded.loss.detach().clamp_min(LEAST_RESIDUAL) * dead.is_dead[0]
+    if form in ("sae_lens", "sparsify"):
+        missed = missed * (dead.is_dead.sum(dtype=missed.dtype) / k_aux).clamp_max(1.0)
+    if form == "gao":
+        missed = missed / decoded.loss.detach().clamp_min(LEAST_RESIDUAL)
+    elif form != "sae_lens":
+        spread = _spread(residual if form == "dictionary_learning" else x if target is None else target, token_weights)
+        missed = missed / spread.clamp_min(LEAST_RESIDUAL)
+    return missed * dead.is_dead[0]
+
+
+def _spread(tokens: Tensor, token_weights: Tensor) -> Tensor:
+    """Return Σ weight · ‖token − mean‖²."""
+    wide = tokens.detach().to(token_weights.dtype)
+    return (wide - wide.mean(0)).square().sum(1) @ token_weights
 
 
 def _rounded_up(count: int, largest: int) -> int:

@@ -15,6 +15,7 @@ from flashsae.ops import DecodeLoss, SparseCode
 from flashsae.profiling import part
 from flashsae.sae.dead import DeadRows, auxk_loss
 from flashsae.sae.module import SAE
+from flashsae.settings.training import AuxK
 
 
 @dataclass
@@ -29,6 +30,7 @@ class Step:
         token_weights: [B], from `flashsae.sae.fvu_weights`.
         dead: the dead latents, where a term needs them and there may be any, else None.
         k_aux: dead latents that the auxiliary loss uses for each token.
+        auxk: whose formula of it.
     """
 
     sae: SAE
@@ -38,6 +40,7 @@ class Step:
     token_weights: Tensor
     dead: DeadRows | None = None
     k_aux: int = 0
+    auxk: AuxK = "gao"
 
     @cached_property
     def decoded(self) -> DecodeLoss:
@@ -51,7 +54,8 @@ class Step:
         """Return `flashsae.sae.auxk_loss`, None where no latent can be dead."""
         if self.dead is None:
             return None
-        return auxk_loss(self.sae, self.x, self.decoded, self.token_weights, self.dead, self.k_aux)
+        of_step = self.sae, self.x, self.decoded, self.token_weights, self.dead, self.k_aux
+        return auxk_loss(*of_step, form=self.auxk, target=self.target)
 
     def total(self, *settings: object) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, the weighted sum of the terms of the architecture, and each term by name.

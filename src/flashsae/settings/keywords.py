@@ -10,7 +10,7 @@ from typing import Any, Literal, TypedDict
 from flashsae.architecture import architecture_named, architecture_of, settings_of
 from flashsae.precision import Precision
 from flashsae.settings.normalization import Normalization
-from flashsae.settings.training import TrainConfig, check_known
+from flashsae.settings.training import AuxK, TrainConfig, check_known
 
 
 class TrainSettings(TypedDict, total=False):
@@ -36,6 +36,7 @@ class TrainSettings(TypedDict, total=False):
     warmup_start: float | None
     decay_fraction: float | None
     clip_norm: float | None
+    auxk: AuxK | None
     auxk_alpha: float | None
     k_aux: int | None
     dead_after_tokens: int | None

@@ -33,6 +33,8 @@ ADAM_BETAS = (0.9, 0.999)
 ADAM_EPS = 6.25e-10
 """As in Gao et al. 2024. The loss is a fraction of variance, so gradients of rare latents are far below 1e-8."""
 
+AuxK = Literal["gao", "sae_lens", "dictionary_learning", "sparsify"]
+"""Whose formula of the auxiliary loss."""
 Config = TypeVar("Config", bound="TrainConfig")
 
 
@@ -127,7 +129,9 @@ class TrainConfig:
         decay_fraction: Last fraction of the steps, in which the learning rate falls linearly to 0. Where it overlaps
             the rise, the lower of both holds. Default: 0.2.
         clip_norm: Largest global norm of the gradient. Default: no clipping.
-        auxk_alpha: Weight of the auxiliary loss that revives dead latents; 0 turns it off. Default: 1 / 32.
+        auxk: Formula of the auxiliary loss that revives dead latents: that of gao, or as sae_lens, dictionary_learning
+            or sparsify have it. Default: gao.
+        auxk_alpha: Weight of the auxiliary loss; 0 turns it off. Default: 1 / 32, and 1 with sae_lens.
         k_aux: Dead latents that the auxiliary loss uses for each token. Default: d_in / 2, 1024 and d_sae at most.
         dead_after_tokens: A latent is dead when it was active on none of this many tokens; with more than tokens none
             ever is. Default: tokens / 10, 10 million at most.
@@ -161,7 +165,8 @@ class TrainConfig:
     warmup_start: LeftOpen[Fraction] = left_open(0.0)
     decay_fraction: LeftOpen[Fraction] = left_open(0.2)
     clip_norm: PositiveFloat | None = field(default=None, kw_only=True)
-    auxk_alpha: LeftOpen[NonNegativeFloat] = left_open(1 / 32)
+    auxk: LeftOpen[AuxK] = left_open("gao")
+    auxk_alpha: LeftOpen[NonNegativeFloat] = left_open(lambda config: 1.0 if config.auxk == "sae_lens" else 1 / 32)
     k_aux: LeftOpen[Annotated[PositiveInt, AtMost("d_sae")]] = left_open(
         lambda config: min(1024, max(1, config.d_in // 2), config.d_sae)
     )

@@ -16,9 +16,10 @@ from flashsae.testing.oracles import (
     oracle,
     stable_topk,
 )
-from flashsae.testing.training import DenseTrainer, UnitNormAdam, dense_auxk
+from flashsae.testing.training import AUXK, DenseTrainer, UnitNormAdam, dense_auxk
 
 __all__ = [
+    "AUXK",
     "ORACLES",
     "DenseStep",
     "DenseTrainer",

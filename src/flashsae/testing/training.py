@@ -31,6 +31,51 @@ def dense_auxk(x: Tensor, params: Params, residual: Tensor, dead: Tensor, k_aux:
     return (residual.detach() - latent_acts @ params["W_dec"]).square().sum()
 
 
+def auxk_of_sae_lens(
+    x: Tensor, params: Params, residual: Tensor, dead: Tensor, k_aux: int, *, target: Tensor, variance: float
+) -> Tensor:
+    """Return the auxiliary loss of SAELens over the variance of a token: of pre-activations, scaled by how many die."""
+    pre_acts = dense_pre_acts(x, params["W_enc_T"], params["b_enc"], params.get("b_dec"))
+    values, places = stable_topk(pre_acts.masked_fill(~dead, -torch.inf), min(k_aux, int(dead.sum())))
+    latent_acts = torch.zeros_like(pre_acts).scatter(-1, places, values)
+    errors = (latent_acts @ params["W_dec"] - residual.detach()).square().sum(-1)
+    return min(int(dead.sum()) / k_aux, 1.0) * errors.mean() / variance
+
+
+def auxk_of_dictionary_learning(
+    x: Tensor, params: Params, residual: Tensor, dead: Tensor, k_aux: int, *, target: Tensor, variance: float
+) -> Tensor:
+    """Return that of dictionary_learning: relative to what of the residual is no constant."""
+    errors = dense_auxk(x, params, residual, dead, k_aux) / len(x)
+    constant = residual.detach().mean(0)
+    return errors / (residual.detach() - constant).square().sum(-1).mean()
+
+
+def auxk_of_sparsify(
+    x: Tensor, params: Params, residual: Tensor, dead: Tensor, k_aux: int, *, target: Tensor, variance: float
+) -> Tensor:
+    """Return that of sparsify: relative to the variance of the batch, scaled by how many latents are dead."""
+    scale = min(1.0, int(dead.sum()) / k_aux)
+    return scale * dense_auxk(x, params, residual, dead, k_aux) / (target - target.mean(0)).square().sum()
+
+
+def auxk_of_gao(
+    x: Tensor, params: Params, residual: Tensor, dead: Tensor, k_aux: int, *, target: Tensor, variance: float
+) -> Tensor:
+    """Return that of Gao et al., relative to the squared residual."""
+    return dense_auxk(x, params, residual, dead, k_aux) / residual.detach().square().sum()
+
+
+AUXK = {
+    "gao": auxk_of_gao,
+    "sae_lens": auxk_of_sae_lens,
+    "dictionary_learning": auxk_of_dictionary_learning,
+    "sparsify": auxk_of_sparsify,
+}
+"""The dense oracle of each form of the auxiliary loss, of arguments as of `dense_auxk`, the target [B, d_out] and the
+variance of a token. At least one latent is dead."""
+
+
 class UnitNormAdam:
     """`torch.optim.Adam` that keeps rows at norm 1, as everybody writes it.
 

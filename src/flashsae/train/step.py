@@ -93,7 +93,7 @@ def _parts_of_step(state: TrainState, batch: Batch, config: TrainConfig, capacit
     dead = state.dead.rows(capacity) if capacity else None
     code = sae.encode(x)
     yield code.pattern.count
-    step = Step(sae, x, target, code, state.loss_weights(target), dead, config.k_aux)
+    step = Step(sae, x, target, code, state.loss_weights(target), dead, config.k_aux, config.auxk)
     loss, metrics = step.total(config)
     metrics["loss"] = loss.detach()
     with torch.autograd.set_multithreading_enabled(False):  # one device: a thread of its own only makes the host wait
