@@ -196,7 +196,7 @@ def auxk_loss(
     Gradients: W_dec, W_enc_T and b_enc at dead latents, and b_dec. (sparsify itself trains the decoder only: its
         backward pass drops the gradient of pre-activations. That is no part of its formula, and is not reproduced.)
     Numerics: denominators are no less than a thousandth of the variance of the sample, times B: no batch can make one
-        vanish. That of gao is `decoded.loss`, in the same unit as the numerator, and so costs nothing.
+        vanish. That of gao is the loss of all latents, in the same unit as the numerator, and so costs nothing.
     Cost: as `encode_topk` and `decode_loss` with as many latents as the table has rows.
     Source: Gao et al. 2024, "Scaling and evaluating sparse autoencoders", appendix A.2, which leaves the normalisation
         open: in gao it is the squared residual of the batch. SAELens 6.54 (TopKTrainingSAE), dictionary_learning 0.1
@@ -215,7 +215,7 @@ def auxk_loss(
     if form in ("sae_lens", "sparsify"):
         missed = missed * (dead.is_dead.sum(dtype=missed.dtype) / k_aux).clamp_max(1.0)
     if form == "gao":
-        missed = missed / decoded.loss.detach().clamp_min(LEAST_RESIDUAL)
+        missed = missed / decoded.level_losses[-1].clamp_min(LEAST_RESIDUAL)
     elif form != "sae_lens":
         spread = _spread(residual if form == "dictionary_learning" else x if target is None else target, token_weights)
         missed = missed / spread.clamp_min(LEAST_RESIDUAL)
