@@ -82,6 +82,7 @@ def train(
     """
     from flashsae import start
     from flashsae.run import execute, show_plan
+    from flashsae.train.init_from import check_saved_start
 
     console = Console()
     if resume is None:
@@ -89,6 +90,8 @@ def train(
     else:
         config = start.saved_config(resume)
     start.check(config)
+    if resume is None:
+        check_saved_start(config.train)
     folder = start.place_of(config, run) if resume is None else resume
     if resume is None and _is_demo(config):
         from flashsae.pace import paced

@@ -154,6 +154,8 @@ def _parts(run: Path, config: RunConfig, console: Console) -> Iterator[_Part]:
         files.write_atomic(run / CONFIG_FILE, replace(config, activations=reading).to_toml())
     for hookpoint in activations.sources:
         train_config = config.train.resolve(widths[hookpoint])
+        if train_config.init_from is not None and not is_alone:
+            train_config = replace(train_config, init_from=train_config.init_from / folder_of(hookpoint))
         resolved = replace(config, activations=replace(reading, hookpoint=hookpoint), train=train_config)
         folder = run if is_alone else run / folder_of(hookpoint)
         if folder.exists():

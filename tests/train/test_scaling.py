@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from torch import Tensor
 import flashsae
 from flashsae import SAE, TrainConfig
 from flashsae import architecture as architectures
-from flashsae.architecture import AUTOENCODER
 from flashsae.architectures.topk import ARCHITECTURE as TOPK
 from flashsae.architectures.topk import TopKSettings
 from flashsae.data.shuffle import RowShuffle
@@ -25,6 +23,7 @@ from flashsae.files import sha256
 from flashsae.sae.units import layer_norm
 from flashsae.train import TrainState, init_state, train, train_step
 from flashsae.train.checkpoint import list_checkpoints
+from helpers import sites
 
 X = SuperpositionModel(8, 16, active=2.0).sample(640, seed=1)
 Y = 1000 * X @ torch.randn(8, 6, generator=torch.Generator().manual_seed(3))
@@ -33,32 +32,9 @@ KINDS = ("power_of_two", "none", "mean_square", "layer_norm")
 SMALL: dict[str, Any] = {"batch_tokens": 64, "tokens": 64 * 12, "checkpoint_every_steps": 5, "d_sae": 16, "k": 3}
 
 
-class BridgeSettings(TopKSettings):
-    """Settings of a transcoder."""
-
-
-class PairSettings(TopKSettings):
-    """Settings of a crosscoder."""
-
-
 @pytest.fixture(autouse=True)
-def registered() -> Iterator[None]:
-    rows = {row.name: row for row in AUTOENCODER}
-    parameters = tuple({**rows, "W_enc_T": replace(rows["W_enc_T"], initial="unit_rows")}.values())
-
-    def encode(sae: Any, x: Tensor) -> Any:
-        code = flashsae.ops.encode_topk(x, sae.W_enc_T, sae.b_enc, sae.config.arch.k, b_dec=sae.b_pre)
-        return code.replace(code.acts.relu())
-
-    bridge = replace(
-        TOPK, name="bridge", title="Bridge", settings=BridgeSettings, parameters=parameters, encode=encode,
-        reads=("before",), writes=("after",), subtracts_b_dec=False,
-    )  # fmt: skip
-    flashsae.register(bridge)
-    flashsae.register(replace(bridge, name="pair", settings=PairSettings, reads=(), writes=(), subtracts_b_dec=True))
-    yield
-    for name in ("bridge", "pair"):
-        architectures._REGISTERED.pop(name)
+def registered() -> None:
+    sites.register()
 
 
 def state_of(x: Any, kind: str, checkpoints: Path | None = None, **changes: Any) -> tuple[TrainState, TrainConfig]:

@@ -4,7 +4,8 @@ from flashsae.sae.config import SAEConfig
 from flashsae.sae.dead import DeadLatents, DeadRows, auxk_loss
 from flashsae.sae.initial import initialize
 from flashsae.sae.losses import fvu_weights, token_variance
-from flashsae.sae.module import SAE, load_extras
+from flashsae.sae.module import SAE
+from flashsae.sae.saved import load_extras
 from flashsae.sae.step import Step
 
 __all__ = [

@@ -11,16 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from flashsae import ops
-from flashsae.architecture import Progress, settings_of
+from flashsae.architecture import Progress
 from flashsae.backend import resolve_device
-from flashsae.errors import CheckpointError, ConfigError, DtypeError, ShapeError
-from flashsae.formats import native
+from flashsae.errors import ConfigError, DtypeError, ShapeError
 from flashsae.ops.register import isolated
 from flashsae.ops.validate import FLOATS, Precision, as_int, check_float, check_ordinary, check_shape
+from flashsae.sae import saved
 from flashsae.sae.config import SAEConfig
 from flashsae.sae.initial import initial_values, initialize
 from flashsae.sae.units import Factor, Units, layer_norm, token_statistics
-from flashsae.settings.kinds import as_json, check, expand
 from flashsae.settings.normalization import LAYER_NORM
 
 
@@ -239,12 +238,16 @@ class SAE(nn.Module):
             ConfigError: it is none, or the SAE normalises tokens, which takes away their unit.
             ShapeError: it is not one for each coordinate.
         """
-        config = self.config
-        if config.normalize_activations == LAYER_NORM:
+        d_in, d_out = self.config.d_in, self.config.d_out
+        return self.in_units(Units.of(factor, factor if factor_out is None else factor_out, d_in, d_out))
+
+    @torch.no_grad()
+    def in_units(self, units: Units) -> SAE:
+        """Return the SAE for activations that these units multiply; shares what stays. See `rescaled`."""
+        if self.config.normalize_activations == LAYER_NORM:
             raise ConfigError("factor: an SAE that normalises each token has no unit that could be changed.")
-        units = Units.of(factor, factor if factor_out is None else factor_out, config.d_in, config.d_out)
-        values = self.state_dict()
-        return self._with(config, {row.name: units.fold(row, values[row.name]) for row in self.architecture.parameters})
+        values, table = self.state_dict(), self.architecture.parameters
+        return self._with(self.config, {row.name: units.fold(row, values[row.name]) for row in table})
 
     @torch.no_grad()
     def normalizing(self, normalize_activations: str) -> SAE:
@@ -308,25 +311,7 @@ class SAE(nn.Module):
             DtypeError: parameters have different dtypes.
             StorageError: the folder exists, holds other files too, or cannot be written.
         """
-        check("overwrite", overwrite, bool)
-        for name, tensor in self.state_dict().items():
-            if tensor.dtype != self.W_dec.dtype:
-                raise DtypeError(
-                    f"{name}: expected {self.W_dec.dtype}, the dtype of W_dec, got {tensor.dtype}. Convert the SAE "
-                    "first: sae.float().save(...)."
-                )
-        for name, extra in (extras or {}).items():
-            check_shape(f"extras: {name}", extra, (self.config.d_sae,))
-        content = {
-            "architecture": self.architecture.name,
-            "settings": as_json(asdict(self.config.arch)),
-            "apply_b_dec_to_input": self.architecture.subtracts_b_dec,
-            "dtype": str(self.W_dec.dtype).removeprefix("torch."),
-            **self.config.sizes,
-            **({"normalize_activations": LAYER_NORM} if self.config.normalize_activations == LAYER_NORM else {}),
-            "metadata": metadata or {},
-        }
-        native.write(expand(directory, "directory"), self.state_dict(), content, extras or {}, overwrite=overwrite)
+        saved.write(self.config, self.state_dict(), directory, metadata or {}, extras or {}, overwrite=overwrite)
 
     @classmethod
     def load(cls, directory: str | Path, *, device: torch.device | str = "cpu") -> SAE:
@@ -338,28 +323,7 @@ class SAE(nn.Module):
             ConfigError: no such device here, or directory is no path.
         """
         target = resolve_device(str(device))
-        folder = expand(directory, "directory")
-        description, tensors = native.read(folder)
-        try:
-            arch = settings_of(description.architecture, **description.settings)
-            d_out, normalize = description.d_out, description.normalize_activations
-            config = SAEConfig(
-                description.d_in, description.d_sae, arch=arch, d_out=d_out, normalize_activations=normalize
-            )
-            if config.architecture.subtracts_b_dec != description.apply_b_dec_to_input:
-                raise ConfigError(f"{config.architecture.title} is not what wrote it: apply_b_dec_to_input differs.")
-        except ConfigError as error:
-            raise CheckpointError(f"{folder} cannot be read here: {error}") from error
-        sae = cls(config, seed=None, dtype=getattr(torch, description.dtype), device="meta")
-        native.check_tensors(folder, tensors, sae.state_dict())
+        config, tensors = saved.read(directory)
+        sae = cls(config, seed=None, dtype=tensors["W_dec"].dtype, device="meta")
         sae.load_state_dict(tensors, assign=True)
         return sae.to(target).eval()
-
-
-def load_extras(directory: str | Path) -> dict[str, Tensor]:
-    """Read what a saved SAE says of every latent, by name: [d_sae] each; {} if nothing was saved.
-
-    Raises:
-        CheckpointError: the folder holds no FlashSAE SAE, or a damaged one.
-    """
-    return native.read_extras(expand(directory, "directory"))

@@ -61,10 +61,12 @@ class Units:
     Args:
         reads: of what goes in.
         writes: of what is reconstructed.
+        latents: λ, what values of latents are divided by.
     """
 
     reads: Factor
     writes: Factor
+    latents: float
 
     @classmethod
     def of(cls, reads: object, writes: object, d_in: int, d_out: int) -> Units:
@@ -74,19 +76,16 @@ class Units:
             ConfigError: they are not positive numbers.
             ShapeError: there is not one for each coordinate.
         """
-        return cls(_factor(reads, d_in), _factor(writes, d_out))
+        written = _factor(writes, d_out)
+        if isinstance(written, float):
+            latents = written
+        else:
+            latents = 2.0 ** round(math.log2(written.square().reciprocal().mean().item()) / -2)
+        return cls(_factor(reads, d_in), written, latents)
 
-    @property
-    def is_one_number(self) -> bool:
-        """Whether all is multiplied by the same number."""
-        return isinstance(self.reads, float) and isinstance(self.writes, float) and self.reads == self.writes
-
-    @property
-    def latents(self) -> float:
-        """λ: what values of latents are divided by."""
-        if isinstance(self.writes, float):
-            return self.writes
-        return 2.0 ** round(math.log2(self.writes.square().reciprocal().mean().item()) / -2)
+    def inverse(self) -> Units:
+        """Return what undoes it."""
+        return Units(1 / self.reads, 1 / self.writes, 1 / self.latents)
 
     def fold(self, row: Parameter, value: Tensor) -> Tensor:
         """Return a parameter of the SAE for activations as they come; itself where nothing changes.

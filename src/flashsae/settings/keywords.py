@@ -28,6 +28,8 @@ class TrainSettings(TypedDict, total=False):
     precision: Precision | None
     moments: Literal["float32", "bf16"] | None
     normalize_activations: Normalization | None
+    init: Literal["random", "data"] | None
+    init_from: Any
     lr: float | None
     betas: tuple[float, float] | None
     eps: float | None

@@ -7,6 +7,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from flashsae.architecture import Architecture, architecture_named, architecture_names, architecture_of, settings_of
@@ -35,6 +36,8 @@ ADAM_EPS = 6.25e-10
 
 AuxK = Literal["gao", "sae_lens", "dictionary_learning", "sparsify"]
 """Whose formula of the auxiliary loss."""
+BOTH = "init: expected no other start beside init_from, got data. Leave one of them out."
+
 Config = TypeVar("Config", bound="TrainConfig")
 
 
@@ -118,6 +121,10 @@ class TrainConfig:
             deviation of a coordinate becomes about 1/4); to a mean_square of 1, each site for itself; none; or by
             layer_norm of each token, which becomes part of the SAE. Factors are folded into the saved SAE. Settings of
             thresholds and values are in the unit of scaled activations. Default: power_of_two.
+        init: What weights start from: random directions, or data: the directions of tokens about their mean, a fifth of
+            them random. Biases, and the length of the encoder, are fitted to a sample in both cases. Default: random.
+        init_from: Folder of a saved SAE, or of the run that made it, to go on from: all its weights are taken, and
+            training fine-tunes it. Of the same sizes, and of this architecture or of one with the same trained weights.
         lr: Peak learning rate of Adam. Default: 8e-4 / sqrt(d_sae / 16384).
         betas: Decay of the moments of Adam. Default: 0.9 and 0.999.
         eps: Added to the root of Adam's second moment, of gradients of a loss that is a fraction of the variance.
@@ -155,6 +162,8 @@ class TrainConfig:
     precision: Precision = field(default="float32", kw_only=True)
     moments: Literal["float32", "bf16"] = field(default="float32", kw_only=True)
     normalize_activations: LeftOpen[Normalization] = left_open("power_of_two")
+    init: LeftOpen[Literal["random", "data"]] = left_open("random")
+    init_from: Path | None = field(default=None, kw_only=True)
     lr: LeftOpen[PositiveFloat] = left_open(lambda config: default_lr(config.d_sae))
     betas: LeftOpen[Annotated[tuple[Annotated[float, DECAY], ...], Length(2)]] = left_open(ADAM_BETAS)
     eps: LeftOpen[Annotated[float, ABOVE_ZERO]] = left_open(ADAM_EPS)
@@ -188,6 +197,10 @@ class TrainConfig:
         architecture = architecture_of(self.arch)
         check_own_names(architecture, (each.name for each in fields(self)))
         check_normalization(architecture, self.normalize_activations, self.d_in)
+        if self.init_from is not None:
+            if self.init == "data":
+                raise ConfigError(BOTH)
+            object.__setattr__(self, "init_from", self.init_from.absolute())  # to be found from wherever it is resumed
         is_open = [getattr(self, str(term.weight), 0) is None for term in architecture.terms]
         if not any(there or term.weight_in(self.arch, self) for there, term in zip(is_open, architecture.terms)):
             raise ConfigError(f"arch: the terms of the loss of {architecture.title} all have the weight 0.")

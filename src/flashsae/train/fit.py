@@ -30,6 +30,7 @@ from flashsae.sae.module import SAE
 from flashsae.settings.keywords import settings_by_keyword, signature_with_settings
 from flashsae.settings.kinds import check, expand
 from flashsae.train.config import TrainConfig
+from flashsae.train.init_from import settings_of_start
 from flashsae.train.loop import train
 from flashsae.train.plan import check_memory, check_selection, make_plan
 from flashsae.train.state import init_state
@@ -90,7 +91,7 @@ def fit(
             same as leaving one out. arch is a name of `flashsae.architecture.architecture_names()`, whose own settings
             stand beside it (arch="batch_topk", k=64), or these settings (arch=flashsae.BatchTopKSettings(k=64)), beside
             which none may stand. tokens counts repeats; where neither it nor `config` is given: ten times an array, at
-            least 2 million.
+            least 2 million. init_from may be an SAE too; its d_sae and arch hold where neither is given.
     Returns:
         the trained SAE, in `eval()` mode, on the device it was trained on.
     Raises:
@@ -112,6 +113,9 @@ def fit(
         raise ConfigError("resume: expected run=FOLDER beside it, the folder to resume.")
     if config is not None and not isinstance(config, TrainConfig):
         raise ConfigError(f"config: expected a flashsae.TrainConfig, got {type(config).__name__}.")
+    start = settings.get("init_from")
+    if start is not None:
+        settings = settings_of_start(start, settings, config)
     asked = settings_by_keyword(settings, config, beside=("config", "run", "resume", "progress"))
     source = _source(x, architecture_of(asked.arch).sites)
     is_open = settings.get("tokens") is None and config is None
@@ -139,7 +143,8 @@ def fit(
     checkpoints = None if folder is None else folder / "checkpoints"
     with nullcontext() if folder is None else _working_in(folder, may_discard=not resume):
         with filling(console) if progress else nullcontext() as on_fill:
-            state = init_state(resolved, batches, device, checkpoints, on_fill)
+            saved = start if isinstance(start, SAE) else None
+            state = init_state(resolved, batches, device, checkpoints, on_fill, saved)
         sae = train(state, resolved, callbacks=callbacks, checkpoints=checkpoints, is_told_of_repeats=is_open)
         del state  # its memory may be needed for the whole weights
         return sae.to(device)

@@ -72,13 +72,13 @@ class Scaling:
         """Return the SAE for activations as they come, of one for activations as this gives them; shares what stays."""
         if self.is_layer_norm:
             return sae.normalizing("layer_norm")
-        return sae.rescaled(_factors(self.reads), _factors(self.writes))
+        return sae.in_units(self.units)
 
     def unfolded(self, sae: SAE) -> SAE:
         """Return the SAE for activations as this gives them, of one for activations as they come: undoes `folded`."""
         if self.is_layer_norm:
             return sae.normalizing("none")
-        return sae.rescaled(1 / _factors(self.reads), 1 / _factors(self.writes))
+        return sae.in_units(self.units.inverse())
 
 
 def _scaled(acts: Tensor, sites: tuple[SiteScale, ...]) -> Tensor:

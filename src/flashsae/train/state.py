@@ -19,17 +19,20 @@ from flashsae.neutral import neutral
 from flashsae.optim import FactoredAdam
 from flashsae.sae.config import SAEConfig
 from flashsae.sae.dead import Bounds, DeadLatents
+from flashsae.sae.initial import rows_from_data
 from flashsae.sae.losses import fvu_weights
 from flashsae.sae.module import SAE
+from flashsae.sae.step import join_sites
 from flashsae.schema import Positive, parse
 from flashsae.settings.kinds import as_json
 from flashsae.settings.left_open import default_values
 from flashsae.train.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
 from flashsae.train.config import TrainConfig
 from flashsae.train.graph import CapturedSteps
+from flashsae.train.init_from import check_start, digest_of, load_start, start_from
 from flashsae.train.plan import check_selection
 from flashsae.train.room import Room
-from flashsae.train.sample import measure_sample
+from flashsae.train.sample import Sample, measure_sample
 from flashsae.train.scaling import Scaling
 
 INIT_TOKENS = 8192
@@ -51,6 +54,8 @@ class TrainState:
     step: int = 0
     warnings: tuple[str, ...] = ()
     """Sentences about the data, for the user."""
+    start: str | None = None
+    """Fingerprint of the SAE that the training goes on from."""
     captured: CapturedSteps = field(default_factory=CapturedSteps)
     room: Room | None = None
     """For codes above a threshold, on a GPU; None where the host may wait for their size, or knows it."""
@@ -97,6 +102,7 @@ def init_state(
     device: torch.device,
     checkpoints: Path | None = None,
     on_fill: OnFill | None = None,
+    start: SAE | None = None,
 ) -> TrainState:
     """Return the state to start from.
 
@@ -107,9 +113,10 @@ def init_state(
         checkpoints: folder whose newest checkpoint is resumed, if it holds one. Otherwise, and for None, the start: as
             the architecture initialises its parameters from some tokens.
         on_fill: hears of it if a shuffle buffer is filled at the start.
+        start: an SAE to go on from, in the place of `config.init_from`.
     Raises:
         DataError: the activations do not vary, or are too large or too small for float32.
-        ConfigError: more latents are selected for a token than a GPU can.
+        ConfigError: more latents are selected for a token than a GPU can, or the SAE to go on from is another one.
         CheckpointError: the newest checkpoint is damaged, foreign, or of other data. It is not passed over silently.
     """
     check_selection(config, device)
@@ -125,15 +132,29 @@ def init_state(
         batch = {site: acts.to(device, torch.float64) for site, acts in batch.items()}
         sample = measure_sample(batch, sae.architecture, config.normalize_activations)
         scaling, variance, warnings = sample.scaling, distributed.averaged(sample.variance), sample.warnings
-        sae.initialize_from(sample.x, sample.target)
+        start = load_start(config.init_from) if config.init_from is not None else start
+        _begin(sae, config, sample, batches, start)
     dead = DeadLatents(config.d_sae, config.dead_after_tokens, device)
     state = TrainState(sae, build_optimizer(sae, config), dead, batches, scaling, variance, warnings=warnings)
-    state.room = _room(sae, device)
+    state.room, state.start = _room(sae, device), None if start is None else digest_of(start)
     if found:
         checkpoint = load_checkpoint(found[-1])
         check_settings(config, checkpoint)
-        restore(state, checkpoint)
+        restore(state, checkpoint, knows_start=config.init_from is None)
     return state
+
+
+def _begin(sae: SAE, config: TrainConfig, sample: Sample, batches: Batches, start: SAE | None) -> None:
+    """Let the parameters be those of another SAE, or begin with some tokens."""
+    if start is not None:
+        check_start(config, start.config)
+        start_from(sae, start, sample.scaling)
+        return
+    if config.init == "data":
+        tokens = batches.sample(config.d_sae)  # one for each latent, if there are so many
+        tokens = {site: acts.to(sample.x.device) for site, acts in tokens.items()}
+        rows_from_data(sae, *sample.scaling(*join_sites(sae.architecture, tokens)))
+    sae.initialize_from(sample.x, sample.target)
 
 
 def _room(sae: SAE, device: torch.device) -> Room | None:
@@ -187,6 +208,7 @@ def to_checkpoint(state: TrainState, config: TrainConfig) -> Checkpoint:
         {
             "data": place,
             "scaling": asdict(state.scaling),
+            "start": state.start,
             "variance": state.variance,
             "config": as_json(config.flat()),
             "dead_bounds": bounds,
@@ -212,6 +234,7 @@ class _Saved:
     scaling: Scaling | None = None
     scale: Positive | None = None
     """What version 4 wrote in the place of `scaling`."""
+    start: str | None = None
 
 
 def check_settings(config: TrainConfig, checkpoint: Checkpoint) -> None:
@@ -236,14 +259,20 @@ def check_settings(config: TrainConfig, checkpoint: Checkpoint) -> None:
         )
 
 
-def restore(state: TrainState, checkpoint: Checkpoint) -> None:
+def restore(state: TrainState, checkpoint: Checkpoint, *, knows_start: bool = True) -> None:
     """Put a fresh state where the checkpoint was taken.
 
+    Args:
+        state: changed in place.
+        checkpoint: of a training with the same settings.
+        knows_start: whether the SAE that it goes on from is known, and not only by the name of its folder.
     Raises:
         CheckpointError: the checkpoint is of other sizes or of other data.
     """
     where = f"the checkpoint of step {checkpoint.step}"
     saved = parse(_Saved, checkpoint.state, where, _ADVICE)
+    if knows_start and state.start != saved.start:
+        raise CheckpointError(f"{where} is of a training that went on from another SAE. {_ADVICE}")
     state.batches.restore((saved.data, _part(checkpoint, "data.")))
     for name, parameter in state.sae.state_dict().items():
         parameter.copy_(_tensor(checkpoint, f"sae.{name}", parameter))
@@ -264,7 +293,7 @@ def restore(state: TrainState, checkpoint: Checkpoint) -> None:
         state.scaling = Scaling.uniform(saved.scale or 1.0, config.d_in, config.d_out)
     else:
         state.scaling = saved.scaling
-    state.variance = saved.variance
+    state.variance, state.start = saved.variance, saved.start
     state.step = checkpoint.step
 
 

@@ -1,0 +1,161 @@
+"""A training that goes on from a saved SAE."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from flashsae.architecture import Architecture, architecture_of
+from flashsae.errors import ConfigError
+from flashsae.sae.config import SAEConfig
+from flashsae.sae.module import SAE
+from flashsae.sae.saved import read_config
+from flashsae.settings.kinds import declared_types, expand
+from flashsae.settings.left_open import fill
+from flashsae.settings.normalization import LAYER_NORM
+from flashsae.settings.training import BOTH
+from flashsae.train.config import TrainConfig
+from flashsae.train.scaling import Scaling
+
+_FILE, _OF_A_RUN = "flashsae.json", "sae"
+_UNIT = 0.01
+"""How far the norms of rows that keep norm 1 may be from it: bfloat16 rounds by less."""
+
+
+def folder_of_sae(path: Path) -> Path:
+    """Return the folder of an SAE: this one, or `sae` in the folder of a run."""
+    within = path / _OF_A_RUN
+    return within if not (path / _FILE).exists() and (within / _FILE).exists() else path
+
+
+def load_start(path: Path) -> SAE:
+    """Read the SAE that a training starts from.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    return SAE.load(folder_of_sae(path))
+
+
+def settings_of_start(start: object, given: Mapping[str, Any], config: TrainConfig | None) -> dict[str, Any]:
+    """Return the settings of a training that goes on from an SAE, by name.
+
+    Args:
+        start: an SAE, or the folder of one.
+        given: settings that somebody asks for. What is left open of the SAE itself is as it is in the one to start
+            from, if none of it is given.
+        config: other settings, if there are any.
+    Raises:
+        ConfigError: it is neither.
+        CheckpointError: there is none in the folder.
+    """
+    settings = dict(given)
+    if isinstance(start, SAE):
+        settings["init_from"] = None
+        if "data" in (given.get("init"), config and config.init):
+            raise ConfigError(BOTH)
+    if config is not None or any(given.get(name) is not None for name in ("arch", "k")):
+        return settings
+    saved = (
+        start.config if isinstance(start, SAE) else read_config(folder_of_sae(expand(cast(Any, start), "init_from")))
+    )
+    if set(given) <= set(declared_types(TrainConfig)):
+        settings["arch"] = saved.arch
+    if settings.get("d_sae") is None:
+        settings["d_sae"] = saved.d_sae
+    if settings.get("normalize_activations") is None and saved.normalize_activations == LAYER_NORM:
+        settings["normalize_activations"] = LAYER_NORM
+    return settings
+
+
+def check_saved_start(config: TrainConfig) -> None:
+    """Raise what `check_start` does, of the SAE that settings name, before anything is done."""
+    if config.init_from is None or any(config.init_from.glob(f"*/{_OF_A_RUN}/{_FILE}")):
+        return  # of a run over several hookpoints there is one for each
+    check_start(config, read_config(folder_of_sae(config.init_from)))
+
+
+def check_start(config: TrainConfig, saved: SAEConfig) -> None:
+    """Raise ConfigError unless a training with these settings can go on from an SAE; names all that is in the way.
+
+    Args:
+        config: settings, which need not be resolved.
+        saved: of the SAE.
+    """
+    asked = architecture_of(config.arch)
+    d_in, d_out = config.d_in or saved.d_in, config.d_out or saved.d_out
+    config = fill(replace(config, d_in=d_in, d_out=d_out), before=asked.defaults)
+    differences = [
+        f"{name} {there_is}, and not {getattr(config, name)}"
+        for name, there_is in saved.sizes.items()
+        if getattr(config, name) != there_is
+    ]
+    differences += _unlike(saved.architecture, asked)
+    is_normalizing = config.normalize_activations == LAYER_NORM
+    if (saved.normalize_activations == LAYER_NORM) != is_normalizing:
+        kind = saved.normalize_activations
+        differences.append(f"normalize_activations {kind if kind == LAYER_NORM else 'other than layer_norm'}")
+    if differences:
+        raise ConfigError(
+            f"init_from: expected an SAE like the one that is asked for, {asked.title}, but it is one of "
+            f"{saved.architecture.name} with {'; '.join(differences)}. Ask for such a one, or start anew."
+        )
+
+
+def _unlike(saved: Architecture, asked: Architecture) -> list[str]:
+    """Return what parameters of one architecture would not mean in another."""
+    tables = [{row.name: row.shape for row in each.parameters if row.trained} for each in (saved, asked)]
+    names = sorted({*tables[0], *tables[1]})
+    differences = [
+        f"{name} of its own" for name in names if name in tables[0] and tables[0][name] != tables[1].get(name)
+    ]
+    differences += [f"no {name}" for name in names if name not in tables[0]]
+    if (saved.reads, saved.writes) != (asked.reads, asked.writes):
+        differences.append("other sites")
+    if saved.subtracts_b_dec != asked.subtracts_b_dec:
+        differences.append(f"{'a' if saved.subtracts_b_dec else 'no'} b_dec that is subtracted from its input")
+    if (saved.direct is None) != (asked.direct is None):
+        differences.append("another way from its input to its output")
+    return differences
+
+
+@torch.no_grad()
+def start_from(sae: SAE, saved: SAE, scaling: Scaling) -> None:
+    """Let an SAE begin as a saved one, in the units of a training: it computes the same, up to rounding.
+
+    Parameters that the other one has not, and that are not trained, such as a running threshold, stay as they are.
+
+    Args:
+        sae: changed in place.
+        saved: of an architecture that `check_start` lets pass.
+        scaling: of the training.
+    Raises:
+        ConfigError: rows that keep norm 1 in training have another one.
+    """
+    values = scaling.unfolded(saved.float() if saved.W_dec.dtype.itemsize < 4 else saved).state_dict()
+    for row in sae.architecture.parameters:
+        if row.name not in values:
+            continue
+        if row.unit_norm:
+            norms = values[row.name].double().norm(dim=1)
+            if not bool(((norms - 1).abs() < _UNIT).all()):
+                raise ConfigError(
+                    f"init_from: expected rows of {row.name} of norm 1, which training keeps, and they have norms from "
+                    f"{norms.min().item():.3g} to {norms.max().item():.3g}. Divide them by these, and multiply what "
+                    "gives the values of their latents, where that does not change which are chosen."
+                )
+        getattr(sae, row.name).copy_(values[row.name])
+
+
+def digest_of(sae: SAE) -> str:
+    """Return a fingerprint of the parameters of an SAE and what it is."""
+    digest = hashlib.sha256(repr(sae.config).encode())
+    for name, tensor in sorted(sae.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
