@@ -163,7 +163,7 @@ def auxk_loss(
     k_aux: int,
     *,
     form: AuxK = "gao",
-    target: Activations | None = None,
+    target: Float[Tensor, "B d_out"] | None = None,
 ) -> Float[Tensor, ""]:
     """Compute how badly dead latents explain what the living ones left over.
 
