@@ -73,8 +73,8 @@ def encode_topk(
         latents. That of b_dec costs d_sae·d_in, not B·k·d_in. Once differentiable.
     Cost: 2·B·d_in·d_sae FLOPs forward; backward 2·B·k·d_in for each of x and W_enc_T. Memory beyond the result:
         workspace_bytes, an eighth of it for group maxima, and copies of x and W_enc_T where they are rounded.
-    Source: Makhzani and Frey 2013 (k-sparse autoencoders); Gao et al. 2024, eq. 4; by magnitude arXiv 2510.00404,
-        eq. 9; selection and backward ours, docs/methodology.md#exact-selection.
+    Source: Makhzani and Frey 2013 (k-sparse autoencoders); Gao et al. 2024, eq. 4; by magnitude Zhu et al. 2025,
+        arXiv 2510.00404; selection and backward ours, docs/methodology.md#exact-selection.
     """
     d_sae, workspace_bytes = check_encoder(x, W_enc_T, b_enc, b_dec, key_scale, workspace_bytes)
     k = check_k(k, d_sae)
