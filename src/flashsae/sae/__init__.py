@@ -7,6 +7,7 @@ from flashsae.sae.losses import fvu_weights, token_variance
 from flashsae.sae.module import SAE
 from flashsae.sae.saved import load_extras
 from flashsae.sae.step import Step
+from flashsae.sae.straight_through import below_window, exceeds, jump_relu
 
 __all__ = [
     "SAE",
@@ -15,8 +16,11 @@ __all__ = [
     "SAEConfig",
     "Step",
     "auxk_loss",
+    "below_window",
+    "exceeds",
     "fvu_weights",
     "initialize",
+    "jump_relu",
     "load_extras",
     "token_variance",
 ]

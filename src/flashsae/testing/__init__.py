@@ -1,6 +1,7 @@
 """What "exact" means, as checks, and the dense code that ours must equal: for tests, here and of any backend or SAE."""
 
 from flashsae.testing.checks import assert_as_accurate, integer_inputs, poison_empty
+from flashsae.testing.gates import dense_jump_relu, dense_pre_act_loss
 from flashsae.testing.oracles import (
     ORACLES,
     DenseStep,
@@ -8,7 +9,6 @@ from flashsae.testing.oracles import (
     Params,
     TopK,
     chosen,
-    dense_abs_topk,
     dense_batch_topk,
     dense_decode,
     dense_pre_acts,
@@ -30,10 +30,11 @@ __all__ = [
     "UnitNormAdam",
     "assert_as_accurate",
     "chosen",
-    "dense_abs_topk",
     "dense_auxk",
     "dense_batch_topk",
     "dense_decode",
+    "dense_jump_relu",
+    "dense_pre_act_loss",
     "dense_pre_acts",
     "dense_reconstruction",
     "dense_topk",

@@ -72,20 +72,6 @@ def dense_batch_topk(
     return torch.zeros_like(pre_acts).flatten().scatter(-1, places, values.relu()).view_as(pre_acts)
 
 
-def dense_abs_topk(
-    x: Tensor, W_enc_T: Tensor, b_enc: Tensor, k: int, b_dec: Tensor | None = None, *, topk: TopK = stable_topk
-) -> Tensor:
-    """Return latent_acts, [B, d_sae], of an AbsTopK SAE: the k pre-activations largest by magnitude, with their signs.
-
-    Arguments as of `dense_topk`; of equal magnitudes the lowest index.
-
-    Source: Zhu et al. 2025, arXiv 2510.00404.
-    """
-    pre_acts = dense_pre_acts(x, W_enc_T, b_enc, b_dec)
-    _, places = topk(pre_acts.abs(), k)
-    return torch.zeros_like(pre_acts).scatter(-1, places, pre_acts.gather(-1, places))
-
-
 Params = Mapping[str, Tensor]
 """Parameters of an SAE by name."""
 
@@ -143,13 +129,15 @@ class Oracle:
         by_token: whether the code of a token depends on this token alone, so that a batch may be cut.
         params: of the encoder, by name.
         terms: of the loss, by the names they have in the architecture, but for AuxK: `dense_auxk`. Each a scalar of a
-            `DenseStep`, before its weight.
+            `DenseStep`, before its weight; None where the settings ask for none.
     """
 
     encode: Callable[..., Tensor]
     by_token: bool = True
     params: tuple[str, ...] = ("W_enc_T", "b_enc", "b_dec")
-    terms: Mapping[str, Callable[[DenseStep], Tensor]] = field(default_factory=lambda: {"fvu": dense_reconstruction})
+    terms: Mapping[str, Callable[[DenseStep], Tensor | None]] = field(
+        default_factory=lambda: {"fvu": dense_reconstruction}
+    )
 
     def __call__(self, x: Tensor, params: Params, *, topk: TopK = stable_topk, **settings: Any) -> Tensor:
         """Return latent_acts [B, d_sae] of tokens [B, d_in], differentiable, in the dtype of the parameters.
@@ -179,14 +167,11 @@ class Oracle:
         encoder = {name: params[name] for name in self.params}
         target = x if target is None else target
         step = DenseStep(params, encoder, x, target, latent_acts, variance, SimpleNamespace(**settings))
-        return {name: term(step) for name, term in self.terms.items()}
+        values = {name: term(step) for name, term in self.terms.items()}
+        return {name: value for name, value in values.items() if value is not None}
 
 
-ORACLES = {
-    "topk": Oracle(dense_topk),
-    "batch_topk": Oracle(dense_batch_topk, by_token=False),
-    "abs_topk": Oracle(dense_abs_topk),
-}
+ORACLES = {"topk": Oracle(dense_topk), "batch_topk": Oracle(dense_batch_topk, by_token=False)}
 """The dense oracle of each architecture in training, by its name."""
 
 
