@@ -29,6 +29,7 @@ from flashsae.ops import (
 )
 from flashsae.ops.adam_rows import AdamRule, adam_rows, row_squares
 from flashsae.ops.adam_rows.reference import merge_halves
+from flashsae.ops.encode.keys import Keys
 from flashsae.ops.encode.launch import launch_encode_topk
 from flashsae.ops.factors import RowGradient, SparseFactor
 from flashsae.ops.validate import Precision
@@ -246,7 +247,7 @@ def test_t2_certified_float32_selects_as_float64_does(
     generator = torch.Generator().manual_seed(seed)
     x, W, bias = (tensor.to(DEVICE) for tensor in hard_inputs(kind, tokens, 768, 24576, generator))
     counts = torch.zeros(tokens, dtype=torch.int32, device=DEVICE)
-    _, indices = launch_encode_topk(x, W, bias, K, None, "float32", 512 << 20, candidate_counts=counts)
+    _, indices = launch_encode_topk(x, W, Keys(bias), K, "float32", 512 << 20, candidate_counts=counts)
     assert int(indices.diff(dim=1).min()) > 0
     wrong = excused = 0
     for start in range(0, tokens, 512):

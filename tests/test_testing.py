@@ -15,6 +15,7 @@ from flashsae.testing import (
     DenseTrainer,
     UnitNormAdam,
     chosen,
+    dense_abs_topk,
     dense_auxk,
     dense_batch_topk,
     dense_topk,
@@ -29,6 +30,7 @@ NO_BIAS = torch.zeros(3, dtype=torch.float64)
 SETTINGS: dict[str, dict[str, Any]] = {
     "topk": {"k": 3},
     "batch_topk": {"k": 3},
+    "abs_topk": {"k": 3},
     "jump_relu": {"target_l0": 3.0, "penalty": "l0", "bandwidth": 0.5},
 }
 """Of each architecture, for 12 latents of width 5."""
@@ -63,6 +65,11 @@ def test_latents_of_a_batch_are_shared_out_by_size_whichever_token_has_them() ->
     assert dense_batch_topk(x, EYE, NO_BIAS, 2).tolist() == [[3.0, 1.0, 2.0], [0.0, 1.0, 0.0]]
     ties = torch.ones(2, 3, dtype=torch.float64)
     assert dense_batch_topk(ties, EYE, NO_BIAS, 2).tolist() == [[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]]
+
+
+def test_latents_that_are_largest_by_magnitude_keep_their_signs() -> None:
+    x = torch.tensor([[3.0, 1.0, -4.0], [-2.0, 2.0, 2.0]], dtype=torch.float64)
+    assert dense_abs_topk(x, EYE, NO_BIAS, 2).tolist() == [[3.0, 0.0, -4.0], [-2.0, 2.0, 0.0]]
 
 
 @pytest.mark.parametrize("name", ORACLES)

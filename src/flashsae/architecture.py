@@ -62,6 +62,7 @@ class Architecture:
             GPU a step is captured anew whenever it changes: round it up coarsely.
         varies: whether encode makes codes above a threshold, with room for `sae.capacity` entries. Training sees to it
             that they have room for all.
+        signed: whether latents have values of either sign, so that what is selected is the largest by magnitude.
         defaults: for settings of the training that are left open, such as lr: values, or functions of the settings.
         source: of the definition.
     """
@@ -85,6 +86,7 @@ class Architecture:
     schedule: Callable[[SAEConfig, Progress], Mapping[str, float | Sequence[float]]] | None = None
     width: Callable[[Any, Progress], int] | None = None
     varies: bool = False
+    signed: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
     source: str = ""
 

@@ -28,6 +28,7 @@ from flashsae.ops.decode.launch import (
     launch_residual,
 )
 from flashsae.ops.dense.launch import launch_dense_code
+from flashsae.ops.encode.keys import Keys
 from flashsae.ops.encode.launch import launch_center, launch_encode_topk
 from flashsae.ops.factors import RowGradient, SparseFactor
 from flashsae.ops.latent_rows.launch import launch_column_sums, launch_latent_rows, launch_latent_sums
@@ -78,21 +79,22 @@ class Launches(dict[tuple[Any, ...], tuple[JITFunction, ASTSource, dict[str, int
 
 def launch_everything() -> None:
     """Call each launch with every kind of argument that changes what is compiled, at sizes that change it."""
-    for n, k, scale, precisions in (
-        (24576, 32, False, ("bf16", "tf32", "float32")),
-        (24576, 32, True, ("bf16", "float32")),
-        (131072, 64, False, ("bf16",)),
-        (65536, 200, True, ("bf16", "float32")),
-        (65536, 1024, False, ("bf16", "float32")),
-        (40, 30, True, ("tf32", "float32")),
+    for n, k, scale, magnitude, precisions in (
+        (24576, 32, False, False, ("bf16", "tf32", "float32")),
+        (24576, 32, True, False, ("bf16", "float32")),
+        (24576, 32, False, True, ("bf16", "float32")),
+        (131072, 64, False, False, ("bf16",)),
+        (65536, 200, True, False, ("bf16", "float32")),
+        (65536, 1024, False, False, ("bf16", "float32")),
+        (40, 30, True, True, ("tf32", "float32")),
     ):
         for precision in precisions:
             dtype = BF16 if precision == "bf16" else F32
             x, W = torch.zeros(2, 16, dtype=dtype), torch.zeros(n, 16, dtype=dtype)
-            key_scale = torch.ones(n) if scale else None
-            launch_encode_topk(x, W, W.new_zeros(n), k, key_scale, precision, 1 << 30)
+            keys = Keys(W.new_zeros(n), torch.ones(n) if scale else None, magnitude)
+            launch_encode_topk(x, W, keys, k, precision, 1 << 30)
     wide = torch.zeros(2, 4096), torch.zeros(40, 4096)
-    launch_encode_topk(*wide, torch.zeros(40), 3, None, "float32", 1 << 30)
+    launch_encode_topk(*wide, Keys(torch.zeros(40)), 3, "float32", 1 << 30)
     for dtype, index_dtype, k, d, bias, weighted in (
         (F32, torch.int64, 32, 768, True, False),
         (BF16, torch.int64, 64, 4096, True, True),
@@ -176,17 +178,18 @@ def launch_latent_pass() -> None:
 
 def launch_selections() -> None:
     """Select over a batch in one part and in two, by groups of all sizes that matter."""
-    for n, k, scale, precisions in (
-        (24576, 32, False, ("bf16", "tf32", "float32")),
-        (131072, 64, True, ("bf16", "float32")),
-        (40, 30, True, ("tf32", "float32")),
+    for n, k, scale, magnitude, precisions in (
+        (24576, 32, False, False, ("bf16", "tf32", "float32")),
+        (131072, 64, True, False, ("bf16", "float32")),
+        (131072, 64, False, True, ("bf16", "float32")),
+        (40, 30, True, False, ("tf32", "float32")),
     ):
         for precision in precisions:
             dtype = BF16 if precision == "bf16" else F32
             x, W = torch.zeros(2, 16, dtype=dtype), torch.zeros(n, 16, dtype=dtype)
             key_scale, threshold = (torch.ones(n) if scale else None), torch.zeros(n if scale else 1)
             for workspace_bytes in (1, 1 << 30):
-                select.batch_topk(x, W, W.new_zeros(n), key_scale, k, precision, workspace_bytes)
+                select.batch_topk(x, W, Keys(W.new_zeros(n), key_scale, magnitude), k, precision, workspace_bytes)
                 select.above(x, W, W.new_zeros(n), threshold, 64, precision, workspace_bytes)
 
 

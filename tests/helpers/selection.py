@@ -32,13 +32,16 @@ def hard_inputs(kind: str, B: int, d: int, n: int, generator: torch.Generator) -
 HARD = ["normal", "near ties", "huge and tiny rows", "cancellation", "denormal", "wide range within rows"]
 
 
-def selection_mistakes(x: Tensor, W: Tensor, bias: Tensor, indices: Tensor) -> tuple[int, int]:
+def selection_mistakes(
+    x: Tensor, W: Tensor, bias: Tensor, indices: Tensor, *, magnitude: bool = False
+) -> tuple[int, int]:
     """Count the wrong picks, and those that float32 rounding excuses: judged in float64.
 
     A pick outside the float64 selection is wrong if one that it displaced is larger by more than the errors of both:
     5e-7 · |x| · |w| for the product, a rounding for adding the bias.
     """
     pre_acts, error = float32_errors(x, W, bias)
+    pre_acts = pre_acts.abs() if magnitude else pre_acts
     best = pre_acts.topk(indices.shape[1], dim=1).indices
     is_picked = torch.zeros_like(pre_acts, dtype=torch.bool).scatter_(1, indices, True)
     is_best = torch.zeros_like(is_picked).scatter_(1, best, True)

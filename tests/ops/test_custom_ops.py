@@ -64,13 +64,13 @@ def _operands(name: str, device: str) -> list[tuple[Any, ...]]:
     half = [t.detach().bfloat16().requires_grad_() for t in (W, bias)]
     return {
         "encode_topk": [
-            (x, W, b, None, None, 3, "float32", 1 << 20),
-            (x, W, b, bias, weights.new_ones(12), 3, "float32", 1 << 20),
-            (x, W, b, bias, None, 3, "bf16", 1 << 20),
+            (x, W, b, None, None, [3, 0], "float32", 1 << 20),
+            (x, W, b, bias, weights.new_ones(12), [3, 1], "float32", 1 << 20),
+            (x, W, b, bias, None, [3, 0], "bf16", 1 << 20),
         ],
         "encode_batch_topk": [
-            (x, W, b, None, None, 3, "float32", 1 << 20),
-            (x, W, b, bias, weights.new_ones(12), 3, "float32", 1 << 20),
+            (x, W, b, None, None, [3, 0], "float32", 1 << 20),
+            (x, W, b, bias, weights.new_ones(12), [3, 1], "float32", 1 << 20),
         ],
         "encode_above": [
             (x, W, b, bias, weights.new_zeros(1), 40, "float32", 1 << 20),

@@ -14,6 +14,7 @@ from flashsae import backend
 from flashsae.errors import ConfigError
 from flashsae.ops import SparseCode, decode, decode_loss, encode_topk, latent_rows
 from flashsae.ops.decode.launch import LARGEST_FUSED_K
+from flashsae.ops.encode.keys import Keys
 from flashsae.ops.encode.launch import Layout, launch_encode_topk
 from flashsae.ops.latent_rows.op import latent_sums
 from flashsae.ops.latent_rows.reference import RUN
@@ -149,8 +150,9 @@ def test_t0_a_row_with_too_many_candidates_is_redone(
     counts = torch.full((9,), -1, dtype=torch.int32, device=DEVICE)
     with poison_empty():
         acts, indices = launch_encode_topk(
-            p["x"].to(DEVICE), p["W_enc_T"].to(DEVICE), p["b_enc"].to(DEVICE), k,
-            None if scale is None else scale.to(DEVICE), "float32", 1 << 20, candidate_counts=counts,
+            p["x"].to(DEVICE), p["W_enc_T"].to(DEVICE),
+            Keys(p["b_enc"].to(DEVICE), None if scale is None else scale.to(DEVICE)), k,
+            "float32", 1 << 20, candidate_counts=counts,
         )  # fmt: skip
     assert bool((counts[2:4] > 16).all())
     assert bool((counts >= 1).all())

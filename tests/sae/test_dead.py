@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashsae import SAE, SAEConfig, SparseCode, ops
+from flashsae import SAE, AbsTopKSettings, SAEConfig, SparseCode, TopKSettings, ops
 from flashsae.errors import ConfigError
 from flashsae.ops.validate import Precision
 from flashsae.sae import fvu_weights
@@ -113,8 +113,9 @@ def test_a_capacity_is_rounded_up_by_an_eighth_at_most() -> None:
     assert len({_rounded_up(count, 1 << 20) for count in range(1, 5000)}) < 100
 
 
-def _sae(dtype: torch.dtype = torch.float64) -> SAE:
-    sae = SAE(SAEConfig(D, N, K), seed=2, dtype=dtype)
+def _sae(dtype: torch.dtype = torch.float64, *, signed: bool = False) -> SAE:
+    arch = AbsTopKSettings(K) if signed else TopKSettings(K)
+    sae = SAE(SAEConfig(D, N, arch=arch), seed=2, dtype=dtype)
     with torch.no_grad():
         sae.b_enc.normal_(std=0.3, generator=torch.Generator().manual_seed(3))
         sae.b_dec.normal_(std=0.3, generator=torch.Generator().manual_seed(4))
@@ -124,7 +125,9 @@ def _sae(dtype: torch.dtype = torch.float64) -> SAE:
 def _dense_auxk(sae: SAE, x: Tensor, residual: Tensor, dead: list[int], k_aux: int) -> Tensor:
     """Write AuxK as the paper does, over all latents."""
     is_dead = torch.zeros(N, dtype=torch.bool).index_fill_(0, torch.tensor(dead), True)
-    return dense_auxk(x, dict(sae.named_parameters()), residual, is_dead, k_aux) / residual.square().sum()
+    signed = sae.architecture.signed
+    found = dense_auxk(x, dict(sae.named_parameters()), residual, is_dead, k_aux, signed=signed)
+    return found / residual.square().sum()
 
 
 def _auxk(sae: SAE, x: Tensor, residual: Tensor, dead: DeadRows, k_aux: int, variance: float = 1.0) -> Tensor:
@@ -143,10 +146,11 @@ def _loss_and_gradients(sae: SAE, loss: Tensor) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("capacity", [len(DEAD), 16, N])
 @pytest.mark.parametrize("k_aux", [1, 3, len(DEAD), 12])
+@pytest.mark.parametrize("signed", [False, True])
 def test_auxk_is_that_of_the_paper_whatever_rows_are_left_over(
-    k_aux: int, capacity: int, generator: torch.Generator
+    k_aux: int, capacity: int, signed: bool, generator: torch.Generator
 ) -> None:
-    sae = _sae()
+    sae = _sae(signed=signed)
     x, residual = (torch.randn(B, D, generator=generator, dtype=torch.float64) for _ in range(2))
     ours = _loss_and_gradients(sae, _auxk(sae, x, residual, _table(DEAD, capacity), k_aux))
     theirs = _loss_and_gradients(sae, _dense_auxk(sae, x, residual, DEAD, k_aux))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flashsae.errors import ConfigError
 from flashsae.ops.code import SparseCode, check_code
+from flashsae.ops.pattern import Pattern
 
 
 def by_value(code: SparseCode, *, magnitude: bool = False) -> SparseCode:
@@ -27,13 +28,14 @@ def by_value(code: SparseCode, *, magnitude: bool = False) -> SparseCode:
         ConfigError: tokens have different numbers of latents.
     Numerics: nothing is computed, only moved; -0 equals 0. Two runs give the same bits. No wait for the device.
     Gradients: acts. Which comes first has none.
-    Cost: two sorts of B·k numbers within tokens. Both orders share the sort of the index.
+    Cost: a sort of B·k numbers within tokens; two where latents are not known to ascend. Both orders share the sort
+        that the index takes.
     Source: ours.
     """
     check_code(code)
     if code.pattern.k is None:
         raise ConfigError("code: expected the same number of latents for every token, got a code of varying length.")
-    order = _descending(code.pattern.latents, code.acts.detach(), magnitude)
+    order = _descending(code.pattern, code.acts.detach(), magnitude)
     acts = code.acts.gather(1, order)
     pre_acts: Tensor | None = acts
     if code.pre_acts is not code.acts:
@@ -41,9 +43,12 @@ def by_value(code: SparseCode, *, magnitude: bool = False) -> SparseCode:
     return replace(code, pattern=code.pattern.in_order(order), acts=acts, pre_acts=pre_acts)
 
 
-def _descending(latents: Tensor, acts: Tensor, magnitude: bool) -> Tensor:
+def _descending(pattern: Pattern, acts: Tensor, magnitude: bool) -> Tensor:
     """Return for each place of the new order the old one: [B, k], int64."""
-    by_latent = latents.sort(dim=1, stable=True).indices
-    keys = (acts.abs() if magnitude else acts).gather(1, by_latent)
+    keys = acts.abs() if magnitude else acts
+    by_latent = None if pattern.ascends else pattern.latents.sort(dim=1, stable=True).indices
+    if by_latent is not None:
+        keys = keys.gather(1, by_latent)
     keys = torch.where(keys.isnan(), torch.nan, keys + 0.0)  # a NaN with a sign, and -0, are nothing of their own
-    return by_latent.gather(1, keys.sort(dim=1, descending=True, stable=True).indices)
+    order = keys.sort(dim=1, descending=True, stable=True).indices
+    return order if by_latent is None else by_latent.gather(1, order)

@@ -173,8 +173,8 @@ def auxk_loss(
         sparsify            s · Σ‖e − ê‖² / Σ‖target − mean target‖²
 
     e is the residual. ê is the reconstruction from the k_aux largest dead latents of each token, all where there are
-    fewer, without b_dec; of relu(pre-activations) but where it is said. s = min(dead latents / k_aux, 1). Means are
-    over the batch.
+    fewer, without b_dec; of relu(pre-activations) but where it is said. Where codes have signs, from the dead latents
+    that are largest by magnitude, with their signs. s = min(dead latents / k_aux, 1). Means are over the batch.
 
     Args:
         sae: whose latents are dead.
@@ -203,10 +203,14 @@ def auxk_loss(
         (AutoEncoderTopK's trainer) and sparsify 1.3 (SparseCoder).
     """
     W_enc_T, W_dec = (ops.take_rows(W, dead.latents, dead.slots) for W in (sae.W_enc_T, sae.W_dec))
-    b_enc = torch.where(dead.is_dead, sae.b_enc.index_select(0, dead.latents), _NEVER)
-    k = min(k_aux, len(dead.latents))
-    code = ops.encode_topk(x, W_enc_T, b_enc, k, b_dec=sae.b_pre, precision=sae.precision)
-    if form == "sae_lens":
+    b_enc, k, signed = sae.b_enc.index_select(0, dead.latents), min(k_aux, len(dead.latents)), sae.architecture.signed
+    # rows that stand for no latent come last; they may be selected all the same, and give nothing then
+    scale = dead.is_dead.float() if signed else None
+    b_enc = b_enc if signed else torch.where(dead.is_dead, b_enc, _NEVER)
+    code = ops.encode_topk(
+        x, W_enc_T, b_enc, k, b_dec=sae.b_pre, key_scale=scale, magnitude=signed, precision=sae.precision
+    )
+    if signed or form == "sae_lens":
         code = code.replace(code.acts * ops.per_latent(dead.is_dead.to(code.acts.dtype), code.pattern))
     else:
         code = code.replace(code.acts.relu())

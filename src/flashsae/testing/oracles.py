@@ -72,6 +72,20 @@ def dense_batch_topk(
     return torch.zeros_like(pre_acts).flatten().scatter(-1, places, values.relu()).view_as(pre_acts)
 
 
+def dense_abs_topk(
+    x: Tensor, W_enc_T: Tensor, b_enc: Tensor, k: int, b_dec: Tensor | None = None, *, topk: TopK = stable_topk
+) -> Tensor:
+    """Return latent_acts, [B, d_sae], of an AbsTopK SAE: the k pre-activations largest by magnitude, with their signs.
+
+    Arguments as of `dense_topk`; of equal magnitudes the lowest index.
+
+    Source: Zhu et al. 2025, arXiv 2510.00404.
+    """
+    pre_acts = dense_pre_acts(x, W_enc_T, b_enc, b_dec)
+    _, places = topk(pre_acts.abs(), k)
+    return torch.zeros_like(pre_acts).scatter(-1, places, pre_acts.gather(-1, places))
+
+
 Params = Mapping[str, Tensor]
 """Parameters of an SAE by name."""
 
@@ -171,7 +185,11 @@ class Oracle:
         return {name: value for name, value in values.items() if value is not None}
 
 
-ORACLES = {"topk": Oracle(dense_topk), "batch_topk": Oracle(dense_batch_topk, by_token=False)}
+ORACLES = {
+    "topk": Oracle(dense_topk),
+    "batch_topk": Oracle(dense_batch_topk, by_token=False),
+    "abs_topk": Oracle(dense_abs_topk),
+}
 """The dense oracle of each architecture in training, by its name."""
 
 

@@ -14,7 +14,9 @@ from flashsae.optim import ADAM_EPS
 from flashsae.testing.oracles import Params, TopK, dense_decode, dense_pre_acts, oracle, stable_topk
 
 
-def dense_auxk(x: Tensor, params: Params, residual: Tensor, dead: Tensor, k_aux: int) -> Tensor:
+def dense_auxk(
+    x: Tensor, params: Params, residual: Tensor, dead: Tensor, k_aux: int, *, signed: bool = False
+) -> Tensor:
     """Return Σ‖residual − residual_hat‖², residual_hat from the k_aux largest dead latents of each token, no b_dec.
 
     Args:
@@ -23,11 +25,14 @@ def dense_auxk(x: Tensor, params: Params, residual: Tensor, dead: Tensor, k_aux:
         residual: [B, d_out]; no gradient flows into it.
         dead: [d_sae], bool; at least one.
         k_aux: dead latents for each token; all of them where there are fewer.
+        signed: whether they are largest by magnitude and keep their sign, as in AbsTopK.
     Source: Gao et al. 2024, appendix A.2.
     """
     pre_acts = dense_pre_acts(x, params["W_enc_T"], params["b_enc"], params.get("b_dec"))
-    values, places = stable_topk(pre_acts.masked_fill(~dead, -torch.inf), min(k_aux, int(dead.sum())))
-    latent_acts = torch.zeros_like(pre_acts).scatter(-1, places, values.relu())
+    keys = (pre_acts.abs() if signed else pre_acts).masked_fill(~dead, -torch.inf)
+    places = stable_topk(keys, min(k_aux, int(dead.sum())))[1]
+    values = pre_acts.gather(-1, places)
+    latent_acts = torch.zeros_like(pre_acts).scatter(-1, places, values if signed else values.relu())
     return (residual.detach() - latent_acts @ params["W_dec"]).square().sum()
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from flashsae.ops.encode.keys import Keys
 from flashsae.ops.select import reference
 from flashsae.testing import integer_inputs, poison_empty, stable_topk
 from helpers.on_both import DEVICE
@@ -37,10 +38,14 @@ def select(precision: str, x: Tensor, W: Tensor, bias: Tensor, scale: Tensor | N
     """Select with kernels, or with the reference; results on the CPU."""
     inputs = [None if t is None else t.to(DEVICE) for t in (x, W, bias, scale)]
     if precision == "reference":
-        return reference.batch_topk(x, W, bias, scale, k, size)
+        return reference.batch_topk(x, W, Keys(bias, scale), k, size)
     with poison_empty():
-        result = launch.batch_topk(*inputs, k, precision, size)
+        result = launch.batch_topk(*inputs[:2], Keys(*inputs[2:]), k, precision, size)
     return tuple(tensor.cpu() for tensor in result)
+
+
+def operands(x: Tensor, W: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Keys]:
+    return x, W, Keys(bias)
 
 
 def named(name: str) -> Callable[[str], str]:
@@ -89,7 +94,7 @@ def test_t0_the_reference_at_any_size_and_in_float64(generator: torch.Generator)
         inputs = integers(B, 6, n, generator)
         for size in (1, 8 * 4 * n * 5, ROOMY):
             assert_equal(select("reference", *inputs, None, k, size), dense(*inputs, None, k))
-        _, _, values = reference.batch_topk(*(t.double() for t in inputs), None, k, ROOMY)
+        _, _, values = reference.batch_topk(*operands(*(t.double() for t in inputs)), k, ROOMY)
         assert values.dtype == torch.float64
 
 
@@ -102,7 +107,7 @@ def test_t0_the_way_out_gives_the_same(
     x, W, bias = integers(18, 9, 140, generator)
     scale = torch.randint(0, 3, (140,), generator=generator).float() if precision == "bf16" else None
     assert_equal(select(precision, x, W, bias, scale, 3, ROOMY), dense(x, W, bias, scale, 3))
-    launch.batch_topk(x.to(DEVICE), W.to(DEVICE), bias.to(DEVICE), None, 3, precision, ROOMY, used)
+    launch.batch_topk(x.to(DEVICE), W.to(DEVICE), Keys(bias.to(DEVICE)), 3, precision, ROOMY, used)
     assert int(used) >= 18 * 3  # else it was not taken
 
 
@@ -233,7 +238,7 @@ def test_gpu_t0_at_real_sizes(
     expected = dense(*inputs, None, k)
     used = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     for size in (2 * n * (B // 3), 1 << 29):
-        assert_equal(launch.batch_topk(*inputs, None, k, precision, size, used), expected)
+        assert_equal(launch.batch_topk(*operands(*inputs), k, precision, size, used), expected)
         print(f"{int(used)} candidates for {B * k}")
 
 
@@ -242,10 +247,10 @@ def test_gpu_t0_at_real_sizes(
 def test_gpu_memory_is_bounded(precision: str, generator: torch.Generator) -> None:
     B, d, n, k, size = 4096, 64, 65536, 16, 1 << 24
     inputs = [tensor.to(DEVICE) for tensor in hard_inputs("normal", B, d, n, generator)]
-    launch.batch_topk(*(tensor[:9] for tensor in inputs), None, 1, precision, size)  # what cuBLAS takes for good
+    launch.batch_topk(*operands(*(tensor[:9] for tensor in inputs)), 1, precision, size)  # what cuBLAS takes for good
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    launch.batch_topk(*inputs, None, k, precision, size)
+    launch.batch_topk(*operands(*inputs), k, precision, size)
     taken = torch.cuda.max_memory_allocated() - before
     # the workspace, maxima of groups, entries (at most 16 bytes, 18 times k), operands in float16; all: 512 MB
     assert taken <= 2 * size + 18 * 16 * B * k + 2 * (B + n) * d + 16 * n + (8 << 20)
@@ -255,7 +260,7 @@ def test_gpu_memory_is_bounded(precision: str, generator: torch.Generator) -> No
 @pytest.mark.parametrize("kind", HARD)
 def test_gpu_t2_certified_at_real_sizes(kind: str, generator: torch.Generator) -> None:
     inputs = [tensor.to(DEVICE) for tensor in hard_inputs(kind, 512, 768, 16384, generator)]
-    latents, starts, _ = launch.batch_topk(*inputs, None, 32, "float32", 1 << 22)
+    latents, starts, _ = launch.batch_topk(*operands(*inputs), 32, "float32", 1 << 22)
     assert batch_mistakes(*inputs, is_picked(latents, starts, 16384)) == 0
 
 
@@ -270,7 +275,7 @@ def test_gpu_in_a_graph_with_other_inputs(
     x, W, bias = (tensor.to(DEVICE) for tensor in hard_inputs("normal", 256, 128, 8192, generator))
 
     def run() -> Selection:
-        return launch.batch_topk(x, W, bias, None, 16, precision, 1 << 20)
+        return launch.batch_topk(x, W, Keys(bias), 16, precision, 1 << 20)
 
     run()
     torch.cuda.synchronize()

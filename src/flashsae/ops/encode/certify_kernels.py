@@ -15,6 +15,7 @@ from flashsae.ops.encode.kernels import (
     _keys_of,
     _kth_key,
     _kth_key_in_memory,
+    _magnitudes,
     _scaled,
     _to_key,
     _write_groups,
@@ -73,7 +74,10 @@ def encode_topk_round_kernel(
 
 
 @triton.jit
-def _candidate_keys(latents, inside, row, raw_ptr, bias_ptr, scale_ptr, column_ptr, row_ptr, rows, n, raw_stride):
+def _candidate_keys(
+    latents, inside, row, raw_ptr, bias_ptr, scale_ptr, column_ptr, row_ptr, rows, n, raw_stride,
+    MAGNITUDE: tl.constexpr,
+):  # fmt: skip
     raw = tl.load(raw_ptr + row * raw_stride + latents, mask=inside, other=0.0).to(tl.float32)
     low, high = _bounds(
         raw,
@@ -83,6 +87,8 @@ def _candidate_keys(latents, inside, row, raw_ptr, bias_ptr, scale_ptr, column_p
         tl.load(column_ptr + 2 * n + latents, mask=inside, other=0.0),
         tl.load(row_ptr + row), tl.load(row_ptr + rows + row), tl.load(row_ptr + 2 * rows + row),
     )  # fmt: skip
+    if MAGNITUDE:
+        low, high = _magnitudes(low, high)
     if scale_ptr is not None:
         low, high = _scaled(low, high, tl.load(scale_ptr + latents, mask=inside, other=0.0).to(tl.float32))
     low, high = _to_key(low, KEY_NONE + 1), _to_key(high, KEY_NAN)
@@ -98,7 +104,7 @@ def encode_topk_candidates_kernel(
     candidates_ptr,  # [rows, CAPACITY] int32, ascending
     counts_ptr,  # [rows] int32; above CAPACITY: the list is incomplete, the row must be redone
     rows, n, k, groups, raw_stride,
-    GROUP: tl.constexpr, BLOCK_G: tl.constexpr, CAPACITY: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_G: tl.constexpr, CAPACITY: tl.constexpr, MAGNITUDE: tl.constexpr,
 ):  # fmt: skip
     """List the latents of each token whose upper bound reaches the k-th largest lower bound."""
     row = tl.program_id(0).to(tl.int64)
@@ -120,7 +126,7 @@ def encode_topk_candidates_kernel(
         latents = tl.reshape(group[:, None] * GROUP + tl.arange(0, GROUP)[None, :], [1024])
         inside = tl.reshape(tl.broadcast_to(listed[:, None], [STEP, GROUP]), [1024]) & (latents < n)
         low, high = _candidate_keys(
-            latents, inside, row, raw_ptr, bias_ptr, scale_ptr, column_ptr, row_ptr, rows, n, raw_stride
+            latents, inside, row, raw_ptr, bias_ptr, scale_ptr, column_ptr, row_ptr, rows, n, raw_stride, MAGNITUDE
         )
         tied = inside & (low == tau) & (high == tau)
         chosen = inside & (high >= tau) & ((tied == 0) | (ties + tl.cumsum(tied.to(tl.int32)) <= k))
@@ -136,7 +142,7 @@ def encode_topk_candidates_kernel(
         inside = slot < found
         latents = tl.load(candidates_row + slot, mask=inside, other=0)
         low, high = _candidate_keys(
-            latents, inside, row, raw_ptr, bias_ptr, scale_ptr, column_ptr, row_ptr, rows, n, raw_stride
+            latents, inside, row, raw_ptr, bias_ptr, scale_ptr, column_ptr, row_ptr, rows, n, raw_stride, MAGNITUDE
         )
         tau = _kth_key(low, k, tau)
         chosen = inside & (high >= tau)
@@ -155,7 +161,7 @@ def encode_topk_finish_kernel(
     top_acts_ptr,  # [rows, k]
     top_indices_ptr,  # [rows, k]
     k,
-    CAPACITY: tl.constexpr,
+    CAPACITY: tl.constexpr, MAGNITUDE: tl.constexpr,
 ):  # fmt: skip
     """Select among rescored candidates."""
     row = tl.program_id(0).to(tl.int64)
@@ -166,7 +172,7 @@ def encode_topk_finish_kernel(
         latents = tl.load(candidates_ptr + row * CAPACITY + slot, mask=inside, other=0)
         values = tl.load(dots_ptr + row * CAPACITY + slot, mask=inside, other=0.0)
         values += tl.load(bias_ptr + latents, mask=inside, other=0.0).to(tl.float32)
-        keys = _keys_of(values, latents, inside, scale_ptr)
+        keys = _keys_of(values, latents, inside, scale_ptr, MAGNITUDE)
         tau = _kth_key(keys, k, tl.min(tl.where(inside, keys, KEY_NAN)))
         _write_selection(keys, latents, values, k, tau, top_acts_ptr + row * k, top_indices_ptr + row * k)
 
@@ -184,6 +190,7 @@ def encode_topk_redo_kernel(
     top_indices_ptr,  # [rows, k]
     rows, n, d, k, x_stride, W_stride,
     CAPACITY: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr,
+    MAGNITUDE: tl.constexpr,
 ):  # fmt: skip
     """Do whole rows in float32: those with more candidates than fit. Slow and rare."""
     program = tl.program_id(0).to(tl.int64)
@@ -205,7 +212,7 @@ def encode_topk_redo_kernel(
                     )
                     sums += W * x[None, :]
                 values = tl.sum(sums, axis=1) + tl.load(bias_ptr + latents, mask=inside, other=0.0).to(tl.float32)
-                keys = _keys_of(values, latents, inside, scale_ptr)
+                keys = _keys_of(values, latents, inside, scale_ptr, MAGNITUDE)
                 tl.store(values_row + latents, values, mask=inside)
                 tl.store(keys_row + latents, keys, mask=inside)
             tl.debug_barrier()

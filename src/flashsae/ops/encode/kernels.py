@@ -25,10 +25,12 @@ def _to_key(value, nan_key):
 
 
 @triton.jit
-def _keys_of(values, latents, inside, scale_ptr):
+def _keys_of(values, latents, inside, scale_ptr, MAGNITUDE: tl.constexpr):
     """Return the keys that latents are selected by."""
     if scale_ptr is not None:
         values = values * tl.load(scale_ptr + latents, mask=inside, other=0.0).to(tl.float32)
+    if MAGNITUDE:
+        values = tl.abs(values)
     return tl.where(inside, _to_key(values, KEY_NAN), KEY_NONE)
 
 
@@ -147,6 +149,12 @@ def _bounds(raw, bias, unit, norm, error_norm, row_unit, row_p, row_q):
 
 
 @triton.jit
+def _magnitudes(low, high):
+    """Return bounds of the absolute value of what lies between `low` and `high`; without these, of anything."""
+    return tl.where(low > 0.0, low, tl.where(high < 0.0, -high, 0.0)), tl.where(high > -low, high, -low)
+
+
+@triton.jit
 def _scaled(low, high, scale):
     """Multiply bounds by a scale of at least 0, rounding outwards."""
     return low * scale - tl.abs(low * scale) * 2.4e-7, high * scale + tl.abs(high * scale) * 2.4e-7
@@ -201,6 +209,7 @@ def encode_topk_group_max_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_B: tl.constexpr,
     STAGES: tl.constexpr,
+    MAGNITUDE: tl.constexpr,  # whether keys are those of absolute values
 ):
     """Reduce groups of consecutive latents to their largest key: the one pass over all pre-activations."""
     group = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
@@ -223,6 +232,8 @@ def encode_topk_group_max_kernel(
                 raw, bias, unit, norm, error_norm,
                 tl.load(row_ptr + row), tl.load(row_ptr + rows + row), tl.load(row_ptr + 2 * rows + row),
             )  # fmt: skip
+            if MAGNITUDE:
+                low, high = _magnitudes(low, high)
             if scale_ptr is not None:
                 low, high = _scaled(low, high, scale)
             # a latent without bounds is a candidate, and is no reason to pass over others
@@ -233,6 +244,8 @@ def encode_topk_group_max_kernel(
             value = raw + bias
             if scale_ptr is not None:
                 value = value * scale
+            if MAGNITUDE:
+                value = tl.abs(value)
             keys = _group_keys(value, inside, group < groups)
         tl.store(low_ptr + out, keys, mask=group < groups)
         if super_ptr is not None:
@@ -267,7 +280,10 @@ def _write_groups(keys_ptr, low_ptr, tau, room, list_ptr, groups, capacity, BLOC
 
 
 @triton.jit
-def _members(items_ptr, start, count, source_ptr, n, bias_ptr, scale_ptr, WIDTH: tl.constexpr, PIECE: tl.constexpr):
+def _members(
+    items_ptr, start, count, source_ptr, n, bias_ptr, scale_ptr,
+    WIDTH: tl.constexpr, PIECE: tl.constexpr, MAGNITUDE: tl.constexpr,
+):  # fmt: skip
     """Return the members of PIECE items and their keys: latents of groups if there is a bias, else groups of supers."""
     slot = start + tl.arange(0, PIECE)
     item = tl.load(items_ptr + slot, mask=slot < count, other=0)
@@ -276,7 +292,7 @@ def _members(items_ptr, start, count, source_ptr, n, bias_ptr, scale_ptr, WIDTH:
     if bias_ptr is None:
         keys = tl.load(source_ptr + member, mask=inside, other=KEY_NONE)
     else:
-        keys = _keys_of(_pre_acts(source_ptr, bias_ptr, member, inside), member, inside, scale_ptr)
+        keys = _keys_of(_pre_acts(source_ptr, bias_ptr, member, inside), member, inside, scale_ptr, MAGNITUDE)
     return member, keys
 
 
@@ -293,7 +309,7 @@ def _append(list_ptr, found, member, chosen, capacity):
 @triton.jit
 def _narrow(
     items_ptr, list_ptr, k, low, source_ptr, n, bias_ptr, scale_ptr,
-    WIDTH: tl.constexpr, PIECE: tl.constexpr, SHORT: tl.constexpr,
+    WIDTH: tl.constexpr, PIECE: tl.constexpr, SHORT: tl.constexpr, MAGNITUDE: tl.constexpr,
 ):  # fmt: skip
     """List, in ascending order, SHORT or fewer members of k items, the k largest among them.
 
@@ -303,7 +319,7 @@ def _narrow(
     found = 0
     high = KEY_NONE
     for start in range(0, k, PIECE):
-        member, keys = _members(items_ptr, start, k, source_ptr, n, bias_ptr, scale_ptr, WIDTH, PIECE)
+        member, keys = _members(items_ptr, start, k, source_ptr, n, bias_ptr, scale_ptr, WIDTH, PIECE, MAGNITUDE)
         found = _append(list_ptr, found, member, keys >= low, SHORT)
         high = tl.maximum(high, tl.max(keys))
     if found > SHORT:
@@ -314,7 +330,7 @@ def _narrow(
             above = KEY_NAN
             below = KEY_NONE
             for start in range(0, k, PIECE):
-                _, keys = _members(items_ptr, start, k, source_ptr, n, bias_ptr, scale_ptr, WIDTH, PIECE)
+                _, keys = _members(items_ptr, start, k, source_ptr, n, bias_ptr, scale_ptr, WIDTH, PIECE, MAGNITUDE)
                 part_count, part_above, part_below = _split(keys, middle)
                 count, above, below = count + part_count, tl.minimum(above, part_above), tl.maximum(below, part_below)
             room = tl.where(count < k, k - count, tl.where(count == k, k, room))
@@ -323,7 +339,7 @@ def _narrow(
         found = 0
         ties = 0
         for start in range(0, k, PIECE):
-            member, keys = _members(items_ptr, start, k, source_ptr, n, bias_ptr, scale_ptr, WIDTH, PIECE)
+            member, keys = _members(items_ptr, start, k, source_ptr, n, bias_ptr, scale_ptr, WIDTH, PIECE, MAGNITUDE)
             tied = (keys == low).to(tl.int32)
             counts = tl.sum(tied, axis=1)
             earlier = ties + (tl.cumsum(counts) - counts)[:, None] + tl.cumsum(tied, axis=1)
@@ -353,6 +369,7 @@ def encode_topk_select_kernel(
     BLOCK_S: tl.constexpr,
     SHORT: tl.constexpr,
     TILE: tl.constexpr,
+    MAGNITUDE: tl.constexpr,
 ):
     """Choose k sets of groups, among these k groups, among these k latents; each time the first of equal ones.
 
@@ -367,7 +384,7 @@ def encode_topk_select_kernel(
     slot = tl.arange(0, SHORT)
     if SUPER > 1:
         PIECE_S: tl.constexpr = min(SHORT, TILE // SUPER)
-        found, tau = _narrow(list_row, other_row, k, tau, max_row, groups, None, None, SUPER, PIECE_S, SHORT)
+        found, tau = _narrow(list_row, other_row, k, tau, max_row, groups, None, None, SUPER, PIECE_S, SHORT, False)
         group = tl.load(other_row + slot, mask=slot < found, other=0)
         if found > k:
             keys = tl.load(max_row + group, mask=slot < found, other=KEY_NONE)
@@ -378,10 +395,10 @@ def encode_topk_select_kernel(
             tl.store(list_row + slot, group, mask=slot < found)
         tl.debug_barrier()
     PIECE_G: tl.constexpr = min(SHORT, TILE // GROUP)
-    found, tau = _narrow(list_row, other_row, k, tau, raw_row, n, bias_ptr, scale_ptr, GROUP, PIECE_G, SHORT)
+    found, tau = _narrow(list_row, other_row, k, tau, raw_row, n, bias_ptr, scale_ptr, GROUP, PIECE_G, SHORT, MAGNITUDE)
     latents = tl.load(other_row + slot, mask=slot < found, other=0)
     values = _pre_acts(raw_row, bias_ptr, latents, slot < found)
-    keys = _keys_of(values, latents, slot < found, scale_ptr)
+    keys = _keys_of(values, latents, slot < found, scale_ptr, MAGNITUDE)
     tau = _kth_key(keys, k, tau)
     _write_selection(keys, latents, values, k, tau, top_acts_ptr + row * k, top_indices_ptr + row * k)
 
@@ -399,13 +416,14 @@ def encode_topk_whole_kernel(
     raw_stride,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    MAGNITUDE: tl.constexpr,
 ):
     """Choose k of a row that is held at once, for rows of which groups would leave out little."""
     row = tl.program_id(0).to(tl.int64)
     raw_row = raw_ptr + row * raw_stride
     latents = tl.arange(0, BLOCK)
     inside = latents < n
-    keys = _keys_of(_pre_acts(raw_row, bias_ptr, latents, inside), latents, inside, scale_ptr)
+    keys = _keys_of(_pre_acts(raw_row, bias_ptr, latents, inside), latents, inside, scale_ptr, MAGNITUDE)
     tau = _kth_key_of_row(keys, k, tl.min(tl.where(inside, keys, KEY_NAN)))
     chosen, position = _choose(keys, k, tau)
     # listed and read back: values would take up registers meanwhile, and scattering both results once more as many

@@ -12,6 +12,7 @@ from flashsae.backend import LARGEST_K
 from flashsae.errors import ConfigError
 from flashsae.ops.decode.launch import launch_dots
 from flashsae.ops.encode import certify_kernels, kernels
+from flashsae.ops.encode.keys import Keys
 from flashsae.ops.encode.product import LARGEST_ROWS, Rounded, products_in, round_operands
 from flashsae.ops.validate import packed, rows_contiguous
 
@@ -69,16 +70,19 @@ class _Selection:
     """What latents are selected by, and how many.
 
     Args:
-        b_enc: [d_sae].
-        key_scale: [d_sae] or None.
+        keys: what they are selected by, packed.
         layout: k, and how latents are grouped.
         n: d_sae.
     """
 
-    b_enc: Tensor
-    key_scale: Tensor | None
+    keys: Keys
     layout: Layout
     n: int
+
+    @property
+    def by(self) -> tuple[Tensor, Tensor | None]:
+        """Bias and scale, as kernels take them."""
+        return self.keys.b_enc, self.keys.scale
 
 
 def launch_center(x: Tensor, b_dec: Tensor, dtype: torch.dtype) -> Tensor:
@@ -96,14 +100,13 @@ def launch_center(x: Tensor, b_dec: Tensor, dtype: torch.dtype) -> Tensor:
 def launch_encode_topk(
     x: Tensor,
     W_enc_T: Tensor,
-    b_enc: Tensor,
+    keys: Keys,
     k: int,
-    key_scale: Tensor | None,
     precision: str,
     workspace_bytes: int,
     candidate_counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the k largest pre-activations of each token, and their indices.
+    """Return the k pre-activations of each token that have the largest keys, and their indices.
 
     Args:
         x: [B, d_in], already centred.
@@ -115,7 +118,6 @@ def launch_encode_topk(
     B, n, device = len(x), len(W_enc_T), x.device
     dtype = {"bf16": torch.bfloat16, "tf32": torch.float32, "float32": torch.float16}[precision]
     certified = precision == "float32"
-    b_enc, key_scale = packed(b_enc, key_scale)
     x = packed(x.to(torch.float32 if certified else dtype))
     W_enc_T = packed(W_enc_T.to(torch.float32 if certified else dtype))
     acts = torch.empty(B, k, dtype=torch.float32, device=device)
@@ -127,7 +129,7 @@ def launch_encode_topk(
     raw = torch.empty(rows, stride, dtype=dtype, device=device)
     facts = round_operands(x, W_enc_T) if certified else None
     left, right = (x, W_enc_T) if facts is None else (facts.x, facts.W)
-    selection = _Selection(b_enc, key_scale, Layout.of(n, k), n)
+    selection = _Selection(keys.packed(), Layout.of(n, k), n)
     for start in range(0, B, rows):
         part = slice(start, min(start + rows, B))
         products = raw[: part.stop - start]
@@ -155,11 +157,11 @@ def _group_max(selection: _Selection, products: Tensor, facts: tuple[Tensor, Ten
     block_g = max(layout.super, triton.next_power_of_2(min(groups, 2048 // layout.group)))
     block_b = 16
     kernels.encode_topk_group_max_kernel[(triton.cdiv(groups, block_g), triton.cdiv(rows, block_b))](
-        products, selection.b_enc, selection.key_scale, columns, tokens,
+        products, *selection.by, columns, tokens,
         low, other if facts else None, None if facts else other,
         rows, selection.n, groups, layout.supers, products.stride(0),
         GROUP=layout.group, SUPER=layout.super, BLOCK_G=block_g, BLOCK_B=block_b, STAGES=1 if facts else 3,
-        num_warps=8 if facts else 4,
+        MAGNITUDE=selection.keys.magnitude, num_warps=8 if facts else 4,
     )  # fmt: skip
     return low, other
 
@@ -182,8 +184,9 @@ def _select_from_rows(selection: _Selection, products: Tensor, out: tuple[Tensor
     n, k = selection.n, selection.layout.k
     block = max(32, triton.next_power_of_2(n))
     kernels.encode_topk_whole_kernel[(len(products),)](
-        products, selection.b_enc, selection.key_scale, out[0].view(torch.int32), *out,
-        n, k, products.stride(0), BLOCK=block, BLOCK_K=triton.next_power_of_2(k), num_warps=max(1, block // 1024),
+        products, *selection.by, out[0].view(torch.int32), *out,
+        n, k, products.stride(0), BLOCK=block, BLOCK_K=triton.next_power_of_2(k),
+        MAGNITUDE=selection.keys.magnitude, num_warps=max(1, block // 1024),
     )  # fmt: skip
 
 
@@ -194,9 +197,10 @@ def _select_by_groups(selection: _Selection, products: Tensor, out: tuple[Tensor
     scratch = torch.empty(rows, 2, short, dtype=torch.int32, device=products.device)
     tile, warps = _tile_and_warps(layout.k)
     kernels.encode_topk_select_kernel[(rows,)](
-        products, selection.b_enc, selection.key_scale, maxima, supers, scratch, *out,
+        products, *selection.by, maxima, supers, scratch, *out,
         selection.n, layout.k, layout.groups, layout.supers, products.stride(0),
-        GROUP=layout.group, SUPER=layout.super, BLOCK_S=layout.block_s, SHORT=short, TILE=tile, num_warps=warps,
+        GROUP=layout.group, SUPER=layout.super, BLOCK_S=layout.block_s, SHORT=short, TILE=tile,
+        MAGNITUDE=selection.keys.magnitude, num_warps=warps,
     )  # fmt: skip
 
 
@@ -210,7 +214,7 @@ def _select_certified(
     out: tuple[Tensor, Tensor],
 ) -> Tensor:
     """Select among rescored candidates; return how many each token had."""
-    by = selection.b_enc, selection.key_scale
+    by, magnitude = selection.by, selection.keys.magnitude
     layout, rows, n = selection.layout, len(products), selection.n
     k, capacity = layout.k, layout.capacity
     tokens = facts.tokens[:, part].contiguous()
@@ -221,12 +225,13 @@ def _select_certified(
     certify_kernels.encode_topk_candidates_kernel[(rows,)](
         products, *by, facts.latents, tokens, low, high, chosen, candidates, counts,
         rows, n, k, layout.groups, products.stride(0),
-        GROUP=layout.group, BLOCK_G=layout.block_g, CAPACITY=capacity, num_warps=4 if capacity <= 1024 else 8,
+        GROUP=layout.group, BLOCK_G=layout.block_g, CAPACITY=capacity, MAGNITUDE=magnitude,
+        num_warps=4 if capacity <= 1024 else 8,
     )  # fmt: skip
     dots = launch_dots(x, candidates, W_enc_T, counts=counts)
     certify_kernels.encode_topk_finish_kernel[(rows,)](
         dots, candidates, counts, *by, *out, k,
-        CAPACITY=capacity, num_warps=4 if capacity <= 1024 else 8,
+        CAPACITY=capacity, MAGNITUDE=magnitude, num_warps=4 if capacity <= 1024 else 8,
     )  # fmt: skip
     block_k, programs = triton.next_power_of_2(k), min(rows, REDO_PROGRAMS)
     values = torch.empty(programs, n, dtype=torch.float32, device=x.device)
@@ -235,6 +240,6 @@ def _select_certified(
         torch.empty(programs, block_k, dtype=torch.int32, device=x.device), *out,
         rows, n, x.shape[1], k, x.stride(0), W_enc_T.stride(0),
         CAPACITY=capacity, BLOCK_N=64, BLOCK_D=min(128, triton.next_power_of_2(x.shape[1])), BLOCK_G=4096,
-        BLOCK_K=block_k, num_warps=8,
+        BLOCK_K=block_k, MAGNITUDE=magnitude, num_warps=8,
     )  # fmt: skip
     return counts

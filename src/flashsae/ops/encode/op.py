@@ -7,8 +7,11 @@ from torch import Tensor
 
 from flashsae.errors import ConfigError, ShapeError
 from flashsae.ops.code import SparseCode
-from flashsae.ops.encode import reference
-from flashsae.ops.encode.operators import is_scale
+from flashsae.ops.encode import (
+    operators,  # noqa: F401 - makes torch.ops.flashsae.encode_topk
+    reference,
+)
+from flashsae.ops.encode.keys import is_scale
 from flashsae.ops.gradients import share
 from flashsae.ops.pattern import Pattern
 from flashsae.ops.validate import (
@@ -33,6 +36,7 @@ def encode_topk(
     *,
     b_dec: Tensor | None = None,
     key_scale: Tensor | None = None,
+    magnitude: bool = False,
     precision: Precision | None = None,
     workspace_bytes: int = reference.WORKSPACE_BYTES,
 ) -> SparseCode:
@@ -51,6 +55,7 @@ def encode_topk(
         key_scale: [d_sae], float, finite and >= 0: select by pre_acts * key_scale, as with the norms of decoder rows.
             The values returned are not scaled. None: 1 each. Others are refused on the CPU; on a GPU, where looking
             would make the host wait, such a latent is selected for every token with the value NaN.
+        magnitude: select by |pre_acts| (times key_scale); the values returned keep their sign.
         precision: of the product, on a GPU. "float32": certified, the selection is that of float32 arithmetic at
             about the price of a float16 product; "tf32", "bf16": operands rounded to that, accumulated in float32.
             None: "bf16" for bfloat16 weights, "float32" for the others. The CPU and float64 ignore it.
@@ -68,15 +73,15 @@ def encode_topk(
         latents. That of b_dec costs d_sae·d_in, not B·k·d_in. Once differentiable.
     Cost: 2·B·d_in·d_sae FLOPs forward; backward 2·B·k·d_in for each of x and W_enc_T. Memory beyond the result:
         workspace_bytes, an eighth of it for group maxima, and copies of x and W_enc_T where they are rounded.
-    Source: Makhzani and Frey 2013 (k-sparse autoencoders); Gao et al. 2024, eq. 4; selection and backward ours,
-        docs/methodology.md#exact-selection.
+    Source: Makhzani and Frey 2013 (k-sparse autoencoders); Gao et al. 2024, eq. 4; by magnitude Zhu et al. 2025,
+        arXiv 2510.00404; selection and backward ours, docs/methodology.md#exact-selection.
     """
     d_sae, workspace_bytes = check_encoder(x, W_enc_T, b_enc, b_dec, key_scale, workspace_bytes)
     k = check_k(k, d_sae)
     chosen = resolve(precision, W_enc_T)
     acts, latents, *_ = torch.ops.flashsae.encode_topk(
-        x, W_enc_T, b_enc, b_dec, key_scale, k, chosen, workspace_bytes
-    )  # fmt: skip
+        x, W_enc_T, b_enc, b_dec, key_scale, [k, int(magnitude)], chosen, workspace_bytes
+    )
     return shared_code(Pattern(latents, d_sae, ascends=True), acts)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from flashsae.backend import use_kernels
 from flashsae.ops.decode import reference as decode_reference
 from flashsae.ops.dense import op as dense
 from flashsae.ops.encode import reference
+from flashsae.ops.encode.keys import Keys
 from flashsae.ops.gradients import collects, pattern_of, weight_gradient
 from flashsae.ops.latent_rows.op import column_sums, latent_sums
 from flashsae.ops.pattern import Pattern
@@ -19,104 +21,78 @@ from flashsae.ops.select import reference as select_reference
 from flashsae.ops.validate import compute_dtype
 
 
-def is_scale(key_scale: Tensor) -> Tensor:
-    """Tell which numbers keep the order of what they multiply."""
-    return (key_scale >= 0) & (key_scale < torch.inf)
-
-
 def _with_centred(result: list[Tensor], x: Tensor, b_dec: Tensor | None, precision: str) -> list[Tensor]:
     """Return fake results, and behind them what the backward pass keeps of x where it is not x itself."""
     return result if b_dec is None else [*result, x.new_empty(x.shape, dtype=_centred_dtype(x, precision))]
 
 
-def _encode_topk_fake(
-    x: Tensor,
-    W_enc_T: Tensor,
-    b_enc: Tensor,
-    b_dec: Tensor | None,
-    key_scale: Tensor | None,
-    k: int,
-    precision: str,
-    workspace_bytes: int,
-) -> list[Tensor]:
-    B, dtype = x.shape[0], compute_dtype(x.dtype)
-    result = [x.new_empty(B, k, dtype=dtype), x.new_empty(B, k, dtype=torch.int64)]
-    return _with_centred(result, x, b_dec, precision)
+def _fake_selection(of: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
+    """Return the fake of an operator that selects.
+
+    Args:
+        of: from x and the fifth and sixth argument of the operator to a fake code.
+    """
+
+    def fake(x: Tensor, _W: Tensor, _b_enc: Tensor, b_dec: Tensor | None, *by: Any) -> list[Tensor]:
+        *selects, precision, _workspace_bytes = by
+        return _with_centred(of(x, *selects), x, b_dec, precision)
+
+    return fake
 
 
-@operator(_encode_topk_fake)
+def _fixed_fake(x: Tensor, _key_scale: Tensor | None, wanted: list[int]) -> list[Tensor]:
+    shape = x.shape[0], wanted[0]
+    return [x.new_empty(shape, dtype=compute_dtype(x.dtype)), x.new_empty(shape, dtype=torch.int64)]
+
+
+@operator(_fake_selection(_fixed_fake))
 def _encode_topk(
     x: Tensor,
     W_enc_T: Tensor,
     b_enc: Tensor,
     b_dec: Tensor | None,
     key_scale: Tensor | None,
-    k: int,
+    wanted: list[int],  # k, and 1 if selected by magnitude
     precision: str,
     workspace_bytes: int,
 ) -> list[Tensor]:
-    centred = _centred(x, b_dec, precision)
-    b_enc = _marked(b_enc, key_scale)
+    centred, k, keys = _centred(x, b_dec, precision), wanted[0], Keys.marked(b_enc, key_scale, bool(wanted[1]))
     if use_kernels(x):
         from flashsae.ops.encode.launch import launch_encode_topk
 
-        code = launch_encode_topk(centred, W_enc_T, b_enc, k, key_scale, precision, workspace_bytes)
+        code = launch_encode_topk(centred, W_enc_T, keys, k, precision, workspace_bytes)
     else:
-        code = reference.encode_topk(centred, W_enc_T, b_enc, k, key_scale, workspace_bytes)
+        code = reference.encode_topk(centred, W_enc_T, keys, k, workspace_bytes)
     return [*code, *([] if b_dec is None else [centred])]
 
 
-def _encode_batch_topk_fake(
-    x: Tensor,
-    W_enc_T: Tensor,
-    b_enc: Tensor,
-    b_dec: Tensor | None,
-    key_scale: Tensor | None,
-    k: int,
-    precision: str,
-    workspace_bytes: int,
-) -> list[Tensor]:
-    return _with_centred(_varying_fake(x, x.shape[0] * k), x, b_dec, precision)
-
-
-@operator(_encode_batch_topk_fake)
+@operator(_fake_selection(lambda x, _scale, wanted: _varying_fake(x, x.shape[0] * wanted[0])))
 def _encode_batch_topk(
     x: Tensor,
     W_enc_T: Tensor,
     b_enc: Tensor,
     b_dec: Tensor | None,
     key_scale: Tensor | None,
-    k: int,
+    wanted: list[int],  # k, and 1 if selected by magnitude
     precision: str,
     workspace_bytes: int,
 ) -> list[Tensor]:
-    centred = _centred(x, b_dec, precision)
-    b_enc = _marked(b_enc, key_scale)
+    centred, k, keys = _centred(x, b_dec, precision), wanted[0], Keys.marked(b_enc, key_scale, bool(wanted[1]))
     if use_kernels(x):
         from flashsae.ops.select.launch import batch_topk
 
-        latents, starts, acts = batch_topk(centred, W_enc_T, b_enc, key_scale, k, precision, workspace_bytes)
+        latents, starts, acts = batch_topk(centred, W_enc_T, keys, k, precision, workspace_bytes)
     else:
-        latents, starts, acts = select_reference.batch_topk(centred, W_enc_T, b_enc, key_scale, k, workspace_bytes)
+        latents, starts, acts = select_reference.batch_topk(centred, W_enc_T, keys, k, workspace_bytes)
     return [acts, latents, starts, *([] if b_dec is None else [centred])]
 
 
-def _encode_above_fake(
-    x: Tensor,
-    W_enc_T: Tensor,
-    b_enc: Tensor,
-    b_dec: Tensor | None,
-    threshold: Tensor,
-    capacity: int | None,
-    precision: str,
-    workspace_bytes: int,
-) -> list[Tensor]:
+def _above_fake(x: Tensor, _threshold: Tensor, capacity: int | None) -> list[Tensor]:
     size = torch.library.get_ctx().new_dynamic_size() if capacity is None else capacity
-    result = [*_varying_fake(x, size), x.new_empty((), dtype=torch.int64)]
-    return _with_centred(result, x, b_dec, precision)
+    return [*_varying_fake(x, size), x.new_empty((), dtype=torch.int64)]
 
 
-@operator(_encode_above_fake)
+@operator(_fake_selection(_above_fake))
 def _encode_above(
     x: Tensor,
     W_enc_T: Tensor,
@@ -187,11 +163,6 @@ def _varying_fake(x: Tensor, size: int | torch.SymInt) -> list[Tensor]:
     """Return fake values, latents and starts of a code of varying length."""
     places = x.new_empty(size, dtype=torch.int32)
     return [x.new_empty(size, dtype=compute_dtype(x.dtype)), places, x.new_empty(x.shape[0] + 1, dtype=torch.int32)]
-
-
-def _marked(b_enc: Tensor, key_scale: Tensor | None) -> Tensor:
-    """Return b_enc with NaN where a latent's scale is none: without a wait for the device what is wrong shows."""
-    return b_enc if key_scale is None else torch.where(is_scale(key_scale), b_enc, torch.nan)
 
 
 def _center_fake(x: Tensor, b_dec: Tensor, rounded: bool) -> Tensor:

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from flashsae.ops.encode.keys import Keys
 from flashsae.ops.validate import compute_dtype
-from flashsae.shapes import Activations, InputBias, LatentActs, LatentBias, TopActs, TopIndices, Weights
+from flashsae.shapes import Activations, InputBias, LatentActs, TopActs, TopIndices, Weights
 
 WORKSPACE_BYTES = 512 << 20
 _GROUP = 8
@@ -18,22 +19,20 @@ _PASSES = 3  # pre-activations, and at worst two more of their size while ties a
 def encode_topk(
     x: Activations,
     W_enc_T: Weights,
-    b_enc: LatentBias,
+    keys: Keys,
     k: int,
-    key_scale: LatentBias | None,
     workspace_bytes: int,
 ) -> tuple[TopActs, TopIndices]:
-    """Return the k largest of each row of x @ W_enc_T.T + b_enc and their indices, both [B, k]."""
+    """Return the k of each row of x @ W_enc_T.T + b_enc that have the largest keys, and their indices: [B, k] both."""
     dtype = compute_dtype(x.dtype, W_enc_T.dtype)
-    weights, bias = W_enc_T.to(dtype), b_enc.to(dtype)
+    weights, bias = W_enc_T.to(dtype), keys.b_enc.to(dtype)
     indices = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
     acts = torch.empty(len(x), k, dtype=dtype, device=x.device)
     step = max(1, workspace_bytes // (_PASSES * len(weights) * dtype.itemsize))
     for start in range(0, len(x), step):
         part = slice(start, start + step)
         pre_acts = F.linear(x[part].to(dtype), weights, bias)
-        keys = pre_acts if key_scale is None else pre_acts * key_scale.to(dtype)
-        indices[part] = select_topk(keys, k)
+        indices[part] = select_topk(keys.of(pre_acts), k)
         acts[part] = pre_acts.gather(1, indices[part])
     return acts, indices
 

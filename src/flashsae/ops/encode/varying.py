@@ -41,6 +41,7 @@ def encode_batch_topk(
     *,
     b_dec: Tensor | None = None,
     key_scale: Tensor | None = None,
+    magnitude: bool = False,
     precision: Precision | None = None,
     workspace_bytes: int = WORKSPACE_BYTES,
 ) -> SparseCode:
@@ -51,7 +52,7 @@ def encode_batch_topk(
     No nonlinearity is in it: `code.replace(code.acts.relu())` is the code of a BatchTopK SAE.
 
     Args:
-        x, W_enc_T, b_enc, b_dec, key_scale, precision, workspace_bytes: as in `encode_topk`.
+        x, W_enc_T, b_enc, b_dec, key_scale, magnitude, precision, workspace_bytes: as in `encode_topk`.
         k: latents to keep for each token on average, 1 <= k <= d_sae.
     Returns:
         the code, of varying length: acts [B·k], float32 (float64 for float64), pre-activations of any sign. Every place
@@ -70,7 +71,7 @@ def encode_batch_topk(
     if x.shape[0] * k >= 2**31:
         raise ShapeError(f"x: expected fewer than 2**31 latents in all, B · k, got {x.shape[0] * k}: use fewer tokens.")
     acts, latents, starts, *_ = torch.ops.flashsae.encode_batch_topk(
-        x, W_enc_T, b_enc, b_dec, key_scale, k, resolve(precision, W_enc_T), workspace_bytes
+        x, W_enc_T, b_enc, b_dec, key_scale, [k, int(magnitude)], resolve(precision, W_enc_T), workspace_bytes
     )
     return shared_code(Pattern(latents, d_sae, starts), acts)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flashsae.errors import ShapeError
 from flashsae.ops.dense import op as dense
+from flashsae.ops.encode.keys import Keys
 from flashsae.ops.select import above_kernels
 from flashsae.ops.select.operands import Operands, rescore
 from flashsae.ops.validate import packed
@@ -92,7 +93,7 @@ def above(
     Raises:
         ShapeError: capacity is None, and 2**31 entries or more are wanted.
     """
-    operands = Operands.of(centred, W_enc_T, b_enc, None, precision, workspace_bytes)
+    operands = Operands.of(centred, W_enc_T, Keys(b_enc), precision, workspace_bytes)
     B, device, words = len(centred), centred.device, triton.cdiv(len(W_enc_T), above_kernels.BITS.value)
     selection = _Selection(
         operands, packed(threshold.float()), LARGEST if capacity is None else capacity, words,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flashsae import distributed
 from flashsae.ops.encode import kernels as encode_kernels
+from flashsae.ops.encode.keys import Keys
 from flashsae.ops.encode.launch import Layout
 from flashsae.ops.select import kernels, redo_kernels
 from flashsae.ops.select.operands import PROGRAMS, Operands, rescore
@@ -96,8 +97,7 @@ def capacity_of(B: int, n: int, k: int, operands: Operands) -> int:
 def batch_topk(
     centred: Tensor,
     W_enc_T: Tensor,
-    b_enc: Tensor,
-    key_scale: Tensor | None,
+    keys: Keys,
     k: int,
     precision: str,
     workspace_bytes: int,
@@ -115,7 +115,7 @@ def batch_topk(
     values = torch.empty(wanted, dtype=torch.float32, device=device)
     starts = (torch.empty if B else torch.zeros)(B + 1, dtype=torch.int32, device=device)
     if B:
-        operands = Operands.of(centred, W_enc_T, b_enc, key_scale, precision, workspace_bytes)
+        operands = Operands.of(centred, W_enc_T, keys, precision, workspace_bytes)
         candidates = _List.of(operands, k)
         for first, products, tokens in operands.products():
             _add_part(operands, candidates, first, products, tokens)
@@ -155,7 +155,7 @@ def _add_part(operands: Operands, to: _List, first: int, products: Tensor, token
     """Raise the bound by what these rows hold, and list what of them reaches it."""
     layout, rows, n = to.layout, len(products), len(operands.W)
     coarse, fine = to.histograms
-    by = products, operands.b_enc, operands.key_scale, operands.latents, tokens
+    by = products, *operands.by, operands.latents, tokens
     maxima, supers = _group_maxima(operands, layout, products, tokens)
     _count_maxima(supers, coarse, to.state, tokens)
     _raise_bound(to, coarse, FINE, coarse=True)
@@ -163,15 +163,17 @@ def _add_part(operands: Operands, to: _List, first: int, products: Tensor, token
     counts = torch.empty(rows, to.chunks, dtype=torch.int32, device=products.device)
     shape = rows, n, layout.groups, to.chunks, products.stride(0)
     kernels.select_groups_kernel[grid](
-        *by, maxima, counts, fine, to.state, *shape, GROUP=layout.group, BLOCK_G=block_g, TILE=TILE, num_warps=WARPS
-    )
+        *by, maxima, counts, fine, to.state, *shape, GROUP=layout.group, BLOCK_G=block_g, TILE=TILE,
+        MAGNITUDE=operands.keys.magnitude, num_warps=WARPS,
+    )  # fmt: skip
     if first:
         _count_entries(to)
     # certified: values, which lie above their lower bounds, are counted in bins of the same width next
     _raise_bound(to, fine, FINE if operands.certified else -1)
     kernels.select_append_kernel[grid](
         *by, maxima, counts, to.state, to.used, to.keys, to.other, to.latents, to.tokens, to.segments,
-        first, to.capacity, *shape, GROUP=layout.group, BLOCK_G=block_g, TILE=TILE, num_warps=WARPS,
+        first, to.capacity, *shape, GROUP=layout.group, BLOCK_G=block_g, TILE=TILE,
+        MAGNITUDE=operands.keys.magnitude, num_warps=WARPS,
     )  # fmt: skip
 
 
@@ -184,10 +186,11 @@ def _group_maxima(operands: Operands, layout: Layout, products: Tensor, tokens: 
     block_g = max(layout.super, triton.next_power_of_2(min(groups, 2048 // layout.group)))
     block_b = 16
     encode_kernels.encode_topk_group_max_kernel[(triton.cdiv(groups, block_g), triton.cdiv(rows, block_b))](
-        products, operands.b_enc, operands.key_scale, operands.latents, tokens, low, high, supers,
+        products, *operands.by, operands.latents, tokens, low, high, supers,
         rows, len(operands.W), groups, layout.supers, products.stride(0),
         GROUP=layout.group, SUPER=layout.super, BLOCK_G=block_g, BLOCK_B=block_b,
-        STAGES=1 if operands.certified else 3, num_warps=8 if operands.certified else 4,
+        STAGES=1 if operands.certified else 3, MAGNITUDE=operands.keys.magnitude,
+        num_warps=8 if operands.certified else 4,
     )  # fmt: skip
     return low if high is None else high, supers
 
@@ -249,7 +252,7 @@ class _Redo:
         x, W = operands.x, operands.W
         B, d = x.shape
         redo_kernels.select_redo_kernel[(triton.cdiv(B, 16),)](
-            x, W, operands.b_enc, operands.key_scale, state, self.of.used, hist, counts, starts, latents, values,
+            x, W, *operands.by, state, self.of.used, hist, counts, starts, latents, values,
             self.of.capacity, B, len(W), d, x.stride(0), W.stride(0),
-            MODE=mode, BLOCK_B=16, BLOCK_N=128, BLOCK_D=32, num_warps=4,
+            MODE=mode, BLOCK_B=16, BLOCK_N=128, BLOCK_D=32, MAGNITUDE=operands.keys.magnitude, num_warps=4,
         )  # fmt: skip

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flashsae.ops.encode.kernels import KEY_NAN, KEY_NONE, _bounds, _keys_of, _pre_acts, _scaled, _to_key
+from flashsae.ops.encode.kernels import KEY_NAN, KEY_NONE, _bounds, _keys_of, _magnitudes, _pre_acts, _scaled, _to_key
 
 LOWEST = tl.constexpr(-(2**31) + 1)  # below every latent, above KEY_NONE
 INFINITE = tl.constexpr(0x7F800000)  # the key of infinity, as which NaN counts in maxima of groups
@@ -101,11 +101,14 @@ def _listed(list_ptr, start, count, n, GROUP: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def _load_keys(latents, inside, raw_ptr, row, bias_ptr, scale_ptr, column_ptr, row_ptr, rows, n, raw_stride):
+def _load_keys(
+    latents, inside, raw_ptr, row, bias_ptr, scale_ptr, column_ptr, row_ptr, rows, n, raw_stride,
+    MAGNITUDE: tl.constexpr,
+):  # fmt: skip
     """Return keys and values of some latents of a token; certified: keys of lower and of upper bounds."""
     if column_ptr is None:
         values = _pre_acts(raw_ptr + row * raw_stride, bias_ptr, latents, inside)
-        return _keys_of(values, latents, inside, scale_ptr), values
+        return _keys_of(values, latents, inside, scale_ptr, MAGNITUDE), values
     else:
         low, high = _bounds(
             tl.load(raw_ptr + row * raw_stride + latents, mask=inside, other=0.0).to(tl.float32),
@@ -115,6 +118,8 @@ def _load_keys(latents, inside, raw_ptr, row, bias_ptr, scale_ptr, column_ptr, r
             tl.load(column_ptr + 2 * n + latents, mask=inside, other=0.0),
             tl.load(row_ptr + row), tl.load(row_ptr + rows + row), tl.load(row_ptr + 2 * rows + row),
         )  # fmt: skip
+        if MAGNITUDE:
+            low, high = _magnitudes(low, high)
         if scale_ptr is not None:
             low, high = _scaled(low, high, tl.load(scale_ptr + latents, mask=inside, other=0.0).to(tl.float32))
         unit = tl.load(row_ptr + row)
@@ -223,7 +228,7 @@ def select_groups_kernel(
     hist_ptr,  # [BINS + 1]
     state_ptr,  # [4] int64
     rows, n, groups, chunks, raw_stride,
-    GROUP: tl.constexpr, BLOCK_G: tl.constexpr, TILE: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_G: tl.constexpr, TILE: tl.constexpr, MAGNITUDE: tl.constexpr,
 ):  # fmt: skip
     """List the groups of a chunk that reach the bound, and count their latents that do, certified: for certain."""
     row = tl.program_id(0).to(tl.int64)
@@ -243,7 +248,7 @@ def select_groups_kernel(
     for start in range(0, listed, TILE // GROUP):
         latents, inside = _listed(list_ptr, start, listed, n, GROUP, TILE)
         keys, _ = _load_keys(
-            latents, inside, raw_ptr, row, bias_ptr, scale_ptr, column_ptr, row_ptr, rows, n, raw_stride
+            latents, inside, raw_ptr, row, bias_ptr, scale_ptr, column_ptr, row_ptr, rows, n, raw_stride, MAGNITUDE
         )
         _count_keys(keys, inside, hist_ptr, low, shift)
 
@@ -262,7 +267,7 @@ def select_append_kernel(
     segments_ptr,  # [B, chunks, 2] int32: where the entries of a chunk begin, and how many they are
     first,  # token of the first row
     capacity, rows, n, groups, chunks, raw_stride,
-    GROUP: tl.constexpr, BLOCK_G: tl.constexpr, TILE: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_G: tl.constexpr, TILE: tl.constexpr, MAGNITUDE: tl.constexpr,
 ):  # fmt: skip
     """Append the latents of a chunk that reach the bound, certified: that may, in ascending order.
 
@@ -277,7 +282,7 @@ def select_append_kernel(
     for start in range(0, listed, TILE // GROUP):
         latents, inside = _listed(list_ptr, start, listed, n, GROUP, TILE)
         keys, other = _load_keys(
-            latents, inside, raw_ptr, row, bias_ptr, scale_ptr, column_ptr, row_ptr, rows, n, raw_stride
+            latents, inside, raw_ptr, row, bias_ptr, scale_ptr, column_ptr, row_ptr, rows, n, raw_stride, MAGNITUDE
         )
         total += tl.sum((inside & ((keys if column_ptr is None else other) >= low)).to(tl.int32))
     place = tl.full([], 0, tl.int64)
@@ -289,7 +294,7 @@ def select_append_kernel(
     for start in range(0, listed, TILE // GROUP):
         latents, inside = _listed(list_ptr, start, listed, n, GROUP, TILE)
         keys, other = _load_keys(
-            latents, inside, raw_ptr, row, bias_ptr, scale_ptr, column_ptr, row_ptr, rows, n, raw_stride
+            latents, inside, raw_ptr, row, bias_ptr, scale_ptr, column_ptr, row_ptr, rows, n, raw_stride, MAGNITUDE
         )
         chosen = inside & ((keys if column_ptr is None else other) >= low)
         position = place + tl.cumsum(chosen.to(tl.int32)) - 1
@@ -329,7 +334,7 @@ def select_rescore_kernel(
     keys_ptr,  # [capacity], or None
     values_ptr,  # [capacity]
     capacity, d, x_stride, W_stride,
-    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, MAGNITUDE: tl.constexpr,
 ):  # fmt: skip
     """Compute listed entries in float32; the key of one that cannot be selected is KEY_NONE."""
     used = tl.load(used_ptr)
@@ -349,7 +354,7 @@ def select_rescore_kernel(
         values += tl.load(bias_ptr + latents, mask=wanted, other=0.0).to(tl.float32)
         tl.store(values_ptr + slot, values, mask=wanted)
         if keys_ptr is not None:
-            tl.store(keys_ptr + slot, _keys_of(values, latents, wanted, scale_ptr), mask=inside)
+            tl.store(keys_ptr + slot, _keys_of(values, latents, wanted, scale_ptr, MAGNITUDE), mask=inside)
 
 
 @triton.jit

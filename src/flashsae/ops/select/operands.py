@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from flashsae.ops.encode.keys import Keys
 from flashsae.ops.encode.product import LARGEST_ROWS, Rounded, products_in, round_operands
 from flashsae.ops.select import kernels
 from flashsae.ops.validate import packed
@@ -24,8 +25,7 @@ class Operands:
     Args:
         x: [B, d_in], centred; in the dtype of the product, certified in float32.
         W: [d_sae, d_in], the same.
-        b_enc: [d_sae].
-        key_scale: [d_sae] or None.
+        keys: what is selected by, packed.
         rounded: operands in float16 and what bounds their error, if certified.
         precision: "bf16", "tf32" or "float32" (certified).
         rows: how many at a time.
@@ -33,26 +33,32 @@ class Operands:
 
     x: Tensor
     W: Tensor
-    b_enc: Tensor
-    key_scale: Tensor | None
+    keys: Keys
     rounded: Rounded | None
     precision: str
     rows: int
 
     @classmethod
-    def of(
-        cls, x: Tensor, W: Tensor, b_enc: Tensor, key_scale: Tensor | None, precision: str, workspace_bytes: int
-    ) -> Operands:
+    def of(cls, x: Tensor, W: Tensor, keys: Keys, precision: str, workspace_bytes: int) -> Operands:
         """Return operands as kernels read them."""
         certified = precision == "float32"
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         x, W = packed(x.to(dtype), W.to(dtype))
-        b_enc, key_scale = packed(b_enc, key_scale)
         itemsize = torch.float16.itemsize if certified else dtype.itemsize
         fit = workspace_bytes // (_stride(W) * itemsize)
         rows = max(1, min(len(x), LARGEST_ROWS, fit, (2**31 - 1) // _stride(W)))
         rounded = round_operands(x, W) if certified and len(x) else None
-        return cls(x, W, b_enc, key_scale, rounded, precision, rows)
+        return cls(x, W, keys.packed(), rounded, precision, rows)
+
+    @property
+    def b_enc(self) -> Tensor:
+        """The bias of pre-activations: [d_sae]."""
+        return self.keys.b_enc
+
+    @property
+    def by(self) -> tuple[Tensor, Tensor | None]:
+        """Bias and scale, as kernels take them."""
+        return self.keys.b_enc, self.keys.scale
 
     @property
     def certified(self) -> bool:
@@ -106,7 +112,7 @@ def rescore(
     capacity, d = len(values), operands.x.shape[1]
     if capacity:
         kernels.select_rescore_kernel[(min(8 * PROGRAMS, triton.cdiv(capacity, 16)),)](
-            operands.x, operands.W, operands.b_enc, operands.key_scale, latents, tokens, high, state, used, keys,
+            operands.x, operands.W, *operands.by, latents, tokens, high, state, used, keys,
             values, capacity, d, operands.x.stride(0), operands.W.stride(0),
-            BLOCK=16, BLOCK_D=min(128, triton.next_power_of_2(d)), num_warps=2,
+            BLOCK=16, BLOCK_D=min(128, triton.next_power_of_2(d)), MAGNITUDE=operands.keys.magnitude, num_warps=2,
         )  # fmt: skip

@@ -30,6 +30,7 @@ def select_redo_kernel(
     values_ptr,  # [wanted] float32
     capacity, B, n, d, x_stride, W_stride,
     MODE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    MAGNITUDE: tl.constexpr,
 ):  # fmt: skip
     """Do one pass over all pre-activations of some tokens, in float32 (rounded as products of bfloat16 are)."""
     if tl.load(used_ptr) > capacity:
@@ -63,6 +64,8 @@ def select_redo_kernel(
             scaled = values
             if scale_ptr is not None:
                 scaled = values * tl.load(scale_ptr + latents, mask=latents < n, other=0.0).to(tl.float32)[None, :]
+            if MAGNITUDE:
+                scaled = tl.abs(scaled)
             keys = tl.where(inside, _to_key(scaled, KEY_NAN), KEY_NONE)
             if MODE == HISTOGRAM:
                 _count_keys(keys, inside, hist_ptr, bound, shift)

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from flashsae import distributed
+from flashsae.ops.encode.keys import Keys
 from flashsae.ops.validate import compute_dtype
 from flashsae.shapes import Activations, LatentActs, LatentBias, Weights
 
@@ -27,12 +28,11 @@ _GROUPS = (32, 16, 8, 4, 2)
 def batch_topk(
     x: Activations,
     W_enc_T: Weights,
-    b_enc: LatentBias,
-    key_scale: LatentBias | None,
+    keys: Keys,
     k: int,
     workspace_bytes: int,
 ) -> tuple[Latents, Starts, Values]:
-    """Return latents, starts and values of the B·k largest of x @ W_enc_T.T + b_enc, of any sign.
+    """Return latents, starts and values of the B·k of x @ W_enc_T.T + b_enc with the largest keys, of any sign.
 
     Of equal ones the first token wins, then the lowest latent; NaN is the largest. What is below the B·k largest of the
     rows so far is dropped at once.
@@ -40,20 +40,20 @@ def batch_topk(
     B, n = len(x), len(W_enc_T)
     wanted, dtype = B * k, compute_dtype(x.dtype, W_enc_T.dtype)
     places = torch.empty(0, dtype=torch.int64, device=x.device)
-    values, keys = places.to(dtype), places.to(dtype)
-    for first, pre_acts in _parts(x, W_enc_T, b_enc, workspace_bytes):
-        part_keys = pre_acts if key_scale is None else pre_acts * key_scale.to(dtype)
-        if len(keys) == wanted:
+    values, best_keys = places.to(dtype), places.to(dtype)
+    for first, pre_acts in _parts(x, W_enc_T, keys.b_enc, workspace_bytes):
+        part_keys = keys.of(pre_acts)
+        if len(best_keys) == wanted:
             # equal to the least of those means behind it in order
-            chosen = _exceeds(part_keys, keys.sort(descending=True).values[-1])
+            chosen = _exceeds(part_keys, best_keys.sort(descending=True).values[-1])
         else:
             chosen = _may_be_largest(part_keys, wanted)
         new = chosen.flatten().nonzero()[:, 0]
-        places = torch.cat([places, first * n + new])
-        values, keys = torch.cat([values, pre_acts.flatten()[new]]), torch.cat([keys, part_keys.flatten()[new]])
-        if len(keys) > wanted:
-            best = distributed.largest(keys, wanted)
-            places, values, keys = places[best], values[best], keys[best]
+        places, values = torch.cat([places, first * n + new]), torch.cat([values, pre_acts.flatten()[new]])
+        best_keys = torch.cat([best_keys, part_keys.flatten()[new]])
+        if len(best_keys) > wanted:
+            best = distributed.largest(best_keys, wanted)
+            places, values, best_keys = places[best], values[best], best_keys[best]
     return (places % n).int(), _starts(places // n, B), values
 
 
