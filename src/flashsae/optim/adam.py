@@ -295,6 +295,25 @@ class FactoredAdam(torch.optim.Optimizer):
         return norm
 
     @torch.no_grad()
+    def restart_rows(self, parameter: Tensor, rows: Tensor, values: Tensor) -> None:
+        """Write rows of a parameter, with all their bits where it is split, and forget their moments. No wait.
+
+        Args:
+            parameter: of this optimiser, [n, ...].
+            rows: [m], int64, each once.
+            values: [m, ...], float.
+        """
+        state = next(self._refresh(p, g) for g in self.param_groups for p in g["params"] if p is parameter)
+        if "low" in state:
+            values, low = split_halves(values.float())
+            state["low"].index_copy_(0, rows, low)
+        parameter.index_copy_(0, rows, values.to(parameter.dtype))
+        for name in ("exp_avg", "exp_avg_sq"):
+            state[name].index_fill_(0, rows, 0)
+        if "low" in state:
+            self._versions[parameter] = _version(parameter)
+
+    @torch.no_grad()
     def float32_weights(self, parameter: Tensor) -> Tensor:
         """Return a parameter with all its bits: a new float32 tensor on the CPU where it is split, else its values."""
         low = next((self._refresh(p, g) for g in self.param_groups for p in g["params"] if p is parameter), {}).get(

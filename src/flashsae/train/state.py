@@ -31,6 +31,7 @@ from flashsae.train.config import TrainConfig
 from flashsae.train.graph import CapturedSteps
 from flashsae.train.init_from import check_start, digest_of, load_start, start_from
 from flashsae.train.plan import check_selection
+from flashsae.train.resample import Recent, recent_of, recent_tensors
 from flashsae.train.room import Room
 from flashsae.train.sample import Sample, measure_sample
 from flashsae.train.scaling import Scaling
@@ -59,6 +60,8 @@ class TrainState:
     captured: CapturedSteps = field(default_factory=CapturedSteps)
     room: Room | None = None
     """For codes above a threshold, on a GPU; None where the host may wait for their size, or knows it."""
+    recent: Recent = field(default_factory=list)
+    """Tokens of the last steps, where dead latents are soon to be resampled from them."""
     _weights: Tensor | None = None
 
     @property
@@ -203,6 +206,7 @@ def to_checkpoint(state: TrainState, config: TrainConfig) -> Checkpoint:
     tensors["dead.tokens_since_fired"] = state.dead.tokens_since_fired
     tensors["rng.torch"] = torch.get_rng_state()
     tensors |= {f"data.{name}": tensor for name, tensor in data.items()}
+    tensors |= {f"recent.{name}": tensor for name, tensor in recent_tensors(state.recent).items()}
     return Checkpoint(
         state.step,
         {
@@ -293,6 +297,7 @@ def restore(state: TrainState, checkpoint: Checkpoint, *, knows_start: bool = Tr
         state.scaling = Scaling.uniform(saved.scale or 1.0, config.d_in, config.d_out)
     else:
         state.scaling = saved.scaling
+    state.recent = recent_of(_part(checkpoint, "recent."), since.device)
     state.variance, state.start = saved.variance, saved.start
     state.step = checkpoint.step
 

@@ -16,6 +16,7 @@ from flashsae.optim import learning_rate
 from flashsae.sae.step import Step, join_sites
 from flashsae.train.config import TrainConfig
 from flashsae.train.graph import Parts
+from flashsae.train.resample import resample
 from flashsae.train.room import Room, read_number
 from flashsae.train.state import TrainState
 
@@ -50,6 +51,7 @@ def train_step(state: TrainState, batch: Batch, config: TrainConfig) -> dict[str
     else:
         metrics = _with_room(state, state.room, parts, batch, kind)
     state.step += 1
+    resample(state, batch, config)
     return metrics
 
 
