@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from flashsae.architecture_check import check_architecture
 from flashsae.architecture_parts import AUTOENCODER as AUTOENCODER
 from flashsae.architecture_parts import AUXK as AUXK
+from flashsae.architecture_parts import NESTED as NESTED
 from flashsae.architecture_parts import RECONSTRUCTION as RECONSTRUCTION
 from flashsae.architecture_parts import Parameter as Parameter
 from flashsae.architecture_parts import Progress as Progress
@@ -55,7 +56,8 @@ class Architecture:
         after_step: updates what is not trained, of the SAE and the code of a step; waits for nothing.
         finish: makes of a trained SAE one for inference, in place, such as by folding norms into weights.
         direct: what is added to the reconstruction beside the code, of x: [B, d_in] -> [B, d_out], differentiable.
-        levels: of an SAE and a code, what `flashsae.ops.decode_loss` needs to know of nested reconstructions.
+        levels: of an SAE and a code, what `flashsae.ops.decode_loss` needs to know of nested reconstructions: prefixes
+            or budgets, and level_weights. The first term is then `NESTED`.
         schedule: numbers that change from step to step, or lists of as many numbers each time; encode and terms find
             them in `sae.now`, on the device. The numbers of `Progress.end()` are those of inference.
         width: latents of a token that a code with a fixed number of them has room for at a step, as `sae.width`. On a

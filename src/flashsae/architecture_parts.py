@@ -127,6 +127,14 @@ RECONSTRUCTION = Term(
     lambda step: step.decoded.loss,
 )
 
+NESTED = Term(
+    "nested_fvu",
+    "Σ over levels of weight · Σ‖x − x_hat_level‖² / (tokens · variance of a token)",
+    "What the nested reconstructions of a training batch leave unexplained, weighted; the last of them is the FVU.",
+    lambda step: step.decoded.loss,
+)
+"""In place of the reconstruction, where there are `Architecture.levels`. The FVU of all latents is logged beside it."""
+
 AUXK = Term(
     "auxk_loss",
     "Σ‖residual − residual_hat‖² / Σ‖residual‖²",

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from flashsae.architecture import Architecture
+from flashsae.architecture import RECONSTRUCTION, Architecture
 from flashsae.errors import ConfigError, ShapeError
 from flashsae.ops import DecodeLoss, SparseCode
 from flashsae.profiling import part
@@ -60,6 +60,8 @@ class Step:
     def total(self, *settings: object) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, the weighted sum of the terms of the architecture, and each term by name.
 
+        Of nested reconstructions also the FVU of the last one.
+
         Args:
             settings: where weights are found that are settings, beside those of the architecture.
         """
@@ -81,7 +83,10 @@ class Step:
         loss = weighted[0]
         for value in weighted[1:]:
             loss = loss + value
-        return loss, {name: value.detach() for name, value in there.items()}
+        found = {name: value.detach() for name, value in there.items()}
+        if self.sae.architecture.levels is not None:  # that of all latents, for the log
+            found = {RECONSTRUCTION.name: self.decoded.level_losses[-1], **found}
+        return loss, found
 
 
 def join_sites(architecture: Architecture, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

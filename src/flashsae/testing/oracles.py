@@ -133,6 +133,40 @@ def dense_reconstruction(step: DenseStep) -> Tensor:
     return step.fvu(dense_decode(step.latent_acts, step.params))
 
 
+def dense_prefixes(step: DenseStep) -> Tensor:
+    """Return the loss of a Matryoshka SAE: the FVU of each prefix of the latents, decoded on its own.
+
+    Source: Bussmann et al. 2025.
+    """
+    settings, d_sae = step.settings, step.latent_acts.shape[1]
+    sizes = getattr(settings, "sampled_prefixes", None)
+    if sizes is None:  # fractions up to 1, or numbers of latents
+        sizes = [max(1, round(each * d_sae)) if each <= 1 else each for each in settings.prefixes]
+    kept = [step.latent_acts * (torch.arange(d_sae, device=step.x.device) < int(size)) for size in sizes]
+    losses = torch.stack([step.fvu(dense_decode(latent_acts, step.params)) for latent_acts in kept])
+    return losses.sum() if settings.level_loss == "sum" else losses.mean()
+
+
+def dense_budgets(step: DenseStep) -> Tensor:
+    """Return the loss of a Hierarchical TopK SAE: the mean FVU of the j largest latents of each token.
+
+    Source: Balagansky et al. 2025.
+    """
+    k = step.settings.k
+    values, places = stable_descending(step.latent_acts, k)
+    losses = []
+    for budget in step.settings.budgets or range(1, k + 1):
+        largest = torch.zeros_like(step.latent_acts).scatter(-1, places[:, :budget], values[:, :budget])
+        losses.append(step.fvu(dense_decode(largest, step.params)))
+    return torch.stack(losses).mean()
+
+
+def stable_descending(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the k largest, the largest first, of equal ones the lowest index; the values are differentiable."""
+    places = values.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    return values.gather(-1, places), places
+
+
 @dataclass(frozen=True)
 class Oracle:
     """One architecture in training, dense and obviously right.
@@ -189,6 +223,9 @@ ORACLES = {
     "topk": Oracle(dense_topk),
     "batch_topk": Oracle(dense_batch_topk, by_token=False),
     "abs_topk": Oracle(dense_abs_topk),
+    "matryoshka": Oracle(dense_batch_topk, by_token=False, terms={"nested_fvu": dense_prefixes}),
+    "matryoshka:topk": Oracle(dense_topk, terms={"nested_fvu": dense_prefixes}),
+    "hierarchical_topk": Oracle(dense_topk, terms={"nested_fvu": dense_budgets}),
 }
 """The dense oracle of each architecture in training, by its name."""
 
