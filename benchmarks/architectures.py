@@ -21,10 +21,10 @@ TIMES_TOPK = {
 """What a step of ours may take, times a step of our TopK of the same size."""
 _S, _M, _L, _ = shapes.SIZES
 WIDE = tuple(
-    Shape(f"{CROSSCODER_SITES} × {s.name}", s.batch_tokens, CROSSCODER_SITES * s.d_in, s.d_sae, s.k) for s in (_S, _M)
+    Shape(f"{CROSSCODER_SITES}{s.name}", s.batch_tokens, CROSSCODER_SITES * s.d_in, s.d_sae, s.k) for s in (_S, _M)
 )
 """Where crosscoders are measured, and TopK of the same total width beside them."""
-SPARSE = Shape("L, k=128", _L.batch_tokens, _L.d_in, _L.d_sae, 128)
+SPARSE = Shape("L128", _L.batch_tokens, _L.d_in, _L.d_sae, 128)
 """Where 0.1 % of all pre-activations are active, as at M: for what selects above a threshold."""
 MEASURED_AT = (_M, _L, SPARSE, *WIDE)
 

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import torch
 from cyclopts import App, Parameter
 
-from benchmarks import operations, shapes
+from benchmarks import architectures, operations, shapes
 from benchmarks.cases import Case, Group, Size
 from benchmarks.openai import OPENAI
 from benchmarks.registry import GROUPS
@@ -21,7 +21,7 @@ from flashsae.bench.setups import Shape, tiny
 from flashsae.bench.timing import free
 
 app = App(name="benchmarks.run", help=__doc__, version_flags=[])
-NAMED = [shape.name for shape in (*shapes.SIZES, shapes.LARGEST)]
+NAMED = list(dict.fromkeys(s.name for s in (*shapes.SIZES, shapes.LARGEST, *architectures.MEASURED_AT)))
 NO_SIZE = Shape("", 0, 0, 0, 0)  # of ceilings
 
 
@@ -37,7 +37,7 @@ def run_group(session: Session, name: str, group: Group, sizes: list[Shape], gbs
     for shape in sizes:
         size = Size(shape, session.device, session.seconds, gbs)
         for case in group.cases:
-            if session.only in case.name and (case.at is None or shape.name in case.at) and _is_there(case):
+            if session.wants(case.name) and (case.at is None or shape.name in case.at) and _is_there(case):
                 session.measure(name, size, case)
         size.forget()
         free(session.device)
@@ -52,6 +52,7 @@ def main(
     *groups: Literal["ops", "paper", "sweep", "step", "scale", "architectures", "ablation", "all"],
     sizes: str = ",".join(NAMED),
     only: str = "",
+    skip: str = "",
     out: Path | None = None,
     peers: bool = True,
     seconds: float = 0.3,
@@ -64,9 +65,10 @@ def main(
             (against d_sae, k and d_in), "step" (whole training steps), "scale" (these against d_sae), "architectures"
             (steps of every architecture, in turn with TopK's), "ablation" (from dense PyTorch to ours, one technique at
             a time), or "all". None: ops.
-        sizes: sizes of the groups ops, step (which alone has 1M), architectures and ablation (which have only M and L),
-            by comma.
-        only: measure only cases whose name holds this text.
+        sizes: sizes of the groups ops, step (which alone has 1M), architectures (M, L, L128, 3S and 3M) and ablation
+            (M and L), by comma.
+        only: measure only cases in whose name this regular expression is found.
+        skip: leave out those in whose name this one is found.
         out: file to append JSON lines to. Default: ops.jsonl and step.jsonl under benchmarks/results.
         peers: measure the peers that are installed.
         seconds: budget of one measurement, warm-up apart.
@@ -83,7 +85,7 @@ def main(
         print(f"{peer.name} is not installed and left out: {peer.install}")
     chosen = {name: GROUPS[name] for name in GROUPS if "all" in groups or name.split()[0] in (groups or ("ops",))}
     for file in dict.fromkeys(group.file for group in chosen.values()):
-        session = Session(device, seconds, only, out or RESULTS / file)
+        session = Session(device, seconds, out or RESULTS / file, only, skip)
         try:
             gbs = memory_gbs(session)
             for name, group in chosen.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import time
 from dataclasses import asdict
@@ -40,16 +41,21 @@ class Session:
     Args:
         device: where to measure.
         seconds: budget of one measurement, warm-up apart.
-        only: measure cases with this text in their name; "" for all.
         out: JSON lines file to append to.
+        only: regular expression, found in the names of cases to measure.
+        skip: found in the names of those to leave out; "" for none.
     """
 
-    def __init__(self, device: torch.device, seconds: float, only: str, out: Path) -> None:
-        self.device, self.seconds, self.only, self.out = device, seconds, only, out
+    def __init__(self, device: torch.device, seconds: float, out: Path, only: str = "", skip: str = "") -> None:
+        self.device, self.seconds, self.out, self._only, self._skip = device, seconds, out, only, skip
         self.provenance = provenance(device)
         self.records: list[Record] = []
         self.console = Console()
         out.parent.mkdir(parents=True, exist_ok=True)
+
+    def wants(self, name: str) -> bool:
+        """Tell whether a case is to be measured."""
+        return bool(re.search(self._only, name)) and not (self._skip and re.search(self._skip, name))
 
     def measure(self, group: str, size: Size, case: Case) -> Record:
         """Measure and keep one case."""
