@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from flashsae.bench.dense import AutogradStep, autocast, load, state_of, sum_per_token
+from flashsae.bench.dense import AutogradStep, autocast, load, state_of
 from flashsae.bench.problem import Problem
+from flashsae.bench.setups import LEVELS, level_prefixes
 from flashsae.errors import require
 
 Pairs = tuple[tuple[Tensor, Tensor], ...]
@@ -19,7 +21,25 @@ Pairs = tuple[tuple[Tensor, Tensor], ...]
 def _linear(sae: Any, problem: Problem) -> Pairs:
     """With an encoder and a decoder that are modules."""
     W_enc_T, b_enc, W_dec, b_dec = problem.weights
-    return (sae.encoder.weight, W_enc_T), (sae.encoder.bias, b_enc), (sae.decoder.weight, W_dec.T), (sae.b_dec, b_dec)
+    bias = sae.b_dec if hasattr(sae, "b_dec") else sae.bias
+    return (sae.encoder.weight, W_enc_T), (sae.encoder.bias, b_enc), (sae.decoder.weight, W_dec.T), (bias, b_dec)
+
+
+def _matrices(sae: Any, problem: Problem) -> Pairs:
+    """With an encoder and a decoder that are matrices."""
+    W_enc_T, b_enc, W_dec, b_dec = problem.weights
+    return (sae.W_enc, W_enc_T.T), (sae.b_enc, b_enc), (sae.W_dec, W_dec), (sae.b_dec, b_dec)
+
+
+def _jump_relu(sae: Any, problem: Problem) -> Pairs:
+    """Its encoder does not subtract b_dec, so b_enc starts as what that comes to."""
+    W_enc, (_, b_enc), *others = _matrices(sae, problem)
+    return (
+        W_enc,
+        (sae.b_enc, b_enc - problem.W_enc_T @ problem.b_dec),
+        *others,
+        (sae.threshold, problem.others["threshold"]),
+    )
 
 
 @dataclass(frozen=True)
@@ -31,26 +51,44 @@ class Trainer:
         name: of the class.
         settings: beside the sizes.
         pairs: parameters of its SAE, and what they start from.
-        decoder: from its SAE to the decoder, which is kept at unit norm; None where its optimiser does that.
+        decoder: of its SAE, which is kept at unit norm: a matrix W_dec, or a module; None where nobody does that.
         is_clipped: whether it clips gradients to norm 1.
+        share: of the mean error of a token in its loss.
     """
 
     module: str
     name: str
     settings: Callable[[Problem], dict[str, Any]]
     pairs: Callable[[Any, Problem], Pairs] = _linear
-    decoder: Callable[[Any], nn.Parameter] | None = lambda sae: sae.decoder.weight
+    decoder: str | None = "decoder.weight"
     is_clipped: bool = True
+    share: float = 1.0
 
 
 def _k(problem: Problem) -> dict[str, Any]:
     return {"k": problem.shape.k, "auxk_alpha": 0}
 
 
+def _groups(problem: Problem) -> dict[str, Any]:
+    prefixes = level_prefixes(problem.shape)
+    sizes = [high - low for low, high in zip([0, *prefixes], prefixes)]
+    return {**_k(problem), "group_fractions": [size / problem.shape.d_sae for size in sizes]}
+
+
+SMALL = 1e-6
+"""Weight of a penalty, so small that the loss is the error; it costs the same."""
 TRAINERS: dict[str, Trainer] = {
     "topk": Trainer("top_k", "TopKTrainer", _k),
     "batch_topk": Trainer("batch_top_k", "BatchTopKTrainer", _k),
-}
+    "matryoshka:batch_topk": Trainer(
+        "matryoshka_batch_top_k", "MatryoshkaBatchTopKTrainer", _groups, _matrices, "W_dec", share=1 / LEVELS
+    ),
+    "jump_relu": Trainer(
+        "jumprelu", "JumpReluTrainer", lambda problem: {"sparsity_penalty": SMALL, "target_l0": float(problem.shape.k)},
+        _jump_relu, "W_dec",
+    ),
+    "relu": Trainer("standard", "StandardTrainerAprilUpdate", lambda problem: {"l1_penalty": SMALL}, decoder=None),
+}  # fmt: skip
 """By our name of the architecture."""
 
 
@@ -83,18 +121,24 @@ def dictionary_learning(problem: Problem) -> AutogradStep:
             result: Tensor = trainer.loss(x.to(torch.bfloat16), step=0)
         return result
 
+    decoder: Any = functools.reduce(getattr, kind.decoder.split("."), sae) if kind.decoder else None
+
+    def as_columns(rows: Any) -> Any:
+        return rows.T if kind.decoder == "W_dec" else rows
+
     def update() -> None:
         with autocast(device):
-            if kind.decoder is not None:
-                decoder = kind.decoder(sae)
-                decoder.grad = common.remove_gradient_parallel_to_decoder_directions(
-                    decoder, decoder.grad, shape.d_in, shape.d_sae
+            if decoder is not None:
+                grad = common.remove_gradient_parallel_to_decoder_directions(
+                    as_columns(decoder), as_columns(decoder.grad), shape.d_in, shape.d_sae
                 )
+                decoder.grad = as_columns(grad)
             if kind.is_clipped:
                 torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
             trainer.optimizer.step()
             trainer.optimizer.zero_grad()
-            if kind.decoder is not None:
-                decoder.data = common.set_decoder_norm_to_unit_norm(decoder, shape.d_in, shape.d_sae)
+            if decoder is not None:
+                columns = common.set_decoder_norm_to_unit_norm(as_columns(decoder), shape.d_in, shape.d_sae)
+                decoder.data = as_columns(columns)
 
-    return AutogradStep(loss, update, state_of(sae), sum_per_token)
+    return AutogradStep(loss, update, state_of(sae), lambda value, x: value * len(x) / kind.share)

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from flashsae.bench.dense import AutogradStep, autocast, load, state_of, sum_per_token
+from flashsae.bench.dictionaries import SMALL
 from flashsae.bench.problem import Problem
+from flashsae.bench.setups import level_prefixes
 from flashsae.errors import require
 
 Settings = Callable[[Problem], dict[str, Any]]
@@ -23,6 +25,14 @@ def _topk(problem: Problem) -> dict[str, Any]:
 
 def _batch_topk(problem: Problem) -> dict[str, Any]:
     return {**_topk(problem), "k": float(problem.shape.k)}
+
+
+def _matryoshka(problem: Problem) -> dict[str, Any]:
+    return {**_batch_topk(problem), "matryoshka_widths": list(level_prefixes(problem.shape))}
+
+
+def _jump_relu(problem: Problem) -> dict[str, Any]:
+    return {"jumprelu_sparsity_loss_mode": "quadratic", "target_l0": float(problem.shape.k)}
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,11 @@ TRAINING_SAES: dict[str, TrainingSAE] = {
     "topk": TrainingSAE("topk_sae", "TopKTrainingSAE", _topk),
     "batch_topk": TrainingSAE("batchtopk_sae", "BatchTopKTrainingSAE", _batch_topk),
     "abs_topk": TrainingSAE("abstopk_sae", "AbsTopKTrainingSAE", _topk),
+    "matryoshka:batch_topk": TrainingSAE("matryoshka_batchtopk_sae", "MatryoshkaBatchTopKTrainingSAE", _matryoshka),
+    "jump_relu": TrainingSAE(
+        "jumprelu_sae", "JumpReLUTrainingSAE", _jump_relu, {"l0": SMALL}, {"b_enc": "b_enc", "threshold": "threshold"}
+    ),
+    "relu": TrainingSAE("standard_sae", "StandardTrainingSAE", coefficients={"l1": SMALL}),
 }
 """By our name of the architecture."""
 

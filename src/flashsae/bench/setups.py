@@ -106,6 +106,11 @@ def arch_settings(arch: object, shape: Shape) -> Any:
     return settings_of(arch, **given)
 
 
+def level_prefixes(shape: Shape) -> tuple[int, ...]:
+    """Return the prefixes of nested levels, each twice as many latents as the one before; the last are all."""
+    return tuple(shape.d_sae >> level for level in reversed(range(LEVELS)))
+
+
 def base_name(arch: str) -> str:
     """Return the name of the selection of an architecture, which may be composed: jump_relu of transcoder:jump_relu."""
     return arch.rpartition(":")[2]
