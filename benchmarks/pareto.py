@@ -8,6 +8,7 @@ goes on where it stopped.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -33,7 +34,7 @@ LAYER = "encoder.layer.2"
 MLP = (f"{LAYER}.intermediate:in", f"{LAYER}.output.dense")
 LAYERS = ("encoder.layer.1", LAYER, "encoder.layer.3")
 HELD_OUT_SHARE = 0.05
-SAME = ("arch", "settings", "sites", "d_sae", "tokens", "batch_tokens", "train_tokens", "model_dtype", "on")
+SAME = ("arch", "sparsity", "sites", "d_sae", "tokens", "batch_tokens", "train_tokens", "model_dtype", "on")
 """What two results of one training share."""
 
 
@@ -45,11 +46,22 @@ class Training:
         arch: its name.
         settings: its settings for an L0.
         sites: hookpoints of the model.
+        penalty: the setting that decides L0, where none says it outright; trials find its value, beginning with that
+            of `settings`.
     """
 
     arch: str
     settings: Callable[[int], Mapping[str, Any]]
     sites: tuple[str, ...] = (LAYER,)
+    penalty: str = ""
+
+
+MOST_TRIALS, TRIAL_SHARE, NEAR = 4, 4, 1.1
+"""Trials of a penalty, each with a fourth of the tokens, until L0 is so near, by a factor."""
+
+
+Config = Mapping[str, int]
+Trials = list[tuple[float, float]]
 
 
 def _k(l0: int) -> dict[str, Any]:
@@ -60,6 +72,10 @@ TRAININGS = (
     Training("topk", _k),
     Training("batch_topk", _k),
     Training("abs_topk", _k),
+    Training("matryoshka", _k),
+    Training("hierarchical_topk", _k),
+    Training("jump_relu", lambda l0: {"target_l0": float(l0)}),
+    Training("relu", lambda l0: {"l1": 3 / l0}, penalty="l1"),
     Training("transcoder", _k, MLP),
     Training("skip_transcoder", _k, MLP),
     Training("crosscoder", _k, LAYERS),
@@ -73,40 +89,75 @@ def write_activations(folder: Path, model: str, dataset: str, max_tokens: int) -
     write_cache(folder, source, max_tokens=max_tokens)
 
 
-def read_activations(folder: Path, sites: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, Tensor], str]:
-    """Return the activations to train on, those held out, by site, and in which dtype the model computed them."""
+@dataclass(frozen=True)
+class Acts:
+    """Activations by site: those to train on, those held out, and in which dtype the model computed them."""
+
+    train: dict[str, Tensor]
+    held_out: dict[str, Tensor]
+    model_dtype: str
+
+
+def read_activations(folder: Path, sites: tuple[str, ...]) -> Acts:
+    """Return the activations at some sites."""
     cache = ActivationCache(folder, sites, held_out=HELD_OUT_SHARE)
     train, held_out = (cache.rows(cache.split_rows(split)) for split in ("train", "held_out"))
-    return train, held_out, str(cache.settings["model_dtype"])
+    return Acts(train, held_out, str(cache.settings["model_dtype"]))
 
 
-def train_one(line: Training, l0: int, folder: Path, config: Mapping[str, Any], done: list[Record]) -> Record | None:
+def train_one(training: Training, l0: int, folder: Path, config: Config, done: list[Record]) -> Record | None:
     """Train and measure one SAE; None if that was done before."""
-    train, held_out, model_dtype = read_activations(folder, line.sites)
-    settings = settings_of(line.arch, **line.settings(l0))
+    acts = read_activations(folder, training.sites)
     record: Record = {
-        "group": "pareto", "arch": line.arch, "sparsity": l0, "settings": asdict(settings), "sites": list(line.sites),
-        **config, "train_tokens": len(train[line.sites[0]]), "model_dtype": model_dtype,
+        "group": "pareto", "arch": training.arch, "sparsity": l0, "sites": list(training.sites), **config,
+        "train_tokens": len(next(iter(acts.train.values()))), "model_dtype": acts.model_dtype,
         "on": "cuda" if torch.cuda.is_available() else "cpu",
     }  # fmt: skip
-    record = json.loads(json.dumps(record))
     if any(all(other.get(name) == record[name] for name in SAME) for other in done):
         return None
+    settings, trials = find_penalty(training, l0, acts, config)
     started = time.perf_counter()
-    x = train if len(train) > 1 else train[line.sites[0]]
-    sae = flashsae.fit(x, d_sae=config["d_sae"], config=_train_config(settings, config), progress=False)
+    sae = fit_one(training.arch, settings, acts, config)
     seconds = time.perf_counter() - started
-    found = flashsae.evaluate(sae, held_out if len(held_out) > 1 else held_out[line.sites[0]])
+    found = flashsae.evaluate(sae, _alone(acts.held_out))
     return record | {
-        "d_in": sae.config.d_in, "d_out": sae.config.d_out, "l0": round(found.l0, 3), "fvu": round(found.fvu, 6),
+        "settings": asdict(sae.config.arch), "trials": trials, "d_in": sae.config.d_in, "d_out": sae.config.d_out,
+        "l0": round(found.l0, 3), "fvu": round(found.fvu, 6),
         "never_active": int((found.latent_density == 0).sum()), "held_out_tokens": found.tokens,
         "seconds": round(seconds, 2),
     }  # fmt: skip
 
 
-def _train_config(settings: object, config: Mapping[str, Any]) -> flashsae.TrainConfig:
-    own = {name: config[name] for name in ("tokens", "batch_tokens", "seed")}
-    return flashsae.TrainConfig(config["d_sae"], arch=settings, **own)
+def fit_one(arch: str, settings: Mapping[str, Any], acts: Acts, config: Config) -> flashsae.SAE:
+    """Train one SAE."""
+    made = flashsae.TrainConfig(**{**config, "arch": settings_of(arch, **settings)})
+    return flashsae.fit(_alone(acts.train), d_sae=config["d_sae"], config=made, progress=False)
+
+
+def find_penalty(training: Training, l0: int, acts: Acts, config: Config) -> tuple[dict[str, Any], Trials]:
+    """Return the settings that give about an L0, by short trainings, and each trial: the penalty and its L0."""
+    settings, trials = dict(training.settings(l0)), Trials()
+    short = {**config, "tokens": config["tokens"] // TRIAL_SHARE}
+    while training.penalty and len(trials) < MOST_TRIALS:
+        found = flashsae.evaluate(fit_one(training.arch, settings, acts, short), _alone(acts.held_out)).l0
+        trials.append((settings[training.penalty], found))
+        if 1 / NEAR < found / l0 < NEAR:
+            break
+        settings[training.penalty] = next_penalty(trials, l0)
+    return settings, trials
+
+
+def next_penalty(trials: Trials, l0: float) -> float:
+    """Return the penalty to try next: where a line through the last two trials, in logarithms, has the L0."""
+    (last, found), power = trials[-1], -1.0
+    if len(trials) > 1 and last != trials[-2][0] and found > 0 and trials[-2][1] > 0:
+        power = math.log(found / trials[-2][1]) / math.log(last / trials[-2][0])
+    factor: float = (l0 / max(found, 0.1)) ** (1 / min(-0.3, max(-3.0, power)))
+    return last * min(10.0, max(0.1, factor))
+
+
+def _alone(acts: dict[str, Tensor]) -> Any:
+    return acts if len(acts) > 1 else next(iter(acts.values()))
 
 
 def wanted(only: str) -> Iterator[tuple[Training, int]]:

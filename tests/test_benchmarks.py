@@ -128,7 +128,7 @@ def test_the_tables_of_the_docs_are_those_of_the_results() -> None:
 
 def test_a_training_that_was_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(400, 12, generator=torch.Generator().manual_seed(0)) @ torch.randn(12, 12)
-    monkeypatch.setattr(pareto, "read_activations", lambda folder, sites: ({"x": x[40:]}, {"x": x[:40]}, "float32"))
+    monkeypatch.setattr(pareto, "read_activations", lambda folder, sites: pareto.Acts({"x": x[40:]}, {"x": x[:40]}, ""))
     config = {"d_sae": 32, "tokens": 256, "batch_tokens": 64, "seed": 0}
     records = []
     for l0 in (2, 4):
@@ -136,11 +136,20 @@ def test_a_training_that_was_done_is_not_done_again(tmp_path: Path, monkeypatch:
         assert record is not None
         assert record["l0"] == l0
         assert 0 < record["fvu"] < 1
-        records.append(record | {"gpu": "none", "torch": "2", "commit": "c", "sparsity": 8 * l0})
+        records.append(record | {"gpu": "none", "torch": "2", "commit": "c"})
     again = pareto.Training("topk", lambda l0: {"k": l0}, ("x",))
     assert pareto.train_one(again, 4, tmp_path, config, records) is None
+    records = [record | {"sparsity": 8 * record["sparsity"]} for record in records]
     assert f"{records[1]['fvu']:.4f} at 4.00" in plots_architectures.pareto_text(records)
     assert plots_architectures.pareto_figure(records) is not None
+
+
+def test_a_penalty_is_found_by_a_line_through_trials() -> None:
+    trials = [(0.1, 64.0)]
+    while not 15 < trials[-1][1] < 17:
+        penalty = pareto.next_penalty(trials, 16)
+        trials.append((penalty, 64 * (penalty / 0.1) ** -0.7))
+    assert len(trials) == 3
 
 
 def test_the_table_of_architectures_has_what_was_measured() -> None:

@@ -80,7 +80,7 @@ SMALL = 1e-6
 TRAINERS: dict[str, Trainer] = {
     "topk": Trainer("top_k", "TopKTrainer", _k),
     "batch_topk": Trainer("batch_top_k", "BatchTopKTrainer", _k),
-    "matryoshka:batch_topk": Trainer(
+    "matryoshka": Trainer(
         "matryoshka_batch_top_k", "MatryoshkaBatchTopKTrainer", _groups, _matrices, "W_dec", share=1 / LEVELS
     ),
     "jump_relu": Trainer(

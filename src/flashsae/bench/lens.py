@@ -58,7 +58,7 @@ TRAINING_SAES: dict[str, TrainingSAE] = {
     "topk": TrainingSAE("topk_sae", "TopKTrainingSAE", _topk),
     "batch_topk": TrainingSAE("batchtopk_sae", "BatchTopKTrainingSAE", _batch_topk),
     "abs_topk": TrainingSAE("abstopk_sae", "AbsTopKTrainingSAE", _topk),
-    "matryoshka:batch_topk": TrainingSAE("matryoshka_batchtopk_sae", "MatryoshkaBatchTopKTrainingSAE", _matryoshka),
+    "matryoshka": TrainingSAE("matryoshka_batchtopk_sae", "MatryoshkaBatchTopKTrainingSAE", _matryoshka),
     "jump_relu": TrainingSAE(
         "jumprelu_sae", "JumpReLUTrainingSAE", _jump_relu, {"l0": SMALL}, {"b_enc": "b_enc", "threshold": "threshold"}
     ),

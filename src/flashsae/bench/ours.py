@@ -83,8 +83,9 @@ class OurStep:
         return nullcontext()
 
     def run(self, x: Tensor) -> Tensor:
-        """Do a step; return the FVU before it."""
-        return train_step(self.state, self.sites.batch(x), self.config)["fvu"]
+        """Do a step; return the first term of the loss before it: the FVU, or its mean over nested reconstructions."""
+        metrics = train_step(self.state, self.sites.batch(x), self.config)
+        return metrics[self.state.sae.architecture.terms[0].name]
 
     def active(self, x: Tensor) -> float:
         """Do a step; return the active latents of a token in it."""

@@ -129,8 +129,8 @@ def make_problem(
         settings,
         sites,
     )
-    params = other_params(settings, shape, problem.params)
-    return replace(problem, b_enc=params.pop("b_enc", problem.b_enc), others=params)
+    others = other_params(settings, shape, problem.params)
+    return replace(problem, b_enc=others.pop("b_enc", problem.b_enc), others=others)
 
 
 def dense_code(problem: Problem, i: int) -> SparseCode:

@@ -136,6 +136,8 @@ def other_params(settings: object, shape: Shape, params: Mapping[str, Tensor]) -
     architecture, like = architecture_of(settings), params["b_enc"]
     sizes = {"d_in": params["W_enc_T"].shape[1], "d_out": params["W_dec"].shape[1], "d_sae": shape.d_sae}
     made: dict[str, Tensor] = {}
+    if base_name(architecture.name) == "relu":
+        made["b_enc"] = like - threshold(shape)
     for row in architecture.parameters:
         if row.name not in params:
             start = row.initial
