@@ -121,11 +121,13 @@ def threshold(shape: Shape) -> float:
     return PRE_ACTS_STD * NormalDist().inv_cdf(1 - shape.k / shape.d_sae)
 
 
+HELD_BACK = {"relu": ("b_enc",)}
+"""Biases that hold pre-activations back where all of those above 0 are active."""
 SETTINGS: dict[str, Callable[[Shape], Any]] = {"k": lambda shape: shape.k, "target_l0": lambda shape: float(shape.k)}
 """Settings that follow from the size, by name, for every architecture that has them."""
 
 
-def other_params(settings: object, shape: Shape, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def other_params(settings: object, shape: Shape, params: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the parameters of an architecture beside weights and biases, and b_enc if it is to be another one.
 
     Args:
@@ -136,10 +138,13 @@ def other_params(settings: object, shape: Shape, params: Mapping[str, Tensor]) -
     architecture, like = architecture_of(settings), params["b_enc"]
     sizes = {"d_in": params["W_enc_T"].shape[1], "d_out": params["W_dec"].shape[1], "d_sae": shape.d_sae}
     made: dict[str, Tensor] = {}
-    if base_name(architecture.name) == "relu":
-        made["b_enc"] = like - threshold(shape)
     for row in architecture.parameters:
-        if row.name not in params:
-            start = row.initial
-            made[row.name] = params[start].clone() if isinstance(start, str) else like.new_full(row.sizes(sizes), start)
+        start = row.initial
+        if row.name in params:
+            continue
+        made[row.name] = params[start].clone() if isinstance(start, str) else like.new_full(row.sizes(sizes), start)
+    for name in HELD_BACK.get(base_name(architecture.name), ()):
+        made[name] = (params | made)[name] - threshold(shape)
+    if base_name(architecture.name) == "jump_relu":
+        made["threshold"].fill_(threshold(shape))
     return made
