@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -86,7 +87,8 @@ def train(
 
     console = Console()
     if resume is None:
-        config = RunConfig(activations, TrainConfig(**vars(training)) if training else TrainConfig(), logger, report)
+        settings = _with_start(vars(training) if training else {})
+        config = RunConfig(activations, TrainConfig(**settings), logger, report)
     else:
         config = start.saved_config(resume)
     start.check(config)
@@ -123,11 +125,28 @@ _BESIDE_THE_DEMO = {"run", "logger", "report", "plan"}
 """Settings of `train` beside which it still is the demo, which chooses its tokens by the speed of the machine."""
 
 
+def _given() -> set[str]:
+    """Return the names of the settings that the command was given; a default that was asked for is given too."""
+    return {name for each in app.config if isinstance(each, Given) for name in each.names}
+
+
+def _with_start(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a training, those that were not given as they are in the SAE that it goes on from."""
+    from flashsae.train.init_from import is_of_several, settings_of_start
+
+    start = settings.get("init_from")
+    if start is None or is_of_several(start):
+        return settings
+    given = {name: value for name, value in settings.items() if name in _given()}
+    known = {each.name for each in fields(TrainConfig)}
+    of_training = {name: value for name, value in settings.items() if name in known}
+    return {**of_training, **settings_of_start(start, given)}
+
+
 def _is_demo(config: RunConfig) -> bool:
-    """Tell whether nothing was given that says what to train; a default that was asked for is given too."""
-    given = {name for each in app.config if isinstance(each, Given) for name in each.names}
+    """Tell whether nothing was given that says what to train."""
     work = config.activations, config.train
-    return given <= _BESIDE_THE_DEMO and work == (ActivationsConfig(), TrainConfig())
+    return _given() <= _BESIDE_THE_DEMO and work == (ActivationsConfig(), TrainConfig())
 
 
 @app.command(

@@ -84,6 +84,13 @@ def test_a_training_starts_with_the_function_that_was_saved(arch: str, first: st
     assert state.step == 0
 
 
+def test_split_weights_start_whole() -> None:
+    saved = flashsae.fit(X, config=config(), progress=False)
+    state = start(X, saved, precision="bf16")
+    assert state.sae.W_dec.dtype == torch.bfloat16
+    assert same(state.finished_sae(), saved)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_a_saved_sae_of_another_dtype_is_gone_on_with(dtype: torch.dtype, tmp_path: Path) -> None:
     saved = flashsae.fit(X, config=config(), progress=False).to(dtype)
@@ -235,8 +242,12 @@ def test_what_is_not_asked_for_is_as_it_was() -> None:
     assert flashsae.fit(X, init_from=saved, **few).config == saved.config
     with pytest.raises(ConfigError, match=r"init_from: .* with d_sae 16, and not 20"):
         flashsae.fit(X, init_from=saved, d_sae=20, **few)
+    assert flashsae.fit(X, init_from=saved, k=2, **few).config.arch == flashsae.BatchTopKSettings(k=2)
+    assert flashsae.fit(X, init_from=saved, arch="topk", k=2, **few).config.arch == TopKSettings(k=2)
     with pytest.raises(ConfigError, match=r"init_from: .* normalize_activations layer_norm"):
-        flashsae.fit(X, init_from=saved, arch="topk", k=2, d_sae=16, **few)
+        flashsae.fit(X, init_from=saved, normalize_activations="none", **few)
+    with pytest.raises(ConfigError, match="kk: batch_topk has no such setting"):
+        flashsae.fit(X, init_from=saved, kk=2, **few)
     with pytest.raises(ConfigError, match="init: expected no other start beside init_from"):
         flashsae.fit(X, init_from=saved, init="data", **few)
     with pytest.raises(ConfigError, match="init_from: expected a path, got 3"):

@@ -8,6 +8,7 @@ from flashsae.sae.module import SAE
 from flashsae.sae.saved import load_extras
 from flashsae.sae.step import Step
 from flashsae.sae.straight_through import below_window, exceeds, jump_relu
+from flashsae.sae.units import layer_norm
 
 __all__ = [
     "SAE",
@@ -21,6 +22,7 @@ __all__ = [
     "fvu_weights",
     "initialize",
     "jump_relu",
+    "layer_norm",
     "load_extras",
     "token_variance",
 ]

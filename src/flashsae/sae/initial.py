@@ -57,7 +57,7 @@ def rows_from_data(sae: SAE, x: Tensor, target: Tensor) -> None:
     mean leaves its rows as they are. Every latent so begins where there is data, and is less likely to be dead.
 
     Args:
-        sae: at its random start.
+        sae: at its random start. `sae.from_data` is True from then on.
         x: [tokens, d_in], float.
         target: [tokens, d_out]; x itself for an autoencoder.
     Source: starting from data points, blended with random weights, 0.8 to 0.2, is Anthropic's and Peigné's proposal;
@@ -67,6 +67,7 @@ def rows_from_data(sae: SAE, x: Tensor, target: Tensor) -> None:
     for row in table:
         if row.initial == UNIT_ROWS and row.shape[0] == "d_sae" and row.shape[1] != "d_sae":
             _turn(getattr(sae, row.name), x if row.shape[1] == "d_in" else target)
+    sae.from_data = True
     for row in table:
         if isinstance(row.initial, str) and row.initial != UNIT_ROWS:
             getattr(sae, row.name).copy_(getattr(sae, row.initial))

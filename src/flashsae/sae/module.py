@@ -72,6 +72,8 @@ class SAE(nn.Module):
         """Of codes above a threshold, for `flashsae.ops.encode_above`. Set by a training on a GPU; not saved."""
         self.width: int | None = None
         """Latents of a token that codes of a fixed number have room for, where the architecture says so."""
+        self.from_data = False
+        """Whether rows of weights started from tokens, for an `initialize` that would choose directions itself."""
         self._now: dict[str, Tensor] = {}
         table = self.architecture.parameters
         values = initial_values(table, config.sizes, None if seed is None else as_int("seed", seed), dtype, device)
@@ -127,7 +129,8 @@ class SAE(nn.Module):
         dtype = str(weights.dtype).removeprefix("torch.")
         width = f"d_in={config.d_in}" + (f", d_out={config.d_out}" if config.d_out != config.d_in else "")
         settings = "".join(f", {name}={value}" for name, value in asdict(config.arch).items())
-        return f"{self.architecture.title}, {width}, d_sae={config.d_sae}{settings}, {dtype}, {weights.device}"
+        norm = f", {LAYER_NORM}" if config.normalize_activations == LAYER_NORM else ""
+        return f"{self.architecture.title}, {width}, d_sae={config.d_sae}{settings}{norm}, {dtype}, {weights.device}"
 
     def encode(self, x: Tensor) -> ops.SparseCode:
         """Return the code of some tokens.

@@ -91,7 +91,8 @@ def fit(
             same as leaving one out. arch is a name of `flashsae.architecture.architecture_names()`, whose own settings
             stand beside it (arch="batch_topk", k=64), or these settings (arch=flashsae.BatchTopKSettings(k=64)), beside
             which none may stand. tokens counts repeats; where neither it nor `config` is given: ten times an array, at
-            least 2 million. init_from may be an SAE too; its d_sae and arch hold where neither is given.
+            least 2 million. init_from may be an SAE too; without `config`, what is left open of d_sae and arch is as it
+            is there.
     Returns:
         the trained SAE, in `eval()` mode, on the device it was trained on.
     Raises:
@@ -114,8 +115,10 @@ def fit(
     if config is not None and not isinstance(config, TrainConfig):
         raise ConfigError(f"config: expected a flashsae.TrainConfig, got {type(config).__name__}.")
     start = settings.get("init_from")
-    if start is not None:
-        settings = settings_of_start(start, settings, config)
+    if start is not None and config is None:
+        settings = settings_of_start(start, settings)
+    if isinstance(start, SAE):
+        settings = {**settings, "init_from": None}
     asked = settings_by_keyword(settings, config, beside=("config", "run", "resume", "progress"))
     source = _source(x, architecture_of(asked.arch).sites)
     is_open = settings.get("tokens") is None and config is None

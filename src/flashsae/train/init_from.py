@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
-from flashsae.architecture import Architecture, architecture_of
+from flashsae.architecture import Architecture, architecture_of, settings_of
 from flashsae.errors import ConfigError
 from flashsae.sae.config import SAEConfig
 from flashsae.sae.module import SAE
@@ -18,7 +18,6 @@ from flashsae.sae.saved import read_config
 from flashsae.settings.kinds import declared_types, expand
 from flashsae.settings.left_open import fill
 from flashsae.settings.normalization import LAYER_NORM
-from flashsae.settings.training import BOTH
 from flashsae.train.config import TrainConfig
 from flashsae.train.scaling import Scaling
 
@@ -33,6 +32,11 @@ def folder_of_sae(path: Path) -> Path:
     return within if not (path / _FILE).exists() and (within / _FILE).exists() else path
 
 
+def is_of_several(path: Path) -> bool:
+    """Tell whether a folder is of a run over several hookpoints, which has an SAE for each."""
+    return any(path.glob(f"*/{_OF_A_RUN}/{_FILE}"))
+
+
 def load_start(path: Path) -> SAE:
     """Read the SAE that a training starts from.
 
@@ -42,41 +46,37 @@ def load_start(path: Path) -> SAE:
     return SAE.load(folder_of_sae(path))
 
 
-def settings_of_start(start: object, given: Mapping[str, Any], config: TrainConfig | None) -> dict[str, Any]:
-    """Return the settings of a training that goes on from an SAE, by name.
+def settings_of_start(start: object, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a training that goes on from an SAE, by name: what is left open is as it is there.
 
     Args:
         start: an SAE, or the folder of one.
-        given: settings that somebody asks for. What is left open of the SAE itself is as it is in the one to start
-            from, if none of it is given.
-        config: other settings, if there are any.
+        given: settings that somebody asks for, by name; None is the same as leaving one out.
+    Returns:
+        with d_sae, whether tokens are normalised, and the settings of the architecture unless another one is asked for.
     Raises:
-        ConfigError: it is neither.
+        ConfigError: it is neither, or the architecture has no such setting.
         CheckpointError: there is none in the folder.
     """
-    settings = dict(given)
     if isinstance(start, SAE):
-        settings["init_from"] = None
-        if "data" in (given.get("init"), config and config.init):
-            raise ConfigError(BOTH)
-    if config is not None or any(given.get(name) is not None for name in ("arch", "k")):
-        return settings
-    saved = (
-        start.config if isinstance(start, SAE) else read_config(folder_of_sae(expand(cast(Any, start), "init_from")))
-    )
-    if set(given) <= set(declared_types(TrainConfig)):
-        settings["arch"] = saved.arch
-    if settings.get("d_sae") is None:
-        settings["d_sae"] = saved.d_sae
-    if settings.get("normalize_activations") is None and saved.normalize_activations == LAYER_NORM:
-        settings["normalize_activations"] = LAYER_NORM
+        saved = start.config
+    else:
+        saved = read_config(folder_of_sae(expand(cast(Any, start), "init_from")))
+    of_training = declared_types(TrainConfig)
+    asked = {name: value for name, value in given.items() if value is not None}
+    settings = {"d_sae": saved.d_sae, **asked}
+    if saved.normalize_activations == LAYER_NORM:
+        settings = {"normalize_activations": LAYER_NORM, **settings}
+    if asked.get("arch", saved.architecture.name) == saved.architecture.name:
+        own = {name: settings.pop(name) for name in asked if name not in of_training}
+        settings["arch"] = settings_of(saved.architecture.name, **{**asdict(saved.arch), **own})
     return settings
 
 
 def check_saved_start(config: TrainConfig) -> None:
     """Raise what `check_start` does, of the SAE that settings name, before anything is done."""
-    if config.init_from is None or any(config.init_from.glob(f"*/{_OF_A_RUN}/{_FILE}")):
-        return  # of a run over several hookpoints there is one for each
+    if config.init_from is None or is_of_several(config.init_from):
+        return
     check_start(config, read_config(folder_of_sae(config.init_from)))
 
 

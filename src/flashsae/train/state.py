@@ -13,7 +13,7 @@ from flashsae import distributed
 from flashsae.architecture import Progress, architecture_of
 from flashsae.data.acts import only_site
 from flashsae.data.shuffle import Batches, OnFill
-from flashsae.errors import CheckpointError
+from flashsae.errors import CheckpointError, ConfigError
 from flashsae.metrics import table
 from flashsae.neutral import neutral
 from flashsae.optim import FactoredAdam
@@ -26,6 +26,7 @@ from flashsae.sae.step import join_sites
 from flashsae.schema import Positive, parse
 from flashsae.settings.kinds import as_json
 from flashsae.settings.left_open import default_values
+from flashsae.settings.training import BOTH
 from flashsae.train.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
 from flashsae.train.config import TrainConfig
 from flashsae.train.graph import CapturedSteps
@@ -150,6 +151,8 @@ def init_state(
 def _begin(sae: SAE, config: TrainConfig, sample: Sample, batches: Batches, start: SAE | None) -> None:
     """Let the parameters be those of another SAE, or begin with some tokens."""
     if start is not None:
+        if config.init == "data":
+            raise ConfigError(BOTH)
         check_start(config, start.config)
         start_from(sae, start, sample.scaling)
         return
