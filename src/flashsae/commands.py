@@ -132,10 +132,10 @@ def _given() -> set[str]:
 
 def _with_start(settings: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of a training, those that were not given as they are in the SAE that it goes on from."""
-    from flashsae.train.init_from import is_of_several, settings_of_start
+    from flashsae.train.init_from import holds_sae, settings_of_start
 
     start = settings.get("init_from")
-    if start is None or is_of_several(start):
+    if start is None or not holds_sae(start):  # of a run over several hookpoints, or a mistake, which is told later
         return settings
     given = {name: value for name, value in settings.items() if name in _given()}
     known = {each.name for each in fields(TrainConfig)}

@@ -32,9 +32,9 @@ def folder_of_sae(path: Path) -> Path:
     return within if not (path / _FILE).exists() and (within / _FILE).exists() else path
 
 
-def is_of_several(path: Path) -> bool:
-    """Tell whether a folder is of a run over several hookpoints, which has an SAE for each."""
-    return any(path.glob(f"*/{_OF_A_RUN}/{_FILE}"))
+def holds_sae(path: Path) -> bool:
+    """Tell whether a folder is that of an SAE, or of a run that made one."""
+    return (folder_of_sae(path) / _FILE).exists()
 
 
 def load_start(path: Path) -> SAE:
@@ -75,8 +75,8 @@ def settings_of_start(start: object, given: Mapping[str, Any]) -> dict[str, Any]
 
 def check_saved_start(config: TrainConfig) -> None:
     """Raise what `check_start` does, of the SAE that settings name, before anything is done."""
-    if config.init_from is None or is_of_several(config.init_from):
-        return
+    if config.init_from is None or any(config.init_from.glob(f"*/{_OF_A_RUN}/{_FILE}")):
+        return  # of a run over several hookpoints there is one for each
     check_start(config, read_config(folder_of_sae(config.init_from)))
 
 
