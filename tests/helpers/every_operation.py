@@ -24,7 +24,7 @@ FLOATS = {
     "x": (B, D_IN), "W_enc_T": (D_SAE, D_IN), "b_enc": (D_SAE,), "b_dec": (D_IN,), "W_dec": (D_SAE, D_IN),
     "top_acts": (B, K), "target": (B, D_IN), "coeffs": (B, K), "rows": (B, D_IN), "grad_acts": (B, K),
     "grad_x_hat": (B, D_IN), "grad_taken": (4, D_IN), "dense": (D_SAE, D_IN), "latent_values": (D_SAE,),
-    "thresholds": (D_SAE,), "row_acts": (17,), "grad_row_acts": (17,),
+    "thresholds": (D_SAE,), "row_acts": (17,), "grad_row_acts": (17,), "grad_y": (B, D_SAE),
 }  # fmt: skip
 
 
@@ -183,6 +183,11 @@ def _latent_sums(p: Tensors) -> Tensors:
     return found
 
 
+def _linear(p: Tensors) -> Tensors:
+    q = _leaves(p, "x", "W_enc_T")
+    return _with_gradients({"y": ops.linear(q["x"], q["W_enc_T"])}, {"y": p["grad_y"]}, q)
+
+
 def _gradient(p: Tensors) -> RowGradient:
     sparse = SparseFactor(index_of(p["top_indices"], D_SAE), p["coeffs"], p["rows"])
     return RowGradient(sparse, p["grad_taken"], p["slots"])
@@ -246,6 +251,7 @@ OPERATIONS: dict[str, Callable[[Tensors], Tensors]] = {
     "latent_rows": _latent_rows,
     "latent_rows, rows": _latent_rows_rows,
     "take_rows": _take_rows,
+    "linear": _linear,
     "pattern": _pattern,
     "pattern, rows": _pattern_rows,
     "adam_rows": _adam_rows,

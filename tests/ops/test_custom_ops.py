@@ -125,13 +125,14 @@ def _operands(name: str, device: str) -> list[tuple[Any, ...]]:
         "latent_sums": [(lists, acts), (lists, acts.detach().bfloat16().requires_grad_()), (row_lists, row_acts)],
         "column_sums": [(weights, rows, torch.float32), (weights, rows.bfloat16(), torch.bfloat16)],
         "take_rows": [(W, torch.tensor([7, 2, 0], device=device), _slots(device))],
+        "linear": [(x, W, "float32"), (rows, half[0], "bf16")],
         "center": [(rows, bias.detach(), False), (rows, bias.detach(), True)],
     }[name]
 
 
 OPERATORS = [
     "encode_topk", "encode_batch_topk", "encode_above", "encode_any", "pre_acts", "per_latent", "center", "decode",
-    "decode_grad_acts", "decode_loss", "decode_levels", "latent_rows", "column_sums", "latent_sums", "take_rows",
+    "decode_grad_acts", "decode_loss", "decode_levels", "latent_rows", "column_sums", "latent_sums", "take_rows", "linear",
 ]  # fmt: skip
 
 

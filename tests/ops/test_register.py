@@ -226,6 +226,9 @@ def _functions(device: str) -> dict[str, tuple[Callable[[Tensor], Tensor], Tenso
     def take(W: Tensor) -> Tensor:
         return ops.take_rows(W, p["latents"], p["slots"]).square().sum()
 
+    def linear(W: Tensor) -> Tensor:
+        return ops.linear(p["x"], W).square().sum()
+
     return {
         "encode_topk": (encode, p["x"]),
         "encode_batch_topk": (encode_batch, p["W_enc_T"]),
@@ -236,6 +239,7 @@ def _functions(device: str) -> dict[str, tuple[Callable[[Tensor], Tensor], Tenso
         "decode": (decode, p["top_acts"]),
         "decode_loss": (loss, p["top_acts"]),
         "take_rows": (take, p["W_dec"]),
+        "linear": (linear, p["W_enc_T"]),
     }
 
 
@@ -249,6 +253,7 @@ DIFFERENTIABLE = (
     "decode",
     "decode_loss",
     "take_rows",
+    "linear",
 )
 
 

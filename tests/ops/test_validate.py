@@ -113,7 +113,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.parametrize("dense_above", ["0", "1"])
 @pytest.mark.parametrize(
-    "name", [name for name in OPERATIONS if not name.startswith(("pattern", "take_rows", "by_value"))]
+    "name", [name for name in OPERATIONS if not name.startswith(("pattern", "take_rows", "by_value", "linear"))]
 )
 def test_kernels_are_given_what_they_can_read(
     name: str, dense_above: str, launches: list[str], monkeypatch: pytest.MonkeyPatch
@@ -164,6 +164,7 @@ def _call(operation: str, **changes: Any) -> None:
         "Pattern.rows": lambda: ops.Pattern.rows(p["row_latents"], p["row_starts"], p["d_sae"]),
         "latent_rows": lambda: ops.latent_rows(index_of(inputs("cpu")["top_indices"], D_SAE), p["coeffs"], p["rows"]),
         "take_rows": lambda: ops.take_rows(p["W_dec"], p["latents"], p["slots"]),
+        "linear": lambda: ops.linear(p["x"], p["W_enc_T"]),
     }
     calls[operation]()
 
@@ -181,6 +182,7 @@ TENSORS = {
     "Pattern.rows": ("row_latents", "row_starts"),
     "latent_rows": ("coeffs", "rows"),
     "take_rows": ("W_dec", "latents", "slots"),
+    "linear": ("x", "W_enc_T"),
 }
 ARGUMENTS = [(operation, name) for operation, names in TENSORS.items() for name in names]
 

@@ -14,6 +14,7 @@ from flashsae.ops.encode import (
 from flashsae.ops.factored import FactoredGradient
 from flashsae.ops.gradients import Collection, collect_factors, materialize, take_rows
 from flashsae.ops.latent_rows import latent_rows
+from flashsae.ops.linear import linear
 from flashsae.ops.order import by_value
 from flashsae.ops.pattern import LatentIndex, Pattern
 
@@ -34,6 +35,7 @@ __all__ = [
     "encode_topk",
     "latent_rows",
     "latent_sums",
+    "linear",
     "materialize",
     "per_latent",
     "pre_acts",

@@ -32,7 +32,7 @@ def initialize(sae: SAE, x: Tensor, target: Tensor) -> None:
     number, the least-squares fit over these tokens, puts that right.
 
     Args:
-        sae: with parameters W_enc_T and b_dec.
+        sae: with parameters W_enc_T, b_enc and b_dec.
         x: [tokens, d_in].
         target: [tokens, d_out].
     """
@@ -42,6 +42,7 @@ def initialize(sae: SAE, x: Tensor, target: Tensor) -> None:
     scale = (centered * x_hat).sum() / x_hat.square().sum().clamp_min(1e-300)
     if scale > 0:
         sae.W_enc_T.mul_(scale.to(sae.W_enc_T.dtype))
+        sae.b_enc.mul_(scale.to(sae.b_enc.dtype))
 
 
 @isolated

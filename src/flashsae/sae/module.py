@@ -118,6 +118,12 @@ class SAE(nn.Module):
         return b_dec if self.architecture.subtracts_b_dec else None
 
     @property
+    def selection_scale(self) -> Tensor | None:
+        """What pre-activations are multiplied by for the selection alone: [d_sae], without a gradient; None: 1 each."""
+        name = self.architecture.selects_by
+        return None if name is None else getattr(self, name).detach()
+
+    @property
     def W_enc(self) -> Tensor:
         """The encoder as the field writes it: [d_in, d_sae], a view of W_enc_T."""
         W_enc: Tensor = self.W_enc_T.T
