@@ -32,11 +32,13 @@ class BatchTopKSettings:
 
 def encode(sae: Any, x: Tensor) -> Any:
     """Return relu(pre-activations selected): the B·k largest of the batch in training, all above the threshold else."""
-    weights = x, sae.W_enc_T, sae.b_enc
+    weights, scale = (x, sae.W_enc_T, sae.b_enc), sae.selection_scale
+    options = {"b_dec": sae.b_pre, "precision": sae.precision}
     if sae.training:
-        code = flashsae.ops.encode_batch_topk(*weights, sae.config.arch.k, b_dec=sae.b_pre, precision=sae.precision)
+        code = flashsae.ops.encode_batch_topk(*weights, sae.config.arch.k, key_scale=scale, **options)
     else:
-        code = flashsae.ops.encode_above(*weights, sae.threshold, b_dec=sae.b_pre, precision=sae.precision)
+        threshold = sae.threshold if scale is None else sae.threshold / scale
+        code = flashsae.ops.encode_above(*weights, threshold, **options)
     return code.replace(code.acts.relu())
 
 
@@ -45,7 +47,9 @@ def average_threshold(sae: flashsae.SAE, code: flashsae.SparseCode) -> None:
     if code.acts.numel() == 0:
         return
     sae.threshold_steps.add_(1)
-    smallest = code.acts.amin().to(sae.threshold.dtype)
+    scale = sae.selection_scale
+    keys = code.acts if scale is None else code.acts * flashsae.ops.per_latent(scale, code.pattern)
+    smallest = keys.amin().to(sae.threshold.dtype)
     sae.threshold.lerp_(smallest, (sae.threshold_steps / 10).clamp(1, AVERAGED_STEPS).reciprocal())
 
 

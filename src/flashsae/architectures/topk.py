@@ -30,8 +30,9 @@ class TopKSettings:
 def encode(sae: Any, x: Tensor) -> Any:
     """Return relu(the k largest of (x − b_dec) @ W_enc + b_enc)."""
     code: Any = flashsae.ops.encode_topk(
-        x, sae.W_enc_T, sae.b_enc, sae.config.arch.k, b_dec=sae.b_pre, precision=sae.precision
-    )
+        x, sae.W_enc_T, sae.b_enc, sae.config.arch.k, b_dec=sae.b_pre, key_scale=sae.selection_scale,
+        precision=sae.precision,
+    )  # fmt: skip
     return code.replace(code.acts.relu())
 
 

@@ -36,6 +36,8 @@ def initialize(sae: SAE, x: Tensor, target: Tensor) -> None:
         x: [tokens, d_in].
         target: [tokens, d_out].
     """
+    if sae.architecture.direct is not None:
+        target = target - sae.architecture.direct(sae, x)
     sae.b_dec.copy_(target.mean(0, dtype=torch.float64))
     x_hat = sae.decode(sae.encode(x), bias=False).double()
     centered = target.double() - sae.b_dec.double()

@@ -163,9 +163,12 @@ class SAE(nn.Module):
             code: of this SAE.
             bias: False leaves b_dec out.
             like: [..., d_in], the tokens that the code is of. Of use where the SAE normalises tokens: with them the
-                reconstruction has their mean and deviation; without, it is that of the normalised tokens.
+                reconstruction has their mean and deviation; without, it is that of the normalised tokens. And where
+                the architecture adds something beside the code, which is left out without them.
         """
         x_hat = ops.decode(code, self.W_dec, self.b_dec if bias else None, precision=self.precision)
+        if like is not None and self.architecture.direct is not None:
+            x_hat = (x_hat + self.architecture.direct(self, self._flat(like))).to(x_hat.dtype)
         return self._as_they_come(x_hat.view(*code.shape, self.config.d_out), like)
 
     def decode_loss(
@@ -185,10 +188,7 @@ class SAE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the reconstruction of x: [..., d_in] -> [..., d_out]."""
-        x_hat = self.decode(self.encode(x))
-        if self.architecture.direct is not None:
-            x_hat = x_hat + self.architecture.direct(self, self._flat(x)).view(x_hat.shape)
-        return self._as_they_come(x_hat, x)
+        return self.decode(self.encode(x), like=x)
 
     def _as_they_come(self, x_hat: Tensor, like: Tensor | None) -> Tensor:
         """Undo what `_flat` does to tokens, of their reconstruction; nothing where `like` is None."""
