@@ -52,8 +52,8 @@ class Architecture:
         reads: sites that go in, in this order; () for all sites of a batch, two or more, which are written too.
         writes: sites that are reconstructed. An autoencoder writes what it reads.
         subtracts_b_dec: whether the encoder sees x - b_dec.
-        selects_by: name of a parameter that is not trained, [d_sae]: what pre-activations are multiplied by where latents
-            are selected, and there alone. encode finds it in `sae.selection_scale`.
+        selects_by: name of a parameter that is not trained, [d_sae]: what pre-activations are multiplied by where
+            latents are selected, and there alone. encode finds it in `sae.selection_scale`.
         initialize: sets the parameters from a sample, before the first step. None: as `flashsae.sae.initialize`.
         after_step: updates what is not trained, of the SAE and the code of a step; waits for nothing.
         finish: makes of a trained SAE one for inference, in place, such as by folding norms into weights.

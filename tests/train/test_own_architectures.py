@@ -55,7 +55,7 @@ def registered() -> Iterator[None]:
     flashsae.register(
         replace(
             TOPK,
-            name="transcoder",
+            name="own_transcoder",
             title="Transcoder",
             settings=TranscoderSettings,
             parameters=tuple({**rows, "W_enc_T": replace(rows["W_enc_T"], initial="unit_rows")}.values()),
@@ -83,12 +83,12 @@ def registered() -> Iterator[None]:
         )
     )
     yield
-    for name in ("transcoder", "listed", "room"):
+    for name in ("own_transcoder", "listed", "room"):
         architectures._REGISTERED.pop(name)
 
 
 def fitted(x: object) -> SAE:
-    return flashsae.fit(x, d_sae=16, arch="transcoder", config=SMALL, progress=False)  # type: ignore[arg-type]
+    return flashsae.fit(x, d_sae=16, arch="own_transcoder", config=SMALL, progress=False)  # type: ignore[arg-type]
 
 
 def same(a: SAE, b: SAE) -> bool:
@@ -117,7 +117,7 @@ def test_batches_of_several_sites_are_trained_on() -> None:
 
 def test_k_is_not_taken_for_that_of_another_architecture() -> None:
     config = replace(SMALL, arch=TranscoderSettings())
-    with pytest.raises(ConfigError, match="k: transcoder, the arch of config, has no such setting"):
+    with pytest.raises(ConfigError, match="k: own_transcoder, the arch of config, has no such setting"):
         flashsae.fit({"before": X, "after": Y}, d_sae=16, k=3, config=config, progress=False)
 
 

@@ -2,9 +2,9 @@
 
     code = selection of W_enc x + b_enc;   y_hat = W_dec code + W_skip x + b_dec;   loss ‖y − y_hat‖²
 
-W_skip [d_out, d_in] starts at 0, so that a skip transcoder starts as the transcoder (`flashsae.architectures.transcoder`)
-does. Its gradient is a dense product, −2 Σ over tokens of residual xᵀ, and its Adam step one of the latent pass, like
-that of every other matrix.
+W_skip [d_out, d_in] starts at 0, so that a skip transcoder starts as the transcoder of the file `transcoder.py` does.
+Its gradient is a dense product, −2 Σ over tokens of residual xᵀ, and its Adam step one of the latent pass, like that of
+every other matrix.
 """
 
 from __future__ import annotations

@@ -6,11 +6,11 @@ x is the input of a module, such as an MLP, and y its output; they need not be o
 x: b_dec is of y. The selection, its settings and its terms are those of any other architecture, TopK by default:
 `transcoder:jump_relu`. Relative to the variance, as every loss here, ‖y − y_hat‖² is over that of y.
 
-There is no decoder that the encoder could be the transpose of, and with both at random almost nothing of y is met:
-the scale that fits best is then near 0, of any sign. So a row of W_dec starts as the direction in which y leaves its
-mean where the latent is largest, over the first sample of tokens, and b_enc such that latents are of x without its
-mean. On the MLP of a small transformer that leaves 0.30 of the variance after 500 steps of 1024 tokens with 2048
-latents, where a start at random leaves 0.38, or 0.50 without the right scale.
+There is no decoder that the encoder could be the transpose of, and with both at random the first reconstruction says
+nothing of y: the scale that fits best is then near 0, of any sign. So a row of W_dec starts as the direction in which y
+leaves its mean where the latent is large, over the first sample of tokens, and b_enc such that latents are of x without
+its mean. On the MLP of a small transformer, 2048 latents after 500 steps of 1024 tokens leave 0.299 of the variance,
+and 8 % of them are never active; started at random, with a small encoder, 0.305, and 31 %.
 """
 
 from __future__ import annotations
@@ -28,8 +28,7 @@ _LARGEST = 32
 
 def start(sae: Any, x: Any, target: Any) -> None:
     """Let decoder rows point to what is to be reconstructed where their latents are large, and b_enc centre x."""
-    torch_type = sae.b_enc.dtype
-    sae.b_enc.copy_(-(sae.W_enc_T @ x.mean(0, dtype=torch_type)))
+    sae.b_enc.copy_(-(sae.W_enc_T @ x.mean(0, dtype=sae.b_enc.dtype)))
     k = min(_LARGEST, sae.config.d_sae)
     code = flashsae.ops.encode_topk(x, sae.W_enc_T, sae.b_enc, k, precision=sae.precision)
     rows = flashsae.ops.latent_rows(code.pattern.index, code.acts.relu(), target - target.mean(0))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from inspect import signature
 from types import SimpleNamespace
@@ -230,12 +230,35 @@ ORACLES = {
 """The dense oracle of each architecture in training, by its name."""
 
 
+def _transcoder(base: Oracle) -> Oracle:
+    """Subtract nothing from what is read."""
+    return replace(base, params=tuple(name for name in base.params if name != "b_dec"))
+
+
+def _skip_transcoder(base: Oracle) -> Oracle:
+    """Leave to the terms of a transcoder what W_skip x does not give."""
+
+    def beside(term: Callable[[DenseStep], Tensor]) -> Callable[[DenseStep], Tensor]:
+        return lambda step: term(replace(step, target=step.target - F.linear(step.x, step.params["W_skip"])))
+
+    made = _transcoder(base)
+    return replace(made, terms={name: beside(term) for name, term in made.terms.items()})
+
+
+COMPOSED = {"transcoder": (_transcoder, "topk"), "skip_transcoder": (_skip_transcoder, "topk")}
+"""What makes the oracle of an architecture of that of another one, and which that is by default."""
+
+
 def oracle(architecture: str) -> Oracle:
     """Return the dense oracle of an architecture: `oracle("topk")(x, params, k=32)`.
 
     Raises:
         ConfigError: there is none.
     """
+    outer, _, inner = architecture.partition(":")
+    if architecture not in ORACLES and outer in COMPOSED:
+        compose, default = COMPOSED[outer]
+        return compose(oracle(inner or default))
     if architecture not in ORACLES:
-        raise ConfigError(f"architecture: expected one of {', '.join(ORACLES)}, got {architecture!r}.")
+        raise ConfigError(f"architecture: expected one of {', '.join((*ORACLES, *COMPOSED))}, got {architecture!r}.")
     return ORACLES[architecture]
