@@ -132,7 +132,8 @@ def _operands(name: str, device: str) -> list[tuple[Any, ...]]:
 
 OPERATORS = [
     "encode_topk", "encode_batch_topk", "encode_above", "encode_any", "pre_acts", "per_latent", "center", "decode",
-    "decode_grad_acts", "decode_loss", "decode_levels", "latent_rows", "column_sums", "latent_sums", "take_rows", "linear",
+    "decode_grad_acts", "decode_loss", "decode_levels", "latent_rows", "column_sums", "latent_sums", "take_rows",
+    "linear",
 ]  # fmt: skip
 
 

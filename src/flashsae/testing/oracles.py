@@ -238,7 +238,7 @@ def _transcoder(base: Oracle) -> Oracle:
 def _skip_transcoder(base: Oracle) -> Oracle:
     """Leave to the terms of a transcoder what W_skip x does not give."""
 
-    def beside(term: Callable[[DenseStep], Tensor]) -> Callable[[DenseStep], Tensor]:
+    def beside(term: Callable[[DenseStep], Tensor | None]) -> Callable[[DenseStep], Tensor | None]:
         return lambda step: term(replace(step, target=step.target - F.linear(step.x, step.params["W_skip"])))
 
     made = _transcoder(base)
