@@ -219,6 +219,30 @@ class Oracle:
         return {name: value for name, value in values.items() if value is not None}
 
 
+def dense_relu(x: Tensor, W_enc_T: Tensor, b_enc: Tensor, b_dec: Tensor | None = None) -> Tensor:
+    """Return latent_acts, [B, d_sae], of a ReLU SAE.
+
+    Source: Bricken et al. 2023.
+    """
+    return dense_pre_acts(x, W_enc_T, b_enc, b_dec).relu()
+
+
+def dense_norm_penalty(step: DenseStep) -> Tensor:
+    """Return the mean over tokens of Σ acts · ‖their rows of W_dec‖ / √variance, as of a ReLU SAE in training.
+
+    Norms have no gradient: it lies along the rows, and what keeps their norm takes that away. The numbers of the
+    schedule are `ramp` and the exponent `p`; with one below 1 the L1 norm gives the value, and the powers the slopes.
+
+    Source: Bricken et al. 2023; Anthropic's update of April 2024 (norms); Karvonen et al. 2024 (exponent).
+    """
+    settings, small = step.settings, 1e-3
+    acts = step.latent_acts * step.params["W_dec"].detach().norm(dim=1) / step.variance**0.5
+    p = getattr(settings, "p", 1.0)
+    powers = (acts + small) ** p - small**p
+    scale = acts.sum() / powers.sum().clamp_min(1e-30)
+    return settings.ramp * scale.detach() * powers.sum() / len(acts)
+
+
 ORACLES = {
     "topk": Oracle(dense_topk),
     "batch_topk": Oracle(dense_batch_topk, by_token=False),
@@ -226,6 +250,7 @@ ORACLES = {
     "matryoshka": Oracle(dense_batch_topk, by_token=False, terms={"nested_fvu": dense_prefixes}),
     "matryoshka:topk": Oracle(dense_topk, terms={"nested_fvu": dense_prefixes}),
     "hierarchical_topk": Oracle(dense_topk, terms={"nested_fvu": dense_budgets}),
+    "relu": Oracle(dense_relu, terms={"fvu": dense_reconstruction, "sparsity": dense_norm_penalty}),
 }
 """The dense oracle of each architecture in training, by its name."""
 
