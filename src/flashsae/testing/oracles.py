@@ -240,7 +240,8 @@ def dense_norm_penalty(step: DenseStep) -> Tensor:
     p = getattr(settings, "p", 1.0)
     powers = (acts + small) ** p - small**p
     scale = acts.sum() / powers.sum().clamp_min(1e-30)
-    return settings.ramp * scale.detach() * powers.sum() / len(acts)
+    penalty: Tensor = settings.ramp * scale.detach() * powers.sum() / len(acts)
+    return penalty
 
 
 ORACLES = {
