@@ -76,6 +76,7 @@ TRAININGS = (
     Training("hierarchical_topk", _k),
     Training("jump_relu", lambda l0: {"target_l0": float(l0)}),
     Training("relu", lambda l0: {"l1": 3 / l0}, penalty="l1"),
+    Training("gated", lambda l0: {"l1": 3 / l0}, penalty="l1"),
     Training("transcoder", _k, MLP),
     Training("skip_transcoder", _k, MLP),
     Training("crosscoder", _k, LAYERS),

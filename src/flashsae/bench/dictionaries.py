@@ -42,6 +42,13 @@ def _jump_relu(sae: Any, problem: Problem) -> Pairs:
     )
 
 
+def _gated(sae: Any, problem: Problem) -> Pairs:
+    others = (sae.r_mag, problem.others["r_mag"]), (sae.mag_bias, problem.others["b_mag"])
+    W_enc_T, b_enc, W_dec, b_dec = problem.weights
+    weights = (sae.encoder.weight, W_enc_T), (sae.gate_bias, b_enc), (sae.decoder.weight, W_dec.T)
+    return *weights, (sae.decoder_bias, b_dec), *others
+
+
 @dataclass(frozen=True)
 class Trainer:
     """A trainer of dictionary_learning.
@@ -53,7 +60,7 @@ class Trainer:
         pairs: parameters of its SAE, and what they start from.
         decoder: of its SAE, which is kept at unit norm: a matrix W_dec, or a module; None where nobody does that.
         is_clipped: whether it clips gradients to norm 1.
-        share: of the mean error of a token in its loss.
+        share: of the mean error of a token in its loss; gates that are as magnitudes have the same error once more.
     """
 
     module: str
@@ -77,6 +84,12 @@ def _groups(problem: Problem) -> dict[str, Any]:
 
 SMALL = 1e-6
 """Weight of a penalty, so small that the loss is the error; it costs the same."""
+
+
+def _l1(problem: Problem) -> dict[str, Any]:
+    return {"l1_penalty": SMALL}
+
+
 TRAINERS: dict[str, Trainer] = {
     "topk": Trainer("top_k", "TopKTrainer", _k),
     "batch_topk": Trainer("batch_top_k", "BatchTopKTrainer", _k),
@@ -87,7 +100,8 @@ TRAINERS: dict[str, Trainer] = {
         "jumprelu", "JumpReluTrainer", lambda problem: {"sparsity_penalty": SMALL, "target_l0": float(problem.shape.k)},
         _jump_relu, "W_dec",
     ),
-    "relu": Trainer("standard", "StandardTrainerAprilUpdate", lambda problem: {"l1_penalty": SMALL}, decoder=None),
+    "relu": Trainer("standard", "StandardTrainerAprilUpdate", _l1, decoder=None),
+    "gated": Trainer("gdm", "GatedSAETrainer", _l1, _gated, None, is_clipped=False, share=2.0),
 }  # fmt: skip
 """By our name of the architecture."""
 

@@ -63,7 +63,11 @@ TRAINING_SAES: dict[str, TrainingSAE] = {
         "jumprelu_sae", "JumpReLUTrainingSAE", _jump_relu, {"l0": SMALL}, {"b_enc": "b_enc", "threshold": "threshold"}
     ),
     "relu": TrainingSAE("standard_sae", "StandardTrainingSAE", coefficients={"l1": SMALL}),
-}
+    "gated": TrainingSAE(
+        "gated_sae", "GatedTrainingSAE", coefficients={"l1": SMALL},
+        loaded={"b_gate": "b_enc", "b_mag": "b_mag", "r_mag": "r_mag"},
+    ),
+}  # fmt: skip
 """By our name of the architecture."""
 
 

@@ -121,8 +121,8 @@ def threshold(shape: Shape) -> float:
     return PRE_ACTS_STD * NormalDist().inv_cdf(1 - shape.k / shape.d_sae)
 
 
-HELD_BACK = {"relu": ("b_enc",)}
-"""Biases that hold pre-activations back where all of those above 0 are active."""
+HELD_BACK = ("relu", "gated")
+"""Where all pre-activations above 0 are active, so that b_enc has to hold them back."""
 SETTINGS: dict[str, Callable[[Shape], Any]] = {"k": lambda shape: shape.k, "target_l0": lambda shape: float(shape.k)}
 """Settings that follow from the size, by name, for every architecture that has them."""
 
@@ -143,8 +143,11 @@ def other_params(settings: object, shape: Shape, params: dict[str, Tensor]) -> d
         if row.name in params:
             continue
         made[row.name] = params[start].clone() if isinstance(start, str) else like.new_full(row.sizes(sizes), start)
-    for name in HELD_BACK.get(base_name(architecture.name), ()):
-        made[name] = (params | made)[name] - threshold(shape)
-    if base_name(architecture.name) == "jump_relu":
+    base = base_name(architecture.name)
+    if base in HELD_BACK:
+        made["b_enc"] = like - threshold(shape)
+    if base == "gated":
+        made["b_mag"] = made["b_enc"].clone()  # gates and magnitudes are alike
+    if base == "jump_relu":
         made["threshold"].fill_(threshold(shape))
     return made
