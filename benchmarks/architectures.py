@@ -31,6 +31,8 @@ MEASURED_AT = (_M, _L, SPARSE, *WIDE)
 
 def _at(arch: str) -> tuple[str, ...]:
     """Return the names of the sizes where an architecture is measured."""
+    if arch == BASE:
+        return tuple(size.name for size in MEASURED_AT)
     if arch.partition(":")[0] == "crosscoder":
         return tuple(size.name for size in WIDE)
     sparse = (SPARSE.name,) if base_name(arch) in ("jump_relu", "relu", "gated") else ()
@@ -38,7 +40,7 @@ def _at(arch: str) -> tuple[str, ...]:
 
 
 def _ours(arch: str) -> Case:
-    build = partial(our_step, variant=Variant(arch=arch), beside=BASE)
+    build = partial(our_step, variant=Variant(arch=arch), beside="" if arch == BASE else BASE)
     return Case(f"{OURS}, {arch}", "bf16", build, _at(arch))
 
 
@@ -58,4 +60,4 @@ def _is_there(arch: str) -> bool:
 
 
 MEASURED = [arch for arch in (*TIMES_TOPK, "matryoshka:topk") if _is_there(arch)]
-CASES = tuple(case for arch in MEASURED for case in _cases(arch))
+CASES = (_ours(BASE), *(case for arch in MEASURED for case in _cases(arch)))

@@ -13,6 +13,7 @@ from benchmarks.drawing import BLUE, INK, ORANGE, RED, WIDTH, Results, number, s
 from benchmarks.pareto import SPARSITIES, TRAININGS
 from flashsae.bench.measure import OURS, Record
 from flashsae.bench.peers import LIBRARIES, PYTORCH, PYTORCH_COMPILED
+from flashsae.bench.stages import REST
 
 GROUP = "architectures"
 # Okabe and Ito's, then Tol's muted ones; the marker tells lines of near colours apart
@@ -48,6 +49,7 @@ def steps_table(results: Results) -> str:
             if ours is not None and [arch] not in [row[:1] for row in rows]:
                 rows.append([arch, *_step_cells(results, shape["name"], arch, ours)])
         parts.append(f"**{shape['name']}**\n\n{table(heads, rows)}")
+        parts += filter(None, [_stages(results, shape["name"], [row[0] for row in rows])])
     where = "; ".join(f"{shape['name']}: {size_text([shape])}" for shape in sizes)
     footer = results.footer(GROUP)
     return "\n\n".join([f"### Architectures\n\n{STEPS_TEXT} {where}.\n\n{footer}", *parts])
@@ -68,6 +70,18 @@ def _step_cells(results: Results, size: str, arch: str, ours: Record) -> list[st
             peaks.append(record.get("peak_bytes") or 0)
     peak = ours.get("peak_bytes")
     return [*cells, number(peak / 1e9) if peak else "", number(min(peaks) / 1e9) if any(peaks) else ""]
+
+
+def _stages(results: Results, size: str, archs: list[str]) -> str:
+    """Return where the time of each architecture goes, a column each; "" where that is not known."""
+    columns = {}
+    for arch in archs:
+        record = results.get(GROUP, size, f"{OURS}, {arch}", "bf16") or {}
+        if stages := {stage["name"]: stage["ms"] for stage in record.get("stages", [])}:
+            columns[arch] = stages
+    names = dict.fromkeys(name for stages in columns.values() for name in stages if name != REST)
+    rows = [[name, *(number(stages.get(name)) for stages in columns.values())] for name in (*names, REST)]
+    return f"Milliseconds by stage:\n\n{table(['stage', *columns], rows)}" if columns else ""
 
 
 def _last(records: Iterable[Record]) -> dict[tuple[str, int], Record]:
