@@ -119,8 +119,8 @@ class TrainConfig:
         moments: float32, or bf16: half the memory of Adam's moments, rounded stochastically. Approximate.
         normalize_activations: How activations are scaled for the training: by a power_of_two, which rounds nothing (the
             deviation of a coordinate becomes about 1/4); to a mean_square of 1, each site for itself; none; or by
-            layer_norm of each token, which becomes part of the SAE. Factors are folded into the saved SAE. Settings of
-            thresholds and values are in the unit of scaled activations. Default: power_of_two.
+            layer_norm of each token, which becomes part of the SAE. Factors are folded into the saved SAE. What
+            settings of an architecture say of values is in the unit of scaled activations. Default: power_of_two.
         init: What weights start from: random directions, or data: the directions of tokens about their mean, a fifth of
             them random. Biases, and the length of the encoder, are fitted to a sample in both cases. Default: random.
         init_from: Folder of a saved SAE, or of the run that made it, to go on from: all its weights are taken, and
