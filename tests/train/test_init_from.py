@@ -28,6 +28,8 @@ SITES = {"before": X, "after": Y}
 SMALL: dict[str, Any] = {"batch_tokens": 64, "tokens": 64 * 12, "checkpoint_every_steps": 5, "d_sae": 16}
 OURS = [name for name in architecture_names(installed=False) if architecture_named(name).sites == ("x",)]
 """All autoencoders, also those that are yet to come."""
+PAIRED = ["transcoder", "skip_transcoder:jump_relu", "transcoder:batch_topk", "bridge"]
+"""What reads one site and writes another."""
 PAIRS = [
     ("power_of_two", "none"),
     ("none", "mean_square"),
@@ -66,11 +68,11 @@ def same(a: SAE, b: SAE) -> bool:
 def joined(arch: str) -> tuple[torch.Tensor, torch.Tensor]:
     if arch == "pair":
         return (torch.cat([X, Y], 1),) * 2
-    return (X, Y) if arch == "bridge" else (X, X)
+    return (X, Y) if arch in PAIRED else (X, X)
 
 
 @pytest.mark.parametrize(("first", "again"), PAIRS)
-@pytest.mark.parametrize("arch", [*OURS, "bridge", "pair"])
+@pytest.mark.parametrize("arch", [*OURS, *PAIRED, "pair"])
 def test_a_training_starts_with_the_function_that_was_saved(arch: str, first: str, again: str) -> None:
     if first == "layer_norm" and arch not in OURS:
         return
@@ -211,7 +213,7 @@ def _lose_the_newest(run: Path) -> None:
     shutil.rmtree(list_checkpoints(run / "checkpoints")[-1])
 
 
-@pytest.mark.parametrize("arch", [*OURS, "bridge"])
+@pytest.mark.parametrize("arch", [*OURS, *PAIRED])
 @pytest.mark.parametrize("init", ["data", "path"])
 def test_a_start_is_remembered_by_what_is_resumed(arch: str, init: str, tmp_path: Path) -> None:
     x = data_of(arch)
@@ -272,6 +274,18 @@ def test_data_find_more_than_random_directions_in_a_short_training() -> None:
         for init in ("random", "data")
     }
     assert fvu["data"] < fvu["random"]
+
+
+@pytest.mark.parametrize("arch", ["transcoder", "skip_transcoder:batch_topk"])
+def test_decoder_rows_of_a_transcoder_start_as_the_targets_of_its_tokens(arch: str) -> None:
+    state = start(SITES, arch=arch, init="data")
+    x, y = state.scaling(X, Y)
+    rows = torch.arange(0, 640, 640 // 16)[:16]
+    for weights, tokens in ((state.sae.W_enc_T, x), (state.sae.W_dec, y)):
+        points = torch.nn.functional.normalize(tokens[rows] - tokens[rows].mean(0), dim=1)
+        cosines = (torch.nn.functional.normalize(weights.detach(), dim=1) * points).sum(1)
+        assert cosines.min() > 0.75
+    torch.testing.assert_close(state.sae.b_dec.detach(), y.mean(0))
 
 
 @pytest.mark.parametrize("init", ["random", "data"])

@@ -32,6 +32,8 @@ SITES = {"before": X, "after": Y}
 KINDS = ("power_of_two", "none", "mean_square", "layer_norm")
 OURS = [name for name in architecture_names(installed=False) if architecture_named(name).sites == ("x",)]
 """All autoencoders, also those that are yet to come."""
+PAIRED = ["transcoder", "skip_transcoder:jump_relu", "transcoder:batch_topk", "bridge"]
+"""What reads one site and writes another."""
 SMALL: dict[str, Any] = {"batch_tokens": 64, "tokens": 64 * 12, "checkpoint_every_steps": 5, "d_sae": 16}
 
 
@@ -52,7 +54,7 @@ def same(a: SAE, b: SAE) -> bool:
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("arch", [*OURS, "bridge", "pair"])
+@pytest.mark.parametrize("arch", [*OURS, *PAIRED, "pair"])
 def test_the_finished_sae_does_to_activations_what_the_trained_one_does_to_scaled_ones(
     arch: str, kind: str, precision: str
 ) -> None:
@@ -63,7 +65,7 @@ def test_the_finished_sae_does_to_activations_what_the_trained_one_does_to_scale
         return
     state, config = state_of(x, kind, arch=arch, precision=precision)
     sae = train(state, config)
-    beside = {"bridge": (X, Y), "pair": (torch.cat([X, Y], 1),) * 2}.get(arch, (X, X))
+    beside = {**dict.fromkeys(PAIRED, (X, Y)), "pair": (torch.cat([X, Y], 1),) * 2}.get(arch, (X, X))
     seen, target = state.scaling(*beside)
     assert {seen.dtype, target.dtype} == {torch.float32}
     trained = SAE(state.sae.config)
@@ -83,7 +85,7 @@ def test_the_finished_sae_does_to_activations_what_the_trained_one_does_to_scale
         else:
             factors = torch.tensor([site.factor for site in state.scaling.writes for _ in range(site.width)])
             reference, scaled = reference / factors.double(), (scaled.double() / factors).float()
-    exact = kind in ("power_of_two", "none") and arch != "bridge" and sae.architecture.finish is None
+    exact = kind in ("power_of_two", "none") and arch not in PAIRED and sae.architecture.finish is None
     if exact:
         assert torch.equal(x_hat, scaled)
     torch.testing.assert_close(x_hat[agree], scaled[agree], rtol=1e-5, atol=1e-5 * float(scaled.abs().amax()))
@@ -121,7 +123,7 @@ def config(kind: str, **changes: Any) -> TrainConfig:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("arch", [*OURS, "bridge", "pair"])
+@pytest.mark.parametrize("arch", [*OURS, *PAIRED, "pair"])
 def test_a_training_is_resumed_to_the_same_bytes(arch: str, kind: str, tmp_path: Path) -> None:
     x: Any = X if arch in OURS else SITES
     if kind == "layer_norm" and x is SITES:

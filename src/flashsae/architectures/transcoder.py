@@ -29,6 +29,8 @@ _LARGEST = 32
 def start(sae: Any, x: Any, target: Any) -> None:
     """Let decoder rows point to what is to be reconstructed where their latents are large, and b_enc centre x."""
     sae.b_enc.copy_(-(sae.W_enc_T @ x.mean(0, dtype=sae.b_enc.dtype)))
+    if sae.from_data:  # decoder rows point to what the tokens of the encoder's became
+        return
     k = min(_LARGEST, sae.config.d_sae)
     code = flashsae.ops.encode_topk(x, sae.W_enc_T, sae.b_enc, k, precision=sae.precision)
     rows = flashsae.ops.latent_rows(code.pattern.index, code.acts.relu(), target - target.mean(0))
