@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import sys
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from flashsae.bench import peers
+from flashsae.bench import dictionaries, lens, peers
 from flashsae.bench.dense import dense_pytorch
 from flashsae.bench.peers import LIBRARIES, PYTORCH
 from flashsae.bench.problem import dense_squared_error, make_problem
@@ -73,3 +74,76 @@ def test_a_recipe_goes_through_the_public_class(monkeypatch: pytest.MonkeyPatch)
     assert FakeCoder.calls == ["project", "normalize"]
     assert step.squared_error(loss, PROBLEM.xs[0]) > 0
     assert all(weight.grad is None for weight in step.state)
+
+
+class FakeTrainingSAE(nn.Module):
+    """What the recipe asks of a training SAE of SAELens: a loss with a penalty beside the error."""
+
+    def __init__(self, config: SimpleNamespace) -> None:
+        super().__init__()
+        self.config = config
+        sizes = {"W_enc": (config.d_in, config.d_sae), "W_dec": (config.d_sae, config.d_in), "b_dec": (config.d_in,)}
+        for name, size in (sizes | {"b_enc": (config.d_sae,), "threshold": (config.d_sae,)}).items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(size)))
+
+    def training_forward_pass(self, given: SimpleNamespace) -> SimpleNamespace:
+        z = (given.sae_in - self.b_dec) @ self.W_enc + self.b_enc
+        x_hat = (z * (z > self.threshold)) @ self.W_dec + self.b_dec
+        error = (x_hat - given.sae_in).float().square().sum(1).mean()
+        return SimpleNamespace(losses={"mse_loss": error, "l0_loss": 100 * given.coefficients["l0"]}, loss=error + 100)
+
+
+def test_a_training_sae_has_the_thresholds_of_the_problem_and_tells_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, inputs = ModuleType("jumprelu_sae"), ModuleType("sae")
+    module.JumpReLUTrainingSAE, module.JumpReLUTrainingSAEConfig = FakeTrainingSAE, SimpleNamespace  # type: ignore[attr-defined]
+    inputs.TrainStepInput = SimpleNamespace  # type: ignore[attr-defined]
+    fakes = {"sae_lens": ModuleType("sae_lens"), "sae_lens.saes": ModuleType("saes"), "sae_lens.saes.sae": inputs}
+    for name, fake in (fakes | {"sae_lens.saes.jumprelu_sae": module}).items():
+        monkeypatch.setitem(sys.modules, name, fake)
+    problem = make_problem(PROBLEM.shape, torch.float32, torch.device("cpu"), arch="jump_relu")
+    step = lens.sae_lens(problem)
+    error = step.squared_error(float(step.run(problem.xs[0])), problem.xs[0])
+    assert error == pytest.approx(dense_squared_error(problem), rel=0.02)
+
+
+class FakeTrainer:
+    """What the recipe asks of a trainer of dictionary_learning."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = settings
+        width, d_sae = settings["activation_dim"], settings["dict_size"]
+        self.ae = SimpleNamespace(
+            W_enc=torch.zeros(width, d_sae), b_enc=torch.zeros(d_sae), W_dec=nn.Parameter(torch.zeros(d_sae, width)),
+            b_dec=torch.zeros(width), parameters=lambda: [self.ae.W_dec], buffers=lambda: [],
+        )  # fmt: skip
+        self.optimizer = torch.optim.Adam([self.ae.W_dec])
+
+    def loss(self, x: Tensor, step: int) -> Tensor:
+        ends = torch.tensor(self.settings["group_fractions"]).cumsum(0) * len(self.ae.W_dec)
+        z = ((x - self.ae.b_dec) @ self.ae.W_enc + self.ae.b_enc).relu().flatten()
+        code = torch.zeros_like(z)
+        top = z.topk(len(x) * self.settings["k"])
+        code = code.scatter(0, top.indices, top.values).view(len(x), -1)
+        x_hats = [code[:, : round(float(end))] @ self.ae.W_dec[: round(float(end))] + self.ae.b_dec for end in ends]
+        errors = torch.stack([(x - x_hat).square().sum(1).mean() for x_hat in x_hats])
+        return errors.mean() / len(ends)
+
+
+def test_a_trainer_keeps_the_decoder_at_unit_norm_and_divides_nested_errors_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module, common = ModuleType("matryoshka_batch_top_k"), ModuleType("trainer")
+    module.MatryoshkaBatchTopKTrainer = FakeTrainer  # type: ignore[attr-defined]
+    common.remove_gradient_parallel_to_decoder_directions = lambda W, grad, *sizes: grad  # type: ignore[attr-defined]
+    common.set_decoder_norm_to_unit_norm = lambda W, *sizes: W / W.norm(dim=0)  # type: ignore[attr-defined]
+    names = ("dictionary_learning", "dictionary_learning.trainers")
+    fakes = {name: ModuleType(name) for name in names}
+    fakes |= {f"{names[1]}.matryoshka_batch_top_k": module, f"{names[1]}.trainer": common}
+    for name, fake in fakes.items():
+        monkeypatch.setitem(sys.modules, name, fake)
+    problem = make_problem(PROBLEM.shape, torch.float32, torch.device("cpu"), arch="matryoshka")
+    step = dictionaries.dictionary_learning(problem)
+    error = step.squared_error(float(step.run(problem.xs[0])), problem.xs[0])
+    assert error == pytest.approx(dense_squared_error(problem), rel=0.03)
+    torch.testing.assert_close(step.state[0].norm(dim=1), torch.ones(100))
+    assert step.state[0].grad is None
