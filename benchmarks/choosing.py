@@ -120,8 +120,8 @@ def main(
     about = provenance(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     config = {"d_sae": d_sae, "tokens": tokens, "seed": seed}
     for line in (line for line in TRAININGS if line.arch in only.split(",")):
-        train, held_out, _ = read_activations(activations, line.sites)
-        data = train[line.sites[0]], held_out[line.sites[0]]
+        acts, site = read_activations(activations, line.sites), line.sites[0]
+        data = acts.train[site], acts.held_out[site]
         for batch_tokens, rate in ((batch, rate) for batch in batches for rate in rates):
             if time.perf_counter() - started > seconds:
                 print(f"{seconds:.0f} seconds are over: {line.arch} at {rate} and {batch_tokens} is left out")

@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks import plots_architectures, plots_runs, plots_steps
+from benchmarks.choosing import choosing_text
 from benchmarks.drawing import (
     BLUE,
     DPI,
@@ -234,7 +235,7 @@ def read(path: Path) -> list[Record]:
 
 @app.default
 def main(results: Path = RESULTS, docs: Path = DOCS) -> None:
-    """Draw the pictures of docs, and write the tables of performance.md, numerics.md and architectures.md.
+    """Draw the pictures of docs, and write the tables of performance.md, numerics.md, architectures.md and choosing.md.
 
     Args:
         results: folder of JSON lines that the benchmarks have written. What is not there is left out.
@@ -265,6 +266,7 @@ def main(results: Path = RESULTS, docs: Path = DOCS) -> None:
     parts += [all_tables(found) if found.by_key else "", counters_table(counters) if counters else ""]
     pages = {"performance.md": parts, "numerics.md": [plots_runs.trainer_text(trainer)]}
     pages["architectures.md"] = [plots_architectures.pareto_text(pareto)]
+    pages["choosing.md"] = [choosing_text(read(results / "choosing.jsonl"))]
     for name, texts in pages.items():
         text = "\n\n".join(part for part in texts if part)
         print(f"{docs / name}: tables replaced" if replace_tables(docs / name, text) else text)

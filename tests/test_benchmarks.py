@@ -15,7 +15,7 @@ import torch
 
 pytest.importorskip("matplotlib")
 
-from benchmarks import pareto, plots, plots_architectures, plots_runs, plots_steps
+from benchmarks import choosing, pareto, plots, plots_architectures, plots_runs, plots_steps
 from benchmarks.ablation import RUNGS
 from benchmarks.cases import Size
 from benchmarks.checks import check_batch
@@ -124,6 +124,7 @@ def test_the_tables_of_the_docs_are_those_of_the_results() -> None:
     architectures = (ROOT / "docs" / "architectures.md").read_text("utf-8")
     assert plots_architectures.pareto_text(_read("pareto")) in architectures
     assert plots_runs.trainer_text(_read("trainer")) in (ROOT / "docs" / "numerics.md").read_text("utf-8")
+    assert choosing.choosing_text(_read("choosing")) in (ROOT / "docs" / "choosing.md").read_text("utf-8")
 
 
 def test_a_training_that_was_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,6 +151,25 @@ def test_a_penalty_is_found_by_a_line_through_trials() -> None:
         penalty = pareto.next_penalty(trials, 16)
         trials.append((penalty, 64 * (penalty / 0.1) ** -0.7))
     assert len(trials) == 3
+
+
+def test_the_table_of_learning_rates_has_a_row_a_rate_and_a_column_a_batch() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 12, generator=generator) @ torch.randn(12, 12, generator=generator)
+    line, config = pareto.Training("topk", lambda l0: {"k": 4}, ("x",)), {"d_sae": 32, "tokens": 256, "seed": 0}
+    records: list[Record] = []
+    for rate, batch in ((2e-4, 32), (2e-4, 64), (8e-4, 64)):
+        record = choosing.train_at(line, rate, batch, (x[40:], x[:40]), config, records)
+        assert record is not None
+        assert (record["l0"], record["rate"], record["batch_tokens"]) == (4, rate, batch)
+        records.append(record | {"gpu": "none", "torch": "2", "commit": "c"})
+    assert choosing.train_at(line, 8e-4, 64, (x[40:], x[:40]), config, records) is None
+    low, wide, ours = (f"{record['fvu']:.4f} ({record['never_active']})" for record in records)
+    text = choosing.choosing_text(records)
+    assert "| lr · √(d_sae / 2¹⁴) | 32 a step | 64 a step |" in text
+    assert f"| 2.0e-04 | {low} | {wide} |" in text
+    assert f"| 8.0e-04 |  | {ours} |" in text
+    assert choosing.choosing_text([]) == ""
 
 
 def test_the_table_of_architectures_has_what_was_measured() -> None:
