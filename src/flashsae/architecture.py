@@ -49,11 +49,13 @@ class Architecture:
         terms: of the loss. The first is the reconstruction, relative to the variance.
         l0: expected number of active latents a token, of the settings; for the plan.
         most: latents that are selected for each token at most, of the settings; None where there is no such number.
-        reads: sites that go in, in this order; () for all sites of a batch, two or more, which are written too.
+        reads: sites that go in, in this order; () for all sites of a batch, two or more, which are written too. Its
+            settings then have `sites` and `widths`, which training fills in with their names and widths.
         writes: sites that are reconstructed. An autoencoder writes what it reads.
         subtracts_b_dec: whether the encoder sees x - b_dec.
-        selects_by: name of a parameter that is not trained, [d_sae]: what pre-activations are multiplied by where
-            latents are selected, and there alone. encode finds it in `sae.selection_scale`.
+        selects_by: what pre-activations are multiplied by where latents are selected, and there alone: of an SAE,
+            [d_sae], not negative. encode finds it in `sae.selection_scale`.
+        scales: whether encode heeds `sae.selection_scale`, so that a crosscoder can be made of this architecture.
         initialize: sets the parameters from a sample, before the first step. None: as `flashsae.sae.initialize`.
         after_step: updates what is not trained, of the SAE and the code of a step; waits for nothing.
         finish: makes of a trained SAE one for inference, in place, such as by folding norms into weights.
@@ -82,7 +84,8 @@ class Architecture:
     reads: tuple[str, ...] = ("x",)
     writes: tuple[str, ...] = ("x",)
     subtracts_b_dec: bool = True
-    selects_by: str | None = None
+    selects_by: Callable[[SAE], Tensor] | None = None
+    scales: bool = False
     initialize: Callable[[SAE, Tensor, Tensor], None] | None = None
     after_step: Callable[[SAE, SparseCode], None] | None = None
     finish: Callable[[SAE], None] | None = None
@@ -134,6 +137,8 @@ class Architecture:
 
 _OURS = _ENTRY_POINTS = "flashsae.architectures"
 _REGISTERED: dict[str, Architecture] = {}
+_COMPOSED: dict[tuple[str, int], tuple[Architecture, Architecture]] = {}
+"""What was made of which architecture, so that there is one class of settings of each."""
 
 
 def register(architecture: Architecture) -> Architecture:
@@ -181,7 +186,10 @@ def _own(name: str, base: str | None = None) -> Architecture:
         if base is not None:
             raise ConfigError(f"arch: {name} is not made of another architecture; leave out :{base}.")
         return module.ARCHITECTURE  # type: ignore[no-any-return]
-    return compose(architecture_named(module.BASE if base is None else base))  # type: ignore[no-any-return]
+    inner = architecture_named(module.BASE if base is None else base)
+    if (name, id(inner)) not in _COMPOSED:
+        _COMPOSED[name, id(inner)] = inner, compose(inner)
+    return _COMPOSED[name, id(inner)][1]
 
 
 def composed_name(outer: str, base: Architecture, default: str) -> str:
@@ -209,6 +217,7 @@ def composed_settings(name: str, base: type, doc: str = "", **added: tuple[Any, 
         return _settings_again, (name, {each.name: getattr(settings, each.name) for each in fields(settings)})
 
     made.__reduce__ = reduced  # type: ignore[assignment, method-assign]
+    made.composed_name = name  # type: ignore[attr-defined]
     return made
 
 
@@ -267,8 +276,13 @@ def architecture_of(settings: object) -> Architecture:
     Raises:
         ConfigError: they are those of none.
     """
-    package = type(settings).__module__.partition(".")[0]
-    for names in (lambda: list(_REGISTERED), _ours, lambda: _installed(package)):
+    package, composed = type(settings).__module__.partition(".")[0], getattr(type(settings), "composed_name", None)
+    for names in (
+        lambda: list(_REGISTERED),
+        _ours,
+        lambda: [composed] if composed else [],
+        lambda: _installed(package),
+    ):
         for name in names():
             if type(settings) is architecture_named(name).settings:
                 return architecture_named(name)

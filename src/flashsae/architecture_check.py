@@ -28,6 +28,9 @@ def check_architecture(architecture: Architecture) -> None:
     _check_once(f"terms of {name}", [term.name for term in architecture.terms])
     if not architecture.terms:
         raise ConfigError(f"terms of {name}: expected at least one, such as flashsae.architecture.RECONSTRUCTION.")
+    names = [each.name for each in fields(architecture.settings)]
+    if not architecture.sites and not {"sites", "widths"}.issubset(names):
+        raise ConfigError(f"settings of {name}: expected sites and widths among them, since it takes any sites.")
     rows = {row.name: row for row in architecture.parameters}
     missing = [needed for needed in _NEEDED if needed not in rows]
     if missing:

@@ -40,8 +40,9 @@ class AbsTopKSettings:
 def encode(sae: Any, x: Tensor) -> Any:
     """Return the k of (x − b_dec) @ W_enc + b_enc that are largest by magnitude."""
     return flashsae.ops.encode_topk(
-        x, sae.W_enc_T, sae.b_enc, sae.config.arch.k, b_dec=sae.b_pre, magnitude=True, precision=sae.precision
-    )
+        x, sae.W_enc_T, sae.b_enc, sae.config.arch.k, b_dec=sae.b_pre, key_scale=sae.selection_scale, magnitude=True,
+        precision=sae.precision,
+    )  # fmt: skip
 
 
 ARCHITECTURE = Architecture(
@@ -54,5 +55,6 @@ ARCHITECTURE = Architecture(
     l0=lambda settings: settings.k,
     most=lambda settings: settings.k,
     signed=True,
+    scales=True,
     source="Zhu et al. 2025, arXiv 2510.00404: hard thresholding by the largest magnitudes",
 )

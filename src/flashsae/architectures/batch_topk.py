@@ -64,6 +64,7 @@ ARCHITECTURE = Architecture(
     ),
     encode=encode,
     terms=(RECONSTRUCTION, AUXK),
+    scales=True,
     l0=lambda settings: settings.k,
     after_step=average_threshold,
     source="Bussmann et al. 2024, section 3 and equation 4",

@@ -45,5 +45,6 @@ ARCHITECTURE = Architecture(
     terms=(RECONSTRUCTION, AUXK),
     l0=lambda settings: settings.k,
     most=lambda settings: settings.k,
+    scales=True,
     source="Gao et al. 2024, section 2.3 and appendix A.1",
 )

@@ -199,7 +199,8 @@ class IterableSource:
     Args:
         batches: read once if it is an iterator, once an epoch otherwise.
         sites: what to take of each batch. Of one site, a batch is [tokens, d_in], or a tuple, list or dict of nothing
-            else; of several it is a dict that holds them, whatever it holds beside, or as many of other names.
+            else; of several it is a dict that holds them, whatever it holds beside, or as many of other names. None:
+            all that the first batch holds.
     Raises:
         ShapeError, DtypeError: a batch is not [tokens, d_in] or not float, or width, dtype or device change.
     """
@@ -219,6 +220,8 @@ class IterableSource:
         raw = next(self._iterator, None)
         if raw is None:
             raise DataError(f"{name} is empty: expected at least one [tokens, d_in] batch.")
+        if not self._sites and isinstance(raw, Mapping):
+            self._sites = tuple(raw)
         if len(self._sites) > 1 and isinstance(raw, Mapping) and len(raw) == len(self._sites):
             self._sites = self._sites if set(raw) == set(self._sites) else tuple(raw)  # of other names, the order tells
         first = self._acts(raw)
@@ -242,9 +245,10 @@ class IterableSource:
         what = f"a batch of {self.name}"
         if len(self._sites) == 1:
             return {self._sites[0]: batch_acts(batch, what)}
-        if not isinstance(batch, Mapping) or any(site not in batch for site in self._sites):
+        if not isinstance(batch, Mapping) or not self._sites or any(site not in batch for site in self._sites):
             got = f"a dict of {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
-            raise DtypeError(f"{what}: expected a dict of {', '.join(self._sites)}, got {got}. Name its entries so.")
+            wanted = ", ".join(self._sites) or "activations by site"
+            raise DtypeError(f"{what}: expected a dict of {wanted}, got {got}. Name its entries so.")
         return acts_by_site({site: batch[site] for site in self._sites}, what)
 
     def _epoch(self) -> Iterator[Batch]:

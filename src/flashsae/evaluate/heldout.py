@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashsae.architecture import Architecture
 from flashsae.data.acts import Acts, Batch, X, acts_by_site, batch_acts, check_finite, iterate
 from flashsae.data.sources import RowSource, Source
 from flashsae.errors import ConfigError, DataError, DtypeError, FlashSAEWarning
@@ -23,7 +22,7 @@ from flashsae.metrics import FVU, LatentActivity, norm_limit
 from flashsae.neutral import neutral
 from flashsae.sae.config import SAEConfig
 from flashsae.sae.module import SAE
-from flashsae.sae.step import join_sites
+from flashsae.sae.step import in_order, join_sites
 
 NORM_TOKENS = 8192
 """Tokens whose median norm says which are outliers."""
@@ -46,6 +45,7 @@ class Evaluation:
             of the variance, fvu is about them, and this about the rest.
         outliers: tokens whose norm exceeds 10 times the median norm of the first 8192 tokens (of an array or a larger
             batch: of up to as many at equal distances).
+        site_fvu: the fvu of each site alone, by name, of an SAE that reconstructs several.
     """
 
     fvu: float
@@ -54,6 +54,7 @@ class Evaluation:
     latent_density: Tensor = field(repr=False)  # thousands of numbers
     fvu_without_outliers: float
     outliers: int
+    site_fvu: Mapping[str, float] = field(default_factory=dict)
 
 
 @neutral()
@@ -83,8 +84,9 @@ def evaluate(
     _check_sae(sae)
     if isinstance(batch_tokens, bool) or not hasattr(batch_tokens, "__index__") or batch_tokens < 1:
         raise ConfigError(f"batch_tokens: expected a positive int, got {batch_tokens!r}.")
-    first, batches = _begin(x, sae.architecture)
+    first, batches = _begin(x, sae.config)
     limit = norm_limit(torch.cat([_norms(target[:: 1 + len(target) // NORM_TOKENS]) for _, target in first] or [_NONE]))
+    of_sites = {site: (columns, FVU()) for site, columns in sae.config.columns.items()}
     fvu, activity = FVU(), LatentActivity(sae.config.d_sae, sae.W_dec.device)
     others, outliers, left_out = fvu, 0, 0
     with inference(sae):
@@ -101,6 +103,8 @@ def evaluate(
             if others is fvu and bool(is_outlier.any()):
                 others = copy(fvu)
             fvu.update(target, x_hat)
+            for columns, of_site in of_sites.values():
+                of_site.update(target[:, columns], x_hat[:, columns])
             if others is not fvu:
                 others.update(target[~is_outlier], x_hat[~is_outlier])
                 outliers += int(is_outlier.sum())
@@ -114,7 +118,8 @@ def evaluate(
             stacklevel=2,
         )
     density = activity.latent_density().cpu()
-    return Evaluation(fvu.compute(), activity.l0(), activity.tokens, density, others.compute(), outliers)
+    by_site = {site: of_site.compute() for site, (_, of_site) in of_sites.items()}
+    return Evaluation(fvu.compute(), activity.l0(), activity.tokens, density, others.compute(), outliers, by_site)
 
 
 @contextmanager
@@ -137,12 +142,15 @@ _Pair = tuple[Tensor, Tensor]
 """What an SAE reads and what it is to reconstruct, [n, d_in] and [n, d_out]: the same tensor for an autoencoder."""
 
 
-def _begin(x: Any, architecture: Architecture) -> tuple[list[_Pair], Iterator[_Pair]]:
+def _begin(x: Any, config: SAEConfig) -> tuple[list[_Pair], Iterator[_Pair]]:
     """Return tokens to know the usual norm from, and all batches from the first."""
 
+    architecture = config.architecture
+
     def pair(batch: Any, what: str) -> _Pair:
-        is_several = len(architecture.sites) > 1 and isinstance(batch, Mapping)
-        return join_sites(architecture, acts_by_site(batch, what) if is_several else {X: batch_acts(batch, what)})
+        if len(architecture.sites) == 1 or not isinstance(batch, Mapping):
+            return join_sites(architecture, {X: batch_acts(batch, what)})
+        return join_sites(architecture, in_order(config, acts_by_site(batch, what)))
 
     if isinstance(x, Tensor | np.ndarray | Mapping):
         acts = [pair(x, "x")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal
 
 from flashsae.architecture import Architecture, architecture_of, settings_of
@@ -62,6 +63,11 @@ class SAEConfig:
         chosen = check("normalize_activations", normalize_activations, kinds)
         object.__setattr__(self, "normalize_activations", chosen)
         check_normalization(self.architecture, chosen, self.d_in)
+        widths = self.arch.widths if not self.architecture.sites else (self.d_in,)
+        if sum(widths) != self.d_in or (len(widths) < 2 and not self.architecture.sites):
+            raise ConfigError(
+                f"widths: expected those of two sites or more, which sum to d_in = {self.d_in}, got {list(widths)}."
+            )
         if self.d_out != self.d_in and self.architecture.writes == self.architecture.reads:
             raise ConfigError(f"d_out: {self.architecture.title} reconstructs what it reads: leave it out.")
 
@@ -69,6 +75,15 @@ class SAEConfig:
     def architecture(self) -> Architecture:
         """What the settings are those of."""
         return architecture_of(self.arch)
+
+    @property
+    def columns(self) -> dict[str, slice]:
+        """Where each of several sites stands in what is reconstructed, by its name; {} where there is one."""
+        if self.architecture.sites:
+            return {}
+        ends = list(accumulate(self.arch.widths))
+        names = self.arch.sites or [f"site {number}" for number in range(len(ends))]
+        return {name: slice(end - width, end) for name, width, end in zip(names, self.arch.widths, ends)}
 
     @property
     def k(self) -> int:

@@ -75,6 +75,7 @@ class SAE(nn.Module):
         self.from_data = False
         """Whether rows of weights started from tokens, for an `initialize` that would choose directions itself."""
         self._now: dict[str, Tensor] = {}
+        self._selection_scale: Tensor | None = None
         table = self.architecture.parameters
         values = initial_values(table, config.sizes, None if seed is None else as_int("seed", seed), dtype, device)
         for row in table:
@@ -119,9 +120,29 @@ class SAE(nn.Module):
 
     @property
     def selection_scale(self) -> Tensor | None:
-        """What pre-activations are multiplied by for the selection alone: [d_sae], without a gradient; None: 1 each."""
-        name = self.architecture.selects_by
-        return None if name is None else getattr(self, name).detach()
+        """What pre-activations are multiplied by for the selection alone: [d_sae], without a gradient; None: 1 each.
+
+        Computed once for each `encode`, and the same until the next.
+        """
+        if self._selection_scale is None and self.architecture.selects_by is not None:
+            with torch.no_grad():
+                self._selection_scale = self.architecture.selects_by(self)
+        return self._selection_scale
+
+    def W_dec_of(self, site: str | int) -> Tensor:
+        """Return the decoder of one of several sites, by its name or place: [d_sae, d], a view of W_dec.
+
+        Raises:
+            ConfigError: there is no such site.
+        """
+        columns = self.config.columns
+        name = list(columns)[site] if isinstance(site, int) and -len(columns) <= site < len(columns) else site
+        if name not in columns:
+            raise ConfigError(
+                f"site: expected one of {', '.join(columns) or 'several, which are not here'}, got {site!r}."
+            )
+        W_dec: Tensor = self.W_dec[:, columns[str(name)]]
+        return W_dec
 
     @property
     def W_enc(self) -> Tensor:
@@ -148,6 +169,7 @@ class SAE(nn.Module):
         Raises:
             ShapeError, DtypeError: x does not fit, or the architecture returns no code.
         """
+        self._selection_scale = None
         code = self.architecture.encode(self, self._flat(x))
         if not isinstance(code, ops.SparseCode):
             raise DtypeError(

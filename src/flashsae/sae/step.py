@@ -13,6 +13,7 @@ from flashsae.architecture import RECONSTRUCTION, Architecture
 from flashsae.errors import ConfigError, ShapeError
 from flashsae.ops import DecodeLoss, SparseCode
 from flashsae.profiling import part
+from flashsae.sae.config import SAEConfig
 from flashsae.sae.dead import DeadRows, auxk_loss
 from flashsae.sae.module import SAE
 from flashsae.settings.training import AuxK
@@ -103,6 +104,25 @@ def join_sites(architecture: Architecture, batch: Mapping[str, Tensor]) -> tuple
     reads, writes = architecture.sites_of(batch)
     x = _beside([batch[site] for site in reads])
     return x, x if writes == reads else _beside([batch[site] for site in writes])
+
+
+def in_order(config: SAEConfig, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return a batch as an SAE of any sites was trained on them: in their order, where it has the same names.
+
+    Raises:
+        ShapeError: the sites have other widths.
+    """
+    columns = config.columns
+    if not columns or len(batch) < 2:
+        return batch
+    if set(columns) == set(batch):
+        batch = {site: batch[site] for site in columns}
+    widths = [int(acts.shape[-1]) for acts in batch.values()]
+    if widths != list(config.arch.widths):
+        raise ShapeError(
+            f"x: expected sites of the widths {list(config.arch.widths)}, got {widths} ({', '.join(batch)})."
+        )
+    return batch
 
 
 def _beside(tensors: list[Tensor]) -> Tensor:

@@ -92,6 +92,16 @@ def _has(architecture: str, name: str) -> bool:
     return any(each.name == name for each in fields(architecture_named(architecture).settings))
 
 
+def _of_sites(arch: Any, widths: Mapping[str, int]) -> Any:
+    """Return settings of an architecture that takes any sites with these; ConfigError where others are asked for."""
+    there = {"sites": tuple(widths), "widths": tuple(widths.values())}
+    for name, value in there.items():
+        if getattr(arch, name) not in ((), value):
+            asked, found = (", ".join(map(str, each)) for each in (getattr(arch, name), value))
+            raise ConfigError(f"{name}: expected {found}, of the activations in their order, got {asked}.")
+    return replace(arch, **there)
+
+
 def check_own_names(arch: Architecture, taken: Iterable[str]) -> None:
     """Raise ConfigError where settings of an architecture are called as others that they stand beside."""
     for name in taken:
@@ -233,7 +243,8 @@ class TrainConfig:
                 raise ConfigError(
                     f"{name}: expected {there_is}, the width of the activations, got {getattr(self, name)}."
                 )
-        config = fill(replace(self, d_in=d_in, d_out=d_out), before=architecture_of(self.arch).defaults)
+        arch = self.arch if architecture_of(self.arch).sites else _of_sites(self.arch, by_site)
+        config = fill(replace(self, d_in=d_in, d_out=d_out, arch=arch), before=architecture_of(self.arch).defaults)
         check_bounds(config.arch, config)
         return config
 

@@ -271,7 +271,31 @@ def _skip_transcoder(base: Oracle) -> Oracle:
     return replace(made, terms={name: beside(term) for name, term in made.terms.items()})
 
 
-COMPOSED = {"transcoder": (_transcoder, "topk"), "skip_transcoder": (_skip_transcoder, "topk")}
+@dataclass(frozen=True)
+class _Crosscoder(Oracle):
+    """Selects by values times Σ over sites of the norms of their decoders; `widths` is a setting."""
+
+    def __call__(self, x: Tensor, params: Params, *, topk: TopK = stable_topk, **settings: Any) -> Tensor:
+        """As of `Oracle`."""
+        of_sites = torch.split(params["W_dec"].detach(), list(settings["widths"]), dim=1)
+        norms = torch.stack([W_dec.norm(dim=1) for W_dec in of_sites]).sum(0)
+
+        def by_norm(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+            places = topk((values.view(len(x), -1) * norms).view_as(values), k)[1]
+            return values.gather(-1, places), places
+
+        return super().__call__(x, params, topk=by_norm, **settings)
+
+
+def _crosscoder(base: Oracle) -> Oracle:
+    return _Crosscoder(**vars(_transcoder(base)))
+
+
+COMPOSED = {
+    "transcoder": (_transcoder, "topk"),
+    "skip_transcoder": (_skip_transcoder, "topk"),
+    "crosscoder": (_crosscoder, "batch_topk"),
+}
 """What makes the oracle of an architecture of that of another one, and which that is by default."""
 
 

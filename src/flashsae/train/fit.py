@@ -160,7 +160,7 @@ def _source(x: Any, sites: Sequence[str]) -> ArraySource | IterableSource:
     """Return the activations as a source."""
     if isinstance(x, Tensor | np.ndarray | Mapping):
         return ArraySource(x)
-    return IterableSource(x, sites=sites if len(sites) > 1 else (X,))
+    return IterableSource(x, sites=(X,) if len(sites) == 1 else sites)
 
 
 def _default_tokens(source: ArraySource | IterableSource) -> int:

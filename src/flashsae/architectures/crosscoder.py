@@ -1,0 +1,88 @@
+"""Crosscoders: one dictionary for several sites, such as layers of a model, or two models on the same tokens.
+
+    code = selection of Σ_s W_enc[s] x[s] + b_enc
+    x_hat[s] = W_dec[s] code + b_dec[s]
+    loss = Σ_s ‖x[s] − x_hat[s]‖²
+
+Sites stand beside each other: W_enc[s] and W_dec[s] are the columns of a site in W_enc_T and W_dec, b_dec[s] its part
+of b_dec. Latents are selected by what they count for at all sites together,
+
+    acts_i · Σ_s ‖W_dec[i, s]‖,
+
+in BatchTopK over a batch, and in inference above a threshold of the same number, where sparsity by a penalty would have
+it as the weight of acts_i. Norms have no gradient here. A latent and its row of W_dec can be scaled against each other
+without changing anything, so the row as a whole has norm 1, and the sum is between 1 and the root of the number of
+sites: it says over how many of them the latent is spread.
+
+By default each site is scaled to a unit mean square for the training, so that none outweighs the others, and this is
+folded into what is saved. Columns of W_dec then have other norms; `site_scale` has the factors, so that latents are
+selected as they were in training.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import flashsae
+from flashsae.architecture import Architecture, Parameter, composed_name, composed_settings
+from flashsae.errors import ConfigError
+from flashsae.settings.kinds import PositiveInt
+
+BASE = "batch_topk"
+SETTINGS = """
+sites: Names of the sites, in their order. May be repeated. Default: as they come.
+widths: Widths that the activations of the sites must have, in their order. May be repeated. Default: as they come.
+"""
+SITE_SCALE = Parameter(
+    "site_scale", ("d_out",), "what columns of W_dec count for in a selection", 1.0, power=-1, trained=False
+)
+
+
+def norms_of_sites(sae: Any) -> Any:
+    """Return Σ_s ‖W_dec[i, s]‖ of each latent, [d_sae], as in training: one pass over W_dec, each column read once."""
+    import torch  # not for a help text
+
+    dtype = torch.promote_types(sae.W_dec.dtype, torch.float32)
+    total: Any = 0
+    for columns in sae.config.columns.values():
+        norms = torch.linalg.vector_norm(sae.W_dec.detach()[:, columns], dim=1, dtype=dtype)
+        total = total + norms * sae.site_scale[columns.start].to(dtype)
+    return total
+
+
+def compose(base: Architecture) -> Architecture:
+    """Return the crosscoder with the selection of another architecture.
+
+    Raises:
+        ConfigError: its encoder does not select by what `sae.selection_scale` says.
+    """
+    if not base.scales or len(base.sites) != 1 or base.direct is not None:
+        raise ConfigError(
+            f"arch: a crosscoder selects latents by their values times the norms of their decoders, and {base.title} "
+            "does not select by a scale; compose crosscoder of topk, batch_topk, abs_topk or matryoshka."
+        )
+    name = composed_name("crosscoder", base, BASE)
+
+    def initialize(sae: Any, x: Any, target: Any) -> None:
+        sae.b_enc.copy_(-(sae.W_enc_T @ x.mean(0, dtype=sae.b_enc.dtype)))  # latents begin as those of x about its mean
+        (base.initialize or flashsae.sae.initialize)(sae, x, target)
+
+    # a threshold that is one number is one of values times norms, which have no unit
+    rows = (replace(row, power=0) if (row.name, row.shape) == ("threshold", ()) else row for row in base.parameters)
+    return replace(
+        base,
+        name=name,
+        title="Crosscoder" if base.name == BASE else f"{base.title} crosscoder",
+        settings=composed_settings(
+            name, base.settings, SETTINGS, sites=(tuple[str, ...], ()), widths=(tuple[PositiveInt, ...], ())
+        ),
+        parameters=(*rows, SITE_SCALE),
+        reads=(),
+        writes=(),
+        subtracts_b_dec=False,
+        selects_by=norms_of_sites,
+        initialize=initialize,
+        defaults={**base.defaults, "normalize_activations": "mean_square"},
+        source=f"Lindsey et al. 2024, Sparse crosscoders; the selection: Minder et al. 2025, section 3; {base.source}",
+    )
