@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flashsae.errors import ConfigError, DtypeError, ShapeError
@@ -121,15 +122,16 @@ def _by_latent(code: SparseCode) -> SparseCode:
 
 
 def _rows(pattern: Pattern, level: Tensor, L: int) -> tuple[Tensor, Tensor]:
-    """Return the row of each place, and where each row starts."""
-    B, device = pattern.B, pattern.latents.device
-    if pattern.starts is None:
-        first = torch.arange(0, B * L, L, dtype=torch.int32, device=device)
-        rows = (first[:, None] + level).reshape(-1)
-    else:
+    """Return the row of each place, and where each starts; `level` is that of each place, or [k], of every token."""
+    B, k, device = pattern.B, pattern.k, pattern.latents.device
+    if k is None:
         rows = (pattern.tokens * L + level).clamp_max(B * L)
-    numbers = torch.arange(B * L + 1, dtype=torch.int32, device=device)
-    return rows, torch.searchsorted(rows, numbers, out_int32=True)
+        numbers = torch.arange(B * L + 1, dtype=torch.int32, device=device)
+        return rows, torch.searchsorted(rows, numbers, out_int32=True)
+    token = torch.arange(B, dtype=torch.int32, device=device)[:, None]
+    numbers = torch.arange(L, dtype=torch.int32, device=device).expand(*level.shape[:-1], L).contiguous()
+    starts = (token * k + torch.searchsorted(level, numbers, out_int32=True)).reshape(-1)
+    return (token * L + level).reshape(-1), F.pad(starts, (0, 1), value=B * k)
 
 
 def _as_weights(weights: Sequence[float] | Tensor | None, L: int, code: SparseCode) -> Tensor:
