@@ -46,8 +46,8 @@ class Training:
         arch: its name.
         settings: its settings for an L0.
         sites: hookpoints of the model.
-        penalty: the setting that decides L0, where none says it outright; trials find its value, beginning with that
-            of `settings`.
+        penalty: the setting that decides L0, where none says it outright; trainings find its value, beginning with that of
+            `settings`, and the last one counts.
     """
 
     arch: str
@@ -56,8 +56,8 @@ class Training:
     penalty: str = ""
 
 
-MOST_TRIALS, TRIAL_SHARE, NEAR = 4, 4, 1.1
-"""Trials of a penalty, each with a fourth of the tokens, until L0 is so near, by a factor."""
+MOST_TRIALS, NEAR = 4, 1.1
+"""Trainings to find a penalty with, until L0 is so near, by a factor."""
 
 
 Config = Mapping[str, int]
@@ -75,8 +75,8 @@ TRAININGS = (
     Training("matryoshka", _k),
     Training("hierarchical_topk", _k),
     Training("jump_relu", lambda l0: {"target_l0": float(l0)}),
-    Training("relu", lambda l0: {"l1": 3 / l0}, penalty="l1"),
-    Training("gated", lambda l0: {"l1": 3 / l0}, penalty="l1"),
+    Training("relu", lambda l0: {"l1": 2.5 / l0}, penalty="l1"),
+    Training("gated", lambda l0: {"l1": 2.5 / l0}, penalty="l1"),
     Training("transcoder", _k, MLP),
     Training("skip_transcoder", _k, MLP),
     Training("crosscoder", _k, LAYERS),
@@ -116,13 +116,18 @@ def train_one(training: Training, l0: int, folder: Path, config: Config, done: l
     }  # fmt: skip
     if any(all(other.get(name) == record[name] for name in SAME) for other in done):
         return None
-    settings, trials = find_penalty(training, l0, acts, config)
+    settings, trials = dict(training.settings(l0)), Trials()
     started = time.perf_counter()
-    sae = fit_one(training.arch, settings, acts, config)
-    seconds = time.perf_counter() - started
-    found = flashsae.evaluate(sae, _alone(acts.held_out))
+    while True:
+        sae = fit_one(training.arch, settings, acts, config)
+        found = flashsae.evaluate(sae, _alone(acts.held_out))
+        trials.append((settings.get(training.penalty, 0.0), found.l0))
+        if not training.penalty or len(trials) == MOST_TRIALS or 1 / NEAR < found.l0 / l0 < NEAR:
+            break
+        settings[training.penalty] = next_penalty(trials, l0)
+    seconds = (time.perf_counter() - started) / len(trials)
     return record | {
-        "settings": asdict(sae.config.arch), "trials": trials, "d_in": sae.config.d_in, "d_out": sae.config.d_out,
+        "settings": asdict(sae.config.arch), "trials": trials if training.penalty else [], "d_in": sae.config.d_in, "d_out": sae.config.d_out,
         "l0": round(found.l0, 3), "fvu": round(found.fvu, 6),
         "never_active": int((found.latent_density == 0).sum()), "held_out_tokens": found.tokens,
         "seconds": round(seconds, 2),
@@ -133,19 +138,6 @@ def fit_one(arch: str, settings: Mapping[str, Any], acts: Acts, config: Config) 
     """Train one SAE."""
     made = flashsae.TrainConfig(**{**config, "arch": settings_of(arch, **settings)})
     return flashsae.fit(_alone(acts.train), d_sae=config["d_sae"], config=made, progress=False)
-
-
-def find_penalty(training: Training, l0: int, acts: Acts, config: Config) -> tuple[dict[str, Any], Trials]:
-    """Return the settings that give about an L0, by short trainings, and each trial: the penalty and its L0."""
-    settings, trials = dict(training.settings(l0)), Trials()
-    short = {**config, "tokens": config["tokens"] // TRIAL_SHARE}
-    while training.penalty and len(trials) < MOST_TRIALS:
-        found = flashsae.evaluate(fit_one(training.arch, settings, acts, short), _alone(acts.held_out)).l0
-        trials.append((settings[training.penalty], found))
-        if 1 / NEAR < found / l0 < NEAR:
-            break
-        settings[training.penalty] = next_penalty(trials, l0)
-    return settings, trials
 
 
 def next_penalty(trials: Trials, l0: float) -> float:
