@@ -59,5 +59,5 @@ def _is_there(arch: str) -> bool:
     return arch.partition(":")[0] in architecture_names(installed=False)
 
 
-MEASURED = [arch for arch in (*TIMES_TOPK, "matryoshka:topk") if _is_there(arch)]
+MEASURED = [arch for arch in (*TIMES_TOPK, "matryoshka:topk", "crosscoder:topk") if _is_there(arch)]
 CASES = (_ours(BASE), *(case for arch in MEASURED for case in _cases(arch)))

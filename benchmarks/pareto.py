@@ -46,8 +46,8 @@ class Training:
         arch: its name.
         settings: its settings for an L0.
         sites: hookpoints of the model.
-        penalty: the setting that decides L0, where none says it outright; trainings find its value, beginning with that of
-            `settings`, and the last one counts.
+        penalty: the setting that decides L0, where none says it outright; trainings find its value, beginning with that
+            of `settings`, and the last one counts.
     """
 
     arch: str
@@ -127,7 +127,7 @@ def train_one(training: Training, l0: int, folder: Path, config: Config, done: l
         settings[training.penalty] = next_penalty(trials, l0)
     seconds = (time.perf_counter() - started) / len(trials)
     return record | {
-        "settings": asdict(sae.config.arch), "trials": trials if training.penalty else [], "d_in": sae.config.d_in, "d_out": sae.config.d_out,
+        "settings": asdict(sae.config.arch), "trials": trials, "d_in": sae.config.d_in, "d_out": sae.config.d_out,
         "l0": round(found.l0, 3), "fvu": round(found.fvu, 6),
         "never_active": int((found.latent_density == 0).sum()), "held_out_tokens": found.tokens,
         "seconds": round(seconds, 2),

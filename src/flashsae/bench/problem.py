@@ -109,6 +109,8 @@ def make_problem(
 
     settings = arch_settings(arch, shape)
     sites = sites_of(settings, shape)
+    if not architecture_of(settings).sites:  # its settings tell them
+        settings = replace(settings, sites=tuple(sites.widths), widths=tuple(sites.widths.values()))
     width = sum(sites.widths.values())
     x_bytes = shape.batch_tokens * width * dtype.itemsize
     turns = min(4, -(-L2_BYTES // x_bytes)) if device.type == "cuda" else 2
