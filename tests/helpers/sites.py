@@ -29,7 +29,12 @@ class PairSettings(TopKSettings):
 
     Args:
         k: Latents active for each token.
+        sites: Their names.
+        widths: Of their activations.
     """
+
+    sites: tuple[str, ...] = ()
+    widths: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,8 @@ OURS = [name for name in architecture_names(installed=False) if architecture_nam
 """All autoencoders, also those that are yet to come."""
 PAIRED = ["transcoder", "skip_transcoder:jump_relu", "transcoder:batch_topk", "bridge"]
 """What reads one site and writes another."""
+SEVERAL = ["crosscoder", "crosscoder:topk", "pair"]
+"""What reads and writes both."""
 PAIRS = [
     ("power_of_two", "none"),
     ("none", "mean_square"),
@@ -66,13 +68,13 @@ def same(a: SAE, b: SAE) -> bool:
 
 
 def joined(arch: str) -> tuple[torch.Tensor, torch.Tensor]:
-    if arch == "pair":
+    if arch in SEVERAL:
         return (torch.cat([X, Y], 1),) * 2
     return (X, Y) if arch in PAIRED else (X, X)
 
 
 @pytest.mark.parametrize(("first", "again"), PAIRS)
-@pytest.mark.parametrize("arch", [*OURS, *PAIRED, "pair"])
+@pytest.mark.parametrize("arch", [*OURS, *PAIRED, *SEVERAL])
 def test_a_training_starts_with_the_function_that_was_saved(arch: str, first: str, again: str) -> None:
     if first == "layer_norm" and arch not in OURS:
         return
@@ -196,6 +198,19 @@ def test_rows_that_training_would_make_shorter_are_refused() -> None:
         sae.W_dec[3] *= 1.5
     with pytest.raises(ConfigError, match=r"init_from: expected rows of W_dec of norm 1, .* norms from 1 to 1\.5"):
         start(X, sae)
+
+
+@pytest.mark.parametrize("arch", ["crosscoder", "crosscoder:topk"])
+def test_a_crosscoder_goes_on_where_its_sites_have_other_scales(arch: str) -> None:
+    saved = flashsae.fit(SITES, config=config(arch=arch), progress=False)
+    x = {"before": 3 * X, "after": Y / 50}
+    state = start(x, saved, arch=arch)
+    torch.testing.assert_close(state.sae.W_dec.norm(dim=1), torch.ones(16))
+    begun, read = state.current_sae(), torch.cat([3 * X, Y / 50], 1)
+    agree = ((begun.encode(read).to_dense() != 0) == (saved.encode(read).to_dense() != 0)).all(1)
+    assert agree.float().mean() > 0.98
+    for ours, theirs in zip(begun(read)[agree].split([8, 6], 1), saved(read)[agree].split([8, 6], 1)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * float(theirs.detach().abs().amax()))
 
 
 def test_what_is_no_saved_sae_is_refused(tmp_path: Path) -> None:

@@ -34,6 +34,8 @@ OURS = [name for name in architecture_names(installed=False) if architecture_nam
 """All autoencoders, also those that are yet to come."""
 PAIRED = ["transcoder", "skip_transcoder:jump_relu", "transcoder:batch_topk", "bridge"]
 """What reads one site and writes another."""
+SEVERAL = ["crosscoder", "crosscoder:topk", "pair"]
+"""What reads and writes both."""
 SMALL: dict[str, Any] = {"batch_tokens": 64, "tokens": 64 * 12, "checkpoint_every_steps": 5, "d_sae": 16}
 
 
@@ -52,9 +54,15 @@ def same(a: SAE, b: SAE) -> bool:
     return all(torch.equal(tensor, b.state_dict()[name]) for name, tensor in a.state_dict().items())
 
 
+def beside_each_other(arch: str) -> tuple[Tensor, Tensor]:
+    if arch in SEVERAL:
+        return (torch.cat([X, Y], 1),) * 2
+    return (X, Y) if arch in PAIRED else (X, X)
+
+
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("arch", [*OURS, *PAIRED, "pair"])
+@pytest.mark.parametrize("arch", [*OURS, *PAIRED, *SEVERAL])
 def test_the_finished_sae_does_to_activations_what_the_trained_one_does_to_scaled_ones(
     arch: str, kind: str, precision: str
 ) -> None:
@@ -65,7 +73,7 @@ def test_the_finished_sae_does_to_activations_what_the_trained_one_does_to_scale
         return
     state, config = state_of(x, kind, arch=arch, precision=precision)
     sae = train(state, config)
-    beside = {**dict.fromkeys(PAIRED, (X, Y)), "pair": (torch.cat([X, Y], 1),) * 2}.get(arch, (X, X))
+    beside = beside_each_other(arch)
     seen, target = state.scaling(*beside)
     assert {seen.dtype, target.dtype} == {torch.float32}
     trained = SAE(state.sae.config)
@@ -123,7 +131,7 @@ def config(kind: str, **changes: Any) -> TrainConfig:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("arch", [*OURS, *PAIRED, "pair"])
+@pytest.mark.parametrize("arch", [*OURS, *PAIRED, *SEVERAL])
 def test_a_training_is_resumed_to_the_same_bytes(arch: str, kind: str, tmp_path: Path) -> None:
     x: Any = X if arch in OURS else SITES
     if kind == "layer_norm" and x is SITES:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
-from flashsae.architecture import Architecture, architecture_of, settings_of
+from flashsae.architecture import Architecture, Parameter, architecture_of, settings_of
 from flashsae.errors import ConfigError
 from flashsae.sae.config import SAEConfig
 from flashsae.sae.module import SAE
@@ -135,21 +137,48 @@ def start_from(sae: SAE, saved: SAE, scaling: Scaling) -> None:
         saved: of an architecture that `check_start` lets pass.
         scaling: of the training.
     Raises:
-        ConfigError: rows that keep norm 1 in training have another one.
+        ConfigError: rows that keep norm 1 in training have others, and to make them so would change a selection.
     """
     values = scaling.unfolded(saved.float() if saved.W_dec.dtype.itemsize < 4 else saved).state_dict()
-    for row in sae.architecture.parameters:
-        if row.name not in values:
-            continue
-        if row.unit_norm:
-            norms = values[row.name].double().norm(dim=1)
-            if not bool(((norms - 1).abs() < _UNIT).all()):
-                raise ConfigError(
-                    f"init_from: expected rows of {row.name} of norm 1, which training keeps, and they have norms from "
-                    f"{norms.min().item():.3g} to {norms.max().item():.3g}. Divide them by these, and multiply what "
-                    "gives the values of their latents, where that does not change which are chosen."
-                )
-        getattr(sae, row.name).copy_(values[row.name])
+    table = sae.architecture.parameters
+    for norms in [
+        _norms_to_fold(sae, row.name, values[row.name]) for row in table if row.unit_norm and row.name in values
+    ]:
+        if norms is not None:
+            values = {row.name: _folded(row, values[row.name], norms) for row in table if row.name in values}
+    for row in table:
+        if row.name in values:
+            getattr(sae, row.name).copy_(values[row.name])
+
+
+def _norms_to_fold(sae: SAE, name: str, rows: Tensor) -> Tensor | None:
+    """Return by what to divide rows so that they have norm 1, [d_sae] or one number, if that changes no selection.
+
+    It does not where all norms are one number, or where latents are selected by their values times these norms.
+    """
+    norms: Tensor = torch.linalg.vector_norm(rows.double(), dim=1)
+    least, most = norms.min().item(), norms.max().item()
+    if max(1 - least, most - 1) < _UNIT:
+        return None
+    if least > 0 and most / least < 1 + _UNIT:
+        near = 2.0 ** round(math.log2(most))  # what is a power of two rounds nothing
+        return norms.new_tensor(near if abs(most / near - 1) < _UNIT else (least + most) / 2)
+    if least > 0 and sae.architecture.selects_by is not None:
+        return norms
+    raise ConfigError(
+        f"init_from: expected rows of {name} of norm 1, which training keeps, and they have norms from {least:.3g} to "
+        f"{most:.3g}. Divide them by these, and multiply what gives the values of their latents, where that does not "
+        "change which are chosen."
+    )
+
+
+def _folded(row: Parameter, value: Tensor, norms: Tensor) -> Tensor:
+    """Return a parameter of the SAE whose latents have values that are `norms` times as large."""
+    if not row.per_latent:
+        return value * norms.to(value) ** row.power if norms.dim() == 0 and not row.shape else value
+    power = row.power + {"d_in": 1, "d_out": -1}.get(row.shape[-1], 0)
+    factors = norms.to(value) ** power
+    return value * (factors[:, None] if factors.dim() and value.dim() == 2 else factors)
 
 
 def digest_of(sae: SAE) -> str:
