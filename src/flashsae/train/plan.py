@@ -126,7 +126,7 @@ def _gpu_step(config: TrainConfig) -> int:
     n, d, B, k = config.d_sae, config.d_in, config.batch_tokens, _active(config)
     width = 4 if config.precision == "tf32" else 2
     tokens = B * d * (2 + 4 + (6 if config.precision == "float32" else width))  # as they come, whole, centred
-    code = B * k * (4 + 8 + 8 + 4 + 4 + 4)
+    code = max(B * k * (4 + 8 + 8 + 4 + 4 + 4), _full_code(config))
     rows = min(B, max(1, WORKSPACE_BYTES // (n * width)))
     workspace = rows * n * width * (1 + 1 / 16)
     if config.precision == "float32":
@@ -142,8 +142,16 @@ def _active(config: TrainConfig) -> float:
     return architecture_of(config.arch).l0(config.arch)
 
 
+def _full_code(config: TrainConfig) -> int:
+    """Return the memory of a code above a threshold while it is dense, as most are at the start; 0 for others.
+
+    Pre-activations, values and gradients of both are alive at once, and those of the loss by them for a moment.
+    """
+    return 20 * config.batch_tokens * config.d_sae if architecture_of(config.arch).varies else 0
+
+
 def _cpu_step(config: TrainConfig) -> int:
     """Return the same where the gradient of a matrix is whole, one matrix at a time."""
     n, d, B = config.d_sae, config.d_in, config.batch_tokens
-    workspace = min(WORKSPACE_BYTES, 12 * B * n)
+    workspace = max(min(WORKSPACE_BYTES, 12 * B * n), _full_code(config))
     return int(max(16 * n * d, workspace) + 4 * B * (8 * d + 8 * _active(config)))

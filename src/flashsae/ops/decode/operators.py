@@ -137,7 +137,7 @@ def _decode_loss(
             errors, residual = launch_residual(x_hat, b_dec, target, token_weights)
             grad_acts = dense.decode_grad_acts(residual, code, W_dec)
             scale = -2.0 if token_weights is None else _of_entries(-2.0 * token_weights.float(), code)
-            return errors, x_hat, residual, grad_acts * scale
+            return errors, x_hat, residual, grad_acts.mul_(scale)
         if code.k is None or code.k <= LARGEST_FUSED_K:
             return launch_decode_loss(acts, code, W_dec, b_dec, target, token_weights)
     dtype = compute_dtype(W_dec.dtype, acts.dtype, target.dtype)
