@@ -141,8 +141,8 @@ class TrainConfig:
             Default: 6.25e-10.
         warmup_steps: Steps of rise of the learning rate; no more than there are. Default: 5 % of the steps, 1000 at
             most.
-        warmup: How it rises: linear, or cosine, which begins and ends slowly. Default: linear.
-        warmup_start: Fraction of lr that the rise begins above. Default: 0.
+        warmup: How the learning rate rises: linear, or cosine, which begins and ends slowly. Default: linear.
+        warmup_start: Fraction of lr that the rise begins above, such as 0.1. Default: 0.
         decay_fraction: Last fraction of the steps, in which the learning rate falls linearly to 0. Where it overlaps
             the rise, the lower of both holds. Default: 0.2.
         clip_norm: Largest global norm of the gradient. Default: no clipping.
