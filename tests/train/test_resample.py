@@ -76,9 +76,8 @@ def _config(**changes: Any) -> TrainConfig:
         "d_sae": 64, "k": 4, "arch": "restarting", "tokens": B * 35, "batch_tokens": B, "lr": 3e-3, "auxk_alpha": 0.0,
         "resample_every_steps": EVERY, "checkpoint_every_steps": 1000,
     }  # fmt: skip
-    return TrainConfig(**{**settings, **changes}).resolve(
-        {"before": 16, "after": 6} if "transc" in str(changes) else 16
-    )
+    asked = {name: value for name, value in {**settings, **changes}.items() if value is not None}
+    return TrainConfig(**asked).resolve({"before": 16, "after": 6} if "transc" in str(changes) else 16)
 
 
 def _state(config: TrainConfig, checkpoints: Path | None = None, dead: list[int] = DEAD, x: Any = X) -> TrainState:
@@ -145,6 +144,16 @@ def test_a_training_revives_them_and_without_resampling_it_does_not() -> None:
         state = _state(config)
         train(state, config)
         alive[every] = int((state.dead.tokens_since_fired[DEAD] < 20 * B).sum())
+    assert alive == {EVERY: 5, 0: 0}
+
+
+def test_dead_latents_of_relu_come_back_to_life() -> None:
+    alive = {}
+    for every in (EVERY, 0):
+        config = _config(arch="relu", k=None, l1=0.02, resample_every_steps=every)
+        state = _state(config)
+        _steps(state, config, EVERY + 1)
+        alive[every] = int((state.dead.tokens_since_fired[DEAD] == 0).sum())
     assert alive == {EVERY: 5, 0: 0}
 
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import flashsae
 from flashsae.architecture import AUTOENCODER, AUXK, RECONSTRUCTION, Architecture, Progress, Term
-from flashsae.settings.kinds import Fraction, NonNegativeFloat, Range, check_fields
+from flashsae.settings.kinds import Fraction, NonNegativeFloat, NonNegativeInt, Range, check_fields
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,12 +45,15 @@ class ReLUSettings:
         p_end: Exponent of the activations in the penalty at the last step, to which it falls linearly from 1. 1 leaves
             it at that, the L1 norm; Karvonen et al. go to 0.2.
         p_start: Fraction of the steps from which on it falls.
+        resample_every_steps: Steps between two resamplings, at which dead latents start again as tokens that are
+            explained worst (Bricken et al. 2023); 0 turns it off.
     """
 
     l1: NonNegativeFloat = 0.1
     l1_warmup: Fraction = 0.05
     p_end: Annotated[float, Range("a number above 0, 1 at most", lambda p: 0 < p <= 1)] = 1.0
     p_start: Fraction = 0.5
+    resample_every_steps: NonNegativeInt = 0
 
     def __post_init__(self) -> None:
         check_fields(self)
