@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from flashsae.architectures.batch_topk import BatchTopKSettings
+from flashsae.bench import ours
 from flashsae.bench.ours import Variant, build_ours, expected_rows, make_state
 from flashsae.bench.problem import dense_squared_error, make_problem
 from flashsae.bench.setups import Shape
@@ -29,6 +30,13 @@ def test_steps_start_from_the_problem_and_fall(variant: Variant) -> None:
     assert losses == sorted(losses, reverse=True)
     assert step.squared_error(losses[0], x) == pytest.approx(dense_squared_error(problem), rel=0.02)
     assert (step.expected is not None) == (variant == Variant("float32"))
+
+
+def test_codes_above_a_threshold_have_room_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(ours, "room_of", lambda sae, device: asked.append(sae.architecture.name))
+    assert build_ours(PROBLEM, Variant()).state.room is None
+    assert asked == ["topk"]
 
 
 def test_the_first_float32_update_is_that_of_torch_adam() -> None:

@@ -24,7 +24,7 @@ from flashsae.testing import UnitNormAdam
 from flashsae.train.config import TrainConfig
 from flashsae.train.graph import CapturedSteps
 from flashsae.train.scaling import Scaling
-from flashsae.train.state import TrainState, build_optimizer
+from flashsae.train.state import TrainState, build_optimizer, room_of
 from flashsae.train.step import train_step
 
 SAMPLED_ROWS = 48
@@ -153,7 +153,8 @@ def make_state(problem: Problem, config: TrainConfig, build_optimizer: BuildOpti
     no_batches = cast(Batches, None)  # each step is given its batch
     variance = token_variance(problem.sites.written(problem.xs[0]))
     scaling = Scaling.uniform(1.0, sae.config.d_in, sae.config.d_out)
-    return TrainState(sae, build_optimizer(sae, config), dead, no_batches, scaling, variance)
+    room = room_of(sae, problem.device)
+    return TrainState(sae, build_optimizer(sae, config), dead, no_batches, scaling, variance, room=room)
 
 
 def build_ours(problem: Problem, variant: Variant) -> OurStep:

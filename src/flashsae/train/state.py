@@ -140,7 +140,7 @@ def init_state(
         _begin(sae, config, sample, batches, start)
     dead = DeadLatents(config.d_sae, config.dead_after_tokens, device)
     state = TrainState(sae, build_optimizer(sae, config), dead, batches, scaling, variance, warnings=warnings)
-    state.room, state.start = _room(sae, device), None if start is None else digest_of(start)
+    state.room, state.start = room_of(sae, device), None if start is None else digest_of(start)
     if found:
         checkpoint = load_checkpoint(found[-1])
         check_settings(config, checkpoint)
@@ -163,7 +163,8 @@ def _begin(sae: SAE, config: TrainConfig, sample: Sample, batches: Batches, star
     sae.initialize_from(sample.x, sample.target)
 
 
-def _room(sae: SAE, device: torch.device) -> Room | None:
+def room_of(sae: SAE, device: torch.device) -> Room | None:
+    """Return the room that codes of a training begin with, where there is to be any."""
     return Room() if sae.architecture.varies and device.type == "cuda" else None
 
 
