@@ -87,6 +87,27 @@ def _encode_above(p: Tensors) -> Tensors:
     return result | _lists(code.pattern) | {"count": code.pattern.count}
 
 
+def _full(p: Tensors) -> Tensors:
+    found = {}
+    for capacity in ("full", "any"):
+        q = _leaves(p, "x", "W_enc_T", "b_enc", "b_dec", "W_dec")
+        operands = q["x"], q["W_enc_T"], q["b_enc"], p["thresholds"] * 0 - 99  # which all exceed
+        code = ops.encode_above(*operands, b_dec=q["b_dec"], capacity=capacity)  # type: ignore[arg-type]
+        looked = code.acts * ops.per_latent(p["latent_values"], code.pattern)
+        outputs = {
+            "loss": ops.decode_loss(code, q["W_dec"], q["b_dec"], p["x"], token_weights=p["token_weights"]).loss,
+            "x_hat": ops.decode(code.replace(looked), q["W_dec"]),
+            "sums": ops.latent_sums(code.acts, code.pattern),
+            "again": ops.pre_acts(*operands[:3], code.pattern, b_dec=q["b_dec"]),
+        }
+        upstream = {"loss": torch.ones_like(outputs["loss"]), "x_hat": p["grad_x_hat"], "sums": p["latent_values"]}
+        part = _with_gradients(outputs, upstream, q)
+        if code.pattern.count is not None:
+            part["count"] = code.pattern.count
+        found |= {f"{capacity} {key}": tensor for key, tensor in part.items()}
+    return found
+
+
 def _lists(pattern: Pattern) -> Tensors:
     index = pattern.index
     lists = {"entries": index.entries, "latents": index.latents, "offsets": index.offsets}
@@ -240,6 +261,7 @@ OPERATIONS: dict[str, Callable[[Tensors], Tensors]] = {
     "encode_topk": _encode,
     "encode_batch_topk": _encode_batch,
     "encode_above": _encode_above,
+    "full code": _full,
     "pre_acts": _pre_acts,
     "per_latent": _per_latent,
     "latent_sums": _latent_sums,
