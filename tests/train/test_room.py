@@ -206,7 +206,7 @@ def test_a_resumed_run_goes_by_the_same_room(tmp_path: Path, monkeypatch: pytest
     whole.room = Room()
     steps(whole, config, 7)
     save_checkpoint(tmp_path, to_checkpoint(whole, config))
-    monkeypatch.setattr("flashsae.train.state._room", lambda sae, device: Room())
+    monkeypatch.setattr("flashsae.train.state.room_of", lambda sae, device: Room())
     resumed = state_of(config, tmp_path)
     assert resumed.room == whole.room
     assert resumed.room is not whole.room
