@@ -62,6 +62,8 @@ class Architecture:
         direct: what is added to the reconstruction beside the code, of x: [B, d_in] -> [B, d_out], differentiable.
         levels: of an SAE and a code, what `flashsae.ops.decode_loss` needs to know of nested reconstructions: prefixes
             or budgets, and level_weights. The first term is then `NESTED`.
+        main_part: of an SAE and a code in training, the part that inference would give, where the loss is of more: what
+            is logged and counted, and what the reconstruction is of outside the loss.
         schedule: numbers that change from step to step, or lists of as many numbers each time; encode and terms find
             them in `sae.now`, on the device. The numbers of `Progress.end()` are those of inference.
         width: latents of a token that a code with a fixed number of them has room for at a step, as `sae.width`. On a
@@ -91,6 +93,7 @@ class Architecture:
     finish: Callable[[SAE], None] | None = None
     direct: Callable[[SAE, Tensor], Tensor] | None = None
     levels: Callable[[SAE, SparseCode], Mapping[str, Any]] | None = None
+    main_part: Callable[[SAE, SparseCode], SparseCode] | None = None
     schedule: Callable[[SAEConfig, Progress], Mapping[str, float | Sequence[float]]] | None = None
     width: Callable[[Any, Progress], int] | None = None
     varies: bool = False

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from flashsae.architecture import (
     NESTED,
-    RECONSTRUCTION,
     Architecture,
     Progress,
     composed_name,
@@ -78,6 +77,10 @@ def sampled_prefixes(count: int, d_sae: int, seed: int, step: int) -> list[int]:
 def schedule(config: flashsae.SAEConfig, progress: Progress) -> Mapping[str, Sequence[float]]:
     """Return the prefixes of a step, where they are sampled; look at them, where they are not."""
     arch, fixed = config.arch, prefixes_of(config.arch.prefixes, config.d_sae)
+    if getattr(arch, "multi_topk", 0):
+        raise ConfigError(
+            "multi_topk: expected 0 where reconstructions are nested by latents: they are levels already."
+        )
     if arch.prefix_sampling == "fixed":
         return {}
     if progress == Progress.end():
@@ -115,7 +118,7 @@ def compose(base: Architecture) -> Architecture:
 
     Source: Bussmann et al. 2025, "Learning multi-level features with Matryoshka sparse autoencoders".
     """
-    if base.levels is not None:
+    if base.levels is not None and base.main_part is None:
         raise ConfigError(f"arch: {base.title} has nested reconstructions itself; compose matryoshka of another one.")
     name = composed_name("matryoshka", base, BASE)
     settings = composed_settings(
@@ -135,8 +138,9 @@ def compose(base: Architecture) -> Architecture:
         name=name,
         title="Matryoshka" if base.name == BASE else f"Matryoshka {base.title}",
         settings=settings,
-        terms=tuple(NESTED if term is RECONSTRUCTION else term for term in base.terms),
+        terms=(NESTED, *base.terms[1:]),
         levels=levels,
+        main_part=None,
         schedule=numbers,
         source=f"Bussmann et al. 2025, section 3; {base.source}",
     )

@@ -39,7 +39,7 @@ def initialize(sae: SAE, x: Tensor, target: Tensor) -> None:
     if sae.architecture.direct is not None:
         target = target - sae.architecture.direct(sae, x)
     sae.b_dec.copy_(target.mean(0, dtype=torch.float64))
-    x_hat = sae.decode(sae.encode(x), bias=False).double()
+    x_hat = sae.decode(sae.main_part(sae.encode(x)), bias=False).double()
     centered = target.double() - sae.b_dec.double()
     scale = (centered * x_hat).sum() / x_hat.square().sum().clamp_min(1e-300)
     if scale > 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from flashsae.sae import saved
 from flashsae.sae.config import SAEConfig
 from flashsae.sae.initial import initial_values, initialize
 from flashsae.sae.units import Factor, Units, layer_norm, token_statistics
+from flashsae.settings.left_open import told
 from flashsae.settings.normalization import LAYER_NORM
 
 
@@ -155,7 +156,7 @@ class SAE(nn.Module):
         config, weights = self.config, self.W_dec
         dtype = str(weights.dtype).removeprefix("torch.")
         width = f"d_in={config.d_in}" + (f", d_out={config.d_out}" if config.d_out != config.d_in else "")
-        settings = "".join(f", {name}={value}" for name, value in asdict(config.arch).items())
+        settings = "".join(f", {name}={value}" for name, value in told(config.arch).items())
         norm = f", {LAYER_NORM}" if config.normalize_activations == LAYER_NORM else ""
         return f"{self.architecture.title}, {width}, d_sae={config.d_sae}{settings}{norm}, {dtype}, {weights.device}"
 
@@ -177,6 +178,11 @@ class SAE(nn.Module):
                 f"{type(code).__name__}."
             )
         return replace(code, batch_shape=tuple(x.shape[:-1]))
+
+    def main_part(self, code: ops.SparseCode) -> ops.SparseCode:
+        """Return of a code in training the part that inference would give; the code, where there is no more in it."""
+        part = self.architecture.main_part
+        return code if part is None else part(self, code)
 
     def decode(self, code: ops.SparseCode, *, bias: bool = True, like: Tensor | None = None) -> Tensor:
         """Return the reconstruction [..., d_out] of a code of the shape [...].
@@ -210,7 +216,7 @@ class SAE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the reconstruction of x: [..., d_in] -> [..., d_out]."""
-        return self.decode(self.encode(x), like=x)
+        return self.decode(self.main_part(self.encode(x)), like=x)
 
     def _as_they_come(self, x_hat: Tensor, like: Tensor | None) -> Tensor:
         """Undo what `_flat` does to tokens, of their reconstruction; nothing where `like` is None."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flashsae.architecture import RECONSTRUCTION, Architecture
 from flashsae.errors import ConfigError, ShapeError
-from flashsae.ops import DecodeLoss, SparseCode
+from flashsae.ops import DecodeLoss, SparseCode, decode_loss
 from flashsae.profiling import part
 from flashsae.sae.config import SAEConfig
 from flashsae.sae.dead import DeadRows, auxk_loss
@@ -46,16 +46,31 @@ class Step:
     @cached_property
     def decoded(self) -> DecodeLoss:
         """The reconstruction, its residual, and its error relative to the variance; computed once."""
-        target, direct = self.target, self.sae.architecture.direct
-        if direct is not None:
-            target = target - direct(self.sae, self.x)
-        return self.sae.decode_loss(self.code, target, token_weights=self.token_weights)
+        return self.sae.decode_loss(self.code, self._to_decode, token_weights=self.token_weights)
+
+    @cached_property
+    def _to_decode(self) -> Tensor:
+        """The target, less what is added to the reconstruction beside the code."""
+        direct = self.sae.architecture.direct
+        return self.target if direct is None else self.target - direct(self.sae, self.x)
+
+    @property
+    def _of_main_part(self) -> DecodeLoss:
+        """What `decoded` is of the part of the code that inference would give."""
+        code = self.sae.main_part(self.code)
+        if code is self.code:
+            return self.decoded
+        with torch.no_grad():
+            target, b_dec = self._to_decode, self.sae.b_dec
+            return decode_loss(
+                code, self.sae.W_dec, b_dec, target, token_weights=self.token_weights, precision=self.sae.precision
+            )
 
     def auxk_loss(self) -> Tensor | None:
         """Return `flashsae.sae.auxk_loss`, None where no latent can be dead."""
         if self.dead is None:
             return None
-        of_step = self.sae, self.x, self.decoded, self.token_weights, self.dead, self.k_aux
+        of_step = self.sae, self.x, self._of_main_part, self.token_weights, self.dead, self.k_aux
         return auxk_loss(*of_step, form=self.auxk, target=self.target)
 
     def total(self, *settings: object) -> tuple[Tensor, dict[str, Tensor]]:

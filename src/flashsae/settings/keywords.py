@@ -49,6 +49,10 @@ class TrainSettings(TypedDict, total=False):
     checkpoint_every_steps: int | None
     device: str | None
     k: int | None
+    multi_topk: float | None
+    k_start: int | None
+    k_anneal: Literal["linear", "exponential"] | None
+    k_anneal_fraction: float | None
 
 
 def settings_by_keyword(

@@ -35,6 +35,16 @@ def given(settings: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
+def told(settings: Any) -> dict[str, Any]:
+    """Return the settings of a dataclass that are worth telling: the first, and all others not at their default."""
+    first, *others = fields(settings)
+    return {
+        each.name: getattr(settings, each.name)
+        for each in (first, *others)
+        if each is first or getattr(settings, each.name) != each.default
+    }
+
+
 def default_values(settings: Any) -> dict[str, Any]:
     """Return the defaults of a dataclass that are values, not functions of other settings, by name."""
     defaults = {each.name: each.metadata.get(_DEFAULT, each.default) for each in fields(settings)}

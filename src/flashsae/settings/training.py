@@ -26,7 +26,7 @@ from flashsae.settings.kinds import (
     PositiveInt,
     check_fields,
 )
-from flashsae.settings.left_open import check_bounds, fill, left_open
+from flashsae.settings.left_open import check_bounds, fill, left_open, told
 from flashsae.settings.normalization import Normalization, check_normalization
 
 DEFAULT_ARCH = "topk"
@@ -223,7 +223,7 @@ class TrainConfig:
     @property
     def described(self) -> str:
         """Architecture, sizes and the architecture's settings, for people; of filled settings."""
-        own = "".join(f", {each.name.replace('_', ' ')} {getattr(self.arch, each.name)}" for each in fields(self.arch))
+        own = "".join(f", {name.replace('_', ' ')} {value}" for name, value in told(self.arch).items())
         return f"{architecture_of(self.arch).title}, d_sae {self.d_sae:,}{own}"
 
     def resolve(self, widths: int | Mapping[str, int]) -> TrainConfig:

@@ -167,6 +167,19 @@ def stable_descending(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values.gather(-1, places), places
 
 
+def dense_multi_topk(step: DenseStep) -> Tensor:
+    """Return the FVU of the reconstruction from 4 · k latents of a TopK SAE; 0 where it has no weight.
+
+    Source: Gao et al. 2024 (Multi-TopK).
+    """
+    if not getattr(step.settings, "multi_topk", 0):
+        return step.x.new_zeros(())
+    k = min(4 * step.settings.k, len(step.params["W_dec"]))
+    values, places = step.settings.topk(step.pre_acts, k)
+    latent_acts = torch.zeros_like(step.pre_acts).scatter(-1, places, values.relu())
+    return step.fvu(dense_decode(latent_acts, step.params))
+
+
 @dataclass(frozen=True)
 class Oracle:
     """One architecture in training, dense and obviously right.
@@ -214,7 +227,7 @@ class Oracle:
         latent_acts = self(x, params, topk=topk, **settings)
         encoder = {name: params[name] for name in self.params}
         target = x if target is None else target
-        step = DenseStep(params, encoder, x, target, latent_acts, variance, SimpleNamespace(**settings))
+        step = DenseStep(params, encoder, x, target, latent_acts, variance, SimpleNamespace(**settings, topk=topk))
         values = {name: term(step) for name, term in self.terms.items()}
         return {name: value for name, value in values.items() if value is not None}
 
@@ -245,7 +258,7 @@ def dense_norm_penalty(step: DenseStep) -> Tensor:
 
 
 ORACLES = {
-    "topk": Oracle(dense_topk),
+    "topk": Oracle(dense_topk, terms={"fvu": dense_reconstruction, "multi_topk_loss": dense_multi_topk}),
     "batch_topk": Oracle(dense_batch_topk, by_token=False),
     "abs_topk": Oracle(dense_abs_topk),
     "matryoshka": Oracle(dense_batch_topk, by_token=False, terms={"nested_fvu": dense_prefixes}),

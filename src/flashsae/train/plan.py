@@ -138,8 +138,10 @@ def _gpu_step(config: TrainConfig) -> int:
 
 
 def _active(config: TrainConfig) -> float:
-    """Return how many latents of a token are expected to be active."""
-    return architecture_of(config.arch).l0(config.arch)
+    """Return how many latents of a token codes are expected to have, at most."""
+    architecture = architecture_of(config.arch)
+    most = 0 if architecture.most is None else architecture.most(config.arch)
+    return max(architecture.l0(config.arch), most)
 
 
 def _full_code(config: TrainConfig) -> int:
