@@ -126,3 +126,14 @@ def test_other_codes_are_refused(generator: torch.Generator) -> None:
         by_value(SparseCode(pattern, torch.ones(3)))
     with pytest.raises(DtypeError, match="code: expected a SparseCode"):
         by_value(torch.ones(3))  # type: ignore[arg-type]
+
+
+def test_t0_a_key_scale_orders_as_it_selects(device: str, generator: torch.Generator) -> None:
+    x, W = (integer_inputs(*shape, generator=generator).to(device) for shape in ((9, 6), (40, 6)))
+    scale = 2.0 ** torch.randint(-2, 3, (40,), generator=generator).to(device)
+    scale[3] = 0.0
+    b_enc = torch.zeros(40, device=device)
+    code = by_value(encode_topk(x, W, b_enc, 12, key_scale=scale), key_scale=scale)
+    for j in (1, 5, 12):
+        fewer = encode_topk(x, W, b_enc, j, key_scale=scale)
+        assert torch.equal(code.top_indices[:, :j].sort(dim=1).values, fewer.top_indices)
