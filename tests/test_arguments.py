@@ -166,9 +166,9 @@ def _in_python(name: str, value: Any) -> Any:
         if name in declared_types(settings):
             built = RunConfig(**{part: settings(**{name: value})})
             return getattr(getattr(built, part), name)
-    return (
-        RunConfig(train=TrainConfig(k=value)).train.arch.k if name == "k" else getattr(RunConfig(**{name: value}), name)
-    )
+    if name in declared_types(TopKSettings):
+        return getattr(RunConfig(train=TrainConfig(**{name: value})).train.arch, name)
+    return getattr(RunConfig(**{name: value}), name)
 
 
 @pytest.mark.parametrize(("command", "name"), EVERY)

@@ -251,8 +251,6 @@ def test_a_training_is_that_of_the_dense_trainer(settings: TopKSettings) -> None
 def test_settings_are_few_words_and_older_ones_go_on() -> None:
     assert repr(SAE(SAEConfig(6, 20, 3))) == "SAE(TopK, d_in=6, d_sae=20, k=3, float32, cpu)"
     assert "k_start=9" in repr(SAE(SAEConfig(6, 20, arch=TopKSettings(3, k_start=9))))
-    assert TopKSettings(3, multi_topk=True).multi_topk == 1 / 8
-    assert TopKSettings(3, multi_topk=False) == TopKSettings(3)
     assert flashsae.sae.SAEConfig(6, 20, 3).arch == TopKSettings(3)
 
 
@@ -277,6 +275,6 @@ def test_the_plan_knows_the_most_that_is_selected(monkeypatch: pytest.MonkeyPatc
     for settings, most in ((TopKSettings(3), 3), (TopKSettings(3, k_start=9), 9), (TopKSettings(3, 0.1, 9), 36)):
         assert (architecture.most(settings), architecture.l0(settings)) == (most, 3)
     monkeypatch.setenv("FLASHSAE_BACKEND", "triton")
-    config = TrainConfig(d_in=8, d_sae=4096, arch=TopKSettings(300, multi_topk=True), tokens=10**6).resolve(8)
+    config = TrainConfig(d_in=8, d_sae=4096, arch=TopKSettings(300, multi_topk=1 / 8), tokens=10**6).resolve(8)
     with pytest.raises(ConfigError, match="k: expected at most 1024 on a GPU, got 1200"):
         check_selection(config, torch.device("cpu"))

@@ -36,9 +36,6 @@ if TYPE_CHECKING:
 WIDER = 4
 """How many times k the second reconstruction of Multi-TopK has."""
 
-MULTI_TOPK = 1 / 8
-"""Weight of its loss, as Gao et al. have it."""
-
 WIDTHS = 10
 """Steps in which the places of a token go from those for one k to those for the other."""
 
@@ -63,8 +60,6 @@ class TopKSettings:
     k_anneal_fraction: Fraction = 0.5
 
     def __post_init__(self) -> None:
-        if isinstance(self.multi_topk, bool):  # whether, and not how much
-            object.__setattr__(self, "multi_topk", MULTI_TOPK if self.multi_topk else 0.0)
         check_fields(self)
 
     @property
