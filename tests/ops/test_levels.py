@@ -265,3 +265,18 @@ def test_a_factor_of_many_levels_stays_one_beside_rows(generator: torch.Generato
         assert [type(factor).__name__ for factor in W.grad.factors or ()] == ["RowFactor"]  # else memory grows
         first = expected.index_add(0, torch.tensor([3]), -torch.ones(1, D))
         torch.testing.assert_close(W.grad.materialize(), expected + first)
+
+
+@pytest.mark.parametrize("device", ["sparse kernels"], indirect=True)
+def test_rows_of_levels_without_entries_are_written_too(device: str, generator: torch.Generator) -> None:
+    latents = torch.tensor([5, 6, 6, 0], dtype=torch.int32)
+    rows = torch.tensor([1, 1, 5, 8], dtype=torch.int32)  # of 3 tokens at 4 levels
+    starts = torch.searchsorted(rows, torch.arange(13, dtype=torch.int32)).int()
+    weights, target = torch.full((4,), 0.25, dtype=torch.float64), torch.randn(3, D, generator=generator)
+    W_dec = torch.randn(N, D, generator=generator)
+    with poison_empty():
+        found = torch.ops.flashsae.decode_levels(
+            torch.rand(4, generator=generator), [latents, rows, starts], W_dec, None, target, None, weights, False
+        )
+    assert all(tensor.isfinite().all() for tensor in found)
+    assert (found[5] != 0).any(1).nonzero().flatten().tolist() == [1, 5, 8]

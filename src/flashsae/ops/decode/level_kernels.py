@@ -19,7 +19,7 @@ def decode_levels_kernel(
     before_ptr,  # [L + 1] float64: sum of the weights of the levels before each
     x_hat_ptr, residual_ptr,  # [B, d]: of all latents
     total_ptr,  # [B, d] float32: Σ over levels of weight · residual
-    sums_ptr,  # [B · L, d] the same over a level and those behind it; rows without entries are not written
+    sums_ptr,  # [B · L, d] the same over a level and those behind it; 0 in rows without entries, which nobody reads
     errors_ptr,  # [chunks, B · L]: of each chunk of columns
     grad_acts_ptr,  # [chunks, capacity]: of each
     capacity, L, d, W_stride, target_stride,
@@ -76,6 +76,9 @@ def decode_levels_kernel(
         is_first = there & (slot == tl.load(starts_ptr + own, mask=there, other=-1))
         at = sums_ptr + own.to(tl.int64)[:, None] * d + column[None, :]
         tl.store(at, sums.to(sums_ptr.dtype.element_ty), mask=is_first[:, None] & inside[None, :])
+        nothing = tl.zeros([BLOCK_K, CHUNK], sums_ptr.dtype.element_ty)
+        for level in range(1, tl.max(span)):
+            tl.store(at + level * d, nothing, mask=(level < span)[:, None] & inside[None, :])
         residual += tl.sum(part, axis=0)
         total += tl.sum(weighted, axis=0)
     # levels that end before the first entry
@@ -86,6 +89,8 @@ def decode_levels_kernel(
     error = weight * tl.sum(residual * residual)
     for level in range(0, empty):
         tl.store(errors_row + row + level, error)
+        nothing = tl.zeros([CHUNK], sums_ptr.dtype.element_ty)
+        tl.store(sums_ptr + (row + level) * d + column, nothing, mask=inside)
     tl.store(total_ptr + token * d + column, total, mask=inside)
 
 
