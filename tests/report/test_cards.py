@@ -140,8 +140,12 @@ def test_the_lead_says_what_the_texts_are_from() -> None:
 
 
 def test_a_value_below_zero_fires_and_is_shaded_by_its_size() -> None:
-    (example,) = card(latent(Snippet(["a", " b"], [0.0, -4.0], 1), max_act=-8.0))["snippets"]
-    assert [(part["text"], part["value"], part["weight"]) for part in example["segments"]] == [
-        ("a ", "", 0.0),
-        ("b", "-4", 0.5),
+    shown = card(latent(Snippet(["a", " b", " c"], [0.0, -4.0, 2.0], 1), max_act=-8.0))
+    (example,) = shown["snippets"]
+    assert [(part["text"], part["value"], part["weight"], part["minus"]) for part in example["segments"]] == [
+        ("a ", "", 0.0, False),
+        ("b", "-4", 0.5, True),
+        (" ", "", 0.0, False),
+        ("c", "2", 0.25, False),
     ]
+    assert (shown["max"], shown["max_act"], shown["ends"], shown["has_minus"]) == (8.0, "-8", ["-8", "0"], True)

@@ -202,6 +202,9 @@ def test_codes_of_varying_length_give_the_same_texts_and_signs_count_by_their_si
     assert [snippet.acts for snippet in negative.snippets] == [[0.0, 0.0, -3.0, -1.0]]
     assert negative.snippets[0].peak == 2
     assert sum(negative.histogram) == 2
+    assert positive.least_act == negative.least_act == 0
+    dense[1, 1] = 2.0
+    assert collect_snippets(encode, iter(chunks), words).latents[1].least_act == 2.0
     assert negative.top_tokens[0] == "w3"
 
 

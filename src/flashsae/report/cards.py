@@ -33,7 +33,9 @@ def card(latent: LatentSnippets) -> dict[str, Any]:
         "index": latent.index,
         "density": latent.density,
         "density_text": density_text(latent.density),
-        "max": latent.max_act,
+        "max": abs(latent.max_act),
+        "ends": [f"{end:.4g}" for end in sorted((latent.least_act, latent.max_act))],
+        "has_minus": min(latent.least_act, latent.max_act) < 0,
         "max_act": f"{latent.max_act:.3g}",
         "mean_act": f"{latent.mean_act:.3g}",
         "top_tokens": [_shortened(_legible(token)) for token in latent.top_tokens],
@@ -72,10 +74,12 @@ def _segments(snippet: Snippet, max_act: float) -> list[dict[str, Any]]:
         if plain and segments and not segments[-1]["value"]:
             segments[-1]["text"] += plain
         elif plain:
-            segments.append({"text": plain, "value": "", "weight": 0.0, "peak": False})
+            segments.append({"text": plain, "value": "", "weight": 0.0, "peak": False, "minus": False})
         if fires:
             weight = round(min(value / abs(max_act), 1.0), 2) if 0 < abs(max_act) < math.inf else 0.0
-            segments.append({"text": bare, "value": _values(values), "weight": weight, "peak": is_peak})
+            minus = max(values, key=abs) < 0
+            shown = {"text": bare, "value": _values(values), "weight": weight, "peak": is_peak, "minus": minus}
+            segments.append(shown)
     if segments and not segments[0]["value"]:
         segments[0]["text"] = segments[0]["text"].lstrip(" ")  # of the word that the stretch begins with
     return [segment for segment in segments if segment["text"]]

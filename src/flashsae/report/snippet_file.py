@@ -44,6 +44,7 @@ class LatentSnippets:
         top_tokens: texts of the tokens with the largest total activation, largest first.
         histogram: numbers of tokens in equal bins of the value, between 0, or the least value below 0, and the largest.
         snippets: by descending peak, at most one a document.
+        least_act: where values have both signs, the other end of the histogram, opposite to max_act; else 0.
     """
 
     index: Count
@@ -53,6 +54,7 @@ class LatentSnippets:
     top_tokens: list[str]
     histogram: list[Count]
     snippets: list[Snippet]
+    least_act: Finite = 0.0
 
 
 @dataclass(frozen=True)

@@ -187,19 +187,19 @@ def _describe(
     on_token = np.zeros(len(code.token_ids), dtype=np.float32)
     on_token[rows] = acts
     max_act = float(acts[np.abs(acts).argmax()])
+    low, high = min(0.0, float(acts.min())), max(0.0, float(acts.max()))
     return LatentSnippets(
         index=latent,
         density=len(rows) / len(code.token_ids),
         max_act=_short(max_act),
         mean_act=_short(float(acts.mean(dtype=np.float64))),
         top_tokens=_top_tokens(code.token_ids[rows], acts, token_text),
-        histogram=np.histogram(acts, bins=HISTOGRAM_BINS, range=(min(0.0, acts.min()), max(0.0, acts.max())))[
-            0
-        ].tolist(),
+        histogram=np.histogram(acts, bins=HISTOGRAM_BINS, range=(low, high))[0].tolist(),
         snippets=[
             _snippet(code, on_token, window, token_text)
             for window in _best_windows(code, rows, acts, per_latent, context)
         ],
+        least_act=_short(low if max_act > 0 else high),
     )
 
 
