@@ -80,10 +80,19 @@ def smaller(code: str, **sizes: tuple[str, str]) -> str:
 @pytest.mark.parametrize("page", [README, QUICKSTART], ids=lambda page: page.stem)
 def test_arrays_of_yours(page: Path, arrays: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (code,) = [block for block in code_blocks(page) if "flashsae.fit(x" in block]
+    (code,) = [block for block in code_blocks(page) if "flashsae.fit(x, d_sae" in block]
     short = "d_sae=64, k=4, config=flashsae.TrainConfig(tokens=4096, batch_tokens=256)"
     exec(smaller(code, sizes=("d_sae=4096, k=32", short)), arrays)
     assert (tmp_path / "my-sae" / "flashsae.json").exists()
+
+
+def test_other_architectures_by_name(arrays: dict[str, Any]) -> None:
+    (code,) = [block for block in code_blocks(README) if "jump_relu" in block]
+    arrays |= {"flashsae": importlib.import_module("flashsae"), "y": arrays["x"][:, :6] ** 2}
+    code = code.replace("d_sae=4096", "d_sae=64, tokens=4096, batch_tokens=256, progress=False").replace("k=32", "k=4")
+    exec(code.replace("target_l0=20", "target_l0=4"), arrays)
+    assert arrays["transcoder"](arrays["x"]).shape == (1200, 6)
+    assert arrays["sae"](arrays["x"]).shape == (1200, 8)
 
 
 def test_a_training_loop_of_yours(capsys: pytest.CaptureFixture[str]) -> None:
