@@ -40,6 +40,17 @@ ARCHS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["mean_square", "layer_norm"])
+def test_activations_of_a_language_model_are_learnt_however_they_are_scaled(kind: Any, cache: ActivationCache) -> None:
+    settings = TrainConfig(d_sae=1024, k=16, tokens=256 * 100, batch_tokens=256, normalize_activations=kind)
+    state = init_state(settings.resolve(cache.d_in), RowShuffle(cache, 256, seed=0), torch.device("cpu"))
+    start = flashsae.evaluate(state.current_sae(), held_out_batches(cache, 10_000))
+    found = flashsae.evaluate(train(state, settings.resolve(cache.d_in)), held_out_batches(cache, 10_000))
+    assert found.fvu < 0.35 < 0.5 < start.fvu
+    assert 15.9 < found.l0 <= 16
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHS)
 def test_held_out_fvu_is_within_half_a_percent_of_a_dense_reference(name: str, cache: ActivationCache) -> None:
     arch, steps = settings_of(name, **ARCHS[name]), 250 if name == "topk" else 80

@@ -60,17 +60,21 @@ def beside_each_other(arch: str) -> tuple[Tensor, Tensor]:
     return (X, Y) if arch in PAIRED else (X, X)
 
 
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("arch", [*OURS, *PAIRED, *SEVERAL])
+EVERY = [
+    *((arch, kind) for arch in OURS for kind in KINDS),
+    *((arch, kind) for arch in [*PAIRED, *SEVERAL] for kind in KINDS[:3]),
+]
+CASES = [
+    *((arch, kind, "float32") for arch, kind in EVERY),
+    *((arch, kind, "bf16") for arch, kind in EVERY if arch in ("batch_topk", "transcoder", "crosscoder")),
+]
+
+
+@pytest.mark.parametrize(("arch", "kind", "precision"), CASES)
 def test_the_finished_sae_does_to_activations_what_the_trained_one_does_to_scaled_ones(
     arch: str, kind: str, precision: str
 ) -> None:
     x: Any = X if arch in OURS else SITES
-    if kind == "layer_norm" and x is SITES:
-        with pytest.raises(ConfigError, match=r"reads or reconstructs others beside it\. Take mean_square"):
-            state_of(x, kind, arch=arch)
-        return
     state, config = state_of(x, kind, arch=arch, precision=precision)
     sae = train(state, config)
     beside = beside_each_other(arch)
@@ -102,6 +106,12 @@ def test_the_finished_sae_does_to_activations_what_the_trained_one_does_to_scale
         torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(16))
 
 
+@pytest.mark.parametrize("arch", [*PAIRED, *SEVERAL])
+def test_tokens_whose_statistics_are_not_known_are_not_normalised(arch: str) -> None:
+    with pytest.raises(ConfigError, match=r"reads or reconstructs others beside it\. Take mean_square"):
+        state_of(SITES, "layer_norm", arch=arch)
+
+
 def test_what_training_sees_has_the_scale_that_was_asked_for() -> None:
     state, _ = state_of(SITES, "mean_square", arch="pair")
     seen, _ = state.scaling(*(torch.cat([X, Y], 1),) * 2)
@@ -130,12 +140,9 @@ def config(kind: str, **changes: Any) -> TrainConfig:
     return TrainConfig(**SMALL | few | {"normalize_activations": kind} | changes)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("arch", [*OURS, *PAIRED, *SEVERAL])
+@pytest.mark.parametrize(("arch", "kind"), [case for case in EVERY if case[1] != "none" or case[0] == "topk"])
 def test_a_training_is_resumed_to_the_same_bytes(arch: str, kind: str, tmp_path: Path) -> None:
     x: Any = X if arch in OURS else SITES
-    if kind == "layer_norm" and x is SITES:
-        return
     settings = config(kind, arch=arch)
     whole = flashsae.fit(x, d_sae=16, config=settings, run=tmp_path / "run", progress=False)
     newest = list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
@@ -163,7 +170,24 @@ def test_a_checkpoint_of_version_4_is_resumed(arch: str, tmp_path: Path) -> None
     scale = saved.pop("scaling")["writes"][0]["factor"]
     assert scale != 1.0
     saved["scale"] = scale
-    saved["config"].pop("normalize_activations")
+    known = {
+        "arch",
+        "k",
+        "d_sae",
+        "d_in",
+        "d_out",
+        "tokens",
+        "batch_tokens",
+        "precision",
+        "moments",
+        "lr",
+        "warmup_steps",
+    }
+    known |= {"decay_fraction", "clip_norm", "auxk_alpha", "k_aux", "dead_after_tokens", "shuffle_tokens", "seed"}
+    known |= {"log_every_steps", "evaluate_every_steps", "checkpoint_every_steps", "device"}
+    for name in ("start", "room"):
+        saved.pop(name, None)
+    saved["config"] = {name: value for name, value in saved["config"].items() if name in known}
     (old / "state.json").write_text(json.dumps(saved))
     manifest = json.loads((old / "manifest.json").read_text())
     manifest |= {"format_version": 4, "sha256": {**manifest["sha256"], "state.json": sha256(old / "state.json")}}

@@ -249,7 +249,8 @@ def check_settings(config: TrainConfig, checkpoint: Checkpoint) -> None:
     """Raise CheckpointError if a checkpoint was written with other settings; names each with both values."""
     saved = checkpoint.state.get("config")
     saved = saved if isinstance(saved, dict) else {}
-    later = as_json(default_values(config))  # what it names nothing of, a version wrote that had no such setting
+    # what it says nothing of was written by a version that had no such setting
+    later = as_json({**default_values(config.arch), **default_values(config)})
     differences = [
         f"{name} was {saved.get(name, later.get(name))!r} and is {value!r} now"
         for name, value in as_json(config.flat()).items()
