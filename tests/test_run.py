@@ -277,3 +277,44 @@ def test_one_of_several_processes_begins_nothing(tmp_path: Path, monkeypatch: py
     for begin in (lambda: execute(run, Console()), lambda: show_plan(RunConfig(), tmp_path / "other", Console())):
         with pytest.raises(ConfigError, match="WORLD_SIZE is 2: a training is one process"):
             begin()
+
+
+@pytest.fixture(scope="module")
+def sites(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a cache of the input and the output of an MLP, and of two layers."""
+    folder = tmp_path_factory.mktemp("sites") / "acts"
+    places = ["encoder.layer.0.intermediate:in", "encoder.layer.0.output.dense", "encoder.layer.{0,1}"]
+    options = [word for place in places for word in ("--hookpoint", place)]
+    _call("cache", "minilm", text, *options, "--context-length", "64", "--max-tokens", "9000", "--out", folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arch", "hookpoints"),
+    [
+        ("skip_transcoder", ["encoder.layer.0.intermediate:in", "encoder.layer.0.output.dense"]),
+        ("crosscoder", ["encoder.layer.{1,0}"]),
+    ],
+)
+def test_an_sae_of_several_hookpoints_is_killed_resumed_and_reported(
+    arch: str, hookpoints: list[str], sites: Path, tmp_path: Path
+) -> None:
+    sizes = ["--d-sae", "256", "--k", "8", "--tokens", "8192", "--batch-tokens", "256", "--checkpoint-every-steps", "8"]
+    settings = ["--activations", sites, "--arch", arch, *sizes, "--held-out", "0.2"]
+    settings += [word for hookpoint in hookpoints for word in ("--hookpoint", hookpoint)]
+    output = _call("train", *settings, "--run", tmp_path / "whole")
+    run = tmp_path / "run"
+    assert _kill_when(_any(run, "run/checkpoints/step-00000016"), _command("train", *settings, "--run", run))
+    _call("train", "--resume", run)
+    assert _weights(run) == _weights(tmp_path / "whole")
+    sae, result = flashsae.SAE.load(run / "sae"), json.loads((run / "evaluation.json").read_text())
+    assert sae.architecture.name == arch
+    assert result["fvu"] < 0.8
+    page = (run / "report.html").read_text("utf-8")
+    names = ["encoder.layer.0", "encoder.layer.1"] if arch == "crosscoder" else hookpoints
+    assert RunConfig.from_toml(run / "config.toml").activations.hookpoint == ", ".join(names)
+    assert ", ".join(names) in page
+    if arch == "crosscoder":
+        assert (sae.config.arch.sites, sae.config.arch.widths) == (tuple(names), (384, 384))
+        assert list(result["site_fvu"]) == names
+        assert all(f"held-out FVU at {name}" in text for name in names for text in (page, " ".join(output.split())))

@@ -243,6 +243,7 @@ def _evaluate(part: _Part, sae: SAE, console: Console) -> dict[str, Any]:
         d_sae=config.d_sae,
         architecture=architecture_of(config.arch).name,
         settings=as_json(asdict(config.arch)),
+        site_fvu=dict(evaluation.site_fvu) or None,
         held_out_tokens=evaluation.tokens,
         train_tokens=int(log[-1]["tokens"]),
         steps=log[-1]["step"],

@@ -25,6 +25,16 @@ def test_outliers_are_named_where_there_are_any() -> None:
     assert "without outliers" not in {figure.name for figure in final_figures(evaluation | {"outliers": 0})}
 
 
+def test_sites_have_figures_of_their_own(run: Path) -> None:
+    evaluation = json.loads((run / "evaluation.json").read_text("utf-8"))
+    of_sites = {"h.1": 0.25, "h.2": None, "h.3": 1.5}
+    lines = result_lines({**evaluation, "site_fvu": of_sites})
+    assert lines["held-out FVU at h.1"] == "0.2500 (75.0% of the variance explained)"
+    assert lines["held-out FVU at h.3"] == "1.5000 (worse than the mean)"
+    assert len(lines) == len(result_lines(evaluation)) + 2
+    assert result_lines({**evaluation, "site_fvu": "h.1"}) == result_lines(evaluation)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 10**400])
 def test_what_is_not_finite_is_called_so(value: float) -> None:
     evaluation = dict.fromkeys(("fvu", "l0", "dead_latents", "d_sae", "tokens_per_second"), value)

@@ -75,7 +75,11 @@ def compose(base: Architecture) -> Architecture:
         name=name,
         title="Crosscoder" if base.name == BASE else f"{base.title} crosscoder",
         settings=composed_settings(
-            name, base.settings, SETTINGS, sites=(tuple[str, ...], ()), widths=(tuple[PositiveInt, ...], ())
+            name,
+            base.settings,
+            SETTINGS,
+            sites=(tuple[str, ...] | None, None),
+            widths=(tuple[PositiveInt, ...] | None, None),
         ),
         parameters=(*rows, SITE_SCALE),
         reads=(),
@@ -83,6 +87,10 @@ def compose(base: Architecture) -> Architecture:
         subtracts_b_dec=False,
         selects_by=norms_of_sites,
         initialize=initialize,
-        defaults={**base.defaults, "normalize_activations": "mean_square"},
+        defaults={
+            **base.defaults,
+            "d_sae": lambda config: 1 << (8 * max(config.arch.widths) - 1).bit_length(),  # that of an SAE of one site
+            "normalize_activations": "mean_square",
+        },
         source=f"Lindsey et al. 2024, Sparse crosscoders; the selection: Minder et al. 2025, section 3; {base.source}",
     )

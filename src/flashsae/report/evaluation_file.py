@@ -35,6 +35,7 @@ class RunEvaluation:
         tokens_per_second: of the training.
         architecture: name of the kind of SAE; None where that was not written down.
         settings: its own, by name.
+        site_fvu: fvu of each site alone, by name, of an SAE that reconstructs several.
     """
 
     fvu: float
@@ -51,6 +52,7 @@ class RunEvaluation:
     tokens_per_second: Any = None
     architecture: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    site_fvu: Any = None
 
 
 @dataclass(frozen=True)

@@ -174,7 +174,10 @@ def _provenance(run: _Run, architecture: Architecture | None) -> list[tuple[str,
     seconds = real(e.get("train_seconds"))
     kind = architecture.title if architecture else e.get("architecture")
     own = [f"{name} = {_setting(value)}" for name, value in e["settings"].items() if _is_told(value)]
-    sae = ", ".join([*([_setting(kind)] if kind else []), f"{count(e['d_in'])} → {count(e['d_sae'])} latents", *own])
+    d_out = real(settings.get("d_out"))
+    to = f" → {count(d_out)}" if d_out is not None and d_out != e["d_in"] else ""
+    sizes = f"{count(e['d_in'])} → {count(e['d_sae'])} latents{to}"
+    sae = ", ".join([*([_setting(kind)] if kind else []), sizes, *own])
     facts = [
         ("data", settings.get("dataset")),
         ("SAE", sae),

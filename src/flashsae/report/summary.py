@@ -57,6 +57,11 @@ def final_figures(evaluation: Mapping[str, Any]) -> list[Figure]:
         which = f"{count(outliers)} of {count(evaluation['held_out_tokens'])} tokens"
         detail = f"less {which}, of norms above {OUTLIER_NORM_RATIO:g} times the median"
         figures.append(_figure(evaluation, "fvu_without_outliers", detail=detail))
+    by_site = evaluation.get("site_fvu")
+    for site, value in by_site.items() if isinstance(by_site, Mapping) else ():
+        if real(value) is not None:
+            row = of_evaluation("fvu")
+            figures.append(Figure("fvu", f"{row.label} at {site}", row.show(value), detail=explained(value)))
     figures.append(_figure(evaluation, "l0"))
     figures.append(_figure(evaluation, "dead_latents", whole=f"of {count(evaluation['d_sae'])}", detail=share))
     if real(evaluation.get("tokens_per_second")) is not None:

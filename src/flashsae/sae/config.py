@@ -63,7 +63,7 @@ class SAEConfig:
         chosen = check("normalize_activations", normalize_activations, kinds)
         object.__setattr__(self, "normalize_activations", chosen)
         check_normalization(self.architecture, chosen, self.d_in)
-        widths = self.arch.widths if not self.architecture.sites else (self.d_in,)
+        widths = (self.arch.widths or ()) if not self.architecture.sites else (self.d_in,)
         if sum(widths) != self.d_in or (len(widths) < 2 and not self.architecture.sites):
             raise ConfigError(
                 f"widths: expected those of two sites or more, which sum to d_in = {self.d_in}, got {list(widths)}."

@@ -96,7 +96,7 @@ def _of_sites(arch: Any, widths: Mapping[str, int]) -> Any:
     """Return settings of an architecture that takes any sites with these; ConfigError where others are asked for."""
     there = {"sites": tuple(widths), "widths": tuple(widths.values())}
     for name, value in there.items():
-        if getattr(arch, name) not in ((), value):
+        if getattr(arch, name) not in (None, value):
             asked, found = (", ".join(map(str, each)) for each in (getattr(arch, name), value))
             raise ConfigError(f"{name}: expected {found}, of the activations in their order, got {asked}.")
     return replace(arch, **there)
@@ -223,7 +223,9 @@ class TrainConfig:
     @property
     def described(self) -> str:
         """Architecture, sizes and the architecture's settings, for people; of filled settings."""
-        own = "".join(f", {name.replace('_', ' ')} {value}" for name, value in told(self.arch).items())
+        of_sites = () if architecture_of(self.arch).sites else ("sites", "widths")  # which the plan names anyway
+        own_told = {name: value for name, value in told(self.arch).items() if name not in of_sites}
+        own = "".join(f", {name.replace('_', ' ')} {value}" for name, value in own_told.items())
         return f"{architecture_of(self.arch).title}, d_sae {self.d_sae:,}{own}"
 
     def resolve(self, widths: int | Mapping[str, int]) -> TrainConfig:
