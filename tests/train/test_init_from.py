@@ -277,6 +277,8 @@ def test_what_is_not_asked_for_is_as_it_was() -> None:
         flashsae.fit(X, init_from=saved, kk=2, **few)
     with pytest.raises(ConfigError, match="init: expected no other start beside init_from"):
         flashsae.fit(X, init_from=saved, init="data", **few)
+    with pytest.raises(ConfigError, match="init_from: expected one SAE to go on from, got one beside that in /none"):
+        flashsae.fit(X, init_from=saved, config=config(init_from="/none"), progress=False)
     with pytest.raises(ConfigError, match="init_from: expected a path, got 3"):
         flashsae.fit(X, init_from=3, **few)
 

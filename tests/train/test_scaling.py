@@ -19,7 +19,7 @@ from flashsae.data.shuffle import RowShuffle
 from flashsae.data.sources import ArraySource
 from flashsae.data.synthetic import SuperpositionModel
 from flashsae.documents import sealed
-from flashsae.errors import ConfigError, DataError, FlashSAEError
+from flashsae.errors import ConfigError, DataError, FlashSAEError, FlashSAEWarning
 from flashsae.files import sha256
 from flashsae.sae.units import layer_norm
 from flashsae.train import TrainState, init_state, train, train_step
@@ -258,6 +258,14 @@ def test_float64_activations_are_scaled_before_they_are_narrowed(kind: str) -> N
     assert torch.equal(one.W_dec, other.W_dec)
     assert torch.equal(one.W_enc_T, other.W_enc_T)
     assert flashsae.evaluate(other, wide * factor).fvu == pytest.approx(flashsae.evaluate(one, wide).fvu, rel=1e-3)
+
+
+def test_tokens_of_huge_norm_are_told_of_unless_they_are_normalised() -> None:
+    x = X.clone()
+    x[::80] *= 300
+    with pytest.warns(FlashSAEWarning, match="hold .* of the variance"):
+        fitted(x, "mean_square")
+    fitted(x, "layer_norm")  # a warning would be an error
 
 
 @pytest.mark.parametrize(

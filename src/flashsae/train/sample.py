@@ -14,7 +14,7 @@ from flashsae.errors import DataError
 from flashsae.metrics import OUTLIER_NORM_RATIO, VarianceSpread, unit_of, variance_spread
 from flashsae.sae.losses import token_variance
 from flashsae.sae.step import join_sites
-from flashsae.sae.units import EPS
+from flashsae.sae.units import EPS, layer_norm
 from flashsae.settings.normalization import Normalization
 from flashsae.train.scaling import Scaling, SiteScale
 
@@ -70,10 +70,11 @@ def measure_sample(batch: Batch, architecture: Architecture, normalization: Norm
     """
     x, target = join_sites(architecture, batch)
     reads, writes = ([(site, batch[site]) for site in sites] for sites in architecture.sites_of(batch))
-    warnings, two = _check(target)
+    is_layer_norm = normalization == "layer_norm"
+    warnings, two = _check(target, layer_norm(target) if is_layer_norm else target)
     if normalization == "none":
         _check_unscaled(x, target)
-    if normalization == "layer_norm":
+    if is_layer_norm:
         _check_deviation(x)
     others = [acts for site, acts in reads if site not in dict(writes)]
     two_of_others = _power_of_two(torch.cat(others, 1), "the activations that are read") if others else two
@@ -88,7 +89,7 @@ def measure_sample(batch: Batch, architecture: Architecture, normalization: Norm
     scaling = Scaling(
         tuple(scale(*each) for each in reads),
         tuple(scale(*each) for each in writes),
-        is_layer_norm=normalization == "layer_norm",
+        is_layer_norm=is_layer_norm,
     )
     seen = scaling(x, target)
     variance = token_variance(seen[1])
@@ -97,8 +98,13 @@ def measure_sample(batch: Batch, architecture: Architecture, normalization: Norm
     return Sample(*seen, scaling, variance, warnings)
 
 
-def _check(x: Tensor) -> tuple[tuple[str, ...], float]:
-    """Return warnings of what is to be reconstructed, [n, d_out], float64, and its power of two."""
+def _check(x: Tensor, learnt: Tensor) -> tuple[tuple[str, ...], float]:
+    """Return warnings of what is to be reconstructed, and its power of two.
+
+    Args:
+        x: [n, d_out], float64.
+        learnt: the same in proportions of which the loss is, x itself unless tokens are normalised.
+    """
     scale = _power_of_two(x, "the activations")
     largest = x.abs().amax().item()
     seen = (x * scale).float()
@@ -109,7 +115,7 @@ def _check(x: Tensor) -> tuple[tuple[str, ...], float]:
             f"the activations vary less than float32 resolves beside values of {largest:.1e}: subtract their mean "
             "before, in float64."
         )
-    spread = variance_spread(x * 2.0 ** -math.frexp(largest)[1])
+    spread = variance_spread(learnt * 2.0 ** -math.frexp(learnt.abs().amax().item())[1])
     warnings = [_concentration(spread)] if spread.is_concentrated else []
     if rounded > MOST_ROUNDED * variance:
         warnings.append(

@@ -124,6 +124,8 @@ def init_state(
         CheckpointError: the newest checkpoint is damaged, foreign, or of other data. It is not passed over silently.
     """
     check_selection(config, device)
+    if start is not None and config.init_from is not None:
+        raise ConfigError(f"init_from: expected one SAE to go on from, got one beside that in {config.init_from}.")
     table(architecture_of(config.arch).terms)  # refuses a term with the name of a metric
     found = [] if checkpoints is None else list_checkpoints(checkpoints)
     sae = SAE(SAEConfig(config.d_in, config.d_sae, arch=config.arch, d_out=config.d_out), seed=config.seed).to(device)
