@@ -232,6 +232,20 @@ def test_budgets_end_with_k() -> None:
             HierarchicalTopKSettings(8, wrong)
 
 
+def test_in_a_crosscoder_budgets_go_by_what_latents_count_for() -> None:
+    arch = settings_of("crosscoder:hierarchical_topk", k=K, sites=("a", "b"), widths=(D, D))
+    sae = SAE(SAEConfig(2 * D, N, arch=arch)).train()
+    with torch.no_grad():
+        sae.b_enc.fill_(1.0)
+    code = sae.encode(tokens(9).repeat(1, 2))
+    norms = sum(sae.W_dec.detach()[:, part].norm(dim=1) for part in (slice(0, D), slice(D, 2 * D)))
+    counts_for = code.top_acts.detach() * norms[code.top_indices.long()]
+    assert bool((counts_for.diff(dim=1) <= 1e-6).all())
+    assert bool((code.top_acts.diff(dim=1) > 0).any())
+    grad = torch.autograd.grad(code.acts.sum(), sae.b_enc)[0]
+    assert grad.sum() == 9 * K  # that of the values, not of what they count for
+
+
 def test_nested_reconstructions_are_not_nested_again() -> None:
     for base in ("hierarchical_topk", "matryoshka", "matryoshka:topk"):
         with pytest.raises(ConfigError, match="has nested reconstructions itself"):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flashsae.errors import ConfigError, DtypeError, FlashSAEError, GradientError, ShapeError
 from flashsae.ops import FactoredGradient, Pattern, SparseCode, collect_factors, decode_loss, take_rows
+from flashsae.optim import FactoredAdam
 from flashsae.testing import assert_as_accurate, integer_inputs, poison_empty
 from helpers.codes import dense_of, ragged, to
 from helpers.on_both import DEVICE, as_float64
@@ -280,3 +281,25 @@ def test_rows_of_levels_without_entries_are_written_too(device: str, generator: 
         )
     assert all(tensor.isfinite().all() for tensor in found)
     assert (found[5] != 0).any(1).nonzero().flatten().tolist() == [1, 5, 8]
+
+
+@sparse
+@pytest.mark.parametrize("levels", [{"prefixes": (5, 12, N)}, {"budgets": (1, 2, 3, 4, 5, 6)}], ids=["prefixes", "k"])
+def test_the_latent_pass_takes_the_factor(levels: dict[str, Any], device: str, generator: torch.Generator) -> None:
+    pattern = to(fixed(5, 6, generator), device)
+    inputs = {name: t.to(device) for name, t in inputs_of(pattern, generator).items()}
+    results = []
+    for make in (FactoredAdam, torch.optim.Adam):
+        W = torch.nn.Parameter(inputs["W_dec"].clone())
+        optimizer = make([W], 1e-2, eps=1e-2)
+        L = len(next(iter(levels.values())))
+        code = SparseCode(pattern, inputs["acts"])
+        decode_loss(code, W, None, inputs["target"], **levels, level_weights=[1.0] * L).loss.backward()
+        if isinstance(optimizer, FactoredAdam):
+            assert isinstance(W.grad, FactoredGradient)
+            norm = optimizer.clip_grad_norm(1.0)
+        else:
+            norm = torch.nn.utils.clip_grad_norm_([W], 1.0)
+        optimizer.step()
+        results.append((norm, W.detach()))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
