@@ -252,6 +252,18 @@ def test_nested_reconstructions_are_not_nested_again() -> None:
             architecture_named(f"matryoshka:{base}")
 
 
+def test_of_annealed_codes_it_takes_the_latents_in_order() -> None:
+    arch = settings_of("matryoshka:topk", k=3, k_start=9, prefixes=(0.1, 0.5, 1.0))
+    sae, x = SAE(SAEConfig(D, N, arch=arch), dtype=torch.float64).train(), tokens(B).double()
+    sae.set_progress(Progress(1, 10))
+    step = Step(sae, x, x, sae.encode(x), fvu_weights(x, 2.0))
+    code = step.code.to_dense()
+    expected = [(x - code[:, :m] @ sae.W_dec[:m] - sae.b_dec).square().sum() / (2.0 * B) for m in (5, 24, N)]
+    torch.testing.assert_close(step.decoded.loss, torch.stack(expected).mean())
+    with pytest.raises(ConfigError, match=r"multi_topk: expected 0 beside prefixes, got 0\.125"):
+        SAE(SAEConfig(D, N, arch=settings_of("matryoshka:topk", multi_topk=0.125)))
+
+
 def test_its_own_settings_are_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     from flashsae.cli import main
 

@@ -75,8 +75,17 @@ def sampled_prefixes(count: int, d_sae: int, seed: int, step: int) -> list[int]:
 
 
 def schedule(config: flashsae.SAEConfig, progress: Progress) -> Mapping[str, Sequence[float]]:
-    """Return the prefixes of a step, where they are sampled; look at them, where they are not."""
+    """Return the prefixes of a step, where they are sampled; in any case look at them.
+
+    Raises:
+        ConfigError: prefixes do not fit d_sae, or there is a loss of other nested reconstructions.
+    """
     arch, fixed = config.arch, prefixes_of(config.arch.prefixes, config.d_sae)
+    if getattr(arch, "multi_topk", 0.0):
+        raise ConfigError(
+            f"multi_topk: expected 0 beside prefixes, got {arch.multi_topk:g}: its second loss is of nested entries, "
+            "and these are nested latents."
+        )
     if getattr(arch, "multi_topk", 0):
         raise ConfigError(
             "multi_topk: expected 0 where reconstructions are nested by latents: they are levels already."
