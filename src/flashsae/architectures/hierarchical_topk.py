@@ -84,6 +84,7 @@ ARCHITECTURE = Architecture(
     terms=(NESTED, AUXK),
     l0=lambda settings: settings.k,
     most=lambda settings: settings.k,
+    scales=True,
     levels=levels,
     source="Balagansky et al. 2025, section 3",
 )
