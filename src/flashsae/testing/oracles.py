@@ -142,7 +142,9 @@ def dense_prefixes(step: DenseStep) -> Tensor:
     sizes = getattr(settings, "sampled_prefixes", None)
     if sizes is None:  # fractions up to 1, or numbers of latents
         sizes = [max(1, round(each * d_sae)) if each <= 1 else each for each in settings.prefixes]
-    kept = [step.latent_acts * (torch.arange(d_sae, device=step.x.device) < int(size)) for size in sizes]
+    kept = [
+        step.latent_acts * (torch.arange(d_sae, dtype=torch.int64, device=step.x.device) < int(size)) for size in sizes
+    ]
     losses = torch.stack([step.fvu(dense_decode(latent_acts, step.params)) for latent_acts in kept])
     return losses.sum() if settings.level_loss == "sum" else losses.mean()
 
