@@ -297,7 +297,7 @@ def test_the_count_decides_which_kind_of_code_there_is(
     p = on(device, inputs_of(8, generator, integer=True))
     operands = p["x"], p["W_enc_T"], p["b_enc"]
     values = p["x"] @ p["W_enc_T"].T + p["b_enc"]
-    for threshold in (-100.0, -1.0, 0.0, 2.0, 100.0):
+    for threshold in (-100.0, 0.0, 2.0):
         code = encode_above(*operands, threshold, capacity="any", workspace_bytes=workspace_bytes)
         count = int((values > threshold).sum())
         assert code.pattern.is_full == (count > int(limit * 8 * D_SAE))

@@ -13,7 +13,7 @@ from torch import Tensor
 import flashsae
 from flashsae import SAE, TrainConfig, ops
 from flashsae import architecture as architectures
-from flashsae.architecture import RECONSTRUCTION, Progress, Term
+from flashsae.architecture import RECONSTRUCTION, Progress, Term, architecture_named, architecture_names
 from flashsae.architectures.topk import ARCHITECTURE as TOPK
 from flashsae.data.shuffle import RowShuffle
 from flashsae.data.sources import ArraySource
@@ -23,6 +23,7 @@ from flashsae.sae.step import Step
 from flashsae.settings.kinds import PositiveFloat, check_fields
 from flashsae.train import TrainState, init_state, train_step
 from flashsae.train.checkpoint import save_checkpoint
+from flashsae.train.plan import make_plan
 from flashsae.train.room import PERIOD, Room
 from flashsae.train.state import to_checkpoint
 
@@ -231,3 +232,31 @@ def test_a_capture_without_room_says_so(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("flashsae.ops.encode.varying._is_capturing", lambda x: True)
     with pytest.raises(ConfigError, match=r"capacity: expected a number while a CUDA graph is captured.* got 'any'"):
         ops.encode_above(torch.ones(2, 3), torch.ones(4, 3), torch.zeros(4), 0.0, capacity="any")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_plan_has_memory_for_dense_codes(device: str) -> None:
+    config = TrainConfig(d_sae=1 << 14, arch=AboveSettings(), tokens=1 << 20, batch_tokens=4096).resolve(64)
+    topk = TrainConfig(d_sae=1 << 14, k=4, tokens=1 << 20, batch_tokens=4096).resolve(64)
+    dense = 20 * 4096 << 14
+    plans = [make_plan(each, torch.device(device)).parts["one step"] for each in (config, topk)]
+    assert plans[0] >= dense > plans[1]
+
+
+VARYING = [name for name in architecture_names(installed=False) if architecture_named(name).varies]
+
+
+@pytest.mark.parametrize("limit", ["1", "0.3", "0"], ids=["sparse", "across the crossover", "full"])
+@pytest.mark.parametrize("name", VARYING)
+def test_every_architecture_of_the_package_that_varies_trains_with_room(
+    name: str, limit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flashsae.train.room.PERIOD", 2)
+    losses = []
+    for forced in (False, True):
+        monkeypatch.setenv("FLASHSAE_DENSE_ABOVE", limit if forced else "1")
+        config = TrainConfig(d_sae=32, arch=name, tokens=64 * 8, batch_tokens=64, lr=3e-3).resolve(8)
+        state = state_of(config)
+        state.room = Room() if forced else None
+        losses.append(torch.stack([each["loss"] for each in steps(state, config, 8)]))
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=0)

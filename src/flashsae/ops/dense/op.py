@@ -43,9 +43,11 @@ def pre_acts(centred: Activations, W_enc_T: Weights, b_enc: LatentBias, precisio
 
     narrow = torch.bfloat16 if precision == "bf16" else dtype
     x, weights = centred.to(narrow), W_enc_T.to(narrow)
-    result = torch.empty(len(x), len(weights), dtype=dtype, device=x.device)
     with products_in(precision), part("dense products"):
-        for tokens in _parts(len(x), len(weights)) if narrow != dtype else [slice(0, len(x))]:
+        if narrow == dtype:
+            return (x @ weights.T).add_(b_enc.to(dtype))
+        result = torch.empty(len(x), len(weights), dtype=dtype, device=x.device)
+        for tokens in _parts(len(x), len(weights)):
             result[tokens] = x[tokens] @ weights.T
     return result.add_(b_enc.to(dtype))
 
