@@ -26,7 +26,7 @@ from flashsae.sae.module import SAE
 from flashsae.testing import dense_pre_acts
 from flashsae.train.config import TrainConfig
 from flashsae.train.graph import CapturedSteps
-from flashsae.train.state import build_optimizer
+from flashsae.train.optimizer import build_optimizer
 
 
 class _DenseTopk(torch.autograd.Function):

@@ -23,8 +23,9 @@ from flashsae.sae.module import SAE
 from flashsae.testing import UnitNormAdam
 from flashsae.train.config import TrainConfig
 from flashsae.train.graph import CapturedSteps
+from flashsae.train.optimizer import build_optimizer
 from flashsae.train.scaling import Scaling
-from flashsae.train.state import TrainState, build_optimizer, room_of
+from flashsae.train.state import TrainState, room_of
 from flashsae.train.step import train_step
 
 SAMPLED_ROWS = 48

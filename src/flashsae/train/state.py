@@ -31,6 +31,7 @@ from flashsae.train.checkpoint import Checkpoint, list_checkpoints, load_checkpo
 from flashsae.train.config import TrainConfig
 from flashsae.train.graph import CapturedSteps
 from flashsae.train.init_from import check_start, digest_of, load_start, start_from
+from flashsae.train.optimizer import build_optimizer, groups
 from flashsae.train.plan import check_selection
 from flashsae.train.resample import Recent, recent_of, recent_tensors
 from flashsae.train.room import Room
@@ -170,34 +171,9 @@ def room_of(sae: SAE, device: torch.device) -> Room | None:
     return Room() if sae.architecture.varies and device.type == "cuda" else None
 
 
-def build_optimizer(sae: SAE, config: TrainConfig) -> FactoredAdam:
-    """Return the optimiser of a training; with bf16 products it splits the weights of `sae`."""
-    optimizer = FactoredAdam(
-        [
-            {"params": [getattr(sae, name) for name in names], "unit_norm": unit_norm}
-            for unit_norm, names in _groups(sae).items()
-        ],
-        config.lr,
-        betas=(config.betas[0], config.betas[1]),
-        eps=config.eps,
-        split_weights=config.precision == "bf16",
-        state_dtype=torch.bfloat16 if config.moments == "bf16" else torch.float32,
-    )
-    for group in optimizer.param_groups:
-        group["lr"] = optimizer.param_groups[0]["lr"]  # one tensor, so one launch sets it
-    return optimizer
-
-
-def _groups(sae: SAE) -> dict[bool, list[str]]:
-    """Return the names of what is trained, in the order of the optimiser: with unit norm first, then the others."""
-    trained = [row for row in sae.architecture.parameters if row.trained]
-    groups = {is_unit: [row.name for row in trained if row.unit_norm == is_unit] for is_unit in (True, False)}
-    return {is_unit: names for is_unit, names in groups.items() if names}
-
-
 def _moments(state: TrainState) -> dict[str, dict[str, Any]]:
     """Return the state of the optimiser, by name of the parameter."""
-    names = [name for names in _groups(state.sae).values() for name in names]
+    names = [name for names in groups(state.sae).values() for name in names]
     return {names[number]: moments for number, moments in state.optimizer.state_dict()["state"].items()}
 
 
