@@ -10,6 +10,7 @@ import flashsae
 from flashsae import SAE, AbsTopKSettings, SAEConfig, TopKSettings, TrainConfig
 from flashsae.metrics import LatentActivity
 from flashsae.testing import DenseTrainer, oracle
+from helpers.real import activations
 
 K = 4
 
@@ -75,6 +76,14 @@ def test_a_training_is_that_of_the_dense_trainer(monkeypatch: pytest.MonkeyPatch
         sae.project_decoder_grad()
         optimizer.step()
         sae.normalize_decoder()
+
+
+def test_a_short_training_on_activations_of_a_language_model() -> None:
+    x, held_out = activations()
+    sae = flashsae.fit(x, arch="abs_topk", k=16, d_sae=512, tokens=128 * 80, batch_tokens=128, lr=2e-3, progress=False)
+    result = flashsae.evaluate(sae, held_out)
+    assert result.fvu < 0.5
+    assert result.l0 == 16
 
 
 def test_it_is_saved_and_loaded(trained: SAE, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import flashsae
-from flashsae import SAE, SAEConfig, TopKSettings, TrainConfig, ops
+from flashsae import SAE, AbsTopKSettings, SAEConfig, TopKSettings, TrainConfig, ops
 from flashsae.architecture import Progress
 from flashsae.architectures.topk import WIDTHS, k_at, width_at
 from flashsae.errors import ConfigError
@@ -18,6 +18,7 @@ from flashsae.sae.dead import DeadLatents
 from flashsae.sae.step import Step
 from flashsae.testing import DenseTrainer, dense_auxk, integer_inputs, oracle
 from flashsae.train.plan import check_selection
+from helpers.real import activations
 
 K, D, N = 3, 6, 40
 
@@ -278,3 +279,57 @@ def test_the_plan_knows_the_most_that_is_selected(monkeypatch: pytest.MonkeyPatc
     config = TrainConfig(d_in=8, d_sae=4096, arch=TopKSettings(300, multi_topk=1 / 8), tokens=10**6).resolve(8)
     with pytest.raises(ConfigError, match="k: expected at most 1024 on a GPU, got 1200"):
         check_selection(config, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("multi_topk", [0.0, 1 / 8])
+def test_a_short_training_on_activations_of_a_language_model(multi_topk: float) -> None:
+    x, held_out = activations()
+    settings = TopKSettings(16, multi_topk, k_start=None if multi_topk else 48, k_anneal="exponential")
+    sae = flashsae.fit(x, arch=settings, d_sae=512, tokens=128 * 80, batch_tokens=128, lr=2e-3, progress=False)
+    result = flashsae.evaluate(sae, held_out)
+    assert result.fvu < 0.5
+    assert 15.5 < result.l0 <= 16
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("arch", [*SETTINGS, AbsTopKSettings(4)], ids=str)
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_gpu_training_is_of_few_graphs_and_resumes_bit_for_bit(
+    arch: Any, precision: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs: list[object] = []
+    graph = torch.cuda.CUDAGraph
+
+    def counted(*args: Any, **given: Any) -> Any:
+        graphs.append(graph(*args, **given))
+        return graphs[-1]
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", counted)
+    x = tokens(8192)
+
+    def fit(run: str, *, resume: bool = False) -> SAE:
+        return flashsae.fit(
+            x, d_sae=256, arch=arch, tokens=256 * 120, batch_tokens=256, device="cuda", precision=precision,
+            checkpoint_every_steps=25, dead_after_tokens=10**6, run=tmp_path / run, resume=resume, progress=False,
+        )  # fmt: skip
+
+    whole = fit("whole")
+    assert len(graphs) <= 2 * (WIDTHS + 1)
+    from flashsae.train import loop
+
+    steps, step = [], loop.train_step
+
+    def stops(*args: Any) -> object:
+        steps.append(1)
+        if len(steps) == 40:  # in the middle of an annealing
+            raise KeyboardInterrupt
+        return step(*args)
+
+    monkeypatch.setattr(loop, "train_step", stops)
+    with pytest.raises(KeyboardInterrupt):
+        fit("cut")
+    monkeypatch.setattr(loop, "train_step", step)
+    resumed = fit("cut", resume=True)
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+    assert flashsae.evaluate(whole, tokens(2000, seed=1)).fvu < 0.6

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from flashsae.ops import SparseCode, encode_batch_topk, encode_topk
+from flashsae.ops import SparseCode, by_value, encode_batch_topk, encode_topk
 from flashsae.testing import assert_as_accurate, chosen, dense_pre_acts, integer_inputs, poison_empty, stable_topk
 from helpers.selection import HARD, hard_inputs, selection_mistakes
 from helpers.steps import Tensors
@@ -160,3 +162,34 @@ def test_t0_the_largest_of_a_batch(
     assert torch.equal(code.pattern.latents.long(), best % D_SAE)
     assert torch.equal(code.pattern.tokens.long(), best // D_SAE)
     assert torch.equal(code.acts.double(), pre_acts.flatten()[best])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bf16"])
+@pytest.mark.parametrize("k", [32, 300])
+def test_gpu_t0_at_real_sizes_and_in_a_graph(k: int, precision: Any, generator: torch.Generator) -> None:
+    x, W = (integer_inputs(*shape, generator=generator, largest=1).cuda() for shape in ((1000, 96), (16384, 96)))
+    bias = torch.zeros(16384, device="cuda")
+
+    def run() -> SparseCode:
+        return by_value(encode_topk(x, W, bias, k, magnitude=True, precision=precision), magnitude=True)
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for _ in range(2):
+        x.copy_(integer_inputs(1000, 96, generator=generator, largest=1))
+        graph.replay()
+        pre_acts = x.double() @ W.double().T
+        places = pre_acts.abs().sort(dim=1, descending=True, stable=True).indices[:, :k]
+        assert torch.equal(captured.top_indices, places)
+        assert torch.equal(captured.top_acts.double(), pre_acts.gather(1, places))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", HARD)
+def test_gpu_t2_certified_at_real_sizes(kind: str, generator: torch.Generator) -> None:
+    x, W, bias = (tensor.cuda() for tensor in hard_inputs(kind, 512, 768, 16384, generator))
+    code = encode_topk(x, W, bias, 32, magnitude=True)
+    assert selection_mistakes(x, W, bias, code.top_indices, magnitude=True)[0] == 0
