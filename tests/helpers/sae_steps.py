@@ -53,11 +53,12 @@ def step_of(sae: SAE, x: Tensor, dead: Tensor | None = None) -> Step:
     return Step(sae, x, x, sae.encode(x), fvu_weights(x, VARIANCE), rows)
 
 
-def our_step(arch: object, inputs: Tensors, dead: Tensor | None = None, **buffers: float) -> Tensors:
-    """Do a step with the operations of the library."""
+def our_step(arch: object, inputs: Tensors, capacity: Any = "any", **buffers: float) -> Tensors:
+    """Do a step with the operations of the library; with this room where codes vary."""
     sae = sae_of(arch, inputs, **buffers)
+    sae.capacity = capacity
     x = inputs["x"].detach().requires_grad_()
-    step = step_of(sae, x, dead)
+    step = step_of(sae, x)
     loss, terms = step.total(SimpleNamespace(auxk_alpha=0.0))
     loss.backward()
     grads = {f"grad {name}": parameter.grad for name, parameter in sae.named_parameters()}

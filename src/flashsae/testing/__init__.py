@@ -1,7 +1,7 @@
 """What "exact" means, as checks, and the dense code that ours must equal: for tests, here and of any backend or SAE."""
 
 from flashsae.testing.checks import assert_as_accurate, integer_inputs, poison_empty
-from flashsae.testing.gates import dense_jump_relu, dense_pre_act_loss
+from flashsae.testing.gates import dense_gated, dense_jump_relu, dense_pre_act_loss
 from flashsae.testing.oracles import (
     ORACLES,
     DenseStep,
@@ -35,6 +35,7 @@ __all__ = [
     "dense_auxk",
     "dense_batch_topk",
     "dense_decode",
+    "dense_gated",
     "dense_jump_relu",
     "dense_pre_act_loss",
     "dense_pre_acts",

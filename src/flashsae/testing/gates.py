@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +12,7 @@ from flashsae.testing.oracles import (
     DenseStep,
     Oracle,
     Params,
+    dense_decode,
     dense_pre_acts,
     dense_reconstruction,
 )
@@ -98,6 +100,32 @@ def dense_frequency(step: DenseStep) -> Tensor:
     return _ramp(step) / float(step.settings.frequency_scale) * frequencies.square().sum()
 
 
+def dense_gated(
+    x: Tensor, W_enc_T: Tensor, b_enc: Tensor, b_dec: Tensor | None = None, *, r_mag: Tensor, b_mag: Tensor
+) -> Tensor:
+    """Return latent_acts, [B, d_sae], of a Gated SAE: the magnitudes of latents whose gate is above 0.
+
+    Args:
+        x, W_enc_T, b_enc, b_dec: as of `dense_topk`; b_enc is the bias of the gate.
+        r_mag, b_mag: [d_sae].
+    Source: Rajamanoharan et al. 2024, "Improving dictionary learning with gated sparse autoencoders", section 3.
+    """
+    raw = dense_pre_acts(x, W_enc_T, b_enc * 0, b_dec)
+    is_open = (raw + b_enc > 0).to(raw.dtype)
+    return is_open * (r_mag.exp() * raw + b_mag).relu()
+
+
+def dense_gate_sparsity(step: DenseStep) -> Tensor:
+    """Return the mean over tokens of Σ relu(gate) / √variance."""
+    return _ramp(step) * step.pre_acts.relu().sum(1).mean() / math.sqrt(step.variance)
+
+
+def dense_gate_fvu(step: DenseStep) -> Tensor:
+    """Return the FVU of relu(gate) @ W_dec + b_dec, with a decoder that has no gradient."""
+    frozen = {name: value.detach() for name, value in step.params.items()}
+    return step.fvu(dense_decode(step.pre_acts.relu(), frozen))
+
+
 ORACLES["jump_relu"] = Oracle(
     dense_jump_relu,
     params=("W_enc_T", "b_enc", "b_dec", "threshold"),
@@ -108,4 +136,9 @@ ORACLES["jump_relu"] = Oracle(
         "tanh_penalty": dense_tanh,
         "frequency_penalty": dense_frequency,
     },
+)
+ORACLES["gated"] = Oracle(
+    dense_gated,
+    params=("W_enc_T", "b_enc", "b_dec", "r_mag", "b_mag"),
+    terms={"fvu": dense_reconstruction, "gate_sparsity": dense_gate_sparsity, "gate_fvu": dense_gate_fvu},
 )
