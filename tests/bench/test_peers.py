@@ -147,3 +147,7 @@ def test_a_trainer_keeps_the_decoder_at_unit_norm_and_divides_nested_errors_twic
     assert error == pytest.approx(dense_squared_error(problem), rel=0.03)
     torch.testing.assert_close(step.state[0].norm(dim=1), torch.ones(100))
     assert step.state[0].grad is None
+
+
+def test_libraries_train_architectures_that_there_are() -> None:
+    assert {arch for peer in LIBRARIES for arch in peer.archs} <= set(architecture_names(installed=False))
