@@ -116,7 +116,7 @@ def check_gradients(
     x = problem.xs[0].double() - problem.b_dec.double()
     wrong = ""
     for latent in sample(problem.shape.d_sae, LATENTS, x.device).tolist():
-        tokens, places = ((code.top_indices == latent) & (code.top_acts > 0)).nonzero(as_tuple=True)
+        tokens, places = ((code.top_indices == latent) & (code.top_acts != 0)).nonzero(as_tuple=True)
         grad_pre = grad_x_hat[tokens] @ problem.W_dec[latent].double()
         wrong += far(f"W_enc_T.grad[{latent}]", grads[0][latent], grad_pre @ x[tokens], tolerance)
         ref = code.top_acts[tokens, places].double() @ grad_x_hat[tokens]

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from flashsae.architecture import architecture_named
 from flashsae.errors import CheckpointError, MissingExtraError
 from flashsae.metrics import METRICS
-from flashsae.report.render import render_report
+from flashsae.report.render import _own, render_report
 from flashsae.report.snippets import LatentSnippets, Snippet, Snippets, write_snippets
 from flashsae.run import draw_report
 from helpers.page import Page
@@ -229,3 +229,10 @@ def test_a_run_whose_architecture_is_not_there_is_drawn_again(run: Path) -> None
     (run / "report.html").unlink(missing_ok=True)
     assert draw_report(run, Console(quiet=True)) == [run / "report.html"]
     assert "mine" in (run / "report.html").read_text("utf-8")
+
+
+def test_settings_at_their_default_are_not_told_but_for_the_first() -> None:
+    settings = {"k": 32, "multi_topk": 0.125, "k_start": None, "k_anneal": "linear", "of_later_versions": 2}
+    told = _own(settings, architecture_named("topk"))
+    assert told == {"k": 32, "multi_topk": 0.125, "of_later_versions": 2}
+    assert _own(settings, None) == settings

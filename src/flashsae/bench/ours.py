@@ -177,7 +177,7 @@ def expected_rows(problem: Problem, lr: float) -> Rows:
         latents: Tensor = torch.unique(active[spread])
         grads: tuple[list[Tensor], list[Tensor]] = [], []
         for latent in latents.tolist():
-            tokens, places = ((code.top_indices == latent) & (code.top_acts > 0)).nonzero(as_tuple=True)
+            tokens, places = ((code.top_indices == latent) & (code.top_acts != 0)).nonzero(as_tuple=True)
             grad_pre = slope[tokens] @ problem.W_dec[latent].double()
             grads[0].append(grad_pre @ centred[tokens])
             grads[1].append(code.top_acts[tokens, places].double() @ slope[tokens])

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -27,6 +27,7 @@ from flashsae.report.evaluation_file import read_evaluation
 from flashsae.report.plots import Plot, latent_map, latent_plots, training_plots
 from flashsae.report.snippet_file import Snippets, read_snippets
 from flashsae.report.summary import final_figures
+from flashsae.settings.kinds import as_json
 from flashsae.settings.run import load_settings
 
 _ARRAYS = ("latent_density", "decoder_norm", "nearest_decoder_cosine")
@@ -173,7 +174,9 @@ def _provenance(run: _Run, architecture: Architecture | None) -> list[tuple[str,
         version = "unknown"
     seconds = real(e.get("train_seconds"))
     kind = architecture.title if architecture else e.get("architecture")
-    own = [f"{name} = {_setting(value)}" for name, value in e["settings"].items() if _is_told(value)]
+    own = [
+        f"{name} = {_setting(value)}" for name, value in _own(e["settings"], architecture).items() if _is_told(value)
+    ]
     d_out = real(settings.get("d_out"))
     to = f" → {count(d_out)}" if d_out is not None and d_out != e["d_in"] else ""
     sizes = f"{count(e['d_in'])} → {count(e['d_sae'])} latents{to}"
@@ -186,6 +189,17 @@ def _provenance(run: _Run, architecture: Architecture | None) -> list[tuple[str,
         ("flashsae", settings.get("flashsae_version") or version),
     ]
     return [(name, _setting(value)) for name, value in facts if value]
+
+
+def _own(settings: Mapping[str, Any], architecture: Architecture | None) -> dict[str, Any]:
+    """Return what is worth telling of the settings of an architecture, where that is known, as `told` does."""
+    defaults = {} if architecture is None else as_json(asdict(architecture.settings()))
+    first = next(iter(defaults), None)
+    return {
+        name: value
+        for name, value in settings.items()
+        if name == first or name not in defaults or value != defaults[name]
+    }
 
 
 def _is_told(setting: Any) -> bool:
