@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from flashsae.architecture import architecture_names
 from flashsae.bench import dictionaries, lens, peers
 from flashsae.bench.dense import dense_pytorch
 from flashsae.bench.peers import LIBRARIES, PYTORCH
