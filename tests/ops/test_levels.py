@@ -101,6 +101,7 @@ CASES = {
     "all budgets": ("not in order", {"budgets": (1, 2, 3, 4, 5, 6)}),
     "some budgets": ("fixed", {"budgets": [1, 4, 6]}),
     "one budget": ("repeats", {"budgets": (6,)}),
+    "overflowed": ("overflowed", {"prefixes": (3, 11, N)}),
     "no tokens": ("no tokens", {"prefixes": (3, N)}),
     "no entries": ("no entries", {"prefixes": (3, N)}),
     "full": ("full", {"prefixes": (3, 11, N)}),
@@ -113,6 +114,10 @@ CASES = {
 def pattern_of(kind: str, generator: torch.Generator) -> Pattern:
     if kind == "varying":
         return ragged([0, 7, 2, 12, 1, 20], N, generator, spare=2)
+    if kind == "overflowed":  # the last tokens have lost entries
+        full = ragged([3, 5, 2, 4], N, generator)
+        assert full.starts is not None
+        return Pattern(full.latents[:9], N, full.starts.clamp_max(9), torch.tensor(14))
     if kind == "no entries":
         return ragged([0, 0, 0], N, generator, spare=2)
     if kind == "full":
