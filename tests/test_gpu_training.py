@@ -14,7 +14,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 import flashsae
-from flashsae import SAE, SAEConfig, TrainConfig
+from flashsae import SAE, SAEConfig, TopKSettings, TrainConfig
 from flashsae import architecture as architectures
 from flashsae.architectures.topk import ARCHITECTURE as TOPK
 from flashsae.data.shuffle import RowShuffle
@@ -65,10 +65,9 @@ def test_each_form_of_the_auxiliary_loss_is_as_accurate_as_dense_autograd(form: 
 
 
 @dataclass(frozen=True)
-class RestartedSettings:
+class RestartedSettings(TopKSettings):
     """Settings of a TopK that resamples."""
 
-    k: int = 8
     resample_every_steps: int = 0
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import flashsae
-from flashsae import TrainConfig
+from flashsae import TopKSettings, TrainConfig
 from flashsae import architecture as architectures
 from flashsae.architecture import Parameter
 from flashsae.architectures.topk import ARCHITECTURE as TOPK
@@ -32,10 +32,9 @@ EVERY, B, DEAD = 10, 32, [0, 5, 6, 40, 63]
 
 
 @dataclass(frozen=True)
-class RestartingSettings:
+class RestartingSettings(TopKSettings):
     """Settings of a TopK that resamples."""
 
-    k: int = 4
     resample_every_steps: NonNegativeInt = 0
 
 
