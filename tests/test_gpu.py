@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import shutil
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from flashsae.ops import (
     encode_above,
     encode_batch_topk,
     encode_topk,
+    linear,
     per_latent,
     pre_acts,
 )
@@ -368,6 +371,50 @@ def test_training_repeats_and_resumes_bit_for_bit(precision: Precision, moments:
         assert tensor.device.type == "cuda"
         assert torch.equal(tensor, again.state_dict()[name]), name
         assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("arch", ["transcoder:batch_topk", "skip_transcoder", "crosscoder", "crosscoder:topk"])
+def test_saes_of_several_sites_repeat_resume_and_train_as_on_the_cpu(
+    arch: str, precision: Precision, tmp_path: Path
+) -> None:
+    x = SuperpositionModel(64, 128, active=4.0).sample(8192, seed=1)
+    mix = torch.randn(64, 48, generator=torch.Generator().manual_seed(2))
+    acts = {"in": 20 * x, "out": (x @ mix).relu()}
+    config = TrainConfig(
+        batch_tokens=512, tokens=512 * 40, device="cuda", checkpoint_every_steps=10, precision=precision,
+        dead_after_tokens=1024,
+    )  # fmt: skip
+
+    def fit(run: str | None, config: TrainConfig = config, resume: bool = False) -> SAE:
+        folder = None if run is None else tmp_path / run
+        return flashsae.fit(acts, d_sae=256, k=8, arch=arch, config=config, run=folder, resume=resume, progress=False)
+
+    whole, again = fit("a"), fit(None)
+    shutil.rmtree(tmp_path / "a" / "checkpoints" / "step-00000040")
+    resumed = fit("a", resume=True)
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+    on_cpu = fit(None, replace(config, device="cpu"))
+    ours, theirs = (flashsae.evaluate(sae, acts).fvu for sae in (whole, on_cpu))
+    assert ours == pytest.approx(theirs, rel=0.05)
+
+
+@pytest.mark.parametrize(("dtype", "precision"), MODES, ids=["float32", "tf32", "bf16", "bfloat16 tensors"])
+@pytest.mark.parametrize("shape", [(0, 3, 5), (37, 13, 101), (130, 70, 64)])
+def test_t0_a_linear_map_equals_that_of_the_cpu(
+    shape: tuple[int, int, int], dtype: torch.dtype, precision: Precision | None, generator: torch.Generator
+) -> None:
+    B, d_in, d_out = shape
+    x, W, grad = (integer_inputs(*s, generator=generator, dtype=F32) for s in ((B, d_in), (d_out, d_in), (B, d_out)))
+    found = []
+    for device in ("cpu", DEVICE):
+        p, q = (t.to(device, dtype).requires_grad_() for t in (x, W))
+        y = linear(p, q, precision=precision)
+        found.append([y.detach(), *torch.autograd.grad(y, (p, q), grad.to(device))])
+    for ours, expected in zip(found[1], found[0]):
+        assert torch.equal(ours.cpu(), expected)
 
 
 def test_an_old_graph_among_the_garbage_does_not_break_a_capture() -> None:
