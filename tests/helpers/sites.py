@@ -1,4 +1,4 @@
-"""Architectures of several sites, with TopK as their selection: registered by being imported."""
+"""Architectures like those of others, with TopK as their selection: registered by being imported."""
 
 from __future__ import annotations
 
@@ -24,20 +24,6 @@ class BridgeSettings(TopKSettings):
 
 
 @dataclass(frozen=True)
-class PairSettings(TopKSettings):
-    """Settings of a crosscoder.
-
-    Args:
-        k: Latents active for each token.
-        sites: Their names.
-        widths: Of their activations.
-    """
-
-    sites: tuple[str, ...] = ()
-    widths: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
 class MoreSettings(TopKSettings):
     """Settings of an SAE with more weights than others.
 
@@ -52,7 +38,7 @@ def encode(sae: Any, x: Tensor) -> Any:
 
 
 def register() -> None:
-    """Make them known, to one test: a transcoder from before to after, a crosscoder, and an SAE with more weights."""
+    """Make them known, to one test: a transcoder from before to after, and an SAE with more weights."""
     rows = {row.name: row for row in AUTOENCODER}
     reading = replace(rows["W_enc_T"], initial="unit_rows")
     bridge = replace(
@@ -65,9 +51,6 @@ def register() -> None:
         Parameter("W_skip", ("d_out", "d_in"), "skip", "unit_rows"),
     )
     flashsae.register(bridge)
-    flashsae.register(
-        replace(bridge, name="pair", title="Pair", settings=PairSettings, reads=(), writes=(), subtracts_b_dec=True)
-    )
     flashsae.register(
         replace(TOPK, name="more", title="More", settings=MoreSettings, parameters=(*rows.values(), *more))
     )

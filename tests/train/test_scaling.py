@@ -34,7 +34,7 @@ OURS = [name for name in architecture_names(installed=False) if architecture_nam
 """All autoencoders, also those that are yet to come."""
 PAIRED = ["transcoder", "skip_transcoder:jump_relu", "transcoder:batch_topk", "bridge"]
 """What reads one site and writes another."""
-SEVERAL = ["crosscoder", "crosscoder:topk", "pair"]
+SEVERAL = ["crosscoder", "crosscoder:topk"]
 """What reads and writes both."""
 SMALL: dict[str, Any] = {"batch_tokens": 64, "tokens": 64 * 12, "checkpoint_every_steps": 5, "d_sae": 16}
 
@@ -113,13 +113,13 @@ def test_tokens_whose_statistics_are_not_known_are_not_normalised(arch: str) -> 
 
 
 def test_what_training_sees_has_the_scale_that_was_asked_for() -> None:
-    state, _ = state_of(SITES, "mean_square", arch="pair")
+    state, _ = state_of(SITES, "mean_square", arch="crosscoder")
     seen, _ = state.scaling(*(torch.cat([X, Y], 1),) * 2)
     assert [part.square().mean().item() for part in seen.split([8, 6], 1)] == pytest.approx([1, 1], rel=1e-6)
     state, _ = state_of(SITES, "power_of_two", arch="bridge")
     for part in state.scaling(X, Y):  # each near 1/4
         assert 0.17 < part.var(dim=0, correction=0).mean().sqrt() < 0.36
-    state, _ = state_of(SITES, "power_of_two", arch="pair")
+    state, _ = state_of(SITES, "power_of_two", arch="crosscoder")
     assert len({site.factor for site in state.scaling.writes}) == 1  # what is reconstructed keeps its proportions
     state, _ = state_of(3 * X, "none")
     assert torch.equal(state.scaling(X, X)[0], X)
@@ -214,7 +214,7 @@ def test_activations_of_every_dtype_that_hold_the_same_numbers_give_the_same_sae
 
 def test_sites_may_have_different_dtypes() -> None:
     narrow = {"before": X.bfloat16(), "after": (Y / 1000).bfloat16()}
-    for arch in ("bridge", "pair"):
+    for arch in ("bridge", "crosscoder"):
         expected = fitted({site: x.float() for site, x in narrow.items()}, "mean_square", arch=arch)
         assert same(fitted({**narrow, "after": narrow["after"].double()}, "mean_square", arch=arch), expected)
 
