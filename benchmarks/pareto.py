@@ -7,6 +7,7 @@ goes on where it stopped.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import time
@@ -99,6 +100,7 @@ class Acts:
     model_dtype: str
 
 
+@functools.cache
 def read_activations(folder: Path, sites: tuple[str, ...]) -> Acts:
     """Return the activations at some sites."""
     cache = ActivationCache(folder, sites, held_out=HELD_OUT_SHARE)
@@ -117,6 +119,9 @@ def train_one(training: Training, l0: int, folder: Path, config: Config, done: l
     if any(all(other.get(name) == record[name] for name in SAME) for other in done):
         return None
     settings, trials = dict(training.settings(l0)), Trials()
+    known = [trial for other in done if other["arch"] == training.arch for trial in other["trials"][-1:]]
+    if training.penalty and known:
+        settings[training.penalty] = next_penalty(known[-1:], l0)
     started = time.perf_counter()
     while True:
         sae = fit_one(training.arch, settings, acts, config)
@@ -190,8 +195,9 @@ def main(
         record = train_one(line, l0, activations, config, done)
         if record is None:
             continue
+        done.append(record | about)
         with out.open("a") as file:
-            file.write(json.dumps(record | about) + "\n")
+            file.write(json.dumps(done[-1]) + "\n")
         print(
             f"{line.arch:20s} L0 {record['l0']:8.2f} FVU {record['fvu']:.4f} never active {record['never_active']:5d}"
             f" {record['seconds']:7.2f} s",
