@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flashsae.errors import ConfigError
 
@@ -59,8 +59,8 @@ class Term:
         formula: in the words of the field.
         caption: a sentence for the report.
         compute: a scalar of a `Step`, or None where there is nothing to compute this time.
-        weight: what it is multiplied by: a number, or the name of a setting of the architecture or of the training. 0
-            leaves it out.
+        weight: what it is multiplied by: a number, or the name of a setting of the architecture or of the training, or
+            a function of the settings of the architecture, which the log calls by its name. 0 leaves it out.
         of_dead_latents: whether it needs `Step.dead`.
     """
 
@@ -68,11 +68,13 @@ class Term:
     formula: str
     caption: str
     compute: Callable[[Step], Tensor | None]
-    weight: float | str = 1.0
+    weight: float | str | Callable[[Any], float] = 1.0
     of_dead_latents: bool = False
 
     def weight_in(self, *settings: object) -> float:
         """Return the weight, read from the first of these settings that has it; ConfigError where none has."""
+        if callable(self.weight):
+            return float(self.weight(settings[0]))
         if not isinstance(self.weight, str):
             return self.weight
         for each in settings:

@@ -74,8 +74,14 @@ class TopKSettings:
         return self.bounds[0] < self.bounds[1]
 
 
+def own(settings: Any) -> TopKSettings:
+    """Return settings of TopK: those of an architecture that somebody made of it may be k alone, or not even that."""
+    return settings if isinstance(settings, TopKSettings) else TopKSettings(getattr(settings, "k", 1))
+
+
 def k_at(settings: Any, progress: Progress) -> int:
     """Return k of a step."""
+    settings = own(settings)
     end = settings.k_anneal_fraction
     done = 1.0 if progress.fraction >= end else progress.fraction / end
     if settings.k_start is None or done == 1.0:
@@ -87,14 +93,14 @@ def k_at(settings: Any, progress: Progress) -> int:
 
 def width_at(settings: Any, progress: Progress) -> int:
     """Return places for k of a step: the next of a few numbers that ascend by equal factors."""
-    (low, high), k = settings.bounds, k_at(settings, progress)
+    (low, high), k = own(settings).bounds, k_at(settings, progress)
     widths = (math.ceil(low * (high / low) ** (step / WIDTHS)) for step in range(WIDTHS))
     return int(next((width for width in widths if width >= k), high))
 
 
 def encode(sae: Any, x: Tensor) -> Any:
     """Return relu(the k largest of (x − b_dec) @ W_enc + b_enc), in training with Multi-TopK the 4·k largest."""
-    settings, ops, scale = sae.config.arch, flashsae.ops, sae.selection_scale
+    settings, ops, scale = own(sae.config.arch), flashsae.ops, sae.selection_scale
     width = sae.width if sae.training else settings.k
     wide = min(WIDER * width, sae.config.d_sae) if settings.multi_topk and sae.training else width
     code: Any = ops.encode_topk(
@@ -131,7 +137,7 @@ def _first(code: Any, sae: Any, width: int) -> Any:
 def main_part(sae: Any, code: Any) -> Any:
     """Return of a code with places for 4·k latents those of the k largest."""
     width, pattern = sae.width, code.pattern
-    if not (sae.training and sae.config.arch.multi_topk) or pattern.k is None or pattern.k <= width:
+    if not (sae.training and own(sae.config.arch).multi_topk) or pattern.k is None or pattern.k <= width:
         return code
     part = flashsae.ops.Pattern(pattern.latents[:, :width], pattern.d_sae)
     return flashsae.SparseCode(part, code.acts[:, :width], code.batch_shape)
@@ -139,7 +145,7 @@ def main_part(sae: Any, code: Any) -> Any:
 
 def levels(sae: Any, code: Any) -> dict[str, Any]:
     """Return of which entries Multi-TopK reconstructs, and with which weights."""
-    weight, width, places = sae.config.arch.multi_topk, sae.width, code.pattern.k
+    weight, width, places = own(sae.config.arch).multi_topk, sae.width, code.pattern.k
     if not (sae.training and weight):
         return {}
     if places > width:
@@ -150,9 +156,14 @@ def levels(sae: Any, code: Any) -> dict[str, Any]:
 def reconstruction(step: Step) -> Tensor:
     """Return the loss of the k largest. Its gradient is that of both losses, which come from one pass."""
     decoded = step.decoded
-    if not step.sae.config.arch.multi_topk:
+    if not own(step.sae.config.arch).multi_topk:
         return decoded.loss
     return decoded.loss - (decoded.loss.detach() - decoded.level_losses[0])
+
+
+def multi_topk(settings: Any) -> float:
+    """Return the weight of Multi-TopK, a setting that an architecture made of this one need not have."""
+    return own(settings).multi_topk
 
 
 MULTI = Term(
@@ -160,7 +171,7 @@ MULTI = Term(
     "Σ‖x − x_hat_4k‖² / (tokens · variance of a token)",
     "Fraction of the variance that four times as many latents leave unexplained (Multi-TopK, Gao et al. 2024).",
     lambda step: step.decoded.level_losses[-1],
-    weight="multi_topk",
+    weight=multi_topk,
 )
 
 ARCHITECTURE = Architecture(
@@ -175,11 +186,11 @@ ARCHITECTURE = Architecture(
         AUXK,
     ),
     l0=lambda settings: settings.k,
-    most=lambda settings: settings.bounds[1] * (WIDER if settings.multi_topk else 1),
+    most=lambda settings: own(settings).bounds[1] * (WIDER if own(settings).multi_topk else 1),
     scales=True,
     levels=levels,
     main_part=main_part,
-    schedule=lambda config, progress: {"k": k_at(config.arch, progress)} if config.arch.is_annealed else {},
+    schedule=lambda config, progress: {"k": k_at(config.arch, progress)} if own(config.arch).is_annealed else {},
     width=width_at,
     source="Gao et al. 2024, section 2.3 and appendix A.1; Multi-TopK of the same paper",
 )

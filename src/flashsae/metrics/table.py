@@ -231,7 +231,7 @@ def table(terms: Iterable[Term] = ()) -> dict[str, Metric]:
         elif term.name in METRICS:
             raise ConfigError(f"term {term.name}: expected a name that no metric has. Give it one of its own.")
         else:
-            caption = f"{term.caption} Its weight in the loss is {term.weight}."
+            caption = f"{term.caption} Its weight in the loss is {getattr(term.weight, '__name__', term.weight)}."
             rows[term.name] = replace(bare(term.name), caption=caption, formula=term.formula)
     return rows
 
