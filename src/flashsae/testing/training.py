@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashsae.architecture import architecture_named, settings_of
+from flashsae.architecture import Progress, architecture_named, settings_of
 from flashsae.optim import ADAM_EPS
+from flashsae.sae.config import SAEConfig
 from flashsae.testing.oracles import Params, TopK, dense_decode, dense_pre_acts, oracle, stable_topk
 
 
@@ -119,7 +120,8 @@ class DenseTrainer:
         variance: of a token, which the loss is relative to.
         architecture: whose oracle encodes, and whose terms have these weights in the loss; AuxK is not among them.
         topk: what selects, as in `dense_topk`.
-        settings: of the architecture, by name; others have their defaults.
+        settings: of the architecture, by name; others have their defaults, and numbers of the schedule are those of
+            the end, unless a step is given others.
     """
 
     def __init__(
@@ -129,8 +131,11 @@ class DenseTrainer:
         self.params = {name: weight.detach().clone().requires_grad_() for name, weight in params.items()}
         self.optimizer = UnitNormAdam(self.params.values(), self.params["W_dec"], lr)
         self._oracle, arch = oracle(architecture), settings_of(architecture, **settings)
-        self._settings = {"topk": topk, **asdict(arch)}
-        terms = {term.name: term for term in architecture_named(architecture).terms}
+        described, (d_sae, d_in) = architecture_named(architecture), params["W_enc_T"].shape
+        config = SAEConfig(d_in, d_sae, arch=arch, d_out=len(params["b_dec"]))
+        now = {} if described.schedule is None else described.schedule(config, Progress.end())
+        self._settings = {"topk": topk, **now, **asdict(arch)}
+        terms = {term.name: term for term in described.terms}
         self._weights = {name: terms[name].weight_in(arch) for name in self._oracle.terms}
         self._variance = variance
 
