@@ -7,7 +7,7 @@ import functools
 import operator
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from flashsae.bench.timing import float32_products
 from flashsae.optim import default_lr
 from flashsae.sae.losses import token_variance
 from flashsae.testing import UnitNormAdam, oracle
+from flashsae.testing.oracles import DenseStep, dense_budgets, dense_prefixes
 
 
 def backward(loss: Tensor) -> None:
@@ -101,6 +102,36 @@ def fast_topk(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return top.values, top.indices
 
 
+def prefixes_once(step: DenseStep) -> Tensor:
+    """Return the loss of a Matryoshka SAE with fixed prefixes, every latent decoded once: what a level adds."""
+    prefixes = [
+        round(each * step.latent_acts.shape[1]) if each <= 1 else round(each) for each in step.settings.prefixes
+    ]
+    x_hat, losses = step.params["b_dec"], []
+    for low, high in zip([0, *prefixes], prefixes):
+        x_hat = x_hat + step.latent_acts[:, low:high] @ step.params["W_dec"][low:high]
+        losses.append(step.fvu(x_hat))
+    total = torch.stack(losses)
+    return total.sum() if step.settings.level_loss == "sum" else total.mean()
+
+
+def budgets_once(step: DenseStep) -> Tensor:
+    """Return the loss of a Hierarchical TopK SAE from k rows of the decoder a token, added up one after another."""
+    k, params = step.settings.k, step.params
+    acts, places = step.latent_acts.topk(k, dim=-1)
+    x_hats = (acts.unsqueeze(-1) * params["W_dec"][places]).cumsum(1) + params["b_dec"]
+    errors = (step.target.unsqueeze(1) - x_hats).square().sum((0, 2)) / (len(step.x) * step.variance)
+    budgets = step.settings.budgets or range(1, k + 1)
+    return errors[[budget - 1 for budget in budgets]].mean()
+
+
+ONCE: dict[Callable[[DenseStep], Tensor | None], Callable[[DenseStep], Tensor]] = {
+    dense_prefixes: prefixes_once,
+    dense_budgets: budgets_once,
+}
+"""Terms of oracles that decode each of several reconstructions on its own, as somebody writes them who wants speed."""
+
+
 def dense_pytorch(problem: Problem, precision: str = "bf16", *, compiled: bool = False) -> AutogradStep:
     """Dense PyTorch with autograd, by the oracle of the architecture: linear, topk, relu, scatter, matmul; fused Adam.
 
@@ -113,15 +144,17 @@ def dense_pytorch(problem: Problem, precision: str = "bf16", *, compiled: bool =
     rows = {row.name: row for row in architecture.parameters}
     params = {name: value.clone().requires_grad_(rows[name].trained) for name, value in problem.params.items()}
     W_dec, dense, settings = params["W_dec"], oracle(problem.arch_name), problem.settings
+    terms_of = {term.name: term for term in architecture.terms}
+    weights = {name: terms_of[name].weight_in(problem.arch) for name in dense.terms}
+    dense = replace(dense, terms={n: ONCE.get(term, term) for n, term in dense.terms.items() if weights[n]})
     variance = token_variance(sites.written(problem.xs[0]))
-    weights = {term.name: term.weight_in(problem.arch) for term in architecture.terms if term.name in dense.terms}
     first: list[Tensor] = []  # of the terms of the last loss
 
     def terms(x: Tensor) -> list[Tensor]:
         with autocast(W_dec.device) if precision == "bf16" else contextlib.nullcontext():
             given = {"target": sites.written(x), "topk": fast_topk, **settings}
             found = dense.losses(sites.read(x), params, variance, **given)
-        return [weights[name] * value for name, value in found.items() if weights[name]]
+        return [weights[name] * value for name, value in found.items()]
 
     if compiled:
         torch.compiler.reset()  # else a second size is compiled for any size, which is slower
