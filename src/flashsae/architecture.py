@@ -56,6 +56,7 @@ class Architecture:
         selects_by: what pre-activations are multiplied by where latents are selected, and there alone: of an SAE,
             [d_sae], not negative. encode finds it in `sae.selection_scale`.
         scales: whether encode heeds `sae.selection_scale`, so that a crosscoder can be made of this architecture.
+        weighs: names of terms that grow with the values of latents: a crosscoder weights these by the norms of sites.
         initialize: sets the parameters from a sample, before the first step. None: as `flashsae.sae.initialize`.
         after_step: updates what is not trained, of the SAE and the code of a step; waits for nothing.
         finish: makes of a trained SAE one for inference, in place, such as by folding norms into weights.
@@ -88,6 +89,7 @@ class Architecture:
     subtracts_b_dec: bool = True
     selects_by: Callable[[SAE], Tensor] | None = None
     scales: bool = False
+    weighs: tuple[str, ...] = ()
     initialize: Callable[[SAE, Tensor, Tensor], None] | None = None
     after_step: Callable[[SAE, SparseCode], None] | None = None
     finish: Callable[[SAE], None] | None = None

@@ -125,6 +125,7 @@ def _operands(name: str, device: str) -> list[tuple[Any, ...]]:
         "latent_sums": [(lists, acts), (lists, acts.detach().bfloat16().requires_grad_()), (row_lists, row_acts)],
         "column_sums": [(weights, rows, torch.float32), (weights, rows.bfloat16(), torch.bfloat16)],
         "take_rows": [(W, torch.tensor([7, 2, 0], device=device), _slots(device))],
+        "block_norms": [(W, [1, 3]), (half[0], [4])],
         "linear": [(x, W, "float32"), (rows, half[0], "bf16")],
         "center": [(rows, bias.detach(), False), (rows, bias.detach(), True)],
     }[name]
@@ -133,7 +134,7 @@ def _operands(name: str, device: str) -> list[tuple[Any, ...]]:
 OPERATORS = [
     "encode_topk", "encode_batch_topk", "encode_above", "encode_any", "pre_acts", "per_latent", "center", "decode",
     "decode_grad_acts", "decode_loss", "decode_levels", "latent_rows", "column_sums", "latent_sums", "take_rows",
-    "linear",
+    "linear", "block_norms",
 ]  # fmt: skip
 
 

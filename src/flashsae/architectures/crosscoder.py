@@ -9,8 +9,9 @@ of b_dec. Latents are selected by what they count for at all sites together,
 
     acts_i · Σ_s ‖W_dec[i, s]‖,
 
-in BatchTopK over a batch, and in inference above a threshold of the same number, where sparsity by a penalty would have
-it as the weight of acts_i. Norms have no gradient here. A latent and its row of W_dec can be scaled against each other
+in BatchTopK over a batch, and in inference above a threshold of the same number; norms have no gradient there. Over
+ReLU or JumpReLU latents are active as they are in these, and a penalty of their values is one of that product, with a
+gradient of the norms, too. A latent and its row of W_dec can be scaled against each other
 without changing anything, so the row as a whole has norm 1, and the sum is between 1 and the root of the number of
 sites: it says over how many of them the latent is spread.
 
@@ -25,7 +26,7 @@ from dataclasses import replace
 from typing import Any
 
 import flashsae
-from flashsae.architecture import Architecture, Parameter, composed_name, composed_settings
+from flashsae.architecture import Architecture, Parameter, Term, composed_name, composed_settings
 from flashsae.errors import ConfigError
 from flashsae.settings.kinds import PositiveInt
 
@@ -40,27 +41,32 @@ SITE_SCALE = Parameter(
 
 
 def norms_of_sites(sae: Any) -> Any:
-    """Return Σ_s ‖W_dec[i, s]‖ of each latent, [d_sae], as in training: one pass over W_dec, each column read once."""
-    import torch  # not for a help text
+    """Return Σ_s ‖W_dec[i, s]‖ of each latent, [d_sae], as in training: each column of W_dec is read once."""
+    norms = flashsae.ops.block_norms(sae.W_dec, sae.config.arch.widths)
+    starts = [columns.start for columns in sae.config.columns.values()]
+    return sum(norms[:, place] * sae.site_scale[start].to(norms.dtype) for place, start in enumerate(starts))
 
-    dtype = torch.promote_types(sae.W_dec.dtype, torch.float32)
-    total: Any = 0
-    for columns in sae.config.columns.values():
-        norms = torch.linalg.vector_norm(sae.W_dec.detach()[:, columns], dim=1, dtype=dtype)
-        total = total + norms * sae.site_scale[columns.start].to(dtype)
-    return total
+
+def weighted(term: Term) -> Term:
+    """Return a term of values of latents as one of these times the norms of their decoders at all sites."""
+
+    def compute(step: Any) -> Any:
+        norms = flashsae.ops.per_latent(norms_of_sites(step.sae), step.code.pattern)
+        return term.compute(replace(step, code=step.code.replace(step.code.acts * norms)))
+
+    return replace(term, compute=compute)
 
 
 def compose(base: Architecture) -> Architecture:
     """Return the crosscoder with the selection of another architecture.
 
     Raises:
-        ConfigError: its encoder does not select by what `sae.selection_scale` says.
+        ConfigError: it neither selects by what `sae.selection_scale` says, nor has a penalty of values of latents.
     """
-    if not base.scales or len(base.sites) != 1 or base.direct is not None:
+    if not (base.scales or base.weighs) or len(base.sites) != 1 or base.direct is not None:
         raise ConfigError(
-            f"arch: a crosscoder selects latents by their values times the norms of their decoders, and {base.title} "
-            "does not select by a scale; compose crosscoder of topk, batch_topk, abs_topk or matryoshka."
+            f"arch: a crosscoder goes by values of latents times the norms of their decoders, and {base.title} has no "
+            "place for them; compose crosscoder of topk, batch_topk, abs_topk, matryoshka, relu or jump_relu."
         )
     name = composed_name("crosscoder", base, BASE)
 
@@ -85,7 +91,8 @@ def compose(base: Architecture) -> Architecture:
         reads=(),
         writes=(),
         subtracts_b_dec=False,
-        selects_by=norms_of_sites,
+        selects_by=norms_of_sites if base.scales else None,
+        terms=tuple(weighted(term) if term.name in base.weighs else term for term in base.terms),
         initialize=initialize,
         defaults={
             **base.defaults,

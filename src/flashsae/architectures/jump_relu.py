@@ -287,5 +287,6 @@ ARCHITECTURE = Architecture(
     after_step=control_thresholds,
     schedule=schedule,
     varies=True,
+    weighs=("tanh_penalty",),
     source="Rajamanoharan et al. 2024, sections 3 and 4; Gemma Scope 2 report, section 3.2; Anthropic, January 2025",
 )

@@ -15,6 +15,7 @@ from flashsae.ops.factored import FactoredGradient
 from flashsae.ops.gradients import Collection, collect_factors, materialize, take_rows
 from flashsae.ops.latent_rows import latent_rows
 from flashsae.ops.linear import linear
+from flashsae.ops.norms import block_norms
 from flashsae.ops.order import by_value
 from flashsae.ops.pattern import LatentIndex, Pattern
 
@@ -26,6 +27,7 @@ __all__ = [
     "LatentIndex",
     "Pattern",
     "SparseCode",
+    "block_norms",
     "by_value",
     "collect_factors",
     "decode",

@@ -303,7 +303,22 @@ class _Crosscoder(Oracle):
 
 
 def _crosscoder(base: Oracle) -> Oracle:
-    return _Crosscoder(**vars(_transcoder(base)))
+    """Select by values times norms of all sites, or weight penalties of values by these."""
+
+    def weighted(term: Callable[[DenseStep], Tensor | None]) -> Callable[[DenseStep], Tensor | None]:
+        def compute(step: DenseStep) -> Tensor | None:
+            of_sites = torch.split(step.params["W_dec"], list(step.settings.widths), dim=1)
+            norms = torch.stack([W_dec.norm(dim=1) for W_dec in of_sites]).sum(0)
+            unit = {**step.params, "W_dec": F.normalize(step.params["W_dec"].detach(), dim=1)}  # no norms but these
+            return term(replace(step, params=unit, latent_acts=step.latent_acts * norms))
+
+        return compute
+
+    made = _transcoder(base)
+    terms = {
+        name: weighted(term) if name in ("sparsity", "tanh_penalty") else term for name, term in made.terms.items()
+    }
+    return _Crosscoder(**{**vars(made), "terms": terms})
 
 
 COMPOSED = {
