@@ -429,7 +429,8 @@ def test_help_shows_the_settings_of_the_architecture_that_is_asked_for(
     for words in (["--arch", "gates"], []):
         assert _main("train", *words, "--help") == 0
         shown.append(capsys.readouterr().out)
-    named = re.search(r"Architecture of the SAE: ([\w, ]+), or one of a package", shown[0])
+    text = " ".join(shown[0].replace("│", " ").split())  # wherever a line ends
+    named = re.search(r"Architecture of the SAE: ([\w, ]+), or one of a package", text)
     assert named is not None
     assert {"batch_topk", "gates", "topk"} <= set(named[1].split(", "))
     for line in ("Gates of each latent.", "How steep a gate is.", "--d-sae"):
