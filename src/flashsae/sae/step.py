@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from flashsae.architecture import RECONSTRUCTION, Architecture
+from flashsae.architecture import NESTED, RECONSTRUCTION, Architecture
 from flashsae.errors import ConfigError, ShapeError
 from flashsae.ops import DecodeLoss, SparseCode, decode_loss
 from flashsae.profiling import part
@@ -100,7 +100,7 @@ class Step:
         for value in weighted[1:]:
             loss = loss + value
         found = {name: value.detach() for name, value in there.items()}
-        if self.sae.architecture.levels is not None:  # that of all latents, for the log
+        if first is NESTED:  # that of all latents, for the log
             found = {RECONSTRUCTION.name: self.decoded.level_losses[-1], **found}
         return loss, found
 
