@@ -58,7 +58,7 @@ def test_an_architecture_of_an_installed_package_is_found_by_its_name_and_by_its
         ("renamed", "arch: expected a_package:MADE to be an Architecture named 'renamed', got Architecture"),
         ("other", "arch: expected a_package:OTHER to be an Architecture named 'other', got 3"),
         ("gone", r"arch: 'gone' cannot be loaded from a_package.gone:MADE \(ModuleNotFoundError: .*\)\. Repair or"),
-        ("nowhere", "arch: expected one of .*gone, .*other, packaged, renamed, .*topk.*, got 'nowhere'"),
+        ("nowhere", "arch: expected one of .*gone, .*other, packaged, .*renamed, .*topk.*, got 'nowhere'"),
     ],
 )
 def test_a_package_whose_architecture_cannot_be_had_is_one_sentence(name: str, message: str) -> None:
