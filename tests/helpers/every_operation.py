@@ -209,6 +209,12 @@ def _linear(p: Tensors) -> Tensors:
     return _with_gradients({"y": ops.linear(q["x"], q["W_enc_T"])}, {"y": p["grad_y"]}, q)
 
 
+def _block_norms(p: Tensors) -> Tensors:
+    q = _leaves(p, "W_dec")
+    norms = ops.block_norms(q["W_dec"], (2, D_IN - 2))
+    return _with_gradients({"norms": norms}, {"norms": p["dense"][:, :2]}, q)
+
+
 def _gradient(p: Tensors) -> RowGradient:
     sparse = SparseFactor(index_of(p["top_indices"], D_SAE), p["coeffs"], p["rows"])
     return RowGradient(sparse, p["grad_taken"], p["slots"])
@@ -274,6 +280,7 @@ OPERATIONS: dict[str, Callable[[Tensors], Tensors]] = {
     "latent_rows, rows": _latent_rows_rows,
     "take_rows": _take_rows,
     "linear": _linear,
+    "block_norms": _block_norms,
     "pattern": _pattern,
     "pattern, rows": _pattern_rows,
     "adam_rows": _adam_rows,

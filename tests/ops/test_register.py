@@ -229,6 +229,9 @@ def _functions(device: str) -> dict[str, tuple[Callable[[Tensor], Tensor], Tenso
     def linear(W: Tensor) -> Tensor:
         return ops.linear(p["x"], W).square().sum()
 
+    def norms(W: Tensor) -> Tensor:
+        return ops.block_norms(W, (2, 3)).square().sum()
+
     return {
         "encode_topk": (encode, p["x"]),
         "encode_batch_topk": (encode_batch, p["W_enc_T"]),
@@ -240,6 +243,7 @@ def _functions(device: str) -> dict[str, tuple[Callable[[Tensor], Tensor], Tenso
         "decode_loss": (loss, p["top_acts"]),
         "take_rows": (take, p["W_dec"]),
         "linear": (linear, p["W_enc_T"]),
+        "block_norms": (norms, p["W_dec"]),
     }
 
 
@@ -254,6 +258,7 @@ DIFFERENTIABLE = (
     "decode_loss",
     "take_rows",
     "linear",
+    "block_norms",
 )
 
 

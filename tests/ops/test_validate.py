@@ -113,7 +113,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.parametrize("dense_above", ["0", "1"])
 @pytest.mark.parametrize(
-    "name", [name for name in OPERATIONS if not name.startswith(("pattern", "take_rows", "by_value", "linear"))]
+    "name",
+    [name for name in OPERATIONS if not name.startswith(("pattern", "take_rows", "by_value", "linear", "block_norms"))],
 )
 def test_kernels_are_given_what_they_can_read(
     name: str, dense_above: str, launches: list[str], monkeypatch: pytest.MonkeyPatch
@@ -165,6 +166,7 @@ def _call(operation: str, **changes: Any) -> None:
         "latent_rows": lambda: ops.latent_rows(index_of(inputs("cpu")["top_indices"], D_SAE), p["coeffs"], p["rows"]),
         "take_rows": lambda: ops.take_rows(p["W_dec"], p["latents"], p["slots"]),
         "linear": lambda: ops.linear(p["x"], p["W_enc_T"]),
+        "block_norms": lambda: ops.block_norms(p["W_dec"], (2, D_IN - 2)),
     }
     calls[operation]()
 
@@ -183,7 +185,10 @@ TENSORS = {
     "latent_rows": ("coeffs", "rows"),
     "take_rows": ("W_dec", "latents", "slots"),
     "linear": ("x", "W_enc_T"),
+    "block_norms": ("W_dec",),
 }
+ALONE = ("Pattern.topk", "top_indices"), ("block_norms", "W_dec")
+"""Operations of one tensor."""
 ARGUMENTS = [(operation, name) for operation, names in TENSORS.items() for name in names]
 
 STRANGE: dict[str, tuple[Callable[[Tensor], Any], str]] = {
@@ -210,7 +215,7 @@ def test_what_is_no_array_of_numbers_is_refused(operation: str, name: str, kind:
         _call(operation, **{name: make(tensor)})
 
 
-@pytest.mark.parametrize(("operation", "name"), [pair for pair in ARGUMENTS if pair != ("Pattern.topk", "top_indices")])
+@pytest.mark.parametrize(("operation", "name"), [pair for pair in ARGUMENTS if pair not in ALONE])
 def test_tensors_on_two_devices_are_refused(operation: str, name: str) -> None:
     with pytest.raises(DtypeError, match=r"^\w+: expected the device of .*, (cpu|meta), got (cpu|meta)"):
         _call(operation, **{name: inputs("cpu")[name].to("meta")})
