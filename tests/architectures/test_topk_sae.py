@@ -10,7 +10,7 @@ from torch import Tensor
 
 import flashsae
 from flashsae import SAE, AbsTopKSettings, SAEConfig, TopKSettings, TrainConfig, ops
-from flashsae.architecture import Progress
+from flashsae.architecture import Progress, settings_of
 from flashsae.architectures.topk import WIDTHS, k_at, width_at
 from flashsae.errors import ConfigError
 from flashsae.sae import fvu_weights
@@ -333,3 +333,19 @@ def test_gpu_training_is_of_few_graphs_and_resumes_bit_for_bit(
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
     assert flashsae.evaluate(whole, tokens(2000, seed=1)).fvu < 0.6
+
+
+@pytest.mark.parametrize("multi_topk", [0.0, 0.125])
+def test_a_crosscoder_keeps_what_the_norms_of_its_sites_select(multi_topk: float, generator: torch.Generator) -> None:
+    saes, x = [], torch.randn(9, 2 * D, generator=generator)
+    for given in ({"k_start": 8, "multi_topk": multi_topk}, {}):
+        arch = settings_of("crosscoder:topk", k=4 if given else 6, sites=("a", "b"), widths=(D, D), **given)
+        sae = SAE(SAEConfig(2 * D, N, arch=arch, d_out=2 * D)).train()
+        with torch.no_grad():
+            sae.W_dec.mul_(torch.linspace(0.2, 3.0, N)[:, None])
+        sae.set_progress(Progress(1, 4))  # linear from 8 to 4 in two steps: 6
+        saes.append(sae)
+    ours, plain = saes
+    assert torch.equal(ours.main_part(ours.encode(x)).to_dense(), plain.encode(x).to_dense())
+    no_norms = ops.encode_topk(x, plain.W_enc_T, plain.b_enc, 6)
+    assert not torch.equal(plain.encode(x).pattern.latents, no_norms.pattern.latents)
