@@ -100,13 +100,16 @@ def pareto_text(records: Sequence[Record]) -> str:
     for arch in dict.fromkeys(arch for arch, _ in last):
         found = [last.get((arch, l0)) for l0 in SPARSITIES]
         cells = [f"{r['fvu']:.4f} at {number(r['l0'])}" if r else "" for r in found]
-        dead = [str(r["never_active"]) if r else "" for r in found]
-        seconds = [number(r["seconds"]) if r else "" for r in found]
-        rows.append([f"`{arch}`", *cells, " / ".join(dead), " / ".join(seconds)])
+        rows.append([f"`{arch}`", *cells, " / ".join(str(r["never_active"]) if r else "–" for r in found)])
     one = next(iter(last.values()))
-    heads = ["", *(f"about {l0}" for l0 in SPARSITIES), "latents never active", "seconds"]
-    about = "; ".join(dict.fromkeys(f"{r['gpu']}, torch {r['torch']}, commit {r['commit']}" for r in last.values()))
-    return f"{PARETO_TEXT.format(**one)} {about}.\n\n{table(heads, rows)}"
+    heads = ["", *(f"about {l0}" for l0 in SPARSITIES), "latents never active"]
+    return f"{PARETO_TEXT.format(**one)}\n\n{table(heads, rows)}\n\n{_made_by(last.values())}"
+
+
+def _made_by(records: Iterable[Record]) -> str:
+    found = list(records)
+    gpus, versions, commits = (", ".join(dict.fromkeys(r[key] for r in found)) for key in ("gpu", "torch", "commit"))
+    return f"GPU: {gpus} · torch {versions} · commit {commits}"
 
 
 def pareto_figure(records: Sequence[Record]) -> Figure | None:
@@ -128,14 +131,13 @@ def pareto_figure(records: Sequence[Record]) -> Figure | None:
         axes.legend(frameon=False, fontsize=7)
     panels[0].set_ylabel("FVU of held-out tokens")
     one = next(iter(last.values()))
-    made_by = f"{one['gpu']} · torch {one['torch']} · commit {one['commit']}"
-    note = f"d_sae {one['d_sae']:,}, {one['tokens']:,} tokens · {made_by}"
+    note = f"d_sae {one['d_sae']:,}, {one['tokens']:,} tokens · {_made_by(last.values())}"
     figure.supxlabel(note, fontsize=6.5, color="#666666")
     return figure
 
 
 def _log_axes(axes: Axes) -> None:
-    axes.set(xscale="log", yscale="log")
+    axes.set(xscale="log", yscale="log", xlim=(0.8 * SPARSITIES[0], 1.25 * SPARSITIES[-1]))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticks(list(SPARSITIES), [str(l0) for l0 in SPARSITIES])
     plain = FuncFormatter(lambda value, _: f"{value:g}")
