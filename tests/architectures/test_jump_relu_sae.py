@@ -13,6 +13,7 @@ import flashsae
 from flashsae import SAE, JumpReLUSettings, SAEConfig
 from flashsae.architecture import Progress, architecture_named
 from flashsae.architectures.jump_relu import control_thresholds, pre_act_loss
+from flashsae.cli import main
 from flashsae.data.synthetic import SuperpositionModel
 from flashsae.errors import ConfigError
 from flashsae.sae import exceeds, jump_relu
@@ -325,3 +326,14 @@ def test_the_target_is_reached_on_activations_of_a_language_model_and_stays(targ
     print(f"target {target_l0}: held-out L0 {result.l0:.3f}, FVU {result.fvu:.4f}")
     assert result.l0 == pytest.approx(target_l0, rel=0.2)  # ten thousand tokens that came ten times are known by heart
     assert result.fvu < 0.3
+
+
+@pytest.mark.parametrize(("arch", "own", "other"), [("jump_relu", "--target-l0", "--l1"), ("gated", "--l1", "--k ")])
+def test_help_shows_the_settings_of_the_architecture_alone(
+    arch: str, own: str, other: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--arch", arch, "--help"])
+    told = capsys.readouterr().out
+    assert own in told
+    assert other not in told
