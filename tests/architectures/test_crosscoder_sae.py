@@ -16,7 +16,7 @@ import flashsae
 from flashsae import SAE, SAEConfig, TrainConfig
 from flashsae.architecture import architecture_named, settings_of
 from flashsae.errors import ConfigError, DtypeError, ShapeError
-from flashsae.sae import Step, fvu_weights
+from flashsae.sae import DeadLatents, Step, auxk_loss, fvu_weights
 from flashsae.testing import assert_as_accurate, integer_inputs, oracle
 
 B, WIDTHS, D_SAE, K = 16, (5, 8, 3), 40, 4
@@ -149,6 +149,23 @@ def test_sites_have_names_and_decoders_of_their_own() -> None:
             sae.W_dec_of(wrong)
     with pytest.raises(ConfigError, match="site: expected one of several, which are not here, got 'a'"):
         SAE(SAEConfig(7, 9, 2)).W_dec_of("a")
+
+
+@pytest.mark.parametrize("kind", ["crosscoder", "crosscoder:abs_topk"])
+def test_auxk_selects_dead_latents_by_the_norms_of_all_sites(kind: str, generator: torch.Generator) -> None:
+    sae, x = _filled(kind, generator, integer=False)
+    dead = DeadLatents(D_SAE, 10)
+    dead.tokens_since_fired[::3] = 11
+    weights = fvu_weights(x, 2.0)
+    decoded = Step(sae, x, x, sae.encode(x), weights).decoded
+    ours = auxk_loss(sae, x, decoded, weights, dead.rows(int(dead.mask().sum())), 3)
+    pre_acts = (x @ sae.W_enc + sae.b_enc).where(dead.mask(), 0.0 if "abs" in kind else -torch.inf)
+    assert sae.selection_scale is not None
+    keys = pre_acts * sae.selection_scale
+    chosen = torch.zeros_like(keys).scatter(1, (keys.abs() if "abs" in kind else keys).topk(3).indices, 1.0)
+    acts = torch.where(chosen > 0, pre_acts if "abs" in kind else pre_acts.relu(), 0.0)
+    missed = (decoded.residual - acts @ sae.W_dec).square().sum() / decoded.residual.square().sum()
+    torch.testing.assert_close(ours, missed)
 
 
 # --- trainings ---

@@ -66,7 +66,7 @@ def compose(base: Architecture) -> Architecture:
     if not (base.scales or base.weighs) or len(base.sites) != 1 or base.direct is not None:
         raise ConfigError(
             f"arch: a crosscoder goes by values of latents times the norms of their decoders, and {base.title} has no "
-            "place for them; compose crosscoder of topk, batch_topk, abs_topk, matryoshka, relu or jump_relu."
+            "place for them; compose crosscoder of batch_topk, topk, abs_topk, matryoshka, relu or jump_relu."
         )
     name = composed_name("crosscoder", base, BASE)
 

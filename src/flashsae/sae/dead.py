@@ -206,6 +206,9 @@ def auxk_loss(
     b_enc, k, signed = sae.b_enc.index_select(0, dead.latents), min(k_aux, len(dead.latents)), sae.architecture.signed
     # rows that stand for no latent come last; they may be selected all the same, and give nothing then
     scale = dead.is_dead.float() if signed else None
+    if sae.selection_scale is not None:
+        of_dead = sae.selection_scale.index_select(0, dead.latents)
+        scale = of_dead if scale is None else of_dead * scale
     b_enc = b_enc if signed else torch.where(dead.is_dead, b_enc, _NEVER)
     code = ops.encode_topk(
         x, W_enc_T, b_enc, k, b_dec=sae.b_pre, key_scale=scale, magnitude=signed, precision=sae.precision
