@@ -63,6 +63,7 @@ class Architecture:
         direct: what is added to the reconstruction beside the code, of x: [B, d_in] -> [B, d_out], differentiable.
         levels: of an SAE and a code, what `flashsae.ops.decode_loss` needs to know of nested reconstructions: prefixes
             or budgets, and level_weights. The first term is then `NESTED`.
+        level_count: how many levels these are at most, of the settings; for the plan. None: one.
         main_part: of an SAE and a code in training, the part that inference would give, where the loss is of more: what
             is logged and counted, and what the reconstruction is of outside the loss.
         schedule: numbers that change from step to step, or lists of as many numbers each time; encode and terms find
@@ -95,6 +96,7 @@ class Architecture:
     finish: Callable[[SAE], None] | None = None
     direct: Callable[[SAE, Tensor], Tensor] | None = None
     levels: Callable[[SAE, SparseCode], Mapping[str, Any]] | None = None
+    level_count: Callable[[Any], int] | None = None
     main_part: Callable[[SAE, SparseCode], SparseCode] | None = None
     schedule: Callable[[SAEConfig, Progress], Mapping[str, float | Sequence[float]]] | None = None
     width: Callable[[Any, Progress], int] | None = None

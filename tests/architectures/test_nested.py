@@ -21,6 +21,7 @@ from flashsae.errors import ConfigError
 from flashsae.sae import Step, fvu_weights
 from flashsae.testing import DenseTrainer, assert_as_accurate, oracle
 from flashsae.train import loop
+from flashsae.train.plan import make_plan
 
 D, N, K, B = 12, 48, 4, 40
 ARCHS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -262,6 +263,20 @@ def test_of_annealed_codes_it_takes_the_latents_in_order() -> None:
     torch.testing.assert_close(step.decoded.loss, torch.stack(expected).mean())
     with pytest.raises(ConfigError, match=r"multi_topk: expected 0 beside prefixes, got 0\.125"):
         SAE(SAEConfig(D, N, arch=settings_of("matryoshka:topk", multi_topk=0.125)))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_plan_has_memory_for_rows_of_all_levels(device: str) -> None:
+    plans, rows = {}, 32 * 2048 * 64 * 2  # in bfloat16
+    for name, given in (
+        ("topk", {}), ("topk", {"multi_topk": 0.125}), ("matryoshka:topk", {}), ("hierarchical_topk", {}),
+    ):  # fmt: skip
+        arch = settings_of(name, k=32, **given)
+        config = TrainConfig(d_sae=1024, arch=arch, batch_tokens=2048, tokens=1 << 20, precision="bf16").resolve(64)
+        plans[name, len(given)] = make_plan(config, torch.device(device)).parts["one step"]
+    assert plans["hierarchical_topk", 0] > plans["topk", 0] + rows * (0.9 if device == "cpu" else 0.2)
+    assert plans["topk", 0] <= plans["topk", 1]
+    assert plans["topk", 0] <= plans["matryoshka:topk", 0] <= plans["hierarchical_topk", 0]
 
 
 def test_its_own_settings_are_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:

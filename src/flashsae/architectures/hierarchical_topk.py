@@ -86,6 +86,7 @@ ARCHITECTURE = Architecture(
     most=lambda settings: settings.k,
     scales=True,
     levels=levels,
+    level_count=lambda settings: len(settings.budgets) or settings.k,
     source="Balagansky et al. 2025, section 3",
 )
 """

@@ -149,6 +149,7 @@ def compose(base: Architecture) -> Architecture:
         settings=settings,
         terms=(NESTED, *base.terms[1:]),
         levels=levels,
+        level_count=lambda settings: len(settings.prefixes),
         main_part=None,
         schedule=numbers,
         source=f"Bussmann et al. 2025, section 3; {base.source}",

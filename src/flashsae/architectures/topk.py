@@ -189,6 +189,7 @@ ARCHITECTURE = Architecture(
     most=lambda settings: own(settings).bounds[1] * (WIDER if own(settings).multi_topk else 1),
     scales=True,
     levels=levels,
+    level_count=lambda settings: 2 if getattr(settings, "multi_topk", 0.0) else 1,
     main_part=main_part,
     schedule=lambda config, progress: {"k": k_at(config.arch, progress)} if own(config.arch).is_annealed else {},
     width=width_at,

@@ -131,7 +131,9 @@ def _gpu_step(config: TrainConfig) -> int:
     workspace = rows * n * width * (1 + 1 / 16)
     if config.precision == "float32":
         workspace += 2 * n * d  # weights rounded to float16
-    errors = B * d * (4 if config.precision == "bf16" else 8)  # reconstruction and residual
+    error = B * config.d_out * (2 if config.precision == "bf16" else 4)
+    levels = _levels(config)
+    errors = error * (2 + (levels + 2 if levels > 1 else 0))  # reconstruction, residual, and rows of levels
     dead = 0.05 * n if config.auxk_alpha else 0  # a guess: how many latents will be dead
     auxk = dead * d * 2 * 2 * 2 + 3 * B * dead * 2
     return int(tokens + code + max(workspace, errors + auxk) + 32 * n + _CUBLAS_BYTES)
@@ -144,6 +146,12 @@ def _active(config: TrainConfig) -> float:
     return max(architecture.l0(config.arch), most)
 
 
+def _levels(config: TrainConfig) -> int:
+    """Return how many nested reconstructions there are."""
+    count = architecture_of(config.arch).level_count
+    return 1 if count is None else count(config.arch)
+
+
 def _full_code(config: TrainConfig) -> int:
     """Return the memory of a code above a threshold while it is dense, as most are at the start; 0 for others.
 
@@ -154,6 +162,7 @@ def _full_code(config: TrainConfig) -> int:
 
 def _cpu_step(config: TrainConfig) -> int:
     """Return the same where the gradient of a matrix is whole, one matrix at a time."""
-    n, d, B = config.d_sae, config.d_in, config.batch_tokens
+    n, d, B, levels = config.d_sae, config.d_in, config.batch_tokens, _levels(config)
+    nested = 16 * B * levels * config.d_out if levels > 1 else 0
     workspace = max(min(WORKSPACE_BYTES, 12 * B * n), _full_code(config))
-    return int(max(16 * n * d, workspace) + 4 * B * (8 * d + 8 * _active(config)))
+    return int(max(16 * n * d, workspace) + nested + 4 * B * (8 * d + 8 * _active(config)))
