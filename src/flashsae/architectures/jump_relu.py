@@ -253,7 +253,7 @@ ARCHITECTURE = Architecture(
         ),
         Term(
             "l0_penalty",
-            "L0",
+            "mean over tokens of the number of active latents",
             "Active latents of a token, in a penalty that rises at the start.",
             l0_penalty,
             weight="penalty_weight",

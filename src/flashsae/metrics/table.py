@@ -103,6 +103,14 @@ _ROWS = (
         title="Unexplained variance of held-out tokens without outliers",
         caption="The held-out FVU of the tokens that are no outliers, about their own mean.",
     ),
+    replace(
+        _FVU,
+        name="site_fvu",
+        label="FVU of a site",
+        title="Unexplained variance of each site",
+        caption="Fraction of the variance of one of several sites that the SAE does not explain.",
+        axis=None,
+    ),
     Metric(
         "outliers",
         "outliers",
