@@ -212,7 +212,8 @@ class TrainConfig:
                 raise ConfigError(BOTH)
             object.__setattr__(self, "init_from", self.init_from.absolute())  # to be found from wherever it is resumed
         is_open = [getattr(self, str(term.weight), 0) is None for term in architecture.terms]
-        if not any(there or term.weight_in(self.arch, self) for there, term in zip(is_open, architecture.terms)):
+        weights = [there or term.weight_in(self.arch, self) for there, term in zip(is_open, architecture.terms)]
+        if not any(weights):
             raise ConfigError(f"arch: the terms of the loss of {architecture.title} all have the weight 0.")
 
     @property

@@ -89,10 +89,9 @@ def fit(
         progress: say what will be done, and show a progress bar, on standard error.
         settings: every setting of `flashsae.TrainConfig` by its name: d_sae, arch, tokens, lr, seed ... None is the
             same as leaving one out. arch is a name of `flashsae.architecture.architecture_names()`, whose own settings
-            stand beside it (arch="batch_topk", k=64), or these settings (arch=flashsae.BatchTopKSettings(k=64)), beside
-            which none may stand. tokens counts repeats; where neither it nor `config` is given: ten times an array, at
-            least 2 million. init_from may be an SAE too; without `config`, what is left open of d_sae and arch is as it
-            is there.
+            stand beside it (arch=name, k=64), or a value of these settings, beside which none may stand. tokens counts
+            repeats; where neither it nor `config` is given: ten times an array, at least 2 million. init_from may be an
+            SAE too; without `config`, what is left open of d_sae and arch is as it is there.
     Returns:
         the trained SAE, in `eval()` mode, on the device it was trained on.
     Raises:
