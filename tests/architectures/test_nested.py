@@ -125,6 +125,9 @@ def test_a_budget_is_the_first_entries_of_the_code(trained: dict[str, SAE]) -> N
         at_budget(sae, 5)
     with pytest.raises(ConfigError, match="sae: expected one of Hierarchical TopK, got TopK"):
         at_budget(trained["topk"], 2)
+    normalizing = sae.normalizing("layer_norm")
+    assert at_budget(normalizing, 2).config.normalize_activations == "layer_norm"
+    assert torch.equal(at_budget(normalizing, 4)(x), normalizing(x))
 
 
 @each

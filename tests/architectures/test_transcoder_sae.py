@@ -241,3 +241,6 @@ def test_what_does_not_fit_is_refused() -> None:
         flashsae.fit(iter([x["in"]]), d_sae=16, arch="transcoder", tokens=600, progress=False)
     with pytest.raises(ConfigError, match="k_max: transcoder has no such setting"):
         settings_of("transcoder", k_max=3)
+    for inner in ("transcoder", "skip_transcoder", "crosscoder"):
+        with pytest.raises(ConfigError, match="arch: a transcoder is made of an autoencoder, and"):
+            architecture_named(f"transcoder:{inner}")

@@ -86,10 +86,6 @@ def schedule(config: flashsae.SAEConfig, progress: Progress) -> Mapping[str, Seq
             f"multi_topk: expected 0 beside prefixes, got {arch.multi_topk:g}: its second loss is of nested entries, "
             "and these are nested latents."
         )
-    if getattr(arch, "multi_topk", 0):
-        raise ConfigError(
-            "multi_topk: expected 0 where reconstructions are nested by latents: they are levels already."
-        )
     if arch.prefix_sampling == "fixed":
         return {}
     if progress == Progress.end():

@@ -20,6 +20,7 @@ from typing import Any
 
 import flashsae
 from flashsae.architecture import Architecture, composed_name, composed_settings
+from flashsae.errors import ConfigError
 
 BASE = "topk"
 _LARGEST = 32
@@ -39,7 +40,15 @@ def start(sae: Any, x: Any, target: Any) -> None:
 
 
 def compose(base: Architecture) -> Architecture:
-    """Return the transcoder with the selection of another architecture."""
+    """Return the transcoder with the selection of another architecture.
+
+    Raises:
+        ConfigError: it is no autoencoder of one site.
+    """
+    if len(base.sites) != 1 or base.direct is not None:
+        raise ConfigError(
+            f"arch: a transcoder is made of an autoencoder, and {base.title} is none; name its selection."
+        )
     name = composed_name("transcoder", base, BASE)
 
     def initialize(sae: Any, x: Any, target: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from inspect import signature
@@ -155,7 +155,8 @@ def dense_budgets(step: DenseStep) -> Tensor:
     Source: Balagansky et al. 2025.
     """
     k = step.settings.k
-    values, places = stable_descending(step.latent_acts, k)
+    places = stable_descending(step.latent_acts * getattr(step.settings, "key_scale", 1.0), k)[1]
+    values = step.latent_acts.gather(-1, places)
     losses = []
     for budget in step.settings.budgets or range(1, k + 1):
         largest = torch.zeros_like(step.latent_acts).scatter(-1, places[:, :budget], values[:, :budget])
@@ -177,8 +178,8 @@ def dense_multi_topk(step: DenseStep) -> Tensor:
     if not getattr(step.settings, "multi_topk", 0):
         return step.x.new_zeros(())
     k = min(4 * step.settings.k, len(step.params["W_dec"]))
-    values, places = step.settings.topk(step.pre_acts, k)
-    latent_acts = torch.zeros_like(step.pre_acts).scatter(-1, places, values.relu())
+    places = step.settings.topk(step.pre_acts * getattr(step.settings, "key_scale", 1.0), k)[1]
+    latent_acts = torch.zeros_like(step.pre_acts).scatter(-1, places, step.pre_acts.gather(-1, places).relu())
     return step.fvu(dense_decode(latent_acts, step.params))
 
 
@@ -277,13 +278,24 @@ def _transcoder(base: Oracle) -> Oracle:
 
 
 def _skip_transcoder(base: Oracle) -> Oracle:
-    """Leave to the terms of a transcoder what W_skip x does not give."""
+    """Leave to the terms of a transcoder what W_skip x does not give; that of gates has it frozen, as the decoder."""
 
-    def beside(term: Callable[[DenseStep], Tensor | None]) -> Callable[[DenseStep], Tensor | None]:
-        return lambda step: term(replace(step, target=step.target - F.linear(step.x, step.params["W_skip"])))
+    def beside(name: str, term: Callable[[DenseStep], Tensor | None]) -> Callable[[DenseStep], Tensor | None]:
+        def compute(step: DenseStep) -> Tensor | None:
+            W_skip = step.params["W_skip"]
+            skip = F.linear(step.x, W_skip.detach() if name == "gate_fvu" else W_skip)
+            return term(replace(step, target=step.target - skip))
+
+        return compute
 
     made = _transcoder(base)
-    return replace(made, terms={name: beside(term) for name, term in made.terms.items()})
+    return replace(made, terms={name: beside(name, term) for name, term in made.terms.items()})
+
+
+def _matryoshka(base: Oracle) -> Oracle:
+    """Have nested reconstructions in place of the one, and of those of other nested entries."""
+    others = {name: term for name, term in base.terms.items() if name not in ("fvu", "multi_topk_loss")}
+    return replace(base, terms={"nested_fvu": dense_prefixes, **others})
 
 
 @dataclass(frozen=True)
@@ -292,8 +304,7 @@ class _Crosscoder(Oracle):
 
     def __call__(self, x: Tensor, params: Params, *, topk: TopK = stable_topk, **settings: Any) -> Tensor:
         """As of `Oracle`."""
-        of_sites = torch.split(params["W_dec"].detach(), list(settings["widths"]), dim=1)
-        norms = torch.stack([W_dec.norm(dim=1) for W_dec in of_sites]).sum(0)
+        norms = _norms(params["W_dec"].detach(), settings["widths"])
 
         def by_norm(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
             places = topk((values.view(len(x), -1) * norms).view_as(values), k)[1]
@@ -301,14 +312,22 @@ class _Crosscoder(Oracle):
 
         return super().__call__(x, params, topk=by_norm, **settings)
 
+    def losses(self, x: Tensor, params: Params, variance: float, **given: Any) -> dict[str, Tensor]:
+        """As of `Oracle`; terms that choose among latents find the norms as `key_scale`."""
+        return super().losses(x, params, variance, key_scale=_norms(params["W_dec"].detach(), given["widths"]), **given)
+
+
+def _norms(W_dec: Tensor, widths: Sequence[int]) -> Tensor:
+    """Return Σ over sites of the norms of their decoders, [d_sae]."""
+    return torch.stack([of_site.norm(dim=1) for of_site in torch.split(W_dec, list(widths), dim=1)]).sum(0)
+
 
 def _crosscoder(base: Oracle) -> Oracle:
     """Select by values times norms of all sites, or weight penalties of values by these."""
 
     def weighted(term: Callable[[DenseStep], Tensor | None]) -> Callable[[DenseStep], Tensor | None]:
         def compute(step: DenseStep) -> Tensor | None:
-            of_sites = torch.split(step.params["W_dec"], list(step.settings.widths), dim=1)
-            norms = torch.stack([W_dec.norm(dim=1) for W_dec in of_sites]).sum(0)
+            norms = _norms(step.params["W_dec"], step.settings.widths)
             unit = {**step.params, "W_dec": F.normalize(step.params["W_dec"].detach(), dim=1)}  # no norms but these
             return term(replace(step, params=unit, latent_acts=step.latent_acts * norms))
 
@@ -322,6 +341,7 @@ def _crosscoder(base: Oracle) -> Oracle:
 
 
 COMPOSED = {
+    "matryoshka": (_matryoshka, "batch_topk"),
     "transcoder": (_transcoder, "topk"),
     "skip_transcoder": (_skip_transcoder, "topk"),
     "crosscoder": (_crosscoder, "batch_topk"),
