@@ -127,7 +127,7 @@ def pareto_figure(records: Sequence[Record]) -> Figure | None:
             style: Record = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 5}
             axes.plot([r["l0"] for r in found], [r["fvu"] for r in found], label=arch, linewidth=1.5, **style)
         _log_axes(axes)
-        axes.set(title=PANELS.get(kind, f"{kind} sites"), xlabel="L0: active latents of a held-out token")
+        axes.set(title=PANELS.get(kind, f"{kind} sites"), xlabel="L0 of held-out tokens")
         axes.legend(frameon=False, fontsize=7)
     panels[0].set_ylabel("FVU of held-out tokens")
     one = next(iter(last.values()))
