@@ -267,6 +267,7 @@ def test_what_is_not_asked_for_is_as_it_was() -> None:
         flashsae.fit(X, init_from=saved, d_sae=20, **few)
     assert flashsae.fit(X, init_from=saved, k=2, **few).config.arch == flashsae.BatchTopKSettings(k=2)
     assert flashsae.fit(X, init_from=saved, arch="topk", k=2, **few).config.arch == TopKSettings(k=2)
+    assert flashsae.fit(X, init_from=saved, arch="topk", **few).config.arch == TopKSettings(k=saved.config.arch.k)
     with pytest.raises(ConfigError, match=r"init_from: .* normalize_activations layer_norm"):
         flashsae.fit(X, init_from=saved, normalize_activations="none", **few)
     with pytest.raises(ConfigError, match="kk: batch_topk has no such setting"):

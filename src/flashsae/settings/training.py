@@ -82,10 +82,14 @@ def check_known(names: Iterable[str], architecture: Architecture, beside: Iterab
         if name not in own:
             known = [*own, *beside, *(each.name for each in fields(TrainConfig))]
             near = difflib.get_close_matches(name, known, n=1)
-            others = [] if near else [other for other in architecture_names(installed=False) if _has(other, name)]
+            others = [] if near else [other for other in _default_first() if _has(other, name)]
             hint = f" Did you mean {near[0]}?" if near else f' arch="{others[0]}" has.' if others else ""
             has = "" if why else f"; it has {', '.join(own) or 'none'}"
             raise ConfigError(f"{name}: {architecture.name}{why} has no such setting{has}.{hint}")
+
+
+def _default_first() -> list[str]:
+    return sorted(architecture_names(installed=False), key=lambda name: name != DEFAULT_ARCH)
 
 
 def _has(architecture: str, name: str) -> bool:

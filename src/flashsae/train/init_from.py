@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from flashsae.architecture import Architecture, Parameter, architecture_of, settings_of
+from flashsae.architecture import Architecture, Parameter, architecture_named, architecture_of, settings_of
 from flashsae.errors import ConfigError
 from flashsae.sae.config import SAEConfig
 from flashsae.sae.module import SAE
@@ -55,7 +55,8 @@ def settings_of_start(start: object, given: Mapping[str, Any]) -> dict[str, Any]
         start: an SAE, or the folder of one.
         given: settings that somebody asks for, by name; None is the same as leaving one out.
     Returns:
-        with d_sae, whether tokens are normalised, and the settings of the architecture unless another one is asked for.
+        with d_sae, whether tokens are normalised, and the settings of the architecture; where another one is asked for,
+        those that it has too, such as k.
     Raises:
         ConfigError: it is neither, or the architecture has no such setting.
         CheckpointError: there is none in the folder.
@@ -69,9 +70,12 @@ def settings_of_start(start: object, given: Mapping[str, Any]) -> dict[str, Any]
     settings = {"d_sae": saved.d_sae, **asked}
     if saved.normalize_activations == LAYER_NORM:
         settings = {"normalize_activations": LAYER_NORM, **settings}
-    if asked.get("arch", saved.architecture.name) == saved.architecture.name:
+    arch = asked.get("arch", saved.architecture.name)
+    if isinstance(arch, str):
+        known = {each.name for each in fields(architecture_named(arch).settings)}
         own = {name: settings.pop(name) for name in asked if name not in of_training}
-        settings["arch"] = settings_of(saved.architecture.name, **{**asdict(saved.arch), **own})
+        was = {name: value for name, value in asdict(saved.arch).items() if name in known}
+        settings["arch"] = settings_of(arch, **{**was, **own})
     return settings
 
 
