@@ -63,6 +63,8 @@ def _train(text: Path, run: Path, *more: str | Path) -> tuple[str | Path, ...]:
         (["--device", "cuda:9"], "device: expected auto, cpu or a CUDA device that exists, got 'cuda:9'"),
         (["--logger", "mlflow"], "logger: expected one of tensorboard, wandb, got 'mlflow'."),
         (["--kk", "3"], "Unknown option: --kk"),
+        (["--arch", "relu", "--k", "3"], "Unknown option: --k. relu has no such setting; --arch topk has."),
+        (["--arch", "matryoshka", "--prefixes", "3"], "prefixes: expected fractions up to 1 or whole numbers"),
         (["--k", "many"], "Invalid value for --k"),
         (["--device", "mps"], "device: expected auto, cpu or a CUDA device that exists, got 'mps'"),
         (["--device", "meta"], "got 'meta' (FlashSAE does not run on meta)."),

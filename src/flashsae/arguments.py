@@ -19,7 +19,7 @@ from flashsae.architecture import Architecture, architecture_named, architecture
 from flashsae.errors import ConfigError
 from flashsae.settings.kinds import check, declared_types, expand, parse, unwrap
 from flashsae.settings.toml import read_toml
-from flashsae.settings.training import DEFAULT_ARCH, TrainConfig, check_own_names
+from flashsae.settings.training import DEFAULT_ARCH, TrainConfig, architectures_with, check_own_names
 
 _ALONE = {
     "resume": ({"plan"}, "a run is resumed with the settings that it has"),
@@ -119,6 +119,16 @@ def architecture_asked(words: Sequence[str]) -> Architecture:
     file = _asked(words, "config")
     held = read_file(expand(file, "config")) if file else {}
     return architecture_named(str(_asked(words, "arch") or held.get("arch") or DEFAULT_ARCH))
+
+
+def unknown_option(error: UnknownOptionError, words: Sequence[str]) -> str:
+    """Return a sentence on an option that there is not, with who has it where it is of another architecture."""
+    option = error.token.keyword or ""
+    others = architectures_with(option.lstrip("-").replace("-", "_")) if "train" in words else []
+    if not others:
+        return " ".join(str(error).split())
+    asked = architecture_asked(words).name
+    return f"Unknown option: {option}. {asked} has no such setting; --arch {others[0]} has."
 
 
 def _asked(words: Sequence[str], name: str) -> str | None:

@@ -60,13 +60,17 @@ def _stopped_by_signals() -> Iterator[Callable[[], bool]]:
 
 def _call(words: Sequence[str]) -> None:
     from cyclopts import CycloptsError, UnusedCliTokensError
+    from cyclopts.exceptions import UnknownOptionError
 
+    from flashsae.arguments import unknown_option
     from flashsae.commands import run
 
     try:
         run(words)
     except UnusedCliTokensError as error:
         _end(f"flashsae: nothing takes the words {', '.join(map(repr, error.unused_tokens or ()))}; see --help.", 2)
+    except UnknownOptionError as error:
+        _end(f"flashsae: {unknown_option(error, words)}", 2)
     except CycloptsError as error:
         _end(f"flashsae: {' '.join(str(error).split())}", 2)
 

@@ -157,7 +157,7 @@ def plan_table(config: RunConfig, prepared: Prepared, run: Path) -> Table:
         "training": f"{settings.tokens:,} tokens in {plan.steps:,} steps of {settings.batch_tokens:,}, "
         f"learning rate {settings.lr:.2g}{_repeats(settings.tokens, prepared)}",
         METRICS["dead_latents"].label: f"after {settings.dead_after_tokens:,} tokens in which they are not active; "
-        f"auxiliary loss with weight {settings.auxk_alpha:.3g}",
+        + (f"auxiliary loss with weight {settings.auxk_alpha:.3g}" if settings.auxk_alpha else "no auxiliary loss"),
         "peak memory": f"about {plan.peak_bytes / 1e9:.2f} GB on {device}: "
         + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in plan.parts.items())
         + warning,

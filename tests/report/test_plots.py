@@ -137,6 +137,14 @@ def test_histograms_name_their_median() -> None:
     assert "median 0.3" in texts(by_name(latent_plots(arrays()), "nearest").svg)
 
 
+def test_ticks_of_a_narrow_histogram_are_told_apart() -> None:
+    narrow = arrays() | {"decoder_norm": np.linspace(1.266, 1.294, 300)}
+    ticks = texts(by_name(latent_plots(narrow), "norm").svg)
+    norms = [each for each in ticks if each.startswith("1.2")]
+    assert len(norms) > 2
+    assert len(set(norms)) == len(norms)
+
+
 SETTINGS = {"dead_after_tokens": 6000}
 RUN = EVALUATION | {"train_tokens": 60_000}
 

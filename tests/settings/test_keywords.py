@@ -63,6 +63,7 @@ def test_settings_of_the_architecture_stand_beside_the_others(
         ({"bach_tokens": 5}, r"bach_tokens: topk has no such setting; it has k.*\. Did you mean batch_tokens\?$"),
         ({"reusme": True}, r"reusme: topk has no such setting; .* Did you mean resume\?$"),
         ({"arch": "batch_topk", "kk": 3}, r"kk: batch_topk has no such setting; it has k\. Did you mean k\?$"),
+        ({"arch": "relu", "k": 3}, r'k: relu has no such setting; .*\. arch="topk" has\.$'),
         ({"zzzzzz": None}, r"zzzzzz: topk has no such setting; it has k[^.]*\.$"),
         ({"arch": BatchTopKSettings(), "k": 3}, r"k: expected it in arch=BatchTopKSettings\(\.\.\.\), not beside it"),
         ({"arch": "topj"}, "arch: expected one of .*, got 'topj'"),

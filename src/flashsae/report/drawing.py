@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -108,14 +109,15 @@ def histogram(name: str, values: Array, x_label: str, *, log: bool = False, righ
         axes.set_xlim(low, high)
         median = float(np.median(values))
         axes.axvline(median, color=_INK, lw=0.9, ymax=0.92, ls=(0, (2, 2)))
+        digits = _digits(low, high)
         side = "right" if median > (low + high) / 2 else "left"
-        text = f"  median {number(10**median if log else median)}  "
+        text = f"  median {number(10**median) if log else number(median, digits)}  "
         axes.text(median, 0.98, text, ha=side, va="top", color=_INK, transform=axes.get_xaxis_transform())
         axes.set_ylim(0, counts.max() * 1.18)
         if log:
             _log_ticks(axes.xaxis, low, high)
         else:
-            axes.xaxis.set_major_formatter(lambda value, _: number(value))
+            axes.xaxis.set_major_formatter(lambda value, _: number(value, digits))
     axes.yaxis.set_major_formatter(lambda value, _: number(value))
     axes.yaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel(x_label, color=_MUTED)
@@ -183,8 +185,15 @@ def _power(decade: int, mantissa: float) -> str:
     return power if mantissa == 1 else f"{mantissa:g}·{power}"
 
 
-def number(value: float) -> str:
-    """Write a number as on an axis: 12k, 3.5M, 0.05, 5·10⁻⁵."""
+def _digits(low: float, high: float) -> int:
+    """Return how many digits tell the ticks of an axis apart."""
+    if not low < high:
+        return 3
+    return min(9, max(3, 2 + math.ceil(math.log10(max(abs(low), abs(high)) / (high - low)))))
+
+
+def number(value: float, digits: int = 3) -> str:
+    """Write a number as on an axis: 12k, 3.5M, 0.05, 5·10⁻⁵. An axis far from 0 needs more digits."""
     size = abs(value)
     if size >= 1e12 or 0 < size < 1e-3:
         mantissa, decade = f"{value:.1e}".split("e")
@@ -192,8 +201,8 @@ def number(value: float) -> str:
         return ("" if mantissa == "1" else f"{mantissa}·") + "10" + str(int(decade)).translate(_SUPERSCRIPT)
     for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if size >= unit * (10 if letter == "k" else 1):
-            return f"{value / unit:.3g}{letter}"
-    return f"{value:.3g}" if size < 1e3 else f"{value:.0f}"
+            return f"{value / unit:.{digits}g}{letter}"
+    return f"{value:.{digits}g}" if size < 1e3 else f"{value:.0f}"
 
 
 def _svg(figure: Any, name: str) -> str:

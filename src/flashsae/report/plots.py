@@ -150,7 +150,7 @@ def _silent(arrays: Mapping[str, Array], fired: Array, n_silent: int) -> str:
     said = f" {n_silent:,} of {fired.size + n_silent:,} did not fire on this sample and are not drawn"
     if "is_dead" in arrays:
         dead = int(((arrays["latent_density"] == 0) & (arrays["is_dead"] > 0)).sum())
-        return f"{said}; {dead:,} of these were dead at the end of training."
+        return f"{said}; {dead:,} of these {'was' if dead == 1 else 'were'} dead at the end of training."
     return f"{said}, which is less than dead: that is counted in training."
 
 

@@ -82,18 +82,26 @@ def check_known(names: Iterable[str], architecture: Architecture, beside: Iterab
         if name not in own:
             known = [*own, *beside, *(each.name for each in fields(TrainConfig))]
             near = difflib.get_close_matches(name, known, n=1)
-            others = [] if near else [other for other in _default_first() if _has(other, name)]
+            others = [] if near else architectures_with(name)
             hint = f" Did you mean {near[0]}?" if near else f' arch="{others[0]}" has.' if others else ""
             has = "" if why else f"; it has {', '.join(own) or 'none'}"
             raise ConfigError(f"{name}: {architecture.name}{why} has no such setting{has}.{hint}")
 
 
-def _default_first() -> list[str]:
-    return sorted(architecture_names(installed=False), key=lambda name: name != DEFAULT_ARCH)
+def architectures_with(setting: str) -> list[str]:
+    """Return the names of the architectures that have a setting, the default one first."""
+    names = sorted(architecture_names(installed=False), key=lambda name: name != DEFAULT_ARCH)
+    return [name for name in names if _has(name, setting)]
 
 
 def _has(architecture: str, name: str) -> bool:
     return any(each.name == name for each in fields(architecture_named(architecture).settings))
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_said, value))})"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _of_sites(arch: Any, widths: Mapping[str, int]) -> Any:
@@ -230,7 +238,7 @@ class TrainConfig:
         """Architecture, sizes and the architecture's settings, for people; of filled settings."""
         of_sites = () if architecture_of(self.arch).sites else ("sites", "widths")  # which the plan names anyway
         own_told = {name: value for name, value in told(self.arch).items() if name not in of_sites}
-        own = "".join(f", {name.replace('_', ' ')} {value}" for name, value in own_told.items())
+        own = "".join(f", {name} {_said(value)}" for name, value in own_told.items())
         return f"{architecture_of(self.arch).title}, d_sae {self.d_sae:,}{own}"
 
     def resolve(self, widths: int | Mapping[str, int]) -> TrainConfig:

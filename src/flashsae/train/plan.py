@@ -8,9 +8,11 @@ from math import prod
 import torch
 
 from flashsae.architecture import architecture_of
+from flashsae.architecture_parts import Progress
 from flashsae.backend import LARGEST_K, memory_bytes, runs_kernels
 from flashsae.errors import ConfigError
 from flashsae.ops.encode.reference import WORKSPACE_BYTES
+from flashsae.sae.config import SAEConfig
 from flashsae.train.config import TrainConfig
 
 MOST_REPEATS = 100
@@ -47,7 +49,13 @@ def make_plan(config: TrainConfig, device: torch.device, buffer_bytes: int = 0, 
         device: of the training.
         buffer_bytes: of the shuffle buffer, if there is one; pages of a cache the system may drop at will.
         model_bytes: of a language model that runs beside the training; what it needs to run comes on top.
+    Raises:
+        ConfigError: settings of the architecture do not fit the sizes.
     """
+    schedule = architecture_of(config.arch).schedule
+    if schedule is not None:  # asked for its first numbers, it refuses what does not fit, such as prefixes above d_sae
+        sae = SAEConfig(config.d_in, config.d_sae, arch=config.arch, d_out=config.d_out)
+        schedule(sae, Progress(0, config.steps, config.seed))
     sizes = {"d_in": config.d_in, "d_out": config.d_out, "d_sae": config.d_sae}
     shapes = [row.sizes(sizes) for row in architecture_of(config.arch).parameters if row.trained]
     matrices, biases = (sum(prod(shape) for shape in shapes if (len(shape) == 2) == is_2d) for is_2d in (True, False))
