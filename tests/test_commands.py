@@ -73,7 +73,9 @@ def test_a_run_goes_on_from_a_saved_sae_with_its_settings(
 ) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     _train(acts, first, *SIZES, "--arch", "batch_topk", "--normalize-activations", "layer_norm")
+    capsys.readouterr()
     _train(acts, second, *FEW, "--init-from", first)  # what is not given is as it was there
+    assert f"start from the SAE in {first}".replace(" ", "") in "".join(capsys.readouterr().out.split())
     assert SAE.load(second / "sae").config == SAE.load(first / "sae").config
     whole = _weights(second)
     shutil.rmtree(list_checkpoints(second / "checkpoints")[-1])

@@ -70,12 +70,14 @@ class Given:
 
     def _add(self, file: Path, command: str, leaves: dict[str, Argument], declared: dict[str, Any]) -> list[str]:
         """Give the arguments that the command line leaves open what the file has for them; return all of its names."""
-        given = []
-        for key, value in read_file(file).items():
+        given, held = [], read_file(file)
+        arch = str(_asked(self._words, "arch") or held.get("arch") or DEFAULT_ARCH)
+        for key, value in held.items():
             name = key.replace("-", "_")
             if name not in leaves:
                 near = difflib.get_close_matches(name, leaves, n=1)
                 hint = f" Did you mean {near[0]}?" if near else f" flashsae {command} --help names all that there are."
+                hint = (command == "train" and _of_another(name, arch)) or hint
                 raise ConfigError(f"{file}: there is no setting {key!r} of flashsae {command}.{hint}")
             if name in given:
                 raise ConfigError(f"{file}: {name} stands there twice.")
@@ -123,12 +125,15 @@ def architecture_asked(words: Sequence[str]) -> Architecture:
 
 def unknown_option(error: UnknownOptionError, words: Sequence[str]) -> str:
     """Return a sentence on an option that there is not, with who has it where it is of another architecture."""
-    option = error.token.keyword or ""
-    others = architectures_with(option.lstrip("-").replace("-", "_")) if "train" in words else []
-    if not others:
-        return " ".join(str(error).split())
-    asked = architecture_asked(words).name
-    return f"Unknown option: {option}. {asked} has no such setting; --arch {others[0]} has."
+    name = (error.token.keyword or "").lstrip("-").replace("-", "_")
+    whose = _of_another(name, architecture_asked(words).name) if "train" in words else ""
+    return f"Unknown option: {error.token.keyword}.{whose}" if whose else " ".join(str(error).split())
+
+
+def _of_another(setting: str, arch: str) -> str:
+    """Return a sentence on a setting that another architecture has, not this one, or ""."""
+    others = architectures_with(setting)
+    return f" {arch} has no such setting; --arch {others[0]} has." if others else ""
 
 
 def _asked(words: Sequence[str], name: str) -> str | None:

@@ -154,6 +154,7 @@ def plan_table(config: RunConfig, prepared: Prepared, run: Path) -> Table:
         "text": prepared.source,
         "SAE": (f"{n} SAEs, one after another, each: " if n > 1 else "")
         + f"{settings.described}: {plan.parameters:,} parameters",
+        **({} if settings.init_from is None else {"start": f"from the SAE in {settings.init_from}"}),
         "training": f"{settings.tokens:,} tokens in {plan.steps:,} steps of {settings.batch_tokens:,}, "
         f"learning rate {settings.lr:.2g}{_repeats(settings.tokens, prepared)}",
         METRICS["dead_latents"].label: f"after {settings.dead_after_tokens:,} tokens in which they are not active; "
