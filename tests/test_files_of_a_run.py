@@ -8,7 +8,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import tomli_w
 import torch
 from rich.console import Console
 
-from flashsae import files
+from flashsae import TopKSettings, files
 from flashsae.architecture import architecture_named, architecture_names
 from flashsae.data.cache import ActivationCache
 from flashsae.data.shuffle import shuffled
@@ -120,7 +120,9 @@ def test_every_key_that_a_run_writes_is_a_metric_or_a_term_of_its_loss(homes: tu
     assert logged <= rows.keys()
     evaluation = read_evaluation(run / "evaluation.json")
     assert evaluation.keys() - {"architecture", "settings"} <= METRICS.keys()
-    assert (evaluation["architecture"], evaluation["settings"]) == ("topk", {"k": 4})
+    assert evaluation["architecture"] == "topk"
+    assert evaluation["settings"]["k"] == 4
+    assert evaluation["settings"].keys() == {each.name for each in fields(TopKSettings)}
     assert load_tensors(run / "latents.safetensors").keys() <= METRICS.keys()
 
 
