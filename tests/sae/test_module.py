@@ -276,3 +276,12 @@ def test_initial_weights_do_not_depend_on_global_state(setting: str) -> None:
 
 def test_repr_tells_what_it_is() -> None:
     assert repr(SAE(SAEConfig(6, 20, 3), dtype=torch.bfloat16)) == "SAE(TopK, d_in=6, d_sae=20, k=3, bfloat16, cpu)"
+
+
+def test_tokens_that_are_not_those_of_the_code_are_refused() -> None:
+    sae = SAE(SAEConfig(6, 20, 3))
+    code = sae.encode(torch.ones(5, 6))
+    assert torch.equal(sae.decode(code, like=torch.ones(5, 6)), sae.decode(code))
+    for shape in ((4, 6), (5, 7), (6,)):
+        with pytest.raises(ShapeError, match=r"like: expected the tokens of the code, \[5, 6\], got"):
+            sae.decode(code, like=torch.ones(shape))

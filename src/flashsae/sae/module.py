@@ -193,7 +193,12 @@ class SAE(nn.Module):
             like: [..., d_in], the tokens that the code is of. Of use where the SAE normalises tokens: with them the
                 reconstruction has their mean and deviation; without, it is that of the normalised tokens. And where
                 the architecture adds something beside the code, which is left out without them.
+        Raises:
+            ShapeError: `like` has another shape than the tokens of the code.
         """
+        tokens = [*code.shape, self.config.d_in]
+        if like is not None and list(like.shape) != tokens:
+            raise ShapeError(f"like: expected the tokens of the code, {tokens}, got {list(like.shape)}.")
         x_hat = ops.decode(code, self.W_dec, self.b_dec if bias else None, precision=self.precision)
         if like is not None and self.architecture.direct is not None:
             x_hat = (x_hat + self.architecture.direct(self, self._flat(like))).to(x_hat.dtype)
@@ -222,8 +227,6 @@ class SAE(nn.Module):
         """Undo what `_flat` does to tokens, of their reconstruction; nothing where `like` is None."""
         if like is None or self.config.normalize_activations != LAYER_NORM:
             return x_hat
-        if like.shape != x_hat.shape:
-            raise ShapeError(f"like: expected the tokens of the code, {list(x_hat.shape)}, got {list(like.shape)}.")
         mean, deviation = token_statistics(like)
         return (x_hat.double() * deviation + mean).to(x_hat.dtype)
 
