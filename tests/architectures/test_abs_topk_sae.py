@@ -11,6 +11,7 @@ from flashsae import SAE, AbsTopKSettings, SAEConfig, TopKSettings, TrainConfig
 from flashsae.metrics import LatentActivity
 from flashsae.testing import DenseTrainer, oracle
 from helpers.real import activations
+from helpers.resumed import same_after_a_kill
 
 K = 4
 
@@ -96,27 +97,4 @@ def test_it_is_saved_and_loaded(trained: SAE, tmp_path: Path) -> None:
 
 def test_a_resumed_training_ends_with_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     x, config = tokens(3000), TrainConfig(batch_tokens=128, checkpoint_every_steps=10, dead_after_tokens=640)
-
-    def fit(run: Path, *, resume: bool = False) -> SAE:
-        return flashsae.fit(
-            x, d_sae=48, k=K, arch="abs_topk", tokens=128 * 35, config=config, run=run, resume=resume, progress=False
-        )
-
-    whole = fit(tmp_path / "whole")
-    from flashsae.train import loop
-
-    steps, step = [], loop.train_step
-
-    def stops(*args: object) -> object:
-        if len(steps) == 24:
-            raise KeyboardInterrupt
-        steps.append(1)
-        return step(*args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(loop, "train_step", stops)
-    with pytest.raises(KeyboardInterrupt):
-        fit(tmp_path / "cut")
-    monkeypatch.setattr(loop, "train_step", step)
-    resumed = fit(tmp_path / "cut", resume=True)
-    for name, tensor in whole.state_dict().items():
-        assert torch.equal(tensor, resumed.state_dict()[name]), name
+    same_after_a_kill(tmp_path, monkeypatch, x=x, d_sae=48, k=K, arch="abs_topk", tokens=128 * 35, config=config)

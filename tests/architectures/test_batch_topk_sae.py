@@ -9,6 +9,7 @@ from torch import Tensor
 import flashsae
 from flashsae import SAE, BatchTopKSettings, SAEConfig, TopKSettings, TrainConfig
 from flashsae.architectures.batch_topk import average_threshold
+from helpers.resumed import same_after_a_kill
 
 K = 4
 
@@ -76,30 +77,7 @@ def test_it_is_saved_and_loaded_with_its_threshold(trained: SAE, tmp_path: Path)
 
 def test_a_resumed_training_ends_with_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     x, config = tokens(3000), TrainConfig(batch_tokens=128, checkpoint_every_steps=10, dead_after_tokens=1280)
-
-    def fit(run: Path, *, resume: bool = False) -> SAE:
-        return flashsae.fit(
-            x, d_sae=48, k=K, arch="batch_topk", tokens=128 * 35, config=config, run=run, resume=resume, progress=False
-        )
-
-    whole = fit(tmp_path / "whole")
-    from flashsae.train import loop
-
-    steps, step = [], loop.train_step
-
-    def stops(*args: object) -> object:
-        if len(steps) == 24:
-            raise KeyboardInterrupt
-        steps.append(1)
-        return step(*args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(loop, "train_step", stops)
-    with pytest.raises(KeyboardInterrupt):
-        fit(tmp_path / "cut")
-    monkeypatch.setattr(loop, "train_step", step)
-    resumed = fit(tmp_path / "cut", resume=True)
-    for name, tensor in whole.state_dict().items():
-        assert torch.equal(tensor, resumed.state_dict()[name]), name
+    same_after_a_kill(tmp_path, monkeypatch, x=x, d_sae=48, k=K, arch="batch_topk", tokens=128 * 35, config=config)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

@@ -20,8 +20,8 @@ from flashsae.architectures.matryoshka import prefixes_of, sampled_prefixes
 from flashsae.errors import ConfigError
 from flashsae.sae import Step, fvu_weights
 from flashsae.testing import DenseTrainer, assert_as_accurate, oracle
-from flashsae.train import loop
 from flashsae.train.plan import make_plan
+from helpers.resumed import same_after_a_kill
 
 D, N, K, B = 12, 48, 4, 40
 ARCHS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -135,28 +135,7 @@ def test_a_resumed_training_ends_with_the_same_bytes(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x, config = tokens(2000), TrainConfig(batch_tokens=128, checkpoint_every_steps=5, dead_after_tokens=640, k_aux=3)
-
-    def fit(run: Path, *, resume: bool = False) -> SAE:
-        return flashsae.fit(
-            x, d_sae=N, arch=settings(case), tokens=128 * 15, config=config, run=run, resume=resume, progress=False
-        )
-
-    whole = fit(tmp_path / "whole")
-    steps, step = [], loop.train_step
-
-    def stops(*args: object) -> object:
-        if len(steps) == 9:
-            raise KeyboardInterrupt
-        steps.append(1)
-        return step(*args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(loop, "train_step", stops)
-    with pytest.raises(KeyboardInterrupt):
-        fit(tmp_path / "cut")
-    monkeypatch.setattr(loop, "train_step", step)
-    resumed = fit(tmp_path / "cut", resume=True)
-    for name, tensor in whole.state_dict().items():
-        assert torch.equal(tensor, resumed.state_dict()[name]), name
+    same_after_a_kill(tmp_path, monkeypatch, x=x, after=9, d_sae=N, arch=settings(case), tokens=128 * 15, config=config)
 
 
 @each

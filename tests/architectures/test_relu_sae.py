@@ -22,6 +22,7 @@ from flashsae.train import init_state, train_step
 from flashsae.train.room import Room
 from helpers.on_both import DEVICE
 from helpers.real import activations
+from helpers.resumed import same_after_a_kill
 
 D_IN, D_SAE, VARIANCE, L1 = 6, 20, 4.0, 0.125
 Found = dict[str, Tensor]
@@ -173,31 +174,8 @@ def test_a_short_training_explains_activations_of_a_language_model() -> None:
 def test_a_resumed_training_ends_with_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(1500, 12, generator=torch.Generator().manual_seed(0))
     config = TrainConfig(batch_tokens=128, checkpoint_every_steps=10)
-
-    def fit(run: Path, *, resume: bool = False) -> SAE:
-        return flashsae.fit(
-            x, d_sae=48, arch=ReLUSettings(p_end=0.5, p_start=0.2), tokens=128 * 35, config=config, run=run,
-            resume=resume, progress=False,
-        )  # fmt: skip
-
-    whole = fit(tmp_path / "whole")
-    from flashsae.train import loop
-
-    steps, step = [], loop.train_step
-
-    def stops(*args: object) -> object:
-        if len(steps) == 24:
-            raise KeyboardInterrupt
-        steps.append(1)
-        return step(*args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(loop, "train_step", stops)
-    with pytest.raises(KeyboardInterrupt):
-        fit(tmp_path / "cut")
-    monkeypatch.setattr(loop, "train_step", step)
-    resumed = fit(tmp_path / "cut", resume=True)
-    for name, tensor in whole.state_dict().items():
-        assert torch.equal(tensor, resumed.state_dict()[name]), name
+    arch = ReLUSettings(p_end=0.5, p_start=0.2)
+    same_after_a_kill(tmp_path, monkeypatch, x=x, d_sae=48, arch=arch, tokens=128 * 35, config=config)
 
 
 @pytest.mark.parametrize("room", [False, True], ids=["by its count", "with room"])
