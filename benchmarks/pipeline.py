@@ -28,11 +28,11 @@ from flashsae.data.cache_index import TOKENS_FOLDER, CacheIndex, CacheSettings, 
 from flashsae.data.language_model import LanguageModelSource
 from flashsae.data.shuffle import shuffled
 from flashsae.data.sources import RowSource, StreamSource
-from flashsae.data.text import open_text
 from flashsae.documents import crc32
 from flashsae.logs.callback import Callback
 from flashsae.logs.jsonl import JsonlLog
 from flashsae.settings.reading import ReadingConfig
+from flashsae.text.dataset import open_text
 from flashsae.train.config import TrainConfig
 from flashsae.train.loop import train
 from flashsae.train.state import TrainState, init_state

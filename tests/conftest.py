@@ -32,6 +32,8 @@ install_import_hook(
     "beartype.beartype",
 )
 
+from types import ModuleType
+
 import pytest
 
 
@@ -55,3 +57,11 @@ def _architectures_of_others_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> ModuleType:
+    """Tiny language models and what reads them."""
+    from helpers import tiny_models
+
+    return tiny_models

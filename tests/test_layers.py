@@ -14,10 +14,11 @@ SRC = Path(__file__).parents[1] / "src" / "flashsae"
 
 ORDER = """
 errors precision architecture_parts architecture_check architecture settings presets
-schema files documents shapes backend neutral profiling distributed
+schema files documents fingerprint shapes backend neutral profiling distributed
 ops
 metrics
 formats sae architectures optim testing
+text lm
 data
 logs
 train

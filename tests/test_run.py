@@ -22,13 +22,13 @@ import flashsae
 from flashsae.data.cache import ActivationCache
 from flashsae.data.language_model import LanguageModelSource
 from flashsae.data.open import ActivationsConfig
-from flashsae.data.text import open_text
 from flashsae.documents import load_tensors
 from flashsae.errors import ConfigError
 from flashsae.report.snippet_file import read_snippets
 from flashsae.report.summary import final_figures
 from flashsae.run import execute, new_run, show_plan
 from flashsae.settings import RunConfig
+from flashsae.text.dataset import open_text
 from flashsae.train import TrainConfig
 
 pytestmark = pytest.mark.slow

@@ -25,11 +25,11 @@ from flashsae.architecture import architecture_of
 from flashsae.backend import resolve_device
 from flashsae.data.acts import Batch
 from flashsae.data.cache import ActivationCache
-from flashsae.data.hookpoints import folder_of
 from flashsae.data.open import Activations, Prepared
 from flashsae.data.shuffle import shuffled
 from flashsae.data.sources import Source
 from flashsae.evaluate import evaluate, held_out_batches
+from flashsae.lm.hookpoints import folder_of
 from flashsae.logs.callback import Warn
 from flashsae.logs.jsonl import LOG_FILE, JsonlLog, read_log
 from flashsae.logs.progress import ProgressBar, StageBar, filling

@@ -14,11 +14,11 @@ from rich.table import Table
 from flashsae import files
 from flashsae.architecture import architecture_of
 from flashsae.backend import check_single_process, check_variables, resolve_device
-from flashsae.data.models import model_place
 from flashsae.data.open import Prepared, prepare_activations, run_name
 from flashsae.data.shuffle import buffer_size, shuffled
 from flashsae.data.sources import RowSource, Source
 from flashsae.errors import DataError, StorageError, require
+from flashsae.lm.loading import model_place
 from flashsae.logs.jsonl import LOG_FILE
 from flashsae.logs.trackers import check_logger
 from flashsae.metrics import METRICS

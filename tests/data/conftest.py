@@ -4,19 +4,12 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from flashsae.data.cache_writer import write_cache
 from flashsae.data.language_model import LanguageModelSource
 from helpers import tiny_models
-
-
-@pytest.fixture(scope="session")
-def tiny() -> ModuleType:
-    """Tiny models and what reads them."""
-    return tiny_models
 
 
 @pytest.fixture(scope="session")

@@ -20,10 +20,11 @@ from flashsae.data.cache_index import CacheIndex, shard_path, verify_cache
 from flashsae.data.cache_writer import write_cache
 from flashsae.data.language_model import LanguageModelSource
 from flashsae.data.shuffle import RowShuffle
-from flashsae.data.sources import RowSource, Split, split_mask
-from flashsae.data.text import open_text
+from flashsae.data.sources import RowSource
+from flashsae.data.split import Split, split_mask
 from flashsae.documents import crc32, sealed
 from flashsae.errors import CheckpointError, ConfigError, DataError, FlashSAEError
+from flashsae.text.dataset import open_text
 
 
 def test_rows_and_tokens_are_those_of_the_stream_in_bfloat16(

@@ -22,9 +22,9 @@ from flashsae.data.cache import ActivationCache
 from flashsae.data.cache_index import CacheIndex, verify_cache
 from flashsae.data.cache_writer import write_cache
 from flashsae.data.language_model import LanguageModelSource
-from flashsae.data.text import open_text
 from flashsae.errors import CheckpointError, ConfigError, DataError, StorageError
 from flashsae.metrics import FVU
+from flashsae.text.dataset import open_text
 from helpers import kill
 
 

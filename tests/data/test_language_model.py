@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch import nn
 
-from flashsae.data.hookpoints import resolve_hookpoints
 from flashsae.data.language_model import LanguageModelSource, dtype_of_model
-from flashsae.data.models import load_language_model
-from flashsae.data.sources import Split, split_mask
-from flashsae.data.text import open_text
-from flashsae.data.windows import Block, TokenBatch, Windows
+from flashsae.data.split import Split, split_mask
 from flashsae.errors import ConfigError, DataError
+from flashsae.lm.hookpoints import resolve_hookpoints
+from flashsae.lm.loading import load_language_model
+from flashsae.lm.windows import Block, TokenBatch, Windows
 from flashsae.settings.reading import ReadingConfig
+from flashsae.text.dataset import open_text
 
 
 @pytest.fixture(scope="module")

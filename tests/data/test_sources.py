@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from flashsae.data.acts import check_finite
-from flashsae.data.sources import ArraySource, IterableSource, RowSource, split_mask
+from flashsae.data.sources import ArraySource, IterableSource, RowSource
+from flashsae.data.split import split_mask
 from flashsae.errors import ConfigError, DataError, DtypeError, ShapeError
 
 

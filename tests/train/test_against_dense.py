@@ -15,12 +15,12 @@ from flashsae.data.cache import ActivationCache
 from flashsae.data.cache_writer import write_cache
 from flashsae.data.language_model import LanguageModelSource
 from flashsae.data.shuffle import RowShuffle
-from flashsae.data.text import open_text
 from flashsae.evaluate import held_out_batches
 from flashsae.metrics import FVU
 from flashsae.optim import lr_factor
 from flashsae.settings.reading import ReadingConfig
 from flashsae.testing import DenseTrainer, dense_decode
+from flashsae.text.dataset import open_text
 from flashsae.train import init_state, train
 
 

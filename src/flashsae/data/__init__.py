@@ -5,8 +5,8 @@ from flashsae.data.cache_writer import write_cache
 from flashsae.data.language_model import LanguageModelSource
 from flashsae.data.sources import ArraySource, Chunk, IterableSource
 from flashsae.data.synthetic import SuperpositionModel
-from flashsae.data.text import open_text
 from flashsae.settings.reading import ReadingConfig
+from flashsae.text.dataset import open_text
 
 __all__ = [
     "ActivationCache",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from flashsae.data.existing import held_hookpoints
-from flashsae.data.hookpoints import INPUT, is_input, module_of, patterns_in
 from flashsae.errors import ConfigError
+from flashsae.lm.hookpoints import INPUT, is_input, module_of, patterns_in
 
 _ADVICE = "Name a module, for its input and output, or both places: --hookpoint h.3.mlp:in --hookpoint h.3.mlp."
 

@@ -33,13 +33,15 @@ from flashsae.data.cache_index import (
     has_index,
     shard_path,
 )
-from flashsae.data.fingerprint import text_digest
-from flashsae.data.hookpoints import OUTPUT
-from flashsae.data.models import quiet_transformers
-from flashsae.data.sources import Chunk, Cursor, Split, check_held_out, split_mask
+from flashsae.data.sources import Chunk, Cursor
+from flashsae.data.split import Split, split_mask
 from flashsae.documents import load_tensors
 from flashsae.errors import CheckpointError, ConfigError, DataError
+from flashsae.fingerprint import text_digest
+from flashsae.lm.hookpoints import OUTPUT
+from flashsae.lm.loading import quiet_transformers
 from flashsae.settings.kinds import expand
+from flashsae.settings.reading import check_held_out
 
 VERIFIED_BYTES = 64 * 10**9
 """The checksums of activations are verified when they are first read, if there are no more of them than this: reading

@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal
 
 import torch
 
-from flashsae.data.hookpoints import folder_of
 from flashsae.documents import Checksum, crc32, load_document, write_document
 from flashsae.errors import CheckpointError
 from flashsae.files import refusal
+from flashsae.lm.hookpoints import folder_of
 from flashsae.schema import Count, Finite, Pattern, Range, Size, Text, parse
 
 INDEX_FILE = "index.json"

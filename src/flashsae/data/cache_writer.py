@@ -29,11 +29,11 @@ from flashsae.data.cache_index import (
     folder_crc32,
     shard_path,
 )
-from flashsae.data.hookpoints import folder_of
 from flashsae.data.language_model import LanguageModelSource
 from flashsae.data.sources import Chunk, Cursor
 from flashsae.errors import CheckpointError, ConfigError, DataError
 from flashsae.files import atomic_directory, clear_leftovers, only_one, storage_errors, write_atomic
+from flashsae.lm.hookpoints import folder_of
 from flashsae.schema import parse
 from flashsae.settings.kinds import expand
 

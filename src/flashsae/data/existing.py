@@ -12,12 +12,12 @@ import torch
 from flashsae.data.cache import ActivationCache
 from flashsae.data.cache_index import INDEX_FILE, CacheIndex, has_index
 from flashsae.data.cache_writer import DTYPE_NAMES, changes
-from flashsae.data.hookpoints import OUTPUT, alternatives, in_order, match_hookpoints
-from flashsae.data.text import TextDataset, open_text
-from flashsae.data.weights import model_fingerprint
 from flashsae.errors import CheckpointError, ConfigError, DataError, MissingExtraError
+from flashsae.lm.hookpoints import OUTPUT, alternatives, in_order, match_hookpoints
+from flashsae.lm.weights import model_fingerprint
 from flashsae.settings.left_open import given
 from flashsae.settings.reading import ActivationsConfig, ReadingConfig
+from flashsae.text.dataset import TextDataset, open_text
 
 MOST_ROUNDED = 1e-3
 """Fraction of the variance that a bfloat16 cache may round away without a warning: a hundredth of a usual FVU."""

@@ -18,17 +18,18 @@ from torch import Tensor, nn
 
 from flashsae.backend import resolve_device
 from flashsae.data.acts import only_site
-from flashsae.data.fingerprint import text_digest
-from flashsae.data.hooked import HookedModel, context_limit, look, never_finite, vocabulary_size
-from flashsae.data.hookpoints import patterns_in, resolve_hookpoints
-from flashsae.data.models import Loading, load_with_account
-from flashsae.data.reading_order import Place, ReadingOrder
-from flashsae.data.sources import Chunk, Cursor, Split, check_held_out, split_mask
-from flashsae.data.text import TextDataset
-from flashsae.data.weights import check_loaded, loaded_fingerprint, model_fingerprint
-from flashsae.data.windows import TokenBatch, Windows, first_tokens
+from flashsae.data.sources import Chunk, Cursor
+from flashsae.data.split import Split, split_mask
 from flashsae.errors import ConfigError, DataError
-from flashsae.settings.reading import ReadingConfig
+from flashsae.fingerprint import text_digest
+from flashsae.lm.hooked import HookedModel, context_limit, look, never_finite, vocabulary_size
+from flashsae.lm.hookpoints import patterns_in, resolve_hookpoints
+from flashsae.lm.loading import Loading, load_with_account
+from flashsae.lm.weights import check_loaded, loaded_fingerprint, model_fingerprint
+from flashsae.lm.windows import TokenBatch, Windows, first_tokens
+from flashsae.settings.reading import ReadingConfig, check_held_out
+from flashsae.text.dataset import TextDataset
+from flashsae.text.reading_order import Place, ReadingOrder
 
 _BLOCK_CHARACTERS_PER_TOKEN = 32
 """A block holds about eight forwards: enough windows for batches of like length, little to lose in a kill."""

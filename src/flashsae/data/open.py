@@ -24,12 +24,13 @@ from flashsae.data.existing import (
     open_configured_text,
     rounding_warning,
 )
-from flashsae.data.fingerprint import text_digest
 from flashsae.data.language_model import LanguageModelSource, dtype_of_model
-from flashsae.data.sources import Chunk, Source, Split
-from flashsae.data.text import TextDataset, check_splits
-from flashsae.data.weights import model_fingerprint
+from flashsae.data.sources import Chunk, Source
+from flashsae.data.split import Split, check_splits
+from flashsae.fingerprint import text_digest
+from flashsae.lm.weights import model_fingerprint
 from flashsae.settings.reading import ActivationsConfig, ReadingConfig
+from flashsae.text.dataset import TextDataset
 
 LARGEST_DEFAULT_CACHE = 8 * 10**9
 

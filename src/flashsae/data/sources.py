@@ -9,18 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from flashsae.data.acts import Batch, X, acts_by_site, as_acts, batch_acts, iterate, only_site
-from flashsae.data.fingerprint import rows_digest, tensors_digest
+from flashsae.data.split import Split, split_mask
 from flashsae.errors import DataError, DtypeError, ShapeError
-from flashsae.settings.reading import check_held_out as check_held_out
+from flashsae.fingerprint import rows_digest, tensors_digest
+from flashsae.settings.reading import check_held_out
 
-Split = Literal["train", "held_out"]
 Cursor: TypeAlias = dict[str, int]
 """A place in a stream, as JSON: opaque to everyone but the source that made it."""
 
@@ -107,30 +107,6 @@ def identity_of(source: Source) -> dict[str, Any]:
     A source may have an attribute `identity`: fingerprints of what it reads, and the settings that it is read with.
     """
     return dict(getattr(source, "identity", {}))
-
-
-def split_mask(group: Tensor, held_out: float, split: Split) -> Tensor:
-    """Tell which rows belong to a split. A group is in one split for ever, whatever the order or the seed.
-
-    Args:
-        group: [n], int64.
-        held_out: fraction of the groups that training never sees.
-        split: "train" or "held_out".
-    Returns:
-        [n], bool.
-    Source: the finaliser of splitmix64 (Steele, Lea and Flood 2014) turns a group number into a uniform one.
-    """
-    h = group.to(torch.int64) + 0x1E3779B97F4A7C15
-    h = (h ^ _shift(h, 30)) * -0x40A7B892E31B1A47
-    h = (h ^ _shift(h, 27)) * -0x6B2FB644ECCEEE15
-    uniform = _shift(h ^ _shift(h, 31), 11).to(torch.float64) / 2**53
-    is_held_out = uniform < held_out
-    return is_held_out if split == "held_out" else ~is_held_out
-
-
-def _shift(h: Tensor, bits: int) -> Tensor:
-    """Shift right without copies of the sign bit, which torch lacks for int64."""
-    return (h >> bits) & ((1 << (64 - bits)) - 1)
 
 
 class ArraySource:

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from flashsae.data.acts import Batch
-from flashsae.data.sources import Chunk, Split
+from flashsae.data.sources import Chunk
+from flashsae.data.split import Split
 from flashsae.documents import save_tensors_atomic
 from flashsae.evaluate import inference, latent_geometry
 from flashsae.metrics import LatentActivity

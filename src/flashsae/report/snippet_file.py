@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from flashsae.data.sources import Split
+from flashsae.data.split import Split
 from flashsae.documents import load_document, write_document
 from flashsae.errors import CheckpointError
 from flashsae.schema import Count, Finite, Fraction

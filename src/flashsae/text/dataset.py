@@ -13,17 +13,16 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import torch
-
-from flashsae.data.fingerprint import files_digest, text_digest
-from flashsae.data.python_docs import python_docs
-from flashsae.data.sources import Split, split_mask
-from flashsae.data.text_files import READERS, field_of, files_of_split, find_files, first_line
 from flashsae.errors import ConfigError, DataError, FlashSAEError, require
+from flashsae.fingerprint import files_digest, text_digest
 from flashsae.settings.kinds import expand
 from flashsae.settings.reading import PYTHON_DOCS
+from flashsae.text.python_docs import python_docs
+from flashsae.text.text_files import READERS, field_of, files_of_split, find_files, first_line
 
 Rows: TypeAlias = Iterator[tuple[int, str]]
+Block: TypeAlias = list[tuple[int, str]]
+"""Documents with their numbers."""
 
 
 @dataclass(frozen=True)
@@ -105,39 +104,6 @@ def open_text(
     if next(text.numbered(), None) is None:
         raise DataError(f"{text.name} is empty: expected at least one document that is not blank.")
     return text
-
-
-def check_splits(text: TextDataset, held_out: float | None) -> None:
-    """Check, before a model runs, that a text has documents to train on and documents to measure on.
-
-    Args:
-        text: read only until both were found.
-        held_out: fraction of the documents that training never sees; None if that is not decided yet.
-    Raises:
-        DataError: there is but one document, or none falls to one of the two parts.
-    """
-    splits: tuple[Split, ...] = ("train", "held_out")
-    seen, missing = 0, set(splits)
-    for number, _ in text.numbered():
-        seen += 1
-        if held_out is None:
-            missing -= {"train" if seen == 1 else "held_out"}
-        else:
-            missing -= {
-                split
-                for split in splits
-                if bool(split_mask(torch.tensor([number], dtype=torch.int64, device="cpu"), held_out, split)[0])
-            }
-        if not missing:
-            return
-    if seen == 1:
-        why, size = "it is one document, which cannot be split", ""
-    elif "held_out" in missing:
-        why, size = f"no document fell to the held-out part, {held_out or 0:.3g} of all {seen}", " or a larger held_out"
-    else:
-        why, size = f"all {seen} documents fell to the held-out part", " or a smaller held_out"
-    hint = " (a .txt is cut into documents at blank lines; .jsonl has one a line)" if text.is_cut_at_blanks else ""
-    raise DataError(f"{text.name} is too small: {why}. Give more documents{hint}{size}.")
 
 
 def _refuse(what: str, **settings: str | None) -> None:

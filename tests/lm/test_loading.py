@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flashsae.data.hookpoints import resolve_hookpoints
-from flashsae.data.models import load_language_model
 from flashsae.errors import ConfigError
+from flashsae.lm.hookpoints import resolve_hookpoints
+from flashsae.lm.loading import load_language_model
 
 
 @pytest.mark.parametrize(("name", "n_layers"), [("gpt2", 3), ("llama", 2), ("bert", 2)])
@@ -79,8 +79,8 @@ def test_loading_and_reading_are_quiet_and_change_no_settings(tiny: ModuleType, 
     code = f"""
 import torch, transformers
 from flashsae.data.language_model import LanguageModelSource
-from flashsae.data.models import load_language_model
-from flashsae.data.text import open_text
+from flashsae.lm.loading import load_language_model
+from flashsae.text.dataset import open_text
 from flashsae.settings.reading import ReadingConfig
 log = transformers.utils.logging
 before = log.get_verbosity(), log.is_progress_bar_enabled()

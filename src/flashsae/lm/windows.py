@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from flashsae.data.models import special_ids
 from flashsae.errors import ConfigError, DataError
+from flashsae.lm.loading import special_ids
 from flashsae.settings.reading import ReadingConfig
-
-Block: TypeAlias = list[tuple[int, str]]
-"""Documents with their numbers."""
+from flashsae.text.dataset import Block
 
 _PROBE = "A short sentence to look at."
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from flashsae.data.hooked import HookedModel, context_limit, text_reader
-from flashsae.data.hookpoints import resolve_hookpoints
-from flashsae.data.text import open_text
 from flashsae.errors import ConfigError
+from flashsae.lm.hooked import HookedModel, context_limit, text_reader
+from flashsae.lm.hookpoints import resolve_hookpoints
+from flashsae.text.dataset import open_text
 
 TEXT = open_text(["the cat sat on a mat"] * 3)
 

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from flashsae.data import text as text_module
-from flashsae.data.text import check_splits, open_text
 from flashsae.errors import DataError
+from flashsae.text import dataset as text_module
+from flashsae.text.dataset import open_text
 
 DOCUMENTS = ["alpha one", "beta two\nbeta three", "gamma", "δelta"]
 
@@ -184,23 +184,6 @@ def test_what_the_hub_refuses_is_one_sentence_with_the_name(hub: FakeHub) -> Non
     hub.fail_at = 2
     with pytest.raises(DataError, match="at row 2: connection lost"):
         list(open_text("owner/data").documents())
-
-
-def test_one_document_or_none_in_a_part_is_said_before_a_model_runs(tmp_path: Path) -> None:
-    lines = tmp_path / "lines.txt"
-    lines.write_text("".join(f"document {i}\n" for i in range(1000)))
-    for held_out in (None, 0.05):
-        with pytest.raises(
-            DataError, match=r"it is one document.* \(a \.txt is cut into documents at blank lines; \.jsonl"
-        ):
-            check_splits(open_text(lines), held_out)
-    texts = open_text([f"document {i}" for i in range(30)])
-    check_splits(texts, None)
-    check_splits(texts, 0.2)
-    with pytest.raises(DataError, match=r"no document fell to the held-out part, 1e-06 of all 30\. .* larger held_out"):
-        check_splits(texts, 1e-6)
-    with pytest.raises(DataError, match=r"all 30 documents fell to the held-out part\. .* smaller held_out"):
-        check_splits(texts, 0.999999)
 
 
 def test_the_revision_of_a_hub_data_set_is_part_of_its_fingerprint(hub: FakeHub) -> None:

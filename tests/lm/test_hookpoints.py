@@ -6,8 +6,8 @@ from types import ModuleType
 
 import pytest
 
-from flashsae.data.hookpoints import folder_of, match_hookpoints, module_of, patterns_in, resolve_hookpoints
 from flashsae.errors import ConfigError
+from flashsae.lm.hookpoints import folder_of, match_hookpoints, module_of, patterns_in, resolve_hookpoints
 
 
 def test_wildcards_stay_within_a_level_and_sort_numbers_as_numbers(tiny: ModuleType) -> None:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from flashsae.data.hookpoints import is_input, module_of
-from flashsae.data.weights import Trace
-from flashsae.data.windows import TokenBatch
 from flashsae.errors import ConfigError, FlashSAEError
+from flashsae.lm.hookpoints import is_input, module_of
+from flashsae.lm.weights import Trace
+from flashsae.lm.windows import TokenBatch
 
 
 def text_reader(model: nn.Module) -> nn.Module:

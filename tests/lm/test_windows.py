@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from flashsae.data.language_model import LanguageModelSource
-from flashsae.data.text import open_text
 from flashsae.errors import ConfigError, DataError
+from flashsae.text.dataset import open_text
 
 
 @pytest.mark.parametrize(("name", "bos"), [("gpt2", False), ("llama", True), ("bert", False)])

@@ -10,11 +10,11 @@ from types import ModuleType
 import pytest
 import torch
 
-from flashsae.data import fingerprint
-from flashsae.data.fingerprint import files_digest, rows_digest, tensors_digest
-from flashsae.data.text import TextDataset, open_text
-from flashsae.data.weights import loaded_fingerprint, model_fingerprint
+from flashsae import fingerprint
 from flashsae.errors import ConfigError, DataError
+from flashsae.fingerprint import files_digest, rows_digest, tensors_digest
+from flashsae.lm.weights import loaded_fingerprint, model_fingerprint
+from flashsae.text.dataset import TextDataset, open_text
 
 
 def test_a_byte_in_the_middle_of_a_file_counts_and_its_place_does_not(tmp_path: Path) -> None:

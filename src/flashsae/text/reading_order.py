@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from flashsae.data.fingerprint import text_digest
-from flashsae.data.windows import Block
+from flashsae.fingerprint import text_digest
+from flashsae.text.dataset import Block
 
 _WINDOW_CHARACTERS = 1 << 24
 """Characters of documents that are mixed with each other, and that are in memory for it: some thousand web pages."""

@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flashsae.data.language_model import LanguageModelSource
-from flashsae.data.models import load_language_model
-from flashsae.data.text import open_text
-from flashsae.data.weights import Trace
 from flashsae.errors import ConfigError
+from flashsae.lm.loading import load_language_model
+from flashsae.lm.weights import Trace
 from flashsae.settings.reading import ReadingConfig
+from flashsae.text.dataset import open_text
 
 Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 

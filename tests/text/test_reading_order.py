@@ -9,10 +9,10 @@ from types import ModuleType
 import pytest
 import torch
 
-from flashsae.data import reading_order
-from flashsae.data.reading_order import ReadingOrder
-from flashsae.data.sources import Split, split_mask
-from flashsae.data.text import TextDataset, open_text
+from flashsae.data.split import Split, split_mask
+from flashsae.text import reading_order
+from flashsae.text.dataset import TextDataset, open_text
+from flashsae.text.reading_order import ReadingOrder
 
 DOCUMENTS = [(i, "x" * (1 + i % 7)) for i in range(200) if i % 5]
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from flashsae.data.fingerprint import files_digest, tensors_digest, text_digest
-from flashsae.data.models import Loading, model_place, not_loaded, quiet_transformers
 from flashsae.errors import ConfigError
+from flashsae.fingerprint import files_digest, tensors_digest, text_digest
+from flashsae.lm.loading import Loading, model_place, not_loaded, quiet_transformers
 
 _BUFFERS = {"position_ids", "inv_freq", "masked_bias", "num_batches_tracked"}
 """What old checkpoints hold beside parameters, and models work out anew."""

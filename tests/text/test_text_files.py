@@ -10,10 +10,10 @@ import pytest
 
 from flashsae import SAE, SAEConfig
 from flashsae.data.cache_index import CacheIndex
-from flashsae.data.text import open_text
 from flashsae.errors import ConfigError, DataError
 from flashsae.settings import RunConfig
 from flashsae.start import new_run
+from flashsae.text.dataset import open_text
 
 
 def fill(folder: Path, *names: str) -> Path:

@@ -1,0 +1,70 @@
+"""The held-out split: which documents or rows training never sees."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from flashsae.errors import DataError
+from flashsae.text.dataset import TextDataset
+
+Split = Literal["train", "held_out"]
+
+
+def split_mask(group: Tensor, held_out: float, split: Split) -> Tensor:
+    """Tell which rows belong to a split. A group is in one split for ever, whatever the order or the seed.
+
+    Args:
+        group: [n], int64.
+        held_out: fraction of the groups that training never sees.
+        split: "train" or "held_out".
+    Returns:
+        [n], bool.
+    Source: the finaliser of splitmix64 (Steele, Lea and Flood 2014) turns a group number into a uniform one.
+    """
+    h = group.to(torch.int64) + 0x1E3779B97F4A7C15
+    h = (h ^ _shift(h, 30)) * -0x40A7B892E31B1A47
+    h = (h ^ _shift(h, 27)) * -0x6B2FB644ECCEEE15
+    uniform = _shift(h ^ _shift(h, 31), 11).to(torch.float64) / 2**53
+    is_held_out = uniform < held_out
+    return is_held_out if split == "held_out" else ~is_held_out
+
+
+def _shift(h: Tensor, bits: int) -> Tensor:
+    """Shift right without copies of the sign bit, which torch lacks for int64."""
+    return (h >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def check_splits(text: TextDataset, held_out: float | None) -> None:
+    """Check, before a model runs, that a text has documents to train on and documents to measure on.
+
+    Args:
+        text: read only until both were found.
+        held_out: fraction of the documents that training never sees; None if that is not decided yet.
+    Raises:
+        DataError: there is but one document, or none falls to one of the two parts.
+    """
+    splits: tuple[Split, ...] = ("train", "held_out")
+    seen, missing = 0, set(splits)
+    for number, _ in text.numbered():
+        seen += 1
+        if held_out is None:
+            missing -= {"train" if seen == 1 else "held_out"}
+        else:
+            missing -= {
+                split
+                for split in splits
+                if bool(split_mask(torch.tensor([number], dtype=torch.int64, device="cpu"), held_out, split)[0])
+            }
+        if not missing:
+            return
+    if seen == 1:
+        why, size = "it is one document, which cannot be split", ""
+    elif "held_out" in missing:
+        why, size = f"no document fell to the held-out part, {held_out or 0:.3g} of all {seen}", " or a larger held_out"
+    else:
+        why, size = f"all {seen} documents fell to the held-out part", " or a smaller held_out"
+    hint = " (a .txt is cut into documents at blank lines; .jsonl has one a line)" if text.is_cut_at_blanks else ""
+    raise DataError(f"{text.name} is too small: {why}. Give more documents{hint}{size}.")

@@ -1,0 +1,1 @@
+"""Text: the documents of files, folders, lists and data sets, and the order in which they are read."""
