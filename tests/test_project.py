@@ -121,3 +121,10 @@ def test_helpers_lie_in_one_folder_and_test_files_have_names_of_their_own() -> N
     assert helpers
     assert all(name.startswith("test_") for name in others), "a helper that lies beside tests"
     assert len(set(others)) == len(others)
+
+
+def test_a_latent_is_active_by_one_word() -> None:
+    files = [*(ROOT / "docs").glob("*.md"), *(ROOT / "src").rglob("*.py"), *(ROOT / "src/flashsae/report").glob("*.j*")]
+    said = {path.name: re.findall(r"(?i)\bfir(?:es?|ed|ing)\b", path.read_text("utf-8")) for path in files}
+    assert {"script.js", "template.html.j2", "quickstart.md"} <= said.keys()
+    assert not {name: words for name, words in said.items() if words}

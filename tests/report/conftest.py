@@ -23,7 +23,7 @@ PAYLOADS = [
 
 
 def latent(index: int, density: float, max_act: float, words: list[str]) -> LatentSnippets:
-    """A latent that fires on the middle one of three words, in as many texts as there are words."""
+    """A latent that is active on the middle one of three words, in as many texts as there are words."""
     texts = [
         Snippet(
             ["the", f" {word}", f" of {word}s"],

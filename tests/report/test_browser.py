@@ -171,10 +171,10 @@ def test_a_dot_on_the_map_leads_to_its_card_even_if_hidden(page: Any) -> None:
 
 
 LATENTS_WITHOUT_A_CARD = {
-    "#latent-0": ["Latent 0 has no card; 4 of the 96 latents have one", "did not fire on the 20.5k tokens", "dead"],
+    "#latent-0": ["Latent 0 has no card; 4 of the 96 latents have one", "was not active on the 20.5k tokens", "dead"],
     "#latent-9": [
         "Latent 9 has no card",
-        "fires on about",
+        "is active on about",
         "% of the 20.5k tokens",
         "At the end of training it was alive",
     ],

@@ -129,7 +129,7 @@ def test_long_runs_are_thinned_but_keep_both_ends() -> None:
 @pytest.mark.usefixtures("without_figures")
 def test_captions_count_the_dead_and_the_twins() -> None:
     plots = latent_plots(arrays())
-    assert "20 of 300 did not fire on this sample and are not drawn" in by_name(plots, "density").caption
+    assert "20 of 300 were not active on this sample and are not drawn" in by_name(plots, "density").caption
     assert "7 of 300 latents have a neighbour above 0.9" in by_name(plots, "nearest").caption
 
 
@@ -237,18 +237,18 @@ def test_dead_is_told_from_silent_on_the_sample() -> None:
     known = arrays() | {"is_dead": (np.arange(300) < 5).astype(float)}
     caption = by_name(latent_plots(known), "density").caption
     assert caption.endswith(
-        "20 of 300 did not fire on this sample and are not drawn; 5 of these were dead at the end of training."
+        "20 of 300 were not active on this sample and are not drawn; 5 of these were dead at the end of training."
     )
     assert "never" not in by_name(latent_plots(arrays()), "density").caption
     awake = arrays() | {"latent_density": np.full(300, 0.1)}
-    assert by_name(latent_plots(awake), "density").caption.endswith("All 300 fired.")
+    assert by_name(latent_plots(awake), "density").caption.endswith("All 300 were active.")
 
 
 @pytest.mark.usefixtures("without_figures")
 def test_the_map_says_how_many_dots_it_leaves_out() -> None:
-    assert "one of the 280 latents that fired on the sample: " in latent_map(arrays(), []).caption
+    assert "one of the 280 latents that were active on the sample: " in latent_map(arrays(), []).caption
     assert (
-        "one of the 3,980 latents that fired on the sample, 2,500 of which are drawn"
+        "one of the 3,980 latents that were active on the sample, 2,500 of which are drawn"
         in latent_map(arrays(4000), []).caption
     )
 

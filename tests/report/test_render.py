@@ -25,7 +25,7 @@ def test_report_shows_what_the_run_holds(run: Path) -> None:
         "org/tiny-model", "layers.3", "org/<b>texts</b>", "0.1234", "87.7% of the variance explained", "4.0",
         "of 96 (3.1%)", "512k", "65,432",
         "not active on the last 51,200 training tokens", "on 20,480 held-out tokens",
-        "12,345 of them are held out, too few for all examples: 8 of the 12 texts", "6 of 96 did not fire",
+        "12,345 of them are held out, too few for all examples: 8 of the 12 texts", "6 of 96 were not active",
         "3 of these were dead at the end of training",
         "16 → 96 latents, k = 4", "500 steps in 1 min 23 s", "4 latents, spread",
         "512,000", "true", "violin",
@@ -73,12 +73,12 @@ def test_run_on_plain_arrays_says_so(run: Path, render: Callable[[Path], Page]) 
     assert not [1 for _, attrs in page.elements if attrs.get("id") == "query"]
 
 
-def test_run_without_logged_metrics_or_firing_latents_says_so(run: Path, render: Callable[[Path], Page]) -> None:
+def test_run_without_logged_metrics_or_active_latents_says_so(run: Path, render: Callable[[Path], Page]) -> None:
     (run / "metrics.jsonl").write_text("", "utf-8")
     write_snippets(run / "snippets.json", Snippets(2000, []))
     page = render(run)
     assert "No metrics were logged" in page.text
-    assert "No latent fired on the 2k" in page.text
+    assert "No latent was active on the 2k" in page.text
 
 
 @pytest.mark.usefixtures("without_figures")

@@ -57,17 +57,17 @@ def test_every_number_equals_what_the_dense_code_says() -> None:
 
     assert found.tokens == tokens
     assert [latent.index for latent in found.latents] == (
-        (code > 0).sum(0) >= module.MIN_FIRED
+        (code > 0).sum(0) >= module.MIN_ACTIVE
     ).nonzero().flatten().tolist()
     ids = torch.cat([chunk.token_ids for chunk in documents(lengths)])  # type: ignore[misc]
     group = torch.cat([chunk.group for chunk in documents(lengths)])
     for latent in found.latents:
         column = code[:, latent.index]
-        fired = column[column > 0]
-        assert latent.density == len(fired) / tokens
-        assert latent.max_act == pytest.approx(float(fired.max()), rel=1e-3)
-        assert latent.mean_act == pytest.approx(float(fired.mean()), rel=1e-3)
-        assert sum(latent.histogram) == len(fired)
+        active = column[column > 0]
+        assert latent.density == len(active) / tokens
+        assert latent.max_act == pytest.approx(float(active.max()), rel=1e-3)
+        assert latent.mean_act == pytest.approx(float(active.mean()), rel=1e-3)
+        assert sum(latent.histogram) == len(active)
         best = sorted((float(column[group == g].max()) for g in range(len(lengths))), reverse=True)[:3]
         peaks = [snippet.acts[snippet.peak] for snippet in latent.snippets]
         assert peaks == pytest.approx([peak for peak in best if peak > 0], rel=1e-3)
@@ -98,8 +98,8 @@ def test_a_text_is_shown_once_and_ties_go_to_the_earlier() -> None:
 
 def test_chosen_latents_spread_over_the_ranks_of_density() -> None:
     tokens, d_sae = 400, 40
-    fired = torch.arange(tokens)[:, None] < torch.arange(d_sae)[None, :] * 10  # latent j fires 10 j times
-    dense = torch.where(fired, 1.0, 0.0)
+    active = torch.arange(tokens)[:, None] < torch.arange(d_sae)[None, :] * 10  # latent j is active 10 j times
+    dense = torch.where(active, 1.0, 0.0)
     chunk = one_chunk(list(range(tokens)), list(range(tokens)), [0] * tokens)
     found = collect_snippets(of_dense(dense, d_sae), iter([chunk]), words, n_latents=4, per_latent=1)
     assert [latent.index for latent in found.latents] == [5, 15, 25, 35]
@@ -111,7 +111,7 @@ def test_rare_latents_are_shown_only_if_there_are_no_others() -> None:
     dense[:3, 2] = 1.0
     chunk = one_chunk(list(range(tokens)), list(range(tokens)), [0] * tokens)
     alone = collect_snippets(of_dense(dense, 3), iter([chunk]), words).latents
-    dense[: module.MIN_FIRED, 0] = 1.0
+    dense[: module.MIN_ACTIVE, 0] = 1.0
     beside = collect_snippets(of_dense(dense, 3), iter([chunk]), words).latents
     assert [[latent.index for latent in latents] for latents in (alone, beside)] == [[2], [0]]
 
@@ -147,7 +147,7 @@ def test_counts_below_the_least_are_refused(setting: dict[str, int]) -> None:
 
 
 def test_held_out_documents_come_first_and_training_fills_up() -> None:
-    """Latent 0 fires in three held-out documents and in two of training, more strongly there."""
+    """Latent 0 is active in three held-out documents and in two of training, more strongly there."""
     dense = torch.tensor([[0.1], [0.3], [0.2], [0.9], [0.8]])
     held_out = [one_chunk([1, 2, 3], [0, 1, 2], [0] * 3)]
     training = [one_chunk([4, 5], [3, 4], [0] * 2, first=3)]

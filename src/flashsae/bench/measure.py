@@ -164,7 +164,7 @@ class StepCase:
         precision: of its products, for the tolerance.
         build: from the weights that all start from; may not change them.
         arch: its architecture, by name or as settings.
-        dead: latents that never fire.
+        dead: latents that are never active.
         ceilings: measured on the device; with these, and on a GPU, the record of ours has "stages".
         beside: the name of an architecture whose step by us takes turns with it.
     """

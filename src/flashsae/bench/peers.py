@@ -2,8 +2,8 @@
 
 Each follows the recipe of its own trainer: forward, backward, what is done to gradients and to the decoder, optimiser.
 All hold float32 weights and start from the same ones; squared error, no auxiliary loss. Left out, in their favour, is
-what trainers do besides: counting which latents fired, schedules of the learning rate, logging and its waits for the
-device. What was chosen for each stands in its docstring.
+what trainers do besides: counting which latents were active, schedules of the learning rate, logging and its waits for
+the device. What was chosen for each stands in its docstring.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class Problem:
         W_dec: [d_sae, d_out], rows of norm 1.
         b_enc: [d_sae], small.
         b_dec: [d_out], small.
-        dead: the first so many latents never fire.
+        dead: the first so many latents are never active.
         arch: settings of the architecture.
         sites: of the architecture.
         others: parameters that it has beside these four, by name.

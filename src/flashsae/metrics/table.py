@@ -184,7 +184,7 @@ _ROWS = (
         "latent_density",
         "density",
         "Latent density",
-        "Fraction of the tokens of the sample on which each latent fires.",
+        "Fraction of the tokens of the sample on which each latent is active.",
         "#{tokens: value ≠ 0} / tokens",
         "fraction of tokens",
         format=".2g",

@@ -1,1 +1,1 @@
-"""The report of a training run: one HTML file with curves, histograms and the texts on which latents fire."""
+"""The report of a training run: one HTML file with curves, histograms and the texts that activate latents."""

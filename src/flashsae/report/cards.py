@@ -55,7 +55,7 @@ def _example(snippet: Snippet, max_act: float) -> dict[str, Any]:
 
 
 def _segments(snippet: Snippet, max_act: float) -> list[dict[str, Any]]:
-    """Split a text into runs of plain tokens and single tokens that fire, weight = value / max_act.
+    """Split a text into runs of plain tokens and single tokens that are active, weight = value / max_act.
 
     Tokens that make up one character are one piece, with the largest of their values.
     """
@@ -67,15 +67,15 @@ def _segments(snippet: Snippet, max_act: float) -> list[dict[str, Any]]:
         values, is_peak = snippet.acts[first : i + 1], first <= snippet.peak <= i
         first = i + 1
         value = max(map(abs, values))
-        fires = value > 0
-        text = _legible(token) if fires else printable(token)
+        is_active = value > 0
+        text = _legible(token) if is_active else printable(token)
         bare = text.lstrip(" ")
-        plain = text[: len(text) - len(bare)] if fires else text
+        plain = text[: len(text) - len(bare)] if is_active else text
         if plain and segments and not segments[-1]["value"]:
             segments[-1]["text"] += plain
         elif plain:
             segments.append({"text": plain, "value": "", "weight": 0.0, "peak": False, "minus": False})
-        if fires:
+        if is_active:
             weight = round(min(value / abs(max_act), 1.0), 2) if 0 < abs(max_act) < math.inf else 0.0
             minus = max(values, key=abs) < 0
             shown = {"text": bare, "value": _values(values), "weight": weight, "peak": is_peak, "minus": minus}
@@ -129,12 +129,12 @@ def density_text(density: float) -> str:
 def known_of_all(arrays: Mapping[str, Array], snippets: Snippets | None) -> dict[str, Any]:
     """Pack what is known of every latent for the script: one byte of density each, one bit for dead.
 
-    Level 0 is a latent that did not fire, level n one of density 10^(low + (n - 1) · step).
+    Level 0 is a latent that was not active, level n one of density 10^(low + (n - 1) · step).
     """
     density = np.nan_to_num(arrays["latent_density"], nan=0.0, posinf=0.0, neginf=0.0)
     exponent = np.log10(density, where=density > 0, out=np.zeros(len(density)))
-    fired = exponent[density > 0]
-    low, high = (float(fired.min()), float(fired.max())) if fired.size else (0.0, 0.0)
+    active = exponent[density > 0]
+    low, high = (float(active.min()), float(active.max())) if active.size else (0.0, 0.0)
     step = (high - low) / (_LEVELS - 1)
     levels = np.where(density > 0, 1 + np.round((exponent - low) / (step or 1.0)), 0)
     dead = np.packbits(arrays["is_dead"] > 0, bitorder="little").tobytes() if "is_dead" in arrays else b""

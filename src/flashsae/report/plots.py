@@ -109,14 +109,14 @@ def latent_plots(arrays: Mapping[str, Array]) -> list[Plot]:
         MissingExtraError: matplotlib is not installed.
     """
     density = _finite(arrays["latent_density"])
-    fired = density[density > 0]
+    active = density[density > 0]
     row = METRICS["latent_density"]
     plots = [
         Plot(
             "density",
             row.title,
-            f"{row.caption}{_silent(arrays, fired, density.size - fired.size)}",
-            histogram("density", np.log10(fired), row.unit, log=True),
+            f"{row.caption}{_silent(arrays, active, density.size - active.size)}",
+            histogram("density", np.log10(active), row.unit, log=True),
         )
     ]
     for name, metric, seen, right in (
@@ -144,10 +144,11 @@ def _many_above(values: Array) -> str:
     return f"{int((values > 0.9).sum()):,} of {values.size:,} latents have a neighbour above 0.9."
 
 
-def _silent(arrays: Mapping[str, Array], fired: Array, n_silent: int) -> str:
+def _silent(arrays: Mapping[str, Array], active: Array, n_silent: int) -> str:
     if not n_silent:
-        return f" All {fired.size:,} fired." if fired.size else ""
-    said = f" {n_silent:,} of {fired.size + n_silent:,} did not fire on this sample and are not drawn"
+        return f" All {active.size:,} were active." if active.size else ""
+    was, are = ("was", "is") if n_silent == 1 else ("were", "are")
+    said = f" {n_silent:,} of {active.size + n_silent:,} {was} not active on this sample and {are} not drawn"
     if "is_dead" in arrays:
         dead = int(((arrays["latent_density"] == 0) & (arrays["is_dead"] > 0)).sum())
         return f"{said}; {dead:,} of these {'was' if dead == 1 else 'were'} dead at the end of training."
@@ -164,11 +165,11 @@ def latent_map(arrays: Mapping[str, Array], shown: list[int]) -> Plot:
         MissingExtraError: matplotlib is not installed.
     """
     density, cosine = arrays["latent_density"], arrays["encoder_decoder_cosine"]
-    n_fired = int((np.isfinite(cosine) & np.isfinite(density) & (density > 0)).sum())
-    some = f", {MOST_DOTS:,} of which are drawn" if n_fired > MOST_DOTS else ""
+    n_active = int((np.isfinite(cosine) & np.isfinite(density) & (density > 0)).sum())
+    some = f", {MOST_DOTS:,} of which are drawn" if n_active > MOST_DOTS else ""
     caption = (
-        f"Each dot is one of the {n_fired:,} latents that fired on the sample{some}: frequent ones to the right, those "
-        "that write what they read at the top. Coloured dots lead to their card below."
+        f"Each dot is one of the {n_active:,} latents that were active on the sample{some}: frequent ones to the "
+        "right, those that write what they read at the top. Coloured dots lead to their card below."
     )
     svg = dots("map", density, cosine, shown, (METRICS["latent_density"].unit, "encoder–decoder cosine"))
     return Plot("map", "Map of latents", caption, svg)

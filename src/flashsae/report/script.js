@@ -11,11 +11,11 @@
     const level = unpack(known.density)[number];
     const share = 100 * 10 ** (Number(known.low) + (level - 1) * Number(known.step));
     const text = share < 0.001 ? share.toExponential(1) : String(Number(share.toPrecision(2)));
-    const fires = level ? `It fires on about ${text}% of ${known.sample}.` : `It did not fire on ${known.sample}.`;
+    const active = level ? `It is active on about ${text}% of ${known.sample}.` : `It was not active on ${known.sample}.`;
     const dead = unpack(known.dead);
     const isDead = (dead[number >> 3] >> (number & 7)) & 1;
     const state = dead.length ? ` At the end of training it was ${isDead ? "dead" : "alive"}.` : "";
-    return `Latent ${number} has no card; ${total} of the ${size} latents have one. ${fires}${state}`;
+    return `Latent ${number} has no card; ${total} of the ${size} latents have one. ${active}${state}`;
   };
   const named = (text) => (/^#?(latent-)?\d{1,15}$/.test(text) ? Number(text.match(/\d+/)[0]) : null);
   const visit = () => {

@@ -1,4 +1,4 @@
-"""The file of the texts on which latents fire: snippets.json, its content and how it is written and read."""
+"""The file of the texts that activate latents: snippets.json, its content and how it is written and read."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Snippet:
-    """A stretch of one text around a token on which a latent fires.
+    """A stretch of one text around a token on which a latent is active.
 
     Args:
         tokens: text of each token; joined with nothing between, they read as text. Empty for a token with the first
             bytes of a character that the next one completes.
-        acts: value of the latent at each token, 0 where it does not fire.
+        acts: value of the latent at each token, 0 where it is not active.
         peak: index of the token that the stretch was chosen for.
         split: of its document; None where that was not written down.
     """
@@ -38,9 +38,9 @@ class LatentSnippets:
 
     Args:
         index: number of the latent, in [0, d_sae).
-        density: fraction of the tokens read on which it fired.
+        density: fraction of the tokens read on which it was active.
         max_act: largest value, by its size where values have signs.
-        mean_act: mean over the tokens on which it fired.
+        mean_act: mean over the tokens on which it was active.
         top_tokens: texts of the tokens with the largest total activation, largest first.
         histogram: numbers of tokens in equal bins of the value, between 0, or the least value below 0, and the largest.
         snippets: by descending peak, at most one a document.

@@ -1,4 +1,4 @@
-"""Collect the texts on which a few dozen latents fire most: one pass over activations, bounded memory."""
+"""Collect the texts that activate a few dozen latents most: one pass over activations, bounded memory."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ __all__ = [
     "write_snippets",
 ]
 
-MIN_FIRED = 10
-"""Tokens on which a latent must have fired to be shown; rarer ones are shown only if there are no others."""
+MIN_ACTIVE = 10
+"""Tokens on which a latent must have been active to be shown; rarer ones are shown only if there are no others."""
 HISTOGRAM_BINS = 24
 _TOP_TOKENS = 8
 
@@ -47,15 +47,15 @@ def collect_snippets(
     context: int = 16,
     max_tokens: int = 200_000,
 ) -> Snippets:
-    """Find the texts on which latents fire most, for latents spread evenly over the ranks of density.
+    """Find the texts that activate latents most, for latents spread evenly over the ranks of density.
 
     Args:
         encode: [n, d_in] by site -> SparseCode.
         chunks: activations of held-out documents, with token_ids and position.
         token_text: ids of consecutive tokens -> the text of each (see `token_strings`).
         training: those of documents that were trained on; read only where `chunks` ends before `max_tokens`, and
-            shown only where a latent fires in too few of the held-out ones.
-        n_latents: latents to show; fewer if fewer fired.
+            shown only where a latent is active in too few of the held-out ones.
+        n_latents: latents to show; fewer if fewer are active.
         per_latent: texts for each.
         context: tokens before and after the peak, within its model input.
         max_tokens: stop after so many. Memory: 12 bytes an active latent of a token.
@@ -76,7 +76,7 @@ def collect_snippets(
     shown = _spread(code.counts(), n_latents)
     latents = [
         _describe(code, latent, rows, acts, token_text, per_latent, context)
-        for latent, (rows, acts) in zip(shown, code.firings(shown))
+        for latent, (rows, acts) in zip(shown, code.activations(shown))
     ]
     return Snippets(len(code.token_ids), latents, code.n_held_out)
 
@@ -101,11 +101,11 @@ class _Code:
     """The rows before this one are of held-out documents."""
 
     def counts(self) -> Tensor:
-        """Return the number of tokens on which each latent up to the last that fired did fire."""
+        """Return the number of tokens on which each latent was active, up to the last that was."""
         return torch.bincount(self.latents)
 
-    def firings(self, latents: list[int]) -> list[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-        """Return for each of a few latents the rows on which it fires, ascending, and its values there."""
+    def activations(self, latents: list[int]) -> list[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+        """Return for each of a few latents the rows on which it is active, ascending, and its values there."""
         if not latents:
             return []
         slot = torch.full((int(self.latents.max()) + 1,), -1, dtype=torch.int32, device="cpu")
@@ -163,10 +163,10 @@ def _encode_all(encode: Encode, held_out: Iterator[Chunk], training: Iterator[Ch
 
 def _spread(counts: Tensor, n_latents: int) -> list[int]:
     """Choose latents at evenly spaced ranks of density, so that rare and frequent ones are both seen."""
-    fired = (counts >= MIN_FIRED).nonzero()[:, 0]
-    if len(fired) == 0:
-        fired = counts.nonzero()[:, 0]
-    ranked = fired[torch.sort(counts[fired], stable=True).indices]
+    active = (counts >= MIN_ACTIVE).nonzero()[:, 0]
+    if len(active) == 0:
+        active = counts.nonzero()[:, 0]
+    ranked = active[torch.sort(counts[active], stable=True).indices]
     if len(ranked) > n_latents:
         # The middles of n_latents equal shares: neither the rarest nor the densest latent, which say little.
         ranked = ranked[

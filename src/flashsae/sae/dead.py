@@ -78,9 +78,9 @@ class DeadLatents:
         Returns:
             [d_sae], int64: on how many tokens of the batch each latent was active.
         """
-        fired = distributed.summed(count_active(torch.zeros_like(self.tokens_since_fired), code))
-        self.tokens_since_fired.add_(distributed.tokens_of(code.pattern.B)).mul_(fired == 0)
-        return fired
+        active_on = distributed.summed(count_active(torch.zeros_like(self.tokens_since_fired), code))
+        self.tokens_since_fired.add_(distributed.tokens_of(code.pattern.B)).mul_(active_on == 0)
+        return active_on
 
     def mask(self) -> Tensor:
         """Return which latents are dead: [d_sae], bool."""

@@ -106,8 +106,8 @@ def _parts_of_step(state: TrainState, batch: Batch, config: TrainConfig, capacit
     optimizer.zero_grad()
     if step.code.pattern.left_out is not None and not sae.architecture.varies:
         metrics["left_out"] = step.code.pattern.left_out
-    fired = state.dead.update(sae.main_part(step.code))
-    metrics["l0"] = fired.sum().float() / distributed.tokens_of(len(x))
+    active_on = state.dead.update(sae.main_part(step.code))
+    metrics["l0"] = active_on.sum().float() / distributed.tokens_of(len(x))
     if sae.architecture.after_step is not None:
         with torch.no_grad():
             sae.architecture.after_step(sae, step.code)
