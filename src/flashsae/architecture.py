@@ -73,7 +73,8 @@ class Architecture:
         varies: whether encode makes codes above a threshold, with room for `sae.capacity` entries. Training sees to it
             that they have room for all.
         signed: whether latents have values of either sign, so that what is selected is the largest by magnitude.
-        defaults: for settings of the training that are left open, such as lr: values, or functions of the settings.
+        defaults: for settings of the training that are left open, such as lr: values, or functions of the settings,
+            whose docstring says in the help what they give.
         source: of the definition.
     """
 

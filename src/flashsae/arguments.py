@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import difflib
-import functools
-import inspect
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin
 
-from cyclopts import App, Group, Parameter, Token
+from cyclopts import App, Token
 from cyclopts.argument import Argument, ArgumentCollection
 from cyclopts.exceptions import UnknownOptionError
 
-from flashsae.architecture import Architecture, architecture_named, architecture_names
+from flashsae.architecture import Architecture, architecture_named
 from flashsae.errors import ConfigError
-from flashsae.settings.kinds import check, declared_types, expand, parse, unwrap
+from flashsae.options import declared_by
+from flashsae.settings.kinds import check, expand, parse, unwrap
 from flashsae.settings.toml import read_toml
-from flashsae.settings.training import DEFAULT_ARCH, TrainConfig, architectures_with, check_own_names
+from flashsae.settings.training import DEFAULT_ARCH, architectures_with
 
 _ALONE = {
     "resume": ({"plan"}, "a run is resumed with the settings that it has"),
@@ -56,7 +54,7 @@ class Given:
         command = app.default_command
         if command is None:
             return
-        declared = _declared(command)
+        declared = declared_by(command)
         given = [name for name, argument in leaves.items() if argument.tokens]
         for name in given:
             _check_words(name, leaves[name], declared[name])
@@ -179,7 +177,7 @@ def one_by_one(words: Sequence[str], command: Callable[..., Any]) -> list[str]:
         words: of the command line.
         command: whose settings tell which options are lists of numbers.
     """
-    lists = {f"--{name.replace('_', '-')}" for name, kind in _declared(command).items() if _is_of_numbers(kind)}
+    lists = {f"--{name.replace('_', '-')}" for name, kind in declared_by(command).items() if _is_of_numbers(kind)}
     spread: list[str] = []
     rest = list(words)
     while rest:
@@ -205,63 +203,6 @@ def _numbers(word: str) -> list[str]:
     return parts if all(isinstance(parse(part, float), int | float) for part in parts) else []
 
 
-def taking_settings_of(architecture: Architecture, command: Callable[..., None], name: str) -> Callable[..., None]:
-    """Return a command that takes the settings of an architecture beside those of the training, and shows them.
-
-    Args:
-        architecture: any.
-        command: takes the settings of a training, all by name, in one parameter.
-        name: of this parameter.
-    Raises:
-        ConfigError: a setting of the architecture is called as another one of the command.
-    """
-    hints = get_type_hints(command, include_extras=True)
-    others = _declared(command).keys() - {name}
-    check_own_names(architecture, [*declared_types(TrainConfig), *sorted(others), "config", "help", "version"])
-    settings, shown = _flat_settings(architecture), Parameter(name="*", group=Group("Training", sort_key=2))
-
-    @functools.wraps(command)
-    def taking(*positional: Any, **given: Any) -> None:
-        command(*positional, **given)
-
-    taking.__annotations__ = hints | {name: Annotated[settings, shown]}
-    return taking
-
-
-def _flat_settings(architecture: Architecture) -> type:
-    """Return a dataclass with the settings of an architecture behind its name, and those of the training."""
-    names = ", ".join(architecture_names(installed=False))
-    told = f"Architecture of the SAE: {names}, or one of a package. --arch NAME --help shows its own settings."
-    made: list[tuple[str, Any, Any]] = []
-    for each in fields(TrainConfig):
-        if each.name == "arch":
-            made.append(("arch", str, field(default=each.default, kw_only=True, metadata={"help": told})))
-            made += _copies(architecture.settings)
-        else:
-            made += _copies(TrainConfig, each.name)
-    flat = make_dataclass("TrainConfig", made, frozen=True)
-    flat.__module__ = __name__  # not "types", which cyclopts takes for built in
-    flat.__doc__ = f"TrainConfig.\n\nArgs:\n{_help(TrainConfig)}\n{_help(architecture.settings)}"
-    return flat
-
-
-def _copies(settings: type, *names: str) -> list[tuple[str, Any, Any]]:
-    """Return the fields of a dataclass, or some of them, to make another one with."""
-    kinds, copies = declared_types(settings), []
-    for each in fields(settings):
-        if each.name in (names or kinds):
-            has_factory = each.default_factory is not MISSING
-            default: Any = {"default_factory": each.default_factory} if has_factory else {"default": each.default}
-            copies.append((each.name, kinds[each.name], field(kw_only=True, **default)))
-    return copies
-
-
-def _help(settings: type) -> str:
-    """Return the lines on the arguments in the docstring of a dataclass."""
-    found = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", inspect.getdoc(settings) or "", re.DOTALL | re.MULTILINE)
-    return found[1].rstrip() if found else ""
-
-
 def _refuse_unknown(words: Iterable[str], arguments: ArgumentCollection) -> None:
     for word in words:
         if word == "--":
@@ -273,18 +214,6 @@ def _refuse_unknown(words: Iterable[str], arguments: ArgumentCollection) -> None
             except ValueError:
                 token = Token(keyword=option, source="cli")
                 raise UnknownOptionError(token=token, argument_collection=arguments) from None
-
-
-def _declared(command: Callable[..., Any]) -> dict[str, Any]:
-    """Return the declared type of each setting of a command; those of its dataclasses are its own."""
-    declared: dict[str, Any] = {}
-    for name, annotation in get_type_hints(command, include_extras=True).items():
-        kind: Any = unwrap(annotation)[0]
-        if is_dataclass(kind):
-            declared |= declared_types(unwrap(annotation)[0])
-        else:
-            declared[name] = annotation
-    return declared
 
 
 def _check_words(name: str, argument: Argument, annotation: Any) -> None:

@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from flashsae import __version__
-from flashsae.arguments import Given, architecture_asked, joined, one_by_one, taking_settings_of
+from flashsae.arguments import Given, architecture_asked, joined, one_by_one
 from flashsae.errors import ConfigError, FlashSAEError
+from flashsae.options import taking_settings_of
 from flashsae.precision import Precision
 from flashsae.settings.kinds import PositiveFloat, PositiveInt, expand
 from flashsae.settings.reading import ActivationsConfig, ReadingConfig

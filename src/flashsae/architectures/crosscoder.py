@@ -57,6 +57,11 @@ def weighted(term: Term) -> Term:
     return replace(term, compute=compute)
 
 
+def latents_of_widest_site(config: Any) -> int:
+    """The next power of two from 8 x the width of the widest site."""
+    return 1 << int(8 * max(config.arch.widths) - 1).bit_length()
+
+
 def compose(base: Architecture) -> Architecture:
     """Return the crosscoder with the selection of another architecture.
 
@@ -96,7 +101,7 @@ def compose(base: Architecture) -> Architecture:
         initialize=initialize,
         defaults={
             **base.defaults,
-            "d_sae": lambda config: 1 << (8 * max(config.arch.widths) - 1).bit_length(),  # that of an SAE of one site
+            "d_sae": latents_of_widest_site,
             "normalize_activations": "mean_square",
         },
         source=f"Lindsey et al. 2024, Sparse crosscoders; the selection: Minder et al. 2025, section 3; {base.source}",
