@@ -28,6 +28,7 @@ from flashsae.lm.loading import Loading, load_with_account
 from flashsae.lm.weights import check_loaded, loaded_fingerprint, model_fingerprint
 from flashsae.lm.windows import TokenBatch, Windows, first_tokens
 from flashsae.settings.reading import ReadingConfig, check_held_out
+from flashsae.text.content import Content
 from flashsae.text.dataset import TextDataset
 from flashsae.text.reading_order import Place, ReadingOrder
 
@@ -197,7 +198,7 @@ class LanguageModelSource:
                 ahead = pool.submit(cut)
                 yield block
 
-    def _documents(self, split: Split | None, start: int) -> Iterator[tuple[int, str]]:
+    def _documents(self, split: Split | None, start: int) -> Iterator[tuple[int, Content]]:
         """Yield the (number, document)s of a split from `start` on."""
         limit = self.config.max_documents
         for number, document in self.text.numbered(start):

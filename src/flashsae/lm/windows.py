@@ -11,7 +11,7 @@ from torch import Tensor
 from flashsae.errors import ConfigError, DataError
 from flashsae.lm.loading import special_ids
 from flashsae.settings.reading import ReadingConfig
-from flashsae.text.dataset import Block
+from flashsae.text.content import Block, Content
 
 _PROBE = "A short sentence to look at."
 
@@ -126,7 +126,7 @@ class Windows:
 
         Rows of a batch stand in reading order.
         """
-        encoded = self._encode([text for _, text in block], special=False) if block else []
+        encoded = self._encode([_text(content) for _, content in block], special=False) if block else []
         for (number, _), ids in zip(block, encoded, strict=True):
             self._check_known(number, ids)
         windows = [w for (number, _), ids in zip(block, encoded, strict=True) for w in self._windows(number, ids)]
@@ -185,6 +185,12 @@ class Windows:
             :, None
         ].expand_as(ids)
         return TokenBatch(ids, attention.long(), keep, documents, torch.tensor(places, dtype=torch.int64, device="cpu"))
+
+
+def _text(content: Content) -> str:
+    if not isinstance(content, str):
+        raise DataError(f"expected documents of text, got {type(content).__name__}.")
+    return content
 
 
 def first_tokens(batches: list[TokenBatch], n: int) -> list[TokenBatch]:

@@ -17,12 +17,11 @@ from flashsae.errors import ConfigError, DataError, FlashSAEError, require
 from flashsae.fingerprint import files_digest, text_digest
 from flashsae.settings.kinds import expand
 from flashsae.settings.reading import PYTHON_DOCS
+from flashsae.text.content import Content, encodable, is_blank
 from flashsae.text.python_docs import python_docs
 from flashsae.text.text_files import READERS, field_of, files_of_split, find_files, first_line
 
-Rows: TypeAlias = Iterator[tuple[int, str]]
-Block: TypeAlias = list[tuple[int, str]]
-"""Documents with their numbers."""
+Rows: TypeAlias = Iterator[tuple[int, Content]]
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,8 @@ class TextDataset:
 
     Args:
         name: for messages and for the index of a cache; says which text this is, not only where it lies.
-        rows: called with a number, yields (number, text) from there on; may yield blank texts.
+        rows: called with a number, yields (number, document) from there on; may yield blank ones. A document is text,
+            `Tokens` or a `Chat`.
         identify: returns the fingerprint; None takes the name for it.
         n_documents: how many there are, blank ones included, where that is known without reading all.
         is_cut_at_blanks: documents are what stands between blank lines, which not everybody expects.
@@ -54,20 +54,11 @@ class TextDataset:
         Raises:
             DataError: a row cannot be read; names it.
         """
-        return ((number, _encodable(text)) for number, text in self.rows(start) if text.strip())
+        return ((number, encodable(content)) for number, content in self.rows(start) if not is_blank(content))
 
-    def documents(self, start: int = 0) -> Iterator[str]:
+    def documents(self, start: int = 0) -> Iterator[Content]:
         """Yield the documents from number `start` on."""
-        return (text for _, text in self.numbered(start))
-
-
-def _encodable(text: str) -> str:
-    """Return a text that can be written as UTF-8: halves of surrogate pairs, left by cut emojis, become U+FFFD."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
+        return (content for _, content in self.numbered(start))
 
 
 def open_text(

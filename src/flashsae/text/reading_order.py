@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from flashsae.fingerprint import text_digest
-from flashsae.text.dataset import Block
+from flashsae.text.content import Block, Content
 
 _WINDOW_CHARACTERS = 1 << 24
 """Characters of documents that are mixed with each other, and that are in memory for it: some thousand web pages."""
@@ -39,14 +39,14 @@ class ReadingOrder:
     block_characters: int
     seed: int | None = None
 
-    def blocks(self, documents: Iterable[tuple[int, str]], offset: int) -> Iterator[tuple[Block, Place, Place]]:
+    def blocks(self, documents: Iterable[tuple[int, Content]], offset: int) -> Iterator[tuple[Block, Place, Place]]:
         """Yield blocks, each with the place where it begins and that of the block behind it.
 
         Documents are cut into windows of consecutive ones. The order in a window is a function of the seed and of the
         number of its first document alone, so reading can begin at any window.
 
         Args:
-            documents: (number, text) with ascending numbers, from the beginning of a window on.
+            documents: (number, document) with ascending numbers, from the beginning of a window on.
             offset: documents of the first window to leave out.
         """
         size = self.block_characters if self.seed is None else max(self.block_characters, _WINDOW_CHARACTERS)
@@ -68,7 +68,7 @@ class ReadingOrder:
         ]
 
 
-def _cut(documents: Iterable[tuple[int, str]], characters: int) -> Iterator[Block]:
+def _cut(documents: Iterable[tuple[int, Content]], characters: int) -> Iterator[Block]:
     """Yield lists of consecutive documents of at least so many characters, and the rest."""
     part: Block = []
     room = characters
