@@ -13,8 +13,10 @@ import pytest
 
 import flashsae
 from flashsae.data import language_model
+from flashsae.data.cache_writer import changes
 from flashsae.data.open import prepare_activations
 from flashsae.errors import ConfigError
+from flashsae.settings import reading
 from flashsae.settings.reading import ActivationsConfig, ReadingConfig
 from flashsae.settings.run import RunConfig
 from flashsae.settings.training import TrainConfig
@@ -53,6 +55,32 @@ def test_defaults_are_those_that_are_documented() -> None:
 def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ReadingConfig(**settings).filled()
+
+
+def test_what_is_told_of_tokens_is_what_caches_and_runs_were_named_after() -> None:
+    """A setting that is added now belongs to _ADDED_LATER: this list, and with it every name and fingerprint, stays."""
+    assert ReadingConfig().filled().of_tokens() == {
+        "context_length": 256, "mask_special": True, "max_norm_ratio": None, "skip_first": 0, "exclude_ids": [],
+        "prepend_bos": None, "shuffle_documents": True, "document_seed": 0, "max_documents": None,
+        "forward_tokens": 8192,
+    }  # fmt: skip
+
+
+def test_a_setting_that_was_added_later_is_told_only_where_it_changes_something(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names = ReadingConfig().filled().of_tokens().keys()
+    monkeypatch.setattr(reading, "_ADDED_LATER", ("skip_first", "exclude_ids"))
+    for same in (ReadingConfig(), ReadingConfig(skip_first=0), ReadingConfig(exclude_ids=())):
+        assert same.filled().of_tokens().keys() == names - {"skip_first", "exclude_ids"}
+    changed = ReadingConfig(skip_first=3, exclude_ids=(5,)).filled().of_tokens()
+    assert (changed["skip_first"], changed["exclude_ids"]) == (3, [5])
+    assert "skip_first" not in ReadingConfig().of_tokens()
+    assert ReadingConfig(skip_first=0).of_tokens(whole=True)["skip_first"] == 0
+    old, new = {"skip_first": 0}, {"skip_first": 3}
+    assert (changes({}, old), changes(old, {})) == ([], [])
+    assert changes({}, new) == ["skip_first is 0 there and 3 here"]
+    assert changes(new, {}) == ["skip_first is 3 there and 0 here"]
 
 
 def test_ids_are_a_set() -> None:

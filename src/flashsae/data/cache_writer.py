@@ -36,6 +36,7 @@ from flashsae.files import atomic_directory, clear_leftovers, only_one, storage_
 from flashsae.lm.hookpoints import folder_of
 from flashsae.schema import parse
 from flashsae.settings.kinds import expand
+from flashsae.settings.reading import defaults_of_later
 
 CacheDtype = Literal["bf16", "float32"]
 SHARD_ROWS = 32768
@@ -164,7 +165,10 @@ def _begin(directory: Path, settings: dict[str, Any]) -> CacheIndex:
 
 def changes(there: dict[str, Any], here: dict[str, Any], is_here: str = " and {!r} here") -> list[str]:
     """Say what of the settings of a cache is not as it is wanted; what was only moved to another place is the same."""
-    names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+    untold = defaults_of_later()
+    names = {**there, **here}
+    there, here = ({name: each.get(name, untold.get(name)) for name in names} for each in (there, here))
+    names = [name for name in names if there[name] != here[name]]
     if "text_fingerprint" not in names and "dataset" in names:
         names.remove("dataset")  # its name tells the place
     if "model_fingerprint" not in names and "model" in names and _last(there["model"]) == _last(here["model"]):
@@ -174,7 +178,7 @@ def changes(there: dict[str, Any], here: dict[str, Any], is_here: str = " and {!
     return [
         f"{words[name]} was changed since"
         if name in words
-        else f"{name} is {there.get(name)!r} there{is_here.format(here.get(name))}"
+        else f"{name} is {there[name]!r} there{is_here.format(here[name])}"
         for name in names
         if told.get(name) not in names  # another name says more
     ]

@@ -62,7 +62,7 @@ def check_unfinished(place: Path, wanted: dict[str, Any]) -> None:
     if not place.exists() or not is_cache(place):
         return
     index = CacheIndex.read(place)
-    differences = changes({name: index.settings.get(name) for name in wanted}, wanted)
+    differences = changes({name: index.settings[name] for name in wanted if name in index.settings}, wanted)
     if differences and index.shards:  # without shards it is written anew
         raise _not_complete(place, index, f": {'; '.join(differences)}")
 
@@ -114,7 +114,7 @@ def check_asked(config: ActivationsConfig, place: Path) -> ActivationsConfig:
         DataError: the cache was written with others.
     """
     held = ActivationCache.read_settings(place)
-    asked, told = config.of_tokens(), given(config)
+    asked, told = config.of_tokens(whole=True), given(config)
     if "cache_dtype" in told:
         asked["dtype"] = DTYPE_NAMES[config.cache_dtype]
     if told.get("model_dtype", "auto") != "auto":
@@ -127,7 +127,7 @@ def check_asked(config: ActivationsConfig, place: Path) -> ActivationsConfig:
     if "model" in told:
         asked |= {"model": config.model, "model_fingerprint": _known_fingerprint(config.model)}
     asked = {name: value for name, value in asked.items() if value is not None}
-    differences = changes({name: held.get(name) for name in asked}, asked, ", {!r} was asked for")
+    differences = changes({name: held[name] for name in asked if name in held}, asked, ", {!r} was asked for")
     if differences:
         raise DataError(
             f"the cache {place} holds other activations than were asked for: {'; '.join(differences)}. Leave these "

@@ -29,7 +29,7 @@ from flashsae.data.sources import Chunk, Source
 from flashsae.data.split import Split, check_splits
 from flashsae.fingerprint import text_digest
 from flashsae.lm.weights import model_fingerprint
-from flashsae.settings.reading import ActivationsConfig, ReadingConfig
+from flashsae.settings.reading import ActivationsConfig, ReadingConfig, defaults_of_later
 from flashsae.text.dataset import TextDataset
 
 LARGEST_DEFAULT_CACHE = 8 * 10**9
@@ -127,7 +127,8 @@ def prepare_activations(
     source = LanguageModelSource(config, text, held_out=config.held_out, device=device)
     saes = arrange(config.hookpoint, source.hookpoints, sites)
     if named is not None:
-        check_unfinished(named, cache_settings(source, SHARD_ROWS, rows, config.cache_dtype))
+        wanted = cache_settings(source, SHARD_ROWS, rows, config.cache_dtype)
+        check_unfinished(named, {**defaults_of_later(), **wanted})
     size = (4 if config.cache_dtype == "float32" else 2) * rows * sum(source.widths.values())
     is_too_large = config.stream is None and named is None and size > LARGEST_DEFAULT_CACHE
     if place is None or is_too_large:

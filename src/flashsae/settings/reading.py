@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from flashsae.errors import ConfigError
 from flashsae.settings.kinds import AtMost, LeftOpen, NonNegativeInt, PositiveInt, Range, check_fields, declared_types
-from flashsae.settings.left_open import fill, given, left_open
+from flashsae.settings.left_open import default_values, fill, given, left_open
 
 MINILM = "minilm"
 """The model that comes with the extra demo."""
@@ -24,6 +24,9 @@ _TOLD_BESIDE = (
     *("model", "dataset", "text_column", "text_split", "text_subset"),  # by fingerprints
     *("hookpoint", "model_dtype", "cache_dtype"),  # as what they are resolved to
 )
+_ADDED_LATER: tuple[str, ...] = ()
+"""Settings that there were none of when the first caches and runs were written. At its default each is as if there still
+were none, so that those go on, under the names and fingerprints that they have."""
 
 MoreThanOne = Annotated[float, Range("a number above 1", lambda value: 1 < value < float("inf"))]
 
@@ -128,14 +131,26 @@ class ReadingConfig:
         """Return the settings that stay open."""
         return ()
 
-    def of_tokens(self) -> dict[str, Any]:
+    def of_tokens(self, *, whole: bool = False) -> dict[str, Any]:
         """Return what decides which tokens are read and how, by name, as JSON has it.
 
         Model, text, hookpoints and dtypes are not among it: what they are, not what they are called, is told beside it
         in the identity of a source, in the index of a cache and in the name of its folder.
+
+        Args:
+            whole: tell also of the settings that were added later and are at their default (see `defaults_of_later`).
         """
         told = {name: getattr(self, name) for name in declared_types(ReadingConfig) if name not in _TOLD_BESIDE}
+        if not whole:
+            untold = defaults_of_later()
+            told = {n: v for n, v in told.items() if n not in _ADDED_LATER or v not in (None, untold.get(n))}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in told.items()}
+
+
+def defaults_of_later() -> dict[str, Any]:
+    """Return what the settings that were added later are where caches and runs tell nothing of them, by name."""
+    defaults = default_values(ReadingConfig())
+    return {name: defaults[name] for name in _ADDED_LATER if name in defaults}
 
 
 @dataclass(frozen=True)
