@@ -166,9 +166,8 @@ def _begin(directory: Path, settings: dict[str, Any]) -> CacheIndex:
 def changes(there: dict[str, Any], here: dict[str, Any], is_here: str = " and {!r} here") -> list[str]:
     """Say what of the settings of a cache is not as it is wanted; what was only moved to another place is the same."""
     untold = defaults_of_later()
-    names = {**there, **here}
-    there, here = ({name: each.get(name, untold.get(name)) for name in names} for each in (there, here))
-    names = [name for name in names if there[name] != here[name]]
+    there, here = ({name: each.get(name, untold.get(name)) for name in {**there, **here}} for each in (there, here))
+    names = [name for name in here if there[name] != here[name]]
     if "text_fingerprint" not in names and "dataset" in names:
         names.remove("dataset")  # its name tells the place
     if "model_fingerprint" not in names and "model" in names and _last(there["model"]) == _last(here["model"]):

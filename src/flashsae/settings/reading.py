@@ -25,8 +25,8 @@ _TOLD_BESIDE = (
     *("hookpoint", "model_dtype", "cache_dtype"),  # as what they are resolved to
 )
 _ADDED_LATER: tuple[str, ...] = ()
-"""Settings that there were none of when the first caches and runs were written. At its default each is as if there still
-were none, so that those go on, under the names and fingerprints that they have."""
+"""Settings that the first caches and runs were written without. At its default each is as if it were not there, so that
+those go on, under the names and fingerprints that they have."""
 
 MoreThanOne = Annotated[float, Range("a number above 1", lambda value: 1 < value < float("inf"))]
 
