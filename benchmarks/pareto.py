@@ -28,7 +28,7 @@ from flashsae.data.cache import ActivationCache
 from flashsae.data.cache_writer import write_cache
 from flashsae.data.language_model import LanguageModelSource
 from flashsae.settings.reading import ReadingConfig
-from flashsae.text.dataset import open_text
+from flashsae.text.open import open_text
 
 SPARSITIES = (16, 32, 64)
 LAYER = "encoder.layer.2"

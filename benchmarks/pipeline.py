@@ -32,7 +32,7 @@ from flashsae.documents import crc32
 from flashsae.logs.callback import Callback
 from flashsae.logs.jsonl import JsonlLog
 from flashsae.settings.reading import ReadingConfig
-from flashsae.text.dataset import open_text
+from flashsae.text.open import open_text
 from flashsae.train.config import TrainConfig
 from flashsae.train.loop import train
 from flashsae.train.state import TrainState, init_state

@@ -14,7 +14,8 @@ from flashsae import fingerprint
 from flashsae.errors import ConfigError, DataError
 from flashsae.fingerprint import files_digest, rows_digest, tensors_digest
 from flashsae.lm.weights import loaded_fingerprint, model_fingerprint
-from flashsae.text.dataset import TextDataset, open_text
+from flashsae.text.dataset import TextDataset
+from flashsae.text.open import open_text
 
 
 def test_a_byte_in_the_middle_of_a_file_counts_and_its_place_does_not(tmp_path: Path) -> None:

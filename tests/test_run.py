@@ -28,7 +28,7 @@ from flashsae.report.snippet_file import read_snippets
 from flashsae.report.summary import final_figures
 from flashsae.run import execute, new_run, show_plan
 from flashsae.settings import RunConfig
-from flashsae.text.dataset import open_text
+from flashsae.text.open import open_text
 from flashsae.train import TrainConfig
 
 pytestmark = pytest.mark.slow

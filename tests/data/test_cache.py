@@ -24,7 +24,7 @@ from flashsae.data.sources import RowSource
 from flashsae.data.split import Split, split_mask
 from flashsae.documents import crc32, sealed
 from flashsae.errors import CheckpointError, ConfigError, DataError, FlashSAEError
-from flashsae.text.dataset import open_text
+from flashsae.text.open import open_text
 
 
 def test_rows_and_tokens_are_those_of_the_stream_in_bfloat16(

@@ -24,7 +24,7 @@ from flashsae.data.cache_writer import write_cache
 from flashsae.data.language_model import LanguageModelSource
 from flashsae.errors import CheckpointError, ConfigError, DataError, StorageError
 from flashsae.metrics import FVU
-from flashsae.text.dataset import open_text
+from flashsae.text.open import open_text
 from helpers import kill
 
 

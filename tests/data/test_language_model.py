@@ -19,7 +19,7 @@ from flashsae.lm.hookpoints import resolve_hookpoints
 from flashsae.lm.loading import load_language_model
 from flashsae.lm.windows import Block, TokenBatch, Windows
 from flashsae.settings.reading import ReadingConfig
-from flashsae.text.dataset import open_text
+from flashsae.text.open import open_text
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from torch import Tensor
 from flashsae.data.shuffle import Batches, BufferShuffle, RowShuffle, buffer_size, shuffled
 from flashsae.data.sources import ArraySource, IterableSource
 from flashsae.errors import CheckpointError, ConfigError, DataError
-from flashsae.text.dataset import open_text
+from flashsae.text.open import open_text
 
 N = 1000
 

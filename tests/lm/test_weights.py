@@ -18,7 +18,7 @@ from flashsae.errors import ConfigError
 from flashsae.lm.loading import load_language_model
 from flashsae.lm.weights import Trace
 from flashsae.settings.reading import ReadingConfig
-from flashsae.text.dataset import open_text
+from flashsae.text.open import open_text
 
 Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 

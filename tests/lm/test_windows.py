@@ -11,7 +11,7 @@ import torch
 
 from flashsae.data.language_model import LanguageModelSource
 from flashsae.errors import ConfigError, DataError
-from flashsae.text.dataset import open_text
+from flashsae.text.open import open_text
 
 
 @pytest.mark.parametrize(("name", "bos"), [("gpt2", False), ("llama", True), ("bert", False)])

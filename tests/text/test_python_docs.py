@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from itertools import islice
 
-from flashsae.text.dataset import open_text
+from flashsae.text.open import open_text
 
 
 def test_python_docs_is_prose_in_a_fixed_order() -> None:

@@ -11,7 +11,8 @@ import torch
 
 from flashsae.data.split import Split, split_mask
 from flashsae.text import reading_order
-from flashsae.text.dataset import TextDataset, open_text
+from flashsae.text.dataset import TextDataset
+from flashsae.text.open import open_text
 from flashsae.text.reading_order import ReadingOrder
 
 DOCUMENTS = [(i, "x" * (1 + i % 7)) for i in range(200) if i % 5]

@@ -13,7 +13,7 @@ from flashsae.data.cache_index import CacheIndex
 from flashsae.errors import ConfigError, DataError
 from flashsae.settings import RunConfig
 from flashsae.start import new_run
-from flashsae.text.dataset import open_text
+from flashsae.text.open import open_text
 
 
 def fill(folder: Path, *names: str) -> Path:

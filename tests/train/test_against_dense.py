@@ -20,7 +20,7 @@ from flashsae.metrics import FVU
 from flashsae.optim import lr_factor
 from flashsae.settings.reading import ReadingConfig
 from flashsae.testing import DenseTrainer, dense_decode
-from flashsae.text.dataset import open_text
+from flashsae.text.open import open_text
 from flashsae.train import init_state, train
 
 

@@ -6,7 +6,7 @@ from flashsae.data.language_model import LanguageModelSource
 from flashsae.data.sources import ArraySource, Chunk, IterableSource
 from flashsae.data.synthetic import SuperpositionModel
 from flashsae.settings.reading import ReadingConfig
-from flashsae.text.dataset import open_text
+from flashsae.text.open import open_text
 
 __all__ = [
     "ActivationCache",

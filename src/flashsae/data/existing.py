@@ -17,7 +17,8 @@ from flashsae.lm.hookpoints import OUTPUT, alternatives, in_order, match_hookpoi
 from flashsae.lm.weights import model_fingerprint
 from flashsae.settings.left_open import given
 from flashsae.settings.reading import ActivationsConfig, ReadingConfig
-from flashsae.text.dataset import TextDataset, open_text
+from flashsae.text.dataset import TextDataset
+from flashsae.text.open import open_text
 
 MOST_ROUNDED = 1e-3
 """Fraction of the variance that a bfloat16 cache may round away without a warning: a hundredth of a usual FVU."""

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from flashsae.errors import DataError
-from flashsae.text import dataset as text_module
-from flashsae.text.dataset import open_text
+from flashsae.text import open as text_module
+from flashsae.text.open import open_text
 
 DOCUMENTS = ["alpha one", "beta two\nbeta three", "gamma", "δelta"]
 
