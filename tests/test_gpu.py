@@ -374,6 +374,22 @@ def test_training_repeats_and_resumes_bit_for_bit(precision: Precision, moments:
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize(("k", "k_aux"), [(8, 1500), (1100, 8)])
+def test_more_latents_than_a_program_holds_are_trained(k: int, k_aux: int, precision: Precision) -> None:
+    x = SuperpositionModel(64, 128, active=4.0).sample(2048, seed=1)
+    saes = [
+        flashsae.fit(
+            x, d_sae=4096, k=k, k_aux=k_aux, batch_tokens=256, tokens=256 * 24, dead_after_tokens=512, device="cuda",
+            precision=precision, progress=False,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    for name, tensor in saes[0].state_dict().items():
+        assert torch.equal(tensor, saes[1].state_dict()[name]), name
+        assert tensor.isfinite().all(), name
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
 @pytest.mark.parametrize("arch", ["transcoder:batch_topk", "skip_transcoder", "crosscoder", "crosscoder:topk"])
 def test_saes_of_several_sites_repeat_resume_and_train_as_on_the_cpu(
     arch: str, precision: Precision, tmp_path: Path

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
-import torch
-from rich.console import Console
 
-from flashsae import fit, start
+from flashsae import start
 from flashsae.errors import ConfigError
-from flashsae.run import show_plan
 from flashsae.settings import ActivationsConfig, RunConfig
 from flashsae.train import TrainConfig
 
@@ -44,27 +40,9 @@ def test_a_run_that_holds_nothing_is_discarded_with_the_folder_made_for_it(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("settings", [{"k": 1025}, {"k_aux": 1025}])
-def test_more_latents_than_a_gpu_selects_are_told_before_anything_is_read(
-    settings: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def show() -> None:
-        config = RunConfig(ActivationsConfig(model=str(tmp_path / "no model")), TrainConfig(d_sae=4096, **settings))
-        show_plan(config, tmp_path / "run", Console(quiet=True))
-
-    monkeypatch.setattr("flashsae.backend._has_triton", lambda: True)
-    monkeypatch.setattr("flashsae.start.resolve_device", lambda _: torch.device("cuda"))
-    (name,) = settings
-    with pytest.raises(ConfigError, match=f"^{name}: expected at most 1024 on a GPU, got 1025. FLASHSAE_BACKEND=ref"):
-        show()
-    monkeypatch.setenv("FLASHSAE_BACKEND", "reference")
-    with pytest.raises(ConfigError, match="no model"):
-        show()
-    monkeypatch.delenv("FLASHSAE_BACKEND")
-    monkeypatch.setattr(sys.modules["flashsae.train.fit"], "resolve_device", lambda _: torch.device("cuda"))
-    with pytest.raises(ConfigError, match=f"^{name}: expected at most 1024 on a GPU"):
-        fit(torch.zeros(2, 3), d_sae=4096, k=settings.get("k", 1), config=TrainConfig(k_aux=settings.get("k_aux")))
-    assert list(tmp_path.iterdir()) == []
+def test_a_device_that_is_not_there_is_told_before_anything_is_read() -> None:
+    with pytest.raises(ConfigError, match=r"^device: expected auto, cpu or a CUDA .*, got 'cuda:77'"):
+        start.check(RunConfig(train=TrainConfig(device="cuda:77")))
 
 
 def test_the_environment_is_checked_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,9 +94,6 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-LARGEST_K = 1024
-"""Latents a token that the kernels can select at most: as many as a program holds in registers."""
-
 DENSE_ABOVE = {torch.bfloat16: 1 / 64, torch.float16: 1 / 64, torch.float32: 1 / 16}
 """Density k / d_sae above which matrix products of the dense code are faster than gathers, by dtype of the weights."""
 

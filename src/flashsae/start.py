@@ -24,7 +24,7 @@ from flashsae.logs.trackers import check_logger
 from flashsae.metrics import METRICS
 from flashsae.settings.reading import MINILM
 from flashsae.settings.run import CONFIG_FILE, RunConfig
-from flashsae.train.plan import check_memory, check_selection, make_plan, repeats_warning
+from flashsae.train.plan import check_memory, make_plan, repeats_warning
 
 RUNS = Path("runs")
 """Where runs go that are given no folder."""
@@ -43,13 +43,12 @@ def check(config: RunConfig) -> None:
     """Raise what a run would, as far as it can be told before anything is read.
 
     Raises:
-        ConfigError: no such device, logger or backend, more latents a token than a GPU can select, or this is one of
-            several processes.
+        ConfigError: no such device, logger or backend, or this is one of several processes.
         MissingExtraError: a package is missing that the run needs, be it at its end.
     """
     check_single_process()
     check_variables()
-    check_selection(config.train, resolve_device(config.train.device))
+    resolve_device(config.train.device)
     if config.activations.activations is None:
         model_place(config.activations.model or MINILM)  # raises where minilm is not installed
     if config.report:

@@ -11,7 +11,6 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from flashsae import backend
-from flashsae.errors import ConfigError
 from flashsae.ops import SparseCode, decode, decode_loss, encode_topk, latent_rows
 from flashsae.ops.decode.launch import LARGEST_FUSED_K
 from flashsae.ops.encode.keys import Keys
@@ -430,10 +429,36 @@ def test_dense_dispatch_gives_the_same_integers_and_says_so_once(
     assert sorted(message.split(" latents a token")[0] for message in said) == ["1 of 50", "3 of 50"]
 
 
-def test_a_k_that_no_program_can_hold_is_refused() -> None:
-    x, W, b = torch.zeros(1, 2, device=DEVICE), torch.zeros(1100, 2, device=DEVICE), torch.zeros(1100, device=DEVICE)
-    with pytest.raises(ConfigError, match="k: expected at most 1024 on a GPU, got 1025"):
-        encode_topk(x, W, b, 1025)
+@pytest.mark.parametrize("magnitude", [False, True])
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bf16"])
+def test_t0_rows_are_sorted_for_more_latents_than_a_program_can_hold(
+    precision: str, magnitude: bool, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flashsae.ops.encode.launch.LARGEST_K", 6)
+    inputs = encode_inputs(10, 13, 120, 7, generator)
+    inputs["scale"] = torch.randint(0, 4, (120,), generator=generator).float()
+
+    def run(inputs: Tensors, workspace_bytes: int = 3 * 120 * 32) -> Tensors:  # three rows at a time
+        p = leaves(inputs)
+        code = encode_topk(
+            p["x"], p["W_enc_T"], p["b_enc"], 7, b_dec=p["b_dec"], key_scale=p["scale"].detach(), magnitude=magnitude,
+            precision=precision, workspace_bytes=workspace_bytes,
+        )  # fmt: skip
+        return _with_gradients(code, p)
+
+    ours, theirs = on_kernels(run, inputs), on_reference(run, inputs)
+    for name in ours:
+        assert torch.equal(ours[name].double(), theirs[name].double()), name
+
+
+@pytest.mark.parametrize("problem", HARD)
+def test_t2_rows_that_are_sorted_are_certified(
+    problem: str, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flashsae.ops.encode.launch.LARGEST_K", 6)
+    x, W, bias = hard_inputs(problem, 12, 24, 150, generator)
+    code = encode_topk(x.to(DEVICE), W.to(DEVICE), bias.to(DEVICE), 7, precision="float32")
+    assert selection_mistakes(x, W, bias, code.top_indices.cpu())[0] == 0
 
 
 def test_kernels_run_where_expected(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ from flashsae.settings.kinds import check, expand
 from flashsae.train.config import TrainConfig
 from flashsae.train.init_from import settings_of_start
 from flashsae.train.loop import train
-from flashsae.train.plan import check_memory, check_selection, make_plan
+from flashsae.train.plan import check_memory, make_plan
 from flashsae.train.state import init_state
 
 LEAST_TOKENS = 2_000_000
@@ -123,7 +123,6 @@ def fit(
     is_open = settings.get("tokens") is None and config is None
     resolved = (replace(asked, tokens=_default_tokens(source)) if is_open else asked).resolve(source.widths)
     device = resolve_device(resolved.device)
-    check_selection(resolved, device)
     buffered = _buffer_tokens(source, resolved)
     row_bytes = source.row_bytes if isinstance(source, IterableSource) else 0
     check_memory(make_plan(resolved, device, buffered * row_bytes), device)

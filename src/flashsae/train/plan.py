@@ -9,7 +9,7 @@ import torch
 
 from flashsae.architecture import architecture_of
 from flashsae.architecture_parts import Progress
-from flashsae.backend import LARGEST_K, memory_bytes, runs_kernels
+from flashsae.backend import memory_bytes
 from flashsae.errors import ConfigError
 from flashsae.ops.encode.reference import WORKSPACE_BYTES
 from flashsae.sae.config import SAEConfig
@@ -74,17 +74,6 @@ def make_plan(config: TrainConfig, device: torch.device, buffer_bytes: int = 0, 
         parts["language model"] = model_bytes
     kept = sum(parts.get(name, 0) for name in ("weights", "moments of Adam", "shuffle buffer"))
     return Plan(matrices + biases, config.steps, sum(parts.values()), parts, kept)
-
-
-def check_selection(config: TrainConfig, device: torch.device) -> None:
-    """Raise ConfigError if a token would select more latents than the kernels of the device can."""
-    most = architecture_of(config.arch).most
-    selected = None if most is None else most(config.arch)
-    for name, value in (("k", selected), ("k_aux", config.k_aux if config.auxk_alpha != 0 else None)):
-        if value is not None and value > LARGEST_K and runs_kernels(device):
-            raise ConfigError(
-                f"{name}: expected at most {LARGEST_K} on a GPU, got {value}. FLASHSAE_BACKEND=reference takes any."
-            )
 
 
 def check_memory(plan: Plan, device: torch.device) -> str:

@@ -32,7 +32,6 @@ from flashsae.train.config import TrainConfig
 from flashsae.train.graph import CapturedSteps
 from flashsae.train.init_from import check_start, digest_of, load_start, start_from
 from flashsae.train.optimizer import build_optimizer, groups
-from flashsae.train.plan import check_selection
 from flashsae.train.resample import Recent, recent_of, recent_tensors
 from flashsae.train.room import Room
 from flashsae.train.sample import Sample, measure_sample
@@ -121,10 +120,9 @@ def init_state(
         start: an SAE to go on from, in the place of `config.init_from`.
     Raises:
         DataError: the activations do not vary, or are too large or too small for float32.
-        ConfigError: more latents are selected for a token than a GPU can, or the SAE to go on from is another one.
+        ConfigError: the SAE to go on from is another one.
         CheckpointError: the newest checkpoint is damaged, foreign, or of other data. It is not passed over silently.
     """
-    check_selection(config, device)
     if start is not None and config.init_from is not None:
         raise ConfigError(f"init_from: expected one SAE to go on from, got one beside that in {config.init_from}.")
     table(architecture_of(config.arch).terms)  # refuses a term with the name of a metric

@@ -8,13 +8,16 @@ import torch
 import triton
 from torch import Tensor
 
-from flashsae.backend import LARGEST_K
-from flashsae.errors import ConfigError
+from flashsae.backend import log_once
 from flashsae.ops.decode.launch import launch_dots
+from flashsae.ops.dense.op import pre_acts
 from flashsae.ops.encode import certify_kernels, kernels
 from flashsae.ops.encode.keys import Keys
 from flashsae.ops.encode.product import LARGEST_ROWS, Rounded, products_in, round_operands
 from flashsae.ops.validate import packed, rows_contiguous
+
+LARGEST_K = 1024
+"""Latents a token that a program selects at most: as many as it holds in registers. For more, rows are sorted."""
 
 WHOLE_ROW = 8192
 """Latents of a row that a program of the selection holds at once, at most."""
@@ -97,6 +100,23 @@ def launch_center(x: Tensor, b_dec: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
+def _sorted_topk(
+    x: Tensor, W_enc_T: Tensor, keys: Keys, k: int, precision: str, workspace_bytes: int
+) -> tuple[Tensor, Tensor]:
+    """Do `launch_encode_topk` for any k, without a wait for the device: a stable sort has the lowest of ties first."""
+    acts = torch.empty(len(x), k, dtype=torch.float32, device=x.device)
+    indices = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
+    # of a latent: pre-activation, key, and what a sort reads and writes, a number and a place each
+    step = max(1, workspace_bytes // (len(W_enc_T) * 32))
+    for start in range(0, len(x), step):
+        part = slice(start, start + step)
+        values = pre_acts(x[part], W_enc_T, keys.b_enc, precision)
+        order = keys.of(values).sort(dim=1, descending=True, stable=True).indices
+        indices[part] = order[:, :k].sort(dim=1).values
+        acts[part] = values.gather(1, indices[part])
+    return acts, indices
+
+
 def launch_encode_topk(
     x: Tensor,
     W_enc_T: Tensor,
@@ -114,7 +134,8 @@ def launch_encode_topk(
         candidate_counts: [B], int32; receives how many latents of each token were rescored, if certified.
     """
     if k > LARGEST_K:
-        raise ConfigError(f"k: expected at most {LARGEST_K} on a GPU, got {k}. FLASHSAE_BACKEND=reference takes any.")
+        log_once(f"more than {LARGEST_K} latents a token are selected by sorting all its pre-activations, slowly")
+        return _sorted_topk(x, W_enc_T, keys, k, precision, workspace_bytes)
     B, n, device = len(x), len(W_enc_T), x.device
     dtype = {"bf16": torch.bfloat16, "tf32": torch.float32, "float32": torch.float16}[precision]
     certified = precision == "float32"

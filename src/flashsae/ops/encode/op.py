@@ -50,7 +50,7 @@ def encode_topk(
         x: [B, d_in], float.
         W_enc_T: [d_sae, d_in], dtype of x, or bfloat16. One row a latent.
         b_enc: [d_sae], dtype of x, or float32.
-        k: latents to keep, 1 <= k <= d_sae; at most 1024 on a GPU.
+        k: latents to keep, 1 <= k <= d_sae; fast up to 1024 on a GPU, which sorts whole rows for more.
         b_dec: [d_in], dtype of x, or float32; subtracted from x first. None for no subtraction.
         key_scale: [d_sae], float, finite and >= 0: select by pre_acts * key_scale, as with the norms of decoder rows.
             The values returned are not scaled. None: 1 each. Others are refused on the CPU; on a GPU, where looking
