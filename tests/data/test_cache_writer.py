@@ -57,6 +57,31 @@ def test_an_interrupted_writing_ends_with_the_same_bytes(
     assert seen[-1] == ActivationCache(written, "h.0").n_rows
 
 
+def test_a_cache_of_packed_documents_goes_on_and_is_split_as_it_was_packed(tiny: ModuleType, tmp_path: Path) -> None:
+    def source(held_out: float) -> LanguageModelSource:
+        return tiny.source(dataclasses.replace(tiny.CACHED, pack=True, overlap=2), held_out=held_out)
+
+    def interrupt(n_rows: int) -> None:
+        if n_rows > 300:
+            raise KeyboardInterrupt
+
+    write_cache(tmp_path / "whole", source(0.2), shard_rows=tiny.SHARD_ROWS)
+    with pytest.raises(KeyboardInterrupt):
+        write_cache(tmp_path / "cache", source(0.2), shard_rows=tiny.SHARD_ROWS, on_progress=interrupt)
+    with pytest.raises(DataError, match=r"held_out is 0\.2 there and 0\.1 here"):
+        write_cache(tmp_path / "cache", source(0.1), shard_rows=tiny.SHARD_ROWS)
+    write_cache(tmp_path / "cache", source(0.2), shard_rows=tiny.SHARD_ROWS)
+    assert contents(tmp_path / "cache") == contents(tmp_path / "whole")
+    parts = [ActivationCache(tmp_path / "cache", "h.0", 0.2).split_rows(split) for split in ("train", "held_out")]
+    everything = ActivationCache(tmp_path / "cache", "h.0", 0.0)
+    assert sum(map(len, parts)) == everything.n_rows == len(everything.split_rows("train"))
+    with pytest.raises(ConfigError, match=r"^held_out: the documents in the cache .* are packed for held_out = 0\.2,"):
+        ActivationCache(tmp_path / "cache", "h.0")
+    plain = tiny.source(tiny.CACHED)
+    write_cache(tmp_path / "plain", plain, shard_rows=tiny.SHARD_ROWS)
+    assert "held_out" not in ActivationCache.read_settings(tmp_path / "plain")
+
+
 def test_a_killed_process_leaves_a_cache_that_goes_on(tiny: ModuleType, written: Path, tmp_path: Path) -> None:
     directory = tmp_path / "cache"
     code = f"""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import threading
+from itertools import islice
 from types import ModuleType
 from typing import Any
 
@@ -19,6 +20,8 @@ from flashsae.lm.hookpoints import resolve_hookpoints
 from flashsae.lm.loading import load_language_model
 from flashsae.lm.windows import Block, TokenBatch, Windows
 from flashsae.settings.reading import ReadingConfig
+from flashsae.text.content import Content, Tokens
+from flashsae.text.dataset import TextDataset
 from flashsae.text.open import open_text
 
 
@@ -176,6 +179,60 @@ def test_any_cursor_goes_on_with_the_same_bytes_and_runs_nothing_twice(tiny: Mod
         for (chunk, behind), (expected, expected_behind) in zip(rest, whole[place + 1 :]):
             assert behind == expected_behind
             assert tiny.same(chunk, expected)
+
+
+INPUTS: list[dict[str, Any]] = [
+    {"pack": True},
+    {"pack": True, "overlap": 3, "bos_every": "document"},
+    {"overlap": 5, "skip_first": 2},
+    {"bos_every": "document"},
+]
+
+
+@pytest.mark.parametrize("changes", INPUTS)
+@pytest.mark.parametrize("split", ["train", None])
+def test_inputs_of_every_kind_go_on_from_any_cursor(
+    tiny: ModuleType, split: Split | None, changes: dict[str, Any]
+) -> None:
+    contents: list[Content] = [*tiny.DOCUMENTS]
+    contents[::3] = [Tokens(range(2, 18)[: 1 + place]) for place in range(len(contents[::3]))]
+    text = TextDataset("mixed", lambda start: islice(enumerate(contents), start, None))
+    config = dataclasses.replace(tiny.SMALL, forward_tokens=32, **changes)
+    reader = tiny.source(config, text, bos=True)
+    whole = list(reader.chunks(split))
+    assert len({cursor["document"] for _, cursor in whole}) > 1
+    for place in {0, len(whole) // 2, len(whole) // 2 + 1}:
+        rest = list(reader.chunks(split, json.loads(json.dumps(whole[place][1]))))
+        assert [cursor for _, cursor in rest] == [cursor for _, cursor in whole[place + 1 :]]
+        assert all(tiny.same(chunk, expected) for (chunk, _), (expected, _) in zip(rest, whole[place + 1 :]))
+    everything = dataclasses.replace(config, pack=False, overlap=0, bos_every="context")
+    plain = tiny.collect(tiny.source(everything, text, bos=True), split)[0]
+    if "skip_first" not in changes:
+        chunk = tiny.concatenate([chunk for chunk, _ in whole])
+        for number in plain.group.unique().tolist():
+            rows = [tiny.need(each.token_ids)[each.group == number].sort().values for each in (chunk, plain)]
+            assert torch.equal(*rows)
+
+
+def test_what_is_held_out_is_packed_with_nothing_that_is_trained_on(tiny: ModuleType) -> None:
+    model = tiny.gpt2()
+    config = dataclasses.replace(tiny.SMALL, pack=True)
+    numbers = torch.arange(len(tiny.DOCUMENTS))
+    is_held_out = split_mask(numbers, 0.2, "held_out").tolist()
+    others = [" ".join(reversed(text.split())) for text in tiny.DOCUMENTS]
+    changed = open_text([other if out else text for text, other, out in zip(tiny.DOCUMENTS, others, is_held_out)])
+    chunks = [tiny.collect(tiny.source(config, text, model=model), None)[0] for text in (tiny.TEXT, changed)]
+    trained, held_out = (
+        [chunk.select(split_mask(chunk.group, 0.2, split)) for chunk in chunks] for split in ("train", "held_out")
+    )
+    assert tiny.same(*trained)
+    assert not tiny.same(*held_out)
+    assert 0 < len(held_out[0].group) < len(trained[0].group)
+    together = tiny.collect(tiny.source(config, model=model, held_out=0.0), None)[0]
+    assert not torch.equal(together.acts["h.1"], chunks[0].acts["h.1"])
+    for split, parts in (("train", trained), ("held_out", held_out)):
+        streamed = tiny.collect(tiny.source(config, model=model), split)[0]
+        assert sorted(streamed.group.tolist()) == sorted(parts[0].group.tolist())
 
 
 def test_the_splits_are_disjoint_and_together_everything(tiny: ModuleType) -> None:

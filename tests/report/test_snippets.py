@@ -222,3 +222,11 @@ def test_a_window_is_widened_until_it_cuts_no_character() -> None:
     assert snippet.tokens == ["", "", "c2", "c3", "", "", "c4"]
     assert snippet.acts[snippet.peak] == 1.0
     assert snippet.tokens[snippet.peak] == "c3"
+
+
+def test_a_text_ends_where_a_packed_document_does() -> None:
+    ids, group, position = list(range(12)), [3] * 5 + [4] * 7, list(range(12))  # one input of the model, no separator
+    dense = torch.zeros(12, 1)
+    dense[[4, 5], 0] = torch.tensor([2.0, 1.0])
+    (latent,) = collect_snippets(of_dense(dense, 1), iter([one_chunk(ids, group, position)]), words).latents
+    assert [snippet.tokens for snippet in latent.snippets] == [words([0, 1, 2, 3, 4]), words([5, 6, 7, 8, 9, 10, 11])]

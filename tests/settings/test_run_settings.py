@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from flashsae.errors import CheckpointError
-from flashsae.settings import ActivationsConfig, RunConfig, TrainConfig
+from flashsae.settings import ActivationsConfig, RunConfig, TrainConfig, reading
 from flashsae.settings.run import CONFIG_FILE
 from flashsae.settings.toml import SEAL
 
@@ -42,7 +42,7 @@ def test_settings_without_their_checksum_are_read_if_none_is_missing(tmp_path: P
     for number, line in enumerate(lines):
         path.write_text("".join(lines[:number] + lines[number + 1 :]))
         name = line.split(" = ")[0]
-        if name in optional | {"cache_dtype", "forward_tokens", "model_dtype"}:
+        if name in {*optional, *reading._ADDED_LATER, "cache_dtype", "forward_tokens", "model_dtype"}:
             RunConfig.from_toml(path)
         else:
             with pytest.raises(CheckpointError, match=r"lacks the setting|cannot read"):

@@ -74,6 +74,7 @@ class ActivationCache:
                 "writing it again with the same settings; it goes on where it stopped."
             )
         self.settings = index.settings
+        self._check_split()
         self.model: str = index.settings["model"]
         self.dataset: str = index.settings["dataset"]
         self.hookpoints = self._choose(hookpoint)
@@ -105,6 +106,16 @@ class ActivationCache:
     def read_settings(directory: str | Path) -> dict[str, Any]:
         """Return the settings that a cache was written with: model, dataset, hookpoints with their widths, ..."""
         return CacheIndex.read(expand(directory)).settings
+
+    def _check_split(self) -> None:
+        """Raise ConfigError where a model read tokens of both parts of the split in one input."""
+        packed_for = self.settings.get("held_out")
+        if packed_for is not None and self._held_out not in (0.0, packed_for):
+            raise ConfigError(
+                f"held_out: the documents in the cache {self.directory} are packed for held_out = {packed_for}, and "
+                f"another part of them would share inputs of the model, got {self._held_out}. Give {packed_for}, or "
+                "write another cache: flashsae train --pack --held-out FRACTION --activations FOLDER."
+            )
 
     def _choose(self, hookpoint: str | Sequence[str] | None) -> tuple[str, ...]:
         names = list(self.settings["hookpoints"])

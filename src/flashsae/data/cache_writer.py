@@ -56,8 +56,9 @@ def write_cache(
 
     Args:
         directory: new, empty, or a cache that is not complete, of the same settings; a complete one is left as it is.
-        source: its hookpoints are all written, from one pass of the model. Its held-out fraction plays no part:
-            the split is made when the cache is read.
+        source: its hookpoints are all written, from one pass of the model. Its held-out fraction plays no part, as
+            the split is made when the cache is read, except where documents are packed: only those of one part of
+            the split share an input of the model.
         shard_rows: least rows of a shard; that many rows of every hookpoint are held in memory.
         max_tokens: stop after so many rows; None reads the source to its end.
         dtype: of the activations on disk. bf16 rounds away what the index tells: little, unless their mean is far
@@ -116,6 +117,7 @@ def cache_settings(
         raise ConfigError(f"hookpoints: a cache has a folder {taken[0]!r} of its own; leave that module out.")
     settings = {
         **source.config.of_tokens(),
+        **({"held_out": source.identity["held_out"]} if source.config.pack else {}),  # it decides what stands together
         "model": source.config.model,
         "dataset": source.text.name,
         "model_fingerprint": source.identity["model"],

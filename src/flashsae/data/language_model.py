@@ -82,7 +82,7 @@ class LanguageModelSource:
         self.hookpoints = resolve_hookpoints(model, hookpoints or patterns_in(config.hookpoint))
         self.name = self._name()
         self._check_context(model)
-        self._windows = Windows(self.tokenizer, config, vocabulary_size(model))
+        self._windows = Windows(self.tokenizer, config, vocabulary_size(model), self._is_held_out)
         self._is_given = loaded is not None
         self._model = HookedModel(model, self.hookpoints)
         seen = look(self._model, self._windows.probe(), config.model)
@@ -206,6 +206,9 @@ class LanguageModelSource:
                 return
             if split is None or self._is_in(split, number):
                 yield number, document
+
+    def _is_held_out(self, document: int) -> bool:
+        return self._is_in("held_out", document)
 
     def _is_in(self, split: Split, document: int) -> bool:
         return bool(split_mask(torch.tensor([document], dtype=torch.int64, device="cpu"), self._held_out, split)[0])

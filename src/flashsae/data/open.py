@@ -202,7 +202,8 @@ def cache_activations(
         is_cache(place)
     text = open_configured_text(config)
     check_splits(text, None)
-    source = LanguageModelSource(config, text, held_out=0.0, device=device)
+    held_out = ActivationsConfig.held_out if config.pack else 0.0
+    source = LanguageModelSource(config, text, held_out=held_out, device=device)
     write_cache(place, source, max_tokens=max_tokens, dtype=config.cache_dtype, on_progress=on_progress)
     return tuple(filter(None, (rounding_warning(ActivationCache(place, name)) for name in source.hookpoints)))
 
@@ -210,7 +211,7 @@ def cache_activations(
 def _cache_name(config: ActivationsConfig, text: TextDataset, rows: int, device: str) -> str:
     """Return a folder name that differs wherever the cached bytes would, also between bfloat16 and float32 models."""
     what = (model_fingerprint(config.model), text.fingerprint, config.hookpoint, str(dtype_of_model(config, device)))
-    of_cache = (rows, config.cache_dtype, FORMAT_VERSION)
+    of_cache = (rows, config.cache_dtype, FORMAT_VERSION, *([config.held_out] if config.pack else []))
     return f"{run_name(config)}-{text_digest([repr(sorted(config.of_tokens().items())), repr((what, of_cache))])[:8]}"
 
 

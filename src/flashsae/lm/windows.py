@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from flashsae.errors import ConfigError, DataError
+from flashsae.errors import ConfigError
+from flashsae.lm.cutting import AGAIN, SPECIAL, TEXT, Cutter, Layout
+from flashsae.lm.encoding import Encoded, Encoder
+from flashsae.lm.framing import PROBE, encode, framing_of
 from flashsae.lm.loading import special_ids
 from flashsae.settings.reading import ReadingConfig
-from flashsae.text.content import Block, Content
+from flashsae.text.content import Block
 
-_PROBE = "A short sentence to look at."
-
-
-@dataclass(frozen=True)
-class _Window:
-    """One model input: the document it comes from and its token ids, special ones included."""
-
-    document: int
-    ids: list[int]
+REASONS = ("special tokens", "overlap", "masked", "skip_first", "exclude_ids")
+"""Why a token that the model reads makes no row; the first that holds."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +41,21 @@ class TokenBatch:
     order: Tensor
 
 
+@dataclass(frozen=True)
+class _Inputs:
+    """The windows of a block.
+
+    Args:
+        layout: their tokens.
+        numbers: [n], int64, the number of the document of each.
+        why: [n], int64, 0 where a token makes a row, else one more than the place of the reason in REASONS.
+    """
+
+    layout: Layout
+    numbers: np.ndarray
+    why: np.ndarray
+
+
 class Windows:
     """Cut documents into model inputs the way the tokenizer wants them, and batch these.
 
@@ -51,91 +64,86 @@ class Windows:
         config: how long windows and batches are, how windows begin, and which of their tokens become rows of
             activations. Filled.
         vocabulary: how many ids the model knows, if it says so.
+        part_of: called with the number of a document; documents of different parts are never packed together.
     Raises:
         ConfigError: the special tokens leave no room in a window, no token is left to be kept, there is no BOS token
             to prepend, or the tokenizer is none that text can be cut for.
     """
 
-    def __init__(self, tokenizer: Any, config: ReadingConfig, vocabulary: int | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        config: ReadingConfig,
+        vocabulary: int | None = None,
+        part_of: Callable[[int], Hashable] | None = None,
+    ) -> None:
         self._tokenizer = tokenizer
         self._config = config
-        self._special = special_ids(tokenizer)
-        left_out = {*config.exclude_ids, *(self._special if config.mask_special else ())}
-        self._left_out = torch.tensor(sorted(left_out), dtype=torch.int64, device="cpu")
-        self._vocabulary = vocabulary
+        self._part_of = part_of or (lambda number: 0)
+        special = special_ids(tokenizer)
+        self._special = np.array(sorted(special), dtype=np.int64)
+        self._excluded = np.array(config.exclude_ids, dtype=np.int64)
         pad = tokenizer.pad_token_id or 0
         self._pad = (
             pad if vocabulary is None or pad < vocabulary else 0
         )  # some add a padding token to the tokenizer alone
-        self._prefix, self._suffix = self._added()
-        self._set_bos(config.prepend_bos)
-        self._content = config.context_length - len(self._prefix) - len(self._suffix)
-        self._check(config.context_length)
+        self.framing = framing_of(tokenizer, config)
+        self._check()
+        self._encode = Encoder(
+            tokenizer,
+            self.framing,
+            special,
+            vocabulary,
+            assistant_only=config.assistant_only,
+            is_packed=config.pack,
+        )
+        self._cutter = Cutter(self.framing, config.context_length, config.overlap)
 
-    def _check(self, context_length: int) -> None:
+    def _check(self) -> None:
         """Raise ConfigError where the settings leave no token."""
-        if self._content < 1:
+        config = self._config
+        content = self.framing.content(config.context_length)
+        if content < 1:
             raise ConfigError(
-                f"context_length: expected more than the {context_length - self._content} special tokens that the "
-                f"tokenizer adds to an input, got {context_length}."
+                f"context_length: expected more than the {config.context_length - content} special tokens that the "
+                f"tokenizer adds to an input, got {config.context_length}."
             )
-        end = context_length - (len(self._suffix) if self._config.mask_special else 0)
-        if self._config.skip_first >= end:
+        if config.overlap >= content:
+            raise ConfigError(
+                f"overlap: expected fewer than {content}, the tokens of an input without special ones, got "
+                f"{config.overlap}."
+            )
+        end = config.context_length - (len(self.framing.suffix) if config.mask_special else 0)
+        if config.skip_first >= end:
             raise ConfigError(
                 f"skip_first: expected fewer than {end}, the tokens of an input without special ones at its end, got "
-                f"{self._config.skip_first}."
+                f"{config.skip_first}."
             )
-        unknown = [token for token in self._config.exclude_ids if not 0 <= token < len(self._tokenizer)]
+        unknown = [token for token in config.exclude_ids if not 0 <= token < len(self._tokenizer)]
         if unknown:
             raise ConfigError(
                 f"exclude_ids: the tokenizer has the ids 0 to {len(self._tokenizer) - 1}, got {unknown[0]}."
             )
 
-    def _set_bos(self, prepend_bos: bool | None) -> None:
-        bos = self._tokenizer.bos_token_id
-        if prepend_bos and bos is None:
-            raise ConfigError("prepend_bos: the tokenizer of this model has no BOS token; leave the setting out.")
-        if prepend_bos and bos not in self._prefix:
-            self._prefix = [bos, *self._prefix]
-        elif prepend_bos is False:
-            self._prefix = [token for token in self._prefix if token != bos]
-
-    def _encode(self, texts: list[str], *, special: bool) -> list[list[int]]:
-        ids: list[list[int]] = self._tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
-        return ids
-
-    def _added(self) -> tuple[list[int], list[int]]:
-        """Find what the tokenizer puts around a text; the ways to ask it differ between versions."""
-        bare, full = self._encode([_PROBE], special=False)[0], self._encode([_PROBE], special=True)[0]
-        if not bare:
-            raise ConfigError("model: its tokenizer makes no token of English text; FlashSAE cannot read with it.")
-        for start in range(len(full) - len(bare) + 1):
-            if full[start : start + len(bare)] == bare:
-                return full[:start], full[start + len(bare) :]
-        raise ConfigError("model: its tokenizer changes a text when it adds special tokens; FlashSAE cannot cut it.")
-
     def probe(self) -> TokenBatch:
         """Return two windows of full length to learn shapes and limits from, of the same tokens in another order."""
-        bare = self._encode([_PROBE], special=False)[0]
-        content = (bare * (self._content // len(bare) + 1))[: self._content]
-        windows = [_Window(0, self._prefix + ids + self._suffix) for ids in (content, content[1:] + content[:1])]
-        return self._batch(windows, [0, 1])
+        bare = encode(self._tokenizer, [PROBE])[0]
+        size = self.framing.content(self._config.context_length)
+        content = (bare * (size // len(bare) + 1))[:size]
+        both = [Encoded(np.array(ids, dtype=np.int64), None) for ids in (content, content[1:] + content[:1])]
+        return self._batch(self._judged(self._cutter.cut(both, None), [0, 0]), [0, 1])
 
     def batches(self, block: Block) -> list[TokenBatch]:
         """Batch the windows of a block of (number, document) by length, in an order that has nothing to do with it.
 
         Rows of a batch stand in reading order.
         """
-        encoded = self._encode([_text(content) for _, content in block], special=False) if block else []
-        for (number, _), ids in zip(block, encoded, strict=True):
-            self._check_known(number, ids)
-        windows = [w for (number, _), ids in zip(block, encoded, strict=True) for w in self._windows(number, ids)]
-        by_length = sorted(range(len(windows)), key=lambda place: -len(windows[place].ids))
+        inputs = self._inputs(block)
+        by_length = np.argsort(-inputs.layout.length, kind="stable").tolist()
         batches = []
         while by_length:
-            n_fit = self._config.forward_tokens // len(windows[by_length[0]].ids)
-            places = sorted(by_length[:n_fit])
-            batches.append(self._batch([windows[place] for place in places], places))
+            n_fit = self._config.forward_tokens // int(inputs.layout.length[by_length[0]])
+            batches.append(self._batch(inputs, sorted(by_length[:n_fit])))
             del by_length[:n_fit]
         # whoever stops in the middle of a block has read windows of all lengths
         generator = torch.Generator().manual_seed(block[0][0] if block else 0)
@@ -144,53 +152,40 @@ class Windows:
             for i in torch.randperm(len(batches), generator=generator, dtype=torch.int64, device="cpu").tolist()
         ]
 
-    def _check_known(self, document: int, ids: list[int]) -> None:
-        """Raise DataError for an id that the model has no embedding of; on a GPU it would end the process."""
-        largest = max(ids, default=0)
-        if self._vocabulary is not None and largest >= self._vocabulary:
-            token = self._tokenizer.convert_ids_to_tokens(largest)
-            raise DataError(
-                f"document {document} has the token {largest} ({token!r}), and the model knows the ids 0 to "
-                f"{self._vocabulary - 1}. Use the tokenizer that belongs to the model."
-            )
+    def _inputs(self, block: Block) -> _Inputs:
+        numbers = [number for number, _ in block]
+        parts: dict[Hashable, list[int]] = {}
+        for place, number in enumerate(numbers if self._config.pack else ()):
+            parts.setdefault(self._part_of(number), []).append(place)
+        layout = self._cutter.cut(self._encode(block), list(parts.values()) if self._config.pack else None)
+        return self._judged(layout, numbers)
 
-    def _windows(self, document: int, ids: list[int]) -> list[_Window]:
-        ids = self._without_added(ids)
-        return [
-            _Window(document, self._prefix + ids[start : start + self._content] + self._suffix)
-            for start in range(0, len(ids), self._content)
-        ]
-
-    def _without_added(self, ids: list[int]) -> list[int]:
-        """Return the ids of a text without the special tokens at its ends that are added anyway: none comes twice."""
-        start, stop = 0, len(ids)
-        while start < stop and ids[start] in self._special and ids[start] in self._prefix:
-            start += 1
-        while start < stop and ids[stop - 1] in self._special and ids[stop - 1] in self._suffix:
-            stop -= 1
-        return ids[start:stop]
-
-    def _batch(self, windows: list[_Window], places: list[int]) -> TokenBatch:
-        lengths = torch.tensor([len(window.ids) for window in windows], dtype=torch.int64, device="cpu")
-        position = torch.arange(int(lengths.max()), dtype=torch.int64, device="cpu")
-        attention = position < lengths[:, None]
-        ids = torch.full(attention.shape, self._pad, dtype=torch.int64, device="cpu")
-        ids[attention] = torch.tensor(
-            [token for window in windows for token in window.ids], dtype=torch.int64, device="cpu"
+    def _judged(self, layout: Layout, numbers: list[int]) -> _Inputs:
+        """Say of each token whether it makes a row, and why it does not."""
+        config = self._config
+        is_special = (layout.kind == SPECIAL) | np.isin(layout.ids, self._special)
+        holds = (
+            is_special & config.mask_special,
+            layout.kind == AGAIN,
+            (layout.kind == TEXT) & ~layout.wanted,
+            layout.position < config.skip_first,
+            np.isin(layout.ids, self._excluded),
         )
-        keep = attention & (position >= self._config.skip_first) & ~torch.isin(ids, self._left_out)
-        if self._config.mask_special:
-            keep = keep & (position >= len(self._prefix)) & (position < lengths[:, None] - len(self._suffix))
-        documents = torch.tensor([window.document for window in windows], dtype=torch.int64, device="cpu")[
-            :, None
-        ].expand_as(ids)
-        return TokenBatch(ids, attention.long(), keep, documents, torch.tensor(places, dtype=torch.int64, device="cpu"))
+        why = np.select(holds, range(1, len(holds) + 1), 0)
+        return _Inputs(layout, np.array(numbers, dtype=np.int64)[layout.document], why)
 
-
-def _text(content: Content) -> str:
-    if not isinstance(content, str):
-        raise DataError(f"expected documents of text, got {type(content).__name__}.")
-    return content
+    def _batch(self, inputs: _Inputs, places: list[int]) -> TokenBatch:
+        start, length = inputs.layout.start[places, None], inputs.layout.length[places, None]
+        position = np.arange(length.max())
+        is_token = position < length
+        token = start + np.minimum(position, length - 1)  # padding counts as what the last token counts as
+        return TokenBatch(
+            torch.from_numpy(np.where(is_token, inputs.layout.ids[token], self._pad)),
+            torch.from_numpy(is_token.astype(np.int64)),
+            torch.from_numpy(is_token & (inputs.why[token] == 0)),
+            torch.from_numpy(inputs.numbers[token]),
+            torch.tensor(places, dtype=torch.int64, device="cpu"),
+        )
 
 
 def first_tokens(batches: list[TokenBatch], n: int) -> list[TokenBatch]:

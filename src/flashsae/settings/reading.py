@@ -24,7 +24,7 @@ _TOLD_BESIDE = (
     *("model", "dataset", "text_column", "text_split", "text_subset"),  # by fingerprints
     *("hookpoint", "model_dtype", "cache_dtype"),  # as what they are resolved to
 )
-_ADDED_LATER: tuple[str, ...] = ()
+_ADDED_LATER = ("bos_every", "pack", "overlap", "assistant_only")
 """Settings that the first caches and runs were written without. At its default each is as if it were not there, so that
 those go on, under the names and fingerprints that they have."""
 
@@ -62,6 +62,13 @@ class ReadingConfig:
         exclude_ids: Leave out the tokens with these ids. May be repeated.
         prepend_bos: Begin each input with the tokenizer's BOS token, or with --no-prepend-bos never. Default: as the
             tokenizer does it.
+        bos_every: Where this BOS token stands: at the beginning of each context, or of each document alone, so that
+            what goes on with a document begins without it. Default: context.
+        pack: Fill each input of the model with documents, one behind another and an EOS token between them, each of
+            which attends to what stands before it; --no-pack gives every document inputs of its own. Default: no.
+        overlap: Begin each input that goes on with a document with so many tokens of the input before. They are
+            context alone and not taken again. Default: 0.
+        assistant_only: Of chats, take only what the assistant says, where the chat template marks it. Default: no.
         shuffle_documents: Read documents in an order that document_seed decides, mixed over some millions of
             characters at a time; --no-shuffle-documents keeps that of the data set. Default: yes.
         document_seed: Of the order of the documents. Default: 0.
@@ -87,6 +94,10 @@ class ReadingConfig:
     skip_first: LeftOpen[NonNegativeInt] = left_open(0)
     exclude_ids: LeftOpen[tuple[NonNegativeInt, ...]] = left_open(())
     prepend_bos: bool | None = field(default=None, kw_only=True)
+    bos_every: LeftOpen[Literal["context", "document"]] = left_open("context")
+    pack: LeftOpen[bool] = left_open(False)
+    overlap: LeftOpen[NonNegativeInt] = left_open(0)
+    assistant_only: LeftOpen[bool] = left_open(False)
     shuffle_documents: LeftOpen[bool] = left_open(True)
     document_seed: LeftOpen[NonNegativeInt] = left_open(0)
     max_documents: PositiveInt | None = field(default=None, kw_only=True)
@@ -105,6 +116,15 @@ class ReadingConfig:
             raise ConfigError(
                 f"skip_first: expected fewer than the {self.context_length} tokens of an input (context_length), got "
                 f"{self.skip_first}."
+            )
+        if self.context_length is not None and (self.overlap or 0) >= self.context_length:
+            raise ConfigError(
+                f"overlap: expected fewer than the {self.context_length} tokens of an input (context_length), got "
+                f"{self.overlap}."
+            )
+        if self.bos_every == "document" and self.prepend_bos is False:
+            raise ConfigError(
+                "bos_every: expected nothing beside --no-prepend-bos, with which no input begins with BOS."
             )
         if self.document_seed and self.shuffle_documents is False:
             raise ConfigError("document_seed: expected nothing beside --no-shuffle-documents, which needs no seed.")
