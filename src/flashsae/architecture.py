@@ -24,6 +24,7 @@ from flashsae.architecture_parts import RECONSTRUCTION as RECONSTRUCTION
 from flashsae.architecture_parts import Parameter as Parameter
 from flashsae.architecture_parts import Progress as Progress
 from flashsae.architecture_parts import Term as Term
+from flashsae.architecture_sites import read_and_written
 from flashsae.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -127,20 +128,7 @@ class Architecture:
         Raises:
             ConfigError: there are more or fewer.
         """
-        named = list(batch)
-        if not self.sites:
-            if len(named) < 2:
-                raise ConfigError(
-                    f"{self.title} takes the activations of two sites or more, got those of {len(named)}."
-                )
-            return named, named
-        if len(named) != len(self.sites):
-            raise ConfigError(
-                f"{self.title} takes the activations of {len(self.sites)} ({', '.join(self.sites)}), got those of "
-                f"{len(named)} ({', '.join(named)})."
-            )
-        names = dict(zip(self.sites, self.sites if set(named) == set(self.sites) else named))
-        return [names[site] for site in self.reads], [names[site] for site in self.writes]
+        return read_and_written(self, batch)
 
 
 _OURS = _ENTRY_POINTS = "flashsae.architectures"

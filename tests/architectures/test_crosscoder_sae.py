@@ -216,7 +216,7 @@ def test_sites_are_known_by_name_in_any_order() -> None:
     assert flashsae.evaluate(sae, {name: held_out[name] for name in "cab"}).site_fvu == expected.site_fvu
     others = flashsae.evaluate(sae, {f"other.{name}": acts for name, acts in held_out.items()})
     assert others.site_fvu == expected.site_fvu
-    with pytest.raises(ShapeError, match=r"x: expected sites of the widths \[12, 9, 6\], got \[6, 12, 9\] \(x, y, z\)"):
+    with pytest.raises(ShapeError, match="x: expected the sites a of 12, b of 9, c of 6, got x of 6, y of 12, z of 9"):
         flashsae.evaluate(sae, dict(zip("xyz", (held_out[name] for name in "cab"))))
     with pytest.raises(ShapeError, match=r"got \[12, 9\] \(a, b\)"):
         flashsae.evaluate(sae, {name: held_out[name] for name in "ab"})

@@ -228,7 +228,9 @@ def test_latents_never_used_and_outputs_at_random_are_survived(kind: str, genera
 def test_what_does_not_fit_is_refused() -> None:
     x = _tokens(600, 0)
     with pytest.raises(
-        ConfigError, match=r"TopK transcoder takes the activations of 2 \(in, out\), got those of 1 \(x"
+        ConfigError,
+        match=r"TopK transcoder takes the activations of 2 \(in, out\), got those of 1 \(x\)\. Give them by name: "
+        r'fit\({"in": x, "out": y}, arch="transcoder"\); on the command line --hookpoint h\.3\.mlp:in --hookpoint h',
     ):
         flashsae.fit(x["in"], d_sae=16, arch="transcoder", tokens=600, progress=False)
     with pytest.raises(ConfigError, match=r"got those of 3 \(in, out, other\)"):

@@ -46,7 +46,7 @@ def test_where_an_sae_takes_all_that_there_are_they_make_one() -> None:
         ("h.0.mlp:in", TWO, HELD, r"expected 2, of in and out in this order, got 1 \(h\.0\.mlp:in\)\. Name a module"),
         ("h.0.mlp:out", TWO, HELD, "expected 2, of in and out"),
         ("h.0,h.1,h.0.mlp", TWO, HELD, r"got 3 \(h\.0,h\.1,h\.0\.mlp\)"),
-        ("h.0", THREE, HELD, r"expected 3, of a and b and c in this order, got 1 \(h\.0\)\.$"),
+        ("h.0", THREE, HELD, r"expected 3, of a and b and c in this order, got 1 \(h\.0\)\. Name each: --hookpoint A"),
         ("h.*.mlp:in, h.{0,1}", TWO, HELD, r"equally many hookpoints, got 3 \(h\.0\.mlp:in, .*\) and 2 \(h\.0, h\.1\)"),
         ("h.0, h.0", TWO, HELD, "expected 2 different ones, got h.0, h.0"),
         ("h.0", ALL, HELD, r"expected two or more different ones, got h\.0\."),

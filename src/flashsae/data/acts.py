@@ -109,7 +109,7 @@ def batch_acts(batch: Any, what: str) -> Tensor:
         if len(batch) != 1:
             raise DtypeError(
                 f"{what}: expected one tensor, got a dict of {', '.join(map(str, batch)) or 'nothing'}. Choose one: "
-                "(batch['acts'] for batch in x)."
+                f"(batch[{next(iter(batch), 'acts')!r}] for batch in x)."
             )
         (batch,) = batch.values()
     if isinstance(batch, tuple | list):

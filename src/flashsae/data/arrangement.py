@@ -8,6 +8,7 @@ from flashsae.data.existing import held_hookpoints
 from flashsae.errors import ConfigError
 from flashsae.lm.hookpoints import INPUT, is_input, module_of, patterns_in
 
+_EACH = "Name each: --hookpoint A --hookpoint B ..."
 _ADVICE = "Name a module, for its input and output, or both places: --hookpoint h.3.mlp:in --hookpoint h.3.mlp."
 
 
@@ -28,7 +29,7 @@ def spread(setting: str, sites: Sequence[str]) -> str:
     if len(sites) > 1 and len(patterns) != len(sites):
         raise ConfigError(
             f"hookpoint: expected {len(sites)}, of {' and '.join(sites)} in this order, got {len(patterns)} "
-            f"({setting}).{' ' + _ADVICE if len(sites) == 2 else ''}"
+            f"({setting}).{' ' + (_ADVICE if len(sites) == 2 else _EACH)}"
         )
     return ", ".join(patterns)
 
@@ -59,7 +60,8 @@ def arrange(setting: str | None, held: Sequence[str], sites: Sequence[str]) -> d
     for group in groups:
         if len(group) < max(len(sites), 1 if sites else 2) or len(set(group)) < len(group):
             raise ConfigError(
-                f"hookpoint: expected {len(sites) or 'two or more'} different ones, got {', '.join(group) or 'none'}."
+                f"hookpoint: expected {len(sites) or 'two or more'} different ones, got {', '.join(group) or 'none'}. "
+                f"{_EACH}"
             )
     return {", ".join(group): group for group in groups}
 

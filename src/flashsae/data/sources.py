@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flashsae.architecture_sites import shown_by_site
 from flashsae.data.acts import Batch, X, acts_by_site, as_acts, batch_acts, iterate, only_site
 from flashsae.data.split import Split, split_mask
 from flashsae.errors import DataError, DtypeError, ShapeError
@@ -224,7 +225,9 @@ class IterableSource:
         if not isinstance(batch, Mapping) or not self._sites or any(site not in batch for site in self._sites):
             got = f"a dict of {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
             wanted = ", ".join(self._sites) or "activations by site"
-            raise DtypeError(f"{what}: expected a dict of {wanted}, got {got}. Name its entries so.")
+            raise DtypeError(
+                f"{what}: expected a dict of {wanted}, got {got}. Name its entries: {shown_by_site(self._sites)}."
+            )
         return acts_by_site({site: batch[site] for site in self._sites}, what)
 
     def _epoch(self) -> Iterator[Batch]:

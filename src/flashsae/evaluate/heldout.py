@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flashsae.architecture_sites import read_and_written
 from flashsae.data.acts import Acts, Batch, X, acts_by_site, batch_acts, check_finite, iterate
 from flashsae.data.sources import RowSource, Source
 from flashsae.errors import ConfigError, DataError, DtypeError, FlashSAEWarning
@@ -148,9 +149,11 @@ def _begin(x: Any, config: SAEConfig) -> tuple[list[_Pair], Iterator[_Pair]]:
     architecture = config.architecture
 
     def pair(batch: Any, what: str) -> _Pair:
-        if len(architecture.sites) == 1 or not isinstance(batch, Mapping):
+        if len(architecture.sites) == 1:
             return join_sites(architecture, {X: batch_acts(batch, what)})
-        return join_sites(architecture, in_order(config, acts_by_site(batch, what)))
+        by_site = batch if isinstance(batch, Mapping) else {X: batch}
+        read_and_written(architecture, by_site, "evaluate(sae, {})", list(config.columns))
+        return join_sites(architecture, in_order(config, acts_by_site(by_site, what)))
 
     if isinstance(x, Tensor | np.ndarray | Mapping):
         acts = [pair(x, "x")]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flashsae.architecture import NESTED, RECONSTRUCTION, Architecture
+from flashsae.architecture_sites import shown_by_site
 from flashsae.errors import ConfigError, ShapeError
 from flashsae.ops import DecodeLoss, SparseCode, decode_loss
 from flashsae.profiling import part
@@ -122,22 +123,35 @@ def join_sites(architecture: Architecture, batch: Mapping[str, Tensor]) -> tuple
 
 
 def in_order(config: SAEConfig, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Return a batch as an SAE of any sites was trained on them: in their order, where it has the same names.
+    """Return a batch as an SAE of several sites was trained on them: in their order, where it has the same names.
 
     Raises:
         ShapeError: the sites have other widths.
     """
-    columns = config.columns
-    if not columns or len(batch) < 2:
+    wanted = _widths(config)
+    if not wanted or len(batch) < 2:
         return batch
-    if set(columns) == set(batch):
-        batch = {site: batch[site] for site in columns}
-    widths = [int(acts.shape[-1]) for acts in batch.values()]
-    if widths != list(config.arch.widths):
+    if set(wanted) == set(batch):
+        batch = {site: batch[site] for site in wanted}
+    got = {site: int(acts.shape[-1]) for site, acts in batch.items()}
+    if list(got.values()) != list(wanted.values()):
+        told = (", ".join(f"{site} of {width}" for site, width in each.items()) for each in (wanted, got))
         raise ShapeError(
-            f"x: expected sites of the widths {list(config.arch.widths)}, got {widths} ({', '.join(batch)})."
+            "x: expected the sites {}, got {}. Give them by these names, or in this order: {}.".format(
+                *told, shown_by_site(list(wanted))
+            )
         )
     return batch
+
+
+def _widths(config: SAEConfig) -> dict[str, int]:
+    """Return the widths of the sites of an SAE that has several, by name, where they are known."""
+    reads, writes = config.architecture.reads, config.architecture.writes
+    if config.columns:
+        return dict(zip(config.columns, config.arch.widths))
+    return (
+        {reads[0]: config.d_in, writes[0]: config.d_out} if len(reads) == len(writes) == 1 and reads != writes else {}
+    )
 
 
 def _beside(tensors: list[Tensor]) -> Tensor:

@@ -110,7 +110,10 @@ def _of_sites(arch: Any, widths: Mapping[str, int]) -> Any:
     for name, value in there.items():
         if getattr(arch, name) not in (None, value):
             asked, found = (", ".join(map(str, each)) for each in (getattr(arch, name), value))
-            raise ConfigError(f"{name}: expected {found}, of the activations in their order, got {asked}.")
+            raise ConfigError(
+                f"{name}: expected {found}, of the activations in their order, got {asked}. Give them in that "
+                f"order, or leave {name} out."
+            )
     return replace(arch, **there)
 
 
