@@ -43,8 +43,8 @@ def read_and_written(
         )
     if not sites:
         return named, named
-    names = dict(zip(sites, sites if set(named) == set(sites) else named))
-    return [names[site] for site in architecture.reads], [names[site] for site in architecture.writes]
+    place = dict(zip(sites, sites if set(named) == set(sites) else named))
+    return [place[site] for site in architecture.reads], [place[site] for site in architecture.writes]
 
 
 def _advice(architecture: Architecture, named: Sequence[str], call: str, names: Sequence[str]) -> str:

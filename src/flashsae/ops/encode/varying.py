@@ -6,9 +6,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from flashsae.backend import crossover
-from flashsae.errors import ConfigError, ShapeError
+from flashsae.errors import ConfigError, DtypeError, ShapeError
 from flashsae.ops.code import SparseCode
 from flashsae.ops.encode.op import check_encoder, resolve, shared_code
 from flashsae.ops.encode.reference import WORKSPACE_BYTES
@@ -150,6 +151,8 @@ def _as_capacity(capacity: Capacity, x: Tensor) -> Capacity:
                 f"{capacity!r}, which waits for the device. Give one where sae.training, of what tokens need and some "
                 "more."
             )
+        if capacity != "full":
+            _check_has_data(x)
         return capacity
     number = as_int("capacity", capacity)
     if not 0 <= number < 2**31:
@@ -165,6 +168,18 @@ def _count(pre_acts: Tensor, thresholds: Tensor) -> Tensor:
     for first in range(0, len(pre_acts), rows):
         count += pre_acts[first : first + rows].le(thresholds).logical_not_().sum()
     return count
+
+
+def _check_has_data(x: Tensor) -> None:
+    """Raise DtypeError for a stand-in that nothing traces, of which no number of entries can follow."""
+    if torch.compiler.is_compiling():
+        return
+    if x.is_meta or (isinstance(x, FakeTensor) and x.fake_mode.shape_env is None):
+        where = "of FakeTensorMode" if isinstance(x, FakeTensor) else "on the device meta"
+        raise DtypeError(
+            f"x: expected tokens with data, on which it depends how many latents exceed a threshold, got a tensor "
+            f"{where}. Give encode_above a capacity, or let torch.compile or torch.export trace real tokens."
+        )
 
 
 def _is_capturing(x: Tensor) -> bool:
