@@ -151,6 +151,7 @@ def plan_table(config: RunConfig, prepared: Prepared, run: Path) -> Table:
         "model": f"{prepared.config.model} at {_places(prepared)}, d_in {settings.d_in}"
         + (f", d_out {settings.d_out}" if settings.d_out != settings.d_in else ""),
         "text": prepared.source,
+        "inputs": prepared.inputs(),
         "SAE": (f"{n} SAEs, one after another, each: " if n > 1 else "")
         + f"{settings.described}: {plan.parameters:,} parameters",
         **({} if settings.init_from is None else {"start": f"from the SAE in {settings.init_from}"}),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
 import threading
-from itertools import islice
+from itertools import accumulate, count, islice
 from types import ModuleType
 from typing import Any
 
@@ -228,11 +229,27 @@ def test_what_is_held_out_is_packed_with_nothing_that_is_trained_on(tiny: Module
     assert tiny.same(*trained)
     assert not tiny.same(*held_out)
     assert 0 < len(held_out[0].group) < len(trained[0].group)
+    assert len(pickle.dumps(tiny.source(config, model=model)._windows)) < 20_000  # without the model
     together = tiny.collect(tiny.source(config, model=model, held_out=0.0), None)[0]
     assert not torch.equal(together.acts["h.1"], chunks[0].acts["h.1"])
     for split, parts in (("train", trained), ("held_out", held_out)):
         streamed = tiny.collect(tiny.source(config, model=model), split)[0]
         assert sorted(streamed.group.tolist()) == sorted(parts[0].group.tolist())
+
+
+@pytest.mark.parametrize("changes", [{}, {"max_documents": 7}, {"forward_tokens": 16}])
+def test_what_is_left_out_is_told_by_the_first_documents(tiny: ModuleType, changes: dict[str, int]) -> None:
+    reader = tiny.source(dataclasses.replace(tiny.SMALL, **changes), bos=True)
+    behind = accumulate(len(text) for text in tiny.DOCUMENTS)
+    n_of_a_block = next(n for n, size in enumerate(behind, 1) if size >= 32 * reader.config.forward_tokens)
+    n_documents = min(n_of_a_block, reader.config.max_documents or 200)
+    told = reader.inputs_in_words()
+    assert told.startswith("16 tokens, documents apart, <s> at each; of the tokens read ")
+    assert told.endswith(f"of the forwards is padding (by {n_documents} documents)")
+    many = TextDataset("many", lambda start: ((number, "the cat") for number in count(start)))
+    assert "by 200 documents" in tiny.source(text=many).inputs_in_words()
+    filtered = tiny.source(dataclasses.replace(tiny.SMALL, max_norm_ratio=2.5)).inputs_in_words()
+    assert filtered.endswith(", beside those that max_norm_ratio = 2.5 will leave out")
 
 
 def test_the_splits_are_disjoint_and_together_everything(tiny: ModuleType) -> None:

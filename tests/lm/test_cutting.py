@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import pickle
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -241,3 +242,13 @@ def test_bos_at_each_document_needs_one(tiny: ModuleType) -> None:
         Windows(tokenizer, config.filled(), 64)
     made = Windows(tokenizer, dataclasses.replace(config, prepend_bos=True).filled(), 64)
     assert inputs(made, documents([20]))[0][0][0] == BOS
+
+
+def is_odd(number: int) -> bool:
+    return number % 2 == 1
+
+
+def test_windows_can_be_sent_to_another_process(tiny: ModuleType) -> None:
+    made = windows(tiny, pack=True, overlap=2, part=is_odd)
+    block = documents([5, 30, 1, 1, 9])
+    assert inputs(pickle.loads(pickle.dumps(made)), block) == inputs(made, block)

@@ -15,7 +15,7 @@ import flashsae
 from flashsae.data import language_model
 from flashsae.data.cache_writer import changes
 from flashsae.data.open import prepare_activations
-from flashsae.errors import ConfigError
+from flashsae.errors import ConfigError, DataError
 from flashsae.settings import reading
 from flashsae.settings.reading import ActivationsConfig, ReadingConfig
 from flashsae.settings.run import RunConfig
@@ -28,6 +28,8 @@ CHOSEN: dict[str, Any] = {
     "max_norm_ratio": 4.0,
     "shuffle_documents": False,
     "document_seed": 7,
+    "pack": True,
+    "overlap": 2,
 }
 
 
@@ -115,6 +117,29 @@ def test_each_setting_reaches_the_model_and_has_a_cache_of_its_own(
         assert source.fingerprint != streamed.fingerprint
         places.add(prepared(tmp_path, **{name: value}).config.activations)
     assert len(places) == len(CHOSEN) + 1
+
+
+def test_a_cache_is_refused_where_documents_are_to_be_cut_otherwise(tmp_path: Path) -> None:
+    place = tmp_path / "acts"
+    ready = prepared(tmp_path, activations=place, pack=True, overlap=2, held_out=0.1)
+    assert ready.inputs().startswith("16 tokens, documents packed, the last 2 again where a document goes on, [CLS] at")
+    ready.compute(lambda rows: None)
+    for asked in ({}, {"pack": True}, {"overlap": 2}):
+        cached = prepare_activations(
+            ActivationsConfig(activations=place, held_out=0.1, **asked), tokens=9, folder=tmp_path, device="cpu"
+        )
+        assert cached.inputs() == "16 tokens, documents packed, the last 2 again where a document goes on"
+    for asked, there in (
+        ({"pack": False}, "pack is True there, False was"),
+        ({"overlap": 0}, "overlap is 2 there, 0 was"),
+        ({"bos_every": "document"}, "bos_every is 'context' there, 'document' was"),
+    ):
+        with pytest.raises(DataError, match=there):
+            prepare_activations(
+                ActivationsConfig(activations=place, held_out=0.1, **asked), tokens=9, folder=tmp_path, device="cpu"
+            )
+    with pytest.raises(ConfigError, match=r"^held_out: the documents in the cache .* are packed for held_out = 0\.1"):
+        prepare_activations(ActivationsConfig(activations=place), tokens=9, folder=tmp_path, device="cpu")
 
 
 def test_one_document_is_refused_before_the_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

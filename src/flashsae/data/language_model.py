@@ -6,11 +6,12 @@ windows of a block of documents are batched by length, in an order that depends 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from flashsae.backend import resolve_device
 from flashsae.data.acts import only_site
 from flashsae.data.sources import Chunk, Cursor
-from flashsae.data.split import Split, split_mask
+from flashsae.data.split import Split, is_in_split
 from flashsae.errors import ConfigError, DataError
 from flashsae.fingerprint import text_digest
 from flashsae.lm.hooked import HookedModel, context_limit, look, never_finite, vocabulary_size
@@ -28,12 +29,14 @@ from flashsae.lm.loading import Loading, load_with_account
 from flashsae.lm.weights import check_loaded, loaded_fingerprint, model_fingerprint
 from flashsae.lm.windows import TokenBatch, Windows, first_tokens
 from flashsae.settings.reading import ReadingConfig, check_held_out
-from flashsae.text.content import Content
+from flashsae.text.content import Block, Content
 from flashsae.text.dataset import TextDataset
 from flashsae.text.reading_order import Place, ReadingOrder
 
 _BLOCK_CHARACTERS_PER_TOKEN = 32
 """A block holds about eight forwards: enough windows for batches of like length, little to lose in a kill."""
+
+_TALLIED_DOCUMENTS, _TALLIED_SECONDS = 200, 1.0
 
 
 def dtype_of_model(config: ReadingConfig, device: str) -> torch.dtype:
@@ -82,7 +85,8 @@ class LanguageModelSource:
         self.hookpoints = resolve_hookpoints(model, hookpoints or patterns_in(config.hookpoint))
         self.name = self._name()
         self._check_context(model)
-        self._windows = Windows(self.tokenizer, config, vocabulary_size(model), self._is_held_out)
+        part_of = partial(is_in_split, held_out=held_out, split="held_out")
+        self._windows = Windows(self.tokenizer, config, vocabulary_size(model), part_of)
         self._is_given = loaded is not None
         self._model = HookedModel(model, self.hookpoints)
         seen = look(self._model, self._windows.probe(), config.model)
@@ -147,6 +151,23 @@ class LanguageModelSource:
     def _name(self) -> str:
         return f"{self.config.model} at {', '.join(self.hookpoints)} reading {self.text.name}"
 
+    def inputs_in_words(self) -> str:
+        """Say what the model reads, and what becomes of it by the first documents; takes about a second.
+
+        Raises:
+            ConfigError, DataError: what reading the first documents would.
+        """
+        block: Block = []
+        room, end = _BLOCK_CHARACTERS_PER_TOKEN * self.config.forward_tokens, time.monotonic() + _TALLIED_SECONDS
+        for number, content in self._documents(None, 0):
+            block.append((number, content))
+            room -= len(content)
+            if len(block) == _TALLIED_DOCUMENTS or room <= 0 or time.monotonic() > end:
+                break
+        told = f"{self._windows}; {self._windows.tally(block)}"
+        ratio = self.config.max_norm_ratio
+        return told + (f", beside those that max_norm_ratio = {ratio:g} will leave out" if ratio is not None else "")
+
     def chunks(
         self, split: Split | None, cursor: Cursor | None = None, max_tokens: int | None = None
     ) -> Iterator[tuple[Chunk, Cursor]]:
@@ -204,14 +225,8 @@ class LanguageModelSource:
         for number, document in self.text.numbered(start):
             if limit is not None and number >= limit:
                 return
-            if split is None or self._is_in(split, number):
+            if split is None or is_in_split(number, self._held_out, split):
                 yield number, document
-
-    def _is_held_out(self, document: int) -> bool:
-        return self._is_in("held_out", document)
-
-    def _is_in(self, split: Split, document: int) -> bool:
-        return bool(split_mask(torch.tensor([document], dtype=torch.int64, device="cpu"), self._held_out, split)[0])
 
     def _read(self, batch: TokenBatch) -> tuple[Chunk, int]:
         """Run the model on a batch; return its tokens and how many more the norm filter dropped."""

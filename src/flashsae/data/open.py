@@ -28,6 +28,7 @@ from flashsae.data.language_model import LanguageModelSource, dtype_of_model
 from flashsae.data.sources import Chunk, Source
 from flashsae.data.split import Split, check_splits
 from flashsae.fingerprint import text_digest
+from flashsae.lm.tally import inputs_in_words
 from flashsae.lm.weights import model_fingerprint
 from flashsae.settings.reading import ActivationsConfig, ReadingConfig, defaults_of_later
 from flashsae.text.dataset import TextDataset
@@ -65,6 +66,7 @@ class Prepared:
         widths: of the activations by site, of each SAE by its name.
         config: the settings that led here, filled in.
         source: where they come from, in words.
+        inputs: says what the model reads, or has read, and what becomes of it.
         compute: does the long work: called with a function that hears of the rows cached so far.
         cache_bytes: size of the cache, at most; 0 for a stream.
         row_bytes: of the activations of a token in the shuffle buffer of a stream; a cache needs no buffer.
@@ -75,6 +77,7 @@ class Prepared:
     widths: Mapping[str, Mapping[str, int]]
     config: ActivationsConfig
     source: str
+    inputs: Callable[[], str]
     compute: Callable[[Progress], Activations]
     cache_bytes: int = 0
     row_bytes: int = 0
@@ -154,7 +157,8 @@ def _cached(config: ActivationsConfig, place: Path, sites: Sequence[str]) -> Pre
     if size > len(caches) * VERIFIED_BYTES:
         told += "; too large to be verified at each run: flashsae cache --verify"
     config = replace(config, activations=place.resolve())
-    return Prepared(widths, config, told, lambda _: ready, cache_bytes=size, ready=ready)
+    words = inputs_in_words(first.settings)
+    return Prepared(widths, config, told, lambda: words, lambda _: ready, cache_bytes=size, ready=ready)
 
 
 def _streamed(config: ActivationsConfig, source: LanguageModelSource, saes: Mapping[str, tuple[str, ...]]) -> Prepared:
@@ -166,6 +170,7 @@ def _streamed(config: ActivationsConfig, source: LanguageModelSource, saes: Mapp
         {name: part.widths for name, part in parts.items()},
         config,
         told + (f": the model reads it {len(parts)} times, once for each SAE" if len(parts) > 1 else ""),
+        source.inputs_in_words,
         lambda _: ready,
         row_bytes=max(part.row_bytes for part in parts.values()),
         model_bytes=source.model_bytes,
@@ -186,7 +191,7 @@ def _to_be_cached(
     config = replace(config, activations=place.resolve())
     saes = arrange(config.hookpoint, source.hookpoints, sites)
     widths = {name: {site: source.widths[site] for site in hookpoints} for name, hookpoints in saes.items()}
-    return Prepared(widths, config, told, write_and_open, cache_bytes=size)
+    return Prepared(widths, config, told, source.inputs_in_words, write_and_open, cache_bytes=size)
 
 
 def cache_activations(

@@ -37,6 +37,11 @@ def _shift(h: Tensor, bits: int) -> Tensor:
     return (h >> bits) & ((1 << (64 - bits)) - 1)
 
 
+def is_in_split(group: int, held_out: float, split: Split) -> bool:
+    """Tell whether a group belongs to a split, as `split_mask` does."""
+    return bool(split_mask(torch.tensor([group], dtype=torch.int64, device="cpu"), held_out, split)[0])
+
+
 def check_splits(text: TextDataset, held_out: float | None) -> None:
     """Check, before a model runs, that a text has documents to train on and documents to measure on.
 
@@ -53,11 +58,7 @@ def check_splits(text: TextDataset, held_out: float | None) -> None:
         if held_out is None:
             missing -= {"train" if seen == 1 else "held_out"}
         else:
-            missing -= {
-                split
-                for split in splits
-                if bool(split_mask(torch.tensor([number], dtype=torch.int64, device="cpu"), held_out, split)[0])
-            }
+            missing -= {split for split in splits if is_in_split(number, held_out, split)}
         if not missing:
             return
     if seen == 1:

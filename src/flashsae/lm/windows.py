@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,11 +15,9 @@ from flashsae.lm.cutting import AGAIN, SPECIAL, TEXT, Cutter, Layout
 from flashsae.lm.encoding import Encoded, Encoder
 from flashsae.lm.framing import PROBE, encode, framing_of
 from flashsae.lm.loading import special_ids
+from flashsae.lm.tally import REASONS, Tally, inputs_in_words
 from flashsae.settings.reading import ReadingConfig
 from flashsae.text.content import Block
-
-REASONS = ("special tokens", "overlap", "masked", "skip_first", "exclude_ids")
-"""Why a token that the model reads makes no row; the first that holds."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ class Windows:
     ) -> None:
         self._tokenizer = tokenizer
         self._config = config
-        self._part_of = part_of or (lambda number: 0)
+        self._part_of = part_of
         special = special_ids(tokenizer)
         self._special = np.array(sorted(special), dtype=np.int64)
         self._excluded = np.array(config.exclude_ids, dtype=np.int64)
@@ -139,12 +137,7 @@ class Windows:
         Rows of a batch stand in reading order.
         """
         inputs = self._inputs(block)
-        by_length = np.argsort(-inputs.layout.length, kind="stable").tolist()
-        batches = []
-        while by_length:
-            n_fit = self._config.forward_tokens // int(inputs.layout.length[by_length[0]])
-            batches.append(self._batch(inputs, sorted(by_length[:n_fit])))
-            del by_length[:n_fit]
+        batches = [self._batch(inputs, places) for places in self._of_like_length(inputs.layout.length)]
         # whoever stops in the middle of a block has read windows of all lengths
         generator = torch.Generator().manual_seed(block[0][0] if block else 0)
         return [
@@ -152,11 +145,32 @@ class Windows:
             for i in torch.randperm(len(batches), generator=generator, dtype=torch.int64, device="cpu").tolist()
         ]
 
+    def tally(self, block: Block) -> Tally:
+        """Count what becomes of the tokens of a block."""
+        inputs = self._inputs(block)
+        length = inputs.layout.length
+        counts = np.bincount(inputs.why, minlength=len(REASONS) + 1).tolist()
+        read = sum(len(places) * int(length[places].max()) for places in self._of_like_length(length))
+        n_tokens = int(length.sum())
+        return Tally(len(block), n_tokens, dict(zip(REASONS, counts[1:])), read - n_tokens)
+
+    def __str__(self) -> str:
+        """Say what the inputs of the model are."""
+        return inputs_in_words(self._config.of_tokens(), self.framing, self._tokenizer)
+
+    def _of_like_length(self, length: np.ndarray) -> Iterator[list[int]]:
+        """Yield the places of the windows of each batch."""
+        by_length = np.argsort(-length, kind="stable").tolist()
+        while by_length:
+            n_fit = self._config.forward_tokens // int(length[by_length[0]])
+            yield sorted(by_length[:n_fit])
+            del by_length[:n_fit]
+
     def _inputs(self, block: Block) -> _Inputs:
         numbers = [number for number, _ in block]
         parts: dict[Hashable, list[int]] = {}
         for place, number in enumerate(numbers if self._config.pack else ()):
-            parts.setdefault(self._part_of(number), []).append(place)
+            parts.setdefault(self._part_of and self._part_of(number), []).append(place)
         layout = self._cutter.cut(self._encode(block), list(parts.values()) if self._config.pack else None)
         return self._judged(layout, numbers)
 
