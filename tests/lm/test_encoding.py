@@ -103,6 +103,8 @@ def test_ids_that_the_model_does_not_know_are_refused(tiny: ModuleType, vocabula
     assert kept(made.batches([(7, Tokens(np.array([2, known], np.uint16)))])) == [2, known]
     with pytest.raises(DataError, match=rf"document 7 has the token {known + 1}\b.*the ids 0 to {known}\."):
         made.batches([(6, "the cat"), (7, Tokens(np.array([2, known + 1], np.uint16)))])
+    with pytest.raises(DataError, match=r"document 7 has the token 2147483647, and the model knows"):
+        made.batches([(7, Tokens([2**31 - 1]))])
 
 
 def test_a_chat_is_read_as_its_template_writes_it(tiny: ModuleType) -> None:

@@ -118,11 +118,18 @@ class Encoder:
         """Raise DataError for an id that the model has no embedding of; on a GPU it would end the process."""
         largest = int(ids.max(initial=0))
         if largest >= self._vocabulary:
-            token = self._tokenizer.convert_ids_to_tokens(largest)
             raise DataError(
-                f"document {document} has the token {largest} ({token!r}), and the model knows the ids 0 to "
+                f"document {document} has the token {largest}{self._named(largest)}, and the model knows the ids 0 to "
                 f"{self._vocabulary - 1}. Use the tokenizer that belongs to the model."
             )
+
+    def _named(self, token: int) -> str:
+        """Return what a tokenizer calls a token, for messages; "" where it does not know it."""
+        try:
+            name = self._tokenizer.convert_ids_to_tokens(token)
+        except (IndexError, KeyError, OverflowError):
+            name = None
+        return "" if name is None else f" ({name!r})"
 
     def _without_added(self, tokens: Tokens) -> Encoded:
         """Return tokens without the special ones at their ends that are added anyway: none comes twice."""
