@@ -2,7 +2,7 @@
 
 `small` is a transformer of width 384, read at its third layer; `large` has eight layers of width 4096, of random
 weights. Each appends one JSON line with the tokens a second of a bare loop that runs the same layers on batches made
-before, of the source that cuts and batches text meanwhile, and of `flashsae cache`, which writes it all to disk as well.
+before, of the source that cuts and batches text meanwhile, and of `flashsae cache`, which writes it to disk as well.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from flashsae.data.language_model import LanguageModelSource
 from flashsae.lm.loading import load_language_model, quiet_transformers
 from flashsae.lm.windows import TokenBatch
 from flashsae.settings.reading import ReadingConfig
-from flashsae.text.dataset import open_text
+from flashsae.text.open import open_text
 from flashsae.text.reading_order import Place
 
 Size = Literal["small", "large", "tiny"]
@@ -132,7 +132,7 @@ def main(
         out: file to append JSON lines to.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    texts = [text for _ in range(repeat) for text in open_text(dataset).documents()]
+    texts = [str(text) for _ in range(repeat) for text in open_text(dataset).documents()]
     for size in sizes or ("small", "large"):
         language_model, tokenizer, hookpoint = model_of(size, model, device)
         config = ReadingConfig(model, hookpoint=hookpoint, context_length=context_length)

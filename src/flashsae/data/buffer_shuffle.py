@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashsae.data.acts import Batch, check_finite
+from flashsae.data.acts import Batch, check_finite, moved
 from flashsae.data.batches import ADVICE, PLACE, OnFill, State, check_identity, generator_of
 from flashsae.data.sources import Chunk, Cursor, StreamSource, identity_of
 from flashsae.errors import CheckpointError, ConfigError, DataEndedError, DataError
@@ -79,6 +79,7 @@ class BufferShuffle:
             )
         self._source = source
         self._identity = identity_of(source)  # now: it may take a while, or fail
+        self._is_finite = getattr(source, "gives_finite", False)
         self._batch_tokens = batch_tokens
         self._generator = generator_of(seed)
         self._epoch = 0
@@ -122,7 +123,7 @@ class BufferShuffle:
 
     def _rows_at(self, places: Tensor) -> Batch:
         assert self._buffer is not None
-        places = places.to(_device(self._buffer))
+        places = moved(places, _device(self._buffer))
         return {site: rows.index_select(0, places) for site, rows in self._buffer.items()}
 
     def _fill(self, on_fill: OnFill | None = None) -> None:
@@ -137,7 +138,7 @@ class BufferShuffle:
                 self._buffer = _buffer_for(rows, self._capacity)
             n_rows = _rows_in(rows)
             places, self._free = self._free[:n_rows], self._free[n_rows:]
-            there = places.to(_device(self._buffer))
+            there = moved(places, _device(self._buffer))
             for site, buffer in self._buffer.items():
                 buffer[there] = rows[site][: len(places)]
             self._arrived = torch.cat([self._arrived, places])
@@ -165,7 +166,7 @@ class BufferShuffle:
                 self._cursor = cursor
                 if len(chunk.group):
                     self._count(len(chunk.group))
-                    for site, acts in chunk.acts.items():
+                    for site, acts in () if self._is_finite else chunk.acts.items():
                         where = "" if len(chunk.acts) == 1 else f" at {site}"
                         check_finite(acts, f"{self._source.name}{where}, groups {_span(chunk.group)}")
                     return chunk.acts

@@ -6,24 +6,29 @@ windows of a block of documents are batched by length, in an order that depends 
 
 from __future__ import annotations
 
+import os
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import asdict
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from flashsae.backend import resolve_device
 from flashsae.data.acts import only_site
+from flashsae.data.forwards import Forwards, Launched
 from flashsae.data.sources import Chunk, Cursor
-from flashsae.data.split import Split, is_in_split
-from flashsae.errors import ConfigError, DataError
+from flashsae.data.split import HeldOut, Split
+from flashsae.errors import ConfigError
 from flashsae.fingerprint import text_digest
-from flashsae.lm.hooked import HookedModel, context_limit, look, never_finite, vocabulary_size
+from flashsae.lm.apart import WindowsApart
+from flashsae.lm.hooked import HookedModel, context_limit, look, vocabulary_size
 from flashsae.lm.hookpoints import patterns_in, resolve_hookpoints
 from flashsae.lm.loading import Loading, load_with_account
 from flashsae.lm.weights import check_loaded, loaded_fingerprint, model_fingerprint
@@ -75,6 +80,7 @@ class LanguageModelSource:
         self.config = config = config.filled()
         self.text = text
         self._held_out = check_held_out(held_out)
+        self._is_held_out = HeldOut(held_out)
         if loaded is None:
             model, self.tokenizer, loading = load_with_account(config.model, dtype_of_model(config, device))
         else:
@@ -85,10 +91,11 @@ class LanguageModelSource:
         self.hookpoints = resolve_hookpoints(model, hookpoints or patterns_in(config.hookpoint))
         self.name = self._name()
         self._check_context(model)
-        part_of = partial(is_in_split, held_out=held_out, split="held_out")
-        self._windows = Windows(self.tokenizer, config, vocabulary_size(model), part_of)
+        self._windows = Windows(self.tokenizer, config, vocabulary_size(model), self._is_held_out)
         self._is_given = loaded is not None
         self._model = HookedModel(model, self.hookpoints)
+        self._forwards = self._forwards_of(self._model)
+        self._most_ahead = 1 if self._model.device.type == "cuda" else 0
         seen = look(self._model, self._windows.probe(), config.model)
         check_loaded(config.model, loading, seen.trace, self.hookpoints)
         self.widths, self.dtype = seen.widths, seen.dtype
@@ -100,6 +107,9 @@ class LanguageModelSource:
                 f"context_length: {self.config.model} reads at most {limit} tokens, got {self.config.context_length}. "
                 f"Give --context-length {limit}."
             )
+
+    gives_finite = True
+    """What it yields was looked at."""
 
     @property
     def d_in(self) -> int:
@@ -146,7 +156,11 @@ class LanguageModelSource:
         part.name = part._name()
         part.widths = {name: self.widths[name] for name in hookpoints}
         part._model = HookedModel(self._model.model, hookpoints)
+        part._forwards = part._forwards_of(part._model)
         return part
+
+    def _forwards_of(self, model: HookedModel) -> Forwards:
+        return Forwards(model, self.config.model, self.text.name, self.config.max_norm_ratio)
 
     def _name(self) -> str:
         return f"{self.config.model} at {', '.join(self.hookpoints)} reading {self.text.name}"
@@ -183,22 +197,35 @@ class LanguageModelSource:
         """
         place = {"document": 0, "offset": 0, "batch": 0, "dropped": 0, "rows": 0, "rows_before": 0, **(cursor or {})}
         done, dropped, rows, before = (place[name] for name in ("batch", "dropped", "rows", "rows_before"))
+        ahead: deque[tuple[Launched, Place, int]] = deque()
+
+        def finished() -> tuple[Chunk, Cursor]:
+            nonlocal dropped, rows, before
+            launched, goes_on, n_done = ahead.popleft()
+            chunk, n_dropped = self._forwards.finish(launched)
+            dropped += n_dropped
+            rows += len(chunk.group)
+            before = rows if n_done == 0 else before
+            return chunk, {
+                **asdict(goes_on), "batch": n_done, "dropped": dropped, "rows": rows, "rows_before": before
+            }  # fmt: skip
+
         for batches, begin, behind in self._batched_blocks(split, Place(place["document"], place["offset"])):
             if max_tokens is not None:
-                batches = first_tokens(batches, max_tokens - before)
-            for number in range(done, len(batches)):
-                chunk, n_dropped = self._read(batches[number])
-                dropped += n_dropped
-                rows += len(chunk.group)
-                block_ends = number + 1 == len(batches)
-                goes_on, n_done = (behind, 0) if block_ends else (begin, number + 1)
-                before = rows if block_ends else before
-                yield chunk, {
-                    **asdict(goes_on), "batch": n_done, "dropped": dropped, "rows": rows, "rows_before": before
-                }  # fmt: skip
+                most = sum(int(batch.keep.sum()) for batch in batches)
+                if (before if done else rows + sum(launched.most for launched, _, _ in ahead)) + most > max_tokens:
+                    yield from (finished() for _ in range(len(ahead)))  # what they drop decides how many are left
+                    most = max_tokens - before
+                batches = first_tokens(batches, most)
+            for number, batch in enumerate(batches[done:], done + 1):
+                goes_on, n_done = (behind, 0) if number == len(batches) else (begin, number)
+                ahead.append((self._forwards.launch(batch), goes_on, n_done))
+                if len(ahead) > self._most_ahead:
+                    yield finished()
             done = 0
             if rows == max_tokens:
-                return
+                break
+        yield from (finished() for _ in range(len(ahead)))
 
     def _batched_blocks(self, split: Split | None, start: Place) -> Iterator[tuple[list[TokenBatch], Place, Place]]:
         """Yield the batches of blocks with their places; a thread cuts the next one while the model reads."""
@@ -208,9 +235,9 @@ class LanguageModelSource:
 
         def cut() -> tuple[list[TokenBatch], Place, Place] | None:
             found = next(blocks, None)
-            return None if found is None else (self._windows.batches(found[0]), found[1], found[2])
+            return None if found is None else (windows.batches(found[0]), found[1], found[2])
 
-        with ThreadPoolExecutor(1, "flashsae-tokenizer") as pool:
+        with self._cutting() as windows, ThreadPoolExecutor(1, "flashsae-tokenizer") as pool:
             ahead = pool.submit(cut)
             while True:
                 block = ahead.result()
@@ -219,47 +246,16 @@ class LanguageModelSource:
                 ahead = pool.submit(cut)
                 yield block
 
+    def _cutting(self) -> AbstractContextManager[Windows | WindowsApart]:
+        """Return what cuts windows: on a GPU, which must not wait for it, another process."""
+        is_apart = self._model.device.type == "cuda" and (os.cpu_count() or 1) > 2
+        return WindowsApart(self._windows) if is_apart else nullcontext(self._windows)
+
     def _documents(self, split: Split | None, start: int) -> Iterator[tuple[int, Content]]:
         """Yield the (number, document)s of a split from `start` on."""
         limit = self.config.max_documents
         for number, document in self.text.numbered(start):
             if limit is not None and number >= limit:
                 return
-            if split is None or is_in_split(number, self._held_out, split):
+            if split is None or self._is_held_out(number) == (split == "held_out"):
                 yield number, document
-
-    def _read(self, batch: TokenBatch) -> tuple[Chunk, int]:
-        """Run the model on a batch; return its tokens and how many more the norm filter dropped."""
-        outputs = self._model(batch.ids, batch.attention)
-        for name, output in outputs.items():
-            if output.shape[:2] != batch.ids.shape:
-                raise ConfigError(
-                    f"hookpoints: {name} of {self.config.model} gives {list(output.shape[:2])} vectors for "
-                    f"{list(batch.ids.shape)} tokens, as models do that pad their input; choose another model."
-                )
-        keep = batch.keep.to(self._model.device)
-        acts = {name: output[keep] for name, output in outputs.items()}
-        documents = batch.documents[batch.keep]
-        for name, rows in acts.items():
-            self._check_finite(name, rows, documents)
-        tokens = batch.ids[batch.keep].to(torch.int32)
-        position = torch.arange(batch.ids.shape[1], dtype=torch.int32, device="cpu").expand_as(batch.ids)[batch.keep]
-        chunk = Chunk(acts, documents, tokens, position)
-        ratio = self.config.max_norm_ratio
-        if ratio is None or not len(tokens):
-            return chunk, 0
-        norms = [rows.float().norm(dim=1) for rows in acts.values()]
-        small = torch.stack([norm <= ratio * norm.median() for norm in norms]).all(dim=0).cpu()
-        return chunk.select(small), int((~small).sum())
-
-    def _check_finite(self, name: str, acts: Tensor, documents: Tensor) -> None:
-        if bool(acts.isfinite().all()):
-            return
-        bad = sorted(set(documents[~acts.isfinite().all(dim=1).cpu()].tolist()))
-        if len(bad) > 1 and len(bad) == len(set(documents.tolist())):
-            raise DataError(never_finite(self.config.model, name, acts.dtype))
-        half = "" if acts.dtype == torch.float32 else ", or read in float32, as on the CPU (device cpu)"
-        raise DataError(
-            f"{self.config.model} gives NaN or Inf at {name} for the documents {bad[:10]} of {self.text.name} "
-            f"({len(bad)} in all). Take those documents out{half}."
-        )

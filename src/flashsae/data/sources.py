@@ -61,7 +61,10 @@ class Chunk:
 
 
 class StreamSource(Protocol):
-    """Activations that come in one order, such as a language model reading text."""
+    """Activations that come in one order, such as a language model reading text.
+
+    One whose `gives_finite` is True has made sure that all it yields is finite; that of others is looked at.
+    """
 
     name: str
     """For messages: what the reader would call it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -32,14 +33,30 @@ def split_mask(group: Tensor, held_out: float, split: Split) -> Tensor:
     return is_held_out if split == "held_out" else ~is_held_out
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """Which documents are held out, one at a time: as `split_mask`, a hundred times as fast for one.
+
+    Args:
+        fraction: of the documents.
+    """
+
+    fraction: float
+
+    def __call__(self, document: int) -> bool:
+        """Tell whether a document is held out, by its number."""
+        h = (document + 0x1E3779B97F4A7C15) & _WORD
+        h = (h ^ h >> 30) * (-0x40A7B892E31B1A47 & _WORD) & _WORD
+        h = (h ^ h >> 27) * (-0x6B2FB644ECCEEE15 & _WORD) & _WORD
+        return ((h ^ h >> 31) >> 11) / 2**53 < self.fraction
+
+
+_WORD = (1 << 64) - 1
+
+
 def _shift(h: Tensor, bits: int) -> Tensor:
     """Shift right without copies of the sign bit, which torch lacks for int64."""
     return (h >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def is_in_split(group: int, held_out: float, split: Split) -> bool:
-    """Tell whether a group belongs to a split, as `split_mask` does."""
-    return bool(split_mask(torch.tensor([group], dtype=torch.int64, device="cpu"), held_out, split)[0])
 
 
 def check_splits(text: TextDataset, held_out: float | None) -> None:
@@ -58,7 +75,7 @@ def check_splits(text: TextDataset, held_out: float | None) -> None:
         if held_out is None:
             missing -= {"train" if seen == 1 else "held_out"}
         else:
-            missing -= {split for split in splits if is_in_split(number, held_out, split)}
+            missing -= {"held_out" if HeldOut(held_out)(number) else "train"}
         if not missing:
             return
     if seen == 1:

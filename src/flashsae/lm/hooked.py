@@ -122,15 +122,22 @@ class HookedModel:
         """Return the module that a hookpoint lies at."""
         return self.model.get_submodule(module_of(hookpoint))
 
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+    def __call__(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        pick: Callable[[str, Tensor], Tensor] = lambda name, output: output.clone(),
+    ) -> dict[str, Tensor]:
         """Return what is at each hookpoint; a module that runs twice gives the first.
 
         Args:
             input_ids: [sequences, length], int64, on any device.
             attention_mask: [sequences, length], int64, on any device; 0 is padding.
+            pick: called with a hookpoint and what is there, returns what to keep of it: a copy, since a later layer may
+                add to the tensor in place.
         Returns:
             by hookpoint, the first tensor of the output, or of the input (`hidden_states`, where that is given by its
-            name), [sequences, length, d] for most modules; on the device of the model.
+            name), [sequences, length, d] for most modules; on the device of the model. Or what `pick` made of it.
         Raises:
             ConfigError: a module did not run, or gives or takes no tensor.
         """
@@ -138,7 +145,7 @@ class HookedModel:
 
         def keep(name: str, find: Callable[..., Tensor], *values: object) -> None:
             if name not in seen:
-                seen[name] = find(name, *values).clone()  # a later layer may add to it in place
+                seen[name] = pick(name, find(name, *values))
             if len(seen) == len(self.hookpoints):
                 raise _AllSeen
 
@@ -146,8 +153,8 @@ class HookedModel:
         try:
             with torch.no_grad(), _no_cudnn_attention():
                 self.reader(
-                    input_ids=input_ids.to(self.device),
-                    attention_mask=attention_mask.to(self.device),
+                    input_ids=input_ids.to(self.device, non_blocking=True),
+                    attention_mask=attention_mask.to(self.device, non_blocking=True),
                     **self._options,
                 )
         except _AllSeen:

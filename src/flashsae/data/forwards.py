@@ -1,0 +1,119 @@
+"""Forwards of a language model as chunks of activations, without waiting for one before the next is on its way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flashsae.data.acts import Batch, moved
+from flashsae.data.sources import Chunk
+from flashsae.errors import ConfigError, DataError
+from flashsae.lm.hooked import HookedModel, never_finite
+from flashsae.lm.windows import TokenBatch
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A forward that is queued on the device.
+
+    Args:
+        batch: what it reads.
+        acts: [n, d] by site, of the tokens to keep.
+        bounds: [2] by site, the least and the largest number of it, which tell of NaN and Inf.
+        computed: behind the bounds; None on a CPU.
+    """
+
+    batch: TokenBatch
+    acts: Batch
+    bounds: tuple[Tensor, ...]
+    computed: torch.cuda.Event | None
+
+    @property
+    def most(self) -> int:
+        """Rows that it gives, but for those that a norm filter drops."""
+        return int(self.batch.keep.sum())
+
+
+class Forwards:
+    """Runs a model on batches of windows.
+
+    Args:
+        model: to run.
+        name, text: of the model and of what it reads, for messages.
+        max_norm_ratio: tokens whose norm exceeds so many times the median of their batch are dropped; None: none.
+    """
+
+    def __init__(self, model: HookedModel, name: str, text: str, max_norm_ratio: float | None) -> None:
+        self.model, self.name = model, name
+        self._text, self._max_norm_ratio = text, max_norm_ratio
+
+    def launch(self, batch: TokenBatch) -> Launched:
+        """Queue the forward of a batch.
+
+        Raises:
+            ConfigError: a hookpoint gives other vectors than one for each token.
+        """
+        device, is_cuda = self.model.device, self.model.device.type == "cuda"
+        places = batch.keep.flatten().nonzero()[:, 0]
+        rows = moved(places, device)
+
+        def pick(name: str, output: Tensor) -> Tensor:
+            if output.shape[:2] != batch.ids.shape:
+                raise ConfigError(
+                    f"hookpoints: {name} of {self.name} gives {list(output.shape[:2])} vectors for "
+                    f"{list(batch.ids.shape)} tokens, as models do that pad their input; choose another model."
+                )
+            return output.flatten(0, 1).index_select(0, rows.to(output.device))
+
+        acts = self.model(moved(batch.ids, device), moved(batch.attention, device), pick)
+        if not len(places):
+            return Launched(batch, acts, (), None)
+        bounds = tuple(torch.stack(torch.aminmax(each)) for each in acts.values())
+        if not is_cuda:
+            return Launched(batch, acts, bounds, None)
+        with torch.cuda.device(device):
+            bounds = tuple(_to_host(each.to(device)) for each in bounds)
+            computed = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            computed.record()
+        return Launched(batch, acts, bounds, computed)
+
+    def finish(self, launched: Launched) -> tuple[Chunk, int]:
+        """Return the tokens of a forward, on the device of the model, and how many more the norm filter dropped.
+
+        Raises:
+            DataError: activations are NaN or Inf; names the hookpoint and the documents.
+        """
+        batch, acts = launched.batch, launched.acts
+        if launched.computed is not None:
+            launched.computed.synchronize()
+        documents = batch.documents[batch.keep]
+        for (name, rows), bounds in zip(acts.items(), launched.bounds):
+            if not bool(bounds.isfinite().all()):
+                raise self._not_finite(name, rows, documents)
+        tokens = batch.ids[batch.keep].to(torch.int32)
+        position = torch.arange(batch.ids.shape[1], dtype=torch.int32, device="cpu").expand_as(batch.ids)[batch.keep]
+        chunk = Chunk(acts, documents, tokens, position)
+        ratio = self._max_norm_ratio
+        if ratio is None or not len(tokens):
+            return chunk, 0
+        norms = [rows.float().norm(dim=1) for rows in acts.values()]
+        small = torch.stack([norm <= ratio * norm.median() for norm in norms]).all(dim=0).cpu()
+        return chunk.select(small), int((~small).sum())
+
+    def _not_finite(self, name: str, acts: Tensor, documents: Tensor) -> DataError:
+        bad = sorted(set(documents[~acts.isfinite().all(dim=1).cpu()].tolist()))
+        if len(bad) > 1 and len(bad) == len(set(documents.tolist())):
+            return DataError(never_finite(self.name, name, acts.dtype))
+        half = "" if acts.dtype == torch.float32 else ", or read in float32, as on the CPU (device cpu)"
+        return DataError(
+            f"{self.name} gives NaN or Inf at {name} for the documents {bad[:10]} of {self._text} "
+            f"({len(bad)} in all). Take those documents out{half}."
+        )
+
+
+def _to_host(small: Tensor) -> Tensor:
+    """Queue the copy of a small tensor into page-locked memory."""
+    there = torch.empty(small.shape, dtype=small.dtype, pin_memory=True, device="cpu")
+    return there.copy_(small, non_blocking=True)

@@ -1,0 +1,83 @@
+"""Windows that another process cuts are those that this one would cut, whatever becomes of the process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import astuple
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+from flashsae.data.split import HeldOut
+from flashsae.errors import DataError
+from flashsae.lm.apart import WindowsApart
+from flashsae.lm.windows import TokenBatch, Windows
+from flashsae.settings.reading import ReadingConfig
+from flashsae.text.content import Block, Content, Tokens
+
+BLOCK: Block = [(number, f"document {number} " * (number % 7 + 1)) for number in range(3, 40)]
+
+
+def is_same(one: list[TokenBatch], other: list[TokenBatch]) -> bool:
+    """Tell whether batches are equal, dtypes included."""
+    pairs = [(a, b) for x, y in zip(one, other, strict=True) for a, b in zip(astuple(x), astuple(y), strict=True)]
+    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.fixture(scope="module")
+def windows(tiny: ModuleType) -> Windows:
+    config = ReadingConfig("tiny", hookpoint="h.0", context_length=8, forward_tokens=32, pack=True).filled()
+    return Windows(tiny.word_tokenizer(), config, None, HeldOut(0.3))
+
+
+@pytest.fixture(scope="module")
+def apart(windows: Windows) -> Iterator[WindowsApart]:
+    with WindowsApart(windows) as made:
+        yield wait(made)
+
+
+def wait(made: WindowsApart) -> WindowsApart:
+    """Wait until the process answers."""
+    until = time.monotonic() + 100
+    while not made._is_ready and made._process is not None and time.monotonic() < until:
+        made._look()
+        time.sleep(0.02)
+    assert made._is_ready
+    return made
+
+
+def test_both_cut_alike(windows: Windows, apart: WindowsApart, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, of_none = windows.batches(BLOCK), windows.batches([])
+    monkeypatch.setattr(Windows, "batches", lambda *_: pytest.fail("cut here"))
+    assert is_same(apart.batches(BLOCK), expected)
+    assert is_same(apart.batches([]), of_none)
+    assert not is_same(apart.batches(BLOCK[1:]), expected[: len(apart.batches(BLOCK[1:]))])
+
+
+def test_what_a_document_is_refused_for_is_raised_here(apart: WindowsApart) -> None:
+    refused: tuple[int, Content] = (7, Tokens([1, 99999]))
+    with pytest.raises(DataError, match="document 7 has the token 99999"):
+        apart.batches([refused])
+    assert apart.batches(BLOCK)  # and the process goes on
+
+
+def test_before_it_is_ready_and_after_it_ended_windows_are_cut_here(windows: Windows) -> None:
+    expected = windows.batches(BLOCK)
+    with WindowsApart(windows) as apart:
+        assert is_same(apart.batches(BLOCK), expected)
+        wait(apart)
+        assert apart._process is not None
+        process = apart._process
+        process.kill()
+        assert is_same(apart.batches(BLOCK), expected)
+        assert is_same(apart.batches(BLOCK), expected)
+    assert process.poll() is not None
+
+
+def test_what_cannot_be_sent_is_cut_here() -> None:
+    windows = SimpleNamespace(batches=lambda block: [len(block)], of="a lambda cannot be sent")
+    with WindowsApart(windows) as apart:  # type: ignore[arg-type]
+        assert apart._process is None
+        assert apart.batches(BLOCK) == [len(BLOCK)]
