@@ -11,8 +11,9 @@ import torch
 import flashsae
 from flashsae import SAE, SAEConfig
 from flashsae.architecture import architecture_named, settings_of
-from flashsae.architecture_sites import read_and_written, shown_by_site
+from flashsae.architecture_sites import read_and_written, shown_by_site, width_told
 from flashsae.errors import ConfigError, FlashSAEError
+from flashsae.settings.training import TrainConfig
 
 X, Y = torch.randn(30, 6), torch.randn(30, 4)
 
@@ -89,3 +90,13 @@ def test_any_number_of_sites_can_be_shown() -> None:
         read_and_written(architecture_named("crosscoder"), [])
     with pytest.raises(ConfigError, match=r"got those of 0 \(none\)\. Give one: fit\(x, arch="):
         read_and_written(architecture_named("topk"), [])
+
+
+def test_widths_of_sites_are_told_one_by_one() -> None:
+    assert width_told([384, 384, 1256]) == "384 + 384 + 1,256"
+    assert width_told([384] * 12) == "12 x 384"
+    assert width_told([]) == ""
+    config = TrainConfig(arch="crosscoder", tokens=2000)
+    assert config.resolve({"a": 384, "b": 384, "c": 256}).described_widths == "d_in 384 + 384 + 256"
+    assert TrainConfig(arch="transcoder").resolve({"in": 384, "out": 1536}).described_widths == "d_in 384, d_out 1,536"
+    assert TrainConfig().resolve(384).described_widths == "d_in 384"

@@ -13,12 +13,20 @@ if TYPE_CHECKING:
 _EXAMPLES = ("layer 3", "layer 6")
 """Names of sites, for architectures that take any."""
 _ARRAYS = "xyzuvw"
+_MANY = 6
 
 
 def shown_by_site(sites: Sequence[str]) -> str:
     """Return how activations of some sites are written in Python: {"in": x, "out": y}; of none, those of any sites."""
     named = [f'"{site}": {_ARRAYS[place % len(_ARRAYS)]}' for place, site in enumerate(sites or _EXAMPLES)]
     return f"{{{', '.join(named)}}}"
+
+
+def width_told(widths: Sequence[float]) -> str:
+    """Return widths of sites for people: 384 + 384 + 256, or 12 x 384 where many are equal; "" of none."""
+    if len(widths) > _MANY and len(set(widths)) == 1:
+        return f"{len(widths)} x {widths[0]:,.0f}"
+    return " + ".join(f"{width:,.0f}" for width in widths)
 
 
 def read_and_written(

@@ -148,8 +148,7 @@ def plan_table(config: RunConfig, prepared: Prepared, run: Path) -> Table:
     warning = check_memory(plan, device)
     n = len(prepared.widths)
     rows = {
-        "model": f"{prepared.config.model} at {_places(prepared)}, d_in {settings.d_in}"
-        + (f", d_out {settings.d_out}" if settings.d_out != settings.d_in else ""),
+        "model": f"{prepared.config.model} at {_places(prepared)}, {settings.described_widths}",
         "text": prepared.source,
         "inputs": prepared.inputs(),
         "SAE": (f"{n} SAEs, one after another, each: " if n > 1 else "")

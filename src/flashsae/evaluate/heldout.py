@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flashsae import ops
 from flashsae.architecture_sites import read_and_written
 from flashsae.data.acts import Acts, Batch, X, acts_by_site, batch_acts, check_finite, iterate
 from flashsae.data.sources import RowSource, Source
@@ -214,7 +215,9 @@ def latent_geometry(sae: SAE) -> dict[str, Tensor]:
         decoder_norm: norm of each row of W_dec.
         encoder_decoder_cosine: cosine between a latent's rows of W_enc_T and W_dec; only where both are of one width.
         nearest_decoder_cosine: largest cosine of its row of W_dec with that of another latent.
-        All [d_sae], float32, on the CPU.
+        site_norms: [d_sae, sites], norms of its row of W_dec at each of several sites, in the unit that each site was
+            trained in; only where there are several.
+        All [d_sae] else, float32, on the CPU.
     Cost: 2·d_sae²·d_in FLOPs; 1024 x d_sae values in memory at once.
     """
     _check_sae(sae)
@@ -228,4 +231,9 @@ def latent_geometry(sae: SAE) -> dict[str, Tensor]:
     geometry = {"decoder_norm": sae.W_dec.float().norm(dim=1).cpu(), "nearest_decoder_cosine": nearest.cpu()}
     if sae.W_enc_T.shape == sae.W_dec.shape:
         geometry["encoder_decoder_cosine"] = F.cosine_similarity(sae.W_enc_T.float(), sae.W_dec.float()).cpu()
+    if sae.config.columns:
+        norms, scale = ops.block_norms(sae.W_dec, sae.config.arch.widths).float(), getattr(sae, "site_scale", None)
+        if scale is not None:  # columns of a site have one scale, which makes them what they were in training
+            norms = norms * scale[[columns.start for columns in sae.config.columns.values()]].float()
+        geometry["site_norms"] = norms.cpu()
     return geometry

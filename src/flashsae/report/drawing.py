@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -87,7 +88,9 @@ def curve(name: str, lines: Mapping[str, Points], x_label: str, *, log: bool) ->
 
 
 @_style()
-def histogram(name: str, values: Array, x_label: str, *, log: bool = False, right: float | None = None) -> str:
+def histogram(
+    name: str, values: Array, x_label: str, *, log: bool = False, left: float | None = None, right: float | None = None
+) -> str:
     """Draw a histogram with its median.
 
     Args:
@@ -95,11 +98,12 @@ def histogram(name: str, values: Array, x_label: str, *, log: bool = False, righ
         values: finite; empty axes without any.
         x_label: what the values are.
         log: the values are decimal logarithms.
-        right: the end of the axis, unless a value is larger.
+        left, right: the ends of the axis, unless a value lies outside.
     """
     figure, axes = _axes()
     if values.size:
         low, high = float(values.min()), float(values.max())
+        low = low if left is None else min(low, left)
         high = high if right is None else max(high, right)
         if high - low < 0.02:
             margin = 0.5 if log else 0.05
@@ -120,8 +124,37 @@ def histogram(name: str, values: Array, x_label: str, *, log: bool = False, righ
             axes.xaxis.set_major_formatter(lambda value, _: number(value, digits))
     axes.yaxis.set_major_formatter(lambda value, _: number(value))
     axes.yaxis.get_major_locator().set_params(integer=True)
-    axes.set_xlabel(x_label, color=_MUTED)
+    axes.set_xlabel(x_label, color=_MUTED, parse_math=False)
     axes.set_ylabel("latents", color=_MUTED)
+    return _svg(figure, name)
+
+
+@_style()
+def shares(name: str, parts: Array, row_labels: list[str], x_label: str) -> str:
+    """Draw a row of cells for each of several parts of a whole, the darker the larger the part.
+
+    Args:
+        name: unique in the document; every id in the SVG starts with it.
+        parts: [rows, columns], from 0 to 1.
+        row_labels: of the rows, from the top.
+        x_label: what the columns are.
+    """
+    rows, columns = parts.shape
+    longest = max(map(len, row_labels))
+    figure, axes = _axes((_SIZE[0], max(_SIZE[1], 0.55 + 0.22 * rows)), left=min(1.6, 0.2 + 0.065 * longest))
+    red, green, blue = (int(_ACCENT[at : at + 2], 16) / 255 for at in (1, 3, 5))
+    most = float(parts.max(initial=0.0)) or 1.0
+    for row in range(rows):
+        colours = [(red, green, blue, round(float(part) / most, 3)) for part in parts[row]]
+        axes.bar(
+            range(columns), 0.92, width=1.0, bottom=rows - 1 - row, align="edge", color=colours, lw=0, antialiased=False
+        )
+    axes.grid(visible=False)
+    axes.set_xlim(0, columns)
+    axes.set_ylim(0, rows)
+    axes.set_yticks([rows - 0.54 - row for row in range(rows)], row_labels, parse_math=False)
+    axes.set_xticks([])
+    axes.set_xlabel(x_label, color=_MUTED)
     return _svg(figure, name)
 
 
@@ -153,11 +186,11 @@ def dots(name: str, x: Array, y: Array, links: list[int], labels: tuple[str, str
     return re.sub(r'<a [^>]*href="latent:(\d+)"[^>]*>', named, _svg(figure, name))
 
 
-def _axes(size: tuple[float, float] = _SIZE) -> tuple[Any, Any]:
-    """Make a figure of `size` inches with quiet axes and the same margins in all figures."""
+def _axes(size: tuple[float, float] = _SIZE, left: float = 0.56) -> tuple[Any, Any]:
+    """Make a figure of `size` inches with quiet axes and the same margins in all figures, but for the left one."""
     figure = require("matplotlib.figure", "report").Figure(figsize=size)
     width, height = size
-    axes = figure.add_axes((0.56 / width, 0.43 / height, 1 - 0.66 / width, 1 - 0.51 / height))
+    axes = figure.add_axes((left / width, 0.43 / height, 1 - (left + 0.1) / width, 1 - 0.51 / height))
     figure.patch.set_visible(False)
     axes.patch.set_visible(False)
     for side in ("top", "right", "left"):
@@ -208,7 +241,8 @@ def number(value: float, digits: int = 3) -> str:
 def _svg(figure: Any, name: str) -> str:
     """Draw a figure as an `<svg>` that can stand beside others in one document; the same bytes each time."""
     stream = io.StringIO()
-    with require("matplotlib", "report").rc_context(_STYLE):
+    with require("matplotlib", "report").rc_context(_STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # the browser's fonts draw it, not this one
         figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     svg = stream.getvalue()
     svg = svg[svg.index("<svg") :]

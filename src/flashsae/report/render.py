@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flashsae.architecture import Architecture, architecture_named
+from flashsae.architecture_sites import width_told
 from flashsae.documents import SEAL, load_json, load_tensors
 from flashsae.errors import CheckpointError, ConfigError, require
 from flashsae.files import write_atomic
@@ -25,6 +26,7 @@ from flashsae.report.cards import card, known_of_all, printable, sample_text
 from flashsae.report.drawing import Array
 from flashsae.report.evaluation_file import read_evaluation
 from flashsae.report.plots import Plot, latent_map, latent_plots, training_plots
+from flashsae.report.sites import site_plots, sites_of
 from flashsae.report.snippet_file import Snippets, read_snippets
 from flashsae.report.summary import final_figures
 from flashsae.settings.kinds import as_json
@@ -121,6 +123,9 @@ def _read_arrays(path: Path) -> dict[str, Array]:
                 f"write it again with `flashsae train --resume {path.parent}`."
             )
     known = [*_ARRAYS, *(name for name in _OPTIONAL_ARRAYS if name in tensors and tensors[name].shape == d_sae)]
+    norms = tensors.get("site_norms")
+    if norms is not None and norms.dim() == 2 and norms.shape[:1] == d_sae:
+        known.append("site_norms")
     return {name: tensors[name].double().numpy() for name in known}
 
 
@@ -141,7 +146,9 @@ def _context(run: _Run) -> dict[str, Any]:
         "provenance": _provenance(run, architecture),
         "summary": _summary(run),
         "training": safe(training_plots(run.metrics, run.evaluation, run.settings, rows)),
-        "dictionary": safe(latent_plots(run.arrays)),
+        "dictionary": safe(
+            [*latent_plots(run.arrays), *site_plots(run.arrays, list(sites_of(run.evaluation["settings"])))]
+        ),
         "map": safe([latent_map(run.arrays, [latent["index"] for latent in latents])]) if has_map else [],
         "read_text": run.snippets is not None,
         "snippet_tokens": compact(run.snippets.tokens) if run.snippets else "",
@@ -179,7 +186,8 @@ def _provenance(run: _Run, architecture: Architecture | None) -> list[tuple[str,
     ]
     d_out = real(settings.get("d_out"))
     to = f" → {count(d_out)}" if d_out is not None and d_out != e["d_in"] else ""
-    sizes = f"{count(e['d_in'])} → {count(e['d_sae'])} latents{to}"
+    wide = width_told(list(sites_of(e["settings"]).values())) or count(e["d_in"])
+    sizes = f"{wide} → {count(e['d_sae'])} latents{to}"
     sae = ", ".join([*([_setting(kind)] if kind else []), sizes, *own])
     facts = [
         ("data", settings.get("dataset")),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from flashsae.architecture import Architecture, architecture_named, architecture_names, architecture_of, settings_of
+from flashsae.architecture_sites import width_told
 from flashsae.errors import ConfigError
 from flashsae.precision import Precision
 from flashsae.settings.kinds import (
@@ -243,6 +244,13 @@ class TrainConfig:
         own_told = {name: value for name, value in told(self.arch).items() if name not in of_sites}
         own = "".join(f", {name} {_said(value)}" for name, value in own_told.items())
         return f"{architecture_of(self.arch).title}, d_sae {self.d_sae:,}{own}"
+
+    @property
+    def described_widths(self) -> str:
+        """Widths of what is read and reconstructed, of several sites each, for people; of filled settings."""
+        several = () if architecture_of(self.arch).sites else self.arch.widths
+        wide = width_told(several) or f"{self.d_in:,}"
+        return f"d_in {wide}" + (f", d_out {self.d_out:,}" if self.d_out != self.d_in else "")
 
     def resolve(self, widths: int | Mapping[str, int]) -> TrainConfig:
         """Return the settings with everything filled in that was left to be worked out.

@@ -200,8 +200,8 @@ def _what_will_be_done(config: TrainConfig, rows: int | None, buffered: int, dev
     often = f"each of the {rows:,} in x about {config.tokens / rows:,.3g} times" if rows else ""
     repeats = "" if rows is None else f" ({often if config.tokens >= rows else f'of the {rows:,} in x'})"
     return (
-        f"{config.described}, d_in {config.d_in:,}, on {device}: {config.tokens:,} tokens{repeats} in {config.steps:,} "
-        f"steps of {config.batch_tokens:,}.{first} tokens= changes how long it takes."
+        f"{config.described}, {config.described_widths}, on {device}: {config.tokens:,} tokens{repeats} in "
+        f"{config.steps:,} steps of {config.batch_tokens:,}.{first} tokens= changes how long it takes."
     )
 
 
