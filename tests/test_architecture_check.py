@@ -53,6 +53,7 @@ REFUSED = [
     ({"parameters": another(name="a.b")}, r"parameter a\.b of odd: expected a name that an attribute can have"),
     ({"parameters": another(shape=("heads",))}, "parameter z of odd: .* d_in, d_out, d_sae, got 'heads' in it"),
     ({"parameters": another(factored=True)}, r"parameter z of odd: expected two sizes .*, got \['d_sae'\]"),
+    ({"parameters": another(saved=False)}, "parameter z of odd: expected trained=False beside saved=False"),
     ({"parameters": another(unit_norm=True)}, "parameter z of odd: expected two sizes"),
     ({"parameters": another(initial="unit_rows")}, "parameter z of odd: expected two sizes"),
     ({"parameters": another(initial="y")}, "parameter z of odd: .* or equal to a parameter that does, got 'y'"),

@@ -60,6 +60,7 @@ class Architecture:
         weighs: names of terms that grow with the values of latents: a crosscoder weights these by the norms of sites.
         initialize: sets the parameters from a sample, before the first step. None: as `flashsae.sae.initialize`.
         after_step: updates what is not trained, of the SAE and the code of a step; waits for nothing.
+        verdict: of an SAE at the end of its training, a sentence for the user where it is not what was asked for.
         finish: makes of a trained SAE one for inference, in place, such as by folding norms into weights.
         direct: what is added to the reconstruction beside the code, of x: [B, d_in] -> [B, d_out], differentiable.
         levels: of an SAE and a code, what `flashsae.ops.decode_loss` needs to know of nested reconstructions: prefixes
@@ -95,6 +96,7 @@ class Architecture:
     weighs: tuple[str, ...] = ()
     initialize: Callable[[SAE, Tensor, Tensor], None] | None = None
     after_step: Callable[[SAE, SparseCode], None] | None = None
+    verdict: Callable[[SAE], str | None] | None = None
     finish: Callable[[SAE], None] | None = None
     direct: Callable[[SAE, Tensor], Tensor] | None = None
     levels: Callable[[SAE, SparseCode], Mapping[str, Any]] | None = None

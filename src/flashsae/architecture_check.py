@@ -61,6 +61,8 @@ def _check_once(what: str, names: Sequence[str]) -> None:
 def _check_parameter(what: str, row: Parameter, rows: dict[str, Parameter]) -> None:
     if not row.name.isidentifier():
         raise ConfigError(f"{what}: expected a name that an attribute can have.")
+    if row.trained and not row.saved:
+        raise ConfigError(f"{what}: expected trained=False beside saved=False: what is trained is saved.")
     unknown = [size for size in row.shape if size not in SIZES]
     if unknown:
         raise ConfigError(f"{what}: expected a shape of {', '.join(SIZES)}, got {unknown[0]!r} in it.")

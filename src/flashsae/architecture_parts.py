@@ -28,6 +28,8 @@ class Parameter:
             with a row a latent.
         unit_norm: rows keep norm 1.
         trained: has a gradient; False for what a step of training updates by itself, such as a running threshold.
+        saved: False for what only a training needs, such as a running mean: checkpoints hold it, and an SAE that is
+            finished or loaded has its initial value.
         meaning: one clause.
     """
 
@@ -39,6 +41,7 @@ class Parameter:
     factored: bool = False
     unit_norm: bool = False
     trained: bool = True
+    saved: bool = True
 
     @property
     def per_latent(self) -> bool:

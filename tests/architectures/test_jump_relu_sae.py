@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import flashsae
 from flashsae import SAE, JumpReLUSettings, SAEConfig
 from flashsae.architecture import Progress, architecture_named
-from flashsae.architectures.jump_relu import control_thresholds, pre_act_loss
+from flashsae.architectures.jump_relu import control_l0, pre_act_loss
 from flashsae.cli import main
 from flashsae.data.synthetic import SuperpositionModel
-from flashsae.errors import ConfigError
+from flashsae.errors import ConfigError, FlashSAEWarning
 from flashsae.sae import exceeds, jump_relu
 from flashsae.testing import DenseTrainer, assert_as_accurate, dense_pre_act_loss
 from helpers.language_acts import language_acts
@@ -102,7 +103,7 @@ def test_no_tokens_make_a_step() -> None:
     loss.backward()
     before = sae.threshold.detach().clone()
     with torch.no_grad():
-        control_thresholds(sae, sae.encode(torch.zeros(0, 8)))
+        control_l0(sae, sae.encode(torch.zeros(0, 8)))
     assert torch.equal(sae.threshold, before)
 
 
@@ -207,7 +208,7 @@ def test_a_training_is_that_of_the_dense_trainer() -> None:
         sae.set_progress(Progress(number, 20))
         step = step_of(sae, batch)
         loss, _ = step.total(SimpleNamespace(auxk_alpha=0.0))
-        expected = dense.step(batch, ramp=min(1.0, number / 2), unit=float(sae.unit))
+        expected = dense.step(batch, ramp=min(1.0, number / 2), unit=float(sae.unit), multiplier=float(sae.multiplier))
         torch.testing.assert_close(loss.detach(), expected, rtol=1e-9, atol=0)
         optimizer.zero_grad()
         loss.backward()
@@ -215,8 +216,9 @@ def test_a_training_is_that_of_the_dense_trainer() -> None:
         optimizer.step()
         sae.normalize_decoder()
         with torch.no_grad():
-            control_thresholds(sae, step.code)
+            control_l0(sae, step.code)
             dense.params["threshold"].clamp_(min=0)
+    assert abs(float(sae.multiplier)) > 1e-3
 
 
 def test_thresholds_are_scaled_towards_the_target() -> None:
@@ -229,11 +231,36 @@ def test_thresholds_are_scaled_towards_the_target() -> None:
         excess = float((code.acts > 0).sum()) / 500 / 9 - 1
         assert 0.05 < abs(excess) < 0.5
         expected = (sae.threshold * (1 + excess / 20)).clamp_min(0)
-        control_thresholds(sae, code)
+        control_l0(sae, code)
         torch.testing.assert_close(sae.threshold.detach(), expected)
+        assert float(sae.multiplier) == pytest.approx(0.5 * excess / 20)
+        assert float(sae.mean_excess) == pytest.approx(excess / 20)
         sae.set_progress(Progress(50, 1000))  # while the penalty rises
-        control_thresholds(sae, code)
+        control_l0(sae, code)
         torch.testing.assert_close(sae.threshold.detach(), expected)
+        assert float(sae.multiplier) == pytest.approx(0.5 * excess / 20)
+        sae.set_progress(Progress(400, 1000))
+        for _ in range(200):  # however long it is off: as far as by all of the target, and no further
+            control_l0(sae, code.replace(code.acts * 0))
+        assert float(sae.multiplier) == -1.0
+
+
+def test_the_multiplier_shifts_the_slopes_of_the_penalty_and_not_its_value(generator: torch.Generator) -> None:
+    inputs = inputs_of(generator, integer=False)
+    plain, shifted = (our_step(FORMS["quadratic"], inputs, multiplier=value) for value in (0.0, 0.25))
+    assert torch.equal(plain["loss"], shifted["loss"])
+    l0 = float((plain["latent_acts"] > 0).sum()) / 8
+    further = replace(FORMS["quadratic"], target_l0=4.0 - 0.25 * 4.0)  # the slopes of a target that is lower by that
+    expected = {**our_step(further, inputs)}
+    slope = {name: 2 * 2 / target * (l0 - target) for name, target in (("expected", 3.0), ("plain", 4.0))}
+    assert l0 != 4.0
+    other = our_step(replace(FORMS["quadratic"], sparsity_weight=0.0), inputs)["grad threshold"]
+    torch.testing.assert_close(
+        shifted["grad threshold"] - other, (plain["grad threshold"] - other) * (1 + 0.25 * 4 * 4 / 4 / slope["plain"])
+    )
+    torch.testing.assert_close(
+        (shifted["grad threshold"] - other) * 3.0, (expected["grad threshold"] - other) * 3.0 * 3.0 / 4.0
+    )
 
 
 def test_it_starts_with_so_many_latents_or_with_a_given_threshold() -> None:
@@ -291,12 +318,11 @@ def test_frequent_latents_become_rare_by_their_penalty() -> None:
     x = SuperpositionModel(16, 32, active=3.0).sample(6000, seed=0)
     x[:, 0] += 3 * torch.rand(6000, generator=torch.Generator().manual_seed(5))  # something is there on most tokens
     settings: dict[str, Any] = {"tokens": 256 * 100, "batch_tokens": 256, "lr": 1e-2, "progress": False}
-    densities = [
-        flashsae.evaluate(
-            flashsae.fit(x, d_sae=96, arch="jump_relu", target_l0=4, frequency_weight=weight, **settings), x
-        ).latent_density
-        for weight in (0.0, 10.0)
-    ]
+    arch: dict[str, Any] = {"d_sae": 96, "arch": "jump_relu", "target_l0": 4}
+    saes = [flashsae.fit(x, **arch, **settings)]
+    with pytest.warns(FlashSAEWarning, match="below the target_l0 of 4"):  # so heavy a penalty keeps it from there
+        saes.append(flashsae.fit(x, **arch, frequency_weight=10.0, **settings))
+    densities = [flashsae.evaluate(sae, x).latent_density for sae in saes]
     assert densities[1].max() < 0.3 < 0.5 < densities[0].max()
     assert float(densities[1].sum()) == pytest.approx(4, rel=0.1)
 
@@ -310,6 +336,28 @@ def test_the_target_is_reached_on_synthetic_activations() -> None:
     assert result.l0 == pytest.approx(5.0, rel=0.02)
     topk = flashsae.fit(x, d_sae=128, arch="batch_topk", k=5, **settings)
     assert result.fvu < 1.1 * flashsae.evaluate(topk, held_out).fvu < 0.4
+
+
+def test_l0_stays_on_a_target_that_the_reconstruction_pulls_it_off(tmp_path: Path) -> None:
+    x = SuperpositionModel(24, 64, active=5.0, noise=0.02).sample(30_000, seed=1)
+    settings: dict[str, Any] = {"tokens": 256 * 300, "batch_tokens": 256, "log_every_steps": 1, "progress": False}
+    sae = flashsae.fit(x, d_sae=128, arch="jump_relu", target_l0=1.5, run=tmp_path / "run", **settings)
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text("utf-8").splitlines()]
+    l0 = torch.tensor([record["l0"] for record in records])
+    assert l0[100:].mean() == pytest.approx(1.5, rel=0.01)  # 2 % high without the multiplier
+    assert flashsae.evaluate(sae, x).l0 == pytest.approx(1.5, rel=0.02)
+    assert (float(sae.multiplier), float(sae.mean_excess)) == (0.0, 0.0)  # of the training, and not of the SAE
+    sae.save(tmp_path / "sae")
+    assert "multiplier" not in load_file(tmp_path / "sae" / "flashsae.safetensors")
+
+
+def test_a_target_that_is_not_reached_is_told() -> None:
+    x = SuperpositionModel(12, 24, active=3.0).sample(2000, seed=0)
+    settings: dict[str, Any] = {"tokens": 256 * 60, "batch_tokens": 256, "d_sae": 24, "progress": False}
+    with pytest.warns(FlashSAEWarning, match=r"ends with an L0 of [\d.]+ on average .* below the target_l0 of 24"):
+        flashsae.fit(x, arch="jump_relu", target_l0=24, **settings)
+    with pytest.warns(FlashSAEWarning, match=r"above the target_l0 of 2: .*, or a higher target_l0"):
+        flashsae.fit(x, arch="jump_relu", target_l0=2, initial_threshold=1e-3, lr=1e-5, threshold_control=0, **settings)
 
 
 @pytest.mark.slow

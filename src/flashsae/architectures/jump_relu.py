@@ -30,10 +30,8 @@ at each step, which short runs need. The threshold itself is trained and not its
 lr times itself at each step, too slow for a small one (SAELens and dictionary_learning found the same). It is kept
 from falling below 0, and is divided as a bias is where activations come in another unit.
 
-The target. The quadratic penalty answers the noise of every batch, and the reconstruction pulls against it, so that L0
-ends some per cent off. With `threshold_control` all thresholds are multiplied, behind each step once the penalty has
-risen, by 1 + gain · (L0 / target_l0 − 1), where 1 / gain is a twentieth of the steps so far, between 10 and 1000: over
-so many steps L0 is on target, to the end. The proportions that thresholds learn stay.
+The target. Once the penalty quadratic has risen, `threshold_control` and `multiplier_gain` bring L0 to the target and
+hold it there, by what `flashsae.held_l0` explains.
 
 Start. Without an initial threshold all begin where target_l0 latents of a token of the sample exceed it, so that codes
 are sparse from the first step. Recipes that begin with 0.001 begin with about half of the latents of a token.
@@ -45,6 +43,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import flashsae
+from flashsae import held_l0
 from flashsae.architecture import AUTOENCODER, AUXK, RECONSTRUCTION, Architecture, Parameter, Progress, Term
 from flashsae.settings.kinds import AtMost, Fraction, NonNegativeFloat, PositiveFloat, check_fields
 
@@ -55,9 +54,6 @@ if TYPE_CHECKING:
 
 WEIGHTS = {"quadratic": 1.0, "l0": 2e-3, "tanh": 2e-3}
 """Default weight of each penalty."""
-
-CONTROL = (0.05, 10, 1000)
-"""Steps that the control of thresholds averages over: a fraction of those done, no fewer and no more than these."""
 
 _DENSE_ELEMENTS = 1 << 28  # of codes in memory at once where a training may start with every latent active
 
@@ -76,7 +72,9 @@ class JumpReLUSettings:
             square norm of activations.
         initial_threshold: In the same unit. Default: such that target_l0 latents exceed it.
         threshold_control: Gain of the control that scales all thresholds until L0 is target_l0 on average of late; with
-            the penalty quadratic only. 0 leaves it to the penalty alone.
+            the penalty quadratic only. 0 leaves it to the penalty.
+        multiplier_gain: Gain of the multiplier that shifts what the penalty quadratic aims at until L0 is target_l0. 0
+            leaves it where it is.
         tanh_scale: Of the penalty tanh, for values in units of the root mean square of a coordinate.
         frequency_weight: Weight of the penalty on frequent latents.
         frequency_scale: Fraction of the tokens that a latent may be active on before this penalty is felt.
@@ -91,6 +89,7 @@ class JumpReLUSettings:
     bandwidth: PositiveFloat = 0.02
     initial_threshold: PositiveFloat | None = None
     threshold_control: NonNegativeFloat = 1.0
+    multiplier_gain: NonNegativeFloat = 0.5
     tanh_scale: PositiveFloat = 4.0
     frequency_weight: NonNegativeFloat = 0.0
     frequency_scale: PositiveFloat = 0.1
@@ -137,12 +136,13 @@ def _ramped(step: Step, penalty: Tensor) -> Tensor:
 
 
 def quadratic_penalty(step: Step) -> Tensor | None:
-    """Return 2 / target_l0 · (L0 − target_l0)²."""
+    """Return 2 / target_l0 · (L0 − target_l0)², with slopes that the multiplier shifts."""
     arch = step.sae.config.arch
     if arch.penalty != "quadratic":
         return None
     l0 = _active(step).sum() / max(1, step.code.pattern.B)
-    return _ramped(step, 2 / arch.target_l0 * (l0 - arch.target_l0).square())
+    penalty = 2 / arch.target_l0 * (l0 - arch.target_l0).square()
+    return _ramped(step, held_l0.shifted(step.sae, penalty, l0))
 
 
 def l0_penalty(step: Step) -> Tensor | None:
@@ -193,12 +193,12 @@ def pre_act_loss(step: Step) -> Tensor | None:
 
 
 def schedule(config: flashsae.SAEConfig, progress: Progress) -> dict[str, float]:
-    """Return how far penalties have risen, and the gain of the control of thresholds."""
-    arch, (fraction, least, most) = config.arch, CONTROL
+    """Return how far penalties have risen, and the gains of what holds L0."""
+    arch = config.arch
     ramp = min(1.0, progress.fraction / arch.sparsity_warmup) if arch.sparsity_warmup else 1.0
+    names = ("threshold_control", "multiplier_gain")
     is_on = ramp == 1.0 and arch.penalty == "quadratic"
-    gain = arch.threshold_control / min(most, max(least, fraction * progress.step)) if is_on else 0.0
-    return {"ramp": ramp, "gain": min(1.0, gain)}
+    return {"ramp": ramp, **held_l0.gains(progress, **{name: is_on * getattr(arch, name) for name in names})}
 
 
 def start(sae: flashsae.SAE, x: Tensor, target: Tensor) -> None:
@@ -221,15 +221,17 @@ def start(sae: flashsae.SAE, x: Tensor, target: Tensor) -> None:
             flashsae.sae.initialize(sae, x, target)
 
 
-def control_thresholds(sae: flashsae.SAE, code: flashsae.SparseCode) -> None:
-    """Scale all thresholds towards the target, where there is one, and keep them from falling below 0."""
-    arch, B = sae.config.arch, code.pattern.B
-    if arch.penalty == "quadratic" and B:
-        excess = (code.acts > 0).sum() / (B * arch.target_l0) - 1
-        sae.threshold.mul_(
-            1 + sae.now["gain"].to(sae.threshold.dtype) * excess.clamp(-0.5, 0.5).to(sae.threshold.dtype)
-        )
+def control_l0(sae: flashsae.SAE, code: flashsae.SparseCode) -> None:
+    """Hold L0 at its target, where there is one, and keep thresholds from falling below 0."""
+    if sae.config.arch.penalty == "quadratic":
+        held_l0.hold(sae, code, sae.config.arch.target_l0)
     sae.threshold.clamp_(min=0.0)
+
+
+def verdict(sae: flashsae.SAE) -> str | None:
+    """Return a sentence where a training has missed its target."""
+    arch = sae.config.arch
+    return held_l0.missed(sae, arch.target_l0) if arch.penalty == "quadratic" else None
 
 
 ARCHITECTURE = Architecture(
@@ -240,6 +242,8 @@ ARCHITECTURE = Architecture(
         *AUTOENCODER,
         Parameter("threshold", ("d_sae",), "what a pre-activation must exceed", 1e-3, power=1),
         Parameter("unit", (), "root mean square distance of a token from the mean", 1.0, power=1, trained=False),
+        held_l0.MULTIPLIER,
+        held_l0.MEAN_EXCESS,
     ),
     encode=encode,
     terms=(
@@ -284,7 +288,8 @@ ARCHITECTURE = Architecture(
     ),
     l0=lambda settings: settings.target_l0,
     initialize=start,
-    after_step=control_thresholds,
+    after_step=control_l0,
+    verdict=verdict,
     schedule=schedule,
     varies=True,
     weighs=("tanh_penalty",),

@@ -362,7 +362,12 @@ class SAE(nn.Module):
             DtypeError: parameters have different dtypes.
             StorageError: the folder exists, holds other files too, or cannot be written.
         """
-        saved.write(self.config, self.state_dict(), directory, metadata or {}, extras or {}, overwrite=overwrite)
+        saved.write(self.config, self.saved_state(), directory, metadata or {}, extras or {}, overwrite=overwrite)
+
+    def saved_state(self) -> dict[str, Tensor]:
+        """Return what a file holds of it, by name: all parameters but those that only a training needs."""
+        values = self.state_dict()
+        return {row.name: values[row.name] for row in self.architecture.parameters if row.saved}
 
     @classmethod
     def load(cls, directory: str | Path, *, device: torch.device | str = "cpu") -> SAE:

@@ -71,9 +71,16 @@ def read(directory: str | Path) -> tuple[SAEConfig, dict[str, Tensor]]:
     description, tensors = native.read(folder)
     config = _config_of(folder, description)
     dtype = getattr(torch, description.dtype)
-    like = initial_values(config.architecture.parameters, config.sizes, None, dtype, "meta")
+    table = config.architecture.parameters
+    like = initial_values(tuple(row for row in table if row.saved), config.sizes, None, dtype, "meta")
     native.check_tensors(folder, tensors, like)
-    return config, tensors
+    return config, tensors | unsaved_values(config, dtype)
+
+
+def unsaved_values(config: SAEConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Return what only a training needs, as it is at its start, by name."""
+    rows = tuple(row for row in config.architecture.parameters if not row.saved)
+    return initial_values(rows, config.sizes, None, dtype, device)
 
 
 def read_config(directory: str | Path) -> SAEConfig:

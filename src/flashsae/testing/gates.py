@@ -74,11 +74,12 @@ def _ramp(step: DenseStep) -> float:
 
 
 def dense_quadratic(step: DenseStep) -> Tensor | None:
-    """Return 2 / target_l0 · (L0 − target_l0)²."""
+    """Return 2 / target_l0 · (L0 − target_l0)², with the slopes of an L0 that is larger by multiplier · target_l0."""
     if step.settings.penalty != "quadratic":
         return None
     target: float = step.settings.target_l0
-    return _ramp(step) * 2 / target * (_active(step).sum(1).mean() - target) ** 2
+    l0, multiplier = _active(step).sum(1).mean(), getattr(step.settings, "multiplier", 0.0)
+    return _ramp(step) * (2 / target * (l0 - target) ** 2 + 4 * multiplier * (l0 - l0.detach()))
 
 
 def dense_l0(step: DenseStep) -> Tensor | None:

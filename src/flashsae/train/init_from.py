@@ -188,7 +188,7 @@ def _folded(row: Parameter, value: Tensor, norms: Tensor) -> Tensor:
 def digest_of(sae: SAE) -> str:
     """Return a fingerprint of the parameters of an SAE and what it is."""
     digest = hashlib.sha256(repr(sae.config).encode())
-    for name, tensor in sorted(sae.state_dict().items()):
+    for name, tensor in sorted(sae.saved_state().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

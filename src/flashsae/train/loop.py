@@ -76,6 +76,7 @@ def train(
                 raise type(error)(f"step {state.step}: {error}") from error
             run.metrics = train_step(state, batch, config)
             run.after_step(is_measured=is_measured, is_checkpoint=is_checkpoint)
+        run.tell_verdict()
     return state.finished_sae()
 
 
@@ -137,6 +138,13 @@ class _Run:
         """Tell all callbacks."""
         for callback in self.callbacks:
             callback.on_warning(message)
+
+    def tell_verdict(self) -> None:
+        """Warn where the architecture finds that the SAE is not what was asked for."""
+        verdict = self.state.sae.architecture.verdict
+        message = None if verdict is None else verdict(self.state.sae)
+        if message:
+            self.warn(message)
 
     def warn_of_repeats(self) -> None:
         """Warn once, as soon as it is known how many tokens there are, if each comes too often."""

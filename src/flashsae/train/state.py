@@ -22,6 +22,7 @@ from flashsae.sae.dead import Bounds, DeadLatents
 from flashsae.sae.initial import rows_from_data
 from flashsae.sae.losses import fvu_weights
 from flashsae.sae.module import SAE
+from flashsae.sae.saved import unsaved_values
 from flashsae.sae.step import join_sites
 from flashsae.schema import Positive, parse
 from flashsae.settings.kinds import as_json
@@ -91,6 +92,8 @@ class TrainState:
             if row.trained and self.optimizer.is_split(getattr(self.sae, row.name)):
                 whole = self.optimizer.float32_weights(getattr(self.sae, row.name))
                 setattr(sae, row.name, nn.Parameter(units.fold(row, whole)))
+        for name, value in unsaved_values(sae.config, sae.b_dec.dtype, sae.b_dec.device).items():
+            setattr(sae, name, value)
         sae.precision = None
         sae = sae.to(sae.W_dec.device)
         if sae.architecture.finish is not None:
@@ -259,8 +262,10 @@ def restore(state: TrainState, checkpoint: Checkpoint, *, knows_start: bool = Tr
     if knows_start and state.start != saved.start:
         raise CheckpointError(f"{where} is of a training that went on from another SAE. {_ADVICE}")
     state.batches.restore((saved.data, _part(checkpoint, "data.")))
+    newer = {row.name for row in state.sae.architecture.parameters if not row.saved}  # than some checkpoints
     for name, parameter in state.sae.state_dict().items():
-        parameter.copy_(_tensor(checkpoint, f"sae.{name}", parameter))
+        if name not in newer or f"sae.{name}" in checkpoint.tensors:
+            parameter.copy_(_tensor(checkpoint, f"sae.{name}", parameter))
     adam = state.optimizer.state_dict()
     adam["state"] = {
         number: {name: _tensor(checkpoint, f"adam.{parameter}.{name}", moment) for name, moment in moments.items()}
