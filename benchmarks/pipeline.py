@@ -50,9 +50,11 @@ MERGED_MS = 0.02  # spans closer to each other than this are one when drawn
 
 def write_random_cache(folder: Path, d_in: int, rows: int, shard_rows: int = 32768) -> None:
     """Write a cache of random activations in the format of docs/formats.md."""
-    names = {"model": "random", "dataset": "random", "model_fingerprint": "", "text_fingerprint": ""}
     settings = CacheSettings(
-        **names,
+        model="random",
+        dataset="random",
+        model_fingerprint="",
+        text_fingerprint="",
         hookpoints={"random": d_in},
         dtype="bfloat16",
         context_length=1,

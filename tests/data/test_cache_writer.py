@@ -20,9 +20,11 @@ from flashsae import files
 from flashsae.data import existing
 from flashsae.data.cache import ActivationCache
 from flashsae.data.cache_index import CacheIndex, verify_cache
-from flashsae.data.cache_writer import write_cache
+from flashsae.data.cache_writer import CacheDtype, write_cache
 from flashsae.data.language_model import LanguageModelSource
-from flashsae.errors import CheckpointError, ConfigError, DataError, StorageError
+from flashsae.data.shuffle import RowShuffle
+from flashsae.data.stored import Compression
+from flashsae.errors import CheckpointError, ConfigError, DataError, MissingExtraError, StorageError
 from flashsae.metrics import FVU
 from flashsae.text.open import open_text
 from helpers import kill
@@ -89,7 +91,7 @@ import sys, time
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 from helpers import tiny_models
 from flashsae.data.cache_index import CacheIndex
-from flashsae.data.cache_writer import write_cache
+from flashsae.data.cache_writer import CacheDtype, write_cache
 write_cache({str(directory)!r}, tiny_models.source(tiny_models.CACHED), shard_rows=tiny_models.SHARD_ROWS,
     on_progress=lambda n: time.sleep(0.05))
 """
@@ -326,3 +328,63 @@ def test_inputs_of_modules_are_cached_in_folders_of_any_file_system(tiny: Module
     assert all(torch.equal(rows[site], whole.acts[site]) for site in sites)
     assert existing.held_hookpoints("transformer.h.*.mlp:in", list(cache.settings["hookpoints"])) == ["h.1.mlp:in"]
     assert existing.held_hookpoints("h.*.mlp", list(cache.settings["hookpoints"])) == ["h.1.mlp"]
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+def test_what_int8_and_zstd_hold_is_measured_and_goes_on_after_a_kill(
+    tiny: ModuleType, cache_source: LanguageModelSource, tmp_path: Path, dtype: CacheDtype, compression: Compression
+) -> None:
+    def interrupt(n_rows: int) -> None:
+        if n_rows > 3 * tiny.SHARD_ROWS:
+            raise KeyboardInterrupt
+
+    settings: dict[str, Any] = {"dtype": dtype, "compression": compression, "shard_rows": tiny.SHARD_ROWS}
+    with pytest.raises(KeyboardInterrupt):
+        write_cache(tmp_path / "killed", cache_source, on_progress=interrupt, **settings)
+    for name in ("killed", "whole"):
+        write_cache(tmp_path / name, cache_source, **settings)
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    verify_cache(tmp_path / "whole")
+    x = torch.cat([chunk.acts["h.1"] for chunk, _ in cache_source.chunks(None)])
+    cache = ActivationCache(tmp_path / "whole", "h.1")
+    held, variance = cache.rows(torch.arange(len(x)))["h.1"], 0.0
+    assert held.dtype == (torch.float32 if dtype == "int8" else torch.bfloat16)
+    for shard in x.split([shard.rows for shard in CacheIndex.read(tmp_path / "whole").shards]):
+        variance += (shard.double() - shard.double().mean(0)).square().sum().item()
+    assert cache.rounded_away == pytest.approx((x.double() - held.double()).square().sum().item() / variance, rel=1e-9)
+    assert 1e-7 < cache.rounded_away < 1e-4
+    assert cache.stored_as == {"bf16": "bfloat16", "int8": "int8"}[dtype] + ", compressed" * (compression == "zstd")
+    with pytest.raises(DataError, match=r"other settings: .* there and .* here"):
+        write_cache(tmp_path / "whole", cache_source, dtype="float32", shard_rows=tiny.SHARD_ROWS)
+
+
+def test_compressed_rows_are_shuffled_as_others_are(
+    tiny: ModuleType, cache_source: LanguageModelSource, written: Path, tmp_path: Path
+) -> None:
+    write_cache(tmp_path / "c", cache_source, shard_rows=tiny.SHARD_ROWS, compression="zstd")
+    caches = [ActivationCache(folder, ["h.1", "h.0"], held_out=0.3) for folder in (written, tmp_path / "c")]
+    for window_rows in (10**6, 200):
+        batches = [RowShuffle(cache, 64, seed=2, window_rows=window_rows, block_rows=8) for cache in caches]
+        for _ in range(30):
+            plain, compressed = (each.next_batch() for each in batches)
+            assert all(torch.equal(plain[site], compressed[site]) for site in ("h.0", "h.1"))
+    chunks = [list(cache.chunks("held_out")) for cache in caches]
+    assert all(torch.equal(a.acts["h.0"], b.acts["h.0"]) for (a, _), (b, _) in zip(*chunks, strict=True))
+
+
+def test_settings_of_storing_are_checked(cache_source: LanguageModelSource, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="dtype: expected one of bf16, float32, int8, got 'int4'"):
+        write_cache(tmp_path / "c", cache_source, dtype="int4")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="compression: expected one of none, zstd, got 'gzip'"):
+        write_cache(tmp_path / "c", cache_source, compression="gzip")  # type: ignore[arg-type]
+    assert not (tmp_path / "c").exists()
+
+
+def test_without_zstandard_nothing_is_begun(
+    cache_source: LanguageModelSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with pytest.raises(MissingExtraError, match=r"needs the package 'zstandard', .* pip install 'flashsae\[hf\]'"):
+        write_cache(tmp_path / "c", cache_source, compression="zstd")
+    assert not (tmp_path / "c").exists()

@@ -87,7 +87,7 @@ def test_a_cache_that_is_not_complete_goes_on_as_it_was_begun_or_is_refused(
     monkeypatch.setattr(open_module, "SHARD_ROWS", 20)
     monkeypatch.setattr(open_module, "write_cache", functools.partial(open_module.write_cache, shard_rows=20))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flashsae.data.cache_writer._Writer.finish", interrupt)
+        patch.setattr("flashsae.data.shard_writer.ShardWriter.finish", interrupt)
         with pytest.raises(KeyboardInterrupt):
             prepare(begun_with).compute(lambda rows: None)
     before = {path: path.read_bytes() for path in acts.rglob("*") if path.is_file()}

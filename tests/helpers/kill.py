@@ -73,7 +73,7 @@ def survive_every_kill(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     *,
-    prepare: Callable[[Path], None] = lambda root: None,
+    prepare: Callable[[Path], object] = lambda root: None,
     work: Callable[[Path], None],
     after_kill: Callable[[Path], None] = lambda root: None,
 ) -> int:

@@ -2,7 +2,7 @@
 
     DIR/index.json                       what is in the cache, how far it got, where to go on, and checksums of all
     DIR/tokens/00000.safetensors         token_ids int32, group int64, position int32, each [n]
-    DIR/<hookpoint>/00000.safetensors    activations [n, d], bfloat16 or float32; @ stands for the colon of an input
+    DIR/<hookpoint>/00000.safetensors    activations [n, d], see data/stored.py; @ stands for the colon of an input
     DIR/tokenizer/                       to draw the text without the model
 
 A shard ends with the chunk that fills it, so its rows depend on nothing but the settings; the index names a shard
@@ -17,25 +17,24 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from flashsae.data.acts import Batch, check_finite, only_site
 from flashsae.data.cache_index import (
-    DTYPES,
+    INDEX_FILE,
     TOKENIZER_FOLDER,
     TOKENS_FOLDER,
     CacheIndex,
-    check_shard,
     check_tokenizer,
     has_index,
+    load_tokens,
     shard_path,
 )
 from flashsae.data.sources import Chunk, Cursor
 from flashsae.data.split import Split, split_mask
-from flashsae.documents import load_tensors
+from flashsae.data.stored import StoredRows
+from flashsae.data.window import Window
 from flashsae.errors import CheckpointError, ConfigError, DataError
 from flashsae.fingerprint import text_digest
 from flashsae.lm.hookpoints import OUTPUT
@@ -53,22 +52,31 @@ _THREADS = 4
 class ActivationCache:
     """A `RowSource` over a complete cache. Shards are mapped into memory, not loaded.
 
+    Any number of processes may read one, also from a file system that cannot be written to: nothing is locked. Where it
+    is extended meanwhile, all go on with what they opened.
+
     Args:
         directory: a folder that `data.cache_writer.write_cache` filled.
         hookpoint: which activations, or several of the same tokens; None where the cache has only one.
         held_out: fraction of the documents that training never sees.
+        must_be_complete: refuse a cache that is not; otherwise what is there so far is read.
     Raises:
         CheckpointError: no cache, an incomplete one, a damaged or truncated shard, another format version.
         ConfigError: the cache lacks the hookpoint, or has several and none is chosen.
     """
 
     def __init__(
-        self, directory: str | Path, hookpoint: str | Sequence[str] | None = None, held_out: float = 0.05
+        self,
+        directory: str | Path,
+        hookpoint: str | Sequence[str] | None = None,
+        held_out: float = 0.05,
+        *,
+        must_be_complete: bool = True,
     ) -> None:
         self.directory = expand(directory)
         self._held_out = check_held_out(held_out)
         self._index = index = CacheIndex.read(self.directory)
-        if not index.complete:
+        if must_be_complete and not index.complete:
             raise CheckpointError(
                 f"the activation cache {directory} is not complete ({index.rows} rows so far): finish it by "
                 "writing it again with the same settings; it goes on where it stopped."
@@ -79,19 +87,25 @@ class ActivationCache:
         self.dataset: str = index.settings["dataset"]
         self.hookpoints = self._choose(hookpoint)
         self.widths: dict[str, int] = {name: int(self.settings["hookpoints"][name]) for name in self.hookpoints}
-        self.dtype = DTYPES[index.settings["dtype"]]
+        layouts = {name: index.layout(name) for name in self.hookpoints}
+        self.dtype = layouts[self.hookpoints[0]].read_dtype
+        self.is_compressed = layouts[self.hookpoints[0]].compression != "none"
         self.n_rows = index.rows
         self.name = f"{directory} ({', '.join(self.hookpoints)})"
         self._starts = [0, *accumulate(shard.rows for shard in index.shards)]
         self._verified: set[tuple[str, int]] = set()
-        self._acts: dict[str, list[Tensor]] = {}
-        for name, width in self.widths.items():
-            if self.n_rows * width * self.dtype.itemsize > VERIFIED_BYTES:
-                self._verified |= {(name, number) for number in range(len(index.shards))}
+        self._acts: dict[str, list[StoredRows]] = {}
+        for name, layout in layouts.items():
             self._acts[name] = [
-                _map(shard_path(self.directory, name, number), (shard.rows, width), self.dtype)
+                StoredRows(shard_path(self.directory, name, number), layout, shard.rows)
                 for number, shard in enumerate(index.shards)
             ]
+            if sum(shard.file.size for shard in self._acts[name]) > VERIFIED_BYTES:
+                self._verified |= {(name, number) for number in range(len(index.shards))}
+        self._window = Window(self._read)
+        # what a longer cache would replace is taken now; activations are mapped, and stay as they are anyway
+        first = index.marks[0].shards if index.marks else len(index.shards)
+        self._kept = {number: self._load_tokens(number) for number in range(first, len(index.shards))}
 
     @staticmethod
     def is_complete(directory: str | Path) -> bool:
@@ -138,8 +152,18 @@ class ActivationCache:
 
     @property
     def rounded_away(self) -> float:
-        """What bfloat16 rounds away of the activations as the model gave them, as a fraction of their variance."""
+        """What is rounded away of the activations as the model gave them, as a fraction of their variance."""
         return max(map(self._index.rounded_away, self.hookpoints))
+
+    @property
+    def stored_bytes(self) -> int:
+        """Size of the activations on disk."""
+        return sum(shard.file.size for shards in self._acts.values() for shard in shards)
+
+    @property
+    def stored_as(self) -> str:
+        """Return how they lie there, in words."""
+        return str(self.settings["dtype"]) + (", compressed" if self.is_compressed else "")
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -182,16 +206,37 @@ class ActivationCache:
         wanted, order = index.cpu().sort(stable=True)  # each shard is visited once, and read forwards
         if len(wanted) and not 0 <= wanted[0] <= wanted[-1] < self.n_rows:
             raise DataError(f"{self.name} has rows 0 to {self.n_rows - 1}, got {wanted[0]} to {wanted[-1]}.")
-        bounds = torch.searchsorted(wanted, torch.tensor(self._starts, dtype=torch.int64, device="cpu")).tolist()
-        shards = [(n, low, high) for n, (low, high) in enumerate(pairwise(bounds)) if low < high]
         batch = {}
-        for name, width in self.widths.items():
-            self._verify(name, [n for n, _, _ in shards])
-            out = batch[name] = torch.empty(len(wanted), width, dtype=self.dtype, device="cpu")
-            for n, low, high in shards:
-                rows = self._acts[name][n].index_select(0, wanted[low:high] - self._starts[n])
-                out.index_copy_(0, order[low:high], rows)
+        for name in self.widths:
+            out = batch[name] = torch.empty(len(wanted), self.widths[name], dtype=self.dtype, device="cpu")
+            for place, rows in self._window.rows(name, wanted):
+                out.index_copy_(0, order[place], rows)
         return batch
+
+    def expect(self, index: Tensor) -> None:
+        """Be told which rows will be asked for next, in any order; those of a compressed cache are then held ready.
+
+        Args:
+            index: [n], int64. They are read when the first of them is asked for, in place of those of an earlier call.
+        """
+        if self.is_compressed:
+            self._window.expect(index)
+
+    def _read(self, name: str, wanted: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Yield rows from the disk, shard by shard: wanted [n], ascending -> which of them, and [m, d]."""
+        bounds = torch.searchsorted(wanted, torch.tensor(self._starts, dtype=torch.int64, device="cpu")).tolist()
+        shards = [(n, slice(low, high)) for n, (low, high) in enumerate(pairwise(bounds)) if low < high]
+        self._verify(name, [n for n, _ in shards])
+
+        def read(shard: tuple[int, slice]) -> tuple[slice, Tensor]:
+            n, place = shard
+            return place, self._acts[name][n].read(wanted[place] - self._starts[n])
+
+        if not self.is_compressed or len(shards) < 2:
+            yield from map(read, shards)
+            return
+        with ThreadPoolExecutor(_THREADS) as pool:
+            yield from pool.map(read, shards)
 
     def chunks(self, split: Split, cursor: Cursor | None = None) -> Iterator[tuple[Chunk, Cursor]]:
         """Yield one epoch of a split in the order of writing.
@@ -219,42 +264,17 @@ class ActivationCache:
                 yield chunk.select(split_mask(group, self._held_out, split)), {"row": end}
 
     def _tokens(self, number: int) -> dict[str, Tensor]:
-        self._verify(TOKENS_FOLDER, [number])
-        path = shard_path(self.directory, TOKENS_FOLDER, number)
-        tokens = load_tensors(path)
-        rows = self._index.shards[number].rows
-        expected = {"token_ids": torch.int32, "group": torch.int64, "position": torch.int32}
-        if {name: (tensor.dtype, list(tensor.shape)) for name, tensor in tokens.items()} != {
-            name: (dtype, [rows]) for name, dtype in expected.items()
-        }:
-            raise CheckpointError(f"{path} is damaged: it does not hold the {rows} tokens of the index.")
-        return tokens
+        """Return what is known of the tokens of a shard: `token_ids`, `group` and `position`, [n] each."""
+        return self._kept.get(number) or self._load_tokens(number)
 
-    def _verify(self, kind: str, numbers: list[int]) -> None:
-        """Compare shards with their checksums, each once."""
-        new = [number for number in numbers if (kind, number) not in self._verified]
+    def _load_tokens(self, number: int) -> dict[str, Tensor]:
+        return load_tokens(self.directory, self._index, number)
+
+    def _verify(self, name: str, numbers: list[int]) -> None:
+        """Compare the activations of shards with their checksums, each once."""
+        new = [number for number in numbers if (name, number) not in self._verified]
         if new:
+            sums = self._index.shards
             with ThreadPoolExecutor(min(_THREADS, len(new))) as pool:
-                list(pool.map(lambda number: check_shard(self.directory, self._index, kind, number), new))
-            self._verified |= {(kind, number) for number in new}
-
-
-def _map(path: Path, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """Map the activations of a shard. Copy on write: torch wants an array that may be written, and nothing here writes.
-
-    Raises:
-        CheckpointError: the file is missing, is truncated, or holds something else.
-    """
-    kind = {torch.bfloat16: "BF16", torch.float32: "F32"}[dtype]
-    try:
-        with safe_open(path, framework="pt") as file:  # its header was checked then, and that its length fits
-            tensor = file.get_slice("activations")
-            if (list(file.keys()), tensor.get_dtype(), tensor.get_shape()) != (["activations"], kind, list(shape)):
-                raise ValueError(f"expected {dtype} activations of shape {list(shape)}")
-        offset = path.stat().st_size - shape[0] * shape[1] * dtype.itemsize
-        integers = {2: np.int16, 4: np.int32}[dtype.itemsize]
-        return torch.from_numpy(np.memmap(path, integers, "c", offset, shape)).view(dtype)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(
-            f"cannot read the shard {path}: {error}. Write the cache again into another folder."
-        ) from error
+                list(pool.map(lambda n: self._acts[name][n].file.check(sums[n].crc32[name], INDEX_FILE), new))
+            self._verified |= {(name, number) for number in new}

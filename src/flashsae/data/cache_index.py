@@ -7,10 +7,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
+from torch import Tensor
 
+from flashsae.data.mapped import MappedTensors
+from flashsae.data.stored import Compression, Layout, StoredDtype
 from flashsae.documents import Checksum, crc32, load_document, write_document
 from flashsae.errors import CheckpointError
 from flashsae.files import refusal
@@ -20,7 +23,6 @@ from flashsae.schema import Count, Finite, Pattern, Range, Size, Text, parse
 INDEX_FILE = "index.json"
 TOKENS_FOLDER, TOKENIZER_FOLDER = "tokens", "tokenizer"
 """The folders of a cache that are not named after a hookpoint."""
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 FORMAT = "flashsae.activations"
 FORMAT_VERSION = 2
@@ -40,7 +42,7 @@ class CacheSettings:
         model, dataset: what they are called.
         model_fingerprint, text_fingerprint: what they are; "" where nobody knows.
         hookpoints: widths by hookpoint.
-        dtype: of the shards.
+        dtype, cache_compression: of the shards.
         context_length, mask_special, max_norm_ratio: how the text was read.
     """
 
@@ -49,15 +51,19 @@ class CacheSettings:
     model_fingerprint: Text
     text_fingerprint: Text
     hookpoints: dict[Hookpoint, Size]
-    dtype: Literal["bfloat16", "float32"]
+    dtype: StoredDtype
     context_length: Size
     mask_special: bool
     max_norm_ratio: Finite | None
+    cache_compression: Compression = "none"
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """What bfloat16 rounds away of the activations of a shard: Σ‖x − bfloat16(x)‖², beside Σ‖x − mean x‖²."""
+    """What is rounded away of the activations of a shard: Σ‖x − x̂‖², beside Σ‖x − mean x‖².
+
+    x̂ is x in bfloat16, also where all of x is kept in float32; in a cache in int8 it is what that gives again.
+    """
 
     lost: NotNegative = 0.0
     variance: NotNegative = 0.0
@@ -70,12 +76,30 @@ class Shard:
     Args:
         rows: tokens in it.
         crc32: checksum of each of its files, by hookpoint or `TOKENS_FOLDER`.
-        rounding: by hookpoint, where the model gave more than bfloat16.
+        rounding: by hookpoint, where the model gave more than bfloat16, or int8 is stored.
     """
 
     rows: Size
     crc32: dict[Hookpoint, Checksum]
     rounding: dict[Hookpoint, Rounding] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A place from which a cache can be extended.
+
+    Args:
+        shards: how many lie before it.
+        cursor: of the source, behind them; empty at the beginning.
+    """
+
+    shards: Count
+    cursor: dict[str, Count]
+
+    @property
+    def rows(self) -> int:
+        """Tokens before it."""
+        return self.cursor.get("rows", 0)
 
 
 @dataclass
@@ -88,6 +112,9 @@ class CacheIndex:
         cursor: of the source, behind the last shard; None before the first.
         complete: nothing is left to write.
         tokenizer: checksum of the folder; None before it is written.
+        marks: of a cache that ends at its `max_tokens`, ascending: the first one lies before the block of documents
+            that was cut there, so no longer cache would have been written otherwise up to it. None in others, and in
+            those of version 0.1.
     """
 
     settings: dict[Text, Any]
@@ -95,6 +122,18 @@ class CacheIndex:
     cursor: dict[str, Count] | None = None
     complete: bool = False
     tokenizer: Checksum | None = None
+    marks: list[Mark] | None = None
+
+    @staticmethod
+    def begun(settings: dict[str, Any]) -> CacheIndex:
+        """Return the index of a cache before its first shard."""
+        return CacheIndex(settings, marks=None if settings["max_tokens"] is None else [Mark(0, {})])
+
+    def layout(self, hookpoint: str) -> Layout:
+        """Return how the activations of a hookpoint are stored."""
+        settings = self.settings
+        width = int(settings["hookpoints"][hookpoint])
+        return Layout(width, settings["dtype"], settings.get("cache_compression", "none"))
 
     @property
     def rows(self) -> int:
@@ -102,7 +141,7 @@ class CacheIndex:
         return sum(shard.rows for shard in self.shards)
 
     def rounded_away(self, hookpoint: str) -> float:
-        """Return what bfloat16 rounds away, as a fraction of the variance within shards."""
+        """Return what is rounded away (see `Rounding`), as a fraction of the variance within shards."""
         parts = [shard.rounding.get(hookpoint, Rounding()) for shard in self.shards]
         lost, variance = sum(part.lost for part in parts), sum(part.variance for part in parts)
         return 0.0 if lost == 0.0 else lost / variance if variance else float("inf")
@@ -111,7 +150,10 @@ class CacheIndex:
         """Write index.json, whole or not at all; raises StorageError where the file system refuses."""
         version = installed_version("flashsae")
         head = {"format": FORMAT, "format_version": FORMAT_VERSION, "flashsae_version": version}
-        write_document(directory / INDEX_FILE, head | asdict(self))
+        content = head | asdict(self)
+        if self.marks is None:
+            del content["marks"]
+        write_document(directory / INDEX_FILE, content)
 
     @staticmethod
     def read(directory: Path) -> CacheIndex:
@@ -130,9 +172,18 @@ class CacheIndex:
         for number, shard in enumerate(index.shards):
             if shard.crc32.keys() != names:
                 raise CheckpointError(f"{path} is damaged: shards[{number}] lacks checksums. {_ADVICE}")
+        _check_marks(path, index)
         if index.complete and not index.shards:
             raise CheckpointError(f"{path} is damaged: it is called complete and has no shards. {_ADVICE}")
         return index
+
+
+def _check_marks(path: Path, index: CacheIndex) -> None:
+    """Raise CheckpointError where marks do not ascend to a shard that is there."""
+    if index.marks is not None:
+        shards = [mark.shards for mark in index.marks]
+        if not shards or sorted(set(shards)) != shards or shards[-1] > len(index.shards):
+            raise CheckpointError(f"{path} is damaged: its marks are those of other shards. {_ADVICE}")
 
 
 def has_index(directory: Path) -> bool:
@@ -143,6 +194,23 @@ def has_index(directory: Path) -> bool:
 def shard_path(directory: Path, kind: str, number: int) -> Path:
     """Return where a shard lies; `kind` is a hookpoint or `TOKENS_FOLDER`."""
     return directory / folder_of(kind) / f"{number:05d}.safetensors"
+
+
+def load_tokens(directory: Path, index: CacheIndex, number: int) -> dict[str, Tensor]:
+    """Return what is known of the tokens of a shard: `token_ids`, `group` and `position`, [n] each.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or holds what cannot be.
+    """
+    shard = index.shards[number]
+    kinds = {"token_ids": torch.int32, "group": torch.int64, "position": torch.int32}
+    file = MappedTensors(
+        shard_path(directory, TOKENS_FOLDER, number), {name: (dtype, (shard.rows,)) for name, dtype in kinds.items()}
+    )
+    file.check(shard.crc32[TOKENS_FOLDER], INDEX_FILE)
+    if any(int(file.tensors[name].min()) < 0 for name in ("token_ids", "position")):
+        raise file.damaged("it has negative token ids or positions")
+    return {name: tensor.clone() for name, tensor in file.tensors.items()}
 
 
 def check_shard(directory: Path, index: CacheIndex, kind: str, number: int) -> None:

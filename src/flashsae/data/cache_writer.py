@@ -7,40 +7,33 @@ from __future__ import annotations
 
 import json
 import shutil
-import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, cast
-
-import safetensors.torch
-import torch
-from torch import Tensor
+from typing import Any, Literal, get_args
 
 from flashsae.data.cache_index import (
-    DTYPES,
     INDEX_FILE,
     TOKENIZER_FOLDER,
     TOKENS_FOLDER,
     CacheIndex,
     CacheSettings,
-    Rounding,
-    Shard,
     folder_crc32,
-    shard_path,
 )
 from flashsae.data.language_model import LanguageModelSource
-from flashsae.data.sources import Chunk, Cursor
-from flashsae.errors import CheckpointError, ConfigError, DataError
-from flashsae.files import atomic_directory, clear_leftovers, only_one, storage_errors, write_atomic
+from flashsae.data.shard_writer import ShardWriter
+from flashsae.data.stored import Compression, Layout, StoredDtype
+from flashsae.errors import CheckpointError, ConfigError, DataError, require
+from flashsae.files import atomic_directory, clear_leftovers, only_one, storage_errors
 from flashsae.lm.hookpoints import folder_of
 from flashsae.schema import parse
 from flashsae.settings.kinds import expand
 from flashsae.settings.reading import defaults_of_later
 
-CacheDtype = Literal["bf16", "float32"]
+CacheDtype = Literal["bf16", "float32", "int8"]
 SHARD_ROWS = 32768
-DTYPE_NAMES: dict[str, str] = {"bf16": "bfloat16", "float32": "float32"}
+_NO_LIMIT = 2**62
+DTYPE_NAMES: dict[str, StoredDtype] = {"bf16": "bfloat16", "float32": "float32", "int8": "int8"}
 
 
 def write_cache(
@@ -50,9 +43,13 @@ def write_cache(
     shard_rows: int = SHARD_ROWS,
     max_tokens: int | None = None,
     dtype: CacheDtype = "bf16",
+    compression: Compression = "none",
     on_progress: Callable[[int], None] | None = None,
 ) -> None:
     """Write the activations of all documents of both splits; continue a cache that is not complete.
+
+    A cache that ended at its `max_tokens` is extended where more are asked for: it ends with the bytes of one that was
+    written at once. Meanwhile it cannot be opened; whoever has it open goes on reading what it was.
 
     Args:
         directory: new, empty, or a cache that is not complete, of the same settings; a complete one is left as it is.
@@ -62,7 +59,8 @@ def write_cache(
         shard_rows: least rows of a shard; that many rows of every hookpoint are held in memory.
         max_tokens: stop after so many rows; None reads the source to its end.
         dtype: of the activations on disk. bf16 rounds away what the index tells: little, unless their mean is far
-            larger than their spread.
+            larger than their spread. int8 rounds away more, and the same of any (see `data/stored.py`).
+        compression: of the activations on disk: "none" or "zstd".
         on_progress: called with the rows so far after each forward; those of an earlier call count.
     Raises:
         ConfigError: shard_rows or max_tokens is not positive, a hookpoint's name is taken by a folder of ours, or is
@@ -72,9 +70,10 @@ def write_cache(
         StorageError: the file system refused; another call continues the cache.
     """
     directory = expand(directory)
-    settings = cache_settings(source, shard_rows, max_tokens, dtype)
-    with storage_errors(directory):
-        directory.mkdir(parents=True, exist_ok=True)
+    settings = cache_settings(source, shard_rows, max_tokens, dtype, compression)
+    if not directory.is_dir():
+        with storage_errors(directory):
+            directory.mkdir(parents=True, exist_ok=True)
     with only_one(directory, wait=True):  # another run may be writing the very same cache: then it is there for both
         _write(directory, source, settings, on_progress)
 
@@ -94,17 +93,35 @@ def _write(
             source.tokenizer.save_pretrained(aside)
         index.tokenizer = folder_crc32(directory / TOKENIZER_FOLDER)
         index.write(directory)
-    writer = _Writer(directory, index, shard_rows)
+    writer = ShardWriter(directory, index, shard_rows)
     n_rows = index.rows
-    for chunk, cursor in source.chunks(None, index.cursor, max_tokens):
+    # always with a limit, beside which inputs without a token to keep are not counted: a cursor means one thing
+    for chunk, cursor in source.chunks(None, index.cursor, _NO_LIMIT if max_tokens is None else max_tokens):
         n_rows += writer.add(chunk, cursor)
         if on_progress is not None:
             on_progress(n_rows)
     writer.finish()
 
 
+def cache_bytes(widths: Mapping[str, int], rows: int, dtype: CacheDtype) -> int:
+    """Return the size of the activations of a cache, before they are compressed.
+
+    Args:
+        widths: by hookpoint.
+        rows: tokens.
+        dtype: as it is asked for.
+    """
+    layouts = [Layout(width, DTYPE_NAMES[dtype]) for width in widths.values()]
+    shards = -(-rows // SHARD_ROWS)
+    return sum(rows * layout.row_bytes + shards * layout.shard_bytes for layout in layouts)
+
+
 def cache_settings(
-    source: LanguageModelSource, shard_rows: int, max_tokens: int | None, dtype: CacheDtype
+    source: LanguageModelSource,
+    shard_rows: int,
+    max_tokens: int | None,
+    dtype: CacheDtype,
+    compression: Compression = "none",
 ) -> dict[str, Any]:
     """Return what decides the bytes of a cache, as its index holds it; arguments and errors as `write_cache`."""
     for name, value in (("shard_rows", shard_rows), ("max_tokens", max_tokens)):
@@ -112,6 +129,10 @@ def cache_settings(
             raise ConfigError(f"{name}: expected at least 1, got {value}.")
     if dtype not in DTYPE_NAMES:
         raise ConfigError(f"dtype: expected one of {', '.join(DTYPE_NAMES)}, got {dtype!r}.")
+    if compression not in get_args(Compression):
+        raise ConfigError(f"compression: expected one of {', '.join(get_args(Compression))}, got {compression!r}.")
+    if compression == "zstd":
+        require("zstandard", "hf")  # now, not when the first shard is full
     taken = sorted({TOKENS_FOLDER, TOKENIZER_FOLDER}.intersection(source.hookpoints))
     if taken:
         raise ConfigError(f"hookpoints: a cache has a folder {taken[0]!r} of its own; leave that module out.")
@@ -128,6 +149,8 @@ def cache_settings(
         "max_tokens": max_tokens,
         "shard_rows": shard_rows,
     }
+    if compression != "none":
+        settings["cache_compression"] = compression
     try:
         parse(CacheSettings, settings, "", "")
     except CheckpointError as error:
@@ -144,25 +167,52 @@ def _begin(directory: Path, settings: dict[str, Any]) -> CacheIndex:
             f"{directory} holds other files and no index.json: it is no activation cache. Choose a new folder."
         )
     if not foreign:
-        CacheIndex(settings).write(directory)
+        CacheIndex.begun(settings).write(directory)
     index = CacheIndex.read(directory)
     differences = changes(index.settings, settings)
+    if extends(index, settings):
+        index, differences = _extended(index, settings), []
+        index.write(directory)
     if differences and not index.shards:  # nothing was written yet, so nothing is lost
         with storage_errors(directory):
             for kind in (TOKENS_FOLDER, TOKENIZER_FOLDER, *index.settings["hookpoints"]):
                 shutil.rmtree(directory / folder_of(kind), ignore_errors=True)
-        index, differences = CacheIndex(settings), []
+        index, differences = CacheIndex.begun(settings), []
         index.write(directory)
     if differences:
         raise DataError(
             f"the activation cache {directory} was written with other settings: {'; '.join(differences)}. Use the same "
             "settings, choose another folder, or remove that one."
         )
+    if index.complete:  # perhaps on a disk that cannot be written to
+        return index
     clear_leftovers(directory)
     with storage_errors(directory):
         for kind in (TOKENS_FOLDER, *settings["hookpoints"]):
             (directory / folder_of(kind)).mkdir(exist_ok=True)
     return index
+
+
+def extends(index: CacheIndex, settings: dict[str, Any]) -> bool:
+    """Tell whether settings ask for the same cache with more tokens, and it is one that can be extended."""
+    there, wanted = index.settings.get("max_tokens"), settings["max_tokens"]
+    if index.marks is None or not isinstance(there, int) or (wanted is not None and wanted <= there):
+        return False
+    return not changes({**index.settings, "max_tokens": wanted}, settings)
+
+
+def _extended(index: CacheIndex, settings: dict[str, Any]) -> CacheIndex:
+    """Return the index from which more tokens are written, with the shards that stay as they are.
+
+    Where the tokens ended, the last block of documents was cut in reading order, which left out others than its last
+    ones in the order of writing. So what was written of it is written anew.
+    """
+    marks = index.marks or []
+    longer = replace(index, settings=settings, marks=None if settings["max_tokens"] is None else marks[:1])
+    if index.complete and index.rows < index.settings["max_tokens"]:  # the text ended before
+        return longer
+    first = marks[0]
+    return replace(longer, shards=index.shards[: first.shards], cursor=first.cursor or None, complete=False)
 
 
 def changes(there: dict[str, Any], here: dict[str, Any], is_here: str = " and {!r} here") -> list[str]:
@@ -187,95 +237,3 @@ def changes(there: dict[str, Any], here: dict[str, Any], is_here: str = " and {!
 
 def _last(place: str) -> str:
     return Path(place).name
-
-
-class _Writer:
-    """Gathers chunks and writes a shard when it has enough."""
-
-    def __init__(self, directory: Path, index: CacheIndex, shard_rows: int) -> None:
-        self._directory = directory
-        self._index = index
-        self._shard_rows = shard_rows
-        self._dtype = DTYPES[index.settings["dtype"]]
-        self._begin_shard()
-
-    def _begin_shard(self) -> None:
-        self._waiting: list[Chunk] = []
-        self._n_waiting = 0
-        self._rounding = {name: _Spread() for name in self._index.settings["hookpoints"]}
-
-    def add(self, chunk: Chunk, cursor: Cursor) -> int:
-        """Take the tokens of one forward and the cursor behind them; return how many they are."""
-        for name, acts in chunk.acts.items():
-            if acts.dtype != torch.bfloat16:
-                self._rounding[name].update(acts)
-        stored = {name: acts.to("cpu", self._dtype) for name, acts in chunk.acts.items()}
-        n_rows = len(chunk.group)
-        self._waiting.append(replace(chunk, acts=stored))
-        self._n_waiting += n_rows
-        self._cursor = cursor
-        if self._n_waiting >= self._shard_rows:
-            self._flush()
-        return n_rows
-
-    def _flush(self) -> None:
-        number = len(self._index.shards)
-        sums = {
-            TOKENS_FOLDER: self._save(
-                TOKENS_FOLDER,
-                number,
-                {
-                    "token_ids": torch.cat([cast(Tensor, chunk.token_ids) for chunk in self._waiting]),
-                    "group": torch.cat([chunk.group for chunk in self._waiting]),
-                    "position": torch.cat([cast(Tensor, chunk.position) for chunk in self._waiting]),
-                },
-            )
-        }
-        for name in self._rounding:
-            acts = torch.cat([chunk.acts[name] for chunk in self._waiting])
-            sums[name] = self._save(name, number, {"activations": acts})
-        rounding = {name: Rounding(spread.lost, spread.variance) for name, spread in self._rounding.items()}
-        self._index.shards.append(Shard(self._n_waiting, sums, rounding))
-        self._index.cursor = self._cursor
-        self._index.write(self._directory)
-        self._begin_shard()
-
-    def _save(self, kind: str, number: int, tensors: dict[str, Tensor]) -> int:
-        data = safetensors.torch.save(tensors)
-        write_atomic(shard_path(self._directory, kind, number), data)
-        return zlib.crc32(data)
-
-    def finish(self) -> None:
-        """Write what waits and mark the cache complete."""
-        if self._n_waiting:
-            self._flush()
-        if not self._index.shards:
-            raise DataError(f"{self._index.settings['dataset']} gives no token to cache; give more text.")
-        self._index.complete = True
-        self._index.write(self._directory)
-
-
-class _Spread:
-    """What bfloat16 rounds away of activations, and their variance, summed in float64 chunk by chunk.
-
-    Source: Chan, Golub and LeVeque 1979, for variances of parts.
-    """
-
-    def __init__(self) -> None:
-        self.lost = self.variance = 0.0
-        self._rows = 0
-        self._mean = torch.zeros(0, dtype=torch.float32, device="cpu")
-
-    def update(self, x: Tensor) -> None:
-        """Add a chunk: [n, d]."""
-        if len(x) == 0:
-            return
-        x64 = x.double()
-        mean = x64.mean(0)
-        self.lost += (x64 - x.bfloat16().double()).square().sum().item()
-        self.variance += (x64 - mean).square().sum().item()
-        if self._rows:
-            share = len(x) / (self._rows + len(x))
-            self.variance += (mean - self._mean).square().sum().item() * self._rows * share
-            mean = self._mean + (mean - self._mean) * share
-        self._rows, self._mean = self._rows + len(x), mean

@@ -7,11 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from flashsae.data.cache import ActivationCache
 from flashsae.data.cache_index import INDEX_FILE, CacheIndex, has_index
-from flashsae.data.cache_writer import DTYPE_NAMES, changes
+from flashsae.data.cache_writer import DTYPE_NAMES, changes, extends
 from flashsae.errors import CheckpointError, ConfigError, DataError, MissingExtraError
 from flashsae.lm.hookpoints import OUTPUT, alternatives, in_order, match_hookpoints
 from flashsae.lm.weights import model_fingerprint
@@ -21,7 +19,7 @@ from flashsae.text.dataset import TextDataset
 from flashsae.text.open import open_text
 
 MOST_ROUNDED = 1e-3
-"""Fraction of the variance that a bfloat16 cache may round away without a warning: a hundredth of a usual FVU."""
+"""Fraction of the variance that a cache may round away without a warning: a hundredth of a usual FVU."""
 BASE_MODEL_PREFIXES = frozenset(
     """
     albert bert biogpt codegen data2vec_text deberta distilbert electra ernie esm gpt_neox gte language_model led
@@ -64,7 +62,8 @@ def check_unfinished(place: Path, wanted: dict[str, Any]) -> None:
         return
     index = CacheIndex.read(place)
     differences = changes({name: index.settings[name] for name in wanted if name in index.settings}, wanted)
-    if differences and index.shards:  # without shards it is written anew
+    is_longer = "max_tokens" in wanted and extends(index, wanted)
+    if differences and index.shards and not is_longer:  # without shards it is written anew
         raise _not_complete(place, index, f": {'; '.join(differences)}")
 
 
@@ -118,6 +117,8 @@ def check_asked(config: ActivationsConfig, place: Path) -> ActivationsConfig:
     asked, told = config.of_tokens(whole=True), given(config)
     if "cache_dtype" in told:
         asked["dtype"] = DTYPE_NAMES[config.cache_dtype]
+    if "cache_compression" in told:
+        asked["cache_compression"] = config.cache_compression
     if told.get("model_dtype", "auto") != "auto":
         asked["model_dtype"] = config.model_dtype
     if "dataset" in told:
@@ -168,9 +169,15 @@ def held_hookpoints(pattern: str, held: Sequence[str]) -> list[str]:
 
 
 def rounding_warning(cache: ActivationCache) -> str | None:
-    """Return a sentence where bfloat16 rounds away more of the activations than may go unnoticed, else None."""
-    if cache.dtype != torch.bfloat16 or cache.rounded_away <= MOST_ROUNDED:
+    """Return a sentence where a cache rounds away more of the activations than may go unnoticed, else None."""
+    dtype = cache.settings["dtype"]
+    if dtype == "float32" or cache.rounded_away <= MOST_ROUNDED:
         return None
+    if dtype == "int8":
+        return (
+            f"of the activations at {', '.join(cache.hookpoints)} int8 rounds away {cache.rounded_away:.1%} of the "
+            "variance, which neither training nor figures will see. Cache them anew with --cache-dtype bf16 or float32."
+        )
     return (
         f"the activations at {', '.join(cache.hookpoints)} have a mean so much larger than their spread that bfloat16 "
         f"rounds away {cache.rounded_away:.1%} of their variance, which neither training nor figures will see. Cache "

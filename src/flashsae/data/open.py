@@ -8,13 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from flashsae.data.acts import X
 from flashsae.data.arrangement import arrange, spread
 from flashsae.data.cache import VERIFIED_BYTES, ActivationCache
 from flashsae.data.cache_index import FORMAT_VERSION
-from flashsae.data.cache_writer import SHARD_ROWS, cache_settings, write_cache
+from flashsae.data.cache_writer import SHARD_ROWS, cache_bytes, cache_settings, write_cache
 from flashsae.data.existing import (
     check_asked,
     check_unfinished,
@@ -130,13 +128,14 @@ def prepare_activations(
     source = LanguageModelSource(config, text, held_out=config.held_out, device=device)
     saes = arrange(config.hookpoint, source.hookpoints, sites)
     if named is not None:
-        wanted = cache_settings(source, SHARD_ROWS, rows, config.cache_dtype)
+        wanted = cache_settings(source, SHARD_ROWS, rows, config.cache_dtype, config.cache_compression)
         check_unfinished(named, {**defaults_of_later(), **wanted})
-    size = (4 if config.cache_dtype == "float32" else 2) * rows * sum(source.widths.values())
+    size = cache_bytes(source.widths, rows, "bf16" if config.stream else config.cache_dtype)
     is_too_large = config.stream is None and named is None and size > LARGEST_DEFAULT_CACHE
     if place is None or is_too_large:
         # so that a part of a run whose cache would be too large is streamed too, were it small enough by itself
-        streamed = replace(config, stream=True, cache_dtype=None)  # type: ignore[arg-type]  # left open
+        left_open: dict[str, Any] = {"cache_dtype": None, "cache_compression": None}
+        streamed = replace(config, stream=True, **left_open)
         return _streamed(streamed, source, saes)
     return _to_be_cached(config, source, place, rows, size, sites)
 
@@ -149,10 +148,10 @@ def _cached(config: ActivationsConfig, place: Path, sites: Sequence[str]) -> Pre
     warnings = tuple(filter(None, map(rounding_warning, caches.values())))
     ready = Activations(dict(caches), first.read_tokenizer, warnings)
     widths = {name: cache.widths for name, cache in caches.items()}
-    size = first.dtype.itemsize * first.n_rows * sum(width for each in widths.values() for width in each.values())
-    told = f"{first.dataset}: {first.n_rows:,} tokens, cached in {place} as {str(first.dtype).removeprefix('torch.')}"
+    size = sum(cache.stored_bytes for cache in caches.values())
+    told = f"{first.dataset}: {first.n_rows:,} tokens, cached in {place} as {first.stored_as}"
     lost = max(cache.rounded_away for cache in caches.values())
-    if first.dtype == torch.bfloat16 and lost:
+    if first.settings["dtype"] != "float32" and lost:
         told += f", which rounds away {lost:.1g} of the variance"
     if size > len(caches) * VERIFIED_BYTES:
         told += "; too large to be verified at each run: flashsae cache --verify"
@@ -184,7 +183,7 @@ def _to_be_cached(
     """Return the activations of a cache that is yet to be written."""
 
     def write_and_open(on_progress: Progress) -> Activations:
-        write_cache(place, source, max_tokens=rows, dtype=config.cache_dtype, on_progress=on_progress)
+        write_cache(place, source, max_tokens=rows, **_storing(config), on_progress=on_progress)
         return _cached(config, place, sites).compute(on_progress)
 
     told = f"{source.text.name}, to be cached in {place}: {rows:,} tokens at most"
@@ -209,14 +208,20 @@ def cache_activations(
     check_splits(text, None)
     held_out = ActivationsConfig.held_out if config.pack else 0.0
     source = LanguageModelSource(config, text, held_out=held_out, device=device)
-    write_cache(place, source, max_tokens=max_tokens, dtype=config.cache_dtype, on_progress=on_progress)
+    write_cache(place, source, max_tokens=max_tokens, **_storing(config), on_progress=on_progress)
     return tuple(filter(None, (rounding_warning(ActivationCache(place, name)) for name in source.hookpoints)))
+
+
+def _storing(config: ReadingConfig) -> dict[str, Any]:
+    return {"dtype": config.cache_dtype, "compression": config.cache_compression}
 
 
 def _cache_name(config: ActivationsConfig, text: TextDataset, rows: int, device: str) -> str:
     """Return a folder name that differs wherever the cached bytes would, also between bfloat16 and float32 models."""
     what = (model_fingerprint(config.model), text.fingerprint, config.hookpoint, str(dtype_of_model(config, device)))
-    of_cache = (rows, config.cache_dtype, FORMAT_VERSION, *([config.held_out] if config.pack else []))
+    later: list[Any] = [config.held_out] if config.pack else []
+    later += [] if config.cache_compression == "none" else [config.cache_compression]
+    of_cache = (rows, config.cache_dtype, FORMAT_VERSION, *later)
     return f"{run_name(config)}-{text_digest([repr(sorted(config.of_tokens().items())), repr((what, of_cache))])[:8]}"
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flashsae.data.acts import Batch, is_finite, what_is_not_finite
 from flashsae.data.batches import ADVICE, PLACE, OnFill, State, check_identity, generator_of
-from flashsae.data.sources import RowSource, identity_of
+from flashsae.data.sources import RowSource, announce, identity_of
 from flashsae.errors import CheckpointError, DataError
 from flashsae.schema import Count, parse
 
@@ -73,7 +73,9 @@ class RowShuffle:
         mixed = torch.randperm(
             len(places), generator=generator_of(self._seed, self._epoch, self._window), dtype=torch.int64, device="cpu"
         )
-        return self._rows[places[mixed]]
+        rows = self._rows[places[mixed]]
+        announce(self._source, rows)
+        return rows
 
     def _advance(self) -> None:
         self._window, self._offset = self._window + 1, 0

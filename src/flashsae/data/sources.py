@@ -113,6 +113,13 @@ def identity_of(source: Source) -> dict[str, Any]:
     return dict(getattr(source, "identity", {}))
 
 
+def announce(source: RowSource, index: Tensor) -> None:
+    """Tell a source which rows will be asked for next, if it wants to know: it may have a method `expect`."""
+    expect = getattr(source, "expect", None)
+    if expect is not None:
+        expect(index)
+
+
 class ArraySource:
     """Activations in one tensor, numpy array or memory-mapped array, or in one a site; each row is its own group.
 
