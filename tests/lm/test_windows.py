@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from itertools import pairwise
 from types import ModuleType
 
@@ -11,6 +12,7 @@ import torch
 
 from flashsae.data.language_model import LanguageModelSource
 from flashsae.errors import ConfigError, DataError
+from flashsae.lm.windows import Windows
 from flashsae.text.open import open_text
 
 
@@ -98,6 +100,16 @@ def test_the_first_positions_and_some_ids_can_be_left_out(tiny: ModuleType) -> N
     keep = (position >= 2) & (ids != 3) & (ids != 5)
     assert 0 < int(keep.sum()) < len(keep)
     assert tiny.same(plain.select(keep), chosen)
+
+
+def test_what_the_model_reads_by_default_is_what_caches_and_runs_were_made_of(tiny: ModuleType) -> None:
+    config = dataclasses.replace(tiny.SMALL, skip_first=3, exclude_ids=(5,)).filled()
+    windows = Windows(tiny.word_tokenizer(bos=True), config, 64)
+    digest = hashlib.sha256()
+    for batch in windows.batches(list(enumerate(tiny.DOCUMENTS))):
+        for tensor in (batch.ids, batch.attention, batch.keep, batch.documents, batch.order):
+            digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode() + tensor.contiguous().numpy().tobytes())
+    assert digest.hexdigest()[:16] == "63c812c87e1977c5"
 
 
 @pytest.mark.parametrize("adds", [False, True])
