@@ -211,7 +211,9 @@ def test_a_damaged_checkpoint_is_refused_and_the_way_out_is_named(
 def test_a_cache_that_does_not_match_is_refused(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cache = tmp_path / "acts"
     assert _main("cache", "minilm", text, "--hookpoint", "encoder.layer.0", "--out", cache) == 0
-    assert f"flashsae train --activations {cache}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "inputs: 256 tokens, documents apart, [CLS] at each, [SEP] behind each; of the tokens read " in printed
+    assert f"flashsae train --activations {cache}" in printed
     common = ("--activations", cache, "--tokens", "512", "--batch-tokens", "64", "--no-report")
     message = _error(capsys, "train", "minilm", *common, "--context-length", "32", "--run", tmp_path / "a")
     assert "context_length is 256 there, 32 was asked for" in message

@@ -190,8 +190,14 @@ def cache(
     place = str(resolve_device(device))
     bar = StageBar(console, "activations", "tokens")
     bar.start(0, max_tokens)
+
+    def on_inputs(told: str) -> None:
+        console.print(f"inputs: {told}", highlight=False, soft_wrap=True, markup=False)
+
     try:
-        warnings = cache_activations(reading, out, max_tokens=max_tokens, device=place, on_progress=bar.update)
+        warnings = cache_activations(
+            reading, out, max_tokens=max_tokens, device=place, on_progress=bar.update, on_inputs=on_inputs
+        )
     except KeyboardInterrupt:
         bar.stop()
         console.print("\nStopped. The same command continues it.", highlight=False)

@@ -194,10 +194,18 @@ def _to_be_cached(
 
 
 def cache_activations(
-    config: ReadingConfig, place: Path, *, max_tokens: int | None, device: str, on_progress: Progress | None = None
+    config: ReadingConfig,
+    place: Path,
+    *,
+    max_tokens: int | None,
+    device: str,
+    on_progress: Progress | None = None,
+    on_inputs: Callable[[str], None] | None = None,
 ) -> tuple[str, ...]:
     """Write a cache, or continue one: see `write_cache`. Arguments as for `prepare_activations`.
 
+    Args:
+        on_inputs: called with what the model is to read, in words, before it does.
     Returns:
         sentences on what may spoil results.
     """
@@ -208,6 +216,8 @@ def cache_activations(
     check_splits(text, None)
     held_out = ActivationsConfig.held_out if config.pack else 0.0
     source = LanguageModelSource(config, text, held_out=held_out, device=device)
+    if on_inputs is not None:
+        on_inputs(source.inputs_in_words())
     write_cache(place, source, max_tokens=max_tokens, **_storing(config), on_progress=on_progress)
     return tuple(filter(None, (rounding_warning(ActivationCache(place, name)) for name in source.hookpoints)))
 
