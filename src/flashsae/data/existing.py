@@ -187,5 +187,5 @@ def rounding_warning(cache: ActivationCache) -> str | None:
 
 def open_configured_text(config: ReadingConfig) -> TextDataset:
     """Open the text that settings name."""
-    given = {"split": config.text_split, "column": config.text_column, "subset": config.text_subset}
+    given: dict[str, Any] = {"split": config.text_split, "column": config.text_column, "subset": config.text_subset}
     return open_text(config.dataset, **{name: value for name, value in given.items() if value is not None})

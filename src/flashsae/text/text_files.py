@@ -1,4 +1,4 @@
-"""Documents in local files: which files a path stands for, and how each kind is cut into documents."""
+"""Which files a path stands for: those of text in a folder or a pattern, and those of a split."""
 
 from __future__ import annotations
 
@@ -6,39 +6,73 @@ import functools
 import glob
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from flashsae.errors import ConfigError, DataError, FlashSAEError, require
+from flashsae.errors import ConfigError, DataError
 from flashsae.settings.run import CONFIG_FILE
 from flashsae.settings.toml import SEAL
+from flashsae.text.readers import KINDS
+from flashsae.text.streams import COMPRESSIONS, is_compressed, kind_of
+from flashsae.text.token_files import TOKEN_KINDS
 
 
 def find_files(path: Path) -> list[Path]:
     """Return the files of text that a file, a folder or a glob pattern stands for, in the order of their names.
 
-    Runs, caches and saved SAEs in folders below are left out: they are no text, and come and go.
+    Runs, caches and saved SAEs in folders below are left out: they are no text, and come and go. Files of token ids
+    are taken where there are no others.
+
+    Raises:
+        DataError: there is no such file, or none that can be read.
     """
-    known = ", ".join(READERS)
     if path.is_file():
-        if path.suffix.lower() not in READERS:
-            raise DataError(f"{path}: cannot read a '{path.suffix}' file as text; expected one of {known}.")
-        return [path]
-    found = _visible(path) if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
+        kind = kind_of(path)
+        if kind not in ALL_KINDS:
+            raise DataError(f"{path}: cannot read a '{path.suffix}' file as text; expected one of {_known()}.")
+        return _checked([path])
+    found = _visible(path) if path.is_dir() else _matches(path)
     root = next(folder for folder in (path, *path.parents) if not glob.has_magic(str(folder)))
     is_ours = functools.cache(_is_ours)
-    visible = (
+    visible = [
         file
         for file in found
         if "__MACOSX" not in file.parts  # what that system adds to archives
+        and kind_of(file) in ALL_KINDS
+        and file.is_file()
         and not any(is_ours(folder) for folder in file.parents if root in folder.parents)
-    )
-    files = sorted(file for file in visible if file.is_file() and file.suffix.lower() in READERS)
+    ]
+    left_out = _Beside()
+    files = sorted(file for file in visible if kind_of(file) in KINDS and not left_out.has(file))
+    files = files or sorted(file for file in visible if kind_of(file) in TOKEN_KINDS)
     if not files:
-        what = f"it holds no file ending in {known}" if path.is_dir() else "no such file, folder or match"
+        what = f"it holds no file ending in {_known()}" if path.is_dir() else "no such file, folder or match"
         raise DataError(f"text {str(path)!r}: {what}. Check the path (relative paths start at {Path.cwd()}).")
+    return _checked(files)
+
+
+ALL_KINDS = (*KINDS, *TOKEN_KINDS)
+
+
+def _known() -> str:
+    return f"{', '.join(ALL_KINDS)} (texts and tables also with {' or '.join(COMPRESSIONS)})"
+
+
+def _checked(files: list[Path]) -> list[Path]:
+    """Return files of which none is only a stand-in of git, or compressed in a way that it cannot be read in."""
+    for file in files:
+        kind = kind_of(file)
+        packed = KINDS[kind].packed if kind in KINDS else ()
+        if is_compressed(file) and file.suffix.lower() not in packed:
+            raise DataError(f"{file}: a {kind} file cannot be read while it is compressed; unpack it first.")
+        if _beginning(file).startswith(_LFS_POINTER):
+            raise DataError(
+                f"{file} is a pointer of git LFS, not the data: run git lfs pull in the folder of the repository."
+            )
     return files
+
+
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def _visible(folder: Path) -> Iterator[Path]:
@@ -46,6 +80,52 @@ def _visible(folder: Path) -> Iterator[Path]:
     for file in folder.rglob("*"):
         if not any(part.startswith(".") for part in file.relative_to(folder).parts):
             yield file
+
+
+def _matches(pattern: Path) -> Iterator[Path]:
+    """Yield what a glob pattern matches; ** goes into no folder by a link, which may lead in a circle."""
+    root = next(folder for folder in (pattern, *pattern.parents) if not glob.has_magic(str(folder)))
+    wanted = pattern.relative_to(root)
+    if wanted == Path():
+        return
+    if wanted.name == "**":  # of which pathlib thinks that only folders are meant
+        wanted = wanted / "*"
+    names_hidden = any(part.startswith(".") for part in wanted.parts)
+    for file in root.glob(str(wanted)):
+        if names_hidden or not any(part.startswith(".") for part in file.relative_to(root).parts):
+            yield file
+
+
+class _Beside:
+    """Knows which files of a data set stand beside its data."""
+
+    def __init__(self) -> None:
+        self._in_state = functools.cache(_in_state)
+        self._is_clone = functools.cache(_is_clone)
+
+    def has(self, file: Path) -> bool:
+        """Tell whether a file only tells of a data set, or is none of those that its folder says it has."""
+        if file.name in _METADATA or (self._in_state(file.parent) or {file.name}).isdisjoint({file.name}):
+            return True
+        return Path(file.stem).stem.lower() in _ABOUT and self._is_clone(file.parent)
+
+
+_METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json"}
+_ABOUT = {"readme", "license", "licence", "notice", "citation", "requirements", "changelog"}
+"""What people write about the contents of a repository."""
+
+
+def _in_state(folder: Path) -> set[str] | None:
+    """Return the files of a data set that datasets.save_to_disk wrote; None where there is no such."""
+    try:
+        state = json.loads((folder / "state.json").read_bytes())
+        return {str(each["filename"]) for each in state["_data_files"]}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _is_clone(folder: Path) -> bool:
+    return (folder / ".gitattributes").is_file() or (folder / ".git").exists()
 
 
 def _is_ours(folder: Path) -> bool:
@@ -107,103 +187,3 @@ def _words(path: Path) -> set[str]:
     """Return the words in the name of a file and of its folders."""
     own = path.parts if not path.is_absolute() else path.parts[-1:]
     return {word for part in own for word in re.split(r"[^a-z]+", part.lower()) if word}
-
-
-def _read_txt(file: Path, column: str) -> Iterator[str]:
-    paragraph: list[str] = []
-    for _, line in _lines(file):
-        if line.strip():
-            paragraph.append(line)
-        elif paragraph:
-            yield "".join(paragraph).strip("\n")
-            paragraph = []
-    if paragraph:
-        yield "".join(paragraph).strip("\n")
-
-
-def _lines(file: Path) -> Iterator[tuple[int, str]]:
-    try:
-        with open(file, encoding="utf-8-sig") as stream:  # some editors begin a file with a byte order mark
-            yield from enumerate(stream, start=1)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file} is not UTF-8 text ({error.reason}); convert it to UTF-8.") from error
-    except OSError as error:
-        raise DataError(f"cannot read {file}: {error.strerror}. Check the file and its permissions.") from error
-
-
-def _read_json_lines(file: Path, column: str) -> Iterator[str]:
-    for number, line in _lines(file):
-        if line.strip():
-            yield field_of(_parse(line, f"{file}, line {number}"), column, f"{file}, line {number}")
-
-
-def _read_json(file: Path, column: str) -> Iterator[str]:
-    """Read one JSON list of objects or strings; a file that starts otherwise holds JSON lines."""
-    first = next((line.lstrip() for _, line in _lines(file) if line.strip()), "")
-    if not first.startswith("["):
-        yield from _read_json_lines(file, column)
-        return
-    rows = _parse("".join(line for _, line in _lines(file)), str(file))
-    for number, row in enumerate(rows):
-        yield row if isinstance(row, str) else field_of(row, column, f"{file}, entry {number}")
-
-
-def _parse(source: str, where: str) -> Any:
-    try:
-        return json.loads(source)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} is not JSON ({error}); repair it or take it out.") from error
-
-
-def _read_parquet(file: Path, column: str) -> Iterator[str]:
-    parquet = require("pyarrow.parquet", "hf")
-    try:
-        with parquet.ParquetFile(file) as table:
-            if column not in table.schema_arrow.names:
-                raise _missing_column(column, table.schema_arrow.names, str(file))
-            for batch in table.iter_batches(columns=[column], batch_size=1024):
-                for text in batch.column(0).to_pylist():
-                    yield _text(text, column, str(file))
-    except FlashSAEError:
-        raise
-    except Exception as error:  # pyarrow's errors have no common base
-        raise DataError(f"{file} is no parquet file, or a damaged one: {first_line(error)}") from error
-
-
-READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
-    ".txt": _read_txt,
-    ".jsonl": _read_json_lines,
-    ".json": _read_json,
-    ".parquet": _read_parquet,
-}
-
-
-def field_of(row: Any, column: str, where: str) -> str:
-    """Return the text in a row of a data set; an absent value is an empty text. Raises DataError naming `where`."""
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: expected an object with the field {column!r}, got {type(row).__name__}.")
-    if column not in row:
-        raise _missing_column(column, row, where)
-    return _text(row[column], column, where)
-
-
-def _text(value: Any, column: str, where: str) -> str:
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise DataError(
-            f"{where}: column {column!r} should hold text, got {type(value).__name__}; choose another column."
-        )
-    return value
-
-
-def _missing_column(column: str, columns: Iterable[str], where: str) -> DataError:
-    names = ", ".join(map(repr, columns)) or "no column at all"
-    return DataError(
-        f"{where}: there is no column {column!r}; it has {names}. Name the right one with --text-column (column=)."
-    )
-
-
-def first_line(error: Exception) -> str:
-    """Return what an error of somebody else's says first, as a sentence."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".") + "."

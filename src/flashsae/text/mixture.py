@@ -1,0 +1,82 @@
+"""Several texts read as one, each with its share of the characters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flashsae.errors import ConfigError
+from flashsae.fingerprint import text_digest
+from flashsae.text.dataset import Rows, TextDataset
+
+
+@dataclass(frozen=True)
+class Mixture(TextDataset):
+    """Texts that are read in turns: next is always a document of the one that lags most behind its share.
+
+    Args:
+        parts: the texts.
+        weights: of each; only their ratio counts.
+    """
+
+    parts: tuple[TextDataset, ...] = ()
+    weights: tuple[float, ...] = ()
+
+
+def mixed(parts: Sequence[tuple[TextDataset, float]]) -> TextDataset:
+    """Return texts as one, each with its share of the characters (of tokens: four a token).
+
+    Which document comes next follows from the weights and from the lengths of those before it alone, so that going on
+    at any place gives what would have come; the documents before it are read again for it. A text that ends begins
+    again, so that the shares hold, until each was read to its end once. Document j of part i of n has the number
+    j n + i, whatever the weights are.
+
+    Args:
+        parts: texts and their weights, of which only the ratio counts.
+    Raises:
+        ConfigError: there is no part, or a weight is not above 0.
+    """
+    if not parts or not all(0 < weight < float("inf") for _, weight in parts):
+        raise ConfigError(f"dataset: expected texts with weights above 0, got the weights {[w for _, w in parts]}.")
+    if len(parts) == 1:
+        return parts[0][0]
+    texts = tuple(text for text, _ in parts)
+    weights = tuple(float(weight) for _, weight in parts)
+    total = sum(weights)
+    shares = [f"{weight / total:.3%}".rstrip("%").rstrip("0").rstrip(".") + "%" for weight in weights]
+    name = "a mixture by characters of " + " and ".join(f"{s} {text.name}" for s, text in zip(shares, texts))
+
+    def identify() -> str:
+        return text_digest(["mixture", *(f"{w / total!r} {text.fingerprint}" for w, text in zip(weights, texts))])
+
+    return Mixture(
+        name,
+        lambda start: _rows(texts, weights, start),
+        identify,
+        is_cut_at_blanks=any(text.is_cut_at_blanks for text in texts),
+        parts=texts,
+        weights=weights,
+    )
+
+
+def _rows(texts: Sequence[TextDataset], weights: Sequence[float], start: int) -> Rows:
+    readers = [text.rows(0) for text in texts]
+    behind = [0.0] * len(texts)
+    ended: set[int] = set()
+    place = 0
+    while True:
+        turn = behind.index(min(behind))
+        row = next(readers[turn], None)
+        if row is None:
+            ended.add(turn)
+            if len(ended) == len(texts):
+                return
+            readers[turn] = texts[turn].rows(0)
+            row = next(readers[turn], None)
+            if row is None:  # nothing is left of it, so it cannot hold its share
+                return
+        number, content = row
+        behind[turn] += len(content) / weights[turn]
+        if place >= start:
+            yield number * len(texts) + turn, content
+        place += 1
