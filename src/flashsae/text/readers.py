@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from flashsae.text import records, tables
+from flashsae.text import plain, tables
 from flashsae.text.columns import Columns
 from flashsae.text.content import Content
 from flashsae.text.streams import COMPRESSIONS, kind_of
@@ -23,16 +23,16 @@ class Kind:
         packed: the compressions that may stand around it.
     """
 
-    read: Callable[[Path, Columns, int], records.Documents]
+    read: Callable[[Path, Columns, int], plain.Documents]
     names: Callable[[Path], list[str] | None] | None = None
     count: Callable[[Path], int] | None = None
     packed: tuple[str, ...] = COMPRESSIONS
 
 
 KINDS = {
-    ".txt": Kind(records.read_txt),
-    ".jsonl": Kind(records.read_json_lines, records.names_in_json),
-    ".json": Kind(records.read_json, records.names_in_json),
+    ".txt": Kind(plain.read_txt),
+    ".jsonl": Kind(plain.read_json_lines, plain.names_in_json),
+    ".json": Kind(plain.read_json, plain.names_in_json),
     ".csv": Kind(tables.read_csv, tables.names_in_csv),
     ".tsv": Kind(tables.read_csv, tables.names_in_csv),
     ".parquet": Kind(tables.read_parquet, tables.names_in_parquet, tables.count_parquet, packed=()),

@@ -14,7 +14,7 @@ from typing import Any
 from flashsae.errors import DataError, FlashSAEError, require
 from flashsae.text.columns import Columns
 from flashsae.text.content import Content
-from flashsae.text.records import Documents
+from flashsae.text.plain import Documents
 from flashsae.text.streams import encoding_of, first_line, is_compressed, kind_of, open_bytes, unreadable, wrong_byte
 
 _BATCH_ROWS = 1024

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from flashsae.errors import DataError
-from flashsae.text import records
+from flashsae.text import plain
 from flashsae.text.columns import Columns
-from flashsae.text.records import Documents, names_in_json, read_json, read_json_lines, read_txt
+from flashsae.text.plain import Documents, names_in_json, read_json, read_json_lines, read_txt
 
 TEXT = Columns(("text",))
 ENTRIES = [
@@ -29,7 +29,7 @@ ENTRIES = [
 def test_a_list_is_read_entry_by_entry(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, indent: int | None, ascii: bool
 ) -> None:
-    monkeypatch.setattr(records, "_CHUNK", chunk)
+    monkeypatch.setattr(plain, "_CHUNK", chunk)
     file = tmp_path / "x.json"
     file.write_text(" \n" + json.dumps(ENTRIES, indent=indent, ensure_ascii=ascii) + "\n ", "utf-8", "surrogatepass")
     expected = [entry if isinstance(entry, str) else entry["text"] or "" for entry in ENTRIES]
@@ -40,18 +40,18 @@ def test_a_list_is_read_entry_by_entry(
 
 
 def test_a_long_list_is_never_in_memory_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(records, "_CHUNK", 100)
+    monkeypatch.setattr(plain, "_CHUNK", 100)
     file = tmp_path / "x.json"
     file.write_text(json.dumps(["x" * 30] * 1000))
     sizes = []
-    decode = records._DECODER.raw_decode
+    decode = plain._DECODER.raw_decode
 
     class Watched:
         def raw_decode(self, text: str, place: int) -> object:
             sizes.append(len(text))
             return decode(text, place)
 
-    monkeypatch.setattr(records, "_DECODER", Watched())
+    monkeypatch.setattr(plain, "_DECODER", Watched())
     assert len(list(read_json(file, TEXT, 0))) == 1000
     assert max(sizes) <= 300
 
@@ -76,7 +76,7 @@ def test_a_long_list_is_never_in_memory_as_a_whole(tmp_path: Path, monkeypatch: 
 def test_a_wrong_list_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, content: str, message: str
 ) -> None:
-    monkeypatch.setattr(records, "_CHUNK", chunk if len(content) < 1000 else 1 << 20)
+    monkeypatch.setattr(plain, "_CHUNK", chunk if len(content) < 1000 else 1 << 20)
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(DataError, match=rf"x\.json.*{message}"):
         list(read_json(tmp_path / "x.json", TEXT, 0))
