@@ -12,16 +12,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from flashsae import distributed
 from flashsae.errors import CheckpointError, DtypeError, FlashSAEError
-from flashsae.ops.adam_rows import AdamRule, adam_rows, row_squares
-from flashsae.ops.adam_rows.reference import merge_halves, split_halves
-from flashsae.ops.factored import FactoredGradient
-from flashsae.ops.factors import RowGradient
+from flashsae.ops.adam_rows import adam_rows, row_squares
+from flashsae.ops.adam_rows.reference import split_halves
 from flashsae.ops.gradients import Collection
-from flashsae.optim.groups import check_group, fits, is_same_kind
+from flashsae.optim.groups import check_group, check_state
+from flashsae.optim.operands import gradient_of, matrix_of, merged, rule_of, split, version_of
 from flashsae.profiling import part
 from flashsae.settings.training import ADAM_BETAS, ADAM_EPS
-
-_ROWS = 8192  # of a matrix that is split or merged, at once
 
 _OF_TORCH = ("params", "foreach", "fused", "capturable", "differentiable", "amsgrad", "maximize")
 """Keys of a group of torch.optim.Adam that say how it computes, or that must be off."""
@@ -126,16 +123,7 @@ class FactoredAdam(torch.optim.Optimizer):
         groups, loaded = self.param_groups, state_dict["param_groups"]
         ours = [self.state[p] for p in self._parameters()]
         theirs = [state_dict["state"].get(number, {}) for group in loaded for number in group["params"]]
-        is_ours = (
-            [len(g["params"]) for g in groups] == [len(g["params"]) for g in loaded]
-            and all(fits(a, b) for a, b in zip(ours, theirs))
-            and all(is_same_kind(a, b) for a, b in zip(groups, loaded))
-        )
-        if not is_ours:
-            raise CheckpointError(
-                "the state does not fit this optimiser: expected that of as many parameters of the same shapes, with "
-                "the same split_weights and state_dtype. Build the optimiser as it was when the state was saved."
-            )
+        check_state(groups, loaded, ours, theirs)
         for group, saved in zip(groups, loaded):
             check_group({**group, **saved, "params": group["params"]}, new=False)
         for mine, saved in zip(ours, theirs):
@@ -172,7 +160,7 @@ class FactoredAdam(torch.optim.Optimizer):
         dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
         if parameter.dim() == 2:
             if group["split_weights"] and parameter.dtype == torch.float32:
-                parameter.data, state["low"] = _split(parameter.data)
+                parameter.data, state["low"] = split(parameter.data)
             elif group["split_weights"]:  # split before; the state was taken away
                 state["low"] = torch.zeros(parameter.shape, dtype=torch.int16, device=parameter.device)
             if dtype == torch.float32:
@@ -186,7 +174,7 @@ class FactoredAdam(torch.optim.Optimizer):
         if parameter.dim() == 2:
             self._collection.add(parameter)
         if "low" in self.state[parameter]:
-            self._versions[parameter] = _version(parameter)
+            self._versions[parameter] = version_of(parameter)
 
     @torch.no_grad()
     def _refresh(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
@@ -206,9 +194,9 @@ class FactoredAdam(torch.optim.Optimizer):
                     f"split weights: expected torch.bfloat16 parameters, got {parameter.dtype}. Convert the module "
                     "before this optimiser is built, or take its float32_weights."
                 )
-            if parameter in self._versions and self._versions[parameter] != _version(parameter):
+            if parameter in self._versions and self._versions[parameter] != version_of(parameter):
                 state["low"].zero_()
-            self._versions[parameter] = _version(parameter)
+            self._versions[parameter] = version_of(parameter)
         return state
 
     @torch.no_grad()
@@ -225,24 +213,24 @@ class FactoredAdam(torch.optim.Optimizer):
         # parameters without a gradient are passed over, as by torch.optim.Adam
         active = [(p, n, group) for n, group in enumerate(self.param_groups) for p in group["params"]]
         active = [(p, n, group) for p, n, group in active if p.grad is not None]
-        gradients = [_gradient(parameter) for parameter, _, _ in active]
+        gradients = [gradient_of(parameter) for parameter, _, _ in active]
         states = [self._refresh(parameter, group) for parameter, _, group in active]
         corrections = self._count_step(active, states)
         places = {id(parameter): place for place, parameter in enumerate(self._parameters())}
         for (parameter, number, group), gradient, state, correction in zip(active, gradients, states, corrections):
             with part(f"adam_rows {places[id(parameter)]}"):
                 adam_rows(
-                    _matrix(parameter),
-                    (_matrix(state["exp_avg"]), _matrix(state["exp_avg_sq"])),
+                    matrix_of(parameter),
+                    (matrix_of(state["exp_avg"]), matrix_of(state["exp_avg_sq"])),
                     gradient,
                     self._rate(number, group, parameter.device),
                     state["step"],
                     correction,
-                    _rule(parameter, group),
+                    rule_of(parameter, group),
                     low=state.get("low"),
                 )
             if "low" in state:
-                self._versions[parameter] = _version(parameter)
+                self._versions[parameter] = version_of(parameter)
         return loss
 
     def _count_step(self, active: list[tuple[Tensor, int, dict[str, Any]]], states: list[dict[str, Any]]) -> list[Any]:
@@ -284,7 +272,7 @@ class FactoredAdam(torch.optim.Optimizer):
         with part("clip_grad_norm"):
             squares = [
                 row_squares(
-                    _matrix(p), _gradient(p), _rule(p, group).unit_norm, low=self._refresh(p, group).get("low")
+                    matrix_of(p), gradient_of(p), rule_of(p, group).unit_norm, low=self._refresh(p, group).get("low")
                 ).sum()
                 for p, group in gradients
             ]
@@ -311,7 +299,7 @@ class FactoredAdam(torch.optim.Optimizer):
         for name in ("exp_avg", "exp_avg_sq"):
             state[name].index_fill_(0, rows, 0)
         if "low" in state:
-            self._versions[parameter] = _version(parameter)
+            self._versions[parameter] = version_of(parameter)
 
     @torch.no_grad()
     def float32_weights(self, parameter: Tensor) -> Tensor:
@@ -321,10 +309,7 @@ class FactoredAdam(torch.optim.Optimizer):
         )
         if low is None:
             return parameter.detach()
-        whole = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
-        for out, high_rows, low_rows in zip(*(torch.split(t, _ROWS) for t in (whole, parameter.detach(), low))):
-            out.copy_(merge_halves(high_rows, low_rows))
-        return whole
+        return merged(parameter.detach(), low)
 
     def is_split(self, parameter: Tensor) -> bool:
         """Tell whether a parameter is kept in two halves of 16 bits, of which it holds the upper ones."""
@@ -332,39 +317,3 @@ class FactoredAdam(torch.optim.Optimizer):
 
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
-
-
-def _version(parameter: Tensor) -> tuple[int, int]:
-    """Return what changes when somebody else writes to a parameter, or puts other memory in its place."""
-    return parameter._version, parameter.data_ptr()
-
-
-def _split(whole: Tensor) -> tuple[Tensor, Tensor]:
-    """Split a matrix a few rows at a time: beside it and its halves there may be no room."""
-    high, low = torch.empty_like(whole, dtype=torch.bfloat16), torch.empty_like(whole, dtype=torch.int16)
-    for rows, *halves in zip(*(torch.split(t, _ROWS) for t in (whole, high, low))):
-        for half, value in zip(halves, split_halves(rows)):
-            half.copy_(value)
-    return high, low
-
-
-def _matrix(tensor: Tensor) -> Tensor:
-    """Return a bias as a matrix of one row, so that there is one implementation of Adam."""
-    return tensor.detach() if tensor.dim() == 2 else tensor.detach().view(1, -1)
-
-
-def _gradient(parameter: Tensor) -> RowGradient:
-    grad = parameter.grad
-    assert grad is not None
-    if grad.is_sparse:
-        raise DtypeError("a gradient is a sparse tensor, which Adam does not take: use .grad.to_dense().")
-    if isinstance(grad, FactoredGradient):
-        return grad.row_gradient()
-    return RowGradient(dense=grad if parameter.dim() == 2 else grad.reshape(1, -1))
-
-
-def _rule(parameter: Tensor, group: dict[str, Any]) -> AdamRule:
-    beta1, beta2 = map(float, group["betas"])
-    unit_norm = group["unit_norm"] and parameter.dim() == 2
-    weight_decay, decoupled = float(group["weight_decay"]), group["decoupled_weight_decay"]
-    return AdamRule(beta1, beta2, float(group["eps"]), weight_decay, unit_norm, decoupled)

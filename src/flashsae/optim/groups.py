@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from flashsae.errors import ConfigError, DtypeError, ShapeError
+from flashsae.errors import CheckpointError, ConfigError, DtypeError, ShapeError
 from flashsae.ops.validate import check_float
 
 
@@ -61,3 +62,27 @@ def fits(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
         or (tensor.shape, tensor.dtype) == (theirs[name].shape, theirs[name].dtype)
         for name, tensor in ours.items()
     )
+
+
+def check_state(
+    groups: Sequence[dict[str, Any]],
+    loaded: Sequence[dict[str, Any]],
+    ours: Sequence[dict[str, Any]],
+    theirs: Sequence[dict[str, Any]],
+) -> None:
+    """Raise CheckpointError unless a saved state can be taken over.
+
+    Args:
+        groups, loaded: those that there are, and those that are saved.
+        ours, theirs: the states of their parameters, in their order.
+    """
+    is_ours = (
+        [len(g["params"]) for g in groups] == [len(g["params"]) for g in loaded]
+        and all(fits(a, b) for a, b in zip(ours, theirs))
+        and all(is_same_kind(a, b) for a, b in zip(groups, loaded))
+    )
+    if not is_ours:
+        raise CheckpointError(
+            "the state does not fit this optimiser: expected that of as many parameters of the same shapes, with "
+            "the same split_weights and state_dtype. Build the optimiser as it was when the state was saved."
+        )

@@ -15,10 +15,11 @@ from flashsae.architecture import Progress
 from flashsae.backend import resolve_device
 from flashsae.errors import ConfigError, DtypeError, ShapeError
 from flashsae.ops.register import isolated
-from flashsae.ops.validate import FLOATS, Precision, as_int, check_float, check_ordinary, check_shape
+from flashsae.ops.validate import FLOATS, Precision, as_int, check_float, check_shape
 from flashsae.sae import saved
 from flashsae.sae.config import SAEConfig
 from flashsae.sae.initial import initial_values, initialize
+from flashsae.sae.tokens import check_tokens
 from flashsae.sae.units import Factor, Units, layer_norm, token_statistics
 from flashsae.settings.left_open import told
 from flashsae.settings.normalization import LAYER_NORM
@@ -231,26 +232,10 @@ class SAE(nn.Module):
         return (x_hat.double() * deviation + mean).to(x_hat.dtype)
 
     def _flat(self, x: Tensor) -> Tensor:
-        if not isinstance(x, Tensor):
-            raise DtypeError(f"x: expected a tensor, got {type(x).__name__}. {self._as_one_tensor(x)}")
-        check_ordinary("x", x)
-        if x.dim() == 0 or x.shape[-1] != self.config.d_in:
-            beside = " and ".join(f"{each.stop - each.start} of {site}" for site, each in self.config.columns.items())
-            beside = f", {beside} beside each other" if beside else ""
-            raise ShapeError(f"x: expected the shape [..., {self.config.d_in}]{beside}, got {list(x.shape)}.")
-        check_float("x", x)
+        check_tokens(x, self.config)
         is_fit = x.dtype == self.W_enc_T.dtype  # half-width tokens may meet half-width weights and whole biases
         dtype, tokens = x.dtype if is_fit else self.b_enc.dtype, x.reshape(-1, self.config.d_in)
         return layer_norm(tokens, dtype) if self.config.normalize_activations == LAYER_NORM else tokens.to(dtype)
-
-    def _as_one_tensor(self, x: object) -> str:
-        """Return how what is no tensor becomes one, for a message."""
-        reads = tuple(self.config.columns) or self.architecture.reads
-        if not isinstance(x, Mapping):
-            return "Convert it: torch.as_tensor(x)."
-        if len(reads) == 1:
-            return f"Take what is read of it: x[{(reads[0] if reads[0] in x else next(iter(x), reads[0]))!r}]."
-        return f"Put its sites beside each other: torch.cat([{', '.join(f'x[{site!r}]' for site in reads)}], -1)."
 
     @isolated
     @torch.no_grad()

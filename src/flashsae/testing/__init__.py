@@ -1,6 +1,7 @@
 """What "exact" means, as checks, and the dense code that ours must equal: for tests, here and of any backend or SAE."""
 
 from flashsae.testing.checks import assert_as_accurate, integer_inputs, poison_empty
+from flashsae.testing.composed import oracle
 from flashsae.testing.gates import dense_gated, dense_jump_relu, dense_pre_act_loss
 from flashsae.testing.oracles import (
     ORACLES,
@@ -15,7 +16,6 @@ from flashsae.testing.oracles import (
     dense_pre_acts,
     dense_reconstruction,
     dense_topk,
-    oracle,
     stable_topk,
 )
 from flashsae.testing.training import AUXK, DenseTrainer, UnitNormAdam, dense_auxk

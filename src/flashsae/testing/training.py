@@ -12,7 +12,8 @@ from torch import Tensor
 from flashsae.architecture import Progress, architecture_named, settings_of
 from flashsae.optim import ADAM_EPS
 from flashsae.sae.config import SAEConfig
-from flashsae.testing.oracles import Params, TopK, dense_decode, dense_pre_acts, oracle, stable_topk
+from flashsae.testing.composed import oracle
+from flashsae.testing.oracles import Params, TopK, dense_decode, dense_pre_acts, stable_topk
 
 
 def dense_auxk(
