@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flashsae import data, errors, ops, sae
     from flashsae.architecture import Architecture, Parameter, Term, register
+    from flashsae.data.from_model import activations
     from flashsae.evaluate.heldout import evaluate
     from flashsae.ops import SparseCode
     from flashsae.sae import SAE, SAEConfig
     from flashsae.settings.training import TrainConfig
     from flashsae.train.fit import fit
+    from flashsae.train.from_model import train
 
 __version__ = "0.1.0"
 
@@ -26,6 +28,7 @@ __all__ = [
     "Term",
     "TrainConfig",
     "__version__",
+    "activations",
     "data",
     "errors",
     "evaluate",
@@ -33,6 +36,7 @@ __all__ = [
     "ops",
     "register",
     "sae",
+    "train",
 ]
 
 _HOMES = {
@@ -44,12 +48,15 @@ _HOMES = {
     "SAEConfig": "sae",
     "SparseCode": "ops",
     "TrainConfig": "settings",
+    "activations": "data.from_model",
     "evaluate": "evaluate",
-    "fit": "train",
+    "fit": "train.fit",
+    "train": "train.from_model",
 }
 
-import_module("flashsae.evaluate")
-globals().pop("evaluate")  # the package is where imports find it; here, the name is that of the function in it
+for _package in ("evaluate", "train"):
+    import_module(f"flashsae.{_package}")
+    globals().pop(_package)  # the package is where imports find it; here, the name is that of the function in it
 
 
 def __getattr__(name: str) -> Any:

@@ -18,8 +18,9 @@ from torch import Tensor
 from flashsae.architecture import architecture_of
 from flashsae.backend import check_single_process, check_variables, resolve_device
 from flashsae.data.acts import Acts, X
+from flashsae.data.from_model import ModelActivations
 from flashsae.data.shuffle import buffer_size, shuffled
-from flashsae.data.sources import ArraySource, IterableSource
+from flashsae.data.sources import ArraySource, IterableSource, RowSource, Source
 from flashsae.errors import CheckpointError, ConfigError, FlashSAEWarning, StorageError
 from flashsae.files import discard, only_one, storage_errors
 from flashsae.logs.callback import Callback, Warn
@@ -80,7 +81,8 @@ def fit(
             of such batches (or of tuples and dicts of one, as a DataLoader gives), read in its order through a shuffle
             buffer. d_in is taken from it. If it can be read only once and ends early, the training ends with it. For an
             architecture of several sites: a dict of arrays of the same tokens by site, or an iterable of such. Where
-            their names are not those of its sites, the order tells which is which.
+            their names are not those of its sites, the order tells which is which. Also what `flashsae.activations`
+            returns, or a source of `flashsae.data`.
         config: settings in one value; those given by name go before it. Beside the name of an architecture, what it
             sets of another one, such as k, is set of this one.
         run: folder for metrics.jsonl and checkpoints. Must not exist, unless `resume`; removed again by a training that
@@ -124,8 +126,8 @@ def fit(
     resolved = (replace(asked, tokens=_default_tokens(source)) if is_open else asked).resolve(source.widths)
     device = resolve_device(resolved.device)
     buffered = _buffer_tokens(source, resolved)
-    row_bytes = source.row_bytes if isinstance(source, IterableSource) else 0
-    check_memory(make_plan(resolved, device, buffered * row_bytes), device)
+    row_bytes, model_bytes = (getattr(source, name, 0) for name in ("row_bytes", "model_bytes"))
+    check_memory(make_plan(resolved, device, buffered * row_bytes, model_bytes), device)
     batches = shuffled(
         source,
         resolved.batch_tokens,
@@ -154,22 +156,26 @@ def fit(
 fit.__signature__ = signature_with_settings(fit)  # type: ignore[attr-defined]
 
 
-def _source(x: Any, sites: Sequence[str]) -> ArraySource | IterableSource:
+def _source(x: Any, sites: Sequence[str]) -> Source:
     """Return the activations as a source."""
+    if isinstance(x, ModelActivations):
+        x = x.source
+    if all(hasattr(x, name) for name in ("chunks", "widths", "name")):
+        return x  # type: ignore[no-any-return]
     if isinstance(x, Tensor | np.ndarray | Mapping):
         return ArraySource(x)
     return IterableSource(x, sites=(X,) if len(sites) == 1 else sites)
 
 
-def _default_tokens(source: ArraySource | IterableSource) -> int:
-    if not isinstance(source, ArraySource):
+def _default_tokens(source: Source) -> int:
+    if not isinstance(source, RowSource):
         raise ConfigError("tokens: expected a number, because the length of an iterable is not known. Give tokens=.")
     return max(10 * len(source.split_rows("train")), LEAST_TOKENS)
 
 
-def _buffer_tokens(source: ArraySource | IterableSource, settings: TrainConfig) -> int:
+def _buffer_tokens(source: Source, settings: TrainConfig) -> int:
     """Return how many tokens a shuffle buffer will hold; 0 where none is needed."""
-    if isinstance(source, ArraySource):
+    if isinstance(source, RowSource):
         return 0
     return buffer_size(settings.shuffle_tokens, settings.batch_tokens, settings.tokens)
 

@@ -1,0 +1,87 @@
+"""Activations of a model that is loaded: what to iterate over, to train on and to evaluate with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from flashsae.data.acts import Batch
+from flashsae.data.language_model import LanguageModelSource
+from flashsae.data.sources import StreamSource
+from flashsae.data.split import Split
+from flashsae.errors import ConfigError, DtypeError
+from flashsae.settings.kinds import declared_types
+from flashsae.settings.reading import ReadingConfig
+from flashsae.text.dataset import TextDataset
+from flashsae.text.open import open_text
+
+_TAKEN = ("model", "dataset", "hookpoint", "text_column", "text_split", "text_subset", "cache_dtype")
+"""Settings of reading that have an argument of their own, or mean nothing here."""
+READING = frozenset(declared_types(ReadingConfig)) - {*_TAKEN}
+"""The names of settings that may stand beside a model and its texts."""
+
+
+class ModelActivations:
+    """Activations of a model as it reads: iterate over it for batches by site, or give it to `fit` and `evaluate`.
+
+    Args:
+        source: where they come from.
+        split: of the texts.
+    """
+
+    def __init__(self, source: StreamSource, split: Split = "train") -> None:
+        self.source, self._split = source, split
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield the activations of one forward after another: [tokens, d] by site, on the device of the model."""
+        return (chunk.acts for chunk, _ in self.source.chunks(self._split) if len(chunk.group))
+
+    @property
+    def held_out(self) -> ModelActivations:
+        """Those of the texts that training never sees; none where `held_out` was 0."""
+        return ModelActivations(self.source, "held_out")
+
+
+def activations(
+    model: nn.Module | str,
+    tokenizer: Any,
+    texts: str | Path | Sequence[str] | TextDataset,
+    *,
+    hookpoint: str | Sequence[str],
+    held_out: float = 0.0,
+    **settings: Any,
+) -> ModelActivations:
+    """Return the activations of a model at one or several hookpoints, computed while they are read.
+
+        for batch in flashsae.activations(model, tokenizer, texts, hookpoint="h.6"): batch["h.6"]  # [tokens, d]
+        sae = flashsae.fit(flashsae.activations(model, tokenizer, texts, hookpoint="h.6"), d_sae=4096, tokens=10**7)
+
+    Args:
+        model: a Hugging Face model, with or without its head, on the device where it is to run; or a name, as for
+            `flashsae train`.
+        tokenizer: of the model; None beside a name.
+        texts: a list of strings, a file, a folder, a name on the hub, or what `flashsae.data.open_text` returned.
+        hookpoint: module paths or patterns such as ``"h.*"``; each is a site.
+        held_out: fraction of the texts that iterating and training leave out; they are in `.held_out`.
+        settings: of reading, by name: context_length, skip_first, prepend_bos, ... (`flashsae.data.ReadingConfig`).
+    Raises:
+        ConfigError: no such setting or hookpoint, or a context that the model cannot read.
+        DataError: there is no text.
+        MissingExtraError: transformers is not installed.
+    """
+    unknown = sorted(settings.keys() - READING)
+    if unknown:
+        raise ConfigError(f"{unknown[0]}: no such setting beside a model; there are {', '.join(sorted(READING))}.")
+    if not isinstance(model, nn.Module | str):
+        raise DtypeError(f"model: expected a module or a name, got {type(model).__name__}.")
+    if isinstance(model, nn.Module) and tokenizer is None:
+        raise ConfigError("tokenizer: expected that of the model, got None. Load it: AutoTokenizer.from_pretrained.")
+    names = [hookpoint] if isinstance(hookpoint, str) else list(hookpoint)
+    name = model if isinstance(model, str) else getattr(model, "name_or_path", "") or type(model).__name__
+    config = ReadingConfig(name, hookpoint=", ".join(names), **settings)
+    text = texts if isinstance(texts, TextDataset) else open_text(texts)
+    loaded = None if isinstance(model, str) else (model, tokenizer)
+    return ModelActivations(LanguageModelSource(config, text, held_out=held_out, loaded=loaded))
