@@ -18,7 +18,16 @@ from flashsae.settings.reading import ReadingConfig
 from flashsae.text.dataset import TextDataset
 from flashsae.text.open import open_text
 
-_TAKEN = ("model", "dataset", "hookpoint", "text_column", "text_split", "text_subset", "cache_dtype")
+_TAKEN = (
+    "model",
+    "dataset",
+    "hookpoint",
+    "text_column",
+    "text_split",
+    "text_subset",
+    "cache_dtype",
+    "cache_compression",
+)
 """Settings of reading that have an argument of their own, or mean nothing here."""
 READING = frozenset(declared_types(ReadingConfig)) - {*_TAKEN}
 """The names of settings that may stand beside a model and its texts."""
