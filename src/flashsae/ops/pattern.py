@@ -51,6 +51,8 @@ class Pattern:
     # the index once somebody has asked for it, and how often its memory had been written to by then
     _ordered: list[tuple[Pattern, Tensor, tuple[int | None, ...]]] = field(default_factory=list, init=False, repr=False)
     # what this is in another order, and that order
+    _owners: list[tuple[Tensor, int]] = field(default_factory=list, init=False, repr=False)
+    # the token of each place once somebody has asked for it on a GPU, and how often starts had been written to by then
 
     def __post_init__(self) -> None:
         check_shape("latents", self.latents, ("B", "k") if self.starts is None else ("capacity",))
@@ -153,7 +155,16 @@ class Pattern:
         if self.starts is None:
             tokens = torch.arange(self.B, dtype=torch.int64, device=device)
             return tokens.repeat_interleave(self.latents.shape[1])
-        places = torch.arange(self.capacity, dtype=torch.int32, device=device)
+        version = _version(self.starts)
+        if device.type == "cpu" or version is None:  # somebody may write to starts, and nobody counts it
+            return self._searched()
+        if not self._owners or self._owners[0][1] != version:
+            self._owners[:] = [(self._searched(), version)]
+        return self._owners[0][0]
+
+    def _searched(self) -> Tensor:
+        assert self.starts is not None
+        places = torch.arange(self.capacity, dtype=torch.int32, device=self.starts.device)
         return torch.searchsorted(self.starts[1:].contiguous(), places, right=True, out_int32=True)
 
     @property

@@ -119,13 +119,15 @@ def decode_loss_rows_kernel(
     errors_ptr,  # [chunks, B]: of each chunk of columns
     grad_acts_ptr,  # [chunks, capacity]: of each
     capacity, d, W_stride, target_stride,
-    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, CHUNK: tl.constexpr, LONG_K: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BOTH_D: tl.constexpr, STAGES: tl.constexpr, CHUNK: tl.constexpr,
+    LONG_K: tl.constexpr, LONG_D: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
     """Do as `decode_loss_kernel` for a chunk of the columns of a token of any number of latents.
 
-    The latents of most tokens fit in one tile, which moves along the columns. Those of the others are gone through in
-    small tiles as wide as the chunk, once for x_hat and once for the dot products. Chunks make programs short, so that
-    no token is waited for; all tokens of a chunk come before the next, so that rows of W are found in the cache.
+    The latents of most tokens fit in one tile, or two beside each other, which move along the columns: of a few sizes,
+    so that little of one is empty. Those of the others are gone through in pieces, once for x_hat and once for the dot
+    products. Chunks make programs short, so that no token is waited for; all tokens of a chunk come before the next,
+    so that rows of W are found in the cache.
     """
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     first, count = _entries_of(starts_ptr, row, None)
@@ -133,42 +135,138 @@ def decode_loss_rows_kernel(
     if weights_ptr is not None:
         weight = tl.load(weights_ptr + row).to(tl.float32)
     target_row, x_hat_row, residual_row = target_ptr + row * target_stride, x_hat_ptr + row * d, residual_ptr + row * d
-    grad_row = grad_acts_ptr + chunk * capacity + first
+    acts_row, indices_row, grad_row = acts_ptr + first, indices_ptr + first, grad_acts_ptr + chunk * capacity + first
     begin = (chunk * CHUNK).to(tl.int32)
-    error = 0.0
-    if count <= BLOCK_K:
-        slot = tl.arange(0, BLOCK_K)
-        acts = tl.load(acts_ptr + first + slot, mask=slot < count, other=0.0).to(tl.float32)
-        latents = tl.load(indices_ptr + first + slot, mask=slot < count, other=0).to(tl.int64)
-        W_rows = W_ptr + latents[:, None] * W_stride
-        dots = tl.zeros([BLOCK_K], tl.float32)
-        for start in tl.range(begin, tl.minimum(begin + CHUNK, d), BLOCK_D, num_stages=STAGES):
-            column = start + tl.arange(0, BLOCK_D)
-            inside = column < d
-            W = tl.load(W_rows + column[None, :], mask=(slot < count)[:, None] & inside[None, :], other=0.0)
-            W = W.to(tl.float32)
-            x_hat = tl.sum(acts[:, None] * W, axis=0)
-            residual = _compared(x_hat, bias_ptr, target_row, x_hat_row, residual_row, column, inside)
-            error += tl.sum(residual * residual)
-            dots += tl.sum(W * residual[None, :], axis=1)
-        tl.store(grad_row + slot, -2.0 * weight * dots, mask=slot < count)
+    end = tl.minimum(begin + CHUNK, d)
+    if count <= BLOCK_K // 2:
+        error = _loss_in_tiles(
+            acts_row, indices_row, W_ptr, bias_ptr, target_row, x_hat_row, residual_row, grad_row, weight, count,
+            begin, end, d, W_stride, BLOCK_K // 2, 0, min(CHUNK, 2 * BLOCK_D), STAGES, FOLD,
+        )  # fmt: skip
+    elif count <= BLOCK_K:
+        error = _loss_in_tiles(
+            acts_row, indices_row, W_ptr, bias_ptr, target_row, x_hat_row, residual_row, grad_row, weight, count,
+            begin, end, d, W_stride, BLOCK_K, 0, BLOCK_D, STAGES, FOLD,
+        )  # fmt: skip
+    elif count <= BLOCK_K + BLOCK_K // 4:
+        error = _loss_in_tiles(
+            acts_row, indices_row, W_ptr, bias_ptr, target_row, x_hat_row, residual_row, grad_row, weight, count,
+            begin, end, d, W_stride, BLOCK_K, BLOCK_K // 4, BOTH_D, STAGES, FOLD,
+        )  # fmt: skip
+    elif count <= BLOCK_K + BLOCK_K // 2:
+        error = _loss_in_tiles(
+            acts_row, indices_row, W_ptr, bias_ptr, target_row, x_hat_row, residual_row, grad_row, weight, count,
+            begin, end, d, W_stride, BLOCK_K, BLOCK_K // 2, BOTH_D, STAGES, FOLD,
+        )  # fmt: skip
+    elif count <= 2 * BLOCK_K:
+        error = _loss_in_tiles(
+            acts_row, indices_row, W_ptr, bias_ptr, target_row, x_hat_row, residual_row, grad_row, weight, count,
+            begin, end, d, W_stride, 2 * BLOCK_K, 0, BLOCK_D // 2, STAGES, FOLD,
+        )  # fmt: skip
     else:
-        column = begin + tl.arange(0, CHUNK)
+        error = _loss_in_pieces(
+            acts_row, indices_row, W_ptr, bias_ptr, target_row, x_hat_row, residual_row, grad_row, weight, count,
+            begin, end, W_stride, LONG_K, LONG_D, STAGES,
+        )  # fmt: skip
+    tl.store(errors_ptr + chunk * tl.num_programs(0) + row, weight * error)
+
+
+@triton.jit
+def _loss_in_tiles(
+    acts_ptr, indices_ptr, W_ptr, bias_ptr, target_row, x_hat_row, residual_row, grad_ptr, weight, count, begin, end,
+    d, W_stride,
+    BLOCK_K: tl.constexpr, MORE_K: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, FOLD: tl.constexpr,
+):  # fmt: skip
+    """Return the squared error of a token of at most BLOCK_K + MORE_K latents; their rows are held together."""
+    slot, more = tl.arange(0, BLOCK_K), BLOCK_K
+    acts = tl.load(acts_ptr + slot, mask=slot < count, other=0.0).to(tl.float32)
+    latents = tl.load(indices_ptr + slot, mask=slot < count, other=0).to(tl.int64)
+    W_rows = W_ptr + latents[:, None] * W_stride
+    dots = tl.zeros([BLOCK_K, BLOCK_D // FOLD], tl.float32)
+    if MORE_K:
+        more = BLOCK_K + tl.arange(0, MORE_K)
+        more_acts = tl.load(acts_ptr + more, mask=more < count, other=0.0).to(tl.float32)
+        more_latents = tl.load(indices_ptr + more, mask=more < count, other=0).to(tl.int64)
+        more_rows = W_ptr + more_latents[:, None] * W_stride
+        more_dots = tl.zeros([MORE_K, BLOCK_D // FOLD], tl.float32)
+    error = 0.0
+    for start in tl.range(begin, end, BLOCK_D, num_stages=STAGES):
+        column = start + tl.arange(0, BLOCK_D)
         inside = column < d
-        x_hat = tl.zeros([CHUNK], tl.float32)
-        for start in tl.range(0, count, LONG_K, num_stages=STAGES):
-            slot = start + tl.arange(0, LONG_K)
-            acts = tl.load(acts_ptr + first + slot, mask=slot < count, other=0.0).to(tl.float32)
-            W = _rows_of(indices_ptr + first, W_ptr, slot, count, column, inside, W_stride)
+        W = tl.load(W_rows + column[None, :], mask=(slot < count)[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        x_hat = tl.sum(acts[:, None] * W, axis=0)
+        if MORE_K:
+            W_more = tl.load(more_rows + column[None, :], mask=(more < count)[:, None] & inside[None, :], other=0.0).to(
+                tl.float32
+            )
+            x_hat += tl.sum(more_acts[:, None] * W_more, axis=0)
+        residual = _compared(x_hat, bias_ptr, target_row, x_hat_row, residual_row, column, inside)
+        error += tl.sum(residual * residual)
+        dots += _folded(W * residual[None, :], BLOCK_K, BLOCK_D, FOLD)
+        if MORE_K:
+            more_dots += _folded(W_more * residual[None, :], MORE_K, BLOCK_D, FOLD)
+    tl.store(grad_ptr + slot, -2.0 * weight * tl.sum(dots, axis=1), mask=slot < count)
+    if MORE_K:
+        tl.store(grad_ptr + more, -2.0 * weight * tl.sum(more_dots, axis=1), mask=more < count)
+    return error
+
+
+@triton.jit
+def _folded(products, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, FOLD: tl.constexpr):
+    """Add up neighbours, which one thread holds: what is between threads is added up once, in the end."""
+    return tl.sum(tl.reshape(products, [BLOCK_K, BLOCK_D // FOLD, FOLD]), axis=2)
+
+
+@triton.jit
+def _loss_in_pieces(
+    acts_ptr, indices_ptr, W_ptr, bias_ptr, target_row, x_hat_row, residual_row, grad_ptr, weight, count, begin, end,
+    W_stride, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Return the squared error of a token of any number of latents; what is read again is found in the cache."""
+    error = 0.0
+    for left in range(begin, end, BLOCK_D):
+        column = left + tl.arange(0, BLOCK_D)
+        inside = column < end
+        x_hat = tl.zeros([BLOCK_D], tl.float32)
+        for start in tl.range(0, count, BLOCK_K, num_stages=STAGES):
+            slot = start + tl.arange(0, BLOCK_K)
+            acts = tl.load(acts_ptr + slot, mask=slot < count, other=0.0).to(tl.float32)
+            W = _rows_of(indices_ptr, W_ptr, slot, count, column, inside, W_stride)
             x_hat += tl.sum(acts[:, None] * W, axis=0)
         residual = _compared(x_hat, bias_ptr, target_row, x_hat_row, residual_row, column, inside)
         residual = tl.where(inside, residual, 0.0)
-        error = tl.sum(residual * residual)
-        for start in tl.range(0, count, LONG_K, num_stages=STAGES):
-            slot = start + tl.arange(0, LONG_K)
-            W = _rows_of(indices_ptr + first, W_ptr, slot, count, column, inside, W_stride)
-            tl.store(grad_row + slot, -2.0 * weight * tl.sum(W * residual[None, :], axis=1), mask=slot < count)
-    tl.store(errors_ptr + chunk * tl.num_programs(0) + row, weight * error)
+        error += tl.sum(residual * residual)
+        for start in tl.range(0, count, BLOCK_K, num_stages=STAGES):
+            slot = start + tl.arange(0, BLOCK_K)
+            W = _rows_of(indices_ptr, W_ptr, slot, count, column, inside, W_stride)
+            slopes = -2.0 * weight * tl.sum(W * residual[None, :], axis=1)
+            if left > begin:
+                slopes += tl.load(grad_ptr + slot, mask=slot < count, other=0.0)
+            tl.store(grad_ptr + slot, slopes, mask=slot < count)
+    return error
+
+
+@triton.jit
+def decode_join_kernel(
+    errors_ptr,  # [chunks, B]
+    grad_acts_ptr,  # [chunks, capacity]
+    starts_ptr,  # [B + 1]
+    total_errors_ptr,  # [B]
+    total_grad_acts_ptr,  # [capacity]
+    B, capacity, chunks,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Add up what the chunks of columns gave, in their order; places that are not used get 0."""
+    slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    used = slot < tl.load(starts_ptr + B)
+    grad_acts, errors = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    for _ in range(0, chunks):
+        grad_acts += tl.load(grad_acts_ptr + slot, mask=used, other=0.0)
+        errors += tl.load(errors_ptr + slot, mask=slot < B, other=0.0)
+        grad_acts_ptr += capacity
+        errors_ptr += B
+    tl.store(total_grad_acts_ptr + slot, grad_acts, mask=slot < capacity)
+    tl.store(total_errors_ptr + slot, errors, mask=slot < B)
 
 
 @triton.jit

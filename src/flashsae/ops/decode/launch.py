@@ -40,8 +40,8 @@ def _tile(block_k: int, W_dec: Tensor) -> tuple[int, int]:
     return (128 if block_k <= 32 or (block_k == 64 and far) else 64), 3
 
 
-CHUNK = 512
-"""Columns that a program of codes of varying length does."""
+CHUNK, LONG_K, LONG_D = 512, 32, 128
+"""Of codes of varying length: columns that a program does; rows and columns at once of a token of very many latents."""
 
 
 LEVELS_CHUNK = 256
@@ -49,8 +49,12 @@ LEVELS_CHUNK = 256
 
 
 def rows_tile(pattern: Pattern) -> int:
-    """Return how many latents of a token a program holds at once, where their number varies: those of most tokens."""
-    return int(min(128, max(16, 2 * triton.next_power_of_2(max(1, pattern.width)))))
+    """Return how many latents of a token a program holds in a whole tile, where their number varies.
+
+    About as many as tokens have on average, or half as many and half again; up to twice as many fit, too.
+    """
+    mean = max(1, 4 * pattern.width // 3)
+    return int(min(128, max(16, triton.next_power_of_2(mean + 1) // 2)))
 
 
 def launch_decode_loss(
@@ -89,26 +93,29 @@ def _launch_rows(
         tensors: as the kernel takes them, up to the residual.
         sizes: d, and the strides of W_dec and the target.
     """
-    *_, W_dec, _, _, _, x_hat, residual = tensors
+    starts, W_dec, x_hat, residual = tensors[2], tensors[3], *tensors[-2:]
     assert W_dec is not None
     assert x_hat is not None
     assert residual is not None
-    B, capacity, block_k = pattern.B, pattern.capacity, rows_tile(pattern)
-    chunk = min(CHUNK, triton.next_power_of_2(sizes[0]))
-    chunks = triton.cdiv(sizes[0], chunk)
-    errors = torch.empty(chunks, B, dtype=torch.float32, device=x_hat.device)
-    grad_acts = torch.zeros(chunks, capacity, dtype=torch.float32, device=x_hat.device)  # not every place is used
-    if B:
-        block_d, stages = _tile(block_k, W_dec)
-        block_d = min(chunk, block_d)
-        kernels.decode_loss_rows_kernel[(B, chunks)](
-            *tensors, errors, grad_acts, capacity, *sizes,
-            BLOCK_K=block_k, BLOCK_D=block_d, STAGES=stages, CHUNK=chunk, LONG_K=max(1, min(16, 8192 // chunk)),
-            num_warps=max(1, block_k * block_d // 4096),
-        )  # fmt: skip
-    if chunks > 1:
-        return errors.sum(0), x_hat, residual, grad_acts.sum(0)
-    return errors[0], x_hat, residual, grad_acts[0]
+    B, capacity, device, (d, *_) = pattern.B, pattern.capacity, x_hat.device, sizes
+    block_k, chunk = rows_tile(pattern), min(CHUNK, max(16, triton.next_power_of_2(d)))
+    chunks = triton.cdiv(d, chunk)
+    parts = torch.empty(chunks * (B + capacity), dtype=torch.float32, device=device)
+    errors, grad_acts = (torch.empty(n, dtype=torch.float32, device=device) for n in (B, capacity))
+    if not B:
+        return errors, x_hat, residual, grad_acts.zero_()
+    block_d, warps = min(chunk, max(64, 2048 // block_k)), max(1, block_k // 64)
+    kernels.decode_loss_rows_kernel[(B, chunks)](
+        *tensors, parts, parts[chunks * B :], capacity, *sizes,
+        # what a thread holds of two tiles beside each other has to fit in its registers
+        BLOCK_K=block_k, BLOCK_D=block_d, BOTH_D=block_d if block_k * block_d <= 2048 * warps else block_d // 2,
+        STAGES=3 if W_dec.element_size() <= 2 else 1, CHUNK=chunk, LONG_K=LONG_K, LONG_D=min(chunk, LONG_D * warps),
+        FOLD=16 // W_dec.element_size(), num_warps=warps,
+    )  # fmt: skip
+    kernels.decode_join_kernel[(triton.cdiv(max(B, capacity), 512),)](
+        parts, parts[chunks * B :], starts, errors, grad_acts, B, capacity, chunks, BLOCK=512, num_warps=4
+    )
+    return errors, x_hat, residual, grad_acts
 
 
 def launch_decode_levels(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flashsae.backend import use_dense, use_kernels
@@ -150,12 +151,10 @@ def _decode_loss(
 
 
 def _of_entries(numbers: Tensor, pattern: Pattern) -> Tensor:
-    """Return the number of its token for each entry, to multiply acts by: [B, 1], or [capacity]."""
+    """Return the number of its token for each entry, to multiply acts by: [B, 1], or [capacity], 0 if not used."""
     if pattern.starts is None:
         return numbers[:, None]
-    if pattern.B == 0:
-        return numbers.new_zeros(pattern.capacity)
-    return numbers[pattern.tokens.clamp_max(pattern.B - 1)]
+    return F.pad(numbers, (0, 1)).index_select(0, pattern.tokens)
 
 
 def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

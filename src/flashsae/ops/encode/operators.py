@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flashsae.backend import use_kernels
@@ -225,11 +226,9 @@ def _per_latent_fake(values: Tensor, pattern: list[Tensor]) -> Tensor:
 
 @operator(_per_latent_fake)
 def _per_latent(values: Tensor, pattern: list[Tensor]) -> Tensor:
-    latents = pattern[0].long()
     if len(pattern) == 1:
-        return values[latents]
-    used = latents < len(values)
-    return torch.where(used, values[torch.where(used, latents, 0)], 0.0)
+        return values[pattern[0].long()]
+    return F.pad(values, (0, 1)).index_select(0, pattern[0])  # places that are not used hold d_sae
 
 
 def _save_per_latent(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -20,8 +20,8 @@ FINE = 13
 """Bins of the first histogram are 2 ** FINE keys wide: 16384 of them cover a factor of 65536 above the bound."""
 
 BINS = kernels.BINS.value
-TILE, WARPS = 512, 4
-"""Of programs over pieces of a row, as measured (LOG.md)."""
+BLOCK_G, TILE, WARPS = 256, 512, 4
+"""Of programs over pieces of a row, as measured (LOG.md): groups looked at, latents at once, warps."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,13 @@ class _List:
         layout: how latents are grouped.
         wanted: B·k.
         capacity: entries that fit.
-        chunks: pieces of a row, each with a place of its own in the list.
+        chunks: pieces of a row.
         keys: [capacity], int32; certified: of lower bounds, then of rescored values.
         other: [capacity], float32 values; certified: int32 keys of upper bounds.
         latents: [capacity], int32.
         tokens: [capacity], int32, if certified.
-        segments: [B, chunks, 2], int32: where the entries of a chunk begin, and how many they are.
-        used: [1], int64: entries wanted so far, whether they fit or not.
+        begins: [B + 1], int32: where the entries of a token begin.
+        used: [parts + 1], int64: entries wanted before each part, whether they fit or not, and behind the last.
         state: [4], int64: the bound, the logarithm of the width of a bin, how many keys lie above the bound's bin, and
             whether that is one key.
         redo_state, redo_histogram: [4] and [BINS + 1], int64: the same for the way out.
@@ -53,12 +53,17 @@ class _List:
     other: Tensor
     latents: Tensor
     tokens: Tensor | None
-    segments: Tensor
+    begins: Tensor
     used: Tensor
     state: Tensor
     redo_state: Tensor
     redo_histogram: Tensor
     histograms: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """[1], int64: entries wanted in all."""
+        return self.used[-1:]
 
     @classmethod
     def of(cls, operands: Operands, k: int) -> _List:
@@ -72,12 +77,13 @@ class _List:
         def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.empty(*shape, dtype=dtype, device=device)
 
-        zeros = torch.zeros(9 + 2 * (BINS + 1), dtype=torch.int64, device=device)  # one launch for all of them
-        used, state, redo_state, redo_histogram, histograms = torch.split(zeros, [1, 4, 4, BINS + 1, BINS + 1])
+        sizes = [operands.parts + 1, 4, 4, BINS + 1, BINS + 1]
+        zeros = torch.zeros(sum(sizes), dtype=torch.int64, device=device)  # one launch for all of them
+        used, state, redo_state, redo_histogram, histograms = torch.split(zeros, sizes)
         other = empty(capacity, dtype=torch.int32 if operands.certified else torch.float32)
         return cls(
             layout, B * k, capacity, chunks, empty(capacity), other, empty(capacity),
-            empty(capacity) if operands.certified else None, empty(B, chunks, 2),
+            empty(capacity) if operands.certified else None, empty(B + 1),
             used, state, redo_state, redo_histogram, histograms.view(torch.int32).view(2, BINS + 1),
         )  # fmt: skip
 
@@ -117,17 +123,17 @@ def batch_topk(
     if B:
         operands = Operands.of(centred, W_enc_T, keys, precision, workspace_bytes)
         candidates = _List.of(operands, k)
-        for first, products, tokens in operands.products():
-            _add_part(operands, candidates, first, products, tokens)
+        for part, (first, products, tokens) in enumerate(operands.products()):
+            _add_part(operands, candidates, part, first, products, tokens)
         _choose(operands, candidates, (starts, latents, values))
         if used is not None:
-            used.copy_(candidates.used)
+            used.copy_(candidates.total)
     return latents, starts, values
 
 
 def _block_g(layout: Layout) -> int:
     """Return how many groups a program looks at."""
-    return int(min(256, triton.next_power_of_2(layout.groups)))  # as measured: one long token must not be waited for
+    return int(min(BLOCK_G, triton.next_power_of_2(layout.groups)))  # one long token must not be waited for
 
 
 def _count_maxima(maxima: Tensor, hist: Tensor, state: Tensor, tokens: Tensor | None) -> None:
@@ -137,43 +143,52 @@ def _count_maxima(maxima: Tensor, hist: Tensor, state: Tensor, tokens: Tensor | 
     )
 
 
-def _count_entries(of: _List) -> None:
+def _count_entries(of: _List, used: Tensor) -> None:
     n = of.capacity
-    kernels.select_histogram_kernel[(min(PROGRAMS, triton.cdiv(n, TILE)),)](
-        of.keys, of.used, n, of.histograms[1], of.state, None, 1, COARSE=False, BLOCK=TILE, num_warps=4
+    kernels.select_histogram_kernel[(min(PROGRAMS, triton.cdiv(n, 512)),)](
+        of.keys, used, n, of.histograms[1], of.state, None, 1, COARSE=False, BLOCK=512, num_warps=4
     )
 
 
 def _raise_bound(of: _List, hist: Tensor, next_shift: int = -1, *, coarse: bool = False) -> None:
     kernels.select_bound_kernel[(1,)](
-        distributed.summed(hist), of.state, of.state, of.used, of.capacity, of.wanted, next_shift,
+        distributed.summed(hist), of.state, of.state, of.total, of.capacity, of.wanted, next_shift,
         COARSE=coarse, ONLY_REDO=False, num_warps=16,
     )  # fmt: skip
+    if not coarse:
+        hist.zero_()  # that of top bits is added to
 
 
-def _add_part(operands: Operands, to: _List, first: int, products: Tensor, tokens: Tensor | None) -> None:
+def _add_part(
+    operands: Operands, to: _List, part: int, first: int, products: Tensor, tokens: Tensor | None
+) -> None:  # fmt: skip
     """Raise the bound by what these rows hold, and list what of them reaches it."""
-    layout, rows, n = to.layout, len(products), len(operands.W)
+    layout, rows, n, device = to.layout, len(products), len(operands.W), products.device
     coarse, fine = to.histograms
     by = products, *operands.by, operands.latents, tokens
     maxima, supers = _group_maxima(operands, layout, products, tokens)
     _count_maxima(supers, coarse, to.state, tokens)
     _raise_bound(to, coarse, FINE, coarse=True)
-    block_g, grid = _block_g(layout), (rows, to.chunks)
-    counts = torch.empty(rows, to.chunks, dtype=torch.int32, device=products.device)
+    grid, pieces = (rows, to.chunks), rows * to.chunks
+    # each program of the last pass adds up as many counts of pieces as sums of counts, or up to twice as many
+    span = max(128, triton.next_power_of_2(math.isqrt(pieces)))
+    spans = triton.cdiv(pieces, span)
+    counts, reach = torch.empty(2, pieces, dtype=torch.int32, device=device)
+    sums, used = torch.zeros(spans, dtype=torch.int64, device=device), to.used[part : part + 2]
     shape = rows, n, layout.groups, to.chunks, products.stride(0)
-    kernels.select_groups_kernel[grid](
-        *by, maxima, counts, fine, to.state, *shape, GROUP=layout.group, BLOCK_G=block_g, TILE=TILE,
-        MAGNITUDE=operands.keys.magnitude, num_warps=WARPS,
-    )  # fmt: skip
-    if first:
-        _count_entries(to)
+    tile = {
+        "GROUP": layout.group, "BLOCK_G": _block_g(layout), "TILE": TILE, "MAGNITUDE": operands.keys.magnitude,
+        "num_warps": WARPS,
+    }  # fmt: skip
+    kernels.select_groups_kernel[grid](*by, maxima, counts, fine, to.state, *shape, **tile)
+    if part:
+        _count_entries(to, used)
     # certified: values, which lie above their lower bounds, are counted in bins of the same width next
     _raise_bound(to, fine, FINE if operands.certified else -1)
+    kernels.select_reach_kernel[grid](*by, maxima, counts, to.state, reach, sums, *shape, SPAN=span, **tile)
     kernels.select_append_kernel[grid](
-        *by, maxima, counts, to.state, to.used, to.keys, to.other, to.latents, to.tokens, to.segments,
-        first, to.capacity, *shape, GROUP=layout.group, BLOCK_G=block_g, TILE=TILE,
-        MAGNITUDE=operands.keys.magnitude, num_warps=WARPS,
+        *by, maxima, counts, to.state, reach, sums, used, to.keys, to.other, to.latents, to.tokens, to.begins,
+        first, to.capacity, *shape, SPAN=span, SPANS=triton.next_power_of_2(spans), **tile,
     )  # fmt: skip
 
 
@@ -202,21 +217,21 @@ def _choose(operands: Operands, of: _List, out: tuple[Tensor, Tensor, Tensor]) -
     entry_values = _rescore(operands, of) if operands.certified else of.other
     # one pass closes the bound's bin, unless all keys lay beyond the last bin: then it takes two more
     for _ in range(4 if operands.certified else 3):
-        _count_entries(of)
+        _count_entries(of, of.total)
         _raise_bound(of, fine)
     redo = _Redo(operands, of, out)
     redo.find_bound()
     counts = torch.empty(2, B, dtype=torch.int64, device=device)
     kernels.select_count_kernel[(B,)](
-        of.keys, of.segments, of.state, of.used, counts, of.capacity, B, of.chunks, BLOCK=128, num_warps=1
+        of.keys, of.begins, of.state, of.total, counts, of.capacity, B, BLOCK=128, num_warps=1
     )
     redo.run(redo_kernels.COUNT.value, of.state, counts)
     kernels.select_starts_kernel[(1,)](
-        counts, of.state, starts, B, of.wanted, BLOCK=min(8192, max(32, triton.next_power_of_2(B))), num_warps=8
+        counts, of.state, starts, B, of.wanted, BLOCK=min(8192, max(32, triton.next_power_of_2(B))), num_warps=16
     )
     kernels.select_write_kernel[(B,)](
-        of.keys, entry_values, of.latents, of.segments, of.state, of.used, counts, starts, latents, values,
-        of.capacity, B, of.chunks, BLOCK=128, num_warps=1,
+        of.keys, entry_values, of.latents, of.begins, of.state, of.total, counts, starts, latents, values,
+        of.capacity, B, BLOCK=128, num_warps=1,
     )  # fmt: skip
     redo.run(redo_kernels.WRITE.value, of.state, counts)
 
@@ -224,7 +239,7 @@ def _choose(operands: Operands, of: _List, out: tuple[Tensor, Tensor, Tensor]) -
 def _rescore(operands: Operands, of: _List) -> Tensor:
     """Return values in float32 of what may be selected, and set their keys."""
     values = torch.empty(of.capacity, dtype=torch.float32, device=of.keys.device)
-    rescore(operands, (of.latents, of.tokens, of.used), values, (of.other, of.state, of.keys))
+    rescore(operands, (of.latents, of.tokens, of.total), values, (of.other, of.state, of.keys))
     return values
 
 
@@ -242,7 +257,7 @@ class _Redo:
         for result in (state, state, of.state):
             self.run(redo_kernels.HISTOGRAM.value, state, None, hist)
             kernels.select_bound_kernel[(1,)](
-                hist, state, result, of.used, of.capacity, of.wanted, -1,
+                hist, state, result, of.total, of.capacity, of.wanted, -1,
                 COARSE=False, ONLY_REDO=True, num_warps=16,
             )  # fmt: skip
 
@@ -252,7 +267,7 @@ class _Redo:
         x, W = operands.x, operands.W
         B, d = x.shape
         redo_kernels.select_redo_kernel[(triton.cdiv(B, 16),)](
-            x, W, *operands.by, state, self.of.used, hist, counts, starts, latents, values,
+            x, W, *operands.by, state, self.of.total, hist, counts, starts, latents, values,
             self.of.capacity, B, len(W), d, x.stride(0), W.stride(0),
             MODE=mode, BLOCK_B=16, BLOCK_N=128, BLOCK_D=32, MAGNITUDE=operands.keys.magnitude, num_warps=4,
         )  # fmt: skip

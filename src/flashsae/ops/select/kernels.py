@@ -17,7 +17,7 @@ LOWEST = tl.constexpr(-(2**31) + 1)  # below every latent, above KEY_NONE
 INFINITE = tl.constexpr(0x7F800000)  # the key of infinity, as which NaN counts in maxima of groups
 TOP = tl.constexpr(18)  # a key without so many of its bits is a bin of the coarse histogram
 BINS = tl.constexpr(16384)  # of a histogram; behind them stands how many keys lie beyond the last
-SIDE = tl.constexpr(128)
+SIDE = tl.constexpr(128)  # BINS is its square
 NEAR = tl.constexpr(256)
 
 
@@ -58,22 +58,29 @@ def _value_of(key):
 
 
 @triton.jit
+def _place_of(bin):
+    """Return where a bin stands in a histogram: neighbours, which are hit at once, in different lines of the cache."""
+    return (bin % SIDE) * SIDE + bin // SIDE
+
+
+@triton.jit
 def _count_keys(keys, inside, hist_ptr, low, shift):
     """Add keys that reach `low` to the histogram; bins are 2 ** shift wide."""
     count_type: tl.constexpr = hist_ptr.dtype.element_ty
-    bin = (keys.to(tl.int64) - low) >> shift
     inside = inside & (keys >= low)
-    beyond = tl.sum((inside & (bin >= BINS)).to(tl.int32))
+    above = (keys - low.to(tl.int32)).to(tl.uint32, bitcast=True)  # of those that reach it, exactly
+    bin = tl.minimum(above >> shift.to(tl.uint32), BINS).to(tl.int32)
+    beyond = tl.sum((inside & (bin == BINS)).to(tl.int32))
     if beyond > 0:
         tl.atomic_add(hist_ptr + BINS, beyond.to(count_type), sem="relaxed")
     inside = inside & (bin < BINS)
     first = tl.min(tl.where(inside, bin, BINS))
     last = tl.max(tl.where(inside, bin, -1))
     if first == last:  # ties would make atomics wait for each other
-        tl.atomic_add(hist_ptr + first, tl.sum(inside.to(tl.int32)).to(count_type), sem="relaxed")
+        tl.atomic_add(hist_ptr + _place_of(first), tl.sum(inside.to(tl.int32)).to(count_type), sem="relaxed")
     else:
         ones = tl.full(bin.shape, 1, count_type)
-        tl.atomic_add(hist_ptr + tl.where(inside, bin, 0), ones, mask=inside, sem="relaxed")
+        tl.atomic_add(hist_ptr + _place_of(tl.where(inside, bin, 0)), ones, mask=inside, sem="relaxed")
 
 
 @triton.jit
@@ -84,10 +91,11 @@ def _count_coarsely(keys, inside, hist_ptr):
     behind = tl.where(inside, top - bin, NEAR)
     near = tl.arange(0, 2 * NEAR)
     counts = tl.histogram(tl.minimum(behind, NEAR), 2 * NEAR)
-    tl.atomic_add(hist_ptr + tl.maximum(top - near, 0), counts, mask=(near < NEAR) & (counts > 0), sem="relaxed")
+    place = _place_of(tl.maximum(top - near, 0))
+    tl.atomic_add(hist_ptr + place, counts, mask=(near < NEAR) & (counts > 0), sem="relaxed")
     far = inside & (behind >= NEAR)
     ones = tl.full(bin.shape, 1, tl.int32)
-    tl.atomic_add(hist_ptr + tl.where(far, bin, 0), ones, mask=far, sem="relaxed")
+    tl.atomic_add(hist_ptr + _place_of(tl.where(far, bin, 0)), ones, mask=far, sem="relaxed")
 
 
 @triton.jit
@@ -173,7 +181,7 @@ def select_bound_kernel(
 ):
     """Raise the bound to the lower edge of the bin in which the number of keys, counted from above, reaches `wanted`.
 
-    A histogram of top bits is kept, to be added to; any other is emptied.
+    The histogram of the way out is emptied, others are as they were.
     """
     runs = tl.load(state_ptr + 3) == 0
     if ONLY_REDO:
@@ -186,11 +194,11 @@ def select_bound_kernel(
             shift = tl.full([], TOP, tl.int64)
         place = tl.arange(0, SIDE)
         beyond = tl.load(hist_ptr + BINS).to(tl.int64)
-        sums = tl.sum(tl.load(hist_ptr + place[:, None] * SIDE + place[None, :]).to(tl.int64), axis=1)
+        sums = tl.sum(tl.load(hist_ptr + place[:, None] + place[None, :] * SIDE).to(tl.int64), axis=1)
         from_above = beyond + tl.sum(sums) - tl.cumsum(sums) + sums
         block = tl.max(tl.where(from_above >= wanted, place, -1))
         above_block = beyond + tl.sum(tl.where(place > block, sums, 0))
-        bins = tl.load(hist_ptr + tl.maximum(block, 0) * SIDE + place).to(tl.int64)
+        bins = tl.load(hist_ptr + tl.maximum(block, 0) + place * SIDE).to(tl.int64)
         from_above = above_block + tl.sum(bins) - tl.cumsum(bins) + bins
         bin = tl.max(tl.where(from_above >= wanted, place, -1))
         above = above_block + tl.sum(tl.where(place > bin, bins, 0))
@@ -213,7 +221,7 @@ def select_bound_kernel(
         tl.store(out_ptr + 1, next - TOP)
         tl.store(out_ptr + 2, above)
         tl.store(out_ptr + 3, (width == 1).to(tl.int64))
-        if not COARSE:
+        if ONLY_REDO:
             tl.debug_barrier()  # all was read
             zeros = tl.zeros([SIDE, SIDE], hist_ptr.dtype.element_ty)
             tl.store(hist_ptr + place[:, None] * SIDE + place[None, :], zeros)
@@ -254,57 +262,102 @@ def select_groups_kernel(
 
 
 @triton.jit
+def _tile_of_list(
+    list_ptr, start, listed, low, raw_ptr, bias_ptr, scale_ptr, column_ptr, row_ptr, row, rows, n, raw_stride,
+    GROUP: tl.constexpr, TILE: tl.constexpr, MAGNITUDE: tl.constexpr,
+):  # fmt: skip
+    """Return some latents of listed groups, their keys and values, and which reach the bound, certified: may reach."""
+    latents, inside = _listed(list_ptr, start, listed, n, GROUP, TILE)
+    keys, other = _load_keys(
+        latents, inside, raw_ptr, row, bias_ptr, scale_ptr, column_ptr, row_ptr, rows, n, raw_stride, MAGNITUDE
+    )
+    return latents, keys, other, inside & ((keys if column_ptr is None else other) >= low)
+
+
+@triton.jit
+def select_reach_kernel(
+    raw_ptr, bias_ptr, scale_ptr, column_ptr, row_ptr,  # as in encode_topk_group_max_kernel
+    lists_ptr,  # [rows, groups] from select_groups_kernel
+    counts_ptr,  # [rows, chunks] from there
+    state_ptr,  # [4] int64
+    reach_ptr,  # [rows, chunks] int32: how many latents of a chunk reach the bound, certified: may reach it
+    sums_ptr,  # [rows * chunks / SPAN] int64, of zeros: sums of these
+    rows, n, groups, chunks, raw_stride,
+    GROUP: tl.constexpr, BLOCK_G: tl.constexpr, TILE: tl.constexpr, SPAN: tl.constexpr, MAGNITUDE: tl.constexpr,
+):  # fmt: skip
+    """Count the latents of a chunk that reach the bound, for `select_append_kernel`."""
+    row = tl.program_id(0).to(tl.int64)
+    chunk = tl.program_id(1)
+    low = bound_of(state_ptr)
+    list_ptr = lists_ptr + row * groups + chunk * BLOCK_G
+    number = row * chunks + chunk
+    listed = tl.load(counts_ptr + number)
+    total = 0
+    for start in range(0, listed, TILE // GROUP):
+        _, _, _, reach = _tile_of_list(
+            list_ptr, start, listed, low, raw_ptr, bias_ptr, scale_ptr, column_ptr, row_ptr, row, rows, n, raw_stride,
+            GROUP, TILE, MAGNITUDE,
+        )  # fmt: skip
+        total += tl.sum(reach.to(tl.int32))
+    tl.store(reach_ptr + number, total)
+    if total > 0:
+        tl.atomic_add(sums_ptr + number // SPAN, total.to(tl.int64), sem="relaxed")
+
+
+@triton.jit
+def _sum_before(numbers_ptr, end, BLOCK: tl.constexpr):
+    """Return the sum of the numbers before `end`, which are at most BLOCK."""
+    place = tl.arange(0, BLOCK)
+    return tl.sum(tl.load(numbers_ptr + place, mask=place < end, other=0).to(tl.int64))
+
+
+@triton.jit
 def select_append_kernel(
     raw_ptr, bias_ptr, scale_ptr, column_ptr, row_ptr,  # as in encode_topk_group_max_kernel
     lists_ptr,  # [rows, groups] from select_groups_kernel
     counts_ptr,  # [rows, chunks] from there
     state_ptr,  # [4] int64
-    used_ptr,  # int64: how many entries were wanted so far
+    reach_ptr, sums_ptr,  # [rows, chunks], [rows * chunks / SPAN] from select_reach_kernel
+    used_ptr,  # [2] int64: how many entries were wanted before; and now, which is set
     keys_ptr,  # [capacity] int32
     values_ptr,  # [capacity] float32; certified: int32 keys of the upper bounds
     latents_ptr,  # [capacity] int32
     tokens_ptr,  # [capacity] int32, or None
-    segments_ptr,  # [B, chunks, 2] int32: where the entries of a chunk begin, and how many they are
+    begins_ptr,  # [B + 1] int32: where the entries of a token begin
     first,  # token of the first row
     capacity, rows, n, groups, chunks, raw_stride,
-    GROUP: tl.constexpr, BLOCK_G: tl.constexpr, TILE: tl.constexpr, MAGNITUDE: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_G: tl.constexpr, TILE: tl.constexpr, SPAN: tl.constexpr, SPANS: tl.constexpr,
+    MAGNITUDE: tl.constexpr,
 ):  # fmt: skip
-    """Append the latents of a chunk that reach the bound, certified: that may, in ascending order.
-
-    Which chunk takes which places depends on timing; that of each is noted, and nothing else depends on it.
-    """
+    """Append the latents of a chunk that reach the bound, certified: that may, by token, then ascending."""
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
     low = bound_of(state_ptr)
     list_ptr = lists_ptr + row * groups + chunk * BLOCK_G
-    listed = tl.load(counts_ptr + row * chunks + chunk)
-    total = 0
+    number = row * chunks + chunk
+    span = number // SPAN
+    used = tl.load(used_ptr)
+    place = used + _sum_before(sums_ptr, span, SPANS) + _sum_before(reach_ptr + span * SPAN, number - span * SPAN, SPAN)
+    total = tl.load(reach_ptr + number)
+    if chunk == 0:
+        tl.store(begins_ptr + first + row, tl.minimum(place, capacity).to(tl.int32))
+    if number == tl.num_programs(0).to(tl.int64) * chunks - 1:
+        tl.store(used_ptr + 1, place + total)
+        tl.store(begins_ptr + first + row + 1, tl.minimum(place + total, capacity).to(tl.int32))
+    listed = tl.where(total > 0, tl.load(counts_ptr + number), 0)
     for start in range(0, listed, TILE // GROUP):
-        latents, inside = _listed(list_ptr, start, listed, n, GROUP, TILE)
-        keys, other = _load_keys(
-            latents, inside, raw_ptr, row, bias_ptr, scale_ptr, column_ptr, row_ptr, rows, n, raw_stride, MAGNITUDE
-        )
-        total += tl.sum((inside & ((keys if column_ptr is None else other) >= low)).to(tl.int32))
-    place = tl.full([], 0, tl.int64)
-    if total > 0:
-        place = tl.atomic_add(used_ptr, total.to(tl.int64), sem="relaxed")
-    segment_ptr = segments_ptr + ((first + row) * chunks + chunk) * 2
-    tl.store(segment_ptr, tl.minimum(place, capacity).to(tl.int32))
-    tl.store(segment_ptr + 1, tl.where(place + total > capacity, 0, total).to(tl.int32))
-    for start in range(0, listed, TILE // GROUP):
-        latents, inside = _listed(list_ptr, start, listed, n, GROUP, TILE)
-        keys, other = _load_keys(
-            latents, inside, raw_ptr, row, bias_ptr, scale_ptr, column_ptr, row_ptr, rows, n, raw_stride, MAGNITUDE
-        )
-        chosen = inside & ((keys if column_ptr is None else other) >= low)
+        latents, keys, other, chosen = _tile_of_list(
+            list_ptr, start, listed, low, raw_ptr, bias_ptr, scale_ptr, column_ptr, row_ptr, row, rows, n, raw_stride,
+            GROUP, TILE, MAGNITUDE,
+        )  # fmt: skip
         position = place + tl.cumsum(chosen.to(tl.int32)) - 1
+        place += tl.sum(chosen.to(tl.int32))
         chosen &= position < capacity
         tl.store(keys_ptr + position, keys, mask=chosen)
         tl.store(values_ptr + position, other, mask=chosen)
         tl.store(latents_ptr + position, latents, mask=chosen)
         if tokens_ptr is not None:
             tl.store(tokens_ptr + position, tl.full([TILE], 0, tl.int32) + (first + row).to(tl.int32), mask=chosen)
-        place += tl.sum(chosen.to(tl.int32))
 
 
 @triton.jit
@@ -359,11 +412,11 @@ def select_rescore_kernel(
 
 @triton.jit
 def select_count_kernel(
-    keys_ptr, segments_ptr,  # as from select_append_kernel
+    keys_ptr, begins_ptr,  # as from select_append_kernel
     state_ptr,  # [4] int64
     used_ptr,
     counts_ptr,  # [2, B] int64: keys above the bound, keys that equal it
-    capacity, B, chunks,
+    capacity, B,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Count the listed entries of a token."""
@@ -372,14 +425,12 @@ def select_count_kernel(
         bound = bound_of(state_ptr)
         above = 0
         tied = 0
-        for chunk in range(0, chunks):
-            segment_ptr = segments_ptr + (row * chunks + chunk) * 2
-            place, count = tl.load(segment_ptr), tl.load(segment_ptr + 1)
-            for start in range(0, count, BLOCK):
-                slot = start + tl.arange(0, BLOCK)
-                keys = tl.load(keys_ptr + place + slot, mask=slot < count, other=KEY_NONE)
-                above += tl.sum((keys > bound).to(tl.int32))
-                tied += tl.sum((keys == bound).to(tl.int32))
+        end = tl.load(begins_ptr + row + 1)
+        for start in range(tl.load(begins_ptr + row), end, BLOCK):
+            slot = start + tl.arange(0, BLOCK)
+            keys = tl.load(keys_ptr + slot, mask=slot < end, other=KEY_NONE)
+            above += tl.sum((keys > bound).to(tl.int32))
+            tied += tl.sum((keys == bound).to(tl.int32))
         tl.store(counts_ptr + row, above.to(tl.int64))
         tl.store(counts_ptr + B + row, tied.to(tl.int64))
 
@@ -411,12 +462,12 @@ def select_starts_kernel(
 
 @triton.jit
 def select_write_kernel(
-    keys_ptr, entry_values_ptr, entry_latents_ptr, segments_ptr,  # as from select_append_kernel
+    keys_ptr, entry_values_ptr, entry_latents_ptr, begins_ptr,  # as from select_append_kernel
     state_ptr, used_ptr, counts_ptr,
     starts_ptr,  # [B + 1]
     latents_ptr,  # [wanted] int32
     values_ptr,  # [wanted] float32
-    capacity, B, chunks,
+    capacity, B,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write what is selected of a token to its places."""
@@ -426,18 +477,16 @@ def select_write_kernel(
         room = tl.load(counts_ptr + B + row).to(tl.int32)
         position = tl.load(starts_ptr + row)
         ties = 0
-        for chunk in range(0, chunks):
-            segment_ptr = segments_ptr + (row * chunks + chunk) * 2
-            place, count = tl.load(segment_ptr), tl.load(segment_ptr + 1)
-            for start in range(0, count, BLOCK):
-                slot = start + tl.arange(0, BLOCK)
-                keys = tl.load(keys_ptr + place + slot, mask=slot < count, other=KEY_NONE)
-                tied = (keys == bound).to(tl.int32)
-                chosen = (keys > bound) | ((tied != 0) & (ties + tl.cumsum(tied) <= room))
-                latents = tl.load(entry_latents_ptr + place + slot, mask=chosen, other=0)
-                values = tl.load(entry_values_ptr + place + slot, mask=chosen, other=0.0)
-                at = position + tl.cumsum(chosen.to(tl.int32)) - 1
-                tl.store(latents_ptr + at, latents, mask=chosen)
-                tl.store(values_ptr + at, values, mask=chosen)
-                position += tl.sum(chosen.to(tl.int32))
-                ties += tl.sum(tied)
+        end = tl.load(begins_ptr + row + 1)
+        for start in range(tl.load(begins_ptr + row), end, BLOCK):
+            slot = start + tl.arange(0, BLOCK)
+            keys = tl.load(keys_ptr + slot, mask=slot < end, other=KEY_NONE)
+            tied = (keys == bound).to(tl.int32)
+            chosen = (keys > bound) | ((tied != 0) & (ties + tl.cumsum(tied) <= room))
+            latents = tl.load(entry_latents_ptr + slot, mask=chosen, other=0)
+            values = tl.load(entry_values_ptr + slot, mask=chosen, other=0.0)
+            at = position + tl.cumsum(chosen.to(tl.int32)) - 1
+            tl.store(latents_ptr + at, latents, mask=chosen)
+            tl.store(values_ptr + at, values, mask=chosen)
+            position += tl.sum(chosen.to(tl.int32))
+            ties += tl.sum(tied)
