@@ -40,7 +40,7 @@ def _tile(block_k: int, W_dec: Tensor) -> tuple[int, int]:
     return (128 if block_k <= 32 or (block_k == 64 and far) else 64), 3
 
 
-CHUNK, LONG_K, LONG_D = 512, 32, 128
+CHUNK, LONG_K, LONG_D = 512, 32, 64
 """Of codes of varying length: columns that a program does; rows and columns at once of a token of very many latents."""
 
 

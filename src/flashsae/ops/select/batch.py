@@ -20,7 +20,7 @@ FINE = 13
 """Bins of the first histogram are 2 ** FINE keys wide: 16384 of them cover a factor of 65536 above the bound."""
 
 BINS = kernels.BINS.value
-BLOCK_G, TILE, WARPS = 256, 512, 4
+BLOCK_G, TILE, WARPS = 512, 128, 1
 """Of programs over pieces of a row, as measured (LOG.md): groups looked at, latents at once, warps."""
 
 
