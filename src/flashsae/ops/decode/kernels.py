@@ -120,13 +120,12 @@ def decode_loss_rows_kernel(
     grad_acts_ptr,  # [chunks, capacity]: of each
     capacity, d, W_stride, target_stride,
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BOTH_D: tl.constexpr, STAGES: tl.constexpr, CHUNK: tl.constexpr,
-    LONG_K: tl.constexpr, LONG_D: tl.constexpr, FOLD: tl.constexpr,
+    FOLD: tl.constexpr,
 ):  # fmt: skip
-    """Do as `decode_loss_kernel` for a chunk of the columns of a token of any number of latents.
+    """Do as `decode_loss_kernel` for a chunk of the columns of a token of up to 2 · BLOCK_K latents.
 
-    The latents of most tokens fit in one tile, or two beside each other, which move along the columns: of a few sizes,
-    so that little of one is empty. Those of the others are gone through in pieces, once for x_hat and once for the dot
-    products. Chunks make programs short, so that no token is waited for; all tokens of a chunk come before the next,
+    They are in one tile, or two beside each other, which move along the columns: of a few sizes, so that little of one
+    is empty. Chunks make programs short, so that no token is waited for; all tokens of a chunk come before the next,
     so that rows of W are found in the cache.
     """
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -138,6 +137,7 @@ def decode_loss_rows_kernel(
     acts_row, indices_row, grad_row = acts_ptr + first, indices_ptr + first, grad_acts_ptr + chunk * capacity + first
     begin = (chunk * CHUNK).to(tl.int32)
     end = tl.minimum(begin + CHUNK, d)
+    error = 0.0
     if count <= BLOCK_K // 2:
         error = _loss_in_tiles(
             acts_row, indices_row, W_ptr, bias_ptr, target_row, x_hat_row, residual_row, grad_row, weight, count,
@@ -163,12 +163,35 @@ def decode_loss_rows_kernel(
             acts_row, indices_row, W_ptr, bias_ptr, target_row, x_hat_row, residual_row, grad_row, weight, count,
             begin, end, d, W_stride, 2 * BLOCK_K, 0, BLOCK_D // 2, STAGES, FOLD,
         )  # fmt: skip
-    else:
-        error = _loss_in_pieces(
-            acts_row, indices_row, W_ptr, bias_ptr, target_row, x_hat_row, residual_row, grad_row, weight, count,
-            begin, end, W_stride, LONG_K, LONG_D, STAGES,
-        )  # fmt: skip
-    tl.store(errors_ptr + chunk * tl.num_programs(0) + row, weight * error)
+    if count <= 2 * BLOCK_K:
+        tl.store(errors_ptr + chunk * tl.num_programs(0) + row, weight * error)
+
+
+@triton.jit
+def decode_loss_long_kernel(
+    acts_ptr, indices_ptr, starts_ptr, W_ptr, bias_ptr, target_ptr, weights_ptr, x_hat_ptr, residual_ptr, errors_ptr,
+    grad_acts_ptr,  # all as in decode_loss_rows_kernel
+    limit,  # a token of no more latents is none of those that are done here
+    B, capacity, d, W_stride, target_stride,
+    TOKENS: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Do as `decode_loss_rows_kernel` for the tokens that have more latents: in pieces, of which each is read twice."""
+    first_row, chunk = tl.program_id(0).to(tl.int64) * TOKENS, tl.program_id(1).to(tl.int64)
+    token = first_row + tl.arange(0, TOKENS)
+    lows = tl.load(starts_ptr + token, mask=token < B, other=0)
+    if tl.max(tl.load(starts_ptr + token + 1, mask=token < B, other=0) - lows) > limit:
+        for row in range(first_row, tl.minimum(first_row + TOKENS, B)):
+            first, count = _entries_of(starts_ptr, row, None)
+            if count > limit:
+                weight = 1.0
+                if weights_ptr is not None:
+                    weight = tl.load(weights_ptr + row).to(tl.float32)
+                error = _loss_in_pieces(
+                    acts_ptr + first, indices_ptr + first, W_ptr, bias_ptr, target_ptr + row * target_stride,
+                    x_hat_ptr + row * d, residual_ptr + row * d, grad_acts_ptr + chunk * capacity + first, weight,
+                    count, (chunk * CHUNK).to(tl.int32), d, W_stride, BLOCK_K, CHUNK, STAGES,
+                )  # fmt: skip
+                tl.store(errors_ptr + chunk * B + row, weight * error)
 
 
 @triton.jit
@@ -219,31 +242,24 @@ def _folded(products, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, FOLD: tl.con
 
 @triton.jit
 def _loss_in_pieces(
-    acts_ptr, indices_ptr, W_ptr, bias_ptr, target_row, x_hat_row, residual_row, grad_ptr, weight, count, begin, end,
-    W_stride, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+    acts_ptr, indices_ptr, W_ptr, bias_ptr, target_row, x_hat_row, residual_row, grad_ptr, weight, count, begin, d,
+    W_stride, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Return the squared error of a token of any number of latents; what is read again is found in the cache."""
-    error = 0.0
-    for left in range(begin, end, BLOCK_D):
-        column = left + tl.arange(0, BLOCK_D)
-        inside = column < end
-        x_hat = tl.zeros([BLOCK_D], tl.float32)
-        for start in tl.range(0, count, BLOCK_K, num_stages=STAGES):
-            slot = start + tl.arange(0, BLOCK_K)
-            acts = tl.load(acts_ptr + slot, mask=slot < count, other=0.0).to(tl.float32)
-            W = _rows_of(indices_ptr, W_ptr, slot, count, column, inside, W_stride)
-            x_hat += tl.sum(acts[:, None] * W, axis=0)
-        residual = _compared(x_hat, bias_ptr, target_row, x_hat_row, residual_row, column, inside)
-        residual = tl.where(inside, residual, 0.0)
-        error += tl.sum(residual * residual)
-        for start in tl.range(0, count, BLOCK_K, num_stages=STAGES):
-            slot = start + tl.arange(0, BLOCK_K)
-            W = _rows_of(indices_ptr, W_ptr, slot, count, column, inside, W_stride)
-            slopes = -2.0 * weight * tl.sum(W * residual[None, :], axis=1)
-            if left > begin:
-                slopes += tl.load(grad_ptr + slot, mask=slot < count, other=0.0)
-            tl.store(grad_ptr + slot, slopes, mask=slot < count)
-    return error
+    column = begin + tl.arange(0, CHUNK)
+    inside = column < d
+    x_hat = tl.zeros([CHUNK], tl.float32)
+    for start in tl.range(0, count, BLOCK_K, num_stages=STAGES):
+        slot = start + tl.arange(0, BLOCK_K)
+        acts = tl.load(acts_ptr + slot, mask=slot < count, other=0.0).to(tl.float32)
+        W = _rows_of(indices_ptr, W_ptr, slot, count, column, inside, W_stride)
+        x_hat += tl.sum(acts[:, None] * W, axis=0)
+    residual = _compared(x_hat, bias_ptr, target_row, x_hat_row, residual_row, column, inside)
+    for start in tl.range(0, count, BLOCK_K, num_stages=STAGES):
+        slot = start + tl.arange(0, BLOCK_K)
+        W = _rows_of(indices_ptr, W_ptr, slot, count, column, inside, W_stride)
+        tl.store(grad_ptr + slot, -2.0 * weight * tl.sum(W * residual[None, :], axis=1), mask=slot < count)
+    return tl.sum(residual * residual)
 
 
 @triton.jit

@@ -40,8 +40,8 @@ def _tile(block_k: int, W_dec: Tensor) -> tuple[int, int]:
     return (128 if block_k <= 32 or (block_k == 64 and far) else 64), 3
 
 
-CHUNK, LONG_K, LONG_D = 512, 32, 64
-"""Of codes of varying length: columns that a program does; rows and columns at once of a token of very many latents."""
+CHUNK = 512
+"""Columns that a program of codes of varying length does."""
 
 
 LEVELS_CHUNK = 256
@@ -105,12 +105,16 @@ def _launch_rows(
     if not B:
         return errors, x_hat, residual, grad_acts.zero_()
     block_d, warps = min(chunk, max(64, 2048 // block_k)), max(1, block_k // 64)
+    stages = 3 if W_dec.element_size() <= 2 else 1  # of float32, registers, not latency, are what is short
     kernels.decode_loss_rows_kernel[(B, chunks)](
         *tensors, parts, parts[chunks * B :], capacity, *sizes,
         # what a thread holds of two tiles beside each other has to fit in its registers
         BLOCK_K=block_k, BLOCK_D=block_d, BOTH_D=block_d if block_k * block_d <= 2048 * warps else block_d // 2,
-        STAGES=3 if W_dec.element_size() <= 2 else 1, CHUNK=chunk, LONG_K=LONG_K, LONG_D=min(chunk, LONG_D * warps),
-        FOLD=16 // W_dec.element_size(), num_warps=warps,
+        STAGES=stages, CHUNK=chunk, FOLD=16 // W_dec.element_size(), num_warps=warps,
+    )  # fmt: skip
+    kernels.decode_loss_long_kernel[(triton.cdiv(B, 8), chunks)](
+        *tensors, parts, parts[chunks * B :], 2 * block_k, B, capacity, *sizes,
+        TOKENS=8, BLOCK_K=16, STAGES=stages, CHUNK=chunk, num_warps=4,
     )  # fmt: skip
     kernels.decode_join_kernel[(triton.cdiv(max(B, capacity), 512),)](
         parts, parts[chunks * B :], starts, errors, grad_acts, B, capacity, chunks, BLOCK=512, num_warps=4
