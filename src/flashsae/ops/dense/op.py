@@ -25,6 +25,7 @@ from flashsae.shapes import (
 )
 
 _CODE_ELEMENTS = 1 << 26  # of the dense code in memory at once
+_PIECE, _PIECES_ELEMENTS = 32, 1 << 22  # tokens of a piece of a long sum, and numbers that all pieces may give
 
 
 def operand(matrix: Tensor, *others: Tensor) -> Tensor:
@@ -106,7 +107,7 @@ def latent_rows(
     with part("dense products"):
         if len(parts) == 1:
             whole = _code_of(coeffs, pattern, parts[0], like)
-            return whole.T @ rows, whole.sum(0, dtype=dtype) if with_sums else None
+            return _transposed_product(whole, rows), whole.sum(0, dtype=dtype) if with_sums else None
         total = torch.zeros(d_sae, rows.shape[1], dtype=dtype, device=rows.device)
         sums = torch.zeros(d_sae, dtype=dtype, device=rows.device)
         for tokens in parts:
@@ -115,6 +116,20 @@ def latent_rows(
             if with_sums:
                 sums += piece.sum(0, dtype=dtype)
         return total.to(rows.dtype), sums if with_sums else None
+
+
+def _transposed_product(whole: LatentActs, rows: Activations) -> Weights:
+    """Return whole.T @ rows; a small product of float32 on a GPU with sums over tokens in pieces.
+
+    A library sums few columns in one row of additions each, and then rounds more than it does for many columns, as a
+    weight gradient of all latents has them.
+    """
+    (B, columns), d = whole.shape, rows.shape[1]
+    pieces = -(-B // _PIECE)
+    if pieces < 2 or pieces * columns * d > _PIECES_ELEMENTS or rows.dtype != torch.float32 or not use_kernels(rows):
+        return whole.T @ rows
+    left, right = (F.pad(matrix, (0, 0, 0, pieces * _PIECE - B)) for matrix in (whole, rows))
+    return (left.view(pieces, _PIECE, columns).mT @ right.view(pieces, _PIECE, d)).sum(0)
 
 
 def _parts_of(acts: CodeActs, pattern: Pattern, weights: Tensor) -> list[slice]:
