@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,59 @@ from flashsae.data import open as open_module
 from flashsae.data.open import ActivationsConfig, Prepared, prepare_activations
 from flashsae.data.sources import identity_of
 from flashsae.errors import CheckpointError, ConfigError
+from helpers import tiny_models
 
 
 def interrupt(n_rows: int) -> None:
     raise KeyboardInterrupt
+
+
+IDS = [list(range(2, 18))[: 3 + number % 13] for number in range(12)]
+CHATS = [[{"role": "cat", "content": "the mat"}, {"role": "assistant", "content": "went out"}]] * 12
+
+
+@pytest.fixture(scope="module")
+def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a model whose tokenizer has a chat template."""
+    folder = tmp_path_factory.mktemp("chatty") / "model"
+    tiny_models.gpt2().save_pretrained(folder)  # type: ignore[operator]
+    tiny_models.chat_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "settings", "expected"),
+    [
+        ([{"text": " ".join(tiny_models.WORDS[id - 2] for id in ids)} for ids in IDS], {}, IDS),
+        ([{"input_ids": ids} for ids in IDS], {}, IDS),
+        ([{"input_ids": [0, *ids, 1], "attention_mask": [1] * (len(ids) + 1) + [0]} for ids in IDS], {}, IDS),
+        (
+            [{"input_ids": ids, "loss_mask": [0] * (len(ids) - 2) + [1, 1]} for ids in IDS],
+            {"text_column": "input_ids,loss_mask"},
+            [ids[-2:] for ids in IDS],
+        ),
+        ([{"messages": chat} for chat in CHATS], {}, [[3, 2, 7, 19, 11, 12]] * 12),
+        ([{"messages": chat} for chat in CHATS], {"assistant_only": True}, [[11, 12]] * 12),
+    ],
+)
+def test_documents_of_every_kind_become_the_rows_of_their_tokens(
+    chatty: Path, tmp_path: Path, rows: list[Any], settings: dict[str, Any], expected: list[list[int]], pack: bool
+) -> None:
+    text = tmp_path / "documents.jsonl"
+    text.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    config = ActivationsConfig(
+        str(chatty), str(text), hookpoint="h.1", context_length=8, held_out=0.3, overlap=2, pack=pack, **settings
+    )
+    prepared = prepare_activations(config, tokens=1000, folder=tmp_path, device="cpu")
+    assert f"documents {'packed' if pack else 'apart'}, the last 2 again" in prepared.inputs()
+    (source,) = prepared.compute(lambda rows: None).sources.values()
+    chunks = [chunk for split in ("train", "held_out") for chunk, _ in source.chunks(split)]
+    rows_of: dict[int, list[int]] = {number: [] for number in range(12)}
+    for chunk in chunks:
+        for number, token in zip(chunk.group.tolist(), tiny_models.need(chunk.token_ids).tolist()):
+            rows_of[number].append(token)
+    assert [sorted(rows_of[number]) for number in range(12)] == [sorted(ids) for ids in expected]
 
 
 @pytest.mark.parametrize("change", ["nothing", "dtype", "batch"])

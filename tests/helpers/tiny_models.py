@@ -34,6 +34,23 @@ def word_tokenizer(*, bos: bool = False) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>" if bos else None)
 
 
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<turn>{{ message['role'] }} "
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}{% endgeneration %}"
+    "{% else %}{{ message['content'] }}{% endif %} {% endfor %}"
+)
+
+
+def chat_tokenizer(template: Any = CHAT_TEMPLATE) -> Any:
+    """The same with a beginning token, a template for chats, and the words that this needs."""
+    from tokenizers import AddedToken
+
+    tokenizer = word_tokenizer(bos=True)
+    tokenizer.add_tokens([AddedToken("<turn>", special=True), "assistant"])
+    tokenizer.chat_template = template
+    return tokenizer
+
+
 def gpt2(layers: int = 3) -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 

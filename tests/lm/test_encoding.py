@@ -15,21 +15,7 @@ from flashsae.lm.windows import TokenBatch, Windows
 from flashsae.settings.reading import ReadingConfig
 from flashsae.text.content import Block, Chat, Tokens
 
-TEMPLATE = (
-    "{% for message in messages %}<turn>{{ message['role'] }} "
-    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}{% endgeneration %}"
-    "{% else %}{{ message['content'] }}{% endif %} {% endfor %}"
-)
 CHAT = Chat([{"role": "cat", "content": "the mat"}, {"role": "assistant", "content": "went out"}])
-
-
-def tokenizer_of_chats(tiny: ModuleType, template: str | None = TEMPLATE) -> Any:
-    from tokenizers import AddedToken
-
-    tokenizer = tiny.word_tokenizer(bos=True)
-    tokenizer.add_tokens([AddedToken("<turn>", special=True), "assistant"])
-    tokenizer.chat_template = template
-    return tokenizer
 
 
 def windows(tokenizer: Any, vocabulary: int | None = 64, **settings: Any) -> Windows:
@@ -62,7 +48,7 @@ def test_tokens_are_read_as_the_text_that_they_are_of(tiny: ModuleType, bos: boo
 
 
 def test_kinds_of_documents_may_be_mixed(tiny: ModuleType) -> None:
-    made = windows(tokenizer_of_chats(tiny))
+    made = windows(tiny.chat_tokenizer())
     block: Block = [(0, "the cat"), (1, Tokens([4, 5])), (2, CHAT), (3, "on a mat"), (4, Tokens([2]))]
     batches = made.batches(block)
     rows = {number: [] for number, _ in block}
@@ -108,7 +94,7 @@ def test_ids_that_the_model_does_not_know_are_refused(tiny: ModuleType, vocabula
 
 
 def test_a_chat_is_read_as_its_template_writes_it(tiny: ModuleType) -> None:
-    tokenizer = tokenizer_of_chats(tiny)
+    tokenizer = tiny.chat_tokenizer()
     turn, assistant = tokenizer.convert_tokens_to_ids(["<turn>", "assistant"])
     (batch,) = windows(tokenizer).batches([(0, CHAT)])
     ids = [turn, 3, 2, 7, turn, assistant, 11, 12]
@@ -119,16 +105,16 @@ def test_a_chat_is_read_as_its_template_writes_it(tiny: ModuleType) -> None:
 
 
 def test_a_template_that_writes_bos_gets_no_second_one(tiny: ModuleType) -> None:
-    plain = windows(tokenizer_of_chats(tiny)).batches([(0, CHAT)])
-    assert same(windows(tokenizer_of_chats(tiny, "{{ bos_token }}" + TEMPLATE)).batches([(0, CHAT)]), plain)
+    plain = windows(tiny.chat_tokenizer()).batches([(0, CHAT)])
+    assert same(windows(tiny.chat_tokenizer("{{ bos_token }}" + tiny.CHAT_TEMPLATE)).batches([(0, CHAT)]), plain)
 
 
 def test_of_a_chat_the_assistant_alone(tiny: ModuleType) -> None:
-    tokenizer = tokenizer_of_chats(tiny)
+    tokenizer = tiny.chat_tokenizer()
     whole, part = (windows(tokenizer, assistant_only=only).batches([(0, CHAT)]) for only in (False, True))
     assert torch.equal(whole[0].ids, part[0].ids)
     assert kept(part) == [11, 12]
-    unmarked = windows(tokenizer_of_chats(tiny, "{{ messages[0]['content'] }}"), assistant_only=True)
+    unmarked = windows(tiny.chat_tokenizer("{{ messages[0]['content'] }}"), assistant_only=True)
     with pytest.raises(
         ConfigError, match=r"assistant_only: the chat template .* does not mark what the assistant says"
     ):
@@ -140,7 +126,7 @@ def test_of_a_chat_the_assistant_alone(tiny: ModuleType) -> None:
 
 @pytest.mark.parametrize("only", [False, True])
 def test_a_tokenizer_without_a_template_is_refused_in_a_sentence(tiny: ModuleType, only: bool) -> None:
-    made = windows(tokenizer_of_chats(tiny, None), assistant_only=only)
+    made = windows(tiny.chat_tokenizer(None), assistant_only=only)
     with pytest.raises(ConfigError, match=r"^model: its tokenizer has no chat template, and the documents are chats\."):
         made.batches([(0, CHAT)])
 
@@ -151,10 +137,10 @@ def test_a_tokenizer_without_a_template_is_refused_in_a_sentence(tiny: ModuleTyp
         ("{{ raise_exception('roles must alternate') }}", r"roles must alternate\)"),
         ("{{ messages[0]['content']['parts'].x }}", "has no attribute"),
         ("{% for message in messages %}", "."),
-        ({"tools": TEMPLATE}, "."),
+        ({"tools": "{{ messages }}"}, "."),
     ],
 )
 def test_a_chat_that_a_template_refuses_is_named(tiny: ModuleType, template: Any, reason: str) -> None:
-    made = windows(tokenizer_of_chats(tiny, template))
+    made = windows(tiny.chat_tokenizer(template))
     with pytest.raises(DataError, match=rf"^document 5: the chat template of the tokenizer cannot write .*{reason}"):
         made.batches([(4, "the cat"), (5, CHAT)])
