@@ -16,6 +16,7 @@ from flashsae.architecture import Architecture, architecture_named
 from flashsae.errors import ConfigError
 from flashsae.options import declared_by
 from flashsae.settings.kinds import check, expand, parse, unwrap
+from flashsae.settings.reading import TABLES
 from flashsae.settings.toml import read_toml
 from flashsae.settings.training import DEFAULT_ARCH, architectures_with
 
@@ -101,7 +102,7 @@ def read_file(file: Path) -> dict[str, Any]:
         settings = read_toml(file)
     except ConfigError as error:
         raise ConfigError(f"config: cannot read {file}: {error}.") from error
-    sections = [name for name, value in settings.items() if isinstance(value, dict)]
+    sections = [name for name, value in settings.items() if isinstance(value, dict) and name not in TABLES]
     if sections:
         raise ConfigError(
             f"config: cannot read {file}: expected settings without sections, got the section [{sections[0]}]. Write "

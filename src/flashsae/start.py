@@ -18,7 +18,7 @@ from flashsae.data.open import Prepared, prepare_activations, run_name
 from flashsae.data.shuffle import buffer_size, shuffled
 from flashsae.data.sources import RowSource, Source
 from flashsae.errors import DataError, StorageError, require
-from flashsae.lm.loading import model_place
+from flashsae.lm.place import model_place
 from flashsae.logs.jsonl import LOG_FILE
 from flashsae.logs.trackers import check_logger
 from flashsae.metrics import METRICS

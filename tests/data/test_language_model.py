@@ -34,7 +34,7 @@ def minilm() -> tuple[nn.Module, Any]:
 @pytest.mark.parametrize("name", ["gpt2", "llama", "bert"])
 def test_activations_are_those_of_hidden_states(tiny: ModuleType, name: str) -> None:
     make, pattern = tiny.FAMILIES[name]
-    model = make().base_model
+    model = make().base_model.eval()
     hookpoint = resolve_hookpoints(model, [pattern])[0]
     reader = tiny.source(
         dataclasses.replace(tiny.SMALL, hookpoint=hookpoint), open_text(["the cat sat on"]), model=model
@@ -97,7 +97,7 @@ def test_d_in_needs_one_hookpoint(tiny: ModuleType) -> None:
         ({"context_length": 65}, "context_length: expected context_length <= forward_tokens = 64, got 65"),
         ({"max_norm_ratio": 0.5}, "max_norm_ratio: expected a number above 1, got 0.5"),
         ({"max_documents": 0}, "max_documents: expected a positive number, got 0"),
-        ({"model_dtype": "int8"}, "model_dtype: expected one of auto, float32, bfloat16, got 'int8'"),
+        ({"model_dtype": "int8"}, "model_dtype: expected one of auto, float32, bfloat16, float16, got 'int8'"),
         ({"hookpoint": ""}, "hookpoint: expected a string, got ''"),
     ],
 )

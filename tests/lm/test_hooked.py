@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from flashsae.errors import ConfigError
-from flashsae.lm.hooked import HookedModel, context_limit, text_reader
+from flashsae.lm.hooked import HookedModel
 from flashsae.lm.hookpoints import resolve_hookpoints
+from flashsae.lm.parts import context_limit, text_reader
 from flashsae.text.open import open_text
 
 TEXT = open_text(["the cat sat on a mat"] * 3)

@@ -48,13 +48,19 @@ def test_attention_that_prepares_for_each_shape_is_left_out(tiny: ModuleType) ->
     assert torch.backends.cuda.cudnn_sdp_enabled() == before
 
 
-def test_hooks_are_gone_and_the_model_is_frozen_afterwards(tiny: ModuleType) -> None:
-    model = tiny.gpt2()
+def test_a_given_model_is_as_it_was_afterwards(tiny: ModuleType) -> None:
+    model = tiny.gpt2().train()
+    model.base_model.h[1].eval()
+    modes = [module.training for module in model.modules()]
+    model.gradient_checkpointing_enable()
     reader = tiny.source(model=model)
-    next(reader.chunks("train"))
+    acts = next(reader.chunks("train"))[0].acts["h.1"]
+    assert not acts.requires_grad
+    assert torch.equal(acts, next(tiny.source(model=tiny.gpt2().eval()).chunks("train"))[0].acts["h.1"])
     assert not any(module._forward_hooks for module in model.modules())
-    assert not any(parameter.requires_grad for parameter in model.base_model.parameters())
-    assert not model.base_model.training
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert [module.training for module in model.modules()] == modes
+    assert model.is_gradient_checkpointing
 
 
 def test_a_later_layer_that_works_in_place_changes_nothing(tiny: ModuleType) -> None:

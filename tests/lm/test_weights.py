@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from flashsae.data.language_model import LanguageModelSource
 from flashsae.errors import ConfigError
+from flashsae.lm import adapters
 from flashsae.lm.loading import load_language_model
 from flashsae.lm.weights import Trace
 from flashsae.settings.reading import ReadingConfig
@@ -163,7 +164,8 @@ def test_a_model_without_a_tokenizer_is_refused(tiny: ModuleType, tmp_path: Path
         read(tmp_path, "h.1")
 
 
-def test_an_adapter_needs_peft(tiny: ModuleType, tmp_path: Path) -> None:
+def test_an_adapter_needs_peft(tiny: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapters, "find_spec", lambda package: None)
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "gpt2", "peft_type": "LORA"}')
     with pytest.raises(ConfigError, match="holds an adapter, which only the package peft can read: pip install peft"):
         read(tmp_path, "h.1")

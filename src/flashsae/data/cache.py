@@ -38,7 +38,7 @@ from flashsae.data.window import Window
 from flashsae.errors import CheckpointError, ConfigError, DataError
 from flashsae.fingerprint import text_digest
 from flashsae.lm.hookpoints import OUTPUT
-from flashsae.lm.loading import quiet_transformers
+from flashsae.lm.place import needs_code, not_loaded, quiet_transformers
 from flashsae.settings.kinds import expand
 from flashsae.settings.reading import check_held_out
 
@@ -173,18 +173,24 @@ class ActivationCache:
         hookpoint = ", ".join(self.hookpoints)
         return {"activations": text_digest([repr(sums)]), "hookpoint": hookpoint, "held_out": self._held_out}
 
-    def read_tokenizer(self) -> Any:
+    def read_tokenizer(self, *, trust_remote_code: bool = False) -> Any:
         """Load the tokenizer that turns `token_ids` into text again.
 
+        Args:
+            trust_remote_code: run Python code that was saved with it. Nothing in the cache can ask for that.
         Raises:
             MissingExtraError: transformers is not installed.
-            CheckpointError: its files are missing or damaged.
+            CheckpointError: its files are missing or damaged, or need their code to run.
         """
         check_tokenizer(self.directory, self._index)
         with quiet_transformers() as transformers:
             try:
-                return transformers.AutoTokenizer.from_pretrained(self.directory / TOKENIZER_FOLDER)
+                return transformers.AutoTokenizer.from_pretrained(
+                    self.directory / TOKENIZER_FOLDER, trust_remote_code=trust_remote_code
+                )
             except Exception as error:  # whatever the library makes of files of another version of itself
+                if needs_code(error):
+                    raise not_loaded(f"the tokenizer of {self.directory}", error) from error
                 raise CheckpointError(
                     f"cannot read the tokenizer in {self.directory / TOKENIZER_FOLDER} ({str(error)[:200]}). Install "
                     "the version of transformers that wrote it, or write the cache again."

@@ -11,7 +11,8 @@ from flashsae.data.cache import ActivationCache
 from flashsae.data.cache_index import INDEX_FILE, CacheIndex, has_index
 from flashsae.data.cache_writer import DTYPE_NAMES, changes, extends
 from flashsae.errors import CheckpointError, ConfigError, DataError, MissingExtraError
-from flashsae.lm.hookpoints import OUTPUT, alternatives, in_order, match_hookpoints
+from flashsae.lm.hookpoints import OUTPUT, TEXT_PATHS, alternatives, in_order, match_hookpoints
+from flashsae.lm.options import LoadOptions
 from flashsae.lm.weights import model_fingerprint
 from flashsae.settings.left_open import given
 from flashsae.settings.reading import ActivationsConfig, ReadingConfig
@@ -127,7 +128,7 @@ def check_asked(config: ActivationsConfig, place: Path) -> ActivationsConfig:
     else:
         _check_no_text(config, place)
     if "model" in told:
-        asked |= {"model": config.model, "model_fingerprint": _known_fingerprint(config.model)}
+        asked |= {"model": config.model, "model_fingerprint": _known_fingerprint(config)}
     asked = {name: value for name, value in asked.items() if value is not None}
     differences = changes({name: held[name] for name in asked if name in held}, asked, ", {!r} was asked for")
     if differences:
@@ -148,10 +149,10 @@ def _check_no_text(config: ReadingConfig, place: Path) -> None:
             )
 
 
-def _known_fingerprint(model: str) -> str | None:
+def _known_fingerprint(config: ReadingConfig) -> str | None:
     """Return the fingerprint of a model; None where it is not to be had here, as when only its cache was brought."""
     try:
-        return model_fingerprint(model)
+        return model_fingerprint(config.model, LoadOptions.of(config))
     except (ConfigError, MissingExtraError):
         return None
 
@@ -161,9 +162,9 @@ def held_hookpoints(pattern: str, held: Sequence[str]) -> list[str]:
     found: list[str] = []
     for choice in alternatives(pattern):
         prefix, _, without_prefix = choice.partition(".")
-        matches = match_hookpoints(choice, held)
-        if not matches and prefix in BASE_MODEL_PREFIXES:
-            matches = match_hookpoints(without_prefix, held)
+        short = without_prefix if prefix in BASE_MODEL_PREFIXES else choice
+        ways = (choice, short, *(f"{part}.{short}" for part in TEXT_PATHS))
+        matches = next(filter(None, (match_hookpoints(way, held) for way in ways)), [])
         found += matches or [choice.removesuffix(OUTPUT)]
     return in_order(dict.fromkeys(found))
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from flashsae.data.acts import Batch, moved
 from flashsae.data.sources import Chunk
 from flashsae.errors import ConfigError, DataError
-from flashsae.lm.hooked import HookedModel, never_finite
+from flashsae.lm.hooked import HookedModel
+from flashsae.lm.look import never_finite
 from flashsae.lm.windows import TokenBatch
 
 

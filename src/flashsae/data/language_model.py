@@ -28,9 +28,13 @@ from flashsae.data.split import HeldOut, Split
 from flashsae.errors import ConfigError
 from flashsae.fingerprint import text_digest
 from flashsae.lm.apart import WindowsApart
-from flashsae.lm.hooked import HookedModel, context_limit, look, vocabulary_size
+from flashsae.lm.hooked import HookedModel
 from flashsae.lm.hookpoints import patterns_in, resolve_hookpoints
 from flashsae.lm.loading import Loading, load_with_account
+from flashsae.lm.look import look
+from flashsae.lm.options import PLAIN, LoadOptions, quantized_warning
+from flashsae.lm.parts import bare, context_limit, text_paths, vocabulary_size
+from flashsae.lm.room import moved
 from flashsae.lm.weights import check_loaded, loaded_fingerprint, model_fingerprint
 from flashsae.lm.windows import TokenBatch, Windows, first_tokens
 from flashsae.settings.reading import ReadingConfig, check_held_out
@@ -48,7 +52,26 @@ def dtype_of_model(config: ReadingConfig, device: str) -> torch.dtype:
     """Return the dtype of the model and of its activations."""
     if config.model_dtype == "auto":
         return torch.float32 if resolve_device(device).type == "cpu" else torch.bfloat16
-    return torch.float32 if config.model_dtype == "float32" else torch.bfloat16
+    found: torch.dtype = getattr(torch, config.model_dtype)
+    return found
+
+
+def _loaded(config: ReadingConfig, device: str) -> tuple[nn.Module, Any, Loading, torch.device]:
+    """Load the base model of settings: it, its tokenizer, which weights came, and where its activations go."""
+    options, place = LoadOptions.of(config), resolve_device(device)
+    model, tokenizer, loading = load_with_account(config.model, dtype_of_model(config, device), options)
+    model = bare(model)
+    if options.device_map is None and options.quantize is None:  # else it lies where it was loaded
+        model = moved(config.model, model, place)
+    return model, tokenizer, loading, place
+
+
+def _given(config: ReadingConfig, loaded: tuple[nn.Module, Any]) -> tuple[nn.Module, Any, Loading, None]:
+    """Return what `_loaded` returns of a model that is loaded already; its activations stay where they are."""
+    beside = [name for name, value in asdict(LoadOptions.of(config)).items() if value != getattr(PLAIN, name)]
+    if beside:
+        raise ConfigError(f"{beside[0]}: expected nothing beside a model that is loaded already; load it so.")
+    return bare(loaded[0]), loaded[1], Loading(), None
 
 
 class LanguageModelSource:
@@ -61,7 +84,7 @@ class LanguageModelSource:
         held_out: fraction of the documents that training never sees.
         device: of the model; "auto" is the GPU where there is one.
         loaded: a model (with or without a head) and its tokenizer to use instead of loading `config.model`. The
-            model is switched to evaluation and its parameters are frozen; it keeps its dtype and device.
+            model keeps its dtype, device, modes and hooks, and whether it is trained; it runs as for inference.
     Raises:
         ConfigError: no such model or hookpoint, or a context that the model cannot read.
         MissingExtraError: transformers is not installed.
@@ -81,19 +104,15 @@ class LanguageModelSource:
         self.text = text
         self._held_out = check_held_out(held_out)
         self._is_held_out = HeldOut(held_out)
-        if loaded is None:
-            model, self.tokenizer, loading = load_with_account(config.model, dtype_of_model(config, device))
-        else:
-            (model, self.tokenizer), loading = loaded, Loading()
-        model = getattr(model, "base_model", model)
-        if loaded is None:
-            model = model.to(resolve_device(device))
-        self.hookpoints = resolve_hookpoints(model, hookpoints or patterns_in(config.hookpoint))
+        self._is_given = loaded is not None
+        model, self.tokenizer, loading, place = _loaded(config, device) if loaded is None else _given(config, loaded)
+        self.warnings = quantized_warning(config.model, model)
+        patterns = hookpoints or patterns_in(config.hookpoint)
+        self.hookpoints = resolve_hookpoints(model, patterns, text_paths(model, config.side))
         self.name = self._name()
         self._check_context(model)
-        self._windows = Windows(self.tokenizer, config, vocabulary_size(model), self._is_held_out)
-        self._is_given = loaded is not None
-        self._model = HookedModel(model, self.hookpoints)
+        self._windows = Windows(self.tokenizer, config, vocabulary_size(model, config.side), self._is_held_out)
+        self._model = HookedModel(model, self.hookpoints, config.side, place)
         self._forwards = self._forwards_of(self._model)
         self._most_ahead = 1 if self._model.device.type == "cuda" else 0
         seen = look(self._model, self._windows.probe(), config.model)
@@ -101,7 +120,7 @@ class LanguageModelSource:
         self.widths, self.dtype = seen.widths, seen.dtype
 
     def _check_context(self, model: nn.Module) -> None:
-        limit = context_limit(model, self.tokenizer)
+        limit = context_limit(model, self.tokenizer, self.config.side)
         if self.config.context_length > limit:
             raise ConfigError(
                 f"context_length: {self.config.model} reads at most {limit} tokens, got {self.config.context_length}. "
@@ -132,15 +151,19 @@ class LanguageModelSource:
 
         Free of paths, so that what was moved is still the same. Model, tokenizer and text are read for it once.
         """
-        model, tokenizer = self._model.model, self.tokenizer
         return {
             "text": self.text.fingerprint,
-            "model": loaded_fingerprint(model, tokenizer) if self._is_given else model_fingerprint(self.config.model),
+            "model": self._fingerprint_of_model(),
             **self.config.of_tokens(),
             "hookpoints": list(self.hookpoints),
             "dtype": str(self.dtype).removeprefix("torch."),
             "held_out": self._held_out,
         }
+
+    def _fingerprint_of_model(self) -> str:
+        if self._is_given:
+            return loaded_fingerprint(self._model.model, self.tokenizer)
+        return model_fingerprint(self.config.model, LoadOptions.of(self.config))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -155,7 +178,7 @@ class LanguageModelSource:
         part.hookpoints = hookpoints
         part.name = part._name()
         part.widths = {name: self.widths[name] for name in hookpoints}
-        part._model = HookedModel(self._model.model, hookpoints)
+        part._model = self._model.at(*hookpoints)
         part._forwards = part._forwards_of(part._model)
         return part
 

