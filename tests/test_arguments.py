@@ -20,7 +20,7 @@ from flashsae.data import cache_index
 from flashsae.data import open as data_open
 from flashsae.errors import ConfigError
 from flashsae.settings import ActivationsConfig, ReadingConfig, RunConfig, TrainConfig
-from flashsae.settings.kinds import Length, PositiveInt, check, check_fields, declared_types, unwrap
+from flashsae.settings.kinds import KeyValues, Length, PositiveInt, check, check_fields, declared_types, unwrap
 
 OF_RUN = {name: kind for name, kind in declared_types(RunConfig).items() if name not in ("activations", "train")}
 PARTS = {"activations": ActivationsConfig, "train": TrainConfig}
@@ -41,6 +41,8 @@ Arrived = dict[str, Any]
 def other(annotation: Any, default: Any) -> Any:
     """Return a value, as TOML has it, that a setting may have and does not have by default."""
     kind, limits, _ = unwrap(annotation)
+    if any(isinstance(limit, KeyValues) for limit in limits):
+        return ["name=word"]
     if get_origin(kind) is tuple:
         lengths = [limit.numbers for limit in limits if isinstance(limit, Length)]
         return [other(get_args(kind)[0], None)] * next(iter(lengths), 1)

@@ -52,7 +52,7 @@ def test_a_given_model_is_as_it_was_afterwards(tiny: ModuleType) -> None:
     model = tiny.gpt2().train()
     model.base_model.h[1].eval()
     modes = [module.training for module in model.modules()]
-    model.gradient_checkpointing_enable()
+    model.base_model.gradient_checkpointing = True
     reader = tiny.source(model=model)
     acts = next(reader.chunks("train"))[0].acts["h.1"]
     assert not acts.requires_grad
@@ -60,7 +60,7 @@ def test_a_given_model_is_as_it_was_afterwards(tiny: ModuleType) -> None:
     assert not any(module._forward_hooks for module in model.modules())
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert [module.training for module in model.modules()] == modes
-    assert model.is_gradient_checkpointing
+    assert model.base_model.gradient_checkpointing
 
 
 def test_a_later_layer_that_works_in_place_changes_nothing(tiny: ModuleType) -> None:

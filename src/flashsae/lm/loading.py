@@ -77,9 +77,7 @@ def load_language_model(name: str, dtype: torch.dtype, options: LoadOptions = PL
     return model, tokenizer
 
 
-def load_with_account(
-    name: str, dtype: torch.dtype, options: LoadOptions = PLAIN
-) -> tuple[nn.Module, Any, Loading]:
+def load_with_account(name: str, dtype: torch.dtype, options: LoadOptions = PLAIN) -> tuple[nn.Module, Any, Loading]:
     """Load as `load_language_model`; instead of warning, return which weights came from the checkpoint."""
     with _without_report():
         return _load(name, dtype, options)

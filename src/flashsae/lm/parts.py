@@ -59,7 +59,8 @@ def text_reader(model: nn.Module, side: str | None = None) -> nn.Module:
             reader = part
         wanted = getattr(reader, "main_input_name", "input_ids")
         if wanted != "input_ids":
-            reader = next(filter(_reads_ids, (getattr(model, name, None) for name in _READERS)), reader)
+            parts = (getattr(model, name, None) for name in _READERS)
+            reader = next((part for part in parts if isinstance(part, nn.Module) and _reads_ids(part)), reader)
             wanted = getattr(reader, "main_input_name", "input_ids")
     if wanted != "input_ids":
         raise ConfigError(f"model: {type(model).__name__} reads {wanted}, not text; name a language model.")
@@ -77,8 +78,8 @@ def text_paths(model: nn.Module, side: str | None = None) -> list[str]:
     return [path for path in dict.fromkeys((path_of(text_reader(model, side), model), *own)) if path]
 
 
-def _reads_ids(part: object) -> bool:
-    return isinstance(part, nn.Module) and getattr(part, "main_input_name", "") == "input_ids"
+def _reads_ids(part: nn.Module) -> bool:
+    return getattr(part, "main_input_name", "") == "input_ids"
 
 
 def path_of(part: nn.Module, model: nn.Module) -> str:

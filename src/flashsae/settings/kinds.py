@@ -191,7 +191,7 @@ def unwrap(annotation: Any) -> tuple[Any, list[Range | Length | KeyValues], bool
         origin = get_origin(annotation)
         if origin is Annotated:
             for limit in (Range, Length, KeyValues):
-                limits += metadata_of(annotation, limit)  # type: ignore[type-abstract]
+                limits += metadata_of(annotation, limit)
             is_optional = is_optional or _OPEN in annotation.__metadata__
             annotation = annotation.__origin__
         elif origin in (Union, types.UnionType):
