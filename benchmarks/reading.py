@@ -23,7 +23,8 @@ from torch import nn
 from benchmarks.session import RESULTS, provenance
 from flashsae.data.cache_writer import write_cache
 from flashsae.data.language_model import LanguageModelSource
-from flashsae.lm.place import load_language_model, quiet_transformers
+from flashsae.lm.loading import load_language_model
+from flashsae.lm.place import quiet_transformers
 from flashsae.lm.windows import TokenBatch
 from flashsae.settings.reading import ReadingConfig
 from flashsae.text.open import open_text
