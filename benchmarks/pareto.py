@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import cyclopts
 import torch
@@ -166,28 +166,67 @@ def wanted(only: str) -> Iterator[tuple[Training, int]]:
         yield from ((line, l0) for line in chosen)
 
 
+@dataclass(frozen=True)
+class Trainings:
+    """Of each training; whatever else there is has the default of the architecture.
+
+    Args:
+        d_sae: Number of latents.
+        tokens: Tokens to train on.
+        batch_tokens: Tokens in a step.
+        seed: Of the initial weights and of the order of the data.
+    """
+
+    d_sae: int = 4096
+    tokens: int = 4_000_000
+    batch_tokens: int = 1024
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Cached:
+    """What a cache is written of where there is none.
+
+    Args:
+        model: Language model.
+        dataset: Text.
+        max_tokens: Tokens of it.
+    """
+
+    model: str = "minilm"
+    dataset: str = "python-docs"
+    max_tokens: int = 400_000
+
+
+FLAT = cyclopts.Parameter(name="*")
+
+
 def main(
-    activations: Path, *, d_sae: int = 4096, tokens: int = 4_000_000, batch_tokens: int = 1024, seed: int = 0,
-    only: str = "", model: str = "minilm", dataset: str = "python-docs", max_tokens: int = 400_000,
-    seconds: float = float("inf"), out: Path = RESULTS / "pareto.jsonl",
-) -> None:  # fmt: skip
+    activations: Path,
+    *,
+    trainings: Annotated[Trainings, FLAT] = Trainings(),
+    cached: Annotated[Cached, FLAT] = Cached(),
+    only: str = "",
+    seconds: float = float("inf"),
+    out: Path = RESULTS / "pareto.jsonl",
+) -> None:
     """Train every architecture at every sparsity and append one JSON line each.
 
     Args:
         activations: folder of a cache of all the sites; written first if there is none.
-        d_sae, tokens, batch_tokens, seed: of each training; whatever else there is has the default of the architecture.
+        trainings: settings of each.
+        cached: of the cache, where it is to be written.
         only: names of architectures, by comma; "" for all.
-        model, dataset, max_tokens: of the cache, where it is to be written.
         seconds: start no training after so many.
         out: JSON lines file.
     """
     started = time.perf_counter()
     if not (activations.exists() and ActivationCache.is_complete(activations)):
-        write_activations(activations, model, dataset, max_tokens)
+        write_activations(activations, **asdict(cached))
     out.parent.mkdir(parents=True, exist_ok=True)
     done = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     about = provenance(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    config = {"d_sae": d_sae, "tokens": tokens, "batch_tokens": batch_tokens, "seed": seed}
+    config = asdict(trainings)
     for line, l0 in wanted(only):
         if time.perf_counter() - started > seconds:
             print(f"{seconds:.0f} seconds are over: {line.arch} at {l0} and what follows are left out")

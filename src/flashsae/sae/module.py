@@ -5,27 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flashsae import ops
 from flashsae.architecture import Progress
 from flashsae.backend import resolve_device
 from flashsae.errors import ConfigError, DtypeError, ShapeError
 from flashsae.ops.register import isolated
-from flashsae.ops.validate import FLOATS, Precision, as_int, check_float, check_shape
+from flashsae.ops.validate import Precision, as_int, check_float, check_shape
 from flashsae.sae import saved
 from flashsae.sae.config import SAEConfig
-from flashsae.sae.initial import initial_values, initialize
+from flashsae.sae.initial import initialize
+from flashsae.sae.parameters import ParameterTable
 from flashsae.sae.tokens import check_tokens
 from flashsae.sae.units import Factor, Units, layer_norm, token_statistics
 from flashsae.settings.left_open import told
 from flashsae.settings.normalization import LAYER_NORM
 
 
-class SAE(nn.Module):
+class SAE(ParameterTable):
     """A sparse autoencoder, or a relative of one: what its architecture says.
 
         code = architecture.encode(x)
@@ -43,11 +44,6 @@ class SAE(nn.Module):
     Source: Gao et al. 2024, section 2.3 and appendix A.1, for how an SAE starts.
     """
 
-    if TYPE_CHECKING:
-
-        def __getattr__(self, name: str) -> Any:
-            """Return a parameter of the table: which there are is known when an SAE is made."""
-
     def __init__(
         self,
         config: SAEConfig,
@@ -59,13 +55,6 @@ class SAE(nn.Module):
         super().__init__()
         if not isinstance(config, SAEConfig):
             raise ConfigError(f"config: expected an SAEConfig(d_in, d_sae, k), got {type(config).__name__}.")
-        if dtype not in FLOATS:
-            raise DtypeError(f"dtype: expected one of {', '.join(map(str, FLOATS))}, got {dtype!r}.")
-        try:
-            torch.empty(0, dtype=dtype, device=device)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError(f"device: expected one that exists here, got {str(device)!r} ({reason}).") from error
         self.config = config
         self.architecture = config.architecture
         self.precision: Precision | None = None
@@ -78,15 +67,7 @@ class SAE(nn.Module):
         """Whether rows of weights started from tokens, for an `initialize` that would choose directions itself."""
         self._now: dict[str, Tensor] = {}
         self._selection_scale: Tensor | None = None
-        table = self.architecture.parameters
-        values = initial_values(table, config.sizes, None if seed is None else as_int("seed", seed), dtype, device)
-        for row in table:
-            if hasattr(self, row.name):
-                raise ConfigError(f"parameter {row.name}: every SAE has an attribute of this name. Give it another.")
-            if row.trained:
-                self.register_parameter(row.name, nn.Parameter(values[row.name]))
-            else:
-                self.register_buffer(row.name, values[row.name])
+        self._register(None if seed is None else as_int("seed", seed), dtype, device)
         self.set_progress(Progress.end())
 
     def set_progress(self, progress: Progress) -> None:
@@ -130,27 +111,6 @@ class SAE(nn.Module):
             with torch.no_grad():
                 self._selection_scale = self.architecture.selects_by(self)
         return self._selection_scale
-
-    def W_dec_of(self, site: str | int) -> Tensor:
-        """Return the decoder of one of several sites, by its name or place: [d_sae, d], a view of W_dec.
-
-        Raises:
-            ConfigError: there is no such site.
-        """
-        columns = self.config.columns
-        name = list(columns)[site] if isinstance(site, int) and -len(columns) <= site < len(columns) else site
-        if name not in columns:
-            raise ConfigError(
-                f"site: expected one of {', '.join(columns) or 'several, which are not here'}, got {site!r}."
-            )
-        W_dec: Tensor = self.W_dec[:, columns[str(name)]]
-        return W_dec
-
-    @property
-    def W_enc(self) -> Tensor:
-        """The encoder as the field writes it: [d_in, d_sae], a view of W_enc_T."""
-        W_enc: Tensor = self.W_enc_T.T
-        return W_enc
 
     def extra_repr(self) -> str:
         """Return what stands between the brackets of repr(sae)."""
@@ -305,25 +265,6 @@ class SAE(nn.Module):
         other.precision = self.precision
         other.set_progress(self.progress)
         return other.train(self.training)
-
-    @isolated
-    @torch.no_grad()
-    def project_decoder_grad(self) -> None:
-        """Remove from the gradient of each decoder row the part along the row, which only changes its norm."""
-        for weights in self._unit_norm_weights():
-            grad = weights.grad
-            if grad is not None:
-                grad.addcmul_((grad * weights).sum(1, keepdim=True), weights, value=-1)
-
-    @isolated
-    @torch.no_grad()
-    def normalize_decoder(self) -> None:
-        """Scale each row of W_dec to unit norm."""
-        for weights in self._unit_norm_weights():
-            weights.div_(torch.linalg.vector_norm(weights, dim=1, keepdim=True).clamp_min(1e-30))
-
-    def _unit_norm_weights(self) -> list[Tensor]:
-        return [getattr(self, row.name) for row in self.architecture.parameters if row.unit_norm]
 
     def save(
         self,

@@ -113,14 +113,7 @@ def fit(
     folder = None if run is None else expand(run, "run")
     if resume and run is None:
         raise ConfigError("resume: expected run=FOLDER beside it, the folder to resume.")
-    if config is not None and not isinstance(config, TrainConfig):
-        raise ConfigError(f"config: expected a flashsae.TrainConfig, got {type(config).__name__}.")
-    start = settings.get("init_from")
-    if start is not None and config is None:
-        settings = settings_of_start(start, settings)
-    if isinstance(start, SAE):
-        settings = {**settings, "init_from": None}
-    asked = settings_by_keyword(settings, config, beside=("config", "run", "resume", "progress"))
+    asked, saved = _asked(settings, config)
     source = _source(x, architecture_of(asked.arch).sites)
     is_open = settings.get("tokens") is None and config is None
     resolved = (replace(asked, tokens=_default_tokens(source)) if is_open else asked).resolve(source.widths)
@@ -135,9 +128,9 @@ def fit(
         buffer_tokens=resolved.shuffle_tokens,
         tokens=resolved.tokens,
     )
-    callbacks: list[Callback] = [Warn(_warn)] if folder is None else [Warn(_warn), JsonlLog(folder)]
     if folder is not None:
         _make_folder(folder, resume=resume)
+    callbacks: list[Callback] = [Warn(_warn)] if folder is None else [Warn(_warn), JsonlLog(folder)]
     console = Console(stderr=True)
     if progress:
         told = _what_will_be_done(resolved, batches.epoch_tokens, buffered, device)
@@ -146,7 +139,6 @@ def fit(
     checkpoints = None if folder is None else folder / "checkpoints"
     with nullcontext() if folder is None else _working_in(folder, may_discard=not resume):
         with filling(console) if progress else nullcontext() as on_fill:
-            saved = start if isinstance(start, SAE) else None
             state = init_state(resolved, batches, device, checkpoints, on_fill, saved)
         sae = train(state, resolved, callbacks=callbacks, checkpoints=checkpoints, is_told_of_repeats=is_open)
         del state  # its memory may be needed for the whole weights
@@ -154,6 +146,19 @@ def fit(
 
 
 fit.__signature__ = signature_with_settings(fit)  # type: ignore[attr-defined]
+
+
+def _asked(settings: dict[str, Any], config: TrainConfig | None) -> tuple[TrainConfig, SAE | None]:
+    """Return the settings that are asked for, not filled in, and the SAE to go on from where one is given itself."""
+    if config is not None and not isinstance(config, TrainConfig):
+        raise ConfigError(f"config: expected a flashsae.TrainConfig, got {type(config).__name__}.")
+    start = settings.get("init_from")
+    if start is not None and config is None:
+        settings = settings_of_start(start, settings)
+    saved = start if isinstance(start, SAE) else None
+    if saved is not None:
+        settings = {**settings, "init_from": None}
+    return settings_by_keyword(settings, config, beside=("config", "run", "resume", "progress")), saved
 
 
 def _source(x: Any, sites: Sequence[str]) -> Source:
