@@ -14,7 +14,7 @@ from flashsae import distributed
 from flashsae.backend import use_kernels
 from flashsae.errors import ShapeError
 from flashsae.ops.adam_rows.op import row_squares
-from flashsae.ops.factors import Factor, RowFactor, RowGradient, SparseFactor
+from flashsae.ops.factors import Factor, RowFactor, RowGradient, SparseFactor, inverse, is_divisor, is_scale
 from flashsae.ops.validate import compute_dtype
 
 aten = torch.ops.aten
@@ -195,14 +195,6 @@ def _on_numbers(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     return tree_map_only(Tensor, lambda tensor: wrappers.get(id(tensor), tensor), result)
 
 
-def _is_divisor(value: object) -> bool:
-    return _is_scalar(value) and not (isinstance(value, int | float) and value == 0)
-
-
-def _is_scalar(value: object) -> bool:
-    return isinstance(value, int | float) or (type(value) is Tensor and value.dim() == 0 and not value.is_complex())
-
-
 def _clone(gradient: FactoredGradient, **_options: Any) -> Any:
     factors = gradient._content.factors
     return NotImplemented if factors is None else FactoredGradient(factors, gradient)
@@ -258,7 +250,7 @@ def _add_(first: Any, second: Any, *, alpha: float = 1) -> Any:
 
 
 def _scaled(gradient: Any, scale: Any) -> list[Factor] | None:
-    if not isinstance(gradient, FactoredGradient) or not _is_scalar(scale) or gradient._content.factors is None:
+    if not isinstance(gradient, FactoredGradient) or not is_scale(scale) or gradient._content.factors is None:
         return None
     return [factor.scaled(scale) for factor in gradient._content.factors]
 
@@ -276,16 +268,12 @@ def _mul_(gradient: Any, scale: Any) -> Any:
     return gradient
 
 
-def _inverse(scale: float | Tensor) -> float | Tensor:
-    return 1.0 / (scale.double() if isinstance(scale, Tensor) else scale)
-
-
 def _div(gradient: Any, scale: Any) -> Any:
-    return _mul(gradient, _inverse(scale)) if _is_divisor(scale) else NotImplemented
+    return _mul(gradient, inverse(scale)) if is_divisor(scale) else NotImplemented
 
 
 def _div_(gradient: Any, scale: Any) -> Any:
-    return _mul_(gradient, _inverse(scale)) if _is_divisor(scale) else NotImplemented
+    return _mul_(gradient, inverse(scale)) if is_divisor(scale) else NotImplemented
 
 
 def _zero_(gradient: FactoredGradient) -> FactoredGradient:

@@ -206,3 +206,18 @@ def _joined(factors: list[SparseFactor]) -> SparseFactor | None:
         dtype = torch.promote_types(dtype, factor.rows.dtype)
     index = LatentIndex.of_entries(torch.cat(latents), d_sae, k=k, tokens=None if k is not None else torch.cat(tokens))
     return SparseFactor(index, torch.cat(coeffs), torch.cat([factor.rows.to(dtype) for factor in factors]))
+
+
+def is_scale(value: object) -> bool:
+    """Tell whether factors can be `scaled` by a value: a real number, or a tensor of one."""
+    return isinstance(value, int | float) or (type(value) is Tensor and value.dim() == 0 and not value.is_complex())
+
+
+def is_divisor(value: object) -> bool:
+    """Tell whether factors can be `scaled` by the inverse of a value."""
+    return is_scale(value) and not (isinstance(value, int | float) and value == 0)
+
+
+def inverse(scale: float | Tensor) -> float | Tensor:
+    """Return 1 / scale, of a tensor in float64."""
+    return 1.0 / (scale.double() if isinstance(scale, Tensor) else scale)
