@@ -12,12 +12,10 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import pytest
 import tomli_w
 
-from flashsae import TopKSettings, architecture, backend, commands, start
+from flashsae import TopKSettings, architecture, backend, caching, commands, start
 from flashsae import run as runs
 from flashsae.bench import step as bench_step
 from flashsae.cli import main
-from flashsae.data import cache_index
-from flashsae.data import open as data_open
 from flashsae.errors import ConfigError
 from flashsae.settings import ActivationsConfig, ReadingConfig, RunConfig, TrainConfig
 from flashsae.settings.kinds import KeyValues, Length, PositiveInt, check, check_fields, declared_types, unwrap
@@ -29,7 +27,7 @@ del TRAIN["arch"]  # a name, which decides what other settings there are
 CACHE = declared_types(ReadingConfig) | {
     name: kind
     for name, kind in get_type_hints(commands.cache, include_extras=True).items()
-    if name not in ("reading", "return")
+    if name not in ("reading", "return", "json")  # json stands beside describe: tests/test_caching.py
 }
 STEP = {
     name: kind for name, kind in get_type_hints(commands.step, include_extras=True).items() if name not in ("return",)
@@ -107,10 +105,13 @@ def arrived(monkeypatch: pytest.MonkeyPatch) -> Arrived:
         take(**vars(shape), precision=precision, json=others.pop("path"), tiny=others.pop("is_tiny"), **others)
 
     monkeypatch.setattr(start, "check", train)
-    monkeypatch.setattr(data_open, "cache_activations", cache)
+    monkeypatch.setattr(caching, "cache_activations", cache)
+    monkeypatch.setattr(caching, "merge_caches", lambda places, out, _: take(merge=places, out=out))
+    monkeypatch.setattr(caching, "summarise", lambda place: take(describe=place))
     monkeypatch.setattr(bench_step, "bench_step", step)
-    monkeypatch.setattr(backend, "resolve_device", lambda device: device)
-    monkeypatch.setattr(cache_index, "verify_cache", lambda place: take(verify=place))
+    for module in (backend, caching):
+        monkeypatch.setattr(module, "resolve_device", lambda device: device)
+    monkeypatch.setattr(caching, "verify_cache", lambda place: take(verify=place))
     return seen
 
 
@@ -128,7 +129,7 @@ EVERY = [
     *[("bench step", name) for name in STEP],
 ]
 DECLARED = {"train": TRAIN, "cache": CACHE, "bench step": STEP}
-APART = ("stream", "verify")  # what may not stand beside another setting
+APART = ("stream", "verify", "describe", "merge")  # what may not stand beside another setting
 
 
 def _default(name: str) -> Any:
@@ -139,17 +140,20 @@ def _default(name: str) -> Any:
 
 
 @pytest.mark.parametrize("command", DECLARED)
-@pytest.mark.parametrize("alone", [(), APART])
+@pytest.mark.parametrize("alone", ["", *APART])
 def test_every_setting_arrives_from_flags_from_a_file_and_from_python(
-    command: str, alone: tuple[str, ...], arrived: Arrived, tmp_path: Path
+    command: str, alone: str, arrived: Arrived, tmp_path: Path
 ) -> None:
-    declared = {name: kind for name, kind in DECLARED[command].items() if (name in APART) == bool(alone)}
+    apart = {"": set(APART), **{name: set(DECLARED[command]) - {name} for name in APART}}[alone]
+    declared = {name: kind for name, kind in DECLARED[command].items() if name not in apart}
+    if not declared:
+        return  # a setting of another command
     values = {name: other(annotation, _default(name)) for name, annotation in declared.items()}
     if "context_length" in values:
         values["context_length"] = 70  # more than what is left out of it
     meant = {name: check(name, value, declared[name]) for name, value in values.items()}
     assert not any(value == _default(name) for name, value in meant.items())
-    needed = ["--out", "acts"] if command == "cache" and alone and "verify" not in values else []
+    needed = ["--out", "acts"] if alone == "merge" else []
 
     flags = [word for name, value in values.items() for word in words(name, value)]
     assert _main(*command.split(), *needed, *flags) == 0
@@ -333,6 +337,10 @@ def test_a_verification_takes_no_setting_that_it_would_ignore(capsys: pytest.Cap
     for words in (["--device", "auto"], ["--out", "acts"], ["minilm"]):
         assert _main("cache", *words, "--verify", "acts") == 1
         assert "verify: expected no other setting beside it, got " in capsys.readouterr().err
+    assert _main("cache", "--verify", "acts", "--describe", "acts") == 1
+    assert "expected no other setting beside it, got " in capsys.readouterr().err
+    assert _main("cache", "minilm", "--merge", "a", "b", "--out", "c") == 1
+    assert "merge: expected no other setting beside it, got model; it runs no model." in capsys.readouterr().err
 
 
 def test_a_file_beside_resume_is_refused_as_flags_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

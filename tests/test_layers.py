@@ -23,7 +23,7 @@ data
 logs
 train
 evaluate report bench
-start run pace options arguments commands cli __main__
+start describe caching run pace options arguments commands cli __main__
 """.split()  # noqa: SIM905 - reads as the layers that it lists
 
 

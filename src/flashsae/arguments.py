@@ -23,6 +23,8 @@ from flashsae.settings.training import DEFAULT_ARCH, architectures_with
 _ALONE = {
     "resume": ({"plan"}, "a run is resumed with the settings that it has"),
     "verify": (set[str](), "it writes nothing"),
+    "describe": ({"json"}, "it writes nothing"),
+    "merge": ({"out"}, "it runs no model"),
 }
 """Settings that stand alone: what may stand beside each, and why nothing else may."""
 _EVERYWHERE = {"--help", "-h", "--version"}

@@ -9,11 +9,10 @@ from typing import Annotated, Any
 
 from cyclopts import App, Group, Parameter
 from rich.console import Console
-from rich.markup import escape
 
 from flashsae import __version__
 from flashsae.arguments import Given, architecture_asked, joined, one_by_one
-from flashsae.errors import ConfigError, FlashSAEError
+from flashsae.errors import FlashSAEError
 from flashsae.options import taking_settings_of
 from flashsae.precision import Precision
 from flashsae.settings.kinds import PositiveFloat, PositiveInt, expand
@@ -154,6 +153,7 @@ def _is_demo(config: RunConfig) -> bool:
     help_epilogue=_examples(
         "flashsae cache gpt2 my-text.jsonl --hookpoint 'h.*' --out acts",
         "flashsae train --activations acts --hookpoint h.6",
+        "flashsae cache --describe acts",
     )
 )
 def cache(
@@ -162,51 +162,30 @@ def cache(
     out: Path | None = None,
     max_tokens: PositiveInt | None = None,
     device: str = "auto",
+    merge: Annotated[tuple[Path, ...], Parameter(consume_multiple=True, show_default=False)] = (),
     verify: Path | None = None,
+    describe: Path | None = None,
+    json: Path | None = None,
 ) -> None:
     """Write the activations of a language model to disk, to train on them with flashsae train --activations.
 
-    An interrupted cache is continued; one of other settings is refused.
+    An interrupted cache is continued, and one that ended at its --max-tokens extended by a larger number; one of other
+    settings is refused.
 
     Args:
         out: Folder of the cache.
         max_tokens: Stop after so many tokens. Default: all of the data set.
         device: auto, cpu, cuda, cuda:1 ...
+        merge: Run no model; put complete caches of one model, of other texts, together in --out. --merge A B --out C
         verify: Write nothing; read every byte of the cache in this folder and compare it with its checksums.
+        describe: Write nothing; tell what is in the cache in this folder, and what its activations look like.
+        json: File for what --describe tells. Default: none is written.
     """
-    from flashsae.backend import resolve_device
-    from flashsae.data.cache_index import verify_cache
-    from flashsae.data.open import cache_activations
-    from flashsae.logs.progress import StageBar
+    from flashsae.caching import CacheTask, work_on_cache
 
-    console = Console()
-    if verify is not None:
-        files, size = verify_cache(verify)
-        told = f"{verify}: all {files:,} files are as they were written ({size / 1e9:.2f} GB)"
-        console.print(told, highlight=False, soft_wrap=True)
-        return
-    if out is None:
-        raise ConfigError("out: expected --out FOLDER for a cache to be written, or --verify FOLDER to check one.")
-    place = str(resolve_device(device))
-    bar = StageBar(console, "activations", "tokens")
-    bar.start(0, max_tokens)
-
-    def on_inputs(told: str) -> None:
-        console.print(f"inputs: {told}", highlight=False, soft_wrap=True, markup=False)
-
-    try:
-        warnings = cache_activations(
-            reading, out, max_tokens=max_tokens, device=place, on_progress=bar.update, on_inputs=on_inputs
-        )
-    except KeyboardInterrupt:
-        bar.stop()
-        console.print("\nStopped. The same command continues it.", highlight=False)
-        raise SystemExit(130) from None
-    finally:
-        bar.stop()
-    for warning in warnings:
-        console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True)
-    console.print(f"Train on them: flashsae train --activations {out}", highlight=False, soft_wrap=True)
+    task = CacheTask(out, max_tokens, device, merge, verify, describe, json)
+    task.check()
+    work_on_cache(task, reading, Console())
 
 
 @app.command(help_epilogue=_examples("flashsae report runs/minilm-encoder.layer.2"))

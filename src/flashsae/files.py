@@ -128,7 +128,8 @@ def atomic_directory(
             try:
                 yield aside
                 for file in sorted(aside.rglob("*")):
-                    _fsync(file)
+                    if file.is_dir() or file.stat().st_nlink == 1:  # a link is to what was flushed where it was written
+                        _fsync(file)
                 _fsync(aside)
                 _swap(aside, path)
             except BaseException:

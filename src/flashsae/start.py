@@ -9,6 +9,7 @@ from itertools import chain, count
 from pathlib import Path
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from flashsae import files
@@ -219,9 +220,9 @@ def _disk_warning(prepared: Prepared, run: Path) -> str:
 
 def table(title: str, rows: Mapping[str, str]) -> Table:
     """Return a table of names and what there is to say of them."""
-    made = Table(title=title, title_justify="left", show_header=False, box=box.SIMPLE, pad_edge=False)
+    made = Table(title=escape(title), title_justify="left", show_header=False, box=box.SIMPLE, pad_edge=False)
     made.add_column(no_wrap=True)
     made.add_column(overflow="fold")
     for name, value in rows.items():
-        made.add_row(name, value)
+        made.add_row(escape(name), escape(value))
     return made

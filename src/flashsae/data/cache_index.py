@@ -35,6 +35,20 @@ Hookpoint = Annotated[str, Pattern(r"\w[\w.-]*(:in)?", "a hookpoint, whose modul
 
 
 @dataclass(frozen=True)
+class TextPart:
+    """A text of a merged cache.
+
+    Args:
+        dataset, fingerprint: what it is called, and what it is; "" where nobody knows.
+        first: number that its document 0 has here.
+    """
+
+    dataset: Text
+    fingerprint: Text
+    first: Count
+
+
+@dataclass(frozen=True)
 class CacheSettings:
     """What decides the bytes of the shards, as far as readers need it. There are more; all are compared by name.
 
@@ -44,6 +58,7 @@ class CacheSettings:
         hookpoints: widths by hookpoint.
         dtype, cache_compression: of the shards.
         context_length, mask_special, max_norm_ratio: how the text was read.
+        texts: of a merged cache.
     """
 
     model: Text
@@ -56,6 +71,7 @@ class CacheSettings:
     mask_special: bool
     max_norm_ratio: Finite | None
     cache_compression: Compression = "none"
+    texts: list[TextPart] | None = None
 
 
 @dataclass(frozen=True)
@@ -184,6 +200,16 @@ def _check_marks(path: Path, index: CacheIndex) -> None:
         shards = [mark.shards for mark in index.marks]
         if not shards or sorted(set(shards)) != shards or shards[-1] > len(index.shards):
             raise CheckpointError(f"{path} is damaged: its marks are those of other shards. {_ADVICE}")
+
+
+def texts_of(index: CacheIndex) -> list[TextPart]:
+    """Return the texts that a cache holds; several where it was merged."""
+    settings = index.settings
+    if not settings.get("texts"):
+        return [TextPart(settings["dataset"], settings["text_fingerprint"], 0)]
+    return [
+        TextPart(**{name: text[name] for name in ("dataset", "fingerprint", "first")}) for text in settings["texts"]
+    ]
 
 
 def has_index(directory: Path) -> bool:

@@ -169,6 +169,11 @@ def _begin(directory: Path, settings: dict[str, Any]) -> CacheIndex:
     if not foreign:
         CacheIndex.begun(settings).write(directory)
     index = CacheIndex.read(directory)
+    if index.settings.get("texts"):
+        raise DataError(
+            f"the activation cache {directory} was merged from others, and nothing is written to it any more. Choose "
+            "another folder, and merge again."
+        )
     differences = changes(index.settings, settings)
     if extends(index, settings):
         index, differences = _extended(index, settings), []
