@@ -21,6 +21,7 @@ from flashsae.architecture_parts import AUTOENCODER as AUTOENCODER
 from flashsae.architecture_parts import AUXK as AUXK
 from flashsae.architecture_parts import NESTED as NESTED
 from flashsae.architecture_parts import RECONSTRUCTION as RECONSTRUCTION
+from flashsae.architecture_parts import X_MEAN as X_MEAN
 from flashsae.architecture_parts import Parameter as Parameter
 from flashsae.architecture_parts import Progress as Progress
 from flashsae.architecture_parts import Term as Term
@@ -60,6 +61,8 @@ class Architecture:
         weighs: names of terms that grow with the values of latents: a crosscoder weights these by the norms of sites.
         initialize: sets the parameters from a sample, before the first step. None: as `flashsae.sae.initialize`.
         after_step: updates what is not trained, of the SAE and the code of a step; waits for nothing.
+        recenter: of an SAE and a vector [d_in], float64: changes its biases so that it computes the same where its
+            encoder sees x less this. None: b_enc takes all over. For what does not subtract b_dec.
         verdict: of an SAE at the end of its training, a sentence for the user where it is not what was asked for.
         finish: makes of a trained SAE one for inference, in place, such as by folding norms into weights.
         direct: what is added to the reconstruction beside the code, of x: [B, d_in] -> [B, d_out], differentiable.
@@ -96,6 +99,7 @@ class Architecture:
     weighs: tuple[str, ...] = ()
     initialize: Callable[[SAE, Tensor, Tensor], None] | None = None
     after_step: Callable[[SAE, SparseCode], None] | None = None
+    recenter: Callable[[SAE, Tensor], None] | None = None
     verdict: Callable[[SAE], str | None] | None = None
     finish: Callable[[SAE], None] | None = None
     direct: Callable[[SAE, Tensor], Tensor] | None = None

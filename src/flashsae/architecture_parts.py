@@ -125,6 +125,12 @@ AUTOENCODER = (
 )
 """The parameters that all autoencoders share."""
 
+X_MEAN = Parameter(
+    "x_mean", ("d_in",), "what is subtracted from x in training, and taken over by biases", power=1, trained=False,
+    saved=False,
+)  # fmt: skip
+"""Of architectures that do not subtract b_dec: `flashsae.sae.centring`."""
+
 RECONSTRUCTION = Term(
     "fvu",
     "Σ‖x − x_hat‖² / (tokens · variance of a token)",

@@ -26,7 +26,7 @@ from dataclasses import replace
 from typing import Any
 
 import flashsae
-from flashsae.architecture import Architecture, Parameter, Term, composed_name, composed_settings
+from flashsae.architecture import X_MEAN, Architecture, Parameter, Term, composed_name, composed_settings
 from flashsae.errors import ConfigError
 from flashsae.settings.kinds import PositiveInt
 
@@ -76,7 +76,7 @@ def compose(base: Architecture) -> Architecture:
     name = composed_name("crosscoder", base, BASE)
 
     def initialize(sae: Any, x: Any, target: Any) -> None:
-        sae.b_enc.copy_(-(sae.W_enc_T @ x.mean(0, dtype=sae.b_enc.dtype)))  # latents begin as those of x about its mean
+        flashsae.sae.center(sae, x)
         (base.initialize or flashsae.sae.initialize)(sae, x, target)
 
     # a threshold that is one number is one of values times norms, which have no unit
@@ -92,7 +92,7 @@ def compose(base: Architecture) -> Architecture:
             sites=(tuple[str, ...] | None, None),
             widths=(tuple[PositiveInt, ...] | None, None),
         ),
-        parameters=(*rows, SITE_SCALE),
+        parameters=(*rows, SITE_SCALE, X_MEAN),
         reads=(),
         writes=(),
         subtracts_b_dec=False,

@@ -88,6 +88,13 @@ def gate_fvu(step: Step) -> Tensor:
     return loss
 
 
+def recenter(sae: flashsae.SAE, moved: Tensor) -> None:
+    """Let both biases take over what raw values lose where the encoder sees x less a vector [d_in]."""
+    lost = flashsae.sae.products(sae.W_enc_T, moved)
+    sae.b_enc.add_(lost)
+    sae.b_mag.add_(sae.r_mag.double().exp() * lost)
+
+
 def schedule(config: flashsae.SAEConfig, progress: Progress) -> dict[str, float]:
     """Return what the weight of the penalty is multiplied by."""
     warmup = config.arch.l1_warmup
@@ -122,6 +129,7 @@ ARCHITECTURE = Architecture(
         AUXK,
     ),
     l0=lambda settings: 64.0,
+    recenter=recenter,
     schedule=schedule,
     varies=True,
     defaults={"auxk_alpha": 0.0},

@@ -21,13 +21,18 @@ BASE = transcoder.BASE
 
 def skip(sae: Any, x: Any) -> Any:
     """Return W_skip x, [B, d_out], float32 or wider."""
-    return flashsae.ops.linear(x, sae.W_skip, precision=sae.precision)
+    return flashsae.ops.linear(x - sae.x_mean if sae.centres else x, sae.W_skip, precision=sae.precision)
 
 
 def compose(base: Architecture) -> Architecture:
     """Return the skip transcoder with the selection of another architecture."""
     name = composed_name("skip_transcoder", base, BASE)
     made = transcoder.compose(base)
+
+    def recenter(sae: Any, moved: Any) -> None:
+        (base.recenter or flashsae.sae.shift_b_enc)(sae, moved)
+        sae.b_dec.add_(flashsae.sae.products(sae.W_skip, moved))
+
     return replace(
         made,
         name=name,
@@ -35,5 +40,6 @@ def compose(base: Architecture) -> Architecture:
         settings=composed_settings(name, base.settings),
         parameters=(*made.parameters, Parameter("W_skip", ("d_out", "d_in"), "what goes past the code")),
         direct=skip,
+        recenter=recenter,
         source=f"Paulo, Shabalin and Belrose 2025, section 3; {base.source}",
     )

@@ -1,5 +1,6 @@
 """The SAE as a module, and the pieces that a training loop of one's own needs."""
 
+from flashsae.sae.centring import center, products, recentered, shift_b_enc
 from flashsae.sae.config import SAEConfig
 from flashsae.sae.dead import DeadLatents, DeadRows, auxk_loss
 from flashsae.sae.initial import initialize
@@ -18,11 +19,15 @@ __all__ = [
     "Step",
     "auxk_loss",
     "below_window",
+    "center",
     "exceeds",
     "fvu_weights",
     "initialize",
     "jump_relu",
     "layer_norm",
     "load_extras",
+    "products",
+    "recentered",
+    "shift_b_enc",
     "token_variance",
 ]

@@ -17,6 +17,7 @@ from flashsae.errors import ConfigError, DtypeError, ShapeError
 from flashsae.ops.register import isolated
 from flashsae.ops.validate import Precision, as_int, check_float, check_shape
 from flashsae.sae import saved
+from flashsae.sae.centring import recentered
 from flashsae.sae.config import SAEConfig
 from flashsae.sae.initial import initialize
 from flashsae.sae.parameters import ParameterTable
@@ -65,6 +66,8 @@ class SAE(ParameterTable):
         """Latents of a token that codes of a fixed number have room for, where the architecture says so."""
         self.from_data = False
         """Whether rows of weights started from tokens, for an `initialize` that would choose directions itself."""
+        self.centres = False
+        """Whether x_mean is subtracted from x: in the training of an architecture that does not subtract b_dec."""
         self._now: dict[str, Tensor] = {}
         self._selection_scale: Tensor | None = None
         self._register(None if seed is None else as_int("seed", seed), dtype, device)
@@ -97,9 +100,18 @@ class SAE(ParameterTable):
 
     @property
     def b_pre(self) -> Tensor | None:
-        """What is subtracted from x before it is encoded: b_dec, or nothing."""
-        b_dec: Tensor = self.b_dec
-        return b_dec if self.architecture.subtracts_b_dec else None
+        """What is subtracted from x before it is encoded: b_dec, or nothing, or in training its mean."""
+        if self.architecture.subtracts_b_dec:
+            b_dec: Tensor = self.b_dec
+            return b_dec
+        x_mean: Tensor | None = self.x_mean if self.centres else None
+        return x_mean
+
+    def load_state_dict(self, *args: Any, **settings: Any) -> Any:
+        """Load parameters as any module does, and see whether there is a mean to be subtracted among them."""
+        done = super().load_state_dict(*args, **settings)
+        self.centres = hasattr(self, "x_mean") and bool(self.x_mean.any())
+        return done
 
     @property
     def selection_scale(self) -> Tensor | None:
@@ -216,7 +228,9 @@ class SAE(ParameterTable):
                 raise ShapeError(f"{name}: expected at least one token, got none.")
         if self.config.normalize_activations == LAYER_NORM:
             x = target = layer_norm(x)
-            self.normalizing("none").initialize_from(x)
+            plain = self.normalizing("none")
+            plain.initialize_from(x)
+            self.centres = plain.centres
             return
         (self.architecture.initialize or initialize)(self, x, target)
 
@@ -292,7 +306,7 @@ class SAE(ParameterTable):
 
     def saved_state(self) -> dict[str, Tensor]:
         """Return what a file holds of it, by name: all parameters but those that only a training needs."""
-        values = self.state_dict()
+        values = (recentered(self, None) if self.centres else self).state_dict()
         return {row.name: values[row.name] for row in self.architecture.parameters if row.saved}
 
     @classmethod

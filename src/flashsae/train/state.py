@@ -17,6 +17,7 @@ from flashsae.errors import CheckpointError, ConfigError
 from flashsae.metrics import table
 from flashsae.neutral import neutral
 from flashsae.optim import FactoredAdam
+from flashsae.sae.centring import center_again, recentered
 from flashsae.sae.config import SAEConfig
 from flashsae.sae.dead import Bounds, DeadLatents
 from flashsae.sae.initial import rows_from_data
@@ -92,6 +93,7 @@ class TrainState:
             if row.trained and self.optimizer.is_split(getattr(self.sae, row.name)):
                 whole = self.optimizer.float32_weights(getattr(self.sae, row.name))
                 setattr(sae, row.name, nn.Parameter(units.fold(row, whole)))
+        sae = recentered(sae, None) if sae.centres else sae
         for name, value in unsaved_values(sae.config, sae.b_dec.dtype, sae.b_dec.device).items():
             setattr(sae, name, value)
         sae.precision = None
@@ -159,6 +161,7 @@ def _begin(sae: SAE, config: TrainConfig, sample: Sample, batches: Batches, star
             raise ConfigError(BOTH)
         check_start(config, start.config)
         start_from(sae, start, sample.scaling)
+        center_again(sae, sample.x)
         return
     if config.init == "data":
         tokens = batches.sample(config.d_sae)  # one for each latent, if there are so many
@@ -266,6 +269,7 @@ def restore(state: TrainState, checkpoint: Checkpoint, *, knows_start: bool = Tr
     for name, parameter in state.sae.state_dict().items():
         if name not in newer or f"sae.{name}" in checkpoint.tensors:
             parameter.copy_(_tensor(checkpoint, f"sae.{name}", parameter))
+    state.sae.centres = hasattr(state.sae, "x_mean") and bool(state.sae.x_mean.any())
     adam = state.optimizer.state_dict()
     adam["state"] = {
         number: {name: _tensor(checkpoint, f"adam.{parameter}.{name}", moment) for name, moment in moments.items()}
