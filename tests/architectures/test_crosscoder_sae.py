@@ -281,3 +281,24 @@ def test_what_does_not_fit_is_refused() -> None:
     ):
         with pytest.raises(ConfigError, match=f"a crosscoder goes by .*, and {title}.* has no place for them"):
             architecture_named(f"crosscoder:{base}")
+
+
+def test_layer_norm_is_of_each_site_by_itself_and_stays_in_what_is_saved(
+    generator: torch.Generator, tmp_path: Path
+) -> None:
+    base = torch.randn(2000, 3, generator=generator)
+    x = {name: base @ torch.randn(3, width, generator=generator) for name, width in (("a", 9), ("b", 5))}
+    tokens = {"tokens": 128 * 20, "batch_tokens": 128, "progress": False}
+    sae = flashsae.fit(x, arch="crosscoder", k=4, d_sae=32, normalize_activations="layer_norm", **tokens)
+    sae.save(tmp_path / "sae")
+    loaded, whole = flashsae.SAE.load(tmp_path / "sae"), torch.cat([x["a"], x["b"]], 1)
+    assert torch.equal(loaded(whole), sae(whole))
+    # no site sees the unit or the mean of a token of its own, nor that of another
+    moved = torch.cat([x["a"] * 8 + 3, x["b"] / 2 - 1], 1)
+    torch.testing.assert_close(sae.encode(moved).to_dense(), sae.encode(whole).to_dense(), rtol=1e-3, atol=1e-3)
+    expected = torch.cat([sae(whole)[:, :9] * 8 + 3, sae(whole)[:, 9:] / 2 - 1], 1)
+    torch.testing.assert_close(sae(moved), expected, rtol=1e-3, atol=1e-2)
+    assert flashsae.evaluate(sae, x).fvu < 0.6
+    narrow = {"a": x["a"], "b": x["b"][:, :1]}
+    with pytest.raises(ConfigError, match="layer_norm of at least two coordinates a site"):
+        flashsae.fit(narrow, arch="crosscoder", k=4, d_sae=32, normalize_activations="layer_norm", **tokens)

@@ -197,7 +197,7 @@ def test_gradients_pass_through_the_statistics_of_a_token(normalizing: SAE, gene
 
 def test_where_tokens_cannot_be_normalised_it_is_said() -> None:
     for config, message in (
-        ({"d_in": 1, "arch": BatchTopKSettings(k=3)}, "at least two coordinates, got d_in = 1"),
+        ({"d_in": 1, "arch": BatchTopKSettings(k=3)}, "at least two coordinates a site, got 1"),
         (
             {"d_in": 8, "arch": SkippingSettings(k=3)},
             "Skipping reads or reconstructs others beside it. Take mean_square",

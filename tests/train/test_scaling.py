@@ -106,7 +106,7 @@ def test_the_finished_sae_does_to_activations_what_the_trained_one_does_to_scale
         torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(16))
 
 
-@pytest.mark.parametrize("arch", [*PAIRED, *SEVERAL])
+@pytest.mark.parametrize("arch", PAIRED)
 def test_tokens_whose_statistics_are_not_known_are_not_normalised(arch: str) -> None:
     with pytest.raises(ConfigError, match=r"reads or reconstructs others beside it\. Take mean_square"):
         state_of(SITES, "layer_norm", arch=arch)
@@ -274,7 +274,7 @@ def test_tokens_of_huge_norm_are_told_of_unless_they_are_normalised() -> None:
         (X * 1e15, "none", r"the activations reach .*e\+15, which float32 has no room to square"),
         (X * 1e-15, "none", r"the activations reach .*e-15, which float32 has no room to square"),
         (X * 1e-7, "layer_norm", r"deviate by .*e-\d\d from their mean, to which layer_norm adds 1e-05 before"),
-        (torch.ones(640, 1) + X[:, :1], "layer_norm", r"expected layer_norm of at least two coordinates, got d_in = 1"),
+        (torch.ones(640, 1) + X[:, :1], "layer_norm", r"expected layer_norm of at least two coordinates a site, got 1"),
         ({"before": torch.zeros(640, 8), "after": Y}, "mean_square", "that are read do not vary"),
         ({"before": torch.ones(640, 8), "after": Y}, "power_of_two", "that are read do not vary"),
     ],

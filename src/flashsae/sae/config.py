@@ -62,12 +62,12 @@ class SAEConfig:
         kinds = declared_types(SAEConfig)["normalize_activations"]
         chosen = check("normalize_activations", normalize_activations, kinds)
         object.__setattr__(self, "normalize_activations", chosen)
-        check_normalization(self.architecture, chosen, self.d_in)
         widths = (self.arch.widths or ()) if not self.architecture.sites else (self.d_in,)
         if sum(widths) != self.d_in or (len(widths) < 2 and not self.architecture.sites):
             raise ConfigError(
                 f"widths: expected those of two sites or more, which sum to d_in = {self.d_in}, got {list(widths)}."
             )
+        check_normalization(self.architecture, chosen, min(widths))
         if self.d_out != self.d_in and self.architecture.writes == self.architecture.reads:
             raise ConfigError(f"d_out: {self.architecture.title} reconstructs what it reads: leave it out.")
 

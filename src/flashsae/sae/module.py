@@ -200,14 +200,21 @@ class SAE(ParameterTable):
         """Undo what `_flat` does to tokens, of their reconstruction; nothing where `like` is None."""
         if like is None or self.config.normalize_activations != LAYER_NORM:
             return x_hat
-        mean, deviation = token_statistics(like)
+        mean, deviation = token_statistics(like, self._site_widths)
         return (x_hat.double() * deviation + mean).to(x_hat.dtype)
 
     def _flat(self, x: Tensor) -> Tensor:
         check_tokens(x, self.config)
         is_fit = x.dtype == self.W_enc_T.dtype  # half-width tokens may meet half-width weights and whole biases
         dtype, tokens = x.dtype if is_fit else self.b_enc.dtype, x.reshape(-1, self.config.d_in)
-        return layer_norm(tokens, dtype) if self.config.normalize_activations == LAYER_NORM else tokens.to(dtype)
+        if self.config.normalize_activations == LAYER_NORM:
+            return layer_norm(tokens, dtype, self._site_widths)
+        return tokens.to(dtype)
+
+    @property
+    def _site_widths(self) -> list[int]:
+        """The widths of sites that are normalised each by itself."""
+        return [columns.stop - columns.start for columns in self.config.columns.values()]
 
     @isolated
     @torch.no_grad()
@@ -227,7 +234,7 @@ class SAE(ParameterTable):
             if len(tokens) == 0:
                 raise ShapeError(f"{name}: expected at least one token, got none.")
         if self.config.normalize_activations == LAYER_NORM:
-            x = target = layer_norm(x)
+            x = target = layer_norm(x, widths=self._site_widths)
             plain = self.normalizing("none")
             plain.initialize_from(x)
             self.centres = plain.centres

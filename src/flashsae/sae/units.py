@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,29 +19,35 @@ Factor = float | Tensor
 """One positive number, or one for each coordinate: [d], float64, on the CPU."""
 
 
-def token_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean of each token and what `layer_norm` divides by: [..., 1] each, float64.
+def token_statistics(x: Tensor, widths: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+    """Return the mean of each token and what `layer_norm` divides by, float64: [..., 1], of several sites [..., d_in].
 
         mean_j x_j,   sqrt(Σ_j (x_j − mean)² / (d_in − 1)) + 1e-5
 
     Args:
         x: [..., d_in], float, d_in > 1.
+        widths: of sites that stand beside each other, each of which is a token of its own.
     Source: SAELens, normalize_activations="layer_norm": the deviation is the unbiased one.
     """
+    if len(widths) > 1:
+        sites = [(site, *token_statistics(site)) for site in torch.split(x, list(widths), dim=-1)]
+        mean, deviation = (torch.cat([each[i].expand(each[0].shape) for each in sites], dim=-1) for i in (1, 2))
+        return mean, deviation
     deviation, mean = torch.std_mean(x.double(), dim=-1, keepdim=True)
     return mean, deviation + EPS
 
 
-def layer_norm(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def layer_norm(x: Tensor, dtype: torch.dtype | None = None, widths: Sequence[int] = ()) -> Tensor:
     """Return tokens without their mean, over their deviation: (x − mean) / (std + 1e-5).
 
     Args:
         x: [..., d_in], float, d_in > 1.
         dtype: of the result; that of x by default.
+        widths: of sites that stand beside each other, each of which is normalised by itself.
     Numerics: computed in float64, rounded once: no square leaves the range, and equal coordinates give 0.
     Gradients: of x.
     """
-    mean, deviation = token_statistics(x)
+    mean, deviation = token_statistics(x, widths)
     return ((x.double() - mean) / deviation).to(dtype or x.dtype)
 
 

@@ -13,15 +13,23 @@ Normalization = Literal["power_of_two", "none", "mean_square", "layer_norm"]
 LAYER_NORM = "layer_norm"
 
 
-def check_normalization(architecture: Architecture, normalization: str | None, d_in: int | None) -> None:
-    """Raise ConfigError where tokens cannot be normalised: by statistics that nobody knows, or that there are not."""
+def check_normalization(architecture: Architecture, normalization: str | None, width: int | None) -> None:
+    """Raise ConfigError where tokens cannot be normalised: by statistics that nobody knows, or that there are not.
+
+    Each of several sites is normalised by itself, where what is read is what is reconstructed.
+
+    Args:
+        architecture: whose sites they are.
+        normalization: of the settings.
+        width: of the narrowest site.
+    """
     if normalization != LAYER_NORM:
         return
-    if architecture.reads != architecture.writes or len(architecture.sites) != 1:
+    if architecture.reads != architecture.writes or len(architecture.sites) > 1:
         raise ConfigError(
             "normalize_activations: layer_norm is undone with the mean and the deviation of the token that is read, "
             f"and {architecture.title} reads or reconstructs others beside it. Take mean_square, which has a scale for "
             "each site."
         )
-    if d_in == 1:
-        raise ConfigError("normalize_activations: expected layer_norm of at least two coordinates, got d_in = 1.")
+    if width == 1:
+        raise ConfigError("normalize_activations: expected layer_norm of at least two coordinates a site, got 1.")

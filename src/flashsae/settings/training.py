@@ -222,7 +222,8 @@ class TrainConfig:
         object.__setattr__(self, "arch", settings_of(self.arch))
         architecture = architecture_of(self.arch)
         check_own_names(architecture, (each.name for each in fields(self)))
-        check_normalization(architecture, self.normalize_activations, self.d_in)
+        widths = getattr(self.arch, "widths", None) if not architecture.sites else None
+        check_normalization(architecture, self.normalize_activations, min(widths) if widths else self.d_in)
         if self.init_from is not None:
             if self.init == "data":
                 raise ConfigError(BOTH)

@@ -71,11 +71,13 @@ def measure_sample(batch: Batch, architecture: Architecture, normalization: Norm
     x, target = join_sites(architecture, batch)
     reads, writes = ([(site, batch[site]) for site in sites] for sites in architecture.sites_of(batch))
     is_layer_norm = normalization == "layer_norm"
-    warnings, two = _check(target, layer_norm(target) if is_layer_norm else target)
+    widths = [acts.shape[1] for _, acts in writes]
+    warnings, two = _check(target, layer_norm(target, widths=widths) if is_layer_norm else target)
     if normalization == "none":
         _check_unscaled(x, target)
     if is_layer_norm:
-        _check_deviation(x)
+        for _, acts in reads:
+            _check_deviation(acts)
     others = [acts for site, acts in reads if site not in dict(writes)]
     two_of_others = _power_of_two(torch.cat(others, 1), "the activations that are read") if others else two
 

@@ -33,7 +33,8 @@ class Scaling:
     Args:
         reads: each site that goes in, in the order in which they stand beside each other.
         writes: the same of what is reconstructed.
-        is_layer_norm: whether each token is normalised, by `flashsae.sae.units.layer_norm`; factors are 1 then.
+        is_layer_norm: whether each token is normalised, at each site by itself, by `flashsae.sae.units.layer_norm`;
+            factors are 1 then.
     """
 
     reads: tuple[SiteScale, ...]
@@ -55,7 +56,7 @@ class Scaling:
             target: [B, d_out], float; x itself for an autoencoder, and what is returned then are the same, too.
         """
         if self.is_layer_norm:
-            seen = layer_norm(x, torch.float32)
+            seen = layer_norm(x, torch.float32, [site.width for site in self.reads])
             return seen, seen
         if target is x:
             seen = _scaled(x, self.writes)
