@@ -30,25 +30,25 @@ from flashsae.settings.reading import ReadingConfig
 from flashsae.text.open import open_text
 from flashsae.text.reading_order import Place
 
-Size = Literal["small", "large", "tiny"]
+ModelSize = Literal["small", "large", "tiny"]
 _START = Place(0, 0)
-LAYERS = {"small": 3, "large": 8, "tiny": 1}
+LAYERS_READ = {"small": 3, "large": 8, "tiny": 1}
 
 
-def model_of(size: Size, name: str, device: torch.device) -> tuple[nn.Module, Any, str]:
+def model_of(size: ModelSize, name: str, device: torch.device) -> tuple[nn.Module, Any, str]:
     """Return a model, its tokenizer and the hookpoint behind its last layer that is read."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model, tokenizer = load_language_model(name, dtype)
     if size != "large":
-        return model.to(device), tokenizer, f"encoder.layer.{LAYERS[size] - 1}"
+        return model.to(device), tokenizer, f"encoder.layer.{LAYERS_READ[size] - 1}"
     with quiet_transformers() as transformers, torch.device(device):
         settings = transformers.LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=4096, intermediate_size=11008, num_hidden_layers=LAYERS[size],
+            vocab_size=len(tokenizer), hidden_size=4096, intermediate_size=11008, num_hidden_layers=LAYERS_READ[size],
             num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=2048,
         )  # fmt: skip
         torch.manual_seed(0)
         model = transformers.LlamaModel(settings).to(dtype)
-    return model, tokenizer, f"layers.{LAYERS[size] - 1}"
+    return model, tokenizer, f"layers.{LAYERS_READ[size] - 1}"
 
 
 @contextmanager
@@ -84,7 +84,7 @@ def bare_rate(model: nn.Module, batches: Sequence[TokenBatch], device: torch.dev
     return rows / (time.perf_counter() - start)
 
 
-def source_rate(source: LanguageModelSource, device: torch.device) -> float:
+def epoch_rate(source: LanguageModelSource, device: torch.device) -> float:
     """Return tokens a second of the source, nobody reading what it gives."""
     for number, _ in enumerate(source.chunks(None)):
         if number == 4:
@@ -111,7 +111,7 @@ def cache_rate(source: LanguageModelSource, folder: Path) -> float:
 
 
 def main(
-    *sizes: Size,
+    *sizes: ModelSize,
     model: str = "minilm",
     dataset: str = "python-docs",
     context_length: int = 128,
@@ -142,9 +142,9 @@ def main(
         batches = [batch for block, _, _ in blocks for batch in block]
         rates: dict[str, list[float]] = {"bare": [], "source": [], "cache": []}
         for _ in range(rounds):
-            with truncated(language_model, LAYERS[size]) as cut:
+            with truncated(language_model, LAYERS_READ[size]) as cut:
                 rates["bare"].append(bare_rate(cut, batches, device))
-            rates["source"].append(source_rate(source, device))
+            rates["source"].append(epoch_rate(source, device))
             with tempfile.TemporaryDirectory(dir=place) as folder:
                 rates["cache"].append(cache_rate(source, Path(folder)))
         best = {name: max(each) for name, each in rates.items()}
