@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flashsae.bench import measure
 from flashsae.bench.dense import AutogradStep, dense_pytorch
-from flashsae.bench.measure import Record, StepCase, Subject, WholeStep, check_step, measure_ours
+from flashsae.bench.measure import Record, StepCase, Subject, WholeStep, check_step, expected_change, measure_ours
 from flashsae.bench.ours import OurStep, Variant, build_ours
 from flashsae.bench.problem import Problem, dense_squared_error, make_problem
 from flashsae.bench.setups import Shape
@@ -111,6 +111,20 @@ def test_the_check_does_three_updates_of_one_batch() -> None:
     assert check_step(replace(step, loss=loss), problem.xs[0], dense_squared_error(problem), "bf16") == ""
     assert len(seen) == 4
     assert all(x is problem.xs[0] for x in seen)
+
+
+@pytest.mark.parametrize("build", [dense_pytorch, partial(build_ours, variant=Variant("float32", arch="jump_relu"))])
+def test_updates_that_jump_must_change_the_error_as_dense_ones_do(build: Callable[[Problem], WholeStep]) -> None:
+    problem = make_problem(Shape("x", 256, 24, 200, 8), torch.float32, CPU, arch="jump_relu")
+    expected, x = dense_squared_error(problem), problem.xs[0]
+    step = build(problem)
+    assert step.lr is not None
+    change = expected_change(problem, step.lr)
+    assert check_step(step, x, expected, "bf16", change) == ""
+    assert "updates to change it" in check_step(build(problem), x, expected, "bf16", -change)
+    assert "updates to change it" in check_step(build(problem), x, expected, "bf16", 3 * change)
+    frozen = replace(dense_pytorch(problem), update=lambda: None)
+    assert "updates to change it" in check_step(frozen, x, expected, "bf16", change)
 
 
 @pytest.mark.parametrize(("precision", "off"), [("bf16", 0.04), ("tf32", 0.005), ("float32", 0.0002)])

@@ -37,11 +37,11 @@ CODES: dict[str, tuple[list[int], int]] = {
     "no tokens but places": ([], 5),
     "empty tokens": ([0, 0, 0], 5),
     "a few": ([3, 0, 7, 1, 0, 12], 0),
-    "some above a tile": ([0, 40, 2, 150, 1, 0, 17, 47, 60, 3], 5),
+    "some above a tile": ([0, 40, 2, 150, 1, 0, 17, 47, 60, 3, 80, 110, 0, 5], 5),
     "one of all": ([200], 0),
 }
 """Latents of each token, and places that are not used. Of "some above a tile" a tile is 32, with 8 or 16 more
-beside it or twice as large; what has more goes in pieces. 512 columns at a time."""
+beside it or twice as large, or 3 or 4 times where a kernel of its own does them; the rest goes in pieces."""
 
 
 @pytest.fixture(params=["reference", "sparse kernels", "dense products"])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from flashsae.architecture import architecture_of
 from flashsae.bench.problem import Problem
+from flashsae.bench.setups import SLOWER
 from flashsae.bench.timing import float32_products
 from flashsae.optim import default_lr
 from flashsae.sae.losses import token_variance
@@ -38,6 +39,7 @@ class AutogradStep:
         backward: of the loss, times a scale where its recipe has one.
         products: how float32 products are computed around all of it: "tf32", "ieee", or None for as they are.
         error: the part of the last loss that is the error of the reconstruction; None where there is no other part.
+        lr: learning rate, where it is known to be one of Adam as ours is.
     """
 
     loss: Callable[[Tensor], Tensor]
@@ -47,6 +49,7 @@ class AutogradStep:
     backward: Callable[[Tensor], None] = backward
     products: str | None = None
     error: Callable[[], Tensor] | None = None
+    lr: float | None = None
 
     def settings(self) -> AbstractContextManager[None]:
         """Return the context in which all of it is to run."""
@@ -82,9 +85,14 @@ def sum_per_token(value: float, x: Tensor) -> float:
     return value * len(x)
 
 
-def adam(weights: Sequence[Tensor], W_dec: Tensor, *, unit_norm: bool = True) -> Callable[[], None]:
-    """Return the update by fused `torch.optim.Adam`, which keeps the rows of W_dec at norm 1 unless told otherwise."""
-    lr, fused = default_lr(len(W_dec)), W_dec.is_cuda
+def adam(
+    weights: Sequence[Tensor], W_dec: Tensor, *, unit_norm: bool = True, lr: float | None = None
+) -> Callable[[], None]:
+    """Return the update by fused `torch.optim.Adam`, which keeps the rows of W_dec at norm 1 unless told otherwise.
+
+    Its learning rate is that of a TopK SAE unless one is given.
+    """
+    lr, fused = default_lr(len(W_dec)) if lr is None else lr, W_dec.is_cuda
     if unit_norm:
         return UnitNormAdam(weights, W_dec, lr, fused=fused).step
     plain = torch.optim.Adam(weights, lr, fused=fused)
@@ -132,13 +140,16 @@ ONCE: dict[Callable[[DenseStep], Tensor | None], Callable[[DenseStep], Tensor]] 
 """Terms of oracles that decode each of several reconstructions on its own, as somebody writes them who wants speed."""
 
 
-def dense_pytorch(problem: Problem, precision: str = "bf16", *, compiled: bool = False) -> AutogradStep:
+def dense_pytorch(
+    problem: Problem, precision: str = "bf16", *, compiled: bool = False, lr: float | None = None
+) -> AutogradStep:
     """Dense PyTorch with autograd, by the oracle of the architecture: linear, topk, relu, scatter, matmul; fused Adam.
 
     Args:
         problem: whose architecture it trains, and whose weights it starts from.
         precision: "bf16" (autocast), "tf32" or "float32" (IEEE), by the settings of torch.backends, put back later.
         compiled: forward and backward through torch.compile.
+        lr: learning rate; None is that of a TopK SAE, or a thousandth of it where codes lie above a threshold, as ours.
     """
     architecture, sites = architecture_of(problem.arch), problem.sites  # the problem itself is to be let go
     rows = {row.name: row for row in architecture.parameters}
@@ -148,6 +159,8 @@ def dense_pytorch(problem: Problem, precision: str = "bf16", *, compiled: bool =
     weights = {name: terms_of[name].weight_in(problem.arch) for name in dense.terms}
     dense = replace(dense, terms={n: ONCE.get(term, term) for n, term in dense.terms.items() if weights[n]})
     variance = token_variance(sites.written(problem.xs[0]))
+    if lr is None:
+        lr = default_lr(len(W_dec)) / (SLOWER if architecture.varies else 1)
     first: list[Tensor] = []  # of the terms of the last loss
 
     def terms(x: Tensor) -> list[Tensor]:
@@ -167,11 +180,14 @@ def dense_pytorch(problem: Problem, precision: str = "bf16", *, compiled: bool =
 
     return AutogradStep(
         loss,
-        adam([value for value in params.values() if value.requires_grad], W_dec, unit_norm=rows["W_dec"].unit_norm),
+        adam(
+            [value for value in params.values() if value.requires_grad], W_dec, unit_norm=rows["W_dec"].unit_norm, lr=lr
+        ),
         tuple(params.values()),
         lambda value, x: value * len(x) * variance,
         products={"bf16": None, "tf32": "tf32", "float32": "ieee"}[precision],
         error=lambda: first[0],
+        lr=lr,
     )
 
 

@@ -6,17 +6,18 @@ import contextlib
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from flashsae.bench.ceilings import Ceilings
+from flashsae.bench.dense import dense_pytorch
 from flashsae.bench.ours import OurStep, Variant, build_ours
 from flashsae.bench.peers import Peer
 from flashsae.bench.problem import Problem, dense_squared_error, make_problem
-from flashsae.bench.setups import Shape
+from flashsae.bench.setups import JUMPS, Shape, base_name
 from flashsae.bench.stages import profiled_steps, stage_records, stage_times, traced_stages
 from flashsae.bench.timing import captured, free, peak_bytes, time_runs
 from flashsae.errors import MissingExtraError
@@ -24,6 +25,8 @@ from flashsae.errors import MissingExtraError
 Record = dict[str, Any]
 OURS = "FlashSAE"
 UPDATES = 3  # of the same batch, after which its loss must have fallen
+FEW_TOKENS = 2048  # of a check that does dense float32 steps
+LIKE = 0.5  # of a small change: half of what precisions make of it
 # half a unit in the last place of what a precision stores, twice over: of the inputs and of the result
 TOLERANCE = {"bf16": 2.0**-7, "fp16": 2.0**-7, "tf32": 2.0**-10, "float32": 2e-5}
 OF_SQUARES = 4  # times that for a sum of squared errors, relative to the sum
@@ -126,6 +129,10 @@ class WholeStep(Protocol):
     def squared_error(self) -> Callable[[float, Tensor], float]:
         """From what `run` returns, and x, to the sum of squared errors."""
 
+    @property
+    def lr(self) -> float | None:
+        """Learning rate of Adam; None where it is not known."""
+
     def settings(self) -> AbstractContextManager[None]:
         """Return the context in which it is to run."""
 
@@ -133,7 +140,7 @@ class WholeStep(Protocol):
         """Do a whole step; return the loss before it."""
 
 
-def check_step(step: WholeStep, x: Tensor, expected: float, precision: str) -> str:
+def check_step(step: WholeStep, x: Tensor, expected: float, precision: str, change: float | None = None) -> str:
     """Do the first steps, all on one batch; return what is wrong with them, "" if nothing.
 
     Args:
@@ -141,6 +148,7 @@ def check_step(step: WholeStep, x: Tensor, expected: float, precision: str) -> s
         x: [B, d_in].
         expected: sum of squared errors before the first step, by the dense float32 code.
         precision: of its products, for the tolerance.
+        change: what the updates change of this sum; None where all that is known is that it falls.
     """
     first = float(step.run(x))
     got, wrong = step.squared_error(first, x), ""
@@ -151,9 +159,21 @@ def check_step(step: WholeStep, x: Tensor, expected: float, precision: str) -> s
     for _ in range(UPDATES - 1):
         step.run(x)
     last = float(step.run(x))
-    if not (last < first and math.isfinite(last)):
+    if change is not None:
+        changed = step.squared_error(last, x) - got
+        if not abs(changed - change) <= LIKE * abs(change):
+            wrong += f"squared error: expected {UPDATES} updates to change it by {change:.3g}, got {changed:.3g}. "
+    elif not (last < first and math.isfinite(last)):
         wrong += f"loss: expected less than {first:.6g} after {UPDATES} updates on one batch, got {last:.6g}. "
     return wrong
+
+
+def expected_change(problem: Problem, lr: float) -> float:
+    """Return what updates by the dense float32 code change of the sum of squared errors of the first input."""
+    step, x = dense_pytorch(problem, "float32", lr=lr), problem.xs[0]
+    with step.settings():
+        errors = [step.squared_error(float(step.run(x)), x) for _ in range(UPDATES + 1)]
+    return errors[-1] - errors[0]
 
 
 @dataclass(frozen=True)
@@ -179,8 +199,12 @@ class StepCase:
     def subject(self, shape: Shape, device: torch.device) -> Subject:
         """Make the step of one size ready; all that it allocates counts as its memory, graphs and inputs included."""
         problem = make_problem(shape, torch.float32, device, tied=True, dead=self.dead, arch=self.arch)
-        xs, expected = problem.xs, dense_squared_error(problem, "ieee" if self.precision == "float32" else "tf32")
-        step = self.build(problem)
+        xs, step, checked, change = problem.xs, self.build(problem), problem.xs[0], None
+        if step.lr is not None and base_name(problem.arch_name) in JUMPS:
+            checked = checked[:FEW_TOKENS]
+            problem = replace(problem, xs=(checked,))
+            change = expected_change(problem, step.lr)
+        expected = dense_squared_error(problem, "ieee" if self.precision == "float32" else "tf32")
 
         def run(i: int) -> Tensor:
             return step.run(xs[i % len(xs)])
@@ -197,7 +221,7 @@ class StepCase:
             return rate | {"stages": stage_records(times, step.config, shape, self.ceilings)}
 
         def check() -> str:
-            return check_step(step, xs[0], expected, self.precision)
+            return check_step(step, checked, expected, self.precision, change)
 
         def other() -> Callable[[int], Tensor]:
             problem = make_problem(shape, torch.float32, device, tied=True, arch=self.beside)

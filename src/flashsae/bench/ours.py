@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flashsae.architecture import architecture_of
 from flashsae.bench.problem import Problem, dense_code, residual_of
-from flashsae.bench.setups import Sites
+from flashsae.bench.setups import SLOWER, Sites
 from flashsae.bench.timing import float32_products
 from flashsae.data.shuffle import Batches
 from flashsae.ops.validate import Precision
@@ -79,6 +79,11 @@ class OurStep:
     sites: Sites
     expected: Rows | None = None
 
+    @property
+    def lr(self) -> float:
+        """Learning rate."""
+        return self.config.lr
+
     def settings(self) -> AbstractContextManager[None]:
         """Return the context in which it is to run."""
         return nullcontext()
@@ -137,7 +142,7 @@ def make_config(problem: Problem, variant: Variant) -> TrainConfig:
         auxk_alpha=1 / 32 if problem.dead else 0.0,
         k_aux=max(1, min(variant.k_aux, problem.dead)),
     ).resolve(problem.sites.widths)
-    slower = 1000 if architecture_of(config.arch).varies else 10 if problem.dead else 1
+    slower = SLOWER if architecture_of(config.arch).varies else 10 if problem.dead else 1
     return replace(config, lr=config.lr / slower)
 
 

@@ -123,6 +123,10 @@ def threshold(shape: Shape) -> float:
 
 HELD_BACK = ("relu", "gated")
 """Where all pre-activations above 0 are active, so that b_enc has to hold them back."""
+JUMPS = ("jump_relu",)
+"""Whose error need not fall: latents jump where they cross their threshold, and no gradient of weights knows of it."""
+SLOWER = 1000
+"""The learning rate of codes above a threshold is divided by this, so that L0 stays as it is while it is measured."""
 SETTINGS: dict[str, Callable[[Shape], Any]] = {"k": lambda shape: shape.k, "target_l0": lambda shape: float(shape.k)}
 """Settings that follow from the size, by name, for every architecture that has them."""
 

@@ -171,26 +171,48 @@ def decode_loss_rows_kernel(
 def decode_loss_long_kernel(
     acts_ptr, indices_ptr, starts_ptr, W_ptr, bias_ptr, target_ptr, weights_ptr, x_hat_ptr, residual_ptr, errors_ptr,
     grad_acts_ptr,  # all as in decode_loss_rows_kernel
-    limit,  # a token of no more latents is none of those that are done here
     B, capacity, d, W_stride, target_stride,
-    TOKENS: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, CHUNK: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, CHUNK: tl.constexpr,
+    PIECE: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
-    """Do as `decode_loss_rows_kernel` for the tokens that have more latents: in pieces, of which each is read twice."""
+    """Do as `decode_loss_rows_kernel` for the tokens of more than BLOCK_K latents, which are few.
+
+    Up to twice as many are in tiles, larger ones of more threads; more are gone through in pieces, once for x_hat and
+    once for the dot products, and the second reading finds their rows in the cache nearby.
+    """
     first_row, chunk = tl.program_id(0).to(tl.int64) * TOKENS, tl.program_id(1).to(tl.int64)
     token = first_row + tl.arange(0, TOKENS)
     lows = tl.load(starts_ptr + token, mask=token < B, other=0)
-    if tl.max(tl.load(starts_ptr + token + 1, mask=token < B, other=0) - lows) > limit:
+    if tl.max(tl.load(starts_ptr + token + 1, mask=token < B, other=0) - lows) > BLOCK_K:
         for row in range(first_row, tl.minimum(first_row + TOKENS, B)):
             first, count = _entries_of(starts_ptr, row, None)
-            if count > limit:
+            if count > BLOCK_K:
                 weight = 1.0
                 if weights_ptr is not None:
                     weight = tl.load(weights_ptr + row).to(tl.float32)
-                error = _loss_in_pieces(
-                    acts_ptr + first, indices_ptr + first, W_ptr, bias_ptr, target_ptr + row * target_stride,
-                    x_hat_ptr + row * d, residual_ptr + row * d, grad_acts_ptr + chunk * capacity + first, weight,
-                    count, (chunk * CHUNK).to(tl.int32), d, W_stride, BLOCK_K, CHUNK, STAGES,
-                )  # fmt: skip
+                acts_row, indices_row, target_row = (
+                    acts_ptr + first,
+                    indices_ptr + first,
+                    target_ptr + row * target_stride,
+                )
+                x_hat_row, residual_row = x_hat_ptr + row * d, residual_ptr + row * d
+                grad_row, begin = grad_acts_ptr + chunk * capacity + first, (chunk * CHUNK).to(tl.int32)
+                end = tl.minimum(begin + CHUNK, d)
+                if count <= BLOCK_K + BLOCK_K // 2:
+                    error = _loss_in_tiles(
+                        acts_row, indices_row, W_ptr, bias_ptr, target_row, x_hat_row, residual_row, grad_row, weight,
+                        count, begin, end, d, W_stride, BLOCK_K, BLOCK_K // 2, BLOCK_D, STAGES, FOLD,
+                    )  # fmt: skip
+                elif count <= 2 * BLOCK_K:
+                    error = _loss_in_tiles(
+                        acts_row, indices_row, W_ptr, bias_ptr, target_row, x_hat_row, residual_row, grad_row, weight,
+                        count, begin, end, d, W_stride, 2 * BLOCK_K, 0, BLOCK_D, STAGES, FOLD,
+                    )  # fmt: skip
+                else:
+                    error = _loss_in_pieces(
+                        acts_row, indices_row, W_ptr, bias_ptr, target_row, x_hat_row, residual_row, grad_row, weight,
+                        count, begin, d, W_stride, PIECE, CHUNK, STAGES,
+                    )  # fmt: skip
                 tl.store(errors_ptr + chunk * B + row, weight * error)
 
 

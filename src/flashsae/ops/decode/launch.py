@@ -112,9 +112,10 @@ def _launch_rows(
         BLOCK_K=block_k, BLOCK_D=block_d, BOTH_D=block_d if block_k * block_d <= 2048 * warps else block_d // 2,
         STAGES=stages, CHUNK=chunk, FOLD=16 // W_dec.element_size(), num_warps=warps,
     )  # fmt: skip
-    kernels.decode_loss_long_kernel[(triton.cdiv(B, 8), chunks)](
-        *tensors, parts, parts[chunks * B :], 2 * block_k, B, capacity, *sizes,
-        TOKENS=8, BLOCK_K=16, STAGES=stages, CHUNK=chunk, num_warps=4,
+    kernels.decode_loss_long_kernel[(triton.cdiv(B, 4), chunks)](
+        *tensors, parts, parts[chunks * B :], B, capacity, *sizes,
+        TOKENS=4, BLOCK_K=2 * block_k, BLOCK_D=min(chunk, 128, 4096 // block_k), STAGES=stages, CHUNK=chunk, PIECE=16,
+        FOLD=16 // W_dec.element_size(), num_warps=4,
     )  # fmt: skip
     kernels.decode_join_kernel[(triton.cdiv(max(B, capacity), 512),)](
         parts, parts[chunks * B :], starts, errors, grad_acts, B, capacity, chunks, BLOCK=512, num_warps=4
