@@ -20,6 +20,7 @@ from flashsae.data.synthetic import SuperpositionModel
 from flashsae.ops import encode_above
 from flashsae.ops.validate import Precision
 from flashsae.train import TrainState, init_state, train_step
+from flashsae.train import room as train_room
 from flashsae.train.graph import CapturedSteps
 from flashsae.train.room import Room
 from flashsae.train.state import to_checkpoint
@@ -92,7 +93,7 @@ def test_captured_steps_are_bitwise_eager_ones_whatever_happens_to_the_room(
     limit: str, precision: Precision, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FLASHSAE_DENSE_ABOVE", limit)
-    monkeypatch.setattr("flashsae.train.room.PERIOD", 4)
+    monkeypatch.setattr(train_room, "PERIOD", 4)
     config = config_of(precision)
     for between in (leave, disturb):
         losses, rooms, bits = run(config, between)
@@ -118,7 +119,7 @@ def test_an_overflow_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_training_across_the_crossover_has_the_numbers_of_a_sparse_one(monkeypatch: pytest.MonkeyPatch) -> None:
     config, found = config_of("float32"), []
-    monkeypatch.setattr("flashsae.train.room.PERIOD", 4)
+    monkeypatch.setattr(train_room, "PERIOD", 4)
     for limit in ("1", "0.2", "0"):
         monkeypatch.setenv("FLASHSAE_DENSE_ABOVE", limit)
         found.append(run(config, leave)[0])
@@ -145,7 +146,7 @@ def test_nothing_but_the_look_waits_for_the_device(monkeypatch: pytest.MonkeyPat
 
 def test_a_resumed_training_ends_with_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLASHSAE_DENSE_ABOVE", "0.2")
-    monkeypatch.setattr("flashsae.train.room.PERIOD", 4)
+    monkeypatch.setattr(train_room, "PERIOD", 4)
     from flashsae.train import loop
 
     config = TrainConfig(

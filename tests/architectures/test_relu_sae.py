@@ -19,6 +19,7 @@ from flashsae.sae import fvu_weights
 from flashsae.sae.step import Step
 from flashsae.testing import DenseTrainer, assert_as_accurate, integer_inputs, oracle
 from flashsae.train import init_state, train_step
+from flashsae.train import room as train_room
 from flashsae.train.room import Room
 from helpers.on_both import DEVICE
 from helpers.real import activations
@@ -181,7 +182,7 @@ def test_a_resumed_training_ends_with_the_same_bytes(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize("room", [False, True], ids=["by its count", "with room"])
 def test_t4_the_step_is_that_of_a_dense_sae_with_plain_adam(room: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """From dense codes to sparse ones: naive autograd, same data and start."""
-    monkeypatch.setattr("flashsae.train.room.PERIOD", 8)
+    monkeypatch.setattr(train_room, "PERIOD", 8)
     monkeypatch.setenv("FLASHSAE_DENSE_ABOVE", "0.3")
     x = SuperpositionModel(16, 40, active=3.0).sample(2000, seed=1)
     arch = ReLUSettings(l1=0.5, p_end=0.5, p_start=0.3)

@@ -22,6 +22,8 @@ from flashsae.errors import ConfigError
 from flashsae.sae.step import Step
 from flashsae.settings.kinds import PositiveFloat, check_fields
 from flashsae.train import TrainState, init_state, train_step
+from flashsae.train import room as train_room
+from flashsae.train import state as train_state
 from flashsae.train.checkpoint import save_checkpoint
 from flashsae.train.plan import make_plan
 from flashsae.train.room import PERIOD, Room
@@ -183,7 +185,7 @@ def test_a_forced_overflow_is_encoded_again_and_changes_nothing(monkeypatch: pyt
 def test_a_training_across_the_crossover_has_the_same_numbers(
     start: float, end: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flashsae.train.room.PERIOD", 2)
+    monkeypatch.setattr(train_room, "PERIOD", 2)
     config, losses, kinds = config_of(start=start, end=end), [], []
     for limit in ("1", "0.25", "0"):
         monkeypatch.setenv("FLASHSAE_DENSE_ABOVE", limit)
@@ -207,7 +209,7 @@ def test_a_resumed_run_goes_by_the_same_room(tmp_path: Path, monkeypatch: pytest
     whole.room = Room()
     steps(whole, config, 7)
     save_checkpoint(tmp_path, to_checkpoint(whole, config))
-    monkeypatch.setattr("flashsae.train.state.room_of", lambda sae, device: Room())
+    monkeypatch.setattr(train_state, "room_of", lambda sae, device: Room())
     resumed = state_of(config, tmp_path)
     assert resumed.room == whole.room
     assert resumed.room is not whole.room
@@ -251,7 +253,7 @@ VARYING = [name for name in architecture_names(installed=False) if architecture_
 def test_every_architecture_of_the_package_that_varies_trains_with_room(
     name: str, limit: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flashsae.train.room.PERIOD", 2)
+    monkeypatch.setattr(train_room, "PERIOD", 2)
     losses = []
     for forced in (False, True):
         monkeypatch.setenv("FLASHSAE_DENSE_ABOVE", limit if forced else "1")
