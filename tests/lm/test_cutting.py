@@ -21,10 +21,18 @@ from flashsae.text.content import Block, Tokens
 BOS, EOS = 0, 18
 
 
-def windows(tiny: ModuleType, *, bos: bool = True, eos: bool = True, part: Any = None, **settings: Any) -> Windows:
+def windows(
+    tiny: ModuleType, *, bos: bool = True, eos: bool = True, suffix: bool = False, part: Any = None, **settings: Any
+) -> Windows:
+    from tokenizers import processors
+
     tokenizer = tiny.word_tokenizer(bos=bos)
     if eos:
         tokenizer.add_special_tokens({"eos_token": "</s>"})
+    if suffix:
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>", special_tokens=[("<s>", BOS), ("</s>", EOS)]
+        )
     config = dataclasses.replace(
         ReadingConfig("tiny", hookpoint="h.1", context_length=8, forward_tokens=40), **settings
     )
@@ -59,13 +67,15 @@ LENGTHS = [(1,), (5,), (6,), (7,), (8,), (20,), (1, 1, 1, 1, 1, 1, 1, 1, 1), (3,
 
 @pytest.mark.parametrize("pack", [False, True])
 @pytest.mark.parametrize("bos_every", ["context", "document"])
-@pytest.mark.parametrize("overlap", [0, 1, 3, 6])
-def test_every_token_makes_one_row(tiny: ModuleType, pack: bool, bos_every: str, overlap: int) -> None:
-    made = windows(tiny, pack=pack, bos_every=bos_every, overlap=overlap)
+@pytest.mark.parametrize("overlap", [0, 1, 3, 5])
+@pytest.mark.parametrize("suffix", [False, True])
+def test_every_token_makes_one_row(tiny: ModuleType, pack: bool, bos_every: str, overlap: int, suffix: bool) -> None:
+    made = windows(tiny, suffix=suffix, pack=pack, bos_every=bos_every, overlap=overlap)
     for lengths in LENGTHS:
         block = documents(lengths)
         read = inputs(made, block)
         assert all(len(window) <= 8 for window in read)
+        assert not suffix or all(window[-1][0] == EOS != window[-2][0] for window in read)
         for number, content in block:
             assert isinstance(content, Tokens)
             assert rows_of(read, number) == content.ids.tolist()
@@ -129,17 +139,9 @@ def test_what_stands_between_packed_documents_is_what_the_tokenizer_has(
 
 
 def test_what_the_tokenizer_puts_behind_a_text_stands_between_packed_ones(tiny: ModuleType) -> None:
-    from tokenizers import processors
-
     def read(**settings: Any) -> list[list[int]]:
-        tokenizer = tiny.word_tokenizer(bos=True)
-        tokenizer.add_special_tokens({"sep_token": "[SEP]"})
-        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-            single="<s> $A [SEP]", special_tokens=[("<s>", BOS), ("[SEP]", EOS)]
-        )
-        config = ReadingConfig("tiny", hookpoint="h.1", context_length=8, forward_tokens=40, pack=True, **settings)
-        made = Windows(tokenizer, config.filled(), 64)
-        block: Block = [(0, "<s> the cat [SEP]"), (1, "sat on"), (2, "a mat")]
+        block: Block = [(0, "<s> the cat </s>"), (1, "sat on"), (2, "a mat")]
+        made = windows(tiny, suffix=True, pack=True, **settings)
         return [[token for token, _, _ in window] for window in inputs(made, block)]
 
     assert read() == [[BOS, 2, 3, EOS, 4, 5, EOS], [BOS, 6, 7, EOS]]

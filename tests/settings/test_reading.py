@@ -13,6 +13,7 @@ import pytest
 
 import flashsae
 from flashsae.data import language_model
+from flashsae.data.cache import ActivationCache
 from flashsae.data.cache_writer import changes
 from flashsae.data.open import prepare_activations
 from flashsae.errors import ConfigError, DataError
@@ -140,6 +141,17 @@ def test_a_cache_is_refused_where_documents_are_to_be_cut_otherwise(tmp_path: Pa
             )
     with pytest.raises(ConfigError, match=r"^held_out: the documents in the cache .* are packed for held_out = 0\.1"):
         prepare_activations(ActivationsConfig(activations=place), tokens=9, folder=tmp_path, device="cpu")
+
+
+def test_a_cache_that_tells_nothing_of_a_later_setting_has_its_default(tmp_path: Path) -> None:
+    place = tmp_path / "acts"
+    prepared(tmp_path, activations=place).compute(lambda rows: None)
+    assert not reading.defaults_of_later().keys() & ActivationCache.read_settings(place).keys()
+    for asked in reading.defaults_of_later().items():
+        config = ActivationsConfig(activations=place, **dict([asked]))
+        prepare_activations(config, tokens=9, folder=tmp_path, device="cpu")
+    with pytest.raises(DataError, match="pack is False there, True was asked for"):
+        prepare_activations(ActivationsConfig(activations=place, pack=True), tokens=9, folder=tmp_path, device="cpu")
 
 
 def test_one_document_is_refused_before_the_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
