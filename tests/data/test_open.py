@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from flashsae.data import language_model
 from flashsae.data import open as open_module
 from flashsae.data.open import ActivationsConfig, Prepared, prepare_activations
 from flashsae.data.sources import identity_of
-from flashsae.errors import CheckpointError, ConfigError
+from flashsae.errors import CheckpointError, ConfigError, DataError
 from helpers import tiny_models
 
 
@@ -69,6 +70,31 @@ def test_documents_of_every_kind_become_the_rows_of_their_tokens(
         for number, token in zip(chunk.group.tolist(), tiny_models.need(chunk.token_ids).tolist()):
             rows_of[number].append(token)
     assert [sorted(rows_of[number]) for number in range(12)] == [sorted(ids) for ids in expected]
+
+
+def test_another_chat_template_is_another_reading_of_chats_alone(chatty: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(chatty, model)
+    for name, rows in (("chats", [{"messages": chat} for chat in CHATS]), ("text", [{"text": "the cat"}] * 12)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+    def prepared(text: str, **place: Path) -> Prepared:
+        config = ActivationsConfig(str(model), str(tmp_path / f"{text}.jsonl"), hookpoint="h.1", **place, held_out=0.3)
+        config = replace(config, context_length=8)
+        return prepare_activations(config, tokens=30, folder=tmp_path / "activations", device="cpu")
+
+    named = {text: tmp_path / f"acts-{text}" for text in ("chats", "text")}
+    for text, place in named.items():
+        prepared(text, activations=place).compute(lambda rows: None)
+        assert prepared(text, activations=place).ready
+    places = {text: prepared(text).config.activations for text in named}
+    (template,) = model.glob("*.jinja")
+    template.write_text(template.read_text().replace("<turn>", "<turn> the "))
+    assert prepared("text").config.activations == places["text"]
+    assert prepared("text", activations=named["text"]).ready
+    assert prepared("chats").config.activations != places["chats"]
+    with pytest.raises(DataError, match=r"the model .* was changed since"):
+        prepared("chats", activations=named["chats"])
 
 
 @pytest.mark.parametrize("change", ["nothing", "dtype", "batch"])

@@ -128,7 +128,7 @@ def check_asked(config: ActivationsConfig, place: Path) -> ActivationsConfig:
     else:
         _check_no_text(config, place)
     if "model" in told:
-        asked |= {"model": config.model, "model_fingerprint": _known_fingerprint(config)}
+        asked |= {"model": config.model, "model_fingerprint": _known_fingerprint(config, held["model_fingerprint"])}
     asked = {name: value for name, value in asked.items() if value is not None}
     differences = changes({name: held[name] for name in asked if name in held}, asked, ", {!r} was asked for")
     if differences:
@@ -149,10 +149,18 @@ def _check_no_text(config: ReadingConfig, place: Path) -> None:
             )
 
 
-def _known_fingerprint(config: ReadingConfig) -> str | None:
-    """Return the fingerprint of a model; None where it is not to be had here, as when only its cache was brought."""
+def _known_fingerprint(config: ReadingConfig, held: str) -> str | None:
+    """Return the fingerprint of a model; None where it is not to be had here, as when only its cache was brought.
+
+    Args:
+        config: names the model.
+        held: the fingerprint in a cache, which may tell of the chat template too.
+    """
     try:
-        return model_fingerprint(config.model, LoadOptions.of(config))
+        found = model_fingerprint(config.model, LoadOptions.of(config))
+        if found == held:
+            return found
+        return held if model_fingerprint(config.model, LoadOptions.of(config), of_chats=True) == held else found
     except (ConfigError, MissingExtraError):
         return None
 

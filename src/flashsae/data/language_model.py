@@ -162,8 +162,8 @@ class LanguageModelSource:
 
     def _fingerprint_of_model(self) -> str:
         if self._is_given:
-            return loaded_fingerprint(self._model.model, self.tokenizer)
-        return model_fingerprint(self.config.model, LoadOptions.of(self.config))
+            return loaded_fingerprint(self._model.model, self.tokenizer, of_chats=self.text.holds_chats)
+        return model_fingerprint(self.config.model, LoadOptions.of(self.config), of_chats=self.text.holds_chats)
 
     @cached_property
     def fingerprint(self) -> str:

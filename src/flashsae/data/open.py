@@ -231,7 +231,7 @@ def _storing(config: ReadingConfig) -> dict[str, Any]:
 
 def _cache_name(config: ActivationsConfig, text: TextDataset, rows: int, device: str) -> str:
     """Return a folder name that differs wherever the cached bytes would, also between bfloat16 and float32 models."""
-    fingerprint = model_fingerprint(config.model, LoadOptions.of(config))
+    fingerprint = model_fingerprint(config.model, LoadOptions.of(config), of_chats=text.holds_chats)
     what = (fingerprint, text.fingerprint, config.hookpoint, str(dtype_of_model(config, device)))
     later: list[Any] = [config.held_out] if config.pack else []
     later += [] if config.cache_compression == "none" else [config.cache_compression]

@@ -26,7 +26,7 @@ _NOT_READ = re.compile(
 )
 
 
-def model_fingerprint(name: str, options: LoadOptions = PLAIN) -> str:
+def model_fingerprint(name: str, options: LoadOptions = PLAIN, *, of_chats: bool = False) -> str:
     """Return digits that stand for the weights and the tokenizer of a model, without loading it.
 
     The same wherever a folder lies. A model of the hub is known by its revision.
@@ -34,6 +34,7 @@ def model_fingerprint(name: str, options: LoadOptions = PLAIN) -> str:
     Args:
         name: as for `load_language_model`.
         options: as there; of them subfolder and adapter are told of, and the revision by what it stands for now.
+        of_chats: tell of the chat template too where that is a file of its own.
     Raises:
         ConfigError: there is no such model.
         MissingExtraError: transformers, or the packaged weights of ``"minilm"``, are not installed.
@@ -41,18 +42,20 @@ def model_fingerprint(name: str, options: LoadOptions = PLAIN) -> str:
     """
     base, adapter, of_base = base_and_adapter(name, options)
     if adapter is not None:
-        own = _fingerprint(base, of_base)
+        own = _fingerprint(base, of_base, of_chats)
         return text_digest([own, revision_of(adapter) or _fingerprint(adapter, PLAIN)])
-    return _fingerprint(name, options)
+    return _fingerprint(name, options, of_chats)
 
 
-def _fingerprint(name: str, options: LoadOptions) -> str:
+def _fingerprint(name: str, options: LoadOptions, of_chats: bool = False) -> str:
     place = model_place(name)
     if Path(place).is_dir():
         folder = Path(place) / (options.subfolder or "")
         files = [file for file in sorted(folder.iterdir()) if file.is_file() and _is_read(file.name)]
         if any(file.suffix == ".safetensors" for file in files):
             files = [file for file in files if file.suffix != ".bin"]  # transformers does not read them then
+        if of_chats:
+            files += sorted(Path(place).rglob("*.jinja"))
         if options.subfolder is not None:  # the tokenizer may stand above
             files += [file for file in sorted(Path(place).iterdir()) if file.is_file() and _is_of_text(file.name)]
         return files_digest(files, names=True)
@@ -73,11 +76,13 @@ def _is_read(name: str) -> bool:
     return not name.startswith(".") and bool(_READ_WITH_A_MODEL.fullmatch(name)) and not _NOT_READ.fullmatch(name)
 
 
-def loaded_fingerprint(model: nn.Module, tokenizer: Any) -> str:
-    """Return digits that stand for the values of a model's parameters and for its tokenizer."""
+def loaded_fingerprint(model: nn.Module, tokenizer: Any, *, of_chats: bool = False) -> str:
+    """Return digits that stand for the values of a model's parameters and for its tokenizer, of chats its template too."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
-    return text_digest([tensors_digest(model.state_dict().items()), vocabulary, repr(tokenizer.special_tokens_map)])
+    template = [repr(getattr(tokenizer, "chat_template", None))] if of_chats else []
+    weights = tensors_digest(model.state_dict().items())
+    return text_digest([weights, vocabulary, repr(tokenizer.special_tokens_map), *template])
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 from flashsae.fingerprint import text_digest
-from flashsae.text.content import Content, encodable, is_blank
+from flashsae.text.content import Chat, Content, encodable, is_blank
 
 Rows: TypeAlias = Iterator[tuple[int, Content]]
 
@@ -48,6 +48,16 @@ class TextDataset:
     def fingerprint(self) -> str:
         """Digits that stand for the documents and their numbers, the same wherever the text lies."""
         return text_digest([self.name]) if self.identify is None else self.identify()
+
+    @functools.cached_property
+    def first(self) -> Content | None:
+        """The first document; None if there is none."""
+        return next(self.documents(), None)
+
+    @property
+    def holds_chats(self) -> bool:
+        """Whether it is chats, by the first document."""
+        return isinstance(self.first, Chat)
 
     def placed(self, start: int = 0) -> Iterator[tuple[int, int, Content]]:
         """Yield (place, number, document) from place `start` on; blank documents are left out.

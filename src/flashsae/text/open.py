@@ -111,7 +111,7 @@ def _open(dataset: Any, asked: Asked) -> TextDataset:
         text = in_memory(f"{PYTHON_DOCS}:", python_docs(), "documents")
     else:
         text = open_object(dataset, asked)
-    if next(text.numbered(), None) is None:
+    if text.first is None:
         raise DataError(f"{text.name} is empty: expected at least one document that is not blank.")
     return text
 
