@@ -77,7 +77,7 @@ def _is_read(name: str) -> bool:
 
 
 def loaded_fingerprint(model: nn.Module, tokenizer: Any, *, of_chats: bool = False) -> str:
-    """Return digits that stand for the values of a model's parameters and for its tokenizer, of chats its template too."""
+    """Return digits that stand for the values of a model and for its tokenizer; of chats, for their template too."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
     template = [repr(getattr(tokenizer, "chat_template", None))] if of_chats else []

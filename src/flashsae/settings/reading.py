@@ -206,17 +206,22 @@ class ReadingConfig:
         Args:
             whole: tell also of the settings that were added later and are at their default (see `defaults_of_later`).
         """
-        told = {name: getattr(self, name) for name in declared_types(ReadingConfig) if name not in _TOLD_BESIDE}
-        if not whole:
-            untold = defaults_of_later()
-            told = {n: v for n, v in told.items() if n not in _ADDED_LATER or v not in (None, untold.get(n))}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in told.items()}
+        names = [name for name in declared_types(ReadingConfig) if name not in _TOLD_BESIDE]
+        told = {name: _as_json(getattr(self, name)) for name in names}
+        if whole:
+            return told
+        untold = defaults_of_later()
+        return {n: v for n, v in told.items() if n not in _ADDED_LATER or v not in (None, untold.get(n))}
 
 
 def defaults_of_later() -> dict[str, Any]:
     """Return what the settings that were added later are where caches and runs tell nothing of them, by name."""
     defaults = default_values(ReadingConfig())
-    return {name: defaults[name] for name in _ADDED_LATER if name in defaults}
+    return {name: _as_json(defaults[name]) for name in _ADDED_LATER if name in defaults}
+
+
+def _as_json(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 @dataclass(frozen=True)
