@@ -165,7 +165,7 @@ def test_one_document_is_refused_before_the_model_is_loaded(tmp_path: Path, monk
 
 def test_every_option_that_a_message_names_exists() -> None:
     options = {f.name for config in (ActivationsConfig, TrainConfig) for f in fields(config)}
-    options |= {"out", "max_tokens", "run", "resume", "config", "report", "verify"}
+    options |= {"out", "max_tokens", "run", "resume", "config", "report", "verify", "merge", "describe"}
     package = Path(flashsae.__file__).parent
     named = {}
     for path in [*package.glob("data/*.py"), *package.glob("settings/*.py"), *package.glob("train/*.py")]:
