@@ -47,7 +47,7 @@ def test_caches_are_merged_and_described(caches: Path, tmp_path: Path, capsys: p
         assert words in told
     described = json.loads(file.read_text())
     assert (described["rows"], described["documents"]) == (both, 40)
-    assert described["sites"][0]["shape"]["rounds_away"].keys() == {"bfloat16", "int8"}
+    assert described["sites"][0]["rounds_away"].keys() == {"bfloat16", "int8"}
 
 
 def test_a_cache_is_extended_by_the_same_command(caches: Path, tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_numbers_that_are_not_finite_are_null_in_json(
     monkeypatch.setattr("flashsae.data.cache_index.CacheIndex.rounded_away", lambda index, name: float("inf"))
     assert _main("cache", "--describe", caches / "a", "--json", tmp_path / "x.json") == 0
     told = json.loads((tmp_path / "x.json").read_text(), parse_constant=pytest.fail)
-    assert told["sites"][0]["shape"]["rounds_away"]["bfloat16"] is None
+    assert told["sites"][0]["rounds_away"]["bfloat16"] is None
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from flashsae.data.cache_summary import OUTLIER_DIMENSION_RATIO, CacheSummary, Shape, SiteSummary
+from flashsae.data.acts_shape import OUTLIER_DIMENSION_RATIO, Shape
+from flashsae.data.cache_summary import CacheSummary, SiteSummary
 from flashsae.files import write_atomic
 from flashsae.metrics import OUTLIER_NORM_RATIO
 from flashsae.metrics.numbers import count, percent, real
@@ -91,7 +92,7 @@ def _site(site: SiteSummary) -> dict[str, str]:
         "spread": variance,
         "outlier tokens": _outlier_tokens(site, shape),
         "outlier dimensions": _outlier_dimensions(shape),
-        "rounds away": ", ".join(f"{name} {share:.1e}" for name, share in shape.rounds_away.items())
+        "rounds away": ", ".join(f"{name} {share:.1e}" for name, share in site.rounds_away.items())
         + " of the variance, below which no FVU can be",
     }
 
@@ -101,7 +102,8 @@ def _outlier_tokens(site: SiteSummary, shape: Shape) -> str:
     if not found.rows:
         return f"none above {OUTLIER_NORM_RATIO:g} times the median norm"
     words = ", ".join(
-        f"{token} {'' if word is None else repr(word) + ' '}({count(n)})" for token, word, n in found.commonest
+        f"{token} {repr(site.words[token]) + ' ' if token in site.words else ''}({count(n)})"
+        for token, n in found.commonest
     )
     return (
         f"{count(found.rows)} ({percent(found.rows / site.sample_rows)}) above {OUTLIER_NORM_RATIO:g} times the median "

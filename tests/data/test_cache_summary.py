@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from flashsae.data import cache_summary
+from flashsae.data import acts_shape, cache_summary
 from flashsae.data.cache_index import CacheIndex, Rounding, Shard, shard_path
 from flashsae.data.cache_summary import summarise
 from flashsae.data.cache_writer import write_cache
@@ -66,7 +66,7 @@ def test_sizes_and_origin(cache_source: LanguageModelSource, written: Path) -> N
         assert site.sample_rows == summary.rows
         assert site.size == sum(path.stat().st_size for path in (written / site.hookpoint).iterdir())
         assert site.shape is not None
-        assert site.shape.rounds_away["bfloat16"] == CacheIndex.read(written).rounded_away(site.hookpoint)
+        assert site.rounds_away["bfloat16"] == CacheIndex.read(written).rounded_away(site.hookpoint)
 
 
 def test_what_activations_look_like(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_what_activations_look_like(tmp_path: Path) -> None:
 
 
 def test_dimensions_are_counted_without_the_bias_of_a_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_summary, "_GRAM_ROWS", 400)
+    monkeypatch.setattr(acts_shape, "_GRAM_ROWS", 400)
     flat = summarise(made(tmp_path / "flat", normal())).sites[0].shape
     assert flat is not None
     assert flat.effective_dimensions == pytest.approx(D, rel=0.05)
@@ -115,10 +115,9 @@ def test_dimensions_are_counted_without_the_bias_of_a_sample(tmp_path: Path, mon
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "int8"])
 def test_what_is_rounded_away_is_told_where_it_can_be_known(dtype: str, tmp_path: Path) -> None:
     x = normal(640)
-    shape = summarise(made(tmp_path / "c", x, dtype, shard_rows=640)).sites[0].shape
-    assert shape is not None
+    site = summarise(made(tmp_path / "c", x, dtype, shard_rows=640)).sites[0]
     if dtype == "int8":
-        assert shape.rounds_away == {"int8": 1e-4}
+        assert site.rounds_away == {"int8": 1e-4}
         return
     layout = CacheIndex(
         {"hookpoints": {"h": D}, "dtype": "int8"}  # what the sample would be in int8
@@ -126,7 +125,7 @@ def test_what_is_rounded_away_is_told_where_it_can_be_known(dtype: str, tmp_path
     held = x.bfloat16().float() if dtype == "bfloat16" else x
     expected = FVU()
     expected.update(held, layout.restore(layout.store(held)))
-    assert shape.rounds_away == {"bfloat16": 1e-4, "int8": pytest.approx(expected.compute(), rel=1e-4)}
+    assert site.rounds_away == {"bfloat16": 1e-4, "int8": pytest.approx(expected.compute(), rel=1e-4)}
 
 
 def test_what_is_not_finite_is_counted_and_left_out(tmp_path: Path) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
@@ -14,15 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flashsae.data.acts_shape import Shape, shape_of, spread_over
 from flashsae.data.cache import ActivationCache
 from flashsae.data.cache_index import INDEX_FILE, TOKENIZER_FOLDER, CacheIndex, load_tokens, shard_path, texts_of
 from flashsae.data.stored import Layout
 from flashsae.errors import FlashSAEError
-from flashsae.metrics import OUTLIER_NORM_RATIO
 from flashsae.settings.kinds import expand
 
-OUTLIER_DIMENSION_RATIO = 6.0
-"""A dimension whose root mean square is so many times the median over dimensions is called an outlier."""
 _SAMPLE_ROWS = 1 << 16
 _SAMPLE_NUMBERS = 1 << 25
 _SAMPLE_SHARDS = 16
@@ -30,90 +27,6 @@ _RUN = 64
 """Neighbouring rows that are sampled together."""
 _COUNTED_ROWS = 1 << 27
 """Documents are counted in no more rows than these, 2 GB of tokens."""
-_GRAM_ROWS = 2048
-_LISTED = 8
-
-
-@dataclass(frozen=True)
-class Positions:
-    """Tokens at neighbouring positions of the inputs of the model.
-
-    Args:
-        first, last: of them.
-        rows: of the sample.
-        norm: median of ‖x‖.
-        ratio: of it to the median over all positions.
-    """
-
-    first: int
-    last: int
-    rows: int
-    norm: float
-    ratio: float
-
-
-@dataclass(frozen=True)
-class OutlierDimension:
-    """A dimension that is larger than others.
-
-    Args:
-        dimension: its number.
-        ratio: of its root mean square to the median over dimensions.
-        share: of Σ‖x‖².
-        mean_share: of its own square that its mean has: near 1 where it is large and does not vary.
-    """
-
-    dimension: int
-    ratio: float
-    share: float
-    mean_share: float
-
-
-@dataclass(frozen=True)
-class OutlierTokens:
-    """Tokens whose norm exceeds `OUTLIER_NORM_RATIO` times the median.
-
-    Args:
-        rows: how many of the sample.
-        share: of Σ‖x − mean‖².
-        commonest: the commonest of them: token id, the token in words where the tokenizer can be read, and how often.
-    """
-
-    rows: int
-    share: float
-    commonest: list[tuple[int, str | None, int]]
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What the activations of a hookpoint look like, over the rows of a sample that are finite.
-
-    Args:
-        norm: median of ‖x‖; mean_norm, largest_norm: likewise.
-        mean_share: ‖mean‖² as a fraction of the mean of ‖x‖².
-        variance: of a token: the mean of ‖x − mean‖².
-        effective_dimensions: (Σλ)²/Σλ² over the eigenvalues of the covariance; None of too few rows.
-        constant_dimensions: how many dimensions do not vary.
-        outlier_dimensions: the largest ones, at most 8, and how many there are in all.
-        n_outlier_dimensions: in all.
-        outlier_tokens: what there is of such.
-        positions: norms by position; attention sinks stand out.
-        rounds_away: what bfloat16 and int8 round away of the variance: by the index where the cache is stored so, or
-            would be by the sample; what cannot be known is left out.
-    """
-
-    norm: float
-    mean_norm: float
-    largest_norm: float
-    mean_share: float
-    variance: float
-    effective_dimensions: float | None
-    constant_dimensions: int
-    outlier_dimensions: list[OutlierDimension]
-    n_outlier_dimensions: int
-    outlier_tokens: OutlierTokens
-    positions: list[Positions]
-    rounds_away: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -125,7 +38,10 @@ class SiteSummary:
         size: bytes on disk.
         sample_rows: rows that were looked at.
         not_finite_rows: how many of these hold NaN or Inf.
-        shape: of the others; None if there are none.
+        shape: what the others look like; None if there are none.
+        rounds_away: what bfloat16 and int8 round away of the variance: by the index where the cache is stored so, or
+            would be by the sample; what cannot be known is left out.
+        words: of the commonest outlier tokens, by id, where the tokenizer can be read.
     """
 
     hookpoint: str
@@ -134,6 +50,8 @@ class SiteSummary:
     sample_rows: int
     not_finite_rows: int
     shape: Shape | None
+    rounds_away: dict[str, float]
+    words: dict[int, str]
 
 
 @dataclass(frozen=True)
@@ -208,13 +126,14 @@ class _Sample:
 
     def __init__(self, cache: ActivationCache, index: CacheIndex) -> None:
         self._cache, self._index = cache, index
+        self._tokenizer: Any = None
         self.width = max(index.settings["hookpoints"].values())
-        shards = _spread(len(index.shards), _SAMPLE_SHARDS)
+        shards = spread_over(len(index.shards), _SAMPLE_SHARDS)
         starts = [0, *accumulate(shard.rows for shard in index.shards)]
         of_shard = max(_RUN, min(_SAMPLE_ROWS, _SAMPLE_NUMBERS // self.width) // max(len(shards), 1))
         rows, ids, positions = [], [], []
         for number in shards:
-            runs = _spread(-(-index.shards[number].rows // _RUN), of_shard // _RUN)
+            runs = spread_over(-(-index.shards[number].rows // _RUN), of_shard // _RUN)
             here = torch.cat(
                 [torch.arange(run * _RUN, (run + 1) * _RUN, dtype=torch.int64, device="cpu") for run in runs]
             )
@@ -231,53 +150,26 @@ class _Sample:
         cache = ActivationCache(self._cache.directory, name, 0.0, must_be_complete=False)
         x = cache.rows(self._rows)[name].float()
         is_finite = x.isfinite().all(1)
-        shape = self._shape(name, x[is_finite], is_finite) if bool(is_finite.any()) else None
-        bad = int((~is_finite).sum())
-        return SiteSummary(name, x.shape[1], cache.stored_bytes, len(x), bad, shape)
-
-    def _shape(self, name: str, x: Tensor, is_finite: Tensor) -> Shape:
-        mean, square = x.mean(0, dtype=torch.float64), torch.stack(list(_squares(x))).sum(0) / len(x)
-        centred = torch.stack(list(_squares(x, mean))).sum(0) / len(x)
-        norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
-        rms = square.sqrt()
-        ratio = rms / rms.median() if rms.median() > 0 else torch.where(rms > 0, torch.inf, 0.0)
-        outliers = (ratio > OUTLIER_DIMENSION_RATIO).nonzero()[:, 0]
-        largest = outliers[ratio[outliers].argsort(descending=True, stable=True)][:_LISTED].tolist()
-        norm, total = norms.median().item(), square.sum().item()
-        return Shape(
-            norm=norm,
-            mean_norm=norms.mean().item(),
-            largest_norm=norms.max().item(),
-            mean_share=mean.square().sum().item() / total if total else 0.0,
-            variance=centred.sum().item(),
-            effective_dimensions=_effective_dimensions(x, mean),
-            constant_dimensions=int((x.amax(0) == x.amin(0)).sum()),
-            outlier_dimensions=[
-                OutlierDimension(
-                    each,
-                    ratio[each].item(),
-                    square[each].item() / total,
-                    mean[each].item() ** 2 / square[each].item(),
-                )
-                for each in largest
-            ],
-            n_outlier_dimensions=len(outliers),
-            outlier_tokens=self._outlier_tokens(x, mean, norms, self._ids[is_finite]),
-            positions=_by_position(norms, self._positions[is_finite], norm),
-            rounds_away=self._rounds_away(name, x, centred.sum().item()),
+        kept = x[is_finite]
+        shape = shape_of(kept, self._ids[is_finite], self._positions[is_finite]) if len(kept) else None
+        return SiteSummary(
+            hookpoint=name,
+            width=x.shape[1],
+            size=cache.stored_bytes,
+            sample_rows=len(x),
+            not_finite_rows=len(x) - len(kept),
+            shape=shape,
+            rounds_away={} if shape is None else self._rounds_away(name, kept, shape.variance),
+            words={} if shape is None else self._words(token for token, _ in shape.outlier_tokens.commonest),
         )
 
-    def _outlier_tokens(self, x: Tensor, mean: Tensor, norms: Tensor, ids: Tensor) -> OutlierTokens:
-        large = norms > OUTLIER_NORM_RATIO * norms.median() if norms.median() > 0 else norms < 0
-        variance = (x.double() - mean).square().sum(1)
-        share = (variance[large].sum() / variance.sum()).item() if variance.sum() > 0 else 0.0
-        commonest = Counter(ids[large].tolist()).most_common(_LISTED)
-        tokenizer: Any = None
-        if commonest:
-            with suppress(FlashSAEError):  # it is not needed to look at numbers
-                tokenizer = self._cache.read_tokenizer()
-        words = [None if tokenizer is None else str(tokenizer.decode([token])) for token, _ in commonest]
-        return OutlierTokens(int(large.sum()), share, [(t, word, n) for (t, n), word in zip(commonest, words)])
+    def _words(self, tokens: Iterable[int]) -> dict[int, str]:
+        """Return tokens as text, none where the tokenizer cannot be read, which is not needed to look at numbers."""
+        wanted = list(tokens)
+        if self._tokenizer is None and wanted:
+            with suppress(FlashSAEError):
+                self._tokenizer = self._cache.read_tokenizer()
+        return {} if self._tokenizer is None else {token: str(self._tokenizer.decode([token])) for token in wanted}
 
     def _rounds_away(self, name: str, x: Tensor, variance: float) -> dict[str, float]:
         stored = self._index.settings["dtype"]
@@ -287,39 +179,3 @@ class _Sample:
         lost = (x.double() - layout.restore(layout.store(x)).double()).square().sum().item() / len(x)
         would = 0.0 if not lost else lost / variance if variance else float("inf")
         return {"bfloat16": self._index.rounded_away(name), "int8": would}
-
-
-def _spread(n: int, most: int) -> list[int]:
-    """Return up to so many of the numbers below n, at equal distances."""
-    return sorted({round(each) for each in np.linspace(0, n - 1, min(n, most)).tolist()})
-
-
-def _squares(x: Tensor, mean: Tensor | None = None) -> Iterator[Tensor]:
-    """Yield Σ(x − mean)² of each dimension, part by part, in float64."""
-    for row in range(0, len(x), 4096):
-        part = x[row : row + 4096].double()
-        yield (part if mean is None else part - mean).square().sum(0)
-
-
-def _effective_dimensions(x: Tensor, mean: Tensor) -> float | None:
-    """Return (Σλ)²/Σλ² of the covariance, without the bias of a sample: Σλ² from pairs of different rows."""
-    sample = x[torch.tensor(_spread(len(x), _GRAM_ROWS), dtype=torch.int64, device="cpu")].double() - mean
-    if len(sample) < _RUN:
-        return None
-    gram = sample @ sample.T
-    own, n = gram.diagonal(), len(sample)
-    squares = (gram.square().sum() - own.square().sum()).item() / (n * (n - 1))
-    return min(own.mean().item() ** 2 / squares, float(x.shape[1])) if squares > 0 else None
-
-
-def _by_position(norms: Tensor, positions: Tensor, norm: float) -> list[Positions]:
-    """Return the norms at the first four positions, and at as many as lie before them from there on."""
-    found, first, width = list[Positions](), 0, 1
-    while first <= int(positions.max()):
-        here = norms[(positions >= first) & (positions < first + width)]
-        if len(here):
-            median = here.median().item()
-            found.append(Positions(first, first + width - 1, len(here), median, median / norm if norm else 1.0))
-        first += width
-        width = 1 if first < 4 else first
-    return found
