@@ -74,7 +74,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = new_run(config, home / "run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "flashsae.run.train",
+            "flashsae.rounds.train",
             lambda *args, callbacks, **others: train(*args, callbacks=[*callbacks, StopAt20()], **others),
         )
         with pytest.raises(KeyboardInterrupt):
@@ -130,13 +130,13 @@ def test_a_run_over_several_hookpoints_goes_on_with_its_cache_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its text and its model are not needed any more, wherever it and its cache lie now."""
-    trained: list[str] = []
+    trained: list[list[str]] = []
 
-    def stop(state: Any, settings: Any, **others: Any) -> None:
-        trained.append(others["checkpoints"].parent.name)
+    def stop(trainings: Any, *args: Any, **others: Any) -> None:
+        trained.append([training.checkpoints.parent.name for training in trainings])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("flashsae.run.train", stop)
+    monkeypatch.setattr("flashsae.rounds.train_together", stop)
     home = tmp_path / "home"
     home.mkdir()
     monkeypatch.chdir(home)
@@ -155,7 +155,7 @@ def test_a_run_over_several_hookpoints_goes_on_with_its_cache_alone(
     show_plan(saved_config(moved / "run"), moved / "run", QUIET)
     with pytest.raises(KeyboardInterrupt):
         execute(moved / "run", QUIET)
-    assert trained == ["encoder.layer.0"] * 2
+    assert trained == [["encoder.layer.0", "encoder.layer.1"]] * 2
     assert len(list((moved / "activations").iterdir())) == 1
 
 

@@ -23,7 +23,7 @@ data
 logs
 train
 evaluate report bench
-start describe caching run pace options arguments commands cli __main__
+parts planning start describe caching rounds run pace options several arguments asked commands cli __main__
 """.split()  # noqa: SIM905 - reads as the layers that it lists
 
 

@@ -224,7 +224,7 @@ def test_the_language_model_is_let_go_before_training(
         raise InterruptedError(f"{[model() for model in models]}")
 
     monkeypatch.setattr("flashsae.data.open.LanguageModelSource", Watched)
-    monkeypatch.setattr("flashsae.run.train", no_training)
+    monkeypatch.setattr("flashsae.rounds.train", no_training)
     train = TrainConfig(d_sae=64, k=4, tokens=2048, batch_tokens=256, device="cpu")
     activations = ActivationsConfig("minilm", str(text), hookpoint="encoder.layer.0", context_length=64, held_out=0.3)
     run = new_run(RunConfig(activations, train, report=False), tmp_path / "run")

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from flashsae.sae import SAE, SAEConfig
     from flashsae.settings.training import TrainConfig
     from flashsae.train.fit import fit
+    from flashsae.train.fit_many import fit_many
     from flashsae.train.from_model import train
+    from flashsae.train.load import load_checkpoint
 
 __version__ = "0.1.0"
 
@@ -33,6 +35,8 @@ __all__ = [
     "errors",
     "evaluate",
     "fit",
+    "fit_many",
+    "load_checkpoint",
     "ops",
     "register",
     "sae",
@@ -51,6 +55,8 @@ _HOMES = {
     "activations": "data.from_model",
     "evaluate": "evaluate",
     "fit": "train.fit",
+    "fit_many": "train.fit_many",
+    "load_checkpoint": "train.load",
     "train": "train.from_model",
 }
 

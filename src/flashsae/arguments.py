@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -19,9 +19,10 @@ from flashsae.settings.kinds import check, expand, parse, unwrap
 from flashsae.settings.reading import TABLES
 from flashsae.settings.toml import read_toml
 from flashsae.settings.training import DEFAULT_ARCH, architectures_with
+from flashsae.several import architectures_in, read_sweep, values_of
 
 _ALONE = {
-    "resume": ({"plan"}, "a run is resumed with the settings that it has"),
+    "resume": ({"plan", "extend"}, "a run is resumed with the settings that it has"),
     "verify": (set[str](), "it writes nothing"),
     "describe": ({"json"}, "it writes nothing"),
     "merge": ({"out"}, "it runs no model"),
@@ -61,18 +62,27 @@ class Given:
         given = [name for name, argument in leaves.items() if argument.tokens]
         for name in given:
             _check_words(name, leaves[name], declared[name])
+        sweep = [token.value for token in leaves["sweep"].tokens] if "sweep" in leaves else []
+        if sweep and self._file is not None:
+            raise ConfigError(
+                "sweep: expected no --config beside it, since its file holds all settings. Leave one out."
+            )
         if self._file is not None:
-            given += self._add(self._file, " ".join(commands), leaves, declared)
+            given += self._add(self._file, read_file(self._file), " ".join(commands), leaves, declared)
+        for file in sweep:
+            given += self._add(Path(file), read_sweep(file).base, " ".join(commands), leaves, declared)
         self.names = frozenset(given)
         for name, (may, why) in _ALONE.items():
             beside = [each for each in given if each != name and each not in may]
             if name in given and beside:
                 raise ConfigError(f"{name}: expected no other setting beside it, got {beside[0]}; {why}.")
 
-    def _add(self, file: Path, command: str, leaves: dict[str, Argument], declared: dict[str, Any]) -> list[str]:
+    def _add(
+        self, file: Path, held: Mapping[str, Any], command: str, leaves: dict[str, Argument], declared: dict[str, Any]
+    ) -> list[str]:
         """Give the arguments that the command line leaves open what the file has for them; return all of its names."""
-        given, held = [], read_file(file)
-        arch = str(_asked(self._words, "arch") or held.get("arch") or DEFAULT_ARCH)
+        given: list[str] = []
+        arch = next(iter(values_of(self._words, "arch")), str(held.get("arch") or DEFAULT_ARCH))
         for key, value in held.items():
             name = key.replace("-", "_")
             if name not in leaves:
@@ -113,21 +123,25 @@ def read_file(file: Path) -> dict[str, Any]:
     return settings
 
 
-def architecture_asked(words: Sequence[str]) -> Architecture:
-    """Return the architecture that a command line asks for, perhaps in its file, or the default.
+def architectures_asked(words: Sequence[str]) -> list[Architecture]:
+    """Return the architectures that a command line asks for, perhaps in its file, or the default: most often one.
 
     Raises:
         ConfigError: there is none of this name, or the file cannot be read.
     """
-    file = _asked(words, "config")
-    held = read_file(expand(file, "config")) if file else {}
-    return architecture_named(str(_asked(words, "arch") or held.get("arch") or DEFAULT_ARCH))
+    file, sweep = _asked(words, "config"), _asked(words, "sweep")
+    names = values_of(words, "arch")
+    if not names and sweep:
+        names = architectures_in(read_sweep(sweep))
+    if not names and file:
+        names = [str(read_file(expand(file, "config")).get("arch") or DEFAULT_ARCH)]
+    return [architecture_named(name) for name in dict.fromkeys(names or [DEFAULT_ARCH])]
 
 
 def unknown_option(error: UnknownOptionError, words: Sequence[str]) -> str:
     """Return a sentence on an option that there is not, with who has it where it is of another architecture."""
     name = (error.token.keyword or "").lstrip("-").replace("-", "_")
-    whose = _of_another(name, architecture_asked(words).name) if "train" in words else ""
+    whose = _of_another(name, architectures_asked(words)[0].name) if "train" in words else ""
     return f"Unknown option: {error.token.keyword}.{whose}" if whose else " ".join(str(error).split())
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,14 +10,16 @@ from cyclopts import App, Group, Parameter
 from rich.console import Console
 
 from flashsae import __version__
-from flashsae.arguments import Given, architecture_asked, joined, one_by_one
-from flashsae.errors import FlashSAEError
+from flashsae.arguments import Given, architectures_asked, joined, one_by_one
+from flashsae.asked import Asked, check_starts
+from flashsae.errors import ConfigError, DataError, FlashSAEError
 from flashsae.options import taking_settings_of
 from flashsae.precision import Precision
 from flashsae.settings.kinds import PositiveFloat, PositiveInt, expand
 from flashsae.settings.reading import ActivationsConfig, ReadingConfig
 from flashsae.settings.run import RunConfig
 from flashsae.settings.training import TrainConfig
+from flashsae.several import kinds_of, several_in
 
 
 def _examples(*lines: str) -> str:
@@ -55,7 +56,10 @@ Reading = Annotated[ReadingConfig, Parameter(name="*", group="Activations")]
         "flashsae train --plan",
         "flashsae train gpt2 my-text.jsonl --hookpoint h.6 --d-sae 16384",
         "flashsae train --activations acts --hookpoint h.6 --run runs/wider",
+        "flashsae train --arch topk batch_topk --k 16 32 64     six SAEs from one reading",
+        "flashsae train --sweep sweep.toml                      the same, and others, from a file",
         "flashsae train --resume runs/wider",
+        "flashsae train --resume runs/wider --extend 1_000_000",
     )
 )
 def train(
@@ -63,37 +67,52 @@ def train(
     *,
     training: Any = None,
     run: Path | None = None,
+    sweep: Path | None = None,
+    at_once: PositiveInt | None = None,
     resume: Path | None = None,
+    extend: PositiveInt | None = None,
     logger: Annotated[tuple[str, ...], Parameter(show_default=False)] = (),
     report: bool = True,
     plan: bool = False,
+    lists: Annotated[dict[str, Any] | None, Parameter(parse=False)] = None,
 ) -> None:
     """Train a sparse autoencoder on the activations of a language model, measure it and draw a report.
 
     Without arguments: an SAE on a small transformer that reads the documentation of Python, in a few minutes; on a
     slow CPU with fewer tokens, by a measurement of a second.
 
+    Most settings of the training and of the architecture may have several values, as in --k 16 32 64 or --arch
+    topk,batch_topk, and --hookpoint may name several: each combination makes an SAE. All train side by side on one
+    reading of their activations, each to the bytes that it would have alone; comparison.html compares them.
+
     Args:
         run: Folder of the run; must not exist. Default: a new one under runs/.
+        sweep: TOML file with settings by their names here, where a list makes an SAE of each value, and each table
+            [[sae]] one with settings of its own, or several.
+        at_once: SAEs that train side by side at most, the others after them; needs a cache. Default: all.
         resume: Resume the run in this folder, exactly where its newest checkpoint left it, with its settings.
+        extend: With --resume, of a run that has ended: train on so many tokens more. The learning rate rises again over
+            warmup_steps and falls to 0 in the last decay_fraction of the new steps.
         logger: tensorboard or wandb, beside metrics.jsonl. May be repeated. Default: neither.
         report: End with report.html.
         plan: Check all that can be known before the text is read, and print what the run will do, how much memory it
             needs and for what; then stop.
     """
     from flashsae import start
-    from flashsae.run import execute, show_plan
-    from flashsae.train.init_from import check_saved_start
+    from flashsae.run import show_plan
 
     console = Console()
     if resume is None:
-        settings = _with_start(vars(training) if training else {})
-        config = RunConfig(activations, TrainConfig(**settings), logger, report)
+        if extend is not None:
+            raise ConfigError("extend: expected --resume RUN beside it, a run that has ended.")
+        asked = Asked(vars(training) if training else {}, _given(), lists or {}, sweep)
+        config = asked.config(RunConfig(activations, TrainConfig(), logger, report, (), at_once))
     else:
         config = start.saved_config(resume)
+        config = config if extend is None else start.extended(config, resume, extend)
     start.check(config)
     if resume is None:
-        check_saved_start(config.train)
+        check_starts(config)
     folder = start.place_of(config, run) if resume is None else resume
     if resume is None and _is_demo(config):
         from flashsae.pace import paced
@@ -106,10 +125,20 @@ def train(
         return
     if resume is None:
         start.new_run(config, folder)
+    elif extend is not None:
+        start.write_extended(config, folder)
+    _execute(folder, console, is_new=resume is None)
+
+
+def _execute(folder: Path, console: Console, *, is_new: bool) -> None:
+    """Do a run, and say how to go on with it if it stops."""
+    from flashsae import start
+    from flashsae.run import execute
+
     try:
-        execute(folder, console)
+        failed = execute(folder, console)
     except BaseException as error:
-        if resume is None and start.discard_if_empty(folder):
+        if is_new and start.discard_if_empty(folder):
             raise
         how = f"flashsae train --resume {folder}"
         if isinstance(error, KeyboardInterrupt):
@@ -119,6 +148,9 @@ def train(
             raise type(error)(f"{error}\nThe run is in {folder}; go on with: {how}") from error
         console.print(f"\nThe run is in {folder}; go on with: {how}", highlight=False, soft_wrap=True)
         raise
+    if failed:
+        why = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
+        raise DataError(f"{len(failed)} of the SAEs of {folder} failed, and the others are done: {why}")
 
 
 _BESIDE_THE_DEMO = {"run", "logger", "report", "plan"}
@@ -130,23 +162,10 @@ def _given() -> set[str]:
     return {name for each in app.config if isinstance(each, Given) for name in each.names}
 
 
-def _with_start(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of a training, those that were not given as they are in the SAE that it goes on from."""
-    from flashsae.train.init_from import holds_sae, settings_of_start
-
-    start = settings.get("init_from")
-    if start is None or not holds_sae(start):  # of a run over several hookpoints, or a mistake, which is told later
-        return settings
-    given = {name: value for name, value in settings.items() if name in _given()}
-    known = {each.name for each in fields(TrainConfig)}
-    of_training = {name: value for name, value in settings.items() if name in known}
-    return {**of_training, **settings_of_start(start, given)}
-
-
 def _is_demo(config: RunConfig) -> bool:
     """Tell whether nothing was given that says what to train."""
     work = config.activations, config.train
-    return _given() <= _BESIDE_THE_DEMO and work == (ActivationsConfig(), TrainConfig())
+    return _given() <= _BESIDE_THE_DEMO and not config.sae and work == (ActivationsConfig(), TrainConfig())
 
 
 @app.command(
@@ -284,7 +303,9 @@ def run(words: Sequence[str]) -> None:
     app.config = ()
     words = joined(words, "hookpoint")
     if "train" in words:
-        taking = taking_settings_of(architecture_asked(words), train, "training")
+        first, *others = architectures_asked(words)
+        words, lists = several_in(words, kinds_of([first.name, *(each.name for each in others)]))
+        taking = taking_settings_of(first, train, "training", also=others, lists=lists)
         app["train"].default_command, words = taking, one_by_one(words, taking)
     if words and not words[0].startswith("-") and words[0] not in app:
         words = words[:1]  # no command, which a --help behind it would hide

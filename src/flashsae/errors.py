@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 
 class FlashSAEError(Exception):
@@ -32,6 +34,13 @@ class DataError(FlashSAEError, ValueError):
 
 class DataEndedError(DataError):
     """A source that can be read only once has ended before the training."""
+
+
+class DivergedError(DataError):
+    """The loss of a training is not finite any more, although its activations are."""
+
+    saes: Sequence[Any] = ()
+    """Of several SAEs those that were trained to their end, with None in the place of the others."""
 
 
 class FlashSAEWarning(UserWarning):

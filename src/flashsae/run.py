@@ -1,4 +1,4 @@
-"""One run from nothing to a report: what `flashsae train` does. Each stage can be killed anywhere and resumed.
+"""One run from nothing to reports: what `flashsae train` does. Each stage can be killed anywhere and resumed.
 
 RUN/config.toml          the settings, all of them
 RUN/metrics.jsonl        the log
@@ -7,12 +7,15 @@ RUN/sae/                 the trained SAE
 RUN/evaluation.json      held-out figures; latents.safetensors: a value for each latent
 RUN/snippets.json        the texts that activate some latents most
 RUN/report.html          all of it to look at
+
+A run of several SAEs has such a folder for each, RUN/<what differs>, and beside them its settings, the place in the
+data that they share in RUN/checkpoints, and RUN/comparison.html.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,68 +26,54 @@ from rich.markup import escape
 from flashsae import files
 from flashsae.architecture import architecture_of
 from flashsae.backend import resolve_device
-from flashsae.data.acts import Batch
 from flashsae.data.cache import ActivationCache
 from flashsae.data.open import Activations, Prepared
-from flashsae.data.shuffle import shuffled
-from flashsae.data.sources import Source
-from flashsae.evaluate import evaluate, held_out_batches
-from flashsae.lm.hookpoints import folder_of
-from flashsae.logs.callback import Warn
-from flashsae.logs.jsonl import LOG_FILE, JsonlLog, read_log
-from flashsae.logs.progress import ProgressBar, StageBar, filling
-from flashsae.logs.trackers import build_logger
+from flashsae.data.sources import Chunk, RowSource
+from flashsae.data.split import Split
+from flashsae.errors import DivergedError
+from flashsae.evaluate import Evaluation, evaluate_together, held_out_batches
+from flashsae.logs.jsonl import LOG_FILE, read_log
+from flashsae.logs.progress import StageBar
 from flashsae.metrics import is_dead as dead_mask
+from flashsae.parts import (
+    CHECKPOINTS,
+    Part,
+    begun_apart,
+    most_tokens,
+    part_folders,
+    planned_saes,
+    rounds_of,
+    settled,
+    write_parts,
+)
+from flashsae.planning import plan_table, table
+from flashsae.report.comparison import comparison_table, render_comparison
 from flashsae.report.evaluation_file import RunEvaluation, write_evaluation
-from flashsae.report.latents import describe_latents
+from flashsae.report.latents import Described, describe_latents
 from flashsae.report.render import render_report
 from flashsae.report.summary import result_lines
 from flashsae.report.tokens import token_text
+from flashsae.rounds import Trained, train_alone, train_side_by_side
 from flashsae.sae.module import SAE
 from flashsae.settings.kinds import as_json
 from flashsae.settings.run import CONFIG_FILE, RunConfig, load_settings
-from flashsae.start import check, check_rows, nothing_held_out, plan_table, prepare, saved_config, table
+from flashsae.start import check, check_rows, prepare, saved_config
 from flashsae.start import new_run as new_run
 from flashsae.train.checkpoint import list_checkpoints, load_checkpoint
-from flashsae.train.loop import train
-from flashsae.train.state import init_state
+from flashsae.train.failure import failure_in
 
-MEASURE_TOKENS = 8192
 EVALUATION_TOKENS = 1 << 18
 SNIPPET_TOKENS = 150_000
 
 
-@dataclass(frozen=True)
-class _Part:
-    """One SAE of a run.
-
-    Args:
-        folder: where it goes: the folder of the run, or one in it where the run has several.
-        config: its settings, every value worked out: running them again does the same.
-        activations: those of all SAEs of the run.
-    """
-
-    folder: Path
-    config: RunConfig
-    activations: Activations
-
-    @property
-    def hookpoint(self) -> str:
-        """Where its activations are taken: one hookpoint, or several with commas between them."""
-        return self.config.activations.hookpoint
-
-    @property
-    def source(self) -> Source:
-        """Its activations."""
-        return self.activations.sources[self.hookpoint]
-
-
-def execute(run: Path, console: Console) -> None:
+def execute(run: Path, console: Console) -> dict[str, str]:
     """Do all of a run that is not done yet.
 
     Args:
         run: a folder that `new_run` made.
         console: for plan, progress and result.
+    Returns:
+        why SAEs of several failed, by their names; an SAE that is the only one raises.
     Raises:
         FlashSAEError: says what to do; everything written before is intact.
     """
@@ -92,14 +81,17 @@ def execute(run: Path, console: Console) -> None:
     check(config)
     with files.only_one(run):
         files.clear_leftovers(run)
-        for part in _parts(run, config, console):
-            sae, is_dead = _train(part, console)
-            result = _evaluate(part, sae, console)
-            if config.report:
-                _describe_latents(part, sae, is_dead, console)
-                with console.status("drawing the report"):
-                    render_report(part.folder)
-            _print_result(part, result, console)
+        rounds = _rounds(run, config, console)
+        several = sum(map(len, rounds)) > 1
+        for number, parts in enumerate(rounds, 1):
+            if len(rounds) > 1:
+                console.rule(f"round {number} of {len(rounds)}")
+            place = run / CHECKPOINTS / (f"round-{number}" if len(rounds) > 1 else "")
+            _finish(parts, _trained(parts, place, console), console)
+        parts = [part for each in rounds for part in each]
+        if several:
+            _compare(run, parts, console, has_page=config.report)
+        return {part.planned.name: error for part in parts if (error := part.failure()) is not None}
 
 
 def show_plan(config: RunConfig, run: Path, console: Console) -> None:
@@ -120,7 +112,7 @@ def show_plan(config: RunConfig, run: Path, console: Console) -> None:
 
 
 def draw_report(run: Path, console: Console) -> list[Path]:
-    """Draw the report of a finished run, or of each part of a run over several hookpoints, again.
+    """Draw the report of a finished run, or of each SAE of several and the page that compares them, again.
 
     Args:
         run: a folder that `flashsae train` made.
@@ -129,42 +121,34 @@ def draw_report(run: Path, console: Console) -> list[Path]:
         CheckpointError: the run is not finished, or something in it is damaged.
     """
     load_settings(run / CONFIG_FILE)
-    parts = sorted(path.parent for path in run.glob(f"*/{CONFIG_FILE}"))
-    if parts:
-        return [path for part in parts for path in draw_report(part, console)]
+    folders = part_folders(run)
+    if folders:
+        drawn = [path for folder in folders if failure_in(folder) is None for path in draw_report(folder, console)]
+        return [*drawn, render_comparison(run, folders)]
     if (run / "evaluation.json").exists() and not (run / "snippets.json").exists():
         config = saved_config(run)
-        activations = _compute(prepare(config, run), config, console)
+        prepared = prepare(config, run)
+        (planned,) = planned_saes(config, prepared)
+        part = Part(planned, run, _compute(prepared, config, console))
         sae = SAE.load(run / "sae", device=resolve_device(config.train.device))
-        _describe_latents(_Part(run, config, activations), sae, _dead_at_the_end(run), console)
+        _describe([(part, sae, _dead_at_the_end(run))], console)
     return [render_report(run)]
 
 
-def _parts(run: Path, config: RunConfig, console: Console) -> Iterator[_Part]:
-    """Print the plan, get the activations, and yield the SAEs of a run, each with its folder and settings written."""
+def _rounds(run: Path, config: RunConfig, console: Console) -> list[list[Part]]:
+    """Print the plan, get the activations, and return the SAEs of a run, each with its folder and settings written."""
     prepared = prepare(config, run)
     console.print(plan_table(config, prepared, run))
+    planned = planned_saes(config, prepared)
+    at_once = 1 if begun_apart(run, planned) else config.at_once
+    rounds = rounds_of(planned, at_once, is_streamed=prepared.is_streamed and at_once == config.at_once)
     activations = _compute(prepared, config, console)
+    if len(planned) > 1:
+        files.write_atomic(run / CONFIG_FILE, settled(config, prepared).to_toml())
     for warning in activations.warnings:
         console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True)
-    reading, widths = prepared.config, prepared.widths
     del prepared  # with it goes a language model whose activations are cached
-    is_alone = len(activations.sources) == 1
-    if not is_alone:
-        files.write_atomic(run / CONFIG_FILE, replace(config, activations=reading).to_toml())
-    for hookpoint in activations.sources:
-        train_config = config.train.resolve(widths[hookpoint])
-        if train_config.init_from is not None and not is_alone:
-            train_config = replace(train_config, init_from=train_config.init_from / folder_of(hookpoint))
-        resolved = replace(config, activations=replace(reading, hookpoint=hookpoint), train=train_config)
-        folder = run if is_alone else run / folder_of(hookpoint)
-        if folder.exists():
-            files.write_atomic(folder / CONFIG_FILE, resolved.to_toml())
-        else:
-            new_run(resolved, folder)
-        if not is_alone:
-            console.rule(hookpoint)
-        yield _Part(folder, resolved, activations)
+    return [write_parts(run, each, activations) for each in rounds]
 
 
 def _compute(prepared: Prepared, config: RunConfig, console: Console) -> Activations:
@@ -173,7 +157,7 @@ def _compute(prepared: Prepared, config: RunConfig, console: Console) -> Activat
 
     def on_progress(rows: int) -> None:
         if not bar.is_started:
-            bar.start(0, int(config.train.tokens / (1 - config.activations.held_out)))
+            bar.start(0, int(most_tokens(config) / (1 - config.activations.held_out)))
         bar.update(rows)
 
     try:
@@ -182,54 +166,61 @@ def _compute(prepared: Prepared, config: RunConfig, console: Console) -> Activat
         bar.stop()
 
 
-def _train(part: _Part, console: Console) -> tuple[SAE, torch.Tensor]:
-    """Train an SAE from its newest checkpoint on and save it; return it and which latents are dead: [d_sae], bool."""
-    config, source = part.config.train, part.source
-    device, checkpoints = resolve_device(config.device), part.folder / "checkpoints"
-    most, tokens = config.shuffle_tokens, config.tokens
-    batches = shuffled(source, config.batch_tokens, seed=config.seed, buffer_tokens=most, tokens=tokens)
-    held_out = list(held_out_batches(source, MEASURE_TOKENS))
-    if not held_out:
-        raise nothing_held_out(source, part.config)
-    with filling(console) as on_fill:
-        state = init_state(config, batches, device, checkpoints, on_fill)
-    loggers = [build_logger(name, part.folder, config.flat()) for name in part.config.logger]
-    sae = train(
-        state,
-        config,
-        callbacks=[
-            Warn(lambda message: _warn(console, message)),
-            JsonlLog(part.folder),
-            ProgressBar(console),
-            *loggers,
-        ],
-        checkpoints=checkpoints,
-        measure=lambda sae: _measure(sae, held_out),
-    )
-    is_dead = state.dead.mask()
-    del state  # its memory may be needed for the whole weights
-    sae = sae.to(device)
-    metadata = {"model": part.config.activations.model, "hookpoint": part.hookpoint, "train": config.flat()}
-    sae.save(part.folder / "sae", metadata=metadata, overwrite=True)
-    return sae, is_dead
+def _trained(parts: Sequence[Part], place: Path, console: Console) -> list[Trained]:
+    """Train the SAEs of a round and save them, but for those that fail among several of the run."""
+    (first, *others) = parts
+    if others:
+        return train_side_by_side(parts, place, console)
+    if first.failure() is not None:
+        return []
+    try:
+        return [train_alone(first, console)]
+    except DivergedError as error:
+        if not first.planned.name:
+            raise
+        first.fail(error)
+        console.print(f"[bold yellow]Warning:[/] {escape(f'{first.planned.name} failed: {error}')}", soft_wrap=True)
+        return []
 
 
-def _warn(console: Console, message: str) -> None:
-    console.print(f"[bold yellow]Warning:[/] {escape(message)}", highlight=False, soft_wrap=True)
+def _finish(parts: Sequence[Part], trained: Sequence[Trained], console: Console) -> None:
+    """Measure and describe the SAEs of a round, those of a stream in one reading, and print what came out."""
+    to_do = [each for each in trained if each.is_new or not each.part.planned.name or not _is_done(each.part)]
+    if not to_do:
+        return
+    results = _evaluate(to_do, console)
+    if parts[0].config.report:
+        is_stream = not isinstance(parts[0].source, RowSource)
+        for some in [to_do] if is_stream else [[each] for each in to_do]:
+            _describe([(each.part, each.sae, each.is_dead) for each in some], console)
+        with console.status("drawing the reports"):
+            for each in to_do:
+                render_report(each.part.folder)
+    for each, result in zip(to_do, results):
+        _print_result(each.part, result, console)
 
 
-def _measure(sae: SAE, held_out: list[Batch]) -> dict[str, float]:
-    """Return held-out figures for a line of the log."""
-    evaluation = evaluate(sae, held_out)
-    without = {"held_out_fvu_without_outliers": evaluation.fvu_without_outliers} if evaluation.outliers else {}
-    return {"held_out_fvu": evaluation.fvu, **without}
+def _is_done(part: Part) -> bool:
+    """Tell whether nothing is left to do for an SAE that is trained; the report is the last that is written."""
+    return (part.folder / ("report.html" if part.config.report else "evaluation.json")).exists()
 
 
-def _evaluate(part: _Part, sae: SAE, console: Console) -> dict[str, Any]:
+def _evaluate(trained: Sequence[Trained], console: Console) -> list[dict[str, Any]]:
     """Measure on held-out tokens and write evaluation.json."""
-    config = part.config.train
+    parts = [each.part for each in trained]
+    source = parts[0].activations.of([part.planned.reads for part in parts])
     with console.status("evaluating on held-out tokens"):
-        evaluation = evaluate(sae, held_out_batches(part.source, EVALUATION_TOKENS))
+        found = evaluate_together(
+            [each.sae for each in trained],
+            [part.sites for part in parts],
+            held_out_batches(source, EVALUATION_TOKENS),
+        )
+    return [_written(part, evaluation) for part, evaluation in zip(parts, found)]
+
+
+def _written(part: Part, evaluation: Evaluation) -> dict[str, Any]:
+    """Write evaluation.json of an SAE, and return what stands in it."""
+    config = part.config.train
     log = [record for record in read_log(part.folder / LOG_FILE) if "tokens_per_second" in record]
     before = [0.0, *(record["tokens"] for record in log)]
     seconds = sum((r["tokens"] - start) / r["tokens_per_second"] for start, r in zip(before, log))
@@ -254,21 +245,21 @@ def _evaluate(part: _Part, sae: SAE, console: Console) -> dict[str, Any]:
     return asdict(result)
 
 
-def _describe_latents(part: _Part, sae: SAE, is_dead: torch.Tensor | None, console: Console) -> None:
-    """Write what the report says of single latents.
-
-    `is_dead` is [d_sae], bool, at the end of training, None where it is not known any more.
-    """
-    source = part.source
+def _describe(saes: Sequence[tuple[Part, SAE, torch.Tensor | None]], console: Console) -> None:
+    """Write what the reports say of single latents, of SAEs and which of their latents are dead, in one reading."""
+    activations = saes[0][0].activations
+    source = activations.of([part.planned.reads for part, _, _ in saes])
     bar = StageBar(console, "texts of each latent", "tokens")
     bar.start(0, min(SNIPPET_TOKENS, source.n_rows) if isinstance(source, ActivationCache) else SNIPPET_TOKENS)
+
+    def chunks(split: Split) -> Iterator[Chunk]:
+        return (chunk for chunk, _ in source.chunks(split))
+
     try:
         describe_latents(
-            part.folder,
-            sae,
-            {split: part.activations.text_chunks(part.hookpoint, split) for split in ("held_out", "train")},
-            token_text(part.activations.tokenizer()),
-            is_dead=is_dead,
+            [Described(part.folder, sae, part.sites, is_dead) for part, sae, is_dead in saes],
+            {split: chunks(split) for split in ("held_out", "train")},
+            token_text(activations.tokenizer()),
             max_tokens=SNIPPET_TOKENS,
             on_progress=bar.update,
         )
@@ -279,15 +270,27 @@ def _describe_latents(part: _Part, sae: SAE, is_dead: torch.Tensor | None, conso
 
 def _dead_at_the_end(run: Path) -> torch.Tensor | None:
     """Return which latents the newest checkpoint of a finished run calls dead: [d_sae], bool; None without one."""
-    found = list_checkpoints(run / "checkpoints")
+    found = list_checkpoints(run / CHECKPOINTS)
     if not found:
         return None
     checkpoint = load_checkpoint(found[-1])
     return dead_mask(checkpoint.tensors["dead.tokens_since_fired"], checkpoint.state["config"]["dead_after_tokens"])
 
 
-def _print_result(part: _Part, result: dict[str, Any], console: Console) -> None:
+def _print_result(part: Part, result: dict[str, Any], console: Console) -> None:
+    if part.planned.name:
+        console.rule(part.planned.name)
     console.print(table("Result", result_lines(result)))
     made = {"SAE": part.folder / "sae"} | ({"report": part.folder / "report.html"} if part.config.report else {})
     for name, path in made.items():
         console.print(f"{name}: {path.resolve()}", highlight=False, soft_wrap=True)
+
+
+def _compare(run: Path, parts: Sequence[Part], console: Console, *, has_page: bool) -> None:
+    """Print the SAEs of a run beside each other, and draw the page that compares them."""
+    folders = [part.folder for part in parts]
+    console.rule(f"{len(parts)} SAEs")
+    console.print(comparison_table(folders))
+    if has_page:
+        page = render_comparison(run, folders)
+        console.print(f"comparison: {page.resolve()}", highlight=False, soft_wrap=True)

@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Mapping
+from dataclasses import replace
 from itertools import chain, count
 from pathlib import Path
 
-from rich import box
-from rich.markup import escape
-from rich.table import Table
-
 from flashsae import files
-from flashsae.architecture import architecture_of
 from flashsae.backend import check_single_process, check_variables, resolve_device
-from flashsae.data.open import Prepared, prepare_activations, run_name
-from flashsae.data.shuffle import buffer_size, shuffled
+from flashsae.data.open import Prepared, prepare_activations, run_name, with_hookpoint
+from flashsae.data.shuffle import shuffled
 from flashsae.data.sources import RowSource, Source
-from flashsae.errors import DataError, StorageError, require
+from flashsae.errors import ConfigError, DataError, StorageError, require
 from flashsae.lm.place import model_place
 from flashsae.logs.jsonl import LOG_FILE
 from flashsae.logs.trackers import check_logger
-from flashsae.metrics import METRICS
+from flashsae.parts import CHECKPOINTS, asked_of, most_tokens, part_folders, planned_saes
 from flashsae.settings.reading import MINILM
 from flashsae.settings.run import CONFIG_FILE, RunConfig
-from flashsae.train.plan import check_memory, make_plan, repeats_warning
+from flashsae.train.checkpoint import list_checkpoints, step_of
+from flashsae.train.failure import failure_in
 
 RUNS = Path("runs")
 """Where runs go that are given no folder."""
@@ -69,7 +64,7 @@ def place_of(config: RunConfig, run: Path | None = None) -> Path:
         StorageError: the folder exists already, or cannot be made there.
     """
     if run is None:
-        name = run_name(config.activations, len(architecture_of(config.train.arch).sites))
+        name = _name(config)
         names = (name + suffix for suffix in chain([""], (f"-{n}" for n in count(2))))
         run = next(path for path in map(RUNS.joinpath, names) if not path.exists())
     with files.storage_errors(run):
@@ -84,6 +79,16 @@ def place_of(config: RunConfig, run: Path | None = None) -> Path:
             "another folder."
         )
     raise StorageError(f"{run} is a file, and a run is a folder. Give another name.")
+
+
+def _name(config: RunConfig) -> str:
+    """Return what a run is called after: its model, and where it reads."""
+    asked = asked_of(config)
+    hookpoints = [each.hookpoint for each in asked]
+    named = ", ".join(dict.fromkeys(name for name in hookpoints if name)) or None
+    return run_name(with_hookpoint(config.activations, named), len(asked[0].sites)) + (
+        f"-{len(asked)}-saes" if len(asked) > 1 else ""
+    )
 
 
 def _check_parent(run: Path) -> None:
@@ -109,6 +114,45 @@ def new_run(config: RunConfig, run: Path | None = None) -> Path:
     return run
 
 
+def extended(config: RunConfig, run: Path, tokens: int) -> RunConfig:
+    """Return the settings of a run that has ended as those of one that goes on.
+
+    Args:
+        config: its settings.
+        run: its folder.
+        tokens: to train on beside those of the run.
+    Raises:
+        ConfigError: it has not ended.
+    """
+    for folder in part_folders(run) or [run]:
+        found = list_checkpoints(folder / CHECKPOINTS)
+        done, steps = (step_of(found[-1]) if found else 0), saved_config(folder).train.steps
+        if failure_in(folder) is None and done != steps:
+            raise ConfigError(
+                f"extend: expected a run that has ended, and {folder} has done {done:,} of {steps:,} steps. Finish it "
+                f"first: flashsae train --resume {run}."
+            )
+    train = config.train
+    more = replace(train, tokens=train.tokens + tokens, extended=(*train.extended, train.tokens))
+    saes = tuple(
+        {**each, "tokens": each["tokens"] + tokens, "extended": [*each.get("extended", ()), each["tokens"]]}
+        if "tokens" in each
+        else each
+        for each in config.sae
+    )
+    return replace(config, train=more, sae=saes)
+
+
+def write_extended(config: RunConfig, run: Path) -> None:
+    """Write the settings of a run that goes on.
+
+    Raises:
+        StorageError: the file system refused, or another process works on the run.
+    """
+    with files.only_one(run):
+        files.write_atomic(run / CONFIG_FILE, config.to_toml())
+
+
 def discard_if_empty(run: Path) -> bool:
     """Remove a run that failed before anything but its settings was written; return whether it was so."""
     if not files.discard(run, {CONFIG_FILE}):
@@ -123,58 +167,12 @@ def prepare(config: RunConfig, run: Path) -> Prepared:
     has_parts = any(run.glob(f"*/{CONFIG_FILE}"))
     return prepare_activations(
         config.activations,
-        tokens=config.train.tokens,
+        tokens=most_tokens(config),
         folder=run.parent / "activations",
         device=str(resolve_device(config.train.device)),
         is_checked=(run / LOG_FILE).exists() or has_parts,
-        sites=architecture_of(config.train.arch).sites,
+        asked=asked_of(config),
     )
-
-
-def plan_table(config: RunConfig, prepared: Prepared, run: Path) -> Table:
-    """Return what a run will do and need.
-
-    Args:
-        config: the settings.
-        prepared: its activations.
-        run: its folder, which need not exist.
-    Raises:
-        ConfigError: k > d_sae, or the training cannot fit into the memory of the device.
-    """
-    device = resolve_device(config.train.device)
-    resolved = [config.train.resolve(widths) for widths in prepared.widths.values()]
-    settings = max(resolved, key=lambda each: each.d_sae * (each.d_in + each.d_out))
-    buffered = buffer_size(settings.shuffle_tokens, settings.batch_tokens, settings.tokens)
-    plan = make_plan(settings, device, prepared.row_bytes * buffered, prepared.model_bytes)
-    warning = check_memory(plan, device)
-    n = len(prepared.widths)
-    rows = {
-        "model": f"{prepared.config.model} at {_places(prepared)}, {settings.described_widths}",
-        "text": prepared.source,
-        "inputs": prepared.inputs(),
-        "SAE": (f"{n} SAEs, one after another, each: " if n > 1 else "")
-        + f"{settings.described}: {plan.parameters:,} parameters",
-        **({} if settings.init_from is None else {"start": f"from the SAE in {settings.init_from}"}),
-        "training": f"{settings.tokens:,} tokens in {plan.steps:,} steps of {settings.batch_tokens:,}, "
-        f"learning rate {settings.lr:.2g}{_repeats(settings.tokens, prepared)}",
-        METRICS["dead_latents"].label: f"after {settings.dead_after_tokens:,} tokens in which they are not active; "
-        + (f"auxiliary loss with weight {settings.auxk_alpha:.3g}" if settings.auxk_alpha else "no auxiliary loss"),
-        "peak memory": f"about {plan.peak_bytes / 1e9:.2f} GB on {device}: "
-        + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in plan.parts.items())
-        + warning,
-        "run folder": str(run),
-    }
-    if prepared.row_bytes:
-        rows["shuffle buffer"] = f"{buffered:,} tokens, which the model reads before the first step"
-    if prepared.cache_bytes:
-        rows["disk"] = f"{prepared.cache_bytes / 1e9:.2f} GB at most for the cache" + _disk_warning(prepared, run)
-    return table("Plan", rows)
-
-
-def _places(prepared: Prepared) -> str:
-    """Name the hookpoints of every SAE; those of one together, where it has several."""
-    is_several = len(prepared.widths) > 1
-    return ", ".join(f"({name})" if is_several and len(of) > 1 else name for name, of in prepared.widths.items())
 
 
 def check_rows(config: RunConfig, prepared: Prepared) -> None:
@@ -185,8 +183,9 @@ def check_rows(config: RunConfig, prepared: Prepared) -> None:
     """
     if prepared.ready is None:
         return
-    for source in prepared.ready.sources.values():
-        shuffled(source, config.train.batch_tokens, seed=0, buffer_tokens=config.train.shuffle_tokens)
+    for one in planned_saes(config, prepared):
+        source = prepared.ready.sources[one.reads]
+        shuffled(source, one.train.batch_tokens, seed=0, buffer_tokens=one.train.shuffle_tokens)
         if isinstance(source, RowSource) and not len(source.split_rows("held_out")):
             raise nothing_held_out(source, config)
 
@@ -197,32 +196,3 @@ def nothing_held_out(source: Source, config: RunConfig) -> DataError:
         f"{source.name} is too small: no document fell to the held-out part, {config.activations.held_out:.3g} of "
         "all. Give more text or a larger held_out."
     )
-
-
-def _repeats(tokens: int, prepared: Prepared) -> str:
-    """Say how often each token comes, if that is known already; with a warning if it is too often."""
-    source = None if prepared.ready is None else next(iter(prepared.ready.sources.values()))
-    rows = len(source.split_rows("train")) if isinstance(source, RowSource) else 0
-    if tokens <= rows or not rows:
-        return ""
-    warning = repeats_warning(tokens, rows)
-    return f"; each token about {tokens / rows:,.3g} times" + (f". Warning: {warning}" if warning else "")
-
-
-def _disk_warning(prepared: Prepared, run: Path) -> str:
-    """Return a warning if a cache that is yet to be written may not fit, else ""."""
-    if prepared.ready is not None:
-        return ", there already"
-    place = (prepared.config.activations or run).absolute()
-    free = shutil.disk_usage(next(path for path in (place, *place.parents) if path.exists())).free
-    return f"; may not fit, since {free / 1e9:.2f} GB are free" if prepared.cache_bytes > free else ""
-
-
-def table(title: str, rows: Mapping[str, str]) -> Table:
-    """Return a table of names and what there is to say of them."""
-    made = Table(title=escape(title), title_justify="left", show_header=False, box=box.SIMPLE, pad_edge=False)
-    made.add_column(no_wrap=True)
-    made.add_column(overflow="fold")
-    for name, value in rows.items():
-        made.add_row(escape(name), escape(value))
-    return made

@@ -76,6 +76,7 @@ def survive_every_kill(
     prepare: Callable[[Path], object] = lambda root: None,
     work: Callable[[Path], None],
     after_kill: Callable[[Path], None] = lambda root: None,
+    moments: range = range(1000),
 ) -> int:
     """Kill `work` at every moment, do it again, and expect what it leaves when it is never killed.
 
@@ -84,15 +85,16 @@ def survive_every_kill(
         prepare: makes what is there before, in a folder of its own.
         work: what is killed; called with that folder.
         after_kill: looks at what a kill left.
+        moments: at which it is killed, up to its end.
     Returns:
-        the number of moments.
+        the number of moments that there are, up to the step of `moments`.
     """
     whole = tmp_path / "whole"
     whole.mkdir()
     prepare(whole)
     work(whole)
     expected = contents(whole)
-    for moment in range(1000):
+    for moment in moments:
         root = tmp_path / f"killed-{moment}"
         root.mkdir()
         prepare(root)

@@ -25,8 +25,9 @@ ADVICE = "Resume with the same data, or start a new run."
 class Batches(Protocol):
     """An endless sequence of shuffled batches."""
 
-    epoch_tokens: int | None
-    """Tokens of an epoch; None as long as no epoch has been seen to its end."""
+    @property
+    def epoch_tokens(self) -> int | None:
+        """Tokens of an epoch; None as long as no epoch has been seen to its end."""
 
     def next_batch(self) -> Batch:
         """Return the next activations: [batch_tokens, d] by site, dtype and device of the source."""

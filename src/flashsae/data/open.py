@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,9 +24,10 @@ from flashsae.data.existing import (
     rounding_warning,
 )
 from flashsae.data.language_model import LanguageModelSource, dtype_of_model
-from flashsae.data.sources import Chunk, Source
-from flashsae.data.split import Split, check_splits
+from flashsae.data.sources import Source
+from flashsae.data.split import check_splits
 from flashsae.fingerprint import text_digest
+from flashsae.lm.hookpoints import patterns_in
 from flashsae.lm.options import LoadOptions
 from flashsae.lm.tally import inputs_in_words
 from flashsae.lm.weights import model_fingerprint
@@ -41,21 +42,48 @@ class Activations:
     """Activations that are ready to be read.
 
     Args:
-        sources: by the name of the SAE that reads them: its hookpoint, or its several, each a site.
+        sources: by the name of the SAEs that read them: their hookpoint, or several, each a site.
         tokenizer: that of the model; called, because loading it takes a moment.
+        joint: returns the activations of some hookpoints in one reading.
         warnings: sentences on what may spoil the result.
     """
 
     sources: dict[str, Source]
     tokenizer: Callable[[], Any]
+    joint: Callable[[Sequence[str]], Source]
     warnings: tuple[str, ...] = ()
 
-    def text_chunks(self, name: str, split: Split) -> Iterator[Chunk]:
-        """Yield the chunks of a split, with token ids."""
-        return (chunk for chunk, _ in self.sources[name].chunks(split))
+    def of(self, names: Sequence[str]) -> Source:
+        """Return what some SAEs read, by their names, in one reading: each token once, with all of their sites."""
+        if len(set(names)) == 1:
+            return self.sources[names[0]]
+        return self.joint(list(dict.fromkeys(site for name in names for site in self.sources[name].widths)))
 
 
 Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What SAEs of one kind are to read.
+
+    Args:
+        hookpoint: patterns; None is the default, or all that a cache holds.
+        sites: of such an SAE; none where it takes all that there are.
+    """
+
+    hookpoint: str | None = None
+    sites: Sequence[str] = (X,)
+
+    def spread(self) -> Asked:
+        """Return it with a hookpoint, or a pattern, for each site."""
+        return self if self.hookpoint is None else replace(self, hookpoint=spread(self.hookpoint, self.sites))
+
+    def filled(self, config: ActivationsConfig) -> Asked:
+        """Return it with the hookpoint that is meant where none is named."""
+        if self.hookpoint is not None:
+            return self
+        return replace(self, hookpoint=with_hookpoint(config, None).filled(len(self.sites)).hookpoint)
 
 
 @dataclass(frozen=True)
@@ -63,7 +91,9 @@ class Prepared:
     """Activations of which everything is known and checked, before the long work of computing them.
 
     Args:
-        widths: of the activations by site, of each SAE by its name.
+        widths: of the activations by site, of all SAEs by their names, which are those of their hookpoints.
+        asked: what was asked for, with the hookpoints that are meant.
+        names: those of the SAEs of each request, in its order.
         config: the settings that led here, filled in.
         source: where they come from, in words.
         inputs: says what the model reads, or has read, and what becomes of it.
@@ -75,6 +105,8 @@ class Prepared:
     """
 
     widths: Mapping[str, Mapping[str, int]]
+    asked: Sequence[Asked]
+    names: Sequence[Sequence[str]]
     config: ActivationsConfig
     source: str
     inputs: Callable[[], str]
@@ -84,6 +116,11 @@ class Prepared:
     model_bytes: int = 0
     ready: Activations | None = None
 
+    @property
+    def is_streamed(self) -> bool:
+        """Whether a model reads the text beside the training, once."""
+        return self.row_bytes > 0
+
 
 def prepare_activations(
     config: ActivationsConfig,
@@ -92,7 +129,7 @@ def prepare_activations(
     folder: Path,
     device: str,
     is_checked: bool = False,
-    sites: Sequence[str] = (X,),
+    asked: Sequence[Asked] | None = None,
 ) -> Prepared:
     """Find the activations that settings ask for, or what has to be done to get them.
 
@@ -102,21 +139,22 @@ def prepare_activations(
         folder: where a cache goes if the settings name no place.
         device: for the model.
         is_checked: an earlier call found that the cache fits the settings; do not open the text to compare again.
-        sites: of an SAE; none where it takes all that there are.
+        asked: what the SAEs read; None is one for each hookpoint of `config`.
     Raises:
         ConfigError: no such model or hookpoint, hookpoints that make no SAE, or settings that exclude each other.
         DataError: the text is missing or empty, or the cache holds something else than is asked for.
         CheckpointError: the cache is damaged, or is not complete and has other settings.
     """
-    if config.hookpoint is not None:
-        config = replace(config, hookpoint=spread(config.hookpoint, sites))
+    asked = [each.spread() for each in ([Asked(config.hookpoint)] if asked is None else asked)]
+    config = _asking(config, asked)
     named = config.activations
     if named is not None and is_checked:
         named = moved_place(named, folder)
         config = replace(config, activations=named)
     if named is not None and is_complete_cache(config):
-        return _cached(config if is_checked else check_asked(config, named), named, sites)
-    config = config.filled(len(sites))
+        return _cached(config if is_checked else check_asked(config, named), named, asked)
+    asked = [each.filled(config) for each in asked]
+    config = _asking(config, asked).filled()
     text = open_configured_text(config)
     check_splits(text, config.held_out)
     rows = int(tokens / (1 - config.held_out))
@@ -124,11 +162,11 @@ def prepare_activations(
     if place is None and not config.stream:
         place = folder / _cache_name(config, text, rows, device)
     if place is not None and ActivationCache.is_complete(place):
-        return _cached(config, place, sites)
+        return _cached(config, place, asked)
     if named is not None:
         check_unfinished(named, {"model": config.model, "text_fingerprint": text.fingerprint})
     source = LanguageModelSource(config, text, held_out=config.held_out, device=device)
-    saes = arrange(config.hookpoint, source.hookpoints, sites)
+    _arranged(asked, source.hookpoints)
     if named is not None:
         wanted = cache_settings(source, SHARD_ROWS, rows, config.cache_dtype, config.cache_compression)
         check_unfinished(named, {**defaults_of_later(), **wanted})
@@ -138,18 +176,43 @@ def prepare_activations(
         # so that a part of a run whose cache would be too large is streamed too, were it small enough by itself
         left_open: dict[str, Any] = {"cache_dtype": None, "cache_compression": None}
         streamed = replace(config, stream=True, **left_open)
-        return _streamed(streamed, source, saes)
-    return _to_be_cached(config, source, place, rows, size, sites)
+        return _streamed(streamed, source, asked)
+    return _to_be_cached(config, source, place, rows, size, asked)
 
 
-def _cached(config: ActivationsConfig, place: Path, sites: Sequence[str]) -> Prepared:
+def with_hookpoint(config: ActivationsConfig, hookpoint: str | None) -> ActivationsConfig:
+    """Return settings with another hookpoint, or with none, which leaves it open."""
+    return replace(config, hookpoint=hookpoint)  # type: ignore[arg-type]  # left open
+
+
+def _asking(config: ActivationsConfig, asked: Sequence[Asked]) -> ActivationsConfig:
+    """Return settings with all hookpoints that are asked for, each once; as they are where one is left open."""
+    hookpoints = [each.hookpoint for each in asked]
+    named = [name for name in hookpoints if name is not None]
+    if len(named) < len(hookpoints):
+        return with_hookpoint(config, None)
+    patterns = dict.fromkeys(pattern for name in named for pattern in patterns_in(name))
+    return replace(config, hookpoint=", ".join(patterns))
+
+
+def _arranged(asked: Sequence[Asked], held: Sequence[str]) -> tuple[dict[str, tuple[str, ...]], list[list[str]]]:
+    """Return the hookpoints of all SAEs by name, and the names of those of each request."""
+    found = [arrange(each.hookpoint, held, each.sites) for each in asked]
+    return {name: group for groups in found for name, group in groups.items()}, [list(groups) for groups in found]
+
+
+def _cached(config: ActivationsConfig, place: Path, asked: Sequence[Asked]) -> Prepared:
     """Return the activations of a complete cache."""
-    saes = arrange(config.hookpoint, list(ActivationCache.read_settings(place)["hookpoints"]), sites)
+    saes, of_each = _arranged(asked, list(ActivationCache.read_settings(place)["hookpoints"]))
     caches = {name: ActivationCache(place, names, config.held_out) for name, names in saes.items()}
     first = next(iter(caches.values()))
     warnings = tuple(filter(None, map(rounding_warning, caches.values())))
-    tokenizer = partial(first.read_tokenizer, trust_remote_code=bool(config.trust_remote_code))
-    ready = Activations(dict(caches), tokenizer, warnings)
+    ready = Activations(
+        dict(caches),
+        partial(first.read_tokenizer, trust_remote_code=bool(config.trust_remote_code)),
+        lambda hookpoints: ActivationCache(place, hookpoints, config.held_out),
+        warnings,
+    )
     widths = {name: cache.widths for name, cache in caches.items()}
     size = sum(cache.stored_bytes for cache in caches.values())
     told = f"{first.dataset}: {first.n_rows:,} tokens, cached in {place} as {first.stored_as}"
@@ -160,40 +223,42 @@ def _cached(config: ActivationsConfig, place: Path, sites: Sequence[str]) -> Pre
         told += "; too large to be verified at each run: flashsae cache --verify"
     config = replace(config, activations=place.resolve())
     words = inputs_in_words(first.settings)
-    return Prepared(widths, config, told, lambda: words, lambda _: ready, cache_bytes=size, ready=ready)
+    return Prepared(widths, asked, of_each, config, told, lambda: words, lambda _: ready, cache_bytes=size, ready=ready)
 
 
-def _streamed(config: ActivationsConfig, source: LanguageModelSource, saes: Mapping[str, tuple[str, ...]]) -> Prepared:
-    """Return the activations of a model that reads the text beside the training, anew for each SAE."""
+def _streamed(config: ActivationsConfig, source: LanguageModelSource, asked: Sequence[Asked]) -> Prepared:
+    """Return the activations of a model that reads the text beside the training, once for all SAEs."""
+    saes, of_each = _arranged(asked, source.hookpoints)
     parts = {name: source.at(*hookpoints) for name, hookpoints in saes.items()}
-    ready = Activations(dict(parts), lambda: source.tokenizer)
-    told = f"{source.text.name}, streamed beside the training"
+    ready = Activations(dict(parts), lambda: source.tokenizer, lambda hookpoints: source.at(*hookpoints))
     return Prepared(
         {name: part.widths for name, part in parts.items()},
+        asked,
+        of_each,
         config,
-        told + (f": the model reads it {len(parts)} times, once for each SAE" if len(parts) > 1 else ""),
+        f"{source.text.name}, streamed beside the training",
         source.inputs_in_words,
         lambda _: ready,
-        row_bytes=max(part.row_bytes for part in parts.values()),
+        row_bytes=source.at(*dict.fromkeys(site for group in saes.values() for site in group)).row_bytes,
         model_bytes=source.model_bytes,
         ready=ready,
     )
 
 
 def _to_be_cached(
-    config: ActivationsConfig, source: LanguageModelSource, place: Path, rows: int, size: int, sites: Sequence[str]
+    config: ActivationsConfig, source: LanguageModelSource, place: Path, rows: int, size: int, asked: Sequence[Asked]
 ) -> Prepared:
     """Return the activations of a cache that is yet to be written."""
 
     def write_and_open(on_progress: Progress) -> Activations:
         write_cache(place, source, max_tokens=rows, **_storing(config), on_progress=on_progress)
-        return _cached(config, place, sites).compute(on_progress)
+        return _cached(config, place, asked).compute(on_progress)
 
     told = f"{source.text.name}, to be cached in {place}: {rows:,} tokens at most"
     config = replace(config, activations=place.resolve())
-    saes = arrange(config.hookpoint, source.hookpoints, sites)
+    saes, of_each = _arranged(asked, source.hookpoints)
     widths = {name: {site: source.widths[site] for site in hookpoints} for name, hookpoints in saes.items()}
-    return Prepared(widths, config, told, source.inputs_in_words, write_and_open, cache_bytes=size)
+    return Prepared(widths, asked, of_each, config, told, source.inputs_in_words, write_and_open, cache_bytes=size)
 
 
 def cache_activations(

@@ -4,9 +4,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flashsae.evaluate.heldout import Evaluation, evaluate, held_out_batches, inference, latent_geometry
+    from flashsae.evaluate.heldout import (
+        Evaluation,
+        evaluate,
+        evaluate_together,
+        held_out_batches,
+        inference,
+        latent_geometry,
+    )
 
-__all__ = ["Evaluation", "evaluate", "held_out_batches", "inference", "latent_geometry"]
+__all__ = ["Evaluation", "evaluate", "evaluate_together", "held_out_batches", "inference", "latent_geometry"]
 
 
 def __getattr__(name: str) -> Any:

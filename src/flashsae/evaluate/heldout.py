@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass, field
 from itertools import chain
@@ -29,6 +29,7 @@ from flashsae.sae.step import in_order, join_sites
 NORM_TOKENS = 8192
 """Tokens whose median norm says which are outliers."""
 
+_AT_ONCE = 4096
 _COSINE_ROWS = 1024
 _READ_ROWS = 8192
 _NONE = torch.zeros(0, dtype=torch.float32, device="cpu")
@@ -65,7 +66,7 @@ def evaluate(
     sae: SAE,
     x: Tensor | np.ndarray | Acts | Iterable[Tensor | np.ndarray | Acts],
     *,
-    batch_tokens: int = 4096,
+    batch_tokens: int = _AT_ONCE,
 ) -> Evaluation:
     """Measure an SAE, as it is in inference.
 
@@ -87,41 +88,103 @@ def evaluate(
     if isinstance(batch_tokens, bool) or not hasattr(batch_tokens, "__index__") or batch_tokens < 1:
         raise ConfigError(f"batch_tokens: expected a positive int, got {batch_tokens!r}.")
     first, batches = _begin(x, sae.config)
-    limit = norm_limit(torch.cat([_norms(target[:: 1 + len(target) // NORM_TOKENS]) for _, target in first] or [_NONE]))
-    of_sites = {site: (columns, FVU()) for site, columns in sae.config.columns.items()}
-    fvu, activity = FVU(), LatentActivity(sae.config.d_sae, sae.W_dec.device)
-    others, outliers, left_out = fvu, 0, 0
+    measuring = _Measuring(sae, first)
     with inference(sae):
-        for part, target in (parts for batch in batches for parts in _split(batch, int(batch_tokens))):
+        for batch in batches:
+            measuring.update(batch, int(batch_tokens))
+    return measuring.evaluation()
+
+
+@neutral()
+@torch.no_grad()
+def evaluate_together(
+    saes: Sequence[SAE], sites: Sequence[Sequence[str]], batches: Iterable[Batch]
+) -> list[Evaluation]:
+    """Measure several SAEs in one reading of some tokens, each as `evaluate` does.
+
+    Args:
+        saes: on any device.
+        sites: of each, those of its activations, in its order.
+        batches: [n, d] by site, those of all SAEs.
+    Raises, Warns:
+        as `evaluate`.
+    """
+    reading, first = iter(batches), list[Batch]()
+    while sum(len(next(iter(batch.values()))) for batch in first) < NORM_TOKENS:
+        batch = next(reading, None)
+        if batch is None:
+            break
+        first.append(batch)
+
+    def own(number: int, batch: Batch) -> _Pair:
+        return _pair({site: batch[site] for site in sites[number]}, saes[number].config)
+
+    measuring = [_Measuring(sae, [own(number, batch) for batch in first]) for number, sae in enumerate(saes)]
+    with ExitStack() as stack:
+        for sae in saes:
+            stack.enter_context(inference(sae))
+        for batch in chain(first, reading):
+            for number, each in enumerate(measuring):
+                each.update(own(number, batch), _AT_ONCE)
+    return [each.evaluation() for each in measuring]
+
+
+class _Measuring:
+    """The figures of an SAE, while tokens are read.
+
+    Args:
+        sae: in inference.
+        first: tokens to know the usual norm from.
+    """
+
+    def __init__(self, sae: SAE, first: Sequence[_Pair]) -> None:
+        self._sae = sae
+        norms = [_norms(target[:: 1 + len(target) // NORM_TOKENS]) for _, target in first]
+        self._limit = norm_limit(torch.cat(norms or [_NONE]))
+        self._of_sites = {site: (columns, FVU()) for site, columns in sae.config.columns.items()}
+        self._fvu, self._activity = FVU(), LatentActivity(sae.config.d_sae, sae.W_dec.device)
+        self._others, self._outliers, self._left_out = self._fvu, 0, 0
+
+    def update(self, batch: _Pair, batch_tokens: int) -> None:
+        """Measure on some tokens, so many at once."""
+        sae = self._sae
+        for part, target in _split(batch, batch_tokens):
             check_finite(part, "x")
             seen = part.to(sae.W_dec.device, sae.W_dec.dtype)
             code = sae.encode(seen)
-            activity.update(code)
-            left_out += 0 if code.pattern.left_out is None else int(code.pattern.left_out)
+            self._activity.update(code)
+            self._left_out += 0 if code.pattern.left_out is None else int(code.pattern.left_out)
             if target is not part:
                 check_finite(target, "x")
             target, x_hat = target.to(sae.W_dec.device), sae.decode(code, like=seen)
-            is_outlier = _norms(target) > limit
-            if others is fvu and bool(is_outlier.any()):
-                others = copy(fvu)
-            fvu.update(target, x_hat)
-            for columns, of_site in of_sites.values():
+            is_outlier = _norms(target) > self._limit
+            if self._others is self._fvu and bool(is_outlier.any()):
+                self._others = copy(self._fvu)
+            self._fvu.update(target, x_hat)
+            for columns, of_site in self._of_sites.values():
                 of_site.update(target[:, columns], x_hat[:, columns])
-            if others is not fvu:
-                others.update(target[~is_outlier], x_hat[~is_outlier])
-                outliers += int(is_outlier.sum())
-    if activity.tokens == 0:
-        raise DataError("x is empty: expected at least one token to evaluate on. Give more data or a larger held_out.")
-    if left_out:
-        warn(
-            f"{left_out:,} entries of the code found no place and were left out, so the figures are of less than the "
-            f"SAE selects: in inference, let {sae.architecture.title} encode without a capacity.",
-            FlashSAEWarning,
-            stacklevel=2,
-        )
-    density = activity.latent_density().cpu()
-    by_site = {site: of_site.compute() for site, (_, of_site) in of_sites.items()}
-    return Evaluation(fvu.compute(), activity.l0(), activity.tokens, density, others.compute(), outliers, by_site)
+            if self._others is not self._fvu:
+                self._others.update(target[~is_outlier], x_hat[~is_outlier])
+                self._outliers += int(is_outlier.sum())
+
+    def evaluation(self) -> Evaluation:
+        """Return the figures of all tokens so far."""
+        activity = self._activity
+        if activity.tokens == 0:
+            raise DataError(
+                "x is empty: expected at least one token to evaluate on. Give more data or a larger held_out."
+            )
+        if self._left_out:
+            warn(
+                f"{self._left_out:,} entries of the code found no place and were left out, so the figures are of less "
+                f"than the SAE selects: in inference, let {self._sae.architecture.title} encode without a capacity.",
+                FlashSAEWarning,
+                stacklevel=3,
+            )
+        density = activity.latent_density().cpu()
+        by_site = {site: of_site.compute() for site, (_, of_site) in self._of_sites.items()}
+        others = self._others.compute()
+        return Evaluation(self._fvu.compute(), activity.l0(), activity.tokens, density, others, self._outliers, by_site)
 
 
 @contextmanager
@@ -147,19 +210,10 @@ _Pair = tuple[Tensor, Tensor]
 def _begin(x: Any, config: SAEConfig) -> tuple[list[_Pair], Iterator[_Pair]]:
     """Return tokens to know the usual norm from, and all batches from the first."""
 
-    architecture = config.architecture
-
-    def pair(batch: Any, what: str) -> _Pair:
-        if len(architecture.sites) == 1:
-            return join_sites(architecture, {X: batch_acts(batch, what)})
-        by_site = batch if isinstance(batch, Mapping) else {X: batch}
-        read_and_written(architecture, by_site, "evaluate(sae, {})", list(config.columns))
-        return join_sites(architecture, in_order(config, acts_by_site(by_site, what)))
-
     if isinstance(x, Tensor | np.ndarray | Mapping):
-        acts = [pair(x, "x")]
+        acts = [_pair(x, config, "x")]
         return acts, iter(acts)
-    batches = (pair(batch, "a batch of x") for batch in iterate(x))
+    batches = (_pair(batch, config) for batch in iterate(x))
     first: list[_Pair] = []
     while sum(len(target) for _, target in first) < NORM_TOKENS:
         batch = next(batches, None)
@@ -167,6 +221,15 @@ def _begin(x: Any, config: SAEConfig) -> tuple[list[_Pair], Iterator[_Pair]]:
             break
         first.append(batch)
     return first, chain(first, batches)
+
+
+def _pair(batch: Any, config: SAEConfig, what: str = "a batch of x") -> _Pair:
+    architecture = config.architecture
+    if len(architecture.sites) == 1:
+        return join_sites(architecture, {X: batch_acts(batch, what)})
+    by_site = batch if isinstance(batch, Mapping) else {X: batch}
+    read_and_written(architecture, by_site, "evaluate(sae, {})", list(config.columns))
+    return join_sites(architecture, in_order(config, acts_by_site(by_site, what)))
 
 
 def _split(batch: _Pair, tokens: int) -> Iterator[_Pair]:

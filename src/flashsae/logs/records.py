@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from flashsae.errors import DataError
+from flashsae.errors import DivergedError
 
 
 class Records:
@@ -37,7 +37,7 @@ class Records:
         """Yield the lines that are complete, oldest first; with `wait` all of them.
 
         Raises:
-            DataError: a number is not finite.
+            DivergedError: a number is not finite.
         """
         while self._pending:
             known, names, values, event = self._pending[0]
@@ -49,7 +49,7 @@ class Records:
             self._pending.popleft()
             record = known | dict(zip(names, values.tolist()))
             if not bool(torch.isfinite(values).all()):
-                raise DataError(
+                raise DivergedError(
                     f"step {known['step']:.0f}: the loss is {record['loss']}, although the activations are finite: "
                     "training diverged. Lower lr, raise warmup_steps, or set clip_norm."
                 )

@@ -41,11 +41,14 @@ class TensorBoardLog(Callback):
 
 
 class WandbLog(Callback):
-    """Send every record to Weights & Biases, as the run's folder name."""
+    """Send every record to Weights & Biases, as the run's folder name; of several SAEs, in a group of theirs."""
 
-    def __init__(self, run: Path, config: Mapping[str, Any]) -> None:
+    def __init__(self, run: Path, config: Mapping[str, Any], *, is_one_of_several: bool = False) -> None:
         wandb = require("wandb", "wandb")
-        self._run = wandb.init(project="flashsae", name=run.name, dir=str(run), config=dict(config), resume="allow")
+        several = {"group": run.parent.name, "reinit": "create_new"} if is_one_of_several else {}
+        self._run = wandb.init(
+            project="flashsae", name=run.name, dir=str(run), config=dict(config), resume="allow", **several
+        )
 
     def on_log(self, record: Mapping[str, float]) -> None:
         """Send a record."""
@@ -66,7 +69,7 @@ def check_logger(name: str) -> None:
     require(name, name)
 
 
-def build_logger(name: str, run: Path, config: Mapping[str, Any]) -> Callback:
+def build_logger(name: str, run: Path, config: Mapping[str, Any], *, is_one_of_several: bool = False) -> Callback:
     """Return an opt-in logger by name.
 
     Raises:
@@ -74,4 +77,6 @@ def build_logger(name: str, run: Path, config: Mapping[str, Any]) -> Callback:
         MissingExtraError: its package is not installed.
     """
     check_logger(name)
-    return TensorBoardLog(run) if name == "tensorboard" else WandbLog(run, config)
+    if name == "tensorboard":
+        return TensorBoardLog(run)
+    return WandbLog(run, config, is_one_of_several=is_one_of_several)

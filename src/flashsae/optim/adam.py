@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from flashsae.ops.adam_rows import adam_rows, row_squares
 from flashsae.ops.adam_rows.reference import split_halves
 from flashsae.ops.gradients import Collection
 from flashsae.optim.groups import check_group, check_state
-from flashsae.optim.operands import gradient_of, matrix_of, merged, rule_of, split, version_of
+from flashsae.optim.operands import ROWS, gradient_of, matrix_of, merged_rows, rule_of, split, version_of
 from flashsae.profiling import part
 from flashsae.settings.training import ADAM_BETAS, ADAM_EPS
 
@@ -304,12 +304,23 @@ class FactoredAdam(torch.optim.Optimizer):
     @torch.no_grad()
     def float32_weights(self, parameter: Tensor) -> Tensor:
         """Return a parameter with all its bits: a new float32 tensor on the CPU where it is split, else its values."""
+        if not self.is_split(parameter):
+            return parameter.detach()
+        whole = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+        for out, rows in zip(torch.split(whole, ROWS), self.whole_rows(parameter)):
+            out.copy_(rows)
+        return whole
+
+    @torch.no_grad()
+    def whole_rows(self, parameter: Tensor) -> Iterator[Tensor]:
+        """Yield a parameter with all its bits, some rows at a time, on its device; as it is where it is not split."""
         low = next((self._refresh(p, g) for g in self.param_groups for p in g["params"] if p is parameter), {}).get(
             "low"
         )
         if low is None:
-            return parameter.detach()
-        return merged(parameter.detach(), low)
+            yield parameter.detach()
+            return
+        yield from merged_rows(parameter.detach(), low)
 
     def is_split(self, parameter: Tensor) -> bool:
         """Tell whether a parameter is kept in two halves of 16 bits, of which it holds the upper ones."""

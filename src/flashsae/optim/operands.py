@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,11 +10,11 @@ from torch import Tensor
 
 from flashsae.errors import DtypeError
 from flashsae.ops.adam_rows import AdamRule
-from flashsae.ops.adam_rows.reference import merge_halves, split_halves
+from flashsae.ops.adam_rows.reference import split_halves
 from flashsae.ops.factored import FactoredGradient
 from flashsae.ops.factors import RowGradient
 
-_ROWS = 8192  # of a matrix that is split or merged, at once
+ROWS = 8192  # of a matrix that is split or merged, at once
 
 
 def version_of(parameter: Tensor) -> tuple[int, int]:
@@ -21,10 +22,16 @@ def version_of(parameter: Tensor) -> tuple[int, int]:
     return parameter._version, parameter.data_ptr()
 
 
+def merged_rows(high: Tensor, low: Tensor) -> Iterator[Tensor]:
+    """Yield the float32 rows of a split matrix, some at a time."""
+    for high_rows, low_rows in zip(torch.split(high, ROWS), torch.split(low, ROWS)):
+        yield merge_halves(high_rows, low_rows)
+
+
 def split(whole: Tensor) -> tuple[Tensor, Tensor]:
     """Split a matrix a few rows at a time: beside it and its halves there may be no room."""
     high, low = torch.empty_like(whole, dtype=torch.bfloat16), torch.empty_like(whole, dtype=torch.int16)
-    for rows, *halves in zip(*(torch.split(t, _ROWS) for t in (whole, high, low))):
+    for rows, *halves in zip(*(torch.split(t, ROWS) for t in (whole, high, low))):
         for half, value in zip(halves, split_halves(rows)):
             half.copy_(value)
     return high, low
@@ -56,11 +63,3 @@ def rule_of(parameter: Tensor, group: dict[str, Any]) -> AdamRule:
     unit_norm = group["unit_norm"] and parameter.dim() == 2
     weight_decay, decoupled = float(group["weight_decay"]), group["decoupled_weight_decay"]
     return AdamRule(beta1, beta2, float(group["eps"]), weight_decay, unit_norm, decoupled)
-
-
-def merged(high: Tensor, low: Tensor) -> Tensor:
-    """Return a split matrix as float32 on the CPU, a few rows at a time."""
-    whole = torch.empty(high.shape, dtype=torch.float32, device="cpu")
-    for out, high_rows, low_rows in zip(*(torch.split(part, _ROWS) for part in (whole, high, low))):
-        out.copy_(merge_halves(high_rows, low_rows))
-    return whole

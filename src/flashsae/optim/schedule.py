@@ -31,9 +31,13 @@ def lr_factor(
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Return the learning rate of a step, counted from 0, of a training with these settings, which are filled."""
-    decay_steps = round(config.decay_fraction * config.steps)
-    factor = lr_factor(
-        step, config.steps, config.warmup_steps, decay_steps, warmup=config.warmup, start=config.warmup_start
-    )
+    """Return the learning rate of a step, counted from 0, of a training with these settings, which are filled.
+
+    In an extension it rises and falls as in a training of its own; where it did not fall before, it does not rise.
+    """
+    begin, end = config.stage(step)
+    steps, is_constant = end - begin, begin > 0 and config.decay_fraction == 0
+    decay_steps = round(config.decay_fraction * steps)
+    warmup_steps = 0 if is_constant else min(config.warmup_steps, steps)
+    factor = lr_factor(step - begin, steps, warmup_steps, decay_steps, warmup=config.warmup, start=config.warmup_start)
     return config.lr * factor

@@ -20,12 +20,15 @@ Points = tuple[Array, Array]
 
 _INK, _MUTED, _GRID, _ACCENT = "#010101", "#020202", "#030303", "#040404"
 _PAPER = "#050505"
+_SERIES = [f"#0a0a{number:02x}" for number in range(1, 7)]
+_MARKERS = ("o", "s", "^", "D", "v", "P")
 _CSS = {
     _PAPER: "var(--paper)",
     _INK: "var(--ink)",
     _MUTED: "var(--muted)",
     _GRID: "var(--rule)",
     _ACCENT: "var(--accent)",
+    **{stand_in: f"var(--series-{number})" for number, stand_in in enumerate(_SERIES, 1)},
 }
 """Stand-ins that matplotlib draws with, and the variables of style.css that take their place."""
 _SIZE = (4.5, 2.1)
@@ -184,6 +187,30 @@ def dots(name: str, x: Array, y: Array, links: list[int], labels: tuple[str, str
     axes.set_ylabel(labels[1], color=_MUTED)
     named = r'<a href="#latent-\1" aria-label="Latent \1"><title>Latent \1</title>'
     return re.sub(r'<a [^>]*href="latent:(\d+)"[^>]*>', named, _svg(figure, name))
+
+
+@_style()
+def pareto(name: str, lines: Mapping[str, Points], labels: tuple[str, str]) -> str:
+    """Draw a line of dots for each of several series, in colours and shapes of their own, both axes logarithmic.
+
+    Args:
+        name: unique in the document; every id in the SVG starts with it.
+        lines: label -> x and y, at least one point each, all finite and above 0.
+        labels: what x and y are.
+    """
+    figure, axes = _axes((4.5, 2.9))
+    for number, (label, (x, y)) in enumerate(lines.items()):
+        look = {"color": _SERIES[number % len(_SERIES)], "marker": _MARKERS[number % len(_MARKERS)]}
+        axes.plot(np.log10(x), np.log10(y), lw=1.4, ms=4.6, mec=_PAPER, mew=0.6, label=label, zorder=3, **look)
+    for axis, values in ((axes.xaxis, [x for x, _ in lines.values()]), (axes.yaxis, [y for _, y in lines.values()])):
+        low, high = (float(bound(np.log10(np.concatenate(values)))) for bound in (np.min, np.max))
+        margin = max(0.06 * (high - low), 0.04)
+        _log_ticks(axis, low - margin, high + margin)
+        (axes.set_xlim if axis is axes.xaxis else axes.set_ylim)(low - margin, high + margin)
+    axes.legend(frameon=False, labelcolor=_INK, loc="upper right", handlelength=1.6)
+    axes.set_xlabel(labels[0], color=_MUTED)
+    axes.set_ylabel(labels[1], color=_MUTED)
+    return _svg(figure, name)
 
 
 def _axes(size: tuple[float, float] = _SIZE, left: float = 0.56) -> tuple[Any, Any]:

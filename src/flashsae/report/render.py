@@ -156,7 +156,7 @@ def _context(run: _Run) -> dict[str, Any]:
         "latents": latents,
         "known": known_of_all(run.arrays, run.snippets),
         "metrics": _metrics(run, rows),
-        "settings": [(name, _setting(value)) for name, value in _flat(run.settings)],
+        "settings": [(name, setting_text(value)) for name, value in _flat(run.settings)],
         "style": markup(style),
         "script": markup(script),
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -166,8 +166,8 @@ def _context(run: _Run) -> dict[str, Any]:
 def _title(run: _Run) -> dict[str, str]:
     model, hookpoint = run.settings.get("model"), run.settings.get("hookpoint")
     return {
-        "model": _setting(model) if model else "Sparse autoencoder",
-        "hookpoint": _setting(hookpoint) if hookpoint else "",
+        "model": setting_text(model) if model else "Sparse autoencoder",
+        "hookpoint": setting_text(hookpoint) if hookpoint else "",
     }
 
 
@@ -182,13 +182,15 @@ def _provenance(run: _Run, architecture: Architecture | None) -> list[tuple[str,
     seconds = real(e.get("train_seconds"))
     kind = architecture.title if architecture else e.get("architecture")
     own = [
-        f"{name} = {_setting(value)}" for name, value in _own(e["settings"], architecture).items() if _is_told(value)
+        f"{name} = {setting_text(value)}"
+        for name, value in _own(e["settings"], architecture).items()
+        if _is_told(value)
     ]
     d_out = real(settings.get("d_out"))
     to = f" → {count(d_out)}" if d_out is not None and d_out != e["d_in"] else ""
     wide = width_told(list(sites_of(e["settings"]).values())) or count(e["d_in"])
     sizes = f"{wide} → {count(e['d_sae'])} latents{to}"
-    sae = ", ".join([*([_setting(kind)] if kind else []), sizes, *own])
+    sae = ", ".join([*([setting_text(kind)] if kind else []), sizes, *own])
     facts = [
         ("data", settings.get("dataset")),
         ("SAE", sae),
@@ -196,7 +198,7 @@ def _provenance(run: _Run, architecture: Architecture | None) -> list[tuple[str,
         ("finished", finished.strftime("%d %B %Y").lstrip("0")),
         ("flashsae", settings.get("flashsae_version") or version),
     ]
-    return [(name, _setting(value)) for name, value in facts if value]
+    return [(name, setting_text(value)) for name, value in facts if value]
 
 
 def _own(settings: Mapping[str, Any], architecture: Architecture | None) -> dict[str, Any]:
@@ -261,10 +263,10 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]
     return rows
 
 
-def _setting(value: Any) -> str:
+def setting_text(value: Any) -> str:
     """Write a setting; of a path that tells of the machine only the last part."""
     if isinstance(value, list):
-        return ", ".join(map(_setting, value)) or "none"
+        return ", ".join(map(setting_text, value)) or "none"
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}" if abs(value) >= 10_000 else str(value)
     text = str(value).lower() if isinstance(value, bool) else str(value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,6 +64,30 @@ def collect_snippets(
         DataError: the chunks carry no text, or there are none.
     Numerics: deterministic; equal values are taken in the order of the data.
     """
+    (found,) = collect_for_all(
+        [encode], chunks, token_text, training=training, n_latents=n_latents, per_latent=per_latent, context=context,
+        max_tokens=max_tokens,
+    )  # fmt: skip
+    return found
+
+
+def collect_for_all(
+    encoders: Sequence[Encode],
+    chunks: Iterator[Chunk],
+    token_text: TokenText,
+    *,
+    training: Iterator[Chunk] | None = None,
+    n_latents: int = 48,
+    per_latent: int = 8,
+    context: int = 16,
+    max_tokens: int = 200_000,
+) -> Iterator[Snippets]:
+    """Yield what `collect_snippets` returns for each of several SAEs, of one reading of the same chunks.
+
+    Args:
+        encoders: of each SAE, called with the activations of all.
+        chunks, token_text, training, n_latents, per_latent, context, max_tokens: as there.
+    """
     for name, value, least in (
         ("n_latents", n_latents, 1),
         ("per_latent", per_latent, 1),
@@ -72,7 +96,11 @@ def collect_snippets(
     ):
         if value < least:
             raise ConfigError(f"{name}: expected at least {least}, got {value}.")
-    code = _encode_all(encode, chunks, iter(()) if training is None else training, max_tokens)
+    for code in _encode_all(encoders, chunks, iter(()) if training is None else training, max_tokens):
+        yield _snippets(code, token_text, n_latents, per_latent, context)
+
+
+def _snippets(code: _Code, token_text: TokenText, n_latents: int, per_latent: int, context: int) -> Snippets:
     shown = _spread(code.counts(), n_latents)
     latents = [
         _describe(code, latent, rows, acts, token_text, per_latent, context)
@@ -119,8 +147,11 @@ class _Code:
         return list(zip(np.split(rows, bounds), np.split(values, bounds)))
 
 
-def _encode_all(encode: Encode, held_out: Iterator[Chunk], training: Iterator[Chunk], max_tokens: int) -> _Code:
-    parts: list[tuple[Tensor, ...]] = []
+def _encode_all(
+    encoders: Sequence[Encode], held_out: Iterator[Chunk], training: Iterator[Chunk], max_tokens: int
+) -> Iterator[_Code]:
+    known: list[tuple[Tensor, ...]] = []
+    of_each: list[list[tuple[Tensor, ...]]] = [[] for _ in encoders]
     read = n_held_out = 0
     for split, chunks in (("held_out", held_out), ("train", training)):
         while read < max_tokens and (chunk := next(chunks, None)) is not None:
@@ -131,34 +162,27 @@ def _encode_all(encode: Encode, held_out: Iterator[Chunk], training: Iterator[Ch
             n_rows = min(len(chunk.group), max_tokens - read)
             if not n_rows:
                 continue
-            with torch.no_grad():
-                tokens, latents, acts = active_entries(
-                    encode({site: acts[:n_rows] for site, acts in chunk.acts.items()})
-                )
-            known = (
-                tensor[:n_rows].to("cpu", torch.int64) for tensor in (chunk.token_ids, chunk.group, chunk.position)
-            )
-            entries = (tokens + read).to("cpu", torch.int32), latents.to("cpu", torch.int32)
-            parts.append((*entries, acts.to("cpu", torch.float32), *known))
+            batch = {site: acts[:n_rows] for site, acts in chunk.acts.items()}
+            for encode, parts in zip(encoders, of_each):
+                with torch.no_grad():
+                    tokens, latents, acts = active_entries(encode(batch))
+                entries = (tokens + read).to("cpu", torch.int32), latents.to("cpu", torch.int32)
+                parts.append((*entries, acts.to("cpu", torch.float32)))
+            told = chunk.token_ids, chunk.group, chunk.position
+            known.append(tuple(tensor[:n_rows].to("cpu", torch.int64) for tensor in told))
             read += n_rows
         n_held_out = read if split == "held_out" else n_held_out
     if not read:
         raise DataError("there is no token to collect snippets from: expected at least one chunk with rows.")
-    tokens, latents, acts, ids, group, position = (torch.cat(column) for column in zip(*parts))
+    ids, group, position = (torch.cat(column) for column in zip(*known))
     # a model input goes on where the next position of the same document follows, also from chunk to chunk
     follows = (group.diff() == 0) & (position.diff() == 1)
     begins = torch.cat([torch.tensor([0], dtype=torch.int64, device="cpu"), (~follows).nonzero()[:, 0] + 1]).numpy()
     lengths = np.diff(np.append(begins, read))
-    return _Code(
-        tokens,
-        latents,
-        acts,
-        ids.numpy(),
-        group.numpy(),
-        begins.repeat(lengths),
-        (begins + lengths).repeat(lengths),
-        n_held_out,
-    )
+    start, stop = begins.repeat(lengths), (begins + lengths).repeat(lengths)
+    while of_each:
+        tokens, latents, acts = (torch.cat(column) for column in zip(*of_each.pop(0)))
+        yield _Code(tokens, latents, acts, ids.numpy(), group.numpy(), start, stop, n_held_out)
 
 
 def _spread(counts: Tensor, n_latents: int) -> list[int]:

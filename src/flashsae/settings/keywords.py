@@ -24,6 +24,7 @@ class TrainSettings(TypedDict, total=False):
     d_in: int | None
     d_out: int | None
     tokens: int | None
+    extended: tuple[int, ...] | None
     batch_tokens: int | None
     precision: Precision | None
     moments: Literal["float32", "bf16"] | None
@@ -37,6 +38,7 @@ class TrainSettings(TypedDict, total=False):
     warmup: Literal["linear", "cosine"] | None
     warmup_start: float | None
     decay_fraction: float | None
+    average_tokens: int | None
     clip_norm: float | None
     auxk: AuxK | None
     auxk_alpha: float | None

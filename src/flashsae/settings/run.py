@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from flashsae.architecture import architecture_of, settings_of
 from flashsae.errors import CheckpointError, ConfigError
-from flashsae.settings.kinds import check_fields
+from flashsae.settings.keywords import settings_by_keyword
+from flashsae.settings.kinds import PositiveInt, check_fields
 from flashsae.settings.left_open import open_names
 from flashsae.settings.reading import ActivationsConfig
+from flashsae.settings.sweep import HOOKPOINT, check_entry
 from flashsae.settings.toml import is_sealed, read_toml, sealed_toml
 from flashsae.settings.training import DEFAULT_ARCH, TrainConfig, check_own_names
 
 CONFIG_FILE = "config.toml"
 _LATER = (
     "arch", "d_in", "betas", "eps", "warmup", "warmup_start", "decay_fraction", "auxk", "auxk_alpha",
-    "normalize_activations", "init", "init_from",
+    "normalize_activations", "init", "init_from", "sae", "average_tokens", "extended",
 )  # fmt: skip
 """Settings that were added or opened later than version 0.1, which wrote no checksum."""
 _WORKED_OUT = ("model", "hookpoint", "context_length", *open_names(TrainConfig))
@@ -34,24 +36,58 @@ class RunConfig:
         train: the SAE and its training.
         logger: opt-in loggers beside metrics.jsonl: tensorboard, wandb.
         report: whether to end with snippets and report.html.
+        sae: of several SAEs, what each has in the place of the settings in `train` and of the hookpoint: tables of
+            settings by name, as `flashsae.settings.sweep.common` makes them. None: one SAE for each hookpoint.
+        at_once: SAEs that are trained side by side at most, the others after them. None: all.
     """
 
     activations: ActivationsConfig = field(default_factory=ActivationsConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     logger: tuple[str, ...] = ()
     report: bool = True
+    sae: tuple[Any, ...] = ()
+    at_once: PositiveInt | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
+        object.__setattr__(self, "sae", tuple(check_entry(n, each) for n, each in enumerate(self.sae, 1)))
+        self.members()  # which checks their settings
         check_own_names(
             architecture_of(self.train.arch), (f.name for part in (ActivationsConfig, RunConfig) for f in fields(part))
         )
 
     def to_toml(self) -> str:
         """Return the settings as TOML, one flat table; what is None is left out."""
-        return sealed_toml(
-            {**asdict(self.activations), **self.train.flat(), "logger": self.logger, "report": self.report}
-        )
+        several = {"at_once": self.at_once, **({"sae": self.sae} if self.sae else {})}
+        run = {"logger": self.logger, "report": self.report, **several}
+        return sealed_toml({**asdict(self.activations), **self.train.flat(), **run})
+
+    def members(self) -> list[RunConfig]:
+        """Return the settings of each SAE of several, as those of a run of its own; of one, or none named, these.
+
+        Raises:
+            ConfigError: settings of one do not fit each other, or two are the same.
+        """
+        if not self.sae:
+            return [replace(self, at_once=None)] if self.at_once else [self]
+        found: list[RunConfig] = []
+        for entry in self.sae:
+            hookpoint = {name: value for name, value in entry.items() if name == HOOKPOINT}
+            given = {name: value for name, value in entry.items() if name != HOOKPOINT}
+            found.append(
+                RunConfig(
+                    replace(self.activations, **hookpoint),
+                    settings_by_keyword(given, self.train),
+                    self.logger,
+                    self.report,
+                )
+            )
+            if found[-1] in found[:-1]:
+                raise ConfigError(
+                    f"sae: expected SAEs that differ, got number {len(found)} with the settings of number "
+                    f"{found.index(found[-1]) + 1}. Leave one of them out."
+                )
+        return found
 
     @classmethod
     def from_toml(cls, path: Path) -> RunConfig:

@@ -59,6 +59,8 @@ def is_sealed(path: Path) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return list(value)
+    if isinstance(value, tuple | list):
+        return [_plain(each) for each in value]
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items() if each is not None}
     return str(value) if isinstance(value, Path) else value

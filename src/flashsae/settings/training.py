@@ -139,6 +139,9 @@ class TrainConfig:
         d_in: Width that the activations must have. Default: as they come.
         d_out: Width that what is reconstructed must have. Default: as it comes.
         tokens: Tokens to train on, repeats counted.
+        extended: Tokens at which the training had ended before it was extended. From each on, the learning rate rises
+            again over warmup_steps and falls to 0 in the last decay_fraction of the steps up to the next end; with a
+            decay_fraction of 0 it stays. What an architecture has scheduled stays at its end. Default: none.
         batch_tokens: Tokens in a step; no more than tokens.
         precision: Of products on a GPU: float32 (certified: the latents chosen are those of float32 arithmetic), tf32,
             or bf16 (fastest: weights are kept in two halves of 16 bits, and no bit of them is lost).
@@ -161,6 +164,8 @@ class TrainConfig:
         warmup_start: Fraction of lr that the rise begins above, such as 0.1. Default: 0.
         decay_fraction: Last fraction of the steps, in which the learning rate falls linearly to 0. Where it overlaps
             the rise, the lower of both holds. Default: 0.2.
+        average_tokens: Average the weights over the steps on so many last tokens of the training, and give these to the
+            SAE that is saved; 0 keeps the last ones. Takes the memory of the weights once more. Default: 0.
         clip_norm: Largest global norm of the gradient. Default: no clipping.
         auxk: Formula of the auxiliary loss that revives dead latents: that of gao, or as sae_lens, dictionary_learning
             or sparsify have it. Default: gao.
@@ -184,6 +189,7 @@ class TrainConfig:
     d_in: LeftOpen[PositiveInt] = left_open()
     d_out: LeftOpen[PositiveInt] = left_open()
     tokens: PositiveInt = field(default=1_500_000, kw_only=True)
+    extended: tuple[PositiveInt, ...] = field(default=(), kw_only=True)
     batch_tokens: Annotated[PositiveInt, AtMost("tokens")] = field(default=1024, kw_only=True)
     precision: Precision = field(default="float32", kw_only=True)
     moments: Literal["float32", "bf16"] = field(default="float32", kw_only=True)
@@ -194,22 +200,25 @@ class TrainConfig:
     betas: LeftOpen[Annotated[tuple[Annotated[float, DECAY], ...], Length(2)]] = left_open(ADAM_BETAS)
     eps: LeftOpen[Annotated[float, ABOVE_ZERO]] = left_open(ADAM_EPS)
     warmup_steps: LeftOpen[Annotated[NonNegativeInt, AtMost("steps", "the steps of this training")]] = left_open(
-        lambda config: min(1000, config.steps // 20)
+        lambda config: min(1000, config.stage(0)[1] // 20)
     )
     warmup: LeftOpen[Literal["linear", "cosine"]] = left_open("linear")
     warmup_start: LeftOpen[Fraction] = left_open(0.0)
     decay_fraction: LeftOpen[Fraction] = left_open(0.2)
+    average_tokens: NonNegativeInt = field(default=0, kw_only=True)
     clip_norm: PositiveFloat | None = field(default=None, kw_only=True)
     auxk: LeftOpen[AuxK] = left_open("gao")
     auxk_alpha: LeftOpen[NonNegativeFloat] = left_open(lambda config: 1.0 if config.auxk == "sae_lens" else 1 / 32)
     k_aux: LeftOpen[Annotated[PositiveInt, AtMost("d_sae")]] = left_open(
         lambda config: min(1024, max(1, config.d_in // 2), config.d_sae)
     )
-    dead_after_tokens: LeftOpen[PositiveInt] = left_open(lambda config: min(10_000_000, max(1, config.tokens // 10)))
+    dead_after_tokens: LeftOpen[PositiveInt] = left_open(
+        lambda config: min(10_000_000, max(1, (*config.extended, config.tokens)[0] // 10))
+    )
     shuffle_tokens: PositiveInt = field(default=1 << 18, kw_only=True)
     seed: NonNegativeInt = field(default=0, kw_only=True)
     log_every_steps: PositiveInt = field(default=10, kw_only=True)
-    evaluate_every_steps: LeftOpen[PositiveInt] = left_open(lambda config: max(1, config.steps // 20))
+    evaluate_every_steps: LeftOpen[PositiveInt] = left_open(lambda config: max(1, config.stage(0)[1] // 20))
     checkpoint_every_steps: PositiveInt = field(default=250, kw_only=True)
     device: str = field(default="auto", kw_only=True)
 
@@ -228,6 +237,11 @@ class TrainConfig:
             if self.init == "data":
                 raise ConfigError(BOTH)
             object.__setattr__(self, "init_from", self.init_from.absolute())  # to be found from wherever it is resumed
+        if self._ends != sorted(set(self._ends)):
+            raise ConfigError(
+                f"extended: expected ends of trainings that ascend to tokens = {self.tokens}, at least a step apart, "
+                f"got {', '.join(map(str, self.extended))}."
+            )
         is_open = [getattr(self, str(term.weight), 0) is None for term in architecture.terms]
         weights = [there or term.weight_in(self.arch, self) for there, term in zip(is_open, architecture.terms)]
         if not any(weights):
@@ -237,6 +251,18 @@ class TrainConfig:
     def steps(self) -> int:
         """Steps of the whole training."""
         return -(-self.tokens // self.batch_tokens)
+
+    def stage(self, step: int) -> tuple[int, int]:
+        """Return the steps at which the part of a training begins and ends that a step, counted from 0, is in.
+
+        It is the whole training, unless that was extended.
+        """
+        number = next((n for n, end in enumerate(self._ends) if step < end), len(self._ends) - 1)
+        return self._ends[number - 1] if number else 0, self._ends[number]
+
+    @property
+    def _ends(self) -> list[int]:
+        return [-(-end // self.batch_tokens) for end in (*self.extended, self.tokens)]
 
     @property
     def described(self) -> str:

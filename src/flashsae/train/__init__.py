@@ -6,13 +6,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flashsae.train.config import TrainConfig
     from flashsae.train.fit import fit
+    from flashsae.train.fit_many import fit_many
+    from flashsae.train.load import load_checkpoint
     from flashsae.train.loop import train
     from flashsae.train.state import TrainState, init_state
     from flashsae.train.step import train_step
 
-__all__ = ["TrainConfig", "TrainState", "fit", "init_state", "train", "train_step"]
+__all__ = ["TrainConfig", "TrainState", "fit", "fit_many", "init_state", "load_checkpoint", "train", "train_step"]
 
-_HOMES = {"TrainConfig": "config", "TrainState": "state", "init_state": "state", "train": "loop", "train_step": "step"}
+_HOMES = {"TrainConfig": "config", "TrainState": "state", "init_state": "state", "load_checkpoint": "load"}
+_HOMES |= {"train": "loop", "train_step": "step"}
 
 
 def __getattr__(name: str) -> Any:

@@ -78,7 +78,12 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint) -> Path:
 def list_checkpoints(directory: Path) -> list[Path]:
     """Return the checkpoint folders of a run, oldest first."""
     found = [path for path in directory.glob("step-*") if path.is_dir() and path.name[5:].isdecimal()]
-    return sorted(found, key=lambda path: int(path.name[5:]))
+    return sorted(found, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """Return the step that the folder of a checkpoint is named after."""
+    return int(path.name[5:])
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -87,13 +92,13 @@ def load_checkpoint(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: it is damaged, foreign, renamed, or of another format version.
     """
-    older = [other.name for other in list_checkpoints(path.parent) if int(other.name[5:]) < int(path.name[5:])]
+    older = [other.name for other in list_checkpoints(path.parent) if step_of(other) < step_of(path)]
     back = f"from {older[-1]}" if older else "from the start"
     advice = f"Remove the folder {path.name} to go on {back}."
     content = load_json(path / _MANIFEST, advice)
     version = 4 if isinstance(content, dict) and content.get("format_version") == 4 else FORMAT_VERSION
     manifest = load_document(path / _MANIFEST, _Manifest, head=(FORMAT, version), must_be_sealed=True, advice=advice)
-    if manifest.step != int(path.name[5:]):
+    if manifest.step != step_of(path):
         raise CheckpointError(
             f"{path} holds the checkpoint of step {manifest.step}: it was renamed. Give it its name "
             f"step-{manifest.step:08d} back, or remove it."

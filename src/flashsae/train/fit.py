@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, overload
-from warnings import warn
 
 import numpy as np
 import torch
@@ -17,28 +15,22 @@ from torch import Tensor
 
 from flashsae.architecture import architecture_of
 from flashsae.backend import check_single_process, check_variables, resolve_device
-from flashsae.data.acts import Acts, X
-from flashsae.data.from_model import ModelActivations
-from flashsae.data.shuffle import buffer_size, shuffled
-from flashsae.data.sources import ArraySource, IterableSource, RowSource, Source
-from flashsae.errors import CheckpointError, ConfigError, FlashSAEWarning, StorageError
-from flashsae.files import discard, only_one, storage_errors
+from flashsae.data.acts import Acts
+from flashsae.data.shuffle import shuffled
+from flashsae.errors import ConfigError
 from flashsae.logs.callback import Callback, Warn
-from flashsae.logs.jsonl import LOG_FILE, JsonlLog
+from flashsae.logs.jsonl import JsonlLog
 from flashsae.logs.progress import ProgressBar, filling
 from flashsae.neutral import neutral
 from flashsae.sae.module import SAE
 from flashsae.settings.keywords import settings_by_keyword, signature_with_settings
 from flashsae.settings.kinds import check, expand
+from flashsae.train.arrays import buffered_tokens, default_tokens, make_folder, source_of, warn_caller, working_in
 from flashsae.train.config import TrainConfig
 from flashsae.train.init_from import settings_of_start
 from flashsae.train.loop import train
 from flashsae.train.plan import check_memory, make_plan
 from flashsae.train.state import init_state
-
-LEAST_TOKENS = 2_000_000
-"""About 2000 steps: fewer leave some directions unfound, however small the data."""
-
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -114,11 +106,11 @@ def fit(
     if resume and run is None:
         raise ConfigError("resume: expected run=FOLDER beside it, the folder to resume.")
     asked, saved = _asked(settings, config)
-    source = _source(x, architecture_of(asked.arch).sites)
+    source = source_of(x, architecture_of(asked.arch).sites)
     is_open = settings.get("tokens") is None and config is None
-    resolved = (replace(asked, tokens=_default_tokens(source)) if is_open else asked).resolve(source.widths)
+    resolved = (replace(asked, tokens=default_tokens(source)) if is_open else asked).resolve(source.widths)
     device = resolve_device(resolved.device)
-    buffered = _buffer_tokens(source, resolved)
+    buffered = buffered_tokens(source, resolved)
     row_bytes, model_bytes = (getattr(source, name, 0) for name in ("row_bytes", "model_bytes"))
     check_memory(make_plan(resolved, device, buffered * row_bytes, model_bytes), device)
     batches = shuffled(
@@ -129,15 +121,15 @@ def fit(
         tokens=resolved.tokens,
     )
     if folder is not None:
-        _make_folder(folder, resume=resume)
-    callbacks: list[Callback] = [Warn(_warn)] if folder is None else [Warn(_warn), JsonlLog(folder)]
+        make_folder(folder, resume=resume)
+    callbacks: list[Callback] = [Warn(warn_caller)] if folder is None else [Warn(warn_caller), JsonlLog(folder)]
     console = Console(stderr=True)
     if progress:
         told = _what_will_be_done(resolved, batches.epoch_tokens, buffered, device)
         console.print(told, highlight=False, soft_wrap=True)
         callbacks.append(ProgressBar(console))
     checkpoints = None if folder is None else folder / "checkpoints"
-    with nullcontext() if folder is None else _working_in(folder, may_discard=not resume):
+    with working_in(folder, may_discard=not resume):
         with filling(console) if progress else nullcontext() as on_fill:
             state = init_state(resolved, batches, device, checkpoints, on_fill, saved)
         sae = train(state, resolved, callbacks=callbacks, checkpoints=checkpoints, is_told_of_repeats=is_open)
@@ -161,51 +153,6 @@ def _asked(settings: dict[str, Any], config: TrainConfig | None) -> tuple[TrainC
     return settings_by_keyword(settings, config, beside=("config", "run", "resume", "progress")), saved
 
 
-def _source(x: Any, sites: Sequence[str]) -> Source:
-    """Return the activations as a source."""
-    if isinstance(x, ModelActivations):
-        x = x.source
-    if all(hasattr(x, name) for name in ("chunks", "widths", "name")):
-        return x  # type: ignore[no-any-return]
-    if isinstance(x, Tensor | np.ndarray | Mapping):
-        return ArraySource(x)
-    return IterableSource(x, sites=(X,) if len(sites) == 1 else sites)
-
-
-def _default_tokens(source: Source) -> int:
-    if not isinstance(source, RowSource):
-        raise ConfigError("tokens: expected a number, because the length of an iterable is not known. Give tokens=.")
-    return max(10 * len(source.split_rows("train")), LEAST_TOKENS)
-
-
-def _buffer_tokens(source: Source, settings: TrainConfig) -> int:
-    """Return how many tokens a shuffle buffer will hold; 0 where none is needed."""
-    if isinstance(source, RowSource):
-        return 0
-    return buffer_size(settings.shuffle_tokens, settings.batch_tokens, settings.tokens)
-
-
-def _make_folder(folder: Path, *, resume: bool) -> None:
-    if resume and not folder.exists():
-        raise CheckpointError(f"{folder} does not exist, so there is nothing to resume; leave out resume to start.")
-    if folder.exists() and not resume:
-        raise StorageError(f"{folder} exists already and is not overwritten; give resume=True or another folder.")
-    with storage_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-
-
-@contextmanager
-def _working_in(folder: Path, *, may_discard: bool) -> Iterator[None]:
-    """Hold the lock of a run; one that fails before its first checkpoint leaves no folder in the way of the next."""
-    with only_one(folder):
-        try:
-            yield
-        except Exception:  # who stops it by hand may go on
-            if may_discard:
-                discard(folder, {LOG_FILE})
-            raise
-
-
 def _what_will_be_done(config: TrainConfig, rows: int | None, buffered: int, device: torch.device) -> str:
     first = f" A shuffle buffer of {buffered:,} tokens is filled first." if buffered else ""
     often = f"each of the {rows:,} in x about {config.tokens / rows:,.3g} times" if rows else ""
@@ -214,11 +161,3 @@ def _what_will_be_done(config: TrainConfig, rows: int | None, buffered: int, dev
         f"{config.described}, {config.described_widths}, on {device}: {config.tokens:,} tokens{repeats} in "
         f"{config.steps:,} steps of {config.batch_tokens:,}.{first} tokens= changes how long it takes."
     )
-
-
-def _warn(message: str) -> None:
-    """Warn in the name of whoever called `fit`; between are frames of ours, and of the contexts around it."""
-    frame, level = sys._getframe(), 1
-    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("flashsae", "contextlib"):
-        frame, level = frame.f_back, level + 1
-    warn(message, FlashSAEWarning, stacklevel=level)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -18,6 +19,7 @@ from flashsae.train.config import TrainConfig
 MOST_REPEATS = 100
 """A run that trains more often on each token warns: it learns these tokens, and not what others like them are."""
 
+_KEPT = ("weights", "moments of Adam", "averaged weights", "shuffle buffer")
 _CUBLAS_BYTES = 32 << 20  # workspace of its products
 _PROCESS_BYTES = 700 << 20  # Python, torch, transformers and a small model, in the memory of the host
 
@@ -62,6 +64,7 @@ def make_plan(config: TrainConfig, device: torch.device, buffer_bytes: int = 0, 
     parts = {
         "weights": 4 * (matrices + biases),
         "moments of Adam": (4 if config.moments == "bf16" else 8) * matrices + 8 * biases,
+        **({"averaged weights": 4 * (matrices + biases)} if config.average_tokens else {}),
         "one step": _gpu_step(config) if device.type == "cuda" else _cpu_step(config),
     }
     if device.type == "cuda":
@@ -72,8 +75,43 @@ def make_plan(config: TrainConfig, device: torch.device, buffer_bytes: int = 0, 
         parts["shuffle buffer"] = buffer_bytes
     if model_bytes:
         parts["language model"] = model_bytes
-    kept = sum(parts.get(name, 0) for name in ("weights", "moments of Adam", "shuffle buffer"))
+    kept = sum(parts.get(name, 0) for name in _KEPT)
     return Plan(matrices + biases, config.steps, sum(parts.values()), parts, kept)
+
+
+def plan_together(plans: Sequence[Plan], device: torch.device, buffer_bytes: int = 0, model_bytes: int = 0) -> Plan:
+    """Work out the size of several trainings side by side: all SAEs and their moments are in memory.
+
+    Args:
+        plans: of each, without a buffer and a language model.
+        device: of all.
+        buffer_bytes: of the shuffle buffers.
+        model_bytes: of a language model that runs beside them.
+    """
+    parts = {name: sum(plan.parts.get(name, 0) for plan in plans) for name in _KEPT}
+    parts = {name: size for name, size in parts.items() if size}
+    steps = [plan.parts["one step"] for plan in plans]
+    parts["one step"] = sum(steps) if device.type == "cuda" else max(steps)  # a captured step keeps its memory
+    for name in ("batches on their way", "Python and libraries"):
+        if name in plans[0].parts:
+            parts[name] = max(plan.parts[name] for plan in plans)
+    parts |= {"shuffle buffer": buffer_bytes} if buffer_bytes else {}
+    parts |= {"language model": model_bytes} if model_bytes else {}
+    kept = sum(parts.get(name, 0) for name in _KEPT)
+    return Plan(sum(plan.parameters for plan in plans), plans[0].steps, sum(parts.values()), parts, kept)
+
+
+def at_once(plans: Sequence[Plan], device: torch.device) -> int | None:
+    """Return how many of several SAEs fit into memory side by side, in rounds of as many in their order; None if all.
+
+    At least 1: of one that does not fit, `check_memory` tells.
+    """
+    there_is = memory_bytes(device)
+    for count in range(len(plans), 1, -1):
+        rounds = [plan_together(plans[start : start + count], device) for start in range(0, len(plans), count)]
+        if there_is is None or max(each.peak_bytes for each in rounds) <= 0.9 * there_is:
+            return None if count == len(plans) else count
+    return 1 if len(plans) > 1 else None
 
 
 def check_memory(plan: Plan, device: torch.device) -> str:

@@ -56,7 +56,7 @@ def resample(state: TrainState, batch: Batch, config: TrainConfig) -> None:
     if not every:
         return
     until = -state.step % every
-    if state.step + until + every > config.steps:
+    if state.step + until + every > config.stage(state.step - 1)[1]:
         return
     x, target = join_sites(state.sae.architecture, batch)
     tokens = len(x)

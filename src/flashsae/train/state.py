@@ -27,8 +27,8 @@ from flashsae.sae.saved import unsaved_values
 from flashsae.sae.step import join_sites
 from flashsae.schema import Positive, parse
 from flashsae.settings.kinds import as_json
-from flashsae.settings.left_open import default_values
 from flashsae.settings.training import BOTH
+from flashsae.train.average import Average, average_of, averaged
 from flashsae.train.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
 from flashsae.train.config import TrainConfig
 from flashsae.train.graph import CapturedSteps
@@ -36,6 +36,7 @@ from flashsae.train.init_from import check_start, digest_of, load_start, start_f
 from flashsae.train.optimizer import build_optimizer, groups
 from flashsae.train.resample import Recent, recent_of, recent_tensors
 from flashsae.train.room import Room
+from flashsae.train.same_settings import check_settings
 from flashsae.train.sample import Sample, measure_sample
 from flashsae.train.scaling import Scaling
 
@@ -65,6 +66,8 @@ class TrainState:
     """For codes above a threshold, on a GPU; None where the host may wait for their size, or knows it."""
     recent: Recent = field(default_factory=list)
     """Tokens of the last steps, where dead latents are soon to be resampled from them."""
+    average: Average = field(default_factory=dict)
+    """Of the weights over the last steps, where they are averaged and it has begun."""
     _weights: Tensor | None = None
 
     @property
@@ -89,8 +92,11 @@ class TrainState:
         """
         sae, units = self.current_sae(), self.scaling.units
         sae.set_progress(Progress.end())
+        means = averaged(self)
         for row in sae.architecture.parameters:
-            if row.trained and self.optimizer.is_split(getattr(self.sae, row.name)):
+            if row.name in means:
+                setattr(sae, row.name, nn.Parameter(units.fold(row, means[row.name])))
+            elif row.trained and self.optimizer.is_split(getattr(self.sae, row.name)):
                 whole = self.optimizer.float32_weights(getattr(self.sae, row.name))
                 setattr(sae, row.name, nn.Parameter(units.fold(row, whole)))
         sae = recentered(sae, None) if sae.centres else sae
@@ -134,7 +140,7 @@ def init_state(
     found = [] if checkpoints is None else list_checkpoints(checkpoints)
     sae = SAE(SAEConfig(config.d_in, config.d_sae, arch=config.arch, d_out=config.d_out), seed=config.seed).to(device)
     sae.precision = config.precision
-    sae.set_progress(Progress(0, config.steps, config.seed))
+    sae.set_progress(progress_at(0, config))
     scaling, variance = Scaling.uniform(1.0, config.d_in, config.d_out), 1.0
     warnings: tuple[str, ...] = ()
     if not found:
@@ -151,6 +157,7 @@ def init_state(
         checkpoint = load_checkpoint(found[-1])
         check_settings(config, checkpoint)
         restore(state, checkpoint, knows_start=config.init_from is None)
+        state.average = average_of(sae, state.step, config, part_of(checkpoint, "average."))
     return state
 
 
@@ -168,6 +175,12 @@ def _begin(sae: SAE, config: TrainConfig, sample: Sample, batches: Batches, star
         tokens = {site: acts.to(sample.x.device) for site, acts in tokens.items()}
         rows_from_data(sae, *sample.scaling(*join_sites(sae.architecture, tokens)))
     sae.initialize_from(sample.x, sample.target)
+
+
+def progress_at(step: int, config: TrainConfig) -> Progress:
+    """Return how far a training is at a step; an extension is behind the end of all that was scheduled."""
+    begin, end = config.stage(step)
+    return Progress(step, step if begin else end, config.seed)
 
 
 def room_of(sae: SAE, device: torch.device) -> Room | None:
@@ -193,6 +206,7 @@ def to_checkpoint(state: TrainState, config: TrainConfig) -> Checkpoint:
     tensors["rng.torch"] = torch.get_rng_state()
     tensors |= {f"data.{name}": tensor for name, tensor in data.items()}
     tensors |= {f"recent.{name}": tensor for name, tensor in recent_tensors(state.recent).items()}
+    tensors |= {f"average.{name}": tensor for name, tensor in state.average.items()}
     return Checkpoint(
         state.step,
         {
@@ -206,10 +220,6 @@ def to_checkpoint(state: TrainState, config: TrainConfig) -> Checkpoint:
         },
         tensors,
     )
-
-
-FREE_TO_CHANGE = ("device", "log_every_steps", "evaluate_every_steps", "checkpoint_every_steps")
-"""Settings that decide no byte of the result."""
 
 
 @dataclass(frozen=True)
@@ -227,29 +237,6 @@ class _Saved:
     start: str | None = None
 
 
-def check_settings(config: TrainConfig, checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError if a checkpoint was written with other settings; names each with both values."""
-    saved = checkpoint.state.get("config")
-    saved = saved if isinstance(saved, dict) else {}
-    # what it says nothing of was written by a version that had no such setting
-    later = as_json({**default_values(config.arch), **default_values(config)})
-    differences = [
-        f"{name} was {saved.get(name, later.get(name))!r} and is {value!r} now"
-        for name, value in as_json(config.flat()).items()
-        if name not in FREE_TO_CHANGE and saved.get(name, later.get(name)) != value
-    ]
-    if differences:
-        raise CheckpointError(
-            f"the checkpoint of step {checkpoint.step} does not fit these settings: {'; '.join(differences)}. Resume "
-            "with the settings of the run, or start a new one."
-        )
-    if checkpoint.step > config.steps:
-        raise CheckpointError(
-            f"the checkpoint of step {checkpoint.step} is behind the end of this training, which has {config.steps} "
-            "steps. Remove it, or resume with the settings of the run."
-        )
-
-
 def restore(state: TrainState, checkpoint: Checkpoint, *, knows_start: bool = True) -> None:
     """Put a fresh state where the checkpoint was taken.
 
@@ -264,7 +251,7 @@ def restore(state: TrainState, checkpoint: Checkpoint, *, knows_start: bool = Tr
     saved = parse(_Saved, checkpoint.state, where, _ADVICE)
     if knows_start and state.start != saved.start:
         raise CheckpointError(f"{where} is of a training that went on from another SAE. {_ADVICE}")
-    state.batches.restore((saved.data, _part(checkpoint, "data.")))
+    state.batches.restore((saved.data, part_of(checkpoint, "data.")))
     newer = {row.name for row in state.sae.architecture.parameters if not row.saved}  # than some checkpoints
     for name, parameter in state.sae.state_dict().items():
         if name not in newer or f"sae.{name}" in checkpoint.tensors:
@@ -287,12 +274,13 @@ def restore(state: TrainState, checkpoint: Checkpoint, *, knows_start: bool = Tr
         state.scaling = Scaling.uniform(saved.scale or 1.0, config.d_in, config.d_out)
     else:
         state.scaling = saved.scaling
-    state.recent = recent_of(_part(checkpoint, "recent."), since.device)
+    state.recent = recent_of(part_of(checkpoint, "recent."), since.device)
     state.variance, state.start = saved.variance, saved.start
     state.step = checkpoint.step
 
 
-def _part(checkpoint: Checkpoint, prefix: str) -> dict[str, Tensor]:
+def part_of(checkpoint: Checkpoint, prefix: str) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint whose names begin so, by the rest of their names."""
     tensors = checkpoint.tensors.items()
     return {name.removeprefix(prefix): tensor for name, tensor in tensors if name.startswith(prefix)}
 

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from flashsae import distributed
-from flashsae.architecture import Progress
 from flashsae.backend import crossover
 from flashsae.data.acts import Batch
 from flashsae.optim import learning_rate
 from flashsae.sae.step import Step, join_sites
+from flashsae.train.average import average
 from flashsae.train.config import TrainConfig
 from flashsae.train.graph import Parts
 from flashsae.train.resample import resample
 from flashsae.train.room import Room, read_number
-from flashsae.train.state import TrainState
+from flashsae.train.state import TrainState, progress_at
 
 
 def train_step(state: TrainState, batch: Batch, config: TrainConfig) -> dict[str, Tensor]:
@@ -40,7 +40,7 @@ def train_step(state: TrainState, batch: Batch, config: TrainConfig) -> dict[str
     tokens = len(next(iter(batch.values())))
     capacity = state.dead.capacity(state.step, tokens) if needs_dead else 0
     state.optimizer.param_groups[0]["lr"].fill_(learning_rate(state.step, config))  # that of all groups
-    state.sae.set_progress(Progress(state.step, config.steps, config.seed))
+    state.sae.set_progress(progress_at(state.step, config))
 
     def parts(batch: Batch) -> Generator[Any, None, None]:
         return _parts_of_step(state, batch, config, capacity)
@@ -52,6 +52,7 @@ def train_step(state: TrainState, batch: Batch, config: TrainConfig) -> dict[str
         metrics = _with_room(state, state.room, parts, batch, kind)
     state.step += 1
     resample(state, batch, config)
+    average(state, config)
     return metrics
 
 
