@@ -197,7 +197,7 @@ def test_configs_and_names_make_the_settings_of_each() -> None:
         ({"k": 2}, r"^settings: expected a list with settings for each SAE, got a dict\."),
         (["k"], r"^settings: expected a dict of settings or a TrainConfig for each SAE, got str as number 0\."),
         ([{"k": 2}, {"k": 2}], r"^settings: expected SAEs that differ, got number 1 as number 0 is\."),
-        ([{"k": 2}, {"kk": 2}], r"^kk: topk has no such setting; .* Did you mean k\?"),
+        ([{"k": 2}, {"kk": 2}], r"^kk: topk, the arch of config, has no such setting\. Did you mean k\?"),
         ([{"tokens": 640}, {"tokens": 1280}], r"^tokens: expected one value, since the SAEs train side by side, got"),
         ([{"batch_tokens": 32}, {}], r"^batch_tokens: expected one value, .* got 32, 64\."),
         (

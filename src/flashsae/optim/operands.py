@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flashsae.errors import DtypeError
 from flashsae.ops.adam_rows import AdamRule
-from flashsae.ops.adam_rows.reference import split_halves
+from flashsae.ops.adam_rows.reference import merge_halves, split_halves
 from flashsae.ops.factored import FactoredGradient
 from flashsae.ops.factors import RowGradient
 
