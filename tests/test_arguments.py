@@ -20,10 +20,11 @@ from flashsae.errors import ConfigError
 from flashsae.settings import ActivationsConfig, ReadingConfig, RunConfig, TrainConfig
 from flashsae.settings.kinds import KeyValues, Length, PositiveInt, check, check_fields, declared_types, unwrap
 
-OF_RUN = {name: kind for name, kind in declared_types(RunConfig).items() if name not in ("activations", "train")}
+OF_RUN = {n: kind for n, kind in declared_types(RunConfig).items() if n not in ("activations", "train")}
 PARTS = {"activations": ActivationsConfig, "train": TrainConfig}
 TRAIN = declared_types(ActivationsConfig) | declared_types(TrainConfig) | declared_types(TopKSettings) | OF_RUN
 del TRAIN["arch"]  # a name, which decides what other settings there are
+del TRAIN["sae"], TRAIN["extended"]  # what only runs write
 CACHE = declared_types(ReadingConfig) | {
     name: kind
     for name, kind in get_type_hints(commands.cache, include_extras=True).items()
@@ -212,6 +213,7 @@ def test_every_command_in_help_and_documents_is_one(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     Path("my.toml").write_text("k = 64")
+    Path("sweep.toml").write_text("k = [16, 32]")
     monkeypatch.setattr(start, "saved_config", lambda run: RunConfig())
     monkeypatch.setattr(runs, "draw_report", lambda run, console: [])
     found = [command for document in DOCUMENTS for command in _commands(document.read_text("utf-8"))]

@@ -81,7 +81,7 @@ def train(
     Without arguments: an SAE on a small transformer that reads the documentation of Python, in a few minutes; on a
     slow CPU with fewer tokens, by a measurement of a second.
 
-    Most settings of the training and of the architecture may have several values, as in --k 16 32 64 or --arch
+    Most settings of the training and of the architecture may have several values, as in --lr 1e-4 3e-4 or --arch
     topk,batch_topk, and --hookpoint may name several: each combination makes an SAE. All train side by side on one
     reading of their activations, each to the bytes that it would have alone; comparison.html compares them.
 

@@ -113,7 +113,7 @@ def test_a_default_cache_goes_on_only_with_a_model_that_gives_the_same_bytes(tmp
 
 
 @pytest.mark.parametrize("stream", [None, True])
-def test_several_hookpoints_are_streamed_one_after_another_where_nothing_is_cached(
+def test_several_hookpoints_are_streamed_in_one_reading_where_nothing_is_cached(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: bool | None
 ) -> None:
     (tmp_path / "text.txt").write_text("\n\n".join(f"the cat {i} sat on the mat" for i in range(30)))
@@ -126,18 +126,20 @@ def test_several_hookpoints_are_streamed_one_after_another_where_nothing_is_cach
         return prepare_activations(asked, tokens=100, folder=tmp_path / "activations", device="cpu")
 
     both = prepare("encoder.layer.[01]", config)
-    assert "the model reads it 2 times, once for each SAE" in both.source
-    assert (both.row_bytes, both.cache_bytes) == (384 * 4, 0)
-    sources = both.compute(lambda rows: None).sources
+    assert both.source.endswith("streamed beside the training")
+    assert (both.row_bytes, both.cache_bytes) == (2 * 384 * 4, 0)
+    activations = both.compute(lambda rows: None)
+    sources = activations.sources
     assert list(sources) == ["encoder.layer.0", "encoder.layer.1"]
     for hookpoint, source in sources.items():
         alone = prepare(hookpoint, both.config)  # as its part of the run is resumed by itself
-        assert "times" not in alone.source
         chunk = next(source.chunks("train"))[0].acts
         expected = next(alone.compute(lambda rows: None).sources[hookpoint].chunks("train"))[0].acts
         assert list(chunk) == [hookpoint]
         assert identity_of(source) == identity_of(alone.compute(lambda rows: None).sources[hookpoint])
         assert torch.equal(chunk[hookpoint], expected[hookpoint])
+    joint = next(activations.of(list(sources)).chunks("train"))[0].acts
+    assert all(torch.equal(joint[name], next(source.chunks("train"))[0].acts[name]) for name, source in sources.items())
     assert not (tmp_path / "activations").exists()
 
 

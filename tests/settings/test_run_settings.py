@@ -42,7 +42,15 @@ def test_settings_without_their_checksum_are_read_if_none_is_missing(tmp_path: P
     for number, line in enumerate(lines):
         path.write_text("".join(lines[:number] + lines[number + 1 :]))
         name = line.split(" = ")[0]
-        if name in {*optional, *reading._ADDED_LATER, "cache_dtype", "forward_tokens", "model_dtype"}:
+        if name in {
+            *optional,
+            "average_tokens",
+            "extended",
+            *reading._ADDED_LATER,
+            "cache_dtype",
+            "forward_tokens",
+            "model_dtype",
+        }:
             RunConfig.from_toml(path)
         else:
             with pytest.raises(CheckpointError, match=r"lacks the setting|cannot read"):

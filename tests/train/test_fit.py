@@ -222,7 +222,7 @@ def test_data_that_comes_too_often_is_told_of(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_repeats_that_fit_chose_are_no_surprise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flashsae.train.arrays.LEAST_TOKENS", 1)
+    monkeypatch.setattr(sys.modules["flashsae.train.arrays"], "LEAST_TOKENS", 1)
     monkeypatch.setattr(plan, "MOST_REPEATS", 3)
     x = torch.cat([X, X.flip(0)])
     flashsae.fit(x, d_sae=16, k=3, progress=False)  # each ten times; a warning would be an error
