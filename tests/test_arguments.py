@@ -215,6 +215,7 @@ def test_every_command_in_help_and_documents_is_one(
     Path("my.toml").write_text("k = 64")
     Path("sweep.toml").write_text("k = [16, 32]")
     monkeypatch.setattr(start, "saved_config", lambda run: RunConfig())
+    monkeypatch.setattr(start, "extended", lambda config, run, tokens: config)
     monkeypatch.setattr(runs, "draw_report", lambda run, console: [])
     found = [command for document in DOCUMENTS for command in _commands(document.read_text("utf-8"))]
     for words in ((), ("train",), ("cache",), ("report",), ("doctor",), ("bench",), ("bench", "step")):

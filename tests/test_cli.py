@@ -242,7 +242,7 @@ def test_a_cache_of_several_hookpoints_trains_all_and_names_the_run(
     assert _main(*common, "--plan") == 0
     shown = capsys.readouterr().out
     assert "minilm at encoder.layer.0, encoder.layer.1, d_in 384" in shown
-    assert "2 SAEs, one after another, each: TopK" in shown
+    assert "encoder.layer.1: TopK, d_sae 64, k 4" in shown
     assert _main(*common) == 0
     assert {path.name for path in Path("runs/minilm-all").iterdir()} >= {"encoder.layer.0", "encoder.layer.1"}
     assert _main(*common, "--hookpoint", "bert.encoder.layer.1") == 0

@@ -56,7 +56,7 @@ Reading = Annotated[ReadingConfig, Parameter(name="*", group="Activations")]
         "flashsae train --plan",
         "flashsae train gpt2 my-text.jsonl --hookpoint h.6 --d-sae 16384",
         "flashsae train --activations acts --hookpoint h.6 --run runs/wider",
-        "flashsae train --arch topk batch_topk --k 16 32 64     six SAEs from one reading",
+        "flashsae train --arch topk batch_topk --lr 1e-3 3e-4   four SAEs from one reading",
         "flashsae train --sweep sweep.toml                      the same, and others, from a file",
         "flashsae train --resume runs/wider",
         "flashsae train --resume runs/wider --extend 1_000_000",

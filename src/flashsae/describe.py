@@ -17,8 +17,8 @@ from flashsae.data.cache_summary import CacheSummary, SiteSummary
 from flashsae.files import write_atomic
 from flashsae.metrics import OUTLIER_NORM_RATIO
 from flashsae.metrics.numbers import count, percent, real
-from flashsae.settings.kinds import expand
 from flashsae.planning import table
+from flashsae.settings.kinds import expand
 
 _SINK = 5.0
 """A position whose median norm is so many times that of all is pointed out."""
