@@ -474,6 +474,16 @@ def test_hookpoints_may_be_repeated(given: list[str], meant: str, arrived: Arriv
     assert arrived["hookpoint"] == meant
 
 
+def test_texts_may_be_repeated_or_a_list_in_a_file(arrived: Arrived, tmp_path: Path) -> None:
+    assert _main("train", "--dataset", "a@0.7", "--k", "3", "--dataset=b@0.3") == 0
+    assert arrived["dataset"] == "a@0.7, b@0.3"
+    assert _main("train", "gpt2", "a@0.7,b", "--hookpoint", "h.1") == 0
+    assert arrived["dataset"] == "a@0.7,b"
+    (tmp_path / "x.toml").write_text('dataset = ["a@0.7", "b@0.3"]')
+    assert _main("train", "--config", tmp_path / "x.toml") == 0
+    assert arrived["dataset"] == "a@0.7, b@0.3"
+
+
 def test_a_hookpoint_without_a_value_is_told_of(capsys: pytest.CaptureFixture[str]) -> None:
     assert _main("train", "--hookpoint", "h.1", "--hookpoint") == 2
     assert "--hookpoint" in capsys.readouterr().err

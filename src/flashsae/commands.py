@@ -301,7 +301,7 @@ def run(words: Sequence[str]) -> None:
         SystemExit: it is done, or was stopped.
     """
     app.config = ()
-    words = joined(words, "hookpoint")
+    words = joined(joined(words, "hookpoint"), "dataset")
     if "train" in words:
         first, *others = architectures_asked(words)
         words, lists = several_in(words, kinds_of([first.name, *(each.name for each in others)]))

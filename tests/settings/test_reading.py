@@ -5,16 +5,18 @@ from __future__ import annotations
 import ast
 import functools
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import flashsae
 from flashsae.data import language_model
 from flashsae.data.cache import ActivationCache
 from flashsae.data.cache_writer import changes
+from flashsae.data.existing import open_configured_text
 from flashsae.data.open import prepare_activations
 from flashsae.errors import ConfigError, DataError
 from flashsae.settings import reading
@@ -31,6 +33,7 @@ CHOSEN: dict[str, Any] = {
     "document_seed": 7,
     "pack": True,
     "overlap": 2,
+    "shuffle_whole": True,
 }
 
 
@@ -52,6 +55,9 @@ def test_defaults_are_those_that_are_documented() -> None:
         ({"exclude_ids": (3, -1)}, "exclude_ids: expected a list of whole numbers"),
         ({"exclude_ids": 3}, "exclude_ids: expected a list of whole numbers, got 3"),
         ({"shuffle_documents": False, "document_seed": 1}, "document_seed: expected nothing beside --no-shuffle"),
+        ({"shuffle_documents": False, "shuffle_whole": True}, "shuffle_whole: expected nothing beside --no-shuffle"),
+        ({"text_dtype": "float16"}, "text_dtype: expected one of uint16, uint32, int32, int64, got 'float16'"),
+        ({"dataset": ["a", 3]}, "dataset: expected a string, got"),
         ({"prepend_bos": "yes"}, "prepend_bos: expected true or false, got 'yes'"),
     ],
 )
@@ -84,6 +90,22 @@ def test_a_setting_that_was_added_later_is_told_only_where_it_changes_something(
     assert (changes({}, old), changes(old, {})) == ([], [])
     assert changes({}, new) == ["skip_first is 0 there and 3 here"]
     assert changes(new, {}) == ["skip_first is 3 there and 0 here"]
+
+
+def test_several_texts_may_be_a_list() -> None:
+    assert ReadingConfig(dataset=["a@0.7", "b"]) == ReadingConfig(dataset="a@0.7, b")  # type: ignore[arg-type]
+
+
+def test_the_settings_of_a_text_reach_it(tmp_path: Path) -> None:
+    np.arange(300, dtype=np.uint32).tofile(tmp_path / "x.bin")
+    config = ReadingConfig(dataset=str(tmp_path / "x.bin"), text_dtype="uint32", text_separator=7)
+    assert [len(content) // 4 for content in open_configured_text(config).documents()] == [7, 292]
+    (tmp_path / "x.jsonl").write_text('{"a": "b", "c": "d"}')
+    config = ReadingConfig(dataset=str(tmp_path / "x.jsonl"), text_column="a,c")
+    assert list(open_configured_text(config).documents()) == ["b\nd"]
+    for name, value in (("subset", "x"), ("revision", "x"), ("download", True), ("split", "test")):
+        with pytest.raises(ConfigError, match=f"^text_{name}: "):
+            open_configured_text(replace(config, **{f"text_{name}": value}))
 
 
 def test_ids_are_a_set() -> None:

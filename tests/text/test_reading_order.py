@@ -15,7 +15,7 @@ from flashsae.text.dataset import TextDataset
 from flashsae.text.open import open_text
 from flashsae.text.reading_order import ReadingOrder
 
-DOCUMENTS = [(i, "x" * (1 + i % 7)) for i in range(200) if i % 5]
+DOCUMENTS = [(i, i, "x" * (1 + i % 7)) for i in range(200) if i % 5]
 
 
 def read(seed: int | None, offset: int = 0, start: int = 0) -> list[int]:
@@ -24,11 +24,11 @@ def read(seed: int | None, offset: int = 0, start: int = 0) -> list[int]:
 
 
 def test_without_a_seed_documents_come_as_they_are() -> None:
-    assert read(None) == [number for number, _ in DOCUMENTS]
+    assert read(None) == [number for _, number, _ in DOCUMENTS]
 
 
 def test_a_seed_mixes_every_document_once() -> None:
-    assert sorted(read(0)) == [number for number, _ in DOCUMENTS]
+    assert sorted(read(0)) == [number for _, number, _ in DOCUMENTS]
     assert read(0) == read(0) != read(1)
     assert abs(torch.tensor(read(0)).diff()).double().median() > 30
 
@@ -38,14 +38,14 @@ def test_little_is_in_memory_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
 
     def watched() -> object:
-        for number, text in DOCUMENTS:
-            taken.append(number)
-            yield number, text
+        for placed in DOCUMENTS:
+            taken.append(placed[0])
+            yield placed
 
     first = next(ReadingOrder(10, 0).blocks(watched(), 0))  # type: ignore[arg-type]
     assert len(taken) < 25
     assert max(number for number, _ in first[0]) <= taken[-1]
-    assert sorted(read(0)) == [number for number, _ in DOCUMENTS]
+    assert sorted(read(0)) == [number for _, number, _ in DOCUMENTS]
 
 
 @pytest.mark.parametrize("seed", [None, 3])

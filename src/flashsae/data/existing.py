@@ -15,7 +15,7 @@ from flashsae.lm.hookpoints import OUTPUT, TEXT_PATHS, alternatives, in_order, m
 from flashsae.lm.options import LoadOptions
 from flashsae.lm.weights import model_fingerprint
 from flashsae.settings.left_open import given
-from flashsae.settings.reading import ActivationsConfig, ReadingConfig
+from flashsae.settings.reading import OF_TEXT, ActivationsConfig, ReadingConfig
 from flashsae.text.dataset import TextDataset
 from flashsae.text.open import open_text
 
@@ -30,7 +30,6 @@ BASE_MODEL_PREFIXES = frozenset(
 )
 """What models that read text are called in their parents, by the `base_model_prefix` of transformers; a cache does not
 say it of its own model."""
-_OF_TEXT = ("text_column", "text_split", "text_subset")
 
 
 def is_complete_cache(config: ActivationsConfig) -> bool:
@@ -141,7 +140,7 @@ def check_asked(config: ActivationsConfig, place: Path) -> ActivationsConfig:
 
 def _check_no_text(config: ReadingConfig, place: Path) -> None:
     """Raise ConfigError where settings of a text are given without a text."""
-    for name in _OF_TEXT:
+    for name in OF_TEXT:
         if getattr(config, name) is not None:
             raise ConfigError(
                 f"{name}: expected nothing beside --activations {place}, a cache whose text has been read. Leave it "
@@ -196,5 +195,5 @@ def rounding_warning(cache: ActivationCache) -> str | None:
 
 def open_configured_text(config: ReadingConfig) -> TextDataset:
     """Open the text that settings name."""
-    given: dict[str, Any] = {"split": config.text_split, "column": config.text_column, "subset": config.text_subset}
-    return open_text(config.dataset, **{name: value for name, value in given.items() if value is not None})
+    asked = {name.removeprefix("text_"): getattr(config, name) for name in OF_TEXT}
+    return open_text(config.dataset, **{name: value for name, value in asked.items() if value is not None})

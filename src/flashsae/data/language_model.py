@@ -41,6 +41,7 @@ from flashsae.settings.reading import ReadingConfig, check_held_out
 from flashsae.text.content import Block, Content
 from flashsae.text.dataset import TextDataset
 from flashsae.text.reading_order import Place, ReadingOrder
+from flashsae.text.whole import check_any_order, shuffled
 
 _BLOCK_CHARACTERS_PER_TOKEN = 32
 """A block holds about eight forwards: enough windows for batches of like length, little to lose in a kill."""
@@ -111,6 +112,8 @@ class LanguageModelSource:
         self.hookpoints = resolve_hookpoints(model, patterns, text_paths(model, config.side))
         self.name = self._name()
         self._check_context(model)
+        if config.shuffle_whole:
+            check_any_order(text)
         self._windows = Windows(self.tokenizer, config, vocabulary_size(model, config.side), self._is_held_out)
         self._model = HookedModel(model, self.hookpoints, config.side, place)
         self._forwards = self._forwards_of(self._model)
@@ -196,7 +199,7 @@ class LanguageModelSource:
         """
         block: Block = []
         room, end = _BLOCK_CHARACTERS_PER_TOKEN * self.config.forward_tokens, time.monotonic() + _TALLIED_SECONDS
-        for number, content in self._documents(None, 0):
+        for _, number, content in self._documents(None, 0):
             block.append((number, content))
             room -= len(content)
             if len(block) == _TALLIED_DOCUMENTS or room <= 0 or time.monotonic() > end:
@@ -253,7 +256,8 @@ class LanguageModelSource:
     def _batched_blocks(self, split: Split | None, start: Place) -> Iterator[tuple[list[TokenBatch], Place, Place]]:
         """Yield the batches of blocks with their places; a thread cuts the next one while the model reads."""
         characters = _BLOCK_CHARACTERS_PER_TOKEN * self.config.forward_tokens
-        order = ReadingOrder(characters, self.config.document_seed if self.config.shuffle_documents else None)
+        is_mixed = self.config.shuffle_documents and not self.config.shuffle_whole  # which has its order already
+        order = ReadingOrder(characters, self.config.document_seed if is_mixed else None)
         blocks = order.blocks(self._documents(split, start.document), start.offset)
 
         def cut() -> tuple[list[TokenBatch], Place, Place] | None:
@@ -274,11 +278,17 @@ class LanguageModelSource:
         is_apart = self._model.device.type == "cuda" and (os.cpu_count() or 1) > 2
         return WindowsApart(self._windows) if is_apart else nullcontext(self._windows)
 
-    def _documents(self, split: Split | None, start: int) -> Iterator[tuple[int, Content]]:
-        """Yield the (number, document)s of a split from `start` on."""
+    @cached_property
+    def _in_order(self) -> TextDataset:
+        """The text in the order in which it is read, but for what is mixed window by window."""
+        config = self.config
+        return shuffled(self.text, config.document_seed, config.max_documents) if config.shuffle_whole else self.text
+
+    def _documents(self, split: Split | None, start: int) -> Iterator[tuple[int, int, Content]]:
+        """Yield the (place, number, document)s of a split from the place `start` on."""
         limit = self.config.max_documents
-        for number, document in self.text.numbered(start):
-            if limit is not None and number >= limit:
+        for place, number, document in self._in_order.placed(start):
+            if limit is not None and place >= limit:
                 return
             if split is None or self._is_held_out(number) == (split == "held_out"):
-                yield number, document
+                yield place, number, document

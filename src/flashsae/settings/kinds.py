@@ -89,6 +89,18 @@ class KeyValues:
         return tuple(f"{name}={_word(value)}" for name, value in table.items())
 
 
+@dataclass(frozen=True)
+class Joined:
+    """A string that may be given as a list of strings: part of a field's annotation, as `Range` is.
+
+    Args:
+        between: what stands between them in the one string.
+    """
+
+    between: str
+
+
+JOINED = Joined(", ")
 POSITIVE = Range("a positive number", lambda value: 0 < value < math.inf)
 NOT_NEGATIVE = Range("a number that is not negative", lambda value: 0 <= value < math.inf)
 FRACTION = Range("a fraction from 0 to 1", lambda value: 0 <= value <= 1)
@@ -146,6 +158,9 @@ def check(name: str, value: Any, annotation: Any) -> Any:
         return value
     if isinstance(value, Mapping) and any(isinstance(limit, KeyValues) for limit in limits):
         value = KeyValues.of(value)
+    for joined in metadata_of(annotation, Joined):
+        if isinstance(value, (list, tuple)) and value and all(isinstance(each, str) for each in value):
+            value = joined.between.join(value)
     try:
         meant = _CHECKS.get(get_origin(kind) or kind, _instance)(value, kind)
     except ConfigError as error:

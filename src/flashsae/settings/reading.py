@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from flashsae.errors import ConfigError
 from flashsae.settings.kinds import (
+    JOINED,
     AtMost,
     KeyValues,
     LeftOpen,
@@ -29,14 +30,16 @@ DEFAULT_HOOKPOINTS = {
     0: "encoder.layer.{1,2,3}",
 }
 """Of minilm, by the number of sites of an SAE: one, what it reads and what it writes, or all that there are."""
+OF_TEXT = tuple(f"text_{n}" for n in ("column", "split", "subset", "revision", "download", "dtype", "separator"))
+"""Settings that say which text is meant, beside its name."""
 _TOLD_BESIDE = (
-    *("model", "dataset", "text_column", "text_split", "text_subset"),  # by fingerprints
+    *("model", "dataset", *OF_TEXT),  # by fingerprints
     *("revision", "subfolder", "adapter"),  # by the fingerprint of the model
     "device_map",  # where it is computed is not what
     *("hookpoint", "model_dtype", "cache_dtype", "cache_compression"),  # as what they are resolved to
 )
 _ADDED_LATER = (
-    *("bos_every", "pack", "overlap", "assistant_only", "cache_compression"),
+    *("shuffle_whole", "bos_every", "pack", "overlap", "assistant_only", "cache_compression"),
     *("model_kwargs", "quantize", "trust_remote_code", "side"),
 )
 """Settings that the first caches and runs were written without. At its default each is as if it were not there, so that
@@ -64,8 +67,10 @@ class ReadingConfig:
     Args:
         model: Model to read: a name on the Hugging Face hub, a folder, or minilm, which comes with
             the extra demo. Default: minilm.
-        dataset: Text to read: a name on the Hugging Face hub, a .txt, .jsonl or .parquet file, a folder of such, or
-            python-docs, which ships with Python. Default: python-docs.
+        dataset: Text to read: a name on the Hugging Face hub; a file, .txt .jsonl .json .csv .tsv .parquet .arrow, most
+            of them also .gz or .zst, or .npy or .bin of token ids; a folder of such; or python-docs, which ships
+            with Python. Several with their shares of the characters are a mixture: "code@0.7, books@0.3"; may be
+            repeated. One that ends begins again until each was read once. Default: python-docs.
         hookpoint: Module path in the model whose output is taken, such as layers.6 or h.3.mlp; h.3.mlp:in is its
             input. A * stands for anything but a dot, {1,3} for 1 and 3: an SAE for each match, or one crosscoder of
             all. May be repeated, or have commas between several. A transcoder takes what it reads and what it writes;
@@ -88,12 +93,21 @@ class ReadingConfig:
         assistant_only: Of chats, take only what the assistant says, where the chat template marks it. Default: no.
         shuffle_documents: Read documents in an order that document_seed decides, mixed over some millions of
             characters at a time; --no-shuffle-documents keeps that of the data set. Default: yes.
+        shuffle_whole: Mix them over the whole data set, of a mixture each by itself. Files of text are copied to a
+            temporary file for it; what can only be streamed is refused. Default: no.
         document_seed: Of the order of the documents. Default: 0.
         max_documents: Read only so many documents of the text, the first ones. Default: all.
-        text_column: Column of the data set that holds the text. Default: text.
+        text_column: Column of the data set that holds the text, token ids or messages; several of text, with commas
+            between, are joined by a newline; behind one of token ids may stand the one that tells which of them are
+            taken. Default: text, or the only one of input_ids, messages and conversations.
         text_split: Split of a hub data set, or of a folder whose files or folders are named after splits. Default:
             train; in a folder without such names, everything.
-        text_subset: Subset (configuration) of a hub data set. Default: the only one.
+        text_subset: Subset (configuration) of a hub data set, or of a clone of one. Default: the only one.
+        text_revision: Branch, tag or commit of a hub data set. Default: the newest.
+        text_download: Download a hub data set instead of streaming it. Default: no.
+        text_dtype: Of the token ids in a .bin that does not say it. Default: refuse such a file.
+        text_separator: The id that stands between documents in a .npy or .bin, mostly EOS. Default: none, which cuts
+            pieces of 8192 tokens.
         forward_tokens: Tokens in one forward of the model, padding included. Default: 8192, or context_length if
             that is more.
         model_dtype: Of the model: float32, bfloat16, float16, or auto, which is float32 on a CPU and bfloat16 on a GPU.
@@ -121,7 +135,7 @@ class ReadingConfig:
     """
 
     model: LeftOpen[str] = left_open(MINILM, kw_only=False)
-    dataset: LeftOpen[str] = left_open(PYTHON_DOCS, kw_only=False)
+    dataset: LeftOpen[Annotated[str, JOINED]] = left_open(PYTHON_DOCS, kw_only=False)
     hookpoint: LeftOpen[str] = left_open(DEFAULT_HOOKPOINTS[1])
     context_length: LeftOpen[Annotated[PositiveInt, AtMost("forward_tokens")]] = left_open(256)
     mask_special: LeftOpen[bool] = left_open(True)
@@ -134,11 +148,16 @@ class ReadingConfig:
     overlap: LeftOpen[NonNegativeInt] = left_open(0)
     assistant_only: LeftOpen[bool] = left_open(False)
     shuffle_documents: LeftOpen[bool] = left_open(True)
+    shuffle_whole: LeftOpen[bool] = left_open(False)
     document_seed: LeftOpen[NonNegativeInt] = left_open(0)
     max_documents: PositiveInt | None = field(default=None, kw_only=True)
     text_column: str | None = field(default=None, kw_only=True)
     text_split: str | None = field(default=None, kw_only=True)
     text_subset: str | None = field(default=None, kw_only=True)
+    text_revision: str | None = field(default=None, kw_only=True)
+    text_download: bool | None = field(default=None, kw_only=True)
+    text_dtype: Literal["uint16", "uint32", "int32", "int64"] | None = field(default=None, kw_only=True)
+    text_separator: NonNegativeInt | None = field(default=None, kw_only=True)
     forward_tokens: LeftOpen[PositiveInt] = left_open(lambda config: max(8192, config.context_length))
     model_dtype: LeftOpen[Literal["auto", "float32", "bfloat16", "float16"]] = left_open("auto")
     revision: str | None = field(default=None, kw_only=True)
@@ -174,6 +193,8 @@ class ReadingConfig:
             )
         if self.document_seed and self.shuffle_documents is False:
             raise ConfigError("document_seed: expected nothing beside --no-shuffle-documents, which needs no seed.")
+        if self.shuffle_whole and self.shuffle_documents is False:
+            raise ConfigError("shuffle_whole: expected nothing beside --no-shuffle-documents, which mixes nothing.")
 
     def filled(self: Config, sites: int = 1) -> Config:
         """Return the settings with what was left open at its default; None is left only where it means something.

@@ -61,22 +61,22 @@ def mixed(parts: Sequence[tuple[TextDataset, float]]) -> TextDataset:
 
 def _rows(texts: Sequence[TextDataset], weights: Sequence[float], start: int) -> Rows:
     readers = [text.rows(0) for text in texts]
+    ahead = [next(reader, None) for reader in readers]  # so that the end of a text is seen with its last document
     behind = [0.0] * len(texts)
-    ended: set[int] = set()
+    unread = set(range(len(texts)))
     place = 0
-    while True:
+    while unread:
         turn = behind.index(min(behind))
-        row = next(readers[turn], None)
-        if row is None:
-            ended.add(turn)
-            if len(ended) == len(texts):
-                return
-            readers[turn] = texts[turn].rows(0)
-            row = next(readers[turn], None)
-            if row is None:  # nothing is left of it, so it cannot hold its share
-                return
+        row = ahead[turn]
+        if row is None:  # nothing is left of it, so it cannot hold its share
+            return
         number, content = row
         behind[turn] += len(content) / weights[turn]
         if place >= start:
             yield number * len(texts) + turn, content
         place += 1
+        ahead[turn] = next(readers[turn], None)
+        if ahead[turn] is None:
+            unread.discard(turn)
+            readers[turn] = texts[turn].rows(0)
+            ahead[turn] = next(readers[turn], None)

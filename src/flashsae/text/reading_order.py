@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 
 from flashsae.fingerprint import text_digest
 from flashsae.text.content import Block, Content
 
+_Placed: TypeAlias = tuple[int, int, Content]
 _WINDOW_CHARACTERS = 1 << 24
 """Characters of documents that are mixed with each other, and that are in memory for it: some thousand web pages."""
 
@@ -19,7 +21,7 @@ class Place:
     """Where a block begins.
 
     Args:
-        document: number of the first document of its window, in the order of the data set.
+        document: place of the first document of its window, in the order of the data set.
         offset: documents of that window that come before the block in the order of reading.
     """
 
@@ -39,14 +41,14 @@ class ReadingOrder:
     block_characters: int
     seed: int | None = None
 
-    def blocks(self, documents: Iterable[tuple[int, Content]], offset: int) -> Iterator[tuple[Block, Place, Place]]:
+    def blocks(self, documents: Iterable[_Placed], offset: int) -> Iterator[tuple[Block, Place, Place]]:
         """Yield blocks, each with the place where it begins and that of the block behind it.
 
         Documents are cut into windows of consecutive ones. The order in a window is a function of the seed and of the
-        number of its first document alone, so reading can begin at any window.
+        place of its first document alone, so reading can begin at any window.
 
         Args:
-            documents: (number, document) with ascending numbers, from the beginning of a window on.
+            documents: (place, number, document) with ascending places, from the beginning of a window on.
             offset: documents of the first window to leave out.
         """
         size = self.block_characters if self.seed is None else max(self.block_characters, _WINDOW_CHARACTERS)
@@ -54,10 +56,10 @@ class ReadingOrder:
             first, behind = window[0][0], Place(window[-1][0] + 1, 0)
             for block in _cut(self._ordered(window)[offset:], self.block_characters):
                 begin, offset = Place(first, offset), offset + len(block)
-                yield block, begin, behind if offset == len(window) else Place(first, offset)
+                yield [each[1:] for each in block], begin, behind if offset == len(window) else Place(first, offset)
             offset = 0
 
-    def _ordered(self, window: Block) -> Block:
+    def _ordered(self, window: list[_Placed]) -> list[_Placed]:
         if self.seed is None:
             return window
         digits = text_digest([f"documents {self.seed} {window[0][0]}"])
@@ -68,13 +70,13 @@ class ReadingOrder:
         ]
 
 
-def _cut(documents: Iterable[tuple[int, Content]], characters: int) -> Iterator[Block]:
+def _cut(documents: Iterable[_Placed], characters: int) -> Iterator[list[_Placed]]:
     """Yield lists of consecutive documents of at least so many characters, and the rest."""
-    part: Block = []
+    part: list[_Placed] = []
     room = characters
-    for number, document in documents:
-        part.append((number, document))
-        room -= len(document)
+    for placed in documents:
+        part.append(placed)
+        room -= len(placed[2])
         if room <= 0:
             yield part
             part, room = [], characters
