@@ -480,7 +480,7 @@ def test_texts_may_be_repeated_or_a_list_in_a_file(arrived: Arrived, tmp_path: P
     assert _main("train", "gpt2", "a@0.7,b", "--hookpoint", "h.1") == 0
     assert arrived["dataset"] == "a@0.7,b"
     (tmp_path / "x.toml").write_text('dataset = ["a@0.7", "b@0.3"]')
-    assert _main("train", "--config", tmp_path / "x.toml") == 0
+    assert _main("train", "--config", str(tmp_path / "x.toml")) == 0
     assert arrived["dataset"] == "a@0.7, b@0.3"
 
 
