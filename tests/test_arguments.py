@@ -18,7 +18,17 @@ from flashsae.bench import step as bench_step
 from flashsae.cli import main
 from flashsae.errors import ConfigError
 from flashsae.settings import ActivationsConfig, ReadingConfig, RunConfig, TrainConfig
-from flashsae.settings.kinds import KeyValues, Length, PositiveInt, check, check_fields, declared_types, unwrap
+from flashsae.settings.kinds import (
+    Joined,
+    KeyValues,
+    Length,
+    PositiveInt,
+    check,
+    check_fields,
+    declared_types,
+    metadata_of,
+    unwrap,
+)
 
 OF_RUN = {n: kind for n, kind in declared_types(RunConfig).items() if n not in ("activations", "train")}
 PARTS = {"activations": ActivationsConfig, "train": TrainConfig}
@@ -74,7 +84,7 @@ def wrong(annotation: Any) -> Iterator[Any]:
         Path: lambda value: isinstance(value, str) and value != "",
     }
     fits = may_be.get(kind, lambda value: _may_be(value, annotation))
-    return (value for value in of_any if not fits(value))
+    return (value for value in of_any if not fits(value) and not (value == ["x"] and metadata_of(annotation, Joined)))
 
 
 def words(name: str, value: Any) -> list[str]:
