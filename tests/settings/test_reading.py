@@ -165,6 +165,14 @@ def test_a_cache_is_refused_where_documents_are_to_be_cut_otherwise(tmp_path: Pa
         prepare_activations(ActivationsConfig(activations=place), tokens=9, folder=tmp_path, device="cpu")
 
 
+def test_a_default_cache_of_packed_documents_has_a_name_for_each_held_out_fraction(tmp_path: Path) -> None:
+    def place(**settings: Any) -> Path:
+        return Path(prepared(tmp_path, **settings).config.activations)
+
+    assert place(held_out=0.1) == place(held_out=0.105)  # of as many rows
+    assert place(held_out=0.1, pack=True) != place(held_out=0.105, pack=True)
+
+
 def test_a_cache_that_tells_nothing_of_a_later_setting_has_its_default(tmp_path: Path) -> None:
     place = tmp_path / "acts"
     prepared(tmp_path, activations=place).compute(lambda rows: None)
