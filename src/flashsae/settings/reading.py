@@ -128,7 +128,7 @@ class ReadingConfig:
             decoder begins with its start token, which gives no row; the encoder reads its end token alone meanwhile.
             Default: encoder.
         cache_dtype: Of cached activations: bf16; float32 at twice the size, for activations whose mean is far
-            larger than their spread; or int8 at half the size, which rounds away some 5e-5 of their variance. Default:
+            larger than their spread; or int8 at half the size, which rounds away some 4e-5 of their variance. Default:
             bf16.
         cache_compression: Of cached activations: none, or zstd, which saves a third of bf16 and little of int8, and
             costs time whenever they are read. Default: none.
