@@ -128,6 +128,8 @@ def check_asked(config: ActivationsConfig, place: Path) -> ActivationsConfig:
         _check_no_text(config, place)
     if "model" in told:
         asked |= {"model": config.model, "model_fingerprint": _known_fingerprint(config, held["model_fingerprint"])}
+    else:
+        _check_no_loading(config, place)
     asked = {name: value for name, value in asked.items() if value is not None}
     differences = changes({name: held[name] for name in asked if name in held}, asked, ", {!r} was asked for")
     if differences:
@@ -145,6 +147,16 @@ def _check_no_text(config: ReadingConfig, place: Path) -> None:
             raise ConfigError(
                 f"{name}: expected nothing beside --activations {place}, a cache whose text has been read. Leave it "
                 "out."
+            )
+
+
+def _check_no_loading(config: ReadingConfig, place: Path) -> None:
+    """Raise ConfigError where settings that load a model are given without a model."""
+    for name in ("revision", "subfolder", "adapter", "device_map"):
+        if getattr(config, name) is not None:
+            raise ConfigError(
+                f"{name}: expected nothing beside --activations {place}, a cache whose model has read already. Leave "
+                "it out."
             )
 
 

@@ -28,7 +28,7 @@ from flashsae.data.sources import Source
 from flashsae.data.split import check_splits
 from flashsae.fingerprint import text_digest
 from flashsae.lm.hookpoints import patterns_in
-from flashsae.lm.options import LoadOptions
+from flashsae.lm.options import LoadOptions, quantized_sentence
 from flashsae.lm.tally import inputs_in_words
 from flashsae.lm.weights import model_fingerprint
 from flashsae.settings.reading import ActivationsConfig, ReadingConfig, defaults_of_later
@@ -206,7 +206,7 @@ def _cached(config: ActivationsConfig, place: Path, asked: Sequence[Asked]) -> P
     saes, of_each = _arranged(asked, list(ActivationCache.read_settings(place)["hookpoints"]))
     caches = {name: ActivationCache(place, names, config.held_out) for name, names in saes.items()}
     first = next(iter(caches.values()))
-    warnings = tuple(filter(None, map(rounding_warning, caches.values())))
+    warnings = (*_of_quantized(first.settings), *filter(None, map(rounding_warning, caches.values())))
     ready = Activations(
         dict(caches),
         partial(first.read_tokenizer, trust_remote_code=bool(config.trust_remote_code)),
@@ -230,7 +230,9 @@ def _streamed(config: ActivationsConfig, source: LanguageModelSource, asked: Seq
     """Return the activations of a model that reads the text beside the training, once for all SAEs."""
     saes, of_each = _arranged(asked, source.hookpoints)
     parts = {name: source.at(*hookpoints) for name, hookpoints in saes.items()}
-    ready = Activations(dict(parts), lambda: source.tokenizer, lambda hookpoints: source.at(*hookpoints))
+    ready = Activations(
+        dict(parts), lambda: source.tokenizer, lambda hookpoints: source.at(*hookpoints), source.warnings
+    )
     return Prepared(
         {name: part.widths for name, part in parts.items()},
         asked,
@@ -252,7 +254,8 @@ def _to_be_cached(
 
     def write_and_open(on_progress: Progress) -> Activations:
         write_cache(place, source, max_tokens=rows, **_storing(config), on_progress=on_progress)
-        return _cached(config, place, asked).compute(on_progress)
+        ready = _cached(config, place, asked).compute(on_progress)
+        return replace(ready, warnings=tuple(dict.fromkeys((*source.warnings, *ready.warnings))))
 
     told = f"{source.text.name}, to be cached in {place}: {rows:,} tokens at most"
     config = replace(config, activations=place.resolve())
@@ -287,7 +290,13 @@ def cache_activations(
     if on_inputs is not None:
         on_inputs(source.inputs_in_words())
     write_cache(place, source, max_tokens=max_tokens, **_storing(config), on_progress=on_progress)
-    return tuple(filter(None, (rounding_warning(ActivationCache(place, name)) for name in source.hookpoints)))
+    rounded = filter(None, (rounding_warning(ActivationCache(place, name)) for name in source.hookpoints))
+    return (*source.warnings, *rounded)
+
+
+def _of_quantized(held: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return a sentence where the activations of a cache are those of weights that were quantised to be loaded."""
+    return (quantized_sentence(held["model"], "bitsandbytes"),) if held.get("quantize") else ()
 
 
 def _storing(config: ReadingConfig) -> dict[str, Any]:

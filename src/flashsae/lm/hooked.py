@@ -65,8 +65,8 @@ class HookedModel:
             raise ConfigError(self._not_of_text(outside[0]))
         self._takes_ids = device_of(model, type(model).__name__)
         self.device = device or self._takes_ids
-        takes_cache = "use_cache" in inspect.signature(self._called.forward).parameters
-        self._options: dict[str, Any] = {"use_cache": False} if takes_cache else {}
+        taken = inspect.signature(self._called.forward).parameters
+        self._options: dict[str, Any] = {"use_cache": False} if "use_cache" in taken else {}
         self._length_first: set[str] = set()  # where it is [length, sequences, d]; of as many, nobody could tell later
 
     @property
@@ -116,8 +116,11 @@ class HookedModel:
             ConfigError: a module did not run, or gives or takes no tensor.
         """
         seen: dict[str, Tensor] = {}
+        begun: list[nn.Module] = []
 
         def keep(name: str, find: Callable[..., Tensor], *values: object) -> None:
+            if not begun:
+                return  # an encoder may share a module with the decoder that is read
             if name not in seen:
                 seen[name] = pick(name, self._by_sequence(name, find(name, *values), input_ids))
             if len(seen) == len(self.hookpoints):
@@ -126,7 +129,8 @@ class HookedModel:
         with as_it_is_used(self.model), torch.no_grad(), _no_cudnn_attention():
             there = (each.to(self._takes_ids, non_blocking=True) for each in (input_ids, attention_mask))
             inputs = self._inputs(*there)
-            hooks = [self._hook(name, keep) for name in self.hookpoints]
+            begins = self.reader.register_forward_pre_hook(lambda module, args: begun.append(module))
+            hooks = [begins, *(self._hook(name, keep) for name in self.hookpoints)]
             try:
                 self._called(**inputs, **self._options)
             except _AllSeen:
@@ -140,27 +144,21 @@ class HookedModel:
         """Return what a forward takes: a decoder has its start token before the text, and an encoder beside it."""
         if not self._is_decoder:
             return {"input_ids": ids, "attention_mask": attention}
-        from transformers.modeling_outputs import BaseModelOutput
-
-        start = ids.new_full((len(ids), 1), self._start_token)
+        start, end = (ids.new_full((len(ids), 1), token) for token in (self._start_token, self._end_token))
         return {
-            "encoder_outputs": BaseModelOutput(self._of_encoder.expand(len(ids), -1, -1)),
-            "attention_mask": attention.new_ones(len(ids), self._of_encoder.shape[1]),
+            "input_ids": end,
+            "attention_mask": torch.ones_like(end),
             "decoder_input_ids": torch.cat([start, ids], dim=1),
             "decoder_attention_mask": torch.cat([torch.ones_like(start), attention], dim=1),
         }
 
     @cached_property
-    def _of_encoder(self) -> Tensor:
-        """What the encoder gives of its end token alone, [1, 1, d]: the text that the decoder reads answers nothing."""
-        ids = torch.full((1, 1), self._token("eos", "pad"), dtype=torch.int64, device=self._takes_ids)
-        encoder = self.model.get_encoder()  # type: ignore[operator]
-        found: Tensor = encoder(input_ids=ids, attention_mask=torch.ones_like(ids))[0]
-        return found
-
-    @cached_property
     def _start_token(self) -> int:
         return self._token("decoder_start", "bos", "pad")
+
+    @cached_property
+    def _end_token(self) -> int:
+        return self._token("eos", "pad")
 
     def _token(self, *names: str) -> int:
         """Return the first of some tokens that a config names."""
