@@ -127,6 +127,23 @@ def test_updates_that_jump_must_change_the_error_as_dense_ones_do(build: Callabl
     assert "updates to change it" in check_step(frozen, x, expected, "bf16", change)
 
 
+def test_a_loss_that_may_rise_must_change_and_stay_near() -> None:
+    problem = make_problem(SHAPE, torch.float32, CPU)
+    expected, x, step = dense_squared_error(problem), problem.xs[0], dense_pytorch(problem)
+    first = float(step.run(x))
+
+    def told(last: float) -> str:
+        losses = iter([first] * 3 + [last])
+        told = replace(step, loss=lambda x: torch.tensor(next(losses), requires_grad=True))
+        return check_step(told, x, expected, "bf16", rise=0.1)
+
+    frozen = replace(step, update=lambda: None)
+    assert "expected less than" in check_step(frozen, x, expected, "bf16", rise=0.1)
+    assert told(1.05 * first) == ""
+    assert "expected less than" in told(1.15 * first)
+    assert "expected less than" in told(float("nan"))
+
+
 @pytest.mark.parametrize(("precision", "off"), [("bf16", 0.04), ("tf32", 0.005), ("float32", 0.0002)])
 def test_each_precision_has_its_tolerance(precision: str, off: float) -> None:
     problem = make_problem(SHAPE, torch.float32, CPU)

@@ -16,7 +16,7 @@ def test_a_line_holds_what_the_device_had_when_it_began(device: str) -> None:
     assert len(list(records.ready(wait=True))) == 1
     for step in range(3):
         if device == "cuda":
-            torch.cuda._sleep(100_000_000)
+            torch.cuda._sleep(1_000_000_000)  # half a second
         records.add({"step": step}, {"loss": value})
         value += 1
     if device == "cuda":
