@@ -108,6 +108,8 @@ def train(
         asked = Asked(vars(training) if training else {}, _given(), lists or {}, sweep)
         config = asked.config(RunConfig(activations, TrainConfig(), logger, report, (), at_once))
     else:
+        if lists:
+            raise ConfigError(f"resume: expected no other setting beside it, got {next(iter(lists))}.")
         config = start.saved_config(resume)
         config = config if extend is None else start.extended(config, resume, extend)
     start.check(config)

@@ -185,6 +185,8 @@ def read_description(folder: Path) -> Description:
     if not folder.exists():
         with suppress(StorageError):
             files.settle(folder)  # a kill may have caught it while it was replaced
+    if not path.exists() and (folder / "manifest.json").exists():
+        raise CheckpointError(f"{folder} is a checkpoint of a training: flashsae.load_checkpoint reads it as an SAE.")
     if not path.exists():
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) if folder.is_dir() else "no such folder"
         raise CheckpointError(
