@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -14,20 +13,10 @@ from flashsae.data.sources import StreamSource
 from flashsae.data.split import Split
 from flashsae.errors import ConfigError, DtypeError
 from flashsae.settings.kinds import declared_types
-from flashsae.settings.reading import ReadingConfig
-from flashsae.text.dataset import TextDataset
+from flashsae.settings.reading import OF_TEXT, ReadingConfig
 from flashsae.text.open import open_text
 
-_TAKEN = (
-    "model",
-    "dataset",
-    "hookpoint",
-    "text_column",
-    "text_split",
-    "text_subset",
-    "cache_dtype",
-    "cache_compression",
-)
+_TAKEN = ("model", "dataset", "hookpoint", "cache_dtype", "cache_compression")
 """Settings of reading that have an argument of their own, or mean nothing here."""
 READING = frozenset(declared_types(ReadingConfig)) - {*_TAKEN}
 """The names of settings that may stand beside a model and its texts."""
@@ -57,7 +46,7 @@ class ModelActivations:
 def activations(
     model: nn.Module | str,
     tokenizer: Any,
-    texts: str | Path | Sequence[str] | TextDataset,
+    texts: Any,
     *,
     hookpoint: str | Sequence[str],
     held_out: float = 0.0,
@@ -72,10 +61,11 @@ def activations(
         model: a Hugging Face model, with or without its head, on the device where it is to run; or a name, as for
             `flashsae train`.
         tokenizer: of the model; None beside a name.
-        texts: a list of strings, a file, a folder, a name on the hub, or what `flashsae.data.open_text` returned.
+        texts: a list of strings, a file, a folder, a name on the hub, a data set, a function that returns an iterator,
+            or whatever else `flashsae.data.open_text` takes; or what it returned.
         hookpoint: module paths or patterns such as ``"h.*"``; each is a site.
         held_out: fraction of the texts that iterating and training leave out; they are in `.held_out`.
-        settings: of reading, by name: context_length, skip_first, prepend_bos, ... (`flashsae.data.ReadingConfig`).
+        settings: of reading, by name: context_length, text_column, prepend_bos, ... (`flashsae.data.ReadingConfig`).
     Raises:
         ConfigError: no such setting or hookpoint, or a context that the model cannot read.
         DataError: there is no text.
@@ -88,9 +78,10 @@ def activations(
         raise DtypeError(f"model: expected a module or a name, got {type(model).__name__}.")
     if isinstance(model, nn.Module) and tokenizer is None:
         raise ConfigError("tokenizer: expected that of the model, got None. Load it: AutoTokenizer.from_pretrained.")
+    of_text = {name.removeprefix("text_"): settings.pop(name) for name in OF_TEXT if name in settings}
     names = [hookpoint] if isinstance(hookpoint, str) else list(hookpoint)
     name = model if isinstance(model, str) else getattr(model, "name_or_path", "") or type(model).__name__
     config = ReadingConfig(name, hookpoint=", ".join(names), **settings)
-    text = texts if isinstance(texts, TextDataset) else open_text(texts)
+    text = open_text(texts, **of_text)
     loaded = None if isinstance(model, str) else (model, tokenizer)
     return ModelActivations(LanguageModelSource(config, text, held_out=held_out, loaded=loaded))

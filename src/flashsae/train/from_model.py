@@ -11,7 +11,6 @@ from torch import nn
 from flashsae.data.from_model import READING, activations
 from flashsae.neutral import neutral
 from flashsae.sae.module import SAE
-from flashsae.text.dataset import TextDataset
 from flashsae.train.config import TrainConfig
 from flashsae.train.fit import fit
 
@@ -20,7 +19,7 @@ from flashsae.train.fit import fit
 def train(
     model: nn.Module | str,
     tokenizer: Any,
-    texts: str | Path | Sequence[str] | TextDataset,
+    texts: Any,
     *,
     hookpoint: str | Sequence[str],
     tokens: int,
