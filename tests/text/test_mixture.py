@@ -137,3 +137,10 @@ def test_settings_hold_for_the_parts_that_have_such_a_thing(folder: Path) -> Non
 def test_what_is_no_mixture_is_told(folder: Path, dataset: str, error: Any, message: str) -> None:
     with pytest.raises(error, match=message):
         open_text(dataset)
+
+
+def test_chats_in_any_part_are_chats() -> None:
+    text, chats = open_text(["the cat"] * 3), open_text([[{"role": "user", "content": "the cat"}]] * 3)
+    assert [part.holds_chats for part in (text, chats)] == [False, True]
+    assert mixed([(text, 0.9), (chats, 0.1)]).holds_chats
+    assert not mixed([(text, 0.9), (open_text([[1, 2]]), 0.1)]).holds_chats

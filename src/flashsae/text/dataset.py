@@ -56,7 +56,7 @@ class TextDataset:
 
     @property
     def holds_chats(self) -> bool:
-        """Whether it is chats, by the first document."""
+        """Whether there are chats in it, by the first document."""
         return isinstance(self.first, Chat)
 
     def placed(self, start: int = 0) -> Iterator[tuple[int, int, Content]]:

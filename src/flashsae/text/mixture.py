@@ -22,6 +22,11 @@ class Mixture(TextDataset):
     parts: tuple[TextDataset, ...] = ()
     weights: tuple[float, ...] = ()
 
+    @property
+    def holds_chats(self) -> bool:
+        """Whether any part is chats."""
+        return any(part.holds_chats for part in self.parts)
+
 
 def mixed(parts: Sequence[tuple[TextDataset, float]]) -> TextDataset:
     """Return texts as one, each with its share of the characters (of tokens: four a token).
