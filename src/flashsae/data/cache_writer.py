@@ -185,9 +185,11 @@ def _begin(directory: Path, settings: dict[str, Any]) -> CacheIndex:
         index, differences = CacheIndex.begun(settings), []
         index.write(directory)
     if differences:
+        is_text = any(each.startswith(("dataset", "the text")) for each in differences)
+        merging = " Documents that were added to a text are cached by themselves and merged: cache --merge." * is_text
         raise DataError(
             f"the activation cache {directory} was written with other settings: {'; '.join(differences)}. Use the same "
-            "settings, choose another folder, or remove that one."
+            f"settings, choose another folder, or remove that one.{merging}"
         )
     if index.complete:  # perhaps on a disk that cannot be written to
         return index

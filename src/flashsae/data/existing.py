@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flashsae.data.cache import ActivationCache
+from flashsae.data.cache import VERIFIED_BYTES, ActivationCache
 from flashsae.data.cache_index import INDEX_FILE, CacheIndex, has_index
 from flashsae.data.cache_writer import DTYPE_NAMES, changes, extends
+from flashsae.data.row_shuffle import WINDOW_ROWS
 from flashsae.errors import CheckpointError, ConfigError, DataError, MissingExtraError
 from flashsae.lm.hookpoints import OUTPUT, TEXT_PATHS, alternatives, in_order, match_hookpoints
 from flashsae.lm.options import LoadOptions
@@ -186,6 +187,20 @@ def held_hookpoints(pattern: str, held: Sequence[str]) -> list[str]:
         matches = next(filter(None, (match_hookpoints(way, held) for way in ways)), [])
         found += matches or [choice.removesuffix(OUTPUT)]
     return in_order(dict.fromkeys(found))
+
+
+def stored_in_words(caches: Sequence[ActivationCache]) -> str:
+    """Say how the activations of a cache are stored, for several SAEs, and what that means for whoever reads them."""
+    first = caches[0]
+    told, lost = first.stored_as, max(cache.rounded_away for cache in caches)
+    if first.settings["dtype"] != "float32" and lost:
+        told += f", which rounds away {lost:.1g} of the variance"
+    if first.is_compressed:
+        held = min(first.n_rows, WINDOW_ROWS) * max(sum(cache.widths.values()) for cache in caches)
+        told += f"; up to {held * first.dtype.itemsize / 1e9:.2f} GB of it are held decompressed in memory"
+    if sum(cache.stored_bytes for cache in caches) > len(caches) * VERIFIED_BYTES:
+        told += "; too large to be verified at each run: flashsae cache --verify"
+    return told
 
 
 def rounding_warning(cache: ActivationCache) -> str | None:

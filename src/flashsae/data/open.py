@@ -11,7 +11,7 @@ from typing import Any
 
 from flashsae.data.acts import X
 from flashsae.data.arrangement import arrange, spread
-from flashsae.data.cache import VERIFIED_BYTES, ActivationCache
+from flashsae.data.cache import ActivationCache
 from flashsae.data.cache_index import FORMAT_VERSION
 from flashsae.data.cache_writer import SHARD_ROWS, cache_bytes, cache_settings, write_cache
 from flashsae.data.existing import (
@@ -22,6 +22,7 @@ from flashsae.data.existing import (
     moved_place,
     open_configured_text,
     rounding_warning,
+    stored_in_words,
 )
 from flashsae.data.language_model import LanguageModelSource, dtype_of_model
 from flashsae.data.sources import Source
@@ -215,12 +216,7 @@ def _cached(config: ActivationsConfig, place: Path, asked: Sequence[Asked]) -> P
     )
     widths = {name: cache.widths for name, cache in caches.items()}
     size = sum(cache.stored_bytes for cache in caches.values())
-    told = f"{first.dataset}: {first.n_rows:,} tokens, cached in {place} as {first.stored_as}"
-    lost = max(cache.rounded_away for cache in caches.values())
-    if first.settings["dtype"] != "float32" and lost:
-        told += f", which rounds away {lost:.1g} of the variance"
-    if size > len(caches) * VERIFIED_BYTES:
-        told += "; too large to be verified at each run: flashsae cache --verify"
+    told = f"{first.dataset}: {first.n_rows:,} tokens, cached in {place} as {stored_in_words(list(caches.values()))}"
     config = replace(config, activations=place.resolve())
     words = inputs_in_words(first.settings)
     return Prepared(widths, asked, of_each, config, told, lambda: words, lambda _: ready, cache_bytes=size, ready=ready)

@@ -14,6 +14,9 @@ from flashsae.data.sources import RowSource, announce, identity_of
 from flashsae.errors import CheckpointError, DataError
 from flashsae.schema import Count, parse
 
+WINDOW_ROWS = 1 << 18
+"""Rows that are permuted together, unless another number is asked for."""
+
 
 @dataclass(frozen=True)
 class _RowPlace:
@@ -39,7 +42,7 @@ class RowShuffle:
     """
 
     def __init__(
-        self, source: RowSource, batch_tokens: int, *, seed: int, window_rows: int = 1 << 18, block_rows: int = 64
+        self, source: RowSource, batch_tokens: int, *, seed: int, window_rows: int = WINDOW_ROWS, block_rows: int = 64
     ) -> None:
         self._source = source
         self._identity = identity_of(source)  # now: it may take a while, or fail
@@ -74,7 +77,7 @@ class RowShuffle:
             len(places), generator=generator_of(self._seed, self._epoch, self._window), dtype=torch.int64, device="cpu"
         )
         rows = self._rows[places[mixed]]
-        announce(self._source, rows)
+        announce(self._source, rows, self)
         return rows
 
     def _advance(self) -> None:

@@ -113,11 +113,11 @@ def identity_of(source: Source) -> dict[str, Any]:
     return dict(getattr(source, "identity", {}))
 
 
-def announce(source: RowSource, index: Tensor) -> None:
-    """Tell a source which rows will be asked for next, if it wants to know: it may have a method `expect`."""
+def announce(source: RowSource, index: Tensor, reader: object) -> None:
+    """Tell a source which rows a reader will ask for next, if it wants to know: it may have a method `expect`."""
     expect = getattr(source, "expect", None)
     if expect is not None:
-        expect(index)
+        expect(index, reader)
 
 
 class ArraySource:

@@ -108,9 +108,12 @@ class StoredRows:
         rows: how many there are.
     Raises:
         CheckpointError: the file is missing, is truncated, or holds what cannot be a shard.
+        MissingExtraError: it is compressed and zstandard is not installed.
     """
 
     def __init__(self, path: Path, layout: Layout, rows: int) -> None:
+        if layout.compression == "zstd":
+            require("zstandard", "hf")  # now, not at the first batch
         self.file = file = MappedTensors(path, layout.expected(rows))
         self._layout, self._rows = layout, rows
         tensors = file.tensors
