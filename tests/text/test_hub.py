@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
+import datasets
 import pytest
 
-from flashsae.errors import DataError
+from flashsae.errors import ConfigError, DataError
 from flashsae.text import hub as hub_module
+from flashsae.text.content import Tokens
 from flashsae.text.open import open_text
+from flashsae.text.whole import shuffled
 
 
 class FakeHub:
@@ -68,3 +72,61 @@ def test_the_revision_of_a_hub_data_set_is_part_of_its_fingerprint(hub: FakeHub)
     first, again, other = (open_text("owner/data").fingerprint for _ in range(3))
     assert first == again
     assert len({unknown, first, other}) == 3
+
+
+def table_hub(monkeypatch: pytest.MonkeyPatch, rows: Any, **names: Any) -> list[dict[str, Any]]:
+    """Put a data set in place of the hub; return how it is asked for."""
+    asked: list[dict[str, Any]] = []
+
+    def load(name: str, subset: str | None, **settings: Any) -> Any:
+        asked.append(settings)
+        return rows.to_iterable_dataset() if settings["streaming"] else rows
+
+    monkeypatch.setattr(hub_module, "require", lambda name, extra: SimpleNamespace(load_dataset=load, **names))
+    return asked
+
+
+def test_a_data_set_is_downloaded_if_asked_for_and_then_read_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = table_hub(monkeypatch, datasets.Dataset.from_dict({"text": ["a", "b", "c"]}))
+    streamed, loaded = open_text("owner/data"), open_text("owner/data", download=True)
+    assert [each["streaming"] for each in asked] == [True, False]
+    assert list(streamed.numbered(1)) == list(loaded.numbered(1)) == [(1, "b"), (2, "c")]
+    assert streamed.name == loaded.name
+    assert streamed.fingerprint == loaded.fingerprint
+    assert sorted(map(str, shuffled(loaded, 0).documents())) == ["a", "b", "c"]
+    with pytest.raises(ConfigError, match=r"shuffle_whole: .* --text-download"):
+        shuffled(streamed, 0)
+
+
+def test_a_revision_is_asked_for_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = table_hub(monkeypatch, datasets.Dataset.from_dict({"text": ["a"]}))
+    plain, old = open_text("owner/data"), open_text("owner/data", revision="v1")
+    assert [each.get("revision") for each in asked] == [None, "v1"]
+    assert old.name == "owner/data (split 'train', column 'text', revision 'v1')"
+    assert old.fingerprint != plain.fingerprint
+
+
+def test_columns_of_the_hub_are_found(monkeypatch: pytest.MonkeyPatch, hub: FakeHub) -> None:
+    hub.rows = [{"input_ids": [1, 2], "id": 3}]
+    text = open_text("owner/data")
+    assert text.name == "owner/data (split 'train', column 'input_ids')"
+    assert list(text.documents()) == [Tokens([1, 2])]
+    hub.rows = [{"a": "x", "b": "y"}]
+    assert list(open_text("owner/data", column="a,b").documents()) == ["x\ny"]
+    hub.rows = []
+    with pytest.raises(DataError, match="is empty"):
+        open_text("owner/data")
+
+
+@pytest.mark.parametrize(("version", "told"), [("3.6.0", {"trust_remote_code": False}), ("5.2.0", {})])
+def test_code_of_a_data_set_never_runs(monkeypatch: pytest.MonkeyPatch, version: str, told: dict[str, bool]) -> None:
+    """Only datasets 3 could run such code, and asks the keyboard for leave; later versions have no such argument."""
+    asked = table_hub(monkeypatch, datasets.Dataset.from_dict({"text": ["a"]}), __version__=version)
+    open_text("owner/data")
+    assert {name: value for name, value in asked[0].items() if name == "trust_remote_code"} == told
+
+
+@pytest.mark.parametrize(("name", "value"), [("dtype", "uint16"), ("separator", 0)])
+def test_settings_of_token_files_mean_nothing_there(hub: FakeHub, name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"text_{name}: expected nothing beside a data set of the hub"):
+        open_text("owner/data", **{name: value})

@@ -10,6 +10,7 @@ import numpy as np
 import pandas
 import pyarrow
 import pytest
+import torch
 
 from flashsae.errors import ConfigError, DataError
 from flashsae.text.content import Chat, Tokens
@@ -107,6 +108,9 @@ def test_an_endless_generator_is_read_as_far_as_it_is_used() -> None:
         ([[1, 2], [3]], None, [Tokens([1, 2]), Tokens([3])]),
         (np.array([[1, 2], [3, 4]]), None, [Tokens([1, 2]), Tokens([3, 4])]),
         ([np.array([1, 2], np.uint16)], None, [Tokens([1, 2])]),
+        ([torch.tensor([1, 2]), torch.tensor([3])], None, [Tokens([1, 2]), Tokens([3])]),
+        (torch.tensor([[1, 2], [3, 4]]), None, [Tokens([1, 2]), Tokens([3, 4])]),
+        (datasets.Dataset.from_dict({"input_ids": [[1, 2]]}).with_format("torch"), None, [Tokens([1, 2])]),
         ([Tokens([1], [True]), "text", Chat(CHAT)], None, [Tokens([1], [True]), "text", Chat(CHAT)]),
         ([CHAT], None, [Chat(CHAT)]),
         ([{"input_ids": [1, 0], "attention_mask": [1, 0]}], None, [Tokens([1])]),

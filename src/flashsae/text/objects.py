@@ -204,6 +204,8 @@ def _content(text: Any, place: int, columns: Columns | None) -> Content:
     """Return the document that an entry of a list is, or what an iterator gives."""
     if isinstance(text, str | Tokens | Chat):
         return text
+    if not isinstance(text, np.ndarray) and hasattr(text, "tolist"):  # a tensor
+        text = text.tolist()
     try:
         if columns is not None:
             return columns.content(text, f"text: index {place}")

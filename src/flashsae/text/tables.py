@@ -18,7 +18,7 @@ from flashsae.text.plain import Documents
 from flashsae.text.streams import encoding_of, first_line, is_compressed, kind_of, open_bytes, unreadable, wrong_byte
 
 _BATCH_ROWS = 1024
-_CSV_BLOCK = 1 << 25
+_CSV_BLOCK = 1 << 24
 """Bytes; what the longest row of a table of text may have."""
 _ARROW_FILE = b"ARROW1"
 _STREAM_BEGINS = 8
