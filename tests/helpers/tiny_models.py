@@ -135,7 +135,7 @@ def source(
     bos: bool = False,
     held_out: float = 0.2,
 ) -> LanguageModelSource:
-    loaded = (model or gpt2(), word_tokenizer(bos=bos))
+    loaded = (gpt2() if model is None else model, word_tokenizer(bos=bos))
     return LanguageModelSource(config, text, hookpoints=hookpoints, held_out=held_out, loaded=loaded)
 
 

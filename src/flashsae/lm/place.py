@@ -66,6 +66,15 @@ def read_config(name: str, options: LoadOptions) -> Any:
     return config
 
 
+def commit_of(place: str, options: LoadOptions) -> str | None:
+    """Return the commit of the hub that a revision stands for; None where that cannot be told."""
+    from transformers.utils.hub import cached_file, extract_commit_hash
+
+    told = {name: value for name, value in options.of_place.items() if name != "trust_remote_code"}
+    found: str | None = extract_commit_hash(cached_file(place, "config.json", **told), None)
+    return found
+
+
 def _check_place(name: str, place: Path, options: LoadOptions) -> None:
     """Raise ConfigError where a folder is named that is not there, or a revision that a folder does not have."""
     if not place.is_dir():

@@ -15,7 +15,7 @@ from flashsae.fingerprint import files_digest, tensors_digest, text_digest
 from flashsae.lm.adapters import base_and_adapter, revision_of
 from flashsae.lm.loading import Loading
 from flashsae.lm.options import PLAIN, LoadOptions
-from flashsae.lm.place import model_place, not_loaded, quiet_transformers
+from flashsae.lm.place import commit_of, model_place, not_loaded, quiet_transformers
 
 _BUFFERS = {"position_ids", "inv_freq", "masked_bias", "num_batches_tracked"}
 """What old checkpoints hold beside parameters, and models work out anew."""
@@ -64,8 +64,10 @@ def _fingerprint(name: str, options: LoadOptions, of_chats: bool = False) -> str
             config = transformers.AutoConfig.from_pretrained(place, **options.of_place)
         except Exception as error:
             raise not_loaded(name, error) from error
-    subfolder = () if options.subfolder is None else (options.subfolder,)
-    return text_digest([name, str(getattr(config, "_commit_hash", None)), *subfolder])
+        commit = getattr(config, "_commit_hash", None)
+        if options.revision is not None:  # not always told by the config, and what a branch stands for may change
+            commit = commit or commit_of(place, options) or options.revision
+    return text_digest([name, str(commit), *([] if options.subfolder is None else [options.subfolder])])
 
 
 def _is_of_text(name: str) -> bool:
