@@ -2,6 +2,7 @@
 
 from flashsae.data.cache import ActivationCache
 from flashsae.data.cache_writer import write_cache
+from flashsae.data.inputs import InputSource
 from flashsae.data.language_model import LanguageModelSource
 from flashsae.data.sources import ArraySource, Chunk, IterableSource
 from flashsae.data.synthetic import SuperpositionModel
@@ -12,6 +13,7 @@ __all__ = [
     "ActivationCache",
     "ArraySource",
     "Chunk",
+    "InputSource",
     "IterableSource",
     "LanguageModelSource",
     "ReadingConfig",

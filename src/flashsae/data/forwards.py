@@ -37,42 +37,25 @@ class Launched:
         return int(self.batch.keep.sum())
 
 
-class Forwards:
-    """Runs a model on batches of windows.
+class Launches:
+    """Makes chunks of forwards that are queued: what is NaN or Inf is an error, what a norm filter drops is left out.
 
     Args:
-        model: to run.
         name, text: of the model and of what it reads, for messages.
         max_norm_ratio: tokens whose norm exceeds so many times the median of their batch are dropped; None: none.
+        unit: what documents are called.
     """
 
-    def __init__(self, model: HookedModel, name: str, text: str, max_norm_ratio: float | None) -> None:
-        self.model, self.name = model, name
+    def __init__(self, name: str, text: str, max_norm_ratio: float | None, unit: str = "documents") -> None:
+        self.name, self._unit = name, unit
         self._text, self._max_norm_ratio = text, max_norm_ratio
 
-    def launch(self, batch: TokenBatch) -> Launched:
-        """Queue the forward of a batch.
-
-        Raises:
-            ConfigError: a hookpoint gives other vectors than one for each token.
-        """
-        device, is_cuda = self.model.device, self.model.device.type == "cuda"
-        places = batch.keep.flatten().nonzero()[:, 0]
-        rows = moved(places, device)
-
-        def pick(name: str, output: Tensor) -> Tensor:
-            if output.shape[:2] != batch.ids.shape:
-                raise ConfigError(
-                    f"hookpoints: {name} of {self.name} gives {list(output.shape[:2])} vectors for "
-                    f"{list(batch.ids.shape)} tokens, as models do that pad their input; choose another model."
-                )
-            return output.flatten(0, 1).index_select(0, rows.to(output.device))
-
-        acts = self.model(moved(batch.ids, device), moved(batch.attention, device), pick)
-        if not len(places):
+    def launched(self, batch: TokenBatch, acts: Batch, device: torch.device) -> Launched:
+        """Queue what tells of NaN and Inf: acts [n, d] by site, of the tokens of `batch` to keep, on `device`."""
+        if not bool(batch.keep.any()):
             return Launched(batch, acts, (), None)
         bounds = tuple(torch.stack(torch.aminmax(each)) for each in acts.values())
-        if not is_cuda:
+        if device.type != "cuda":
             return Launched(batch, acts, bounds, None)
         with torch.cuda.device(device):
             bounds = tuple(_to_host(each.to(device)) for each in bounds)
@@ -109,9 +92,43 @@ class Forwards:
             return DataError(never_finite(self.name, name, acts.dtype))
         half = "" if acts.dtype == torch.float32 else ", or read in float32, as on the CPU (device cpu)"
         return DataError(
-            f"{self.name} gives NaN or Inf at {name} for the documents {bad[:10]} of {self._text} "
-            f"({len(bad)} in all). Take those documents out{half}."
+            f"{self.name} gives NaN or Inf at {name} for the {self._unit} {bad[:10]} of {self._text} "
+            f"({len(bad)} in all). Take those {self._unit} out{half}."
         )
+
+
+class Forwards(Launches):
+    """Runs a model on batches of windows.
+
+    Args:
+        model: to run.
+        name, text, max_norm_ratio: as of `Launches`.
+    """
+
+    def __init__(self, model: HookedModel, name: str, text: str, max_norm_ratio: float | None) -> None:
+        super().__init__(name, text, max_norm_ratio)
+        self.model = model
+
+    def launch(self, batch: TokenBatch) -> Launched:
+        """Queue the forward of a batch.
+
+        Raises:
+            ConfigError: a hookpoint gives other vectors than one for each token.
+        """
+        device = self.model.device
+        places = batch.keep.flatten().nonzero()[:, 0]
+        rows = moved(places, device)
+
+        def pick(name: str, output: Tensor) -> Tensor:
+            if output.shape[:2] != batch.ids.shape:
+                raise ConfigError(
+                    f"hookpoints: {name} of {self.name} gives {list(output.shape[:2])} vectors for "
+                    f"{list(batch.ids.shape)} tokens, as models do that pad their input; choose another model."
+                )
+            return output.flatten(0, 1).index_select(0, rows.to(output.device))
+
+        acts = self.model(moved(batch.ids, device), moved(batch.attention, device), pick)
+        return self.launched(batch, acts, device)
 
 
 def _to_host(small: Tensor) -> Tensor:

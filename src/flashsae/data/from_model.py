@@ -8,6 +8,8 @@ from typing import Any
 from torch import nn
 
 from flashsae.data.acts import Batch
+from flashsae.data.examples import Inputs
+from flashsae.data.inputs import InputSource
 from flashsae.data.language_model import LanguageModelSource
 from flashsae.data.sources import StreamSource
 from flashsae.data.split import Split
@@ -45,10 +47,11 @@ class ModelActivations:
 
 def activations(
     model: nn.Module | str,
-    tokenizer: Any,
-    texts: Any,
+    tokenizer: Any = None,
+    texts: Any = None,
     *,
     hookpoint: str | Sequence[str],
+    inputs: Inputs | None = None,
     held_out: float = 0.0,
     **settings: Any,
 ) -> ModelActivations:
@@ -56,6 +59,7 @@ def activations(
 
         for batch in flashsae.activations(model, tokenizer, texts, hookpoint="h.6"): batch["h.6"]  # [tokens, d]
         sae = flashsae.fit(flashsae.activations(model, tokenizer, texts, hookpoint="h.6"), d_sae=4096, tokens=10**7)
+        acts = flashsae.activations(vit, inputs=[{"pixel_values": x}, ...], hookpoint="encoder.layer.6", skip_first=1)
 
     Args:
         model: a Hugging Face model, with or without its head, on the device where it is to run; or a name, as for
@@ -63,9 +67,13 @@ def activations(
         tokenizer: of the model; None beside a name.
         texts: a list of strings, a file, a folder, a name on the hub, a data set, a function that returns an iterator,
             or whatever else `flashsae.data.open_text` takes; or what it returned.
+        inputs: in place of tokenizer and texts, for models that read something else: a function that returns batches,
+            or a DataLoader or list of them. A batch is a dict of tensors, what the model takes by keyword; its entry
+            `keep`, [examples, positions] of bool, says which positions to take (see `flashsae.data.InputSource`).
         hookpoint: module paths or patterns such as ``"h.*"``; each is a site.
-        held_out: fraction of the texts that iterating and training leave out; they are in `.held_out`.
-        settings: of reading, by name: context_length, text_column, prepend_bos, ... (`flashsae.data.ReadingConfig`).
+        held_out: fraction of the texts, or examples, that iterating and training leave out; they are in `.held_out`.
+        settings: of reading, by name: context_length, text_column, prepend_bos, ... (`flashsae.data.ReadingConfig`);
+            beside inputs, skip_first and max_norm_ratio alone.
     Raises:
         ConfigError: no such setting or hookpoint, or a context that the model cannot read.
         DataError: there is no text.
@@ -76,6 +84,15 @@ def activations(
         raise ConfigError(f"{unknown[0]}: no such setting beside a model; there are {', '.join(sorted(READING))}.")
     if not isinstance(model, nn.Module | str):
         raise DtypeError(f"model: expected a module or a name, got {type(model).__name__}.")
+    if inputs is not None:
+        _check_inputs_alone(model, tokenizer, texts, settings)
+        assert isinstance(model, nn.Module)
+        return ModelActivations(InputSource(model, inputs, hookpoint, held_out=held_out, **settings))
+    if texts is None:
+        raise ConfigError(
+            "texts: expected what the model reads: a list of strings, a file, a folder or a name, or inputs=..., a "
+            "function that returns batches of another kind."
+        )
     if isinstance(model, nn.Module) and tokenizer is None:
         raise ConfigError("tokenizer: expected that of the model, got None. Load it: AutoTokenizer.from_pretrained.")
     of_text = {name.removeprefix("text_"): settings.pop(name) for name in OF_TEXT if name in settings}
@@ -85,3 +102,16 @@ def activations(
     text = open_text(texts, **of_text)
     loaded = None if isinstance(model, str) else (model, tokenizer)
     return ModelActivations(LanguageModelSource(config, text, held_out=held_out, loaded=loaded))
+
+
+_OF_INPUTS = ("skip_first", "max_norm_ratio")
+
+
+def _check_inputs_alone(model: nn.Module | str, tokenizer: Any, texts: Any, settings: dict[str, Any]) -> None:
+    """Raise ConfigError where beside inputs something is given that means nothing for them."""
+    if isinstance(model, str):
+        raise ConfigError(f"model: expected a module beside inputs, got the name {model!r}. Load it first.")
+    beside = {"tokenizer": tokenizer, "texts": texts, **{n: v for n, v in settings.items() if n not in _OF_INPUTS}}
+    given = [name for name, value in beside.items() if value is not None]
+    if given:
+        raise ConfigError(f"{given[0]}: expected nothing beside inputs, which the model reads as they are.")

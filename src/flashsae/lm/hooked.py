@@ -3,34 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from copy import copy
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from flashsae.errors import ConfigError
-from flashsae.lm.hookpoints import is_input, module_of
-from flashsae.lm.parts import as_it_is_used, device_of, is_of_two, path_of, text_reader
-
-
-@contextmanager
-def _no_cudnn_attention() -> Iterator[None]:
-    """Leave cuDNN's attention out: it prepares for every new shape for about 60 ms, and texts have many lengths."""
-    was_enabled = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(was_enabled)
-
-
-class _AllSeen(Exception):  # noqa: N818 - not an error: it ends a forward whose rest nobody needs
-    pass
+from flashsae.lm.capture import captured, inference
+from flashsae.lm.hookpoints import module_of
+from flashsae.lm.parts import device_of, is_of_two, path_of, text_reader
 
 
 class HookedModel:
@@ -115,30 +99,17 @@ class HookedModel:
         Raises:
             ConfigError: a module did not run, or gives or takes no tensor.
         """
-        seen: dict[str, Tensor] = {}
-        begun: list[nn.Module] = []
-
-        def keep(name: str, find: Callable[..., Tensor], *values: object) -> None:
-            if not begun:
-                return  # an encoder may share a module with the decoder that is read
-            if name not in seen:
-                seen[name] = pick(name, self._by_sequence(name, find(name, *values), input_ids))
-            if len(seen) == len(self.hookpoints):
-                raise _AllSeen
-
-        with as_it_is_used(self.model), torch.no_grad(), _no_cudnn_attention():
+        with inference(self.model):
             there = (each.to(self._takes_ids, non_blocking=True) for each in (input_ids, attention_mask))
             inputs = self._inputs(*there)
-            begins = self.reader.register_forward_pre_hook(lambda module, args: begun.append(module))
-            hooks = [begins, *(self._hook(name, keep) for name in self.hookpoints)]
-            try:
-                self._called(**inputs, **self._options)
-            except _AllSeen:
-                return {name: seen[name].to(self.device) for name in self.hookpoints}
-            finally:
-                for hook in hooks:
-                    hook.remove()
-        raise DidNotRunError([name for name in self.hookpoints if name not in seen])
+            seen = captured(
+                self.model,
+                self.hookpoints,
+                lambda name, output: pick(name, self._by_sequence(name, output, input_ids)),
+                lambda: self._called(**inputs, **self._options),
+                self.reader,  # an encoder may share a module with the decoder that is read
+            )
+            return {name: acts.to(self.device) for name, acts in seen.items()}
 
     def _inputs(self, ids: Tensor, attention: Tensor) -> dict[str, Any]:
         """Return what a forward takes: a decoder has its start token before the text, and an encoder beside it."""
@@ -183,45 +154,3 @@ class HookedModel:
         if output.shape[:2] == (sequences, length):
             output = (output.flatten(2) if output.dim() > 3 else output)[:, int(self._is_decoder) :]
         return output
-
-    def _hook(self, name: str, keep: Callable[..., None]) -> RemovableHandle:
-        module = self.module_at(name)
-        if is_input(name):
-            return module.register_forward_pre_hook(
-                lambda module, args, kwargs: keep(name, _input_tensor, args, kwargs), with_kwargs=True
-            )
-        return module.register_forward_hook(lambda module, args, output: keep(name, _first_tensor, output))
-
-
-class DidNotRunError(ConfigError):
-    """Modules did not run when the model read text.
-
-    Args:
-        hookpoints: at which they lie.
-        advice: what to choose instead.
-    """
-
-    def __init__(self, hookpoints: Iterable[str], advice: str = "another module") -> None:
-        self.hookpoints = tuple(hookpoints)
-        names = ", ".join(self.hookpoints)
-        super().__init__(f"hookpoint: {names} did not run when the model read text; choose {advice}.")
-
-
-def _input_tensor(name: str, args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
-    for value in (kwargs.get("hidden_states"), *args):
-        if isinstance(value, Tensor):
-            return value
-    raise ConfigError(
-        f"hookpoint: expected a module that is given a tensor in its place, or as hidden_states, got {module_of(name)} "
-        f"with {', '.join([*(type(value).__name__ for value in args), *kwargs]) or 'nothing'}; choose another module."
-    )
-
-
-def _first_tensor(name: str, output: object) -> Tensor:
-    if isinstance(output, Tensor):
-        return output
-    values = output.values() if isinstance(output, Mapping) else output
-    for value in values if isinstance(values, Iterable) else ():
-        if isinstance(value, Tensor):
-            return value
-    raise ConfigError(f"hookpoint: {name} gives no tensor but {type(output).__name__}; choose another module.")

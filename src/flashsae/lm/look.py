@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from flashsae.errors import ConfigError, FlashSAEError
-from flashsae.lm.hooked import DidNotRunError, HookedModel
+from flashsae.lm.capture import DidNotRunError
+from flashsae.lm.hooked import HookedModel
 from flashsae.lm.hookpoints import in_order, is_input, module_of
 from flashsae.lm.weights import Trace
 from flashsae.lm.windows import TokenBatch

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -24,7 +24,7 @@ def bare(model: nn.Module) -> nn.Module:
     """
     inner = model
     while True:
-        wrapped = getattr(inner, _WRAPPED.get(type(inner).__name__, ""), None)
+        wrapped = _inside(inner)
         if wrapped is None and (peft := getattr(inner, "peft_config", None)) and hasattr(inner, "get_base_model"):
             if any(getattr(each, "is_prompt_learning", False) for each in peft.values()):
                 raise ConfigError(
@@ -37,6 +37,35 @@ def bare(model: nn.Module) -> nn.Module:
         inner = wrapped
     base: nn.Module = getattr(inner, "base_model", inner)
     return base
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return a model uncompiled, and of one replica, with its head."""
+    while (inside := _inside(model)) is not None:
+        model = inside
+    return model
+
+
+def _inside(model: nn.Module) -> nn.Module | None:
+    found: nn.Module | None = getattr(model, _WRAPPED.get(type(model).__name__, ""), None)
+    return found
+
+
+def reader_of(model: nn.Module, names: Iterable[str]) -> nn.Module:
+    """Return the part of a model that reads inputs of some names: all of it, its encoder, or one of its towers.
+
+    Args:
+        model: the model.
+        names: of the inputs.
+    """
+    given = set(names)
+    if is_of_two(model) and "decoder_input_ids" not in given and hasattr(model, "get_encoder"):
+        encoder: nn.Module = model.get_encoder()  # type: ignore[operator]
+        return encoder
+    if getattr(model, "main_input_name", None) in {None, *given}:
+        return model
+    towers = (part for part in model.modules() if part is not model and hasattr(part, "main_input_name"))
+    return next((part for part in towers if part.main_input_name in given), model)
 
 
 def text_reader(model: nn.Module, side: str | None = None) -> nn.Module:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from flashsae.data.examples import Inputs
 from flashsae.data.from_model import READING, activations
 from flashsae.neutral import neutral
 from flashsae.sae.module import SAE
@@ -18,11 +19,12 @@ from flashsae.train.fit import fit
 @neutral()
 def train(
     model: nn.Module | str,
-    tokenizer: Any,
-    texts: Any,
+    tokenizer: Any = None,
+    texts: Any = None,
     *,
     hookpoint: str | Sequence[str],
     tokens: int,
+    inputs: Inputs | None = None,
     held_out: float = 0.0,
     config: TrainConfig | None = None,
     run: str | Path | None = None,
@@ -36,10 +38,10 @@ def train(
     draws a report.
 
     Args:
-        model, tokenizer, texts: as for `flashsae.activations`.
+        model, tokenizer, texts, inputs: as for `flashsae.activations`.
         hookpoint: where its activations are taken: a module path, or as many as the architecture has sites.
-        tokens: to train on; texts are read again where they are fewer.
-        held_out: fraction of the texts that training leaves out, for `flashsae.evaluate`.
+        tokens: to train on, or positions of inputs; what is read is read again where they are fewer.
+        held_out: fraction of the texts or examples that training leaves out, for `flashsae.evaluate`.
         config, run, resume, progress: as for `flashsae.fit`.
         settings: every setting of `flashsae.TrainConfig`, of the architecture, and of reading, by name.
     Returns:
@@ -48,5 +50,5 @@ def train(
         FlashSAEError: what `flashsae.activations` and `flashsae.fit` raise.
     """
     of_reading = {name: settings.pop(name) for name in READING.intersection(settings)}
-    acts = activations(model, tokenizer, texts, hookpoint=hookpoint, held_out=held_out, **of_reading)
+    acts = activations(model, tokenizer, texts, hookpoint=hookpoint, inputs=inputs, held_out=held_out, **of_reading)
     return fit(acts, config=config, run=run, resume=resume, progress=progress, tokens=tokens, **settings)
