@@ -23,7 +23,7 @@ def of(tiny: ModuleType, hookpoint: Any = "h.1", **settings: Any) -> Any:
 
 
 def test_batches_by_site_are_hidden_states(tiny: ModuleType) -> None:
-    model, tokenizer = tiny.gpt2(), tiny.word_tokenizer()
+    model, tokenizer = tiny.gpt2().eval(), tiny.word_tokenizer()
     found = list(flashsae.activations(model, tokenizer, DOCUMENTS[:1], hookpoint=["h.0", "h.1:in"], **SMALL))
     ids = torch.tensor([tokenizer(DOCUMENTS[0])["input_ids"]])
     expected = model(ids, output_hidden_states=True).hidden_states[1][0]
