@@ -160,7 +160,7 @@ def differing(saes: Sequence[Compared]) -> list[str]:
     for name, seen in by_chosen.items():
         for sae in saes:
             key = repr(
-                [sae.settings.get(other) for other in ("d_sae", "d_in", "arch", "auxk", "tokens", "batch_tokens")]
+                [sae.settings.get(other) for other in ("d_sae", "d_in", "auxk", "tokens", "batch_tokens")]
             )
             if seen.setdefault(key, repr(sae.settings.get(name))) != repr(sae.settings.get(name)):
                 chosen.append(name)

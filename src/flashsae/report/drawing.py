@@ -204,8 +204,8 @@ def pareto(name: str, lines: Mapping[str, Points], labels: tuple[str, str]) -> s
         axes.plot(np.log10(x), np.log10(y), lw=1.4, ms=4.6, mec=_PAPER, mew=0.6, label=label, zorder=3, **look)
     for axis, values in ((axes.xaxis, [x for x, _ in lines.values()]), (axes.yaxis, [y for _, y in lines.values()])):
         low, high = (float(bound(np.log10(np.concatenate(values)))) for bound in (np.min, np.max))
-        margin = max(0.06 * (high - low), 0.04)
-        _log_ticks(axis, low - margin, high + margin)
+        margin = max(0.06 * (high - low), 0.02)
+        _few_ticks(axis, low - margin, high + margin)
         (axes.set_xlim if axis is axes.xaxis else axes.set_ylim)(low - margin, high + margin)
     axes.legend(frameon=False, labelcolor=_INK, loc="upper right", handlelength=1.6)
     axes.set_xlabel(labels[0], color=_MUTED)
@@ -228,6 +228,16 @@ def _axes(size: tuple[float, float] = _SIZE, left: float = 0.56) -> tuple[Any, A
     axes.grid(axis="y", color=_GRID, lw=0.8)
     axes.set_axisbelow(True)
     return figure, axes
+
+
+def _few_ticks(axis: Any, low: float, high: float) -> None:
+    """Label an axis of decimal logarithms as `_log_ticks` does, or at equal steps where it is less than a decade."""
+    if high - low > 0.8:
+        _log_ticks(axis, low, high)
+        return
+    locator = require("matplotlib.ticker", "report").MaxNLocator(4, steps=[1, 2, 2.5, 5, 10])
+    ticks = [tick for tick in locator.tick_values(10**low, 10**high) if 10**low <= tick <= 10**high]
+    axis.set_ticks([math.log10(tick) for tick in ticks], [f"{tick:.4g}" for tick in ticks])
 
 
 def _log_ticks(axis: Any, low: float, high: float) -> None:

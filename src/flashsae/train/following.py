@@ -75,13 +75,12 @@ class Following:
         batches = self.state.batches
         return batches.of(batch) if isinstance(batches, View) else batch
 
-    def after_step(self, metrics: dict[str, Tensor]) -> None:
-        """Begin a line of the log on the step that was done, if one is due.
-
-        Args:
-            metrics: as `train_step` returns them.
-        """
+    def keep(self, metrics: dict[str, Tensor]) -> None:
+        """Keep what `train_step` returned of the step that was done."""
         self._metrics = metrics
+
+    def note(self) -> None:
+        """Begin a line of the log on the step that was done, if one is due."""
         if self._must_know() or self.state.step % self.config.log_every_steps == 0:
             self._begin_record()
 

@@ -112,11 +112,11 @@ def train_together(
             except FlashSAEError as error:
                 raise type(error)(f"step {step}: {error}") from error
             step, is_measured = step + 1, False
-            for do in (partial(_step, batch=batch), Following.log):  # all steps first: one speed is that of all
+            for do in (partial(_step, batch=batch), Following.note, Following.log):  # so that one speed is that of all
                 for number, each in enumerate(following):
                     if each.failure is None:
                         with _told(number, each, is_alone=len(following) == 1, on_failure=on_failure):
-                            is_measured = do(each) or is_measured
+                            is_measured = bool(do(each)) or is_measured
             for callback in callbacks:
                 callback.on_step(step)
             if is_checkpoint:
@@ -130,10 +130,9 @@ def train_together(
     return [each.failure or each.state.finished_sae() for each in following]
 
 
-def _step(one: Following, batch: Batch) -> bool:
-    """Do the step of one SAE on the batch of all; nothing is measured yet."""
-    one.after_step(train_step(one.state, one.own(batch), one.config))
-    return False
+def _step(one: Following, batch: Batch) -> None:
+    """Do the step of one SAE on the batch of all."""
+    one.keep(train_step(one.state, one.own(batch), one.config))
 
 
 def _save(running: Sequence[Following], step: int, place: Place | None) -> None:
