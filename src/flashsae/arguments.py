@@ -184,6 +184,20 @@ def joined(words: Sequence[str], name: str) -> list[str]:
     return [*rest[:place], *options, *rest[place:], *remaining]
 
 
+def with_mixtures(words: Sequence[str]) -> list[str]:
+    """Return the words of a command line with texts that follow each other, all with weights, in one: A@0.7 B@0.3."""
+    found: list[str] = []
+    for word in words:
+        if "--" not in found and found and all(map(_WEIGHTED.search, (found[-1], word))):
+            found[-1] += f", {word}"
+        else:
+            found.append(word)
+    return found
+
+
+_WEIGHTED = re.compile(r"^(?!-).+@(\d+\.?\d*|\.\d+)$")
+
+
 def one_by_one(words: Sequence[str], command: Callable[..., Any]) -> list[str]:
     """Return the words of a command line with lists of numbers as options that are repeated.
 

@@ -10,7 +10,7 @@ from cyclopts import App, Group, Parameter
 from rich.console import Console
 
 from flashsae import __version__
-from flashsae.arguments import Given, architectures_asked, joined, one_by_one
+from flashsae.arguments import Given, architectures_asked, joined, one_by_one, with_mixtures
 from flashsae.asked import Asked, check_starts
 from flashsae.errors import ConfigError, DataError, FlashSAEError
 from flashsae.options import taking_settings_of
@@ -303,7 +303,7 @@ def run(words: Sequence[str]) -> None:
         SystemExit: it is done, or was stopped.
     """
     app.config = ()
-    words = joined(joined(words, "hookpoint"), "dataset")
+    words = joined(joined(with_mixtures(words), "hookpoint"), "dataset")
     if "train" in words:
         first, *others = architectures_asked(words)
         words, lists = several_in(words, kinds_of([first.name, *(each.name for each in others)]))

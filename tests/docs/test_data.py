@@ -161,7 +161,7 @@ def test_the_command_of_each_kind_reads_it(
 
 
 def test_the_table_has_all_kinds() -> None:
-    assert len(ROWS) == 33
+    assert len(ROWS) == 34
 
 
 def test_the_texts_of_a_program() -> None:

@@ -234,13 +234,18 @@ def _streamed(config: ActivationsConfig, source: LanguageModelSource, asked: Seq
         asked,
         of_each,
         config,
-        f"{source.text.name}, streamed beside the training",
+        f"{_text_of(source)}, streamed beside the training",
         source.inputs_in_words,
         lambda _: ready,
         row_bytes=source.at(*dict.fromkeys(site for group in saes.values() for site in group)).row_bytes,
         model_bytes=source.model_bytes,
         ready=ready,
     )
+
+
+def _text_of(source: LanguageModelSource) -> str:
+    """Return the name of a text, and the order in which it is read where that is not the usual one."""
+    return source.text.name + (", in an order over the whole of it" if source.config.shuffle_whole else "")
 
 
 def _to_be_cached(
@@ -253,7 +258,7 @@ def _to_be_cached(
         ready = _cached(config, place, asked).compute(on_progress)
         return replace(ready, warnings=tuple(dict.fromkeys((*source.warnings, *ready.warnings))))
 
-    told = f"{source.text.name}, to be cached in {place}: {rows:,} tokens at most"
+    told = f"{_text_of(source)}, to be cached in {place}: {rows:,} tokens at most"
     config = replace(config, activations=place.resolve())
     saes, of_each = _arranged(asked, source.hookpoints)
     widths = {name: {site: source.widths[site] for site in hookpoints} for name, hookpoints in saes.items()}

@@ -69,8 +69,8 @@ class ReadingConfig:
             the extra demo. Default: minilm.
         dataset: Text to read: a name on the Hugging Face hub; a file, .txt .jsonl .json .csv .tsv .parquet .arrow, most
             of them also .gz or .zst, or .npy or .bin of token ids; a folder of such; or python-docs, which ships
-            with Python. Several with their shares of the characters are a mixture: "code@0.7, books@0.3"; may be
-            repeated. One that ends begins again until each was read once. Default: python-docs.
+            with Python. Several with their shares of the characters are a mixture: code@0.7 books@0.3; may have
+            commas between, or be repeated. One that ends begins again until each was read once. Default: python-docs.
         hookpoint: Module path in the model whose output is taken, such as layers.6 or h.3.mlp; h.3.mlp:in is its
             input. A * stands for anything but a dot, {1,3} for 1 and 3: an SAE for each match, or one crosscoder of
             all. May be repeated, or have commas between several. A transcoder takes what it reads and what it writes;
