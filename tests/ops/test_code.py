@@ -176,3 +176,23 @@ def test_an_index_is_shared_by_other_values_and_built_in_inference_mode(generato
     with torch.inference_mode():
         code = SparseCode.topk(torch.ones(4, 3), torch.randint(0, 9, (4, 3), generator=generator), 9)
         assert code.replace(code.acts * 2).pattern.index is code.pattern.index
+
+
+def test_an_index_of_inference_mode_serves_gradients_too() -> None:
+    pattern = Pattern.rows(torch.tensor([1, 3, 7, 8]), torch.tensor([0, 3, 4]), 9)
+    with torch.inference_mode():
+        assert pattern.index.counts.sum() == 4  # as somebody logs
+    acts, scale = torch.ones(4, requires_grad=True), torch.ones(2, requires_grad=True)
+    (acts[pattern.index.entries] * scale[pattern.index.entry_tokens]).sum().backward()
+    assert scale.grad is not None
+    assert scale.grad.tolist() == [3.0, 1.0]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own
+def test_an_index_that_is_traced_is_that_of_each_call() -> None:
+    pattern = Pattern.topk(torch.tensor([[1, 7], [3, 8]]), 9)
+    counts = torch.compile(lambda of: of.index.counts, backend="eager")
+    assert counts(pattern).nonzero()[:, 0].tolist() == [1, 3, 7, 8]
+    pattern.latents[0, 0] = 2
+    assert counts(pattern).nonzero()[:, 0].tolist() == [2, 3, 7, 8]
+    assert pattern.index.counts.nonzero()[:, 0].tolist() == [2, 3, 7, 8]

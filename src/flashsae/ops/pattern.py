@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -159,7 +160,8 @@ class Pattern:
         if device.type == "cpu" or version is None:  # somebody may write to starts, and nobody counts it
             return self._searched()
         if not self._owners or self._owners[0][1] != version:
-            self._owners[:] = [(self._searched(), version)]
+            with _kept():
+                self._owners[:] = [(self._searched(), version)]
         return self._owners[0][0]
 
     def _searched(self) -> Tensor:
@@ -199,11 +201,13 @@ class Pattern:
             latent. No wait for the device. Of a full pattern no sort, but B·d_sae numbers: nothing here asks for it.
         Source: compressed sparse columns; ours: the lists serve every latent-major pass of a step.
         """
+        if not has_values(self.latents):  # writes are not counted while tracing, and what is traced is of one call
+            return self._sorted()
         versions = tuple(_version(tensor) for tensor in self.tensors)
         for index, known in self._built:
             if known == versions and self._is_of(index, versions):
                 return index
-        with part("index"):
+        with part("index"), _kept():
             index = self._moved_index() or self._sorted()
         self._built[:] = [(index, versions)]
         return index
@@ -249,8 +253,6 @@ class Pattern:
             return True
         if self.latents.device.type != "cpu":
             return None not in versions
-        if not has_values(self.latents):
-            return True
         is_same = torch.equal(index.by_entry, self.latents.reshape(-1).long())
         return is_same and (index.tokens is None or torch.equal(index.tokens, self.tokens[index.entries]))
 
@@ -286,8 +288,11 @@ def _check_rows(pattern: Pattern) -> None:
         )
 
 
+def _kept() -> AbstractContextManager[None]:
+    """Let tensors that are made within serve whoever asks next, who may want gradients: none is one of inference."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+
+
 def _version(tensor: Tensor) -> int | None:
-    """Return how often the memory of a tensor was written to; None where PyTorch does not count, 0 while tracing."""
-    if not has_values(tensor):
-        return 0
-    return None if tensor.is_inference() else tensor._version
+    """Return how often the memory of a tensor was written to; None where PyTorch does not count it, as in tracing."""
+    return None if not has_values(tensor) or tensor.is_inference() else tensor._version
