@@ -39,12 +39,17 @@ def _fit(arch: str, mean: float, steps: int = 100, **settings: Any) -> tuple[SAE
     return flashsae.fit(x, arch=arch, **given), x
 
 
-@pytest.mark.parametrize("normalize", ["power_of_two", "none"])
+@pytest.mark.parametrize("normalize", ["power_of_two", "none", "mean_square"])
 @pytest.mark.parametrize("arch", ["transcoder", "crosscoder"])
 def test_a_mean_of_300_costs_nothing(arch: str, normalize: Any) -> None:
     found = {mean: flashsae.evaluate(*_fit(arch, mean, normalize_activations=normalize)) for mean in (3.0, 300.0)}
     assert found[300.0].fvu < 1.1 * found[3.0].fvu < 0.5  # 1.0, and all latents dead, where nothing is subtracted
     assert found[300.0].l0 == pytest.approx(4, rel=0.1)
+
+
+def test_a_site_with_a_long_mean_weighs_as_much_as_others() -> None:
+    found = {mean: flashsae.evaluate(*_fit("crosscoder", mean)).site_fvu["a"] for mean in (0.0, 30.0)}
+    assert found[30.0] < 1.2 * found[0.0] < 0.6  # 0.68 where its mean is in what it is scaled by
 
 
 @pytest.mark.parametrize("arch", OWN)

@@ -15,9 +15,9 @@ gradient of the norms, too. A latent and its row of W_dec can be scaled against 
 without changing anything, so the row as a whole has norm 1, and the sum is between 1 and the root of the number of
 sites: it says over how many of them the latent is spread.
 
-By default each site is scaled to a unit mean square for the training, so that none outweighs the others, and this is
-folded into what is saved. Columns of W_dec then have other norms; `site_scale` has the factors, so that latents are
-selected as they were in training.
+By default each site is scaled to a unit mean square for the training (about its mean where that is longer than what
+tokens deviate by), so that none outweighs the others, and this is folded into what is saved. Columns of W_dec then
+have other norms; `site_scale` has the factors, so that latents are selected as they were in training.
 """
 
 from __future__ import annotations

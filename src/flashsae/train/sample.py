@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flashsae.architecture import Architecture
+from flashsae.architecture import X_MEAN, Architecture
 from flashsae.data.acts import Batch
 from flashsae.errors import DataError
 from flashsae.metrics import OUTLIER_NORM_RATIO, VarianceSpread, unit_of, variance_spread
@@ -27,6 +27,9 @@ MOST_ROUNDED = 0.01
 
 WITHIN = 2.0**40
 """What is not scaled is refused beyond, or below its reciprocal: float32 has no room for the squares."""
+
+LEAST_BESIDE_MEAN = 2.0**-24
+"""Of squares: a site that deviates less from its mean hardly varies in float32, and is not brought to the others."""
 
 LEAST_DEVIATION = 1e-4
 """Tokens that deviate less from their mean, in the root mean square, are not normalised: see `layer_norm`."""
@@ -59,7 +62,9 @@ def measure_sample(batch: Batch, architecture: Architecture, normalization: Norm
     moves them by about lr a step. Multiplying by a power of two rounds nothing, so the finished SAE is exactly the one
     that was trained. Sites that are only read have a power of two of their own.
 
-    With "mean_square", each site has the factor that makes the mean square of its coordinates 1.
+    With "mean_square", each site has the factor that makes the mean square of its coordinates 1: about their mean where
+    that is longer than they deviate from it, and the architecture sees them about it (`flashsae.sae.centring`). The
+    loss is of the deviations, so a site with a long mean would else weigh next to nothing beside others.
 
     Args:
         batch: [n, d] by site, float64, training tokens as they come.
@@ -81,9 +86,11 @@ def measure_sample(batch: Batch, architecture: Architecture, normalization: Norm
     others = [acts for site, acts in reads if site not in dict(writes)]
     two_of_others = _power_of_two(torch.cat(others, 1), "the activations that are read") if others else two
 
+    centres = X_MEAN.name in (row.name for row in architecture.parameters)
+
     def scale(site: str, acts: Tensor) -> SiteScale:
         if normalization == "mean_square":
-            return SiteScale(acts.shape[1], _unit_mean_square(site, acts))
+            return SiteScale(acts.shape[1], _unit_mean_square(site, acts, about_mean=centres))
         if normalization == "power_of_two":
             return SiteScale(acts.shape[1], two if site in dict(writes) else two_of_others)
         return SiteScale(acts.shape[1], 1.0)
@@ -148,11 +155,14 @@ def _power_of_two(x: Tensor, what: str) -> float:
     return 2.0 ** (round(math.log2(x.shape[1] / whole) / 2 - 2) - exponent)
 
 
-def _unit_mean_square(site: str, x: Tensor) -> float:
-    """Return what makes the mean square of a coordinate 1, as a float32 number."""
-    mean_square = x.square().mean().item()
+def _unit_mean_square(site: str, x: Tensor, *, about_mean: bool) -> float:
+    """Return what makes the mean square of a coordinate 1, as a float32 number; may be about a mean that is longer."""
+    mean_square, of_mean = x.square().mean().item(), x.mean(0).square().mean().item()
     if mean_square == 0.0:
         raise DataError(f"the activations of {site} are all 0, so no factor gives them a unit mean square.")
+    deviation = token_variance(x) / x.shape[1]
+    if about_mean and of_mean * LEAST_BESIDE_MEAN < deviation < of_mean:
+        mean_square = deviation
     return torch.tensor(mean_square**-0.5, dtype=torch.float32, device="cpu").item()
 
 
