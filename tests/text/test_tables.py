@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pyarrow.csv
 import pyarrow.parquet
 import pytest
 
-from flashsae.errors import DataError
+from flashsae.errors import DataError, FlashSAEError
 from flashsae.text import tables
 from flashsae.text.content import Chat, Tokens
 from flashsae.text.open import open_text
@@ -175,3 +176,26 @@ def test_a_row_without_an_end_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
         DataError, match=r"x\.csv has a row of more than 1 MB, or a quotation mark that is never closed"
     ):
         list(open_text(tmp_path / "x.csv").documents())
+
+
+def test_a_changed_byte_is_never_more_than_one_sentence(tmp_path: Path) -> None:
+    """Either the documents are others, or the file is refused; offsets into memory that there is not end nothing."""
+    table = pyarrow.table({"text": [f"document {i}" for i in range(12)], "input_ids": [[1, 2, 3]] * 12})
+    for name in ("x.parquet", "x.arrow", "stream.arrow"):
+        WRITERS[name](table, tmp_path / name)
+    pyarrow.csv.write_csv(table.select(["text"]), tmp_path / "x.csv")
+    np.save(tmp_path / "x.npy", np.arange(64, dtype=np.uint16))
+    draws, refused = random.Random(0), 0
+    for name in ("x.parquet", "x.arrow", "stream.arrow", "x.csv", "x.npy"):
+        whole = (tmp_path / name).read_bytes()
+        for _ in range(40):
+            changed = bytearray(whole)
+            changed[draws.randrange(len(whole) if name != "x.npy" else 128)] = draws.randrange(256)
+            (tmp_path / name).write_bytes(changed)
+            column = draws.choice([None, "input_ids"]) if name in WRITERS and name != "x.csv" else None
+            try:
+                list(open_text(tmp_path / name, column=column).documents())
+            except FlashSAEError as error:
+                refused += 1
+                assert "\n" not in str(error)  # noqa: PT017 - either is right
+    assert 40 < refused < 200

@@ -159,9 +159,7 @@ def differing(saes: Sequence[Compared]) -> list[str]:
     by_chosen: dict[str, dict[str, str]] = {name: {} for name in found if name in _DERIVED}
     for name, seen in by_chosen.items():
         for sae in saes:
-            key = repr(
-                [sae.settings.get(other) for other in ("d_sae", "d_in", "auxk", "tokens", "batch_tokens")]
-            )
+            key = repr([sae.settings.get(other) for other in ("d_sae", "d_in", "auxk", "tokens", "batch_tokens")])
             if seen.setdefault(key, repr(sae.settings.get(name))) != repr(sae.settings.get(name)):
                 chosen.append(name)
                 break

@@ -176,7 +176,9 @@ def _contents(batch: Any, columns: Columns, file: Path, number: int, start: int)
     if skip >= batch.num_rows:
         return
     names = columns.to_read(batch.schema.names, str(file))
-    values = [_values(batch.column(batch.schema.get_field_index(name))[skip:]) for name in names]
+    read = batch.select(names)
+    read.validate(full=True)  # offsets of a damaged file may point anywhere in memory
+    values = [_values(column[skip:]) for column in read.columns]
     for place, row in enumerate(zip(*values), start=number + skip):
         yield columns.content(dict(zip(names, row)), f"{file}, row {place}")
 

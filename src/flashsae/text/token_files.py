@@ -110,7 +110,7 @@ def open_tokens(file: Path, dtype: str | None, separator: int | None) -> TokenFi
         raise
     except OSError as error:
         raise unreadable(file, error) from error
-    except (ValueError, EOFError, SyntaxError) as error:  # as numpy has it of headers
+    except Exception as error:  # numpy's of headers are of many kinds, also those of Python's tokenizer
         raise DataError(f"{file} is no array of token ids: {first_line(error)}") from error
     if ids.dtype.kind not in "iu" or ids.ndim not in (1, 2):
         raise DataError(
