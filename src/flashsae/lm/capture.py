@@ -70,7 +70,7 @@ def captured(
 
     hooks = [_hook(model.get_submodule(module_of(name)), name, keep) for name in wanted]
     if reader is not None:
-        hooks.insert(0, reader.register_forward_pre_hook(lambda module, args: begun.append(module)))
+        hooks.insert(0, reader.register_forward_pre_hook(lambda module, args: begun.append(module), prepend=True))
     try:
         run()
     except _AllSeen:
