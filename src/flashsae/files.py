@@ -13,7 +13,7 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -80,18 +80,23 @@ def _short(name: str) -> str:
     return os.fsdecode(os.fsencode(name)[:220])
 
 
-def write_atomic(path: Path, content: str | bytes) -> None:
+def write_atomic(path: Path, content: str | bytes | Sequence[bytes | memoryview]) -> None:
     """Replace `path` by `content`; a kill at any moment leaves the old content or the new one, never a part.
 
+    Args:
+        path: of the file.
+        content: all of it, or its parts in order.
     Raises:
         StorageError: the file system refused; `path` is as it was.
     """
     aside = _aside(path, "partial")
     data = content.encode() if isinstance(content, str) else content
+    parts = [data] if isinstance(data, bytes) else data
     with storage_errors(path):
         try:
             with open(aside, "wb") as file:
-                file.write(data)
+                for part in parts:
+                    file.write(part)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(aside, path)

@@ -93,14 +93,14 @@ def _write(
             source.tokenizer.save_pretrained(aside)
         index.tokenizer = folder_crc32(directory / TOKENIZER_FOLDER)
         index.write(directory)
-    writer = ShardWriter(directory, index, shard_rows)
     n_rows = index.rows
-    # always with a limit, beside which inputs without a token to keep are not counted: a cursor means one thing
-    for chunk, cursor in source.chunks(None, index.cursor, _NO_LIMIT if max_tokens is None else max_tokens):
-        n_rows += writer.add(chunk, cursor)
-        if on_progress is not None:
-            on_progress(n_rows)
-    writer.finish()
+    with ShardWriter(directory, index, shard_rows) as writer:
+        # always with a limit, beside which inputs without a token to keep are not counted: a cursor means one thing
+        for chunk, cursor in source.chunks(None, index.cursor, _NO_LIMIT if max_tokens is None else max_tokens):
+            n_rows += writer.add(chunk, cursor)
+            if on_progress is not None:
+                on_progress(n_rows)
+        writer.finish()
 
 
 def cache_bytes(widths: Mapping[str, int], rows: int, dtype: CacheDtype) -> int:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import time
 import zlib
-from dataclasses import replace
+from collections import deque
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import TracebackType
 from typing import cast
 
 import safetensors.torch
@@ -17,105 +23,10 @@ from flashsae.errors import DataError
 from flashsae.files import write_atomic
 
 _ROWS_AT_ONCE = 4096
-
-
-class ShardWriter:
-    """Gathers chunks and writes a shard when it has enough.
-
-    Args:
-        directory: of the cache.
-        index: of it; grows by each shard, and is written with it.
-        shard_rows: least rows of a shard; that many rows of every hookpoint are held in memory.
-    """
-
-    def __init__(self, directory: Path, index: CacheIndex, shard_rows: int) -> None:
-        self._directory = directory
-        self._index = index
-        self._shard_rows = shard_rows
-        self._layouts = {name: index.layout(name) for name in index.settings["hookpoints"]}
-        self._cursor: Cursor = index.cursor or {}
-        self._block_begin = 0
-        self._begin_shard()
-
-    def _begin_shard(self) -> None:
-        self._waiting: list[Chunk] = []
-        self._n_waiting = 0
-        self._rounding = {name: _Spread() for name in self._layouts}
-
-    def add(self, chunk: Chunk, cursor: Cursor) -> int:
-        """Take the tokens of one forward and the cursor behind them; return how many they are."""
-        stored = {}
-        for name, acts in chunk.acts.items():
-            layout, spread = self._layouts[name], self._rounding[name]
-            if layout.dtype == "int8":
-                spread.update(acts)  # what is rounded away is known with the whole shard
-                stored[name] = acts.to("cpu")
-                continue
-            if acts.dtype != torch.bfloat16:
-                spread.update(acts, acts.bfloat16())
-            stored[name] = acts.to("cpu", layout.read_dtype)
-        n_rows = len(chunk.group)
-        self._waiting.append(replace(chunk, acts=stored))
-        self._n_waiting += n_rows
-        # behind a block of documents both numbers are the same, so this is where the block of this chunk begins
-        self._block_begin = self._cursor.get("rows_before", 0)
-        self._cursor = cursor
-        if self._n_waiting >= self._shard_rows:
-            self._flush()
-            self._mark()
-        return n_rows
-
-    def _flush(self) -> None:
-        number = len(self._index.shards)
-        sums = {
-            TOKENS_FOLDER: self._save(
-                TOKENS_FOLDER,
-                number,
-                {
-                    "token_ids": torch.cat([cast(Tensor, chunk.token_ids) for chunk in self._waiting]),
-                    "group": torch.cat([chunk.group for chunk in self._waiting]),
-                    "position": torch.cat([cast(Tensor, chunk.position) for chunk in self._waiting]),
-                },
-            )
-        }
-        for name, layout in self._layouts.items():
-            acts = torch.cat([chunk.acts[name] for chunk in self._waiting])
-            stored = layout.store(acts)
-            if layout.dtype == "int8":
-                self._rounding[name].lose(acts, layout.restore(stored))
-            sums[name] = self._save(name, number, layout.compress(stored))
-        rounding = {name: Rounding(spread.lost, spread.variance) for name, spread in self._rounding.items()}
-        self._index.shards.append(Shard(self._n_waiting, sums, rounding))
-        self._index.cursor = self._cursor
-        self._begin_shard()
-
-    def _mark(self) -> None:
-        """Keep the place behind a full shard, and write the index."""
-        if self._index.marks is not None:
-            self._index.marks = [*self._useful_marks(), Mark(len(self._index.shards), self._cursor)]
-        self._index.write(self._directory)
-
-    def _useful_marks(self) -> list[Mark]:
-        """Return the marks from the last one on that lies before the block of the last chunk."""
-        marks = self._index.marks or []
-        before = [mark for mark in marks if mark.rows <= self._block_begin]
-        return [*before[-1:], *marks[len(before) :]]
-
-    def _save(self, kind: str, number: int, tensors: dict[str, Tensor]) -> int:
-        data = safetensors.torch.save(tensors)
-        write_atomic(shard_path(self._directory, kind, number), data)
-        return zlib.crc32(data)
-
-    def finish(self) -> None:
-        """Write what waits and mark the cache complete."""
-        if self._n_waiting:
-            self._flush()
-        if not self._index.shards:
-            raise DataError(f"{self._index.settings['dataset']} gives no token to cache; give more text.")
-        if self._index.marks is not None:
-            self._index.marks = self._useful_marks()[:1]
-        self._index.complete = True
-        self._index.write(self._directory)
+_THREADS = 4
+_SHARDS_BEHIND = 3
+_INDEX_SECONDS = 1.0
+_KINDS = {torch.bfloat16: "BF16", torch.float32: "F32"}
 
 
 class _Spread:
@@ -149,3 +60,207 @@ class _Spread:
         for row in range(0, len(x), _ROWS_AT_ONCE):
             part = slice(row, row + _ROWS_AT_ONCE)
             self.lost += (x[part].double() - rounded[part].double()).square().sum().item()
+
+
+@dataclass
+class _Gathering:
+    """A shard that is being gathered.
+
+    Args:
+        rounding: by hookpoint.
+        chunks: of each forward, by hookpoint, on their way to the CPU; and what is known of their tokens.
+        rows: tokens.
+    """
+
+    rounding: dict[str, _Spread]
+    chunks: list[tuple[dict[str, Future[Tensor]], Chunk]] = field(default_factory=list)
+    rows: int = 0
+
+
+@dataclass(frozen=True)
+class _Writing:
+    """A shard that is being written.
+
+    Args:
+        shard: what the index will say of it.
+        cursor: of the source, behind it.
+        block_begin: rows before the block of documents that its last chunk is of.
+        is_full: it is not the rest at the end.
+    """
+
+    shard: Future[Shard]
+    cursor: Cursor
+    block_begin: int
+    is_full: bool
+
+
+class ShardWriter:
+    """Gathers chunks and writes a shard when it has enough: in threads, while a GPU computes the next ones.
+
+    The index is written here, and names a shard once all of its files are on disk, in order. Behind a GPU it may lag by
+    a second, so a kill costs that much more. Use it as a context, which waits for the threads.
+
+    Args:
+        directory: of the cache.
+        index: of it; grows by each shard, and is written with it.
+        shard_rows: least rows of a shard. Memory: twice that many rows of every hookpoint; up to eight times behind a GPU.
+    """
+
+    def __init__(self, directory: Path, index: CacheIndex, shard_rows: int) -> None:
+        self._directory = directory
+        self._index = index
+        self._shard_rows = shard_rows
+        self._layouts = {name: index.layout(name) for name in index.settings["hookpoints"]}
+        self._cursor: Cursor = index.cursor or {}
+        self._block_begin = 0
+        self._pool = ThreadPoolExecutor(_THREADS, "flashsae-shards")
+        self._most_behind = 0
+        self._writing: deque[_Writing] = deque()
+        self._written = time.monotonic()
+        self._begin_shard()
+
+    def _begin_shard(self) -> None:
+        self._gathering = _Gathering({name: _Spread() for name in self._layouts})
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def add(self, chunk: Chunk, cursor: Cursor) -> int:
+        """Take the tokens of one forward and the cursor behind them; return how many they are.
+
+        Raises:
+            StorageError: the file system refused, now or for a shard before.
+        """
+        stored = {}
+        for name, acts in chunk.acts.items():
+            layout, spread = self._layouts[name], self._gathering.rounding[name]
+            if layout.dtype == "int8":
+                spread.update(acts)  # what is rounded away is known with the whole shard
+            elif acts.dtype != torch.bfloat16:
+                spread.update(acts, acts.bfloat16())
+            stored[name] = self._on_the_way(acts if layout.dtype == "int8" else acts.to(layout.read_dtype))
+            self._most_behind = _SHARDS_BEHIND if acts.is_cuda else 0
+        n_rows = len(chunk.group)
+        self._gathering.chunks.append((stored, replace(chunk, acts={})))
+        self._gathering.rows += n_rows
+        # behind a block of documents both numbers are the same, so this is where the block of this chunk begins
+        self._block_begin = self._cursor.get("rows_before", 0)
+        self._cursor = cursor
+        if self._gathering.rows >= self._shard_rows:
+            self._write(is_full=True)
+        self._collect(self._most_behind)
+        return n_rows
+
+    def _on_the_way(self, acts: Tensor) -> Future[Tensor]:
+        """Return what will hold activations on the CPU; the device is not waited for."""
+        if not acts.is_cuda:
+            there = Future[Tensor]()
+            there.set_result(acts)
+            return there
+        staged = torch.empty(acts.shape, dtype=acts.dtype, pin_memory=True, device="cpu")
+        staged.copy_(acts, non_blocking=True)
+        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        copied.record(torch.cuda.current_stream(acts.device))
+        return self._pool.submit(_unstaged, staged, copied)
+
+    def _write(self, *, is_full: bool) -> None:
+        """Begin to write what was gathered."""
+        number = len(self._index.shards) + len(self._writing)
+        shard = self._pool.submit(self._files, number, self._gathering)
+        self._writing.append(_Writing(shard, self._cursor, self._block_begin, is_full))
+        self._begin_shard()
+
+    def _files(self, number: int, gathered: _Gathering) -> Shard:
+        """Write the files of a shard; return what the index says of it."""
+        tokens = [chunk for _, chunk in gathered.chunks]
+        sums = {
+            TOKENS_FOLDER: self._save(
+                TOKENS_FOLDER,
+                number,
+                {
+                    "token_ids": torch.cat([cast(Tensor, chunk.token_ids) for chunk in tokens]),
+                    "group": torch.cat([chunk.group for chunk in tokens]),
+                    "position": torch.cat([cast(Tensor, chunk.position) for chunk in tokens]),
+                },
+            )
+        }
+        for name, layout in self._layouts.items():
+            acts = torch.cat([stored.pop(name).result() for stored, _ in gathered.chunks])
+            stored = layout.store(acts)
+            if layout.dtype == "int8":
+                gathered.rounding[name].lose(acts, layout.restore(stored))
+            sums[name] = self._save(name, number, layout.compress(stored))
+        rounding = {name: Rounding(spread.lost, spread.variance) for name, spread in gathered.rounding.items()}
+        return Shard(gathered.rows, sums, rounding)
+
+    def _collect(self, most_behind: int) -> None:
+        """Put what is written into the index; wait until no more than so many shards are not."""
+        while self._writing and (len(self._writing) > most_behind or self._writing[0].shard.done()):
+            writing = self._writing.popleft()
+            self._index.shards.append(writing.shard.result())
+            self._index.cursor = writing.cursor
+            if not writing.is_full:
+                return
+            if self._index.marks is not None:
+                marks = self._useful_marks(writing.block_begin)
+                self._index.marks = [*marks, Mark(len(self._index.shards), writing.cursor)]
+            if most_behind == 0 or time.monotonic() - self._written > _INDEX_SECONDS:
+                self._index.write(self._directory)
+                self._written = time.monotonic()
+
+    def _useful_marks(self, block_begin: int) -> list[Mark]:
+        """Return the marks from the last one on that lies before the block of the last chunk."""
+        marks = self._index.marks or []
+        before = [mark for mark in marks if mark.rows <= block_begin]
+        return [*before[-1:], *marks[len(before) :]]
+
+    def _save(self, kind: str, number: int, tensors: dict[str, Tensor]) -> int:
+        parts = parts_of_file(tensors)
+        write_atomic(shard_path(self._directory, kind, number), parts)
+        crc = 0
+        for part in parts:
+            crc = zlib.crc32(part, crc)
+        return crc
+
+    def finish(self) -> None:
+        """Write what waits and mark the cache complete.
+
+        Raises:
+            DataError: nothing came.
+            StorageError: the file system refused.
+        """
+        if self._gathering.rows:
+            self._write(is_full=False)
+        self._collect(0)
+        if not self._index.shards:
+            raise DataError(f"{self._index.settings['dataset']} gives no token to cache; give more text.")
+        if self._index.marks is not None:
+            self._index.marks = self._useful_marks(self._block_begin)[:1]
+        self._index.complete = True
+        self._index.write(self._directory)
+
+
+def _unstaged(staged: Tensor, copied: torch.cuda.Event) -> Tensor:
+    """Return a copy of page-locked memory, which others wait for, once the device has filled it."""
+    copied.synchronize()
+    return torch.empty(staged.shape, dtype=staged.dtype, device="cpu").copy_(staged)
+
+
+def parts_of_file(tensors: Mapping[str, Tensor]) -> list[bytes | memoryview]:
+    """Return what `safetensors.torch.save` would, in parts, of which a single tensor is not copied."""
+    if len(tensors) > 1:
+        return [safetensors.torch.save(dict(tensors))]
+    ((name, tensor),) = tensors.items()
+    # the header that safetensors writes does not depend on what the numbers are
+    size = tensor.numel() * tensor.element_size()
+    shape = list(tensor.shape)
+    told = {name: {"dtype": _KINDS[tensor.dtype], "shape": shape, "data_offsets": [0, size]}}
+    header = json.dumps(told, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    numbers = tensor.contiguous().flatten().view(torch.uint8).numpy()
+    return [len(header).to_bytes(8, "little"), header, numbers.data]
