@@ -241,6 +241,13 @@ def test_saes_that_were_trained_in_turn_go_on_in_turn(home: Path, cached: Path) 
     assert _weights(run) == _weights(cached)
 
 
+def test_one_of_several_is_not_resumed_by_itself(cached: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"^resume: .*{NAMES[0]} is one of the SAEs of .*cached, which go on together"
+    ):
+        execute(cached / NAMES[0], QUIET)
+
+
 def test_a_plan_names_all_and_says_how_many_fit(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

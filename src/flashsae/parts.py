@@ -12,7 +12,7 @@ from flashsae.architecture import architecture_of
 from flashsae.data.open import Activations, Asked, Prepared
 from flashsae.data.sources import Source
 from flashsae.errors import ConfigError, FlashSAEError
-from flashsae.lm.hookpoints import folder_of
+from flashsae.lm.hookpoints import folder_of, in_order
 from flashsae.settings.run import CONFIG_FILE, RunConfig
 from flashsae.settings.sweep import HOOKPOINT, names_of
 from flashsae.train.checkpoint import list_checkpoints
@@ -162,7 +162,7 @@ def most_tokens(config: RunConfig) -> int:
 
 def part_folders(run: Path) -> list[Path]:
     """Return the folders of the SAEs of a run that has several, by name; none of a run of one."""
-    return sorted(path.parent for path in run.glob(f"*/{CONFIG_FILE}"))
+    return [run / name for name in in_order(path.parent.name for path in run.glob(f"*/{CONFIG_FILE}"))]
 
 
 def begun_apart(run: Path, planned: Sequence[Planned]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from flashsae.data.sources import Source
 from flashsae.data.together import Together
 from flashsae.errors import FlashSAEError
 from flashsae.evaluate import evaluate, held_out_batches
-from flashsae.logs.callback import Callback, Warn
+from flashsae.logs.callback import Callback, Warn, WarnOfOne
 from flashsae.logs.jsonl import JsonlLog
 from flashsae.logs.progress import ProgressBar, filling
 from flashsae.logs.trackers import build_logger
@@ -103,7 +104,7 @@ def train_side_by_side(parts: Sequence[Part], place: Path, console: Console) -> 
 
     def on_failure(number: int, error: FlashSAEError) -> None:
         running[number].fail(error)
-        _warn(console, f"{running[number].planned.name} failed, and the others go on: {error}", told)
+        _warn(console, f"{running[number].planned.name} failed, and the others go on: {error}")
 
     results = train_together(
         [
@@ -159,13 +160,13 @@ def _callbacks(part: Part, console: Console, told: set[str]) -> list[Callback]:
         build_logger(name, part.folder, part.config.train.flat(), is_one_of_several=is_one_of_several)
         for name in part.config.logger
     ]
-    return [Warn(lambda message: _warn(console, message, told)), JsonlLog(part.folder), *loggers]
+    warn = partial(_warn, console)
+    warning = WarnOfOne(warn, part.planned.name, told) if is_one_of_several else Warn(warn)
+    return [warning, JsonlLog(part.folder), *loggers]
 
 
-def _warn(console: Console, message: str, told: set[str]) -> None:
-    if message not in told:
-        console.print(f"[bold yellow]Warning:[/] {escape(message)}", highlight=False, soft_wrap=True)
-    told.add(message)
+def _warn(console: Console, message: str) -> None:
+    console.print(f"[bold yellow]Warning:[/] {escape(message)}", highlight=False, soft_wrap=True)
 
 
 def _saved(part: Part, sae: SAE, is_dead: torch.Tensor, *, is_new: bool) -> Trained:

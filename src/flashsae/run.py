@@ -57,7 +57,7 @@ from flashsae.rounds import Trained, train_alone, train_side_by_side
 from flashsae.sae.module import SAE
 from flashsae.settings.kinds import as_json
 from flashsae.settings.run import CONFIG_FILE, RunConfig, load_settings
-from flashsae.start import check, check_rows, prepare, saved_config
+from flashsae.start import check, check_rows, check_whole, prepare, saved_config
 from flashsae.start import new_run as new_run
 from flashsae.train.checkpoint import list_checkpoints, load_checkpoint
 from flashsae.train.failure import failure_in
@@ -78,6 +78,7 @@ def execute(run: Path, console: Console) -> dict[str, str]:
         FlashSAEError: says what to do; everything written before is intact.
     """
     config = saved_config(run)
+    check_whole(run)
     check(config)
     with files.only_one(run):
         files.clear_leftovers(run)

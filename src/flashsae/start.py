@@ -114,6 +114,16 @@ def new_run(config: RunConfig, run: Path | None = None) -> Path:
     return run
 
 
+def check_whole(run: Path) -> None:
+    """Raise ConfigError where a folder is that of one SAE of several, which go on together."""
+    parent = run.absolute().parent
+    if (parent / CONFIG_FILE).exists() and any((parent / CHECKPOINTS).glob("**/step-*")):
+        raise ConfigError(
+            f"resume: {run} is one of the SAEs of {parent}, which go on together. Name that folder: flashsae train "
+            f"--resume {parent}."
+        )
+
+
 def extended(config: RunConfig, run: Path, tokens: int) -> RunConfig:
     """Return the settings of a run that has ended as those of one that goes on.
 

@@ -57,7 +57,7 @@ def test_a_row_for_each_with_what_differs_and_a_link_to_its_report(page: Any, tm
     assert "<td>64</td>" in text.partition('id="settings"')[2]
     assert 'data-key="0.125">0.1250</td>' in text
     assert "3 (4.7%)" in text
-    assert "['BatchTopK', 'TopK']" in text
+    assert "['BatchTopK, lr 0.003', 'TopK, lr 0.001']" in text
     assert "pareto-1" not in text
 
 

@@ -16,6 +16,7 @@ import flashsae
 from flashsae import SAE, TrainConfig
 from flashsae.data.synthetic import SuperpositionModel
 from flashsae.errors import CheckpointError, ConfigError, DivergedError, StorageError
+from flashsae.logs.callback import WarnOfOne
 from flashsae.logs.jsonl import JsonlLog
 from flashsae.train import following, loop
 from helpers import kill
@@ -239,6 +240,13 @@ def test_warnings_come_once(recwarn: pytest.WarningsRecorder) -> None:
         flashsae.fit_many(spiked, [{"k": 2}, {"k": 3}], config=SMALL, progress=False)
     assert len(caught) == 1
     assert caught[0].filename == __file__
+    told: list[str] = []
+    one, other = (WarnOfOne(told.append, name, set()) for name in ("one", "other"))
+    one.on_warning("of the data")
+    one.on_step(1)
+    one.on_warning("of itself")
+    other.on_warning("of the data")
+    assert told == ["of the data", "one: of itself", "of the data"]
 
 
 def test_numpy_rows_of_many_sites_are_arrays_too() -> None:

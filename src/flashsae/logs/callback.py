@@ -51,3 +51,28 @@ class Warn(Callback):
     def on_warning(self, message: str) -> None:
         """Pass on a warning."""
         self._warn(message)
+
+
+class WarnOfOne(Warn):
+    """Pass warnings on of one of several SAEs: what is of the data once for all, and the rest with its name.
+
+    Args:
+        warn: called with each message.
+        name: of the SAE.
+        told: messages that were passed on, of all SAEs.
+    """
+
+    def __init__(self, warn: Callable[[str], None], name: str, told: set[str]) -> None:
+        super().__init__(warn)
+        self._name, self._told, self._has_begun = name, told, False
+
+    def on_step(self, step: int) -> None:
+        """Note that what comes from here on is of this SAE."""
+        self._has_begun = True
+
+    def on_warning(self, message: str) -> None:
+        """Pass on a warning, unless it was."""
+        message = f"{self._name}: {message}" if self._has_begun else message
+        if message not in self._told:
+            self._told.add(message)
+            super().on_warning(message)

@@ -6,7 +6,7 @@ import base64
 import functools
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -195,23 +195,38 @@ def _shared(saes: Sequence[Compared]) -> list[tuple[str, str]]:
 
 
 def _plots(saes: Sequence[Compared]) -> list[Plot]:
-    """Draw FVU against L0 of each hookpoint, a line for each architecture, or more where other settings differ."""
+    """Draw FVU against L0 of each hookpoint: a line for each architecture, and for each size or rate that differs."""
     measured = [sae for sae in saes if sae.evaluation is not None]
+    apart = [name for name in differing(measured) if name not in ("hookpoint", "arch", "seed", *_sparsities(measured))]
     plots = []
     for number, hookpoint in enumerate(dict.fromkeys(sae.hookpoint for sae in measured)):
-        of_place = [sae for sae in measured if sae.hookpoint == hookpoint]
+        found: dict[str, list[tuple[float, float]]] = {}
+        for sae in measured:
+            x, y = (real((sae.evaluation or {}).get(name)) for name in ("l0", "fvu"))
+            if sae.hookpoint == hookpoint and x is not None and y is not None and x > 0 and y > 0:
+                told = [f"{name} {setting_text(sae.settings[name])}" for name in apart if name in sae.settings]
+                found.setdefault(", ".join([sae.architecture, *told]), []).append((x, y))
         lines: dict[str, Points] = {}
-        for architecture in dict.fromkeys(sae.architecture for sae in of_place):
-            figures = [sae.evaluation or {} for sae in of_place if sae.architecture == architecture]
-            points = [(real(e["l0"]), real(e["fvu"])) for e in figures]
-            there = sorted((x, y) for x, y in points if x is not None and y is not None and x > 0 and y > 0)
-            if there:
-                lines[architecture] = np.array([x for x, _ in there]), np.array([y for _, y in there])
+        for label, points in found.items():
+            x_of_all, y_of_all = zip(*sorted(points))
+            lines[label] = np.array(x_of_all), np.array(y_of_all)
         if lines:
             svg = pareto(f"pareto-{number}", lines, (METRICS["l0"].unit, "held-out FVU"))
             title = setting_text(hookpoint) if hookpoint else "FVU against L0"
             plots.append(Plot(f"pareto-{number}", title, _caption(lines), svg))
     return plots
+
+
+def _sparsities(saes: Sequence[Compared]) -> set[str]:
+    """Return the settings that say how sparse SAEs of these architectures are: of each its first."""
+    names = {str(sae.settings.get("arch", "")) for sae in saes}
+    found = set()
+    for name in names:
+        try:
+            found.add(fields(architecture_named(name).settings)[0].name)
+        except (ConfigError, IndexError):  # not registered here, or without settings
+            continue
+    return found
 
 
 def _caption(lines: Mapping[str, Points]) -> str:

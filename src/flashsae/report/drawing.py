@@ -235,7 +235,7 @@ def _few_ticks(axis: Any, low: float, high: float) -> None:
     if high - low > 0.8:
         _log_ticks(axis, low, high)
         return
-    locator = require("matplotlib.ticker", "report").MaxNLocator(4, steps=[1, 2, 2.5, 5, 10])
+    locator = require("matplotlib.ticker", "report").MaxNLocator(6, steps=[1, 2, 2.5, 5, 10])
     ticks = [tick for tick in locator.tick_values(10**low, 10**high) if 10**low <= tick <= 10**high]
     axis.set_ticks([math.log10(tick) for tick in ticks], [f"{tick:.4g}" for tick in ticks])
 

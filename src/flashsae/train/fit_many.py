@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
@@ -22,7 +21,7 @@ from flashsae.data.sources import Source
 from flashsae.data.together import Together
 from flashsae.errors import ConfigError, DivergedError, FlashSAEError
 from flashsae.files import storage_errors
-from flashsae.logs.callback import Callback, Warn
+from flashsae.logs.callback import Callback, WarnOfOne
 from flashsae.logs.jsonl import JsonlLog
 from flashsae.logs.progress import ProgressBar, filling
 from flashsae.neutral import neutral
@@ -275,7 +274,9 @@ def _training(
     view = batches.view(one.config.seed, one.sites)
     state = init_state(one.config, view, device, checkpoints, on_fill, one.start)
     log: list[Callback] = [] if own is None else [JsonlLog(own)]
-    return Training(state, one.config, [Warn(partial(_warn_once, told)), *log], checkpoints, is_told_of_repeats=True)
+    return Training(
+        state, one.config, [WarnOfOne(warn_caller, one.name, told), *log], checkpoints, is_told_of_repeats=True
+    )
 
 
 def _place(batches: Together, folders: Mapping[str, Path], failed: Collection[str]) -> Place | None:
@@ -289,12 +290,6 @@ def _place(batches: Together, folders: Mapping[str, Path], failed: Collection[st
     place = Place(run / CHECKPOINTS, batches, {name: each / CHECKPOINTS for name, each in folders.items()}, failed)
     place.resume()
     return place
-
-
-def _warn_once(told: set[str], message: str) -> None:
-    if message not in told:
-        warn_caller(message)
-    told.add(message)
 
 
 def _what_will_be_done(saes: Sequence[_One], device: torch.device) -> str:
