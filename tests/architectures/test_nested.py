@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections import Counter
 from dataclasses import asdict
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from helpers.resumed import same_after_a_kill
 D, N, K, B = 12, 48, 4, 40
 ARCHS: dict[str, tuple[str, dict[str, Any]]] = {
     "matryoshka": ("matryoshka", {}),
-    "matryoshka, sum": ("matryoshka", {"prefixes": (3, 20, N), "level_loss": "sum"}),
+    "matryoshka, sum": ("matryoshka", {"prefixes": (1, 20, N), "level_loss": "sum"}),
     "matryoshka, sampled": ("matryoshka", {"prefix_sampling": "random"}),
     "matryoshka of topk": ("matryoshka:topk", {"prefixes": (0.1, 0.5, 1.0)}),
     "hierarchical": ("hierarchical_topk", {}),
@@ -178,12 +179,15 @@ def test_prefixes_are_fractions_or_numbers_of_latents() -> None:
     assert prefixes_of((0.0625, 0.125, 0.25, 0.5, 1.0), 4096) == [256, 512, 1024, 2048, 4096]
     assert prefixes_of((0.0625, 0.125, 0.25, 0.5, 1.0), 6) == [1, 2, 3, 6]  # too few latents for five
     assert prefixes_of((2, 0.5, 40), 40) == [2, 20, 40]
+    assert prefixes_of((1, 8, 40), 40) == [1, 8, 40]
+    assert prefixes_of((1,), 40) == [40]
+    assert prefixes_of((1,), 1) == prefixes_of((0.5, 1), 1) == [1]
     for wrong in ((0.5,), (3, 41), (3, 39), (2.5, 40)):
         with pytest.raises(
             ConfigError, match=r"prefixes: expected fractions up to 1 or whole numbers of latents, of w"
         ):
             sae_of(wrong)
-    for wrong in ((), (0.5, 0.5, 1), (1.0, 0.5), (0.0, 1.0), (-1.0, 1.0)):
+    for wrong in ((), (0.5, 0.5, 1), (1.0, 0.5), (0.0, 1.0), (-1.0, 1.0), (0.5, inf)):
         with pytest.raises(ConfigError, match="prefixes: expected numbers above 0 that ascend, got"):
             settings_of("matryoshka", prefixes=wrong)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from math import inf
 from random import Random
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -28,14 +29,15 @@ PARETO = 0.5
 """Exponent of the distribution of sampled prefixes: P(prefix ≥ m) falls like m**-PARETO."""
 
 SETTINGS = """
-prefixes: Ends of the nested dictionaries, ascending to all latents: as fractions up to 1, or as numbers of latents.
+prefixes: Ends of the nested dictionaries, ascending to all latents: as fractions up to 1, or as numbers of latents. 1
+    is all of them where it comes last, and one latent before others.
 prefix_sampling: fixed, or random: as many prefixes as there are in prefixes, drawn anew at each step.
 level_loss: The loss is the mean over the nested reconstructions, or their sum.
 """
 
 
 def _ascend(prefixes: Any) -> bool:
-    return len(prefixes) > 0 and prefixes[0] > 0 and all(low < high for low, high in pairwise(prefixes))
+    return len(prefixes) > 0 and 0 < prefixes[0] <= prefixes[-1] < inf and all(a < b for a, b in pairwise(prefixes))
 
 
 PREFIXES = Annotated[tuple[float, ...], Range("numbers above 0 that ascend", _ascend)]
@@ -47,7 +49,9 @@ def prefixes_of(prefixes: Sequence[float], d_sae: int) -> list[int]:
     Raises:
         ConfigError: a number of latents is none, or the last prefix does not have them all.
     """
-    sizes = sorted({max(1, round(each * d_sae)) if each <= 1 else round(each) for each in prefixes})
+    last = prefixes[-1]
+    is_share = [each < 1 or each == last == 1 for each in prefixes]  # before others 1 is one latent
+    sizes = sorted({max(1, round(each * d_sae)) if share else round(each) for each, share in zip(prefixes, is_share)})
     if any(each > 1 and each != round(each) for each in prefixes) or sizes[-1] != d_sae:
         raise ConfigError(
             f"prefixes: expected fractions up to 1 or whole numbers of latents, of which the last is 1 or {d_sae} as "

@@ -138,8 +138,9 @@ def dense_prefixes(step: DenseStep) -> Tensor:
     """
     settings, d_sae = step.settings, step.latent_acts.shape[1]
     sizes = getattr(settings, "sampled_prefixes", None)
-    if sizes is None:  # fractions up to 1, or numbers of latents
-        sizes = [max(1, round(each * d_sae)) if each <= 1 else each for each in settings.prefixes]
+    if sizes is None:  # fractions up to 1, or numbers of latents; 1 is all of them where it comes last
+        given, last = settings.prefixes, settings.prefixes[-1]
+        sizes = {max(1, round(each * d_sae)) if each < 1 or each == last == 1 else each for each in given}
     kept = [
         step.latent_acts * (torch.arange(d_sae, dtype=torch.int64, device=step.x.device) < int(size)) for size in sizes
     ]
