@@ -329,3 +329,12 @@ def test_a_cache_that_is_moved_or_removed_is_read_on(copy: Path, written: Path) 
         for (a, _), (b, _) in zip(cache.chunks(split), expected.chunks(split), strict=True):
             assert torch.equal(a.acts["h.0"], b.acts["h.0"])
             assert torch.equal(a.group, b.group)
+
+
+@pytest.mark.parametrize("change", [{"dtype": "int8"}, {"dtype": "float32"}, {"cache_compression": "zstd"}])
+def test_shards_that_are_stored_otherwise_than_the_index_says_are_refused(copy: Path, change: dict[str, str]) -> None:
+    index = json.loads((copy / "index.json").read_text())
+    index["settings"] |= change
+    (copy / "index.json").write_text(json.dumps(sealed(index)))
+    with pytest.raises(CheckpointError, match=r"cannot read the shard .*h\.0/00000\.safetensors: "):
+        ActivationCache(copy, "h.0")
