@@ -67,6 +67,12 @@ KINDS: dict[str, Kind] = {
         _of("DeepseekV4", **_RANKS, hc_mult=4, n_routed_experts=4, num_experts_per_tok=2, **_EXPERTS),
         "layers.0", "layers.1", width=64,
     ),
+    "gemma3n": Kind(
+        _of("Gemma3nText", vocab_size_per_layer_input=64, hidden_size_per_layer_input=8, laurel_rank=4,
+            num_kv_shared_layers=0, altup_num_inputs=4, head_dim=8, layer_types=["full_attention"] * 2,
+            activation_sparsity_pattern=[0.0, 0.0], **(_EXPERTS | {"intermediate_size": [24, 24]})),
+        "layers.0", "layers.1", width=64,
+    ),
     # masked
     "bert": Kind(bert, "encoder.layer.0", "encoder.layer.1"),
     "roberta": Kind(MORE_FAMILIES["roberta"], "encoder.layer.1", "pooler", "encoder.layer.0"),

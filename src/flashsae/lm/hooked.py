@@ -51,7 +51,9 @@ class HookedModel:
         self.device = device or self._takes_ids
         taken = inspect.signature(self._called.forward).parameters
         self._options: dict[str, Any] = {"use_cache": False} if "use_cache" in taken else {}
-        self._length_first: set[str] = set()  # where it is [length, sequences, d]; of as many, nobody could tell later
+        # where it is [length, sequences, d], or [streams, sequences, length, d]; of as many, nobody could tell later
+        self._length_first: set[str] = set()
+        self._streams_first: set[str] = set()
 
     @property
     def _called(self) -> nn.Module:
@@ -149,8 +151,12 @@ class HookedModel:
         sequences, length = len(ids), ids.shape[1] + self._is_decoder
         if sequences != length and output.shape[:2] == (length, sequences):
             self._length_first.add(name)
+        if len(output) != sequences and output.dim() == 4 and output.shape[1:3] == (sequences, length):
+            self._streams_first.add(name)
         if name in self._length_first and output.dim() > 2:
             output = output.transpose(0, 1)
+        if name in self._streams_first and output.dim() == 4:
+            output = output.permute(1, 2, 0, 3)
         if output.shape[:2] == (sequences, length):
             output = (output.flatten(2) if output.dim() > 3 else output)[:, int(self._is_decoder) :]
         return output
