@@ -109,6 +109,17 @@ def test_a_file_may_be_called_like_a_mixture(folder: Path) -> None:
     assert open_text("a.jsonl@0.3").name == open_text("a.jsonl").name  # the only part has all
 
 
+def test_many_names_are_longer_than_one_may_be(folder: Path) -> None:
+    names = [f"{'x' * 60}{i}.txt" for i in range(9)]
+    for name in names:
+        (folder / name).write_text(f"{name}\n\nmore")
+    text = open_text(", ".join(names))
+    assert isinstance(text, Mixture)
+    assert len(text.parts) == 9
+    with pytest.raises(ConfigError, match="dataset: File name too long"):
+        open_text("x" * 300)
+
+
 def test_fingerprints_tell_weights_and_parts_apart(folder: Path) -> None:
     same = {open_text(name).fingerprint for name in ("a.jsonl@1,b.jsonl@3", "a.jsonl@2, b.jsonl@6")}
     others = {open_text(name).fingerprint for name in ("a.jsonl@3,b.jsonl@1", "b.jsonl@1,a.jsonl@3", "a.jsonl,c.txt")}

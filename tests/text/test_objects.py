@@ -27,6 +27,14 @@ class Repeatable:
         return iter(TEXTS)
 
 
+class Numbered(torch.utils.data.Dataset[str]):
+    def __len__(self) -> int:
+        return len(TEXTS)
+
+    def __getitem__(self, place: int) -> str:
+        return TEXTS[place]
+
+
 def generate() -> Iterator[str]:
     yield from TEXTS
 
@@ -48,6 +56,7 @@ OBJECTS: dict[str, Any] = {
     "function": generate,
     "lambda of rows": lambda: iter(ROWS),
     "own class": Repeatable(),
+    "of torch": Numbered(),
     "opened": open_text(TEXTS),
 }
 

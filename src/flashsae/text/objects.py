@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,8 @@ def open_object(texts: Any, asked: Asked) -> TextDataset:
     if hasattr(texts, "columns") and hasattr(texts, "to_dict"):  # of pandas
         texts = texts.to_dict(orient="records")
     texts = next((getattr(texts, name)() for name in ("to_pylist", "tolist") if hasattr(texts, name)), texts)
+    if hasattr(texts, "__getitem__") and hasattr(texts, "__len__") and not isinstance(texts, Iterable):
+        return open_object(functools.partial(_by_number, texts), asked)  # a data set of torch
     if isinstance(texts, Sequence) and not isinstance(texts, str | bytes | bytearray):
         return _of_list(texts, asked)
     if isinstance(texts, Iterator):
@@ -52,6 +55,10 @@ def open_object(texts: Any, asked: Asked) -> TextDataset:
         )
     asked.refuse("this text", *(name for name in ALL if name != "column"))
     return _repeatable(texts, "a stream of documents", asked.column, lambda start: islice(_begun(texts), start, None))
+
+
+def _by_number(texts: Any) -> Iterator[Any]:
+    return (texts[i] for i in range(len(texts)))
 
 
 def _begun(texts: Any) -> Iterator[Any]:

@@ -89,16 +89,23 @@ def open_text(
 
 def _parts(dataset: str) -> list[tuple[str, float]]:
     """Return the names in a setting, with their weights: 1 where none is given."""
-    if expand(dataset, "dataset").exists():
+    if _exists(dataset):
         return [(dataset, 1.0)]
     parts = []
     for each in _BETWEEN.split(dataset):
         found = _WEIGHTED.fullmatch(each.strip())
-        is_name = found is None or expand(each.strip(), "dataset").exists()
+        is_name = found is None or _exists(each.strip())
         parts.append((each.strip(), 1.0) if is_name or found is None else (found["name"], float(found["weight"])))
     if not all(name for name, _ in parts):
         raise ConfigError(f"dataset: expected names with commas between, got {dataset!r}.")
     return parts
+
+
+def _exists(path: str) -> bool:
+    try:
+        return expand(path).exists()
+    except ConfigError:  # none that there could be, as where many names are longer than one may be
+        return False
 
 
 def _open(dataset: Any, asked: Asked) -> TextDataset:
