@@ -7,9 +7,10 @@ import pytest
 
 from flashsae.data.cache import ActivationCache
 from flashsae.data.cache_writer import write_cache
-from flashsae.data.existing import held_hookpoints, moved_place, stored_in_words
+from flashsae.data.existing import held_hookpoints, moved_place, stored_in_words, to_be_stored_in_words
 from flashsae.data.language_model import LanguageModelSource
 from flashsae.errors import CheckpointError
+from flashsae.settings.reading import ReadingConfig
 
 
 def test_activations_that_were_moved_together_with_their_run_are_found(copy: Path, tmp_path: Path) -> None:
@@ -47,3 +48,7 @@ def test_a_plan_says_how_activations_are_stored(cache_source: LanguageModelSourc
     held = "; up to 0.00 GB of it are held decompressed in memory"
     assert told["bf16", "zstd"] == told["bf16", "none"].replace("bfloat16", "bfloat16, compressed") + held
     assert told["float32", "zstd"] == f"float32, compressed{held}"
+    assert to_be_stored_in_words(ReadingConfig(hookpoint="h.0").filled()) == ""
+    config = ReadingConfig(hookpoint="h.0", cache_dtype="int8", cache_compression="zstd")
+    expected = ", as int8, which rounds away some 4e-05 of their variance, compressed"
+    assert to_be_stored_in_words(config.filled()) == expected

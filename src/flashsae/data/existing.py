@@ -203,6 +203,12 @@ def stored_in_words(caches: Sequence[ActivationCache]) -> str:
     return told
 
 
+def to_be_stored_in_words(config: ReadingConfig) -> str:
+    """Say how activations will be stored, where that is not the default; what is rounded away is measured meanwhile."""
+    told = {"float32": ", as float32", "int8": ", as int8, which rounds away some 4e-05 of their variance"}
+    return told.get(config.cache_dtype, "") + (", compressed" if config.cache_compression == "zstd" else "")
+
+
 def rounding_warning(cache: ActivationCache) -> str | None:
     """Return a sentence where a cache rounds away more of the activations than may go unnoticed, else None."""
     dtype = cache.settings["dtype"]

@@ -23,6 +23,7 @@ from flashsae.data.existing import (
     open_configured_text,
     rounding_warning,
     stored_in_words,
+    to_be_stored_in_words,
 )
 from flashsae.data.language_model import LanguageModelSource, dtype_of_model
 from flashsae.data.sources import Source
@@ -258,7 +259,7 @@ def _to_be_cached(
         ready = _cached(config, place, asked).compute(on_progress)
         return replace(ready, warnings=tuple(dict.fromkeys((*source.warnings, *ready.warnings))))
 
-    told = f"{_text_of(source)}, to be cached in {place}: {rows:,} tokens at most"
+    told = f"{_text_of(source)}, to be cached in {place}: {rows:,} tokens at most{to_be_stored_in_words(config)}"
     config = replace(config, activations=place.resolve())
     saes, of_each = _arranged(asked, source.hookpoints)
     widths = {name: {site: source.widths[site] for site in hookpoints} for name, hookpoints in saes.items()}
