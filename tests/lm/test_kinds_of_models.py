@@ -83,6 +83,7 @@ def test_a_decoder_has_room_for_its_start_token(tiny: ModuleType) -> None:
         ("olmoe", "layers.1.mlp.gate", r"a router and experts have.*; choose layers\.1\.mlp, which is around it"),
         ("llava", "vision_tower.encoder.layers.0", r"did not run when.*such as language_model\.layers\.1"),
         ("gemma3", "multi_modal_projector", r"did not run when.*such as language_model\.layers\.1"),
+        ("bart decoder", "decoder:in", "given a tensor in its place, or as hidden_states, got decoder with"),
         ("clip", "vision_model.encoder.layers.0", "choose a module of text_model, which does"),
         ("mamba", "layers.1.mixer.conv1d", r"choose layers\.1\.mixer, which is around it"),
     ],
