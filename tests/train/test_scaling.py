@@ -277,11 +277,14 @@ def test_tokens_of_huge_norm_are_told_of_unless_they_are_normalised() -> None:
         (torch.ones(640, 1) + X[:, :1], "layer_norm", r"expected layer_norm of at least two coordinates a site, got 1"),
         ({"before": torch.zeros(640, 8), "after": Y}, "mean_square", "that are read do not vary"),
         ({"before": torch.ones(640, 8), "after": Y}, "power_of_two", "that are read do not vary"),
+        ({"a": X, "b": torch.ones(640, 8)}, "mean_square", "activations of b do not vary: 640 sampled tokens are eq"),
+        ({"a": torch.zeros(640, 8), "b": X}, "power_of_two", "the activations of a do not vary"),
     ],
 )
 def test_what_cannot_be_scaled_so_is_said(x: Any, kind: str, message: str) -> None:
+    arch = {} if not isinstance(x, dict) else {"arch": "bridge" if "before" in x else "crosscoder"}
     with pytest.raises((DataError, ConfigError), match=message):
-        fitted(x, kind, **({"arch": "bridge"} if isinstance(x, dict) else {}))
+        fitted(x, kind, **arch)
 
 
 @dataclass(frozen=True)

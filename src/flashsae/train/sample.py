@@ -86,6 +86,9 @@ def measure_sample(batch: Batch, architecture: Architecture, normalization: Norm
     others = [acts for site, acts in reads if site not in dict(writes)]
     two_of_others = _power_of_two(torch.cat(others, 1), "the activations that are read") if others else two
 
+    for site, acts in writes if len(writes) > 1 else ():
+        if bool((acts == acts[0]).all()):
+            raise DataError(_EQUAL.format(what=f"the activations of {site}", n=len(x)))
     centres = X_MEAN.name in (row.name for row in architecture.parameters)
 
     def scale(site: str, acts: Tensor) -> SiteScale:
