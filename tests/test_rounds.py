@@ -200,7 +200,7 @@ def test_one_that_fails_is_told_and_the_others_are_done(
     assert list(execute(run, QUIET)) == [NAMES[2]]  # what failed is not tried again by itself
     assert len(draw_report(run, QUIET)) == len(others) + 1
     (run / NAMES[2] / "failed.json").write_text("{}")
-    with pytest.raises(flashsae.errors.CheckpointError, match=r"failed\.json.* Remove it to try again"):
+    with pytest.raises(flashsae.errors.CheckpointError, match=r"failed\.json.* Put a copy of it back"):
         execute(run, QUIET)
 
 
@@ -212,6 +212,10 @@ def test_a_run_that_has_ended_is_extended(home: Path, cached: Path) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["train", "--resume", str(run), "--extend", "64"])
     assert not ended.value.code
+    evaluation = (run / NAMES[1] / "evaluation.json").read_bytes()
+    (run / NAMES[1] / "evaluation.json").write_bytes((cached / NAMES[1] / "evaluation.json").read_bytes())
+    execute(run, QUIET)  # as after a kill before it was measured anew
+    assert json.loads((run / NAMES[1] / "evaluation.json").read_text())["fvu"] == json.loads(evaluation)["fvu"]
     whole = replace(_config(home).train, tokens=320, extended=(256,))
     cache = start.saved_config(cached).activations
     other = new_run(

@@ -48,7 +48,7 @@ from flashsae.parts import (
 )
 from flashsae.planning import plan_table, table
 from flashsae.report.comparison import comparison_table, render_comparison
-from flashsae.report.evaluation_file import RunEvaluation, write_evaluation
+from flashsae.report.evaluation_file import RunEvaluation, read_evaluation, write_evaluation
 from flashsae.report.latents import Described, describe_latents
 from flashsae.report.render import render_report
 from flashsae.report.summary import result_lines
@@ -189,6 +189,9 @@ def _finish(parts: Sequence[Part], trained: Sequence[Trained], console: Console)
     to_do = [each for each in trained if each.is_new or not each.part.planned.name or not _is_done(each.part)]
     if not to_do:
         return
+    for each in to_do:
+        with files.storage_errors(each.part.folder):
+            (each.part.folder / "report.html").unlink(missing_ok=True)  # of fewer tokens, where the run was extended
     results = _evaluate(to_do, console)
     if parts[0].config.report:
         is_stream = not isinstance(parts[0].source, RowSource)
@@ -203,7 +206,10 @@ def _finish(parts: Sequence[Part], trained: Sequence[Trained], console: Console)
 
 def _is_done(part: Part) -> bool:
     """Tell whether nothing is left to do for an SAE that is trained; the report is the last that is written."""
-    return (part.folder / ("report.html" if part.config.report else "evaluation.json")).exists()
+    path = part.folder / "evaluation.json"
+    if not path.exists() or (part.config.report and not (part.folder / "report.html").exists()):
+        return False
+    return bool(read_evaluation(path)["steps"] == part.config.train.steps)
 
 
 def _evaluate(trained: Sequence[Trained], console: Console) -> list[dict[str, Any]]:

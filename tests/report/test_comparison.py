@@ -104,7 +104,7 @@ def test_a_file_that_is_missing_or_damaged_is_told(page: Any, tmp_path: Path) ->
     with pytest.raises(CheckpointError, match=r"b/evaluation\.json"):
         page(folders)
     (folders[1] / "failed.json").write_text('{"error": "x"}')
-    with pytest.raises(CheckpointError, match=r"failed\.json is damaged .* Remove it to try again what failed"):
+    with pytest.raises(CheckpointError, match=r"failed\.json is damaged .* Put a copy of it back"):
         page(folders)
 
 

@@ -61,9 +61,9 @@ def test_names_tell_what_differs() -> None:
         "topk-k16", "jump_relu", "topk-k8",
     ]  # fmt: skip
     two = [TrainConfig(arch="jump_relu", target_l0=n) for n in (3, 4)]
-    assert _names(*two) == ["target_l0=3.0", "target_l0=4.0"]
+    assert _names(*two) == ["target_l0=3", "target_l0=4"]
     assert _names(TrainConfig(k=2), TrainConfig(k=2), places=("layers.6", "layers.7@in")) == ["layers.6", "layers.7@in"]
-    assert _names(TrainConfig(betas=(0.0, 0.9)), TrainConfig(betas=(0.5, 0.9))) == ["betas0.0,0.9", "betas0.5,0.9"]
+    assert _names(TrainConfig(betas=(0.0, 0.9)), TrainConfig(betas=(0.5, 0.9))) == ["betas0,0.9", "betas0.5,0.9"]
     assert _names(TrainConfig(init_from=Path("/a/b c")), TrainConfig(init_from=Path("/a/d"))) == [
         "init_fromb_c", "init_fromd",
     ]  # fmt: skip

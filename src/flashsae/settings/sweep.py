@@ -158,4 +158,6 @@ def _part(name: str, value: Any) -> str:
 def _said(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e6:
+        return str(int(value))
     return ",".join(map(_said, value)) if isinstance(value, (tuple, list)) else str(value)

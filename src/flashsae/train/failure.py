@@ -33,5 +33,5 @@ def failure_in(folder: Path) -> str | None:
     path = folder / FAILED_FILE
     if not path.exists():
         return None
-    advice = "Remove it to try again what failed."
+    advice = "Put a copy of it back."
     return load_document(path, _Failure, must_be_sealed=True, advice=advice).error

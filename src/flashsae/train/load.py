@@ -71,9 +71,12 @@ def _config_of(checkpoint: Checkpoint) -> TrainConfig:
     if not isinstance(saved, dict):
         raise CheckpointError(f"{where} holds no SAE, but the place in the data of several; name that of one of them.")
     try:
-        return TrainConfig(**saved)
+        config = TrainConfig(**saved)
     except (FlashSAEError, TypeError) as error:
         raise CheckpointError(f"{where} cannot be read here: {error}") from error
+    if None in (config.d_in, config.d_sae, config.d_out, config.dead_after_tokens, config.lr, config.decay_fraction):
+        raise CheckpointError(f"{where} is damaged: its settings are not worked out.")
+    return config
 
 
 class _NoBatches:
