@@ -47,6 +47,15 @@ def test_a_clone_without_configs_is_read_by_the_names_of_its_files(tmp_path: Pat
         open_text(tmp_path, subset="en")
 
 
+def test_what_stands_beside_the_data_of_a_clone_is_not_read(tmp_path: Path) -> None:
+    fill(tmp_path, *CLONE[:6], "a.jsonl", "data/requirements.txt")
+    assert documents(tmp_path) == ["a.jsonl", "data/requirements.txt"]
+    for name in (".gitattributes", ".git/config"):
+        (tmp_path / name).unlink()
+    (tmp_path / ".git").rmdir()
+    assert documents(tmp_path) == ["LICENSE.txt", "a.jsonl", "data/requirements.txt", "requirements.txt"]
+
+
 def test_a_card_tells_subsets_splits_and_files(tmp_path: Path) -> None:
     fill(tmp_path, *CLONE, "en/a.jsonl", "en/b.jsonl", "de/a.jsonl", "de/dev.jsonl")
     card(

@@ -74,11 +74,11 @@ def test_what_unpacks_without_an_end_is_refused_before_it_fills_the_memory(
 ) -> None:
     for module in ("streams", "plain"):
         monkeypatch.setattr(f"flashsae.text.{module}.LONGEST", 100_000)
-    bomb = tmp_path / "x.txt.gz"
     for name, content in (
         ("x.txt.gz", b"0" * (1 << 24)),
         ("y.txt.gz", b"0\n" * (1 << 20)),
         ("z.json.gz", b'["' + b"0" * (1 << 24)),
+        ("z.jsonl.gz", b'{"text": "' + b"0" * (1 << 24)),
     ):
         bomb = tmp_path / name
         bomb.write_bytes(gzip.compress(content))

@@ -75,6 +75,30 @@ def test_rows_that_are_skipped_are_not_read(tmp_path: Path, monkeypatch: pytest.
     assert list(folder.documents(37)) == ["17", "18", "19"]
 
 
+def test_row_groups_that_are_skipped_may_be_anything(tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": [f"text {i}" for i in range(8)]}), tmp_path / "x.parquet", row_group_size=4
+    )
+    text = open_text(tmp_path / "x.parquet")
+    damaged = bytearray((tmp_path / "x.parquet").read_bytes())
+    damaged[4:40] = bytes(36)
+    (tmp_path / "x.parquet").write_bytes(damaged)
+    assert list(text.documents(5)) == ["text 5", "text 6", "text 7"]
+    with pytest.raises(DataError, match="damaged"):
+        list(text.documents(3))
+
+
+def test_offsets_that_point_elsewhere_are_damage(tmp_path: Path) -> None:
+    write_arrow(pyarrow.table({"text": ["12345678"] * 4}), tmp_path / "x.arrow", "stream")
+    whole = (tmp_path / "x.arrow").read_bytes()
+    offsets = np.arange(0, 40, 8, dtype=np.int32)
+    assert whole.count(offsets.tobytes()) == 1
+    for wrong in ([0, 8, 16, 24, 500], [0, 8, 4, 24, 32], [-8, 8, 16, 24, 32]):
+        (tmp_path / "x.arrow").write_bytes(whole.replace(offsets.tobytes(), np.array(wrong, np.int32).tobytes()))
+        with pytest.raises(DataError, match="is no arrow file, or a damaged one"):
+            open_text(tmp_path / "x.arrow")
+
+
 def test_a_folder_of_all_kinds_is_read_in_order(tmp_path: Path) -> None:
     for i, (name, write) in enumerate(WRITERS.items()):
         write(pyarrow.table({"text": [f"{i}a", f"{i}b"]}), tmp_path / f"{i}{name}")
