@@ -260,7 +260,7 @@ def test_a_wildcard_trains_one_sae_for_each_hookpoint_of_a_stream_and_resumes(te
     settings = [*_settings(hookpoint="encoder.layer.[01].intermediate:in", tokens="4096"), "--stream", "--no-report"]
     _call("train", "minilm", text, *settings, "--run", tmp_path / "whole")
     names = [f"encoder.layer.{layer}.intermediate@in" for layer in (0, 1)]
-    assert sorted(path.name for path in (tmp_path / "whole").iterdir() if path.is_dir()) == names
+    assert sorted(path.name for path in (tmp_path / "whole").iterdir() if path.is_dir()) == ["checkpoints", *names]
     assert not (tmp_path / "activations").exists()
     run = tmp_path / "run"
     command = _command("train", "minilm", text, *settings, "--run", run)

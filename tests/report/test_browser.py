@@ -11,7 +11,10 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from flashsae.report import comparison
 from flashsae.report.render import render_report
+from flashsae.train.failure import write_failure
+from helpers.compared import write_compared
 
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
 
@@ -236,3 +239,39 @@ def test_page_fits_its_window_in_both_schemes(page: Any) -> None:
         assert (paper > 200 > 100 > ink) if scheme == "light" else (ink > 200 > 100 > paper)
     page.emulate_media(color_scheme="light")
     page.set_viewport_size({"width": 1280, "height": 900})
+
+
+def test_the_comparison_is_sorted_by_any_column_light_and_dark(
+    watched: Watched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("jinja2")
+    monkeypatch.setattr(comparison, "pareto", lambda *_: "<svg></svg>")
+    folders = [write_compared(tmp_path, f"k{k}", fvu, k=k) for k, fvu in ((4, 0.3), (32, None), (8, 0.04))]
+    write_failure(folders[1], "<script>window.pwned=1</script>")
+    for folder in folders:
+        (folder / "report.html").touch()
+    watched.page.goto(comparison.render_comparison(tmp_path, folders).as_uri())
+
+    def names() -> list[str]:
+        return [text.split()[0] for text in watched.page.locator("tbody th").all_inner_texts()[: len(folders)]]
+
+    assert names() == ["k4", "k32", "k8"]
+    for column, orders in (
+        ("k", [["k4", "k8", "k32"], ["k32", "k8", "k4"]]),
+        ("held-out FVU", [["k8", "k4", "k32"], ["k4", "k8", "k32"]]),  # what failed stays below
+        ("SAE", [["k4", "k8", "k32"], ["k32", "k8", "k4"]]),
+    ):
+        for order, direction in zip(orders, ("ascending", "descending")):
+            watched.page.get_by_role("button", name=column, exact=True).click()
+            assert names() == order, column
+            assert watched.page.locator(f"th[aria-sort={direction}]").count() == 1
+    inks = []
+    for scheme in ("light", "dark"):
+        watched.page.emulate_media(color_scheme=scheme)
+        inks.append(watched.page.evaluate("getComputedStyle(document.documentElement).getPropertyValue('--series-1')"))
+    assert inks[0] != inks[1]
+    watched.page.set_viewport_size({"width": 390, "height": 800})
+    assert watched.page.evaluate("document.documentElement.scrollWidth") <= 390
+    watched.page.set_viewport_size({"width": 1280, "height": 900})
+    assert watched.page.evaluate("window.pwned") is None
+    assert watched.complaints == []

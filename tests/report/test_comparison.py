@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,23 +14,9 @@ from flashsae.report import comparison
 from flashsae.report.comparison import comparison_table, render_comparison
 from flashsae.report.drawing import pareto
 from flashsae.train.failure import write_failure
+from helpers.compared import write_compared
 
 PAYLOAD = "<script>window.pwned=1</script>"
-
-
-def write(run: Path, name: str, fvu: float | None = 0.2, **settings: Any) -> Path:
-    """Make the folder of an SAE, with what the page reads of it."""
-    folder = run / name
-    folder.mkdir(parents=True)
-    given = {"model": "org/tiny", "hookpoint": "h.1", "arch": "topk", "k": 4, "d_sae": 64, "lr": 1e-3, **settings}
-    lines = [f"{key} = {json.dumps(value)}\n" for key, value in given.items()]
-    (folder / "config.toml").write_text("".join(lines), "utf-8")
-    evaluation = {"fvu": fvu, "l0": given["k"] * 1.0, "dead_latents": 3, "d_in": 16, "d_sae": given["d_sae"]}
-    evaluation |= {"held_out_tokens": 2048, "train_tokens": 51200, "steps": 50, "tokens_per_second": 65432.1}
-    evaluation |= {"architecture": given["arch"], "settings": {"k": given["k"]}}
-    if fvu is not None:
-        (folder / "evaluation.json").write_text(json.dumps(evaluation), "utf-8")
-    return folder
 
 
 @pytest.fixture
@@ -43,8 +28,8 @@ def page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[list[Path
 
 
 def test_a_row_for_each_with_what_differs_and_a_link_to_its_report(page: Any, tmp_path: Path) -> None:
-    folders = [write(tmp_path, f"topk-k{k}", fvu, k=k) for k, fvu in ((4, 0.25), (8, 0.125))]
-    folders.append(write(tmp_path, "batch_topk", 0.2, arch="batch_topk", k=8, lr=3e-3))
+    folders = [write_compared(tmp_path, f"topk-k{k}", fvu, k=k) for k, fvu in ((4, 0.25), (8, 0.125))]
+    folders.append(write_compared(tmp_path, "batch_topk", 0.2, arch="batch_topk", k=8, lr=3e-3))
     (folders[0] / "report.html").touch()
     text = page(folders)
     assert '<a href="topk-k4/report.html">topk-k4</a>' in text
@@ -62,21 +47,21 @@ def test_a_row_for_each_with_what_differs_and_a_link_to_its_report(page: Any, tm
 
 
 def test_a_rate_that_follows_from_the_size_is_no_column(page: Any, tmp_path: Path) -> None:
-    folders = [write(tmp_path, f"d{size}", 0.2, d_sae=size, lr=1 / size) for size in (32, 64)]
+    folders = [write_compared(tmp_path, f"d{size}", 0.2, d_sae=size, lr=1 / size) for size in (32, 64)]
     heads = page(folders).partition("<thead>")[2].partition("</thead>")[0]
     assert ">d_sae</th>" in heads
     assert ">lr</th>" not in heads
 
 
 def test_hookpoints_have_figures_of_their_own(page: Any, tmp_path: Path) -> None:
-    text = page([write(tmp_path, name, 0.2, hookpoint=name) for name in ("h.1", "h.2")])
+    text = page([write_compared(tmp_path, name, 0.2, hookpoint=name) for name in ("h.1", "h.2")])
     assert "pareto-0" in text
     assert "pareto-1" in text
     assert ">hookpoint</th>" in text
 
 
 def test_one_that_failed_is_named_with_the_reason(page: Any, tmp_path: Path) -> None:
-    folders = [write(tmp_path, "good"), write(tmp_path, "bad", None, k=8)]
+    folders = [write_compared(tmp_path, "good"), write_compared(tmp_path, "bad", None, k=8)]
     write_failure(folders[1], f"step 3: the loss is nan {PAYLOAD}")
     text = page(folders)
     assert "<strong>bad</strong> failed: step 3: the loss is nan &lt;script&gt;" in text
@@ -91,7 +76,9 @@ def test_one_that_failed_is_named_with_the_reason(page: Any, tmp_path: Path) -> 
 
 def test_what_stands_in_files_is_text(page: Any, tmp_path: Path) -> None:
     folders = [
-        write(tmp_path, f"k{k}", 0.2, k=k, model=PAYLOAD, hookpoint=PAYLOAD, dataset="/home/me/secret/texts.txt")
+        write_compared(
+            tmp_path, f"k{k}", 0.2, k=k, model=PAYLOAD, hookpoint=PAYLOAD, dataset="/home/me/secret/texts.txt"
+        )
         for k in (1, 2)
     ]
     text = page(folders)
@@ -100,7 +87,7 @@ def test_what_stands_in_files_is_text(page: Any, tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_missing_or_damaged_is_told(page: Any, tmp_path: Path) -> None:
-    folders = [write(tmp_path, "a"), write(tmp_path, "b", None)]
+    folders = [write_compared(tmp_path, "a"), write_compared(tmp_path, "b", None)]
     with pytest.raises(CheckpointError, match=r"b/evaluation\.json"):
         page(folders)
     (folders[1] / "failed.json").write_text('{"error": "x"}')
@@ -109,7 +96,7 @@ def test_a_file_that_is_missing_or_damaged_is_told(page: Any, tmp_path: Path) ->
 
 
 def test_figures_that_are_no_numbers_have_no_dot(page: Any, tmp_path: Path) -> None:
-    folders = [write(tmp_path, "a"), write(tmp_path, "b", float("nan"), k=8)]
+    folders = [write_compared(tmp_path, "a"), write_compared(tmp_path, "b", float("nan"), k=8)]
     text = page(folders)
     assert "not finite" in text
     assert "FVU 0.2000 at L0 4.0" in text

@@ -252,3 +252,14 @@ def test_warnings_come_once(recwarn: pytest.WarningsRecorder) -> None:
 def test_numpy_rows_of_many_sites_are_arrays_too() -> None:
     x = {"a": np.asarray(X), "b": np.asarray(X) * 2}
     assert len(flashsae.fit_many(x, [{"hookpoint": "a"}, {"hookpoint": "b"}], k=2, config=SMALL, progress=False)) == 2
+
+
+def test_data_that_end_early_end_all_of_them_as_one_alone(tmp_path: Path) -> None:
+    settings = [{"k": 2}, {"k": 3, "seed": 5}]
+    given: dict[str, Any] = {"config": SMALL, "tokens": 64 * 30, "progress": False}
+    with pytest.warns(flashsae.errors.FlashSAEWarning, match="The SAE is that of 640 tokens, not 1,920"):
+        many = flashsae.fit_many(iter(X.split(50)), settings, run=tmp_path / "run", **given)
+    for sae, one in zip(many, settings, strict=True):
+        with pytest.warns(flashsae.errors.FlashSAEWarning, match="The SAE is that of 640 tokens"):
+            assert _same(sae, flashsae.fit(iter(X.split(50)), **given, **one))
+    assert [path.name for path in sorted((tmp_path / "run" / "checkpoints").iterdir())][-1] == "step-00000010"
