@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,7 +45,7 @@ def plan_table(config: RunConfig, prepared: Prepared, run: Path) -> Table:
     widths = dict.fromkeys(one.train.described_widths for one in planned)
     rows = {
         "model": f"{prepared.config.model} at {_places(prepared)}, {', '.join(widths)}",
-        "text": prepared.source,
+        "images" if prepared.of_images else "text": prepared.source,
         "inputs": prepared.inputs(),
         **_saes(planned, rounds, plan),
         **({} if settings.init_from is None else {"start": f"from the SAE in {settings.init_from}"}),
@@ -62,7 +63,12 @@ def plan_table(config: RunConfig, prepared: Prepared, run: Path) -> Table:
         rows["shuffle buffer"] = f"{buffered:,} tokens{of_each}, which the model reads before the first step"
     if prepared.cache_bytes:
         rows["disk"] = f"{prepared.cache_bytes / 1e9:.2f} GB at most for the cache" + _disk_warning(prepared, run)
-    return table("Plan", rows)
+    return table("Plan", {name: _of_patches(told) for name, told in rows.items()} if prepared.of_images else rows)
+
+
+def _of_patches(told: str) -> str:
+    """Return what is told of tokens as told of patches; names of settings stay."""
+    return re.sub(r"(?<![-\w])tokens(?![-\w])", "patches", told)
 
 
 def _plan_of(planned: Sequence[Planned], prepared: Prepared, buffered: int, device: torch.device) -> Plan:

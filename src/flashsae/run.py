@@ -27,6 +27,7 @@ from flashsae import files
 from flashsae.architecture import architecture_of
 from flashsae.backend import resolve_device
 from flashsae.data.cache import ActivationCache
+from flashsae.data.images import Pictures
 from flashsae.data.open import Activations, Prepared
 from flashsae.data.sources import Chunk, RowSource
 from flashsae.data.split import Split
@@ -256,7 +257,9 @@ def _describe(saes: Sequence[tuple[Part, SAE, torch.Tensor | None]], console: Co
     """Write what the reports say of single latents, of SAEs and which of their latents are dead, in one reading."""
     activations = saes[0][0].activations
     source = activations.of([part.planned.reads for part, _, _ in saes])
-    bar = StageBar(console, "texts of each latent", "tokens")
+    tokenizer = activations.tokenizer()
+    shown, unit = ("images", "patches") if isinstance(tokenizer, Pictures) else ("texts", "tokens")
+    bar = StageBar(console, f"{shown} of each latent", unit)
     bar.start(0, min(SNIPPET_TOKENS, source.n_rows) if isinstance(source, ActivationCache) else SNIPPET_TOKENS)
 
     def chunks(split: Split) -> Iterator[Chunk]:
@@ -266,7 +269,7 @@ def _describe(saes: Sequence[tuple[Part, SAE, torch.Tensor | None]], console: Co
         describe_latents(
             [Described(part.folder, sae, part.sites, is_dead) for part, sae, is_dead in saes],
             {split: chunks(split) for split in ("held_out", "train")},
-            token_text(activations.tokenizer()),
+            tokenizer if isinstance(tokenizer, Pictures) else token_text(tokenizer),
             max_tokens=SNIPPET_TOKENS,
             on_progress=bar.update,
         )

@@ -20,6 +20,7 @@ from flashsae.data.cache_index import (
     CacheSettings,
     folder_crc32,
 )
+from flashsae.data.images import IMAGES, ImageSource
 from flashsae.data.language_model import LanguageModelSource
 from flashsae.data.shard_writer import ShardWriter
 from flashsae.data.stored import Compression, Layout, StoredDtype
@@ -38,7 +39,7 @@ DTYPE_NAMES: dict[str, StoredDtype] = {"bf16": "bfloat16", "float32": "float32",
 
 def write_cache(
     directory: str | Path,
-    source: LanguageModelSource,
+    source: LanguageModelSource | ImageSource,
     *,
     shard_rows: int = SHARD_ROWS,
     max_tokens: int | None = None,
@@ -80,7 +81,7 @@ def write_cache(
 
 def _write(
     directory: Path,
-    source: LanguageModelSource,
+    source: LanguageModelSource | ImageSource,
     settings: dict[str, Any],
     on_progress: Callable[[int], None] | None,
 ) -> None:
@@ -117,7 +118,7 @@ def cache_bytes(widths: Mapping[str, int], rows: int, dtype: CacheDtype) -> int:
 
 
 def cache_settings(
-    source: LanguageModelSource,
+    source: LanguageModelSource | ImageSource,
     shard_rows: int,
     max_tokens: int | None,
     dtype: CacheDtype,
@@ -149,6 +150,8 @@ def cache_settings(
         "max_tokens": max_tokens,
         "shard_rows": shard_rows,
     }
+    if isinstance(source, ImageSource):
+        settings |= {"reads": IMAGES, "inputs": source.inputs_in_words()}
     if compression != "none":
         settings["cache_compression"] = compression
     try:

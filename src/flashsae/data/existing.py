@@ -10,13 +10,15 @@ from typing import Any
 from flashsae.data.cache import VERIFIED_BYTES, ActivationCache
 from flashsae.data.cache_index import INDEX_FILE, CacheIndex, has_index
 from flashsae.data.cache_writer import DTYPE_NAMES, changes, extends
+from flashsae.data.image_files import ImageFolder, find_images
 from flashsae.data.row_shuffle import WINDOW_ROWS
 from flashsae.errors import CheckpointError, ConfigError, DataError, MissingExtraError
 from flashsae.lm.hookpoints import OUTPUT, TEXT_PATHS, alternatives, in_order, match_hookpoints
+from flashsae.lm.loading import reads_images
 from flashsae.lm.options import LoadOptions
 from flashsae.lm.weights import model_fingerprint
-from flashsae.settings.left_open import given
-from flashsae.settings.reading import OF_TEXT, ActivationsConfig, ReadingConfig
+from flashsae.settings.left_open import default_values, given
+from flashsae.settings.reading import MINILM, OF_TEXT, PYTHON_DOCS, ActivationsConfig, ReadingConfig
 from flashsae.text.dataset import TextDataset
 from flashsae.text.open import open_text
 
@@ -226,7 +228,26 @@ def rounding_warning(cache: ActivationCache) -> str | None:
     )
 
 
-def open_configured_text(config: ReadingConfig) -> TextDataset:
-    """Open the text that settings name."""
+_OF_TEXT_ALONE = (
+    *("context_length", "exclude_ids", "prepend_bos", "bos_every", "pack", "overlap", "assistant_only"),
+    *("shuffle_whole", "side", *OF_TEXT),
+)
+"""Settings that mean nothing for images."""
+
+
+def open_configured_text(config: ReadingConfig) -> TextDataset | ImageFolder:
+    """Open the text that settings name, or the images.
+
+    Raises:
+        ConfigError: settings of text stand beside images.
+    """
+    images, has_others = find_images(config.dataset or PYTHON_DOCS)
+    if images is not None and (not has_others or reads_images(config.model or MINILM, LoadOptions.of(config))):
+        defaults = default_values(ReadingConfig())
+        for name in _OF_TEXT_ALONE:
+            value = getattr(config, name)
+            if value not in (None, defaults.get(name)):
+                raise ConfigError(f"{name}: expected nothing beside the images in {config.dataset}, got {value!r}.")
+        return images
     asked = {name.removeprefix("text_"): getattr(config, name) for name in OF_TEXT}
     return open_text(config.dataset, **{name: value for name, value in asked.items() if value is not None})

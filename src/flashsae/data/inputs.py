@@ -21,9 +21,10 @@ from flashsae.errors import ConfigError, DataError, FlashSAEError, ShapeError
 from flashsae.fingerprint import tensors_digest, text_digest
 from flashsae.lm.capture import DidNotRunError, Pick, captured, inference
 from flashsae.lm.hookpoints import module_of, patterns_in, resolve_hookpoints
-from flashsae.lm.look import never_finite
+from flashsae.lm.look import never_finite, traced
 from flashsae.lm.parts import device_of, reader_of, unwrapped
 from flashsae.lm.positions import Positions, mask_of_positions, positions_of
+from flashsae.lm.weights import Trace
 from flashsae.lm.windows import TokenBatch
 from flashsae.settings.reading import check_held_out
 
@@ -137,7 +138,8 @@ class InputSource:
         few = {name: value[:2] if isinstance(value, Tensor) else value for name, value in first.inputs.items()}
         n = min(2, len(first.numbers))
         try:
-            outputs = self._run(few, lambda name, output: output.clone())
+            with traced(self._model) as (entered, completed):
+                outputs = self._run(few, lambda name, output: output.clone())
         except DidNotRunError as error:
             raise DidNotRunError(error.hookpoints, what=f"the inputs {', '.join(few)}") from None
         except FlashSAEError:
@@ -154,6 +156,9 @@ class InputSource:
             if not bool(output.isfinite().all()):
                 raise ConfigError(never_finite(self.model_name, name, output.dtype))
         self.dtype = next(iter(outputs.values())).dtype
+        hooked = frozenset(self._model.get_submodule(module_of(name)) for name in self.hookpoints)
+        self._trace = Trace(self._model, hooked, frozenset(entered), frozenset(completed))
+        self._shapes = {name: tuple(value.shape[1:]) for name, value in few.items() if isinstance(value, Tensor)}
         counts = {name: self.positions[name].vectors(output).shape[1] for name, output in outputs.items()}
         if len(set(counts.values())) > 1:
             told = ", ".join(f"{count} at {name}" for name, count in counts.items())
@@ -225,12 +230,11 @@ class InputSource:
             keep = mask_of_positions(self._model, mask, n, n_positions)
         else:
             keep = torch.ones(n, n_positions, dtype=torch.bool, device="cpu")
-        place = torch.arange(n_positions, dtype=torch.int64, device="cpu")
-        return keep & (place >= self._first_kept(n_positions))
+        return keep & ~self._left_out(n_positions)
 
-    def _first_kept(self, n_positions: int) -> int:
-        """Return how many positions of an example are left out at its beginning."""
-        return self._skip_first
+    def _left_out(self, n_positions: int) -> Tensor:
+        """Return which positions of every example make no rows: [n_positions], bool."""
+        return torch.arange(n_positions, dtype=torch.int64, device="cpu") < self._skip_first
 
     def chunks(
         self, split: Split | None, cursor: Cursor | None = None, max_tokens: int | None = None
@@ -278,9 +282,10 @@ def _listed(hookpoints: str | Sequence[str]) -> list[str]:
 
 
 def _short_paths(model: nn.Module) -> list[str]:
-    """Return what may be left out of module paths: the base inside a model with a head."""
+    """Return what may be left out of module paths: the base inside a model with a head, and a tower of images."""
     prefix = getattr(model, "base_model_prefix", "")
-    return [prefix] if prefix and hasattr(model, prefix) else []
+    names = [prefix, "vision_model", "vision_tower"]
+    return [name for name in names if name and isinstance(getattr(model, name, None), nn.Module)]
 
 
 def _first_argument(model: nn.Module) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from flashsae.data.acts import X
 from flashsae.data.arrangement import arrange, spread
 from flashsae.data.cache import ActivationCache
-from flashsae.data.cache_index import FORMAT_VERSION
+from flashsae.data.cache_index import FORMAT_VERSION, TOKENIZER_FOLDER
 from flashsae.data.cache_writer import SHARD_ROWS, cache_bytes, cache_settings, write_cache
 from flashsae.data.existing import (
     check_asked,
@@ -25,6 +25,8 @@ from flashsae.data.existing import (
     stored_in_words,
     to_be_stored_in_words,
 )
+from flashsae.data.image_files import ImageFolder
+from flashsae.data.images import IMAGES, ImageSource, Pictures
 from flashsae.data.language_model import LanguageModelSource, dtype_of_model
 from flashsae.data.sources import Source
 from flashsae.data.split import check_splits
@@ -45,7 +47,7 @@ class Activations:
 
     Args:
         sources: by the name of the SAEs that read them: their hookpoint, or several, each a site.
-        tokenizer: that of the model; called, because loading it takes a moment.
+        tokenizer: that of the model, or its `Pictures`; called, because loading it takes a moment.
         joint: returns the activations of some hookpoints in one reading.
         warnings: sentences on what may spoil the result.
     """
@@ -104,6 +106,7 @@ class Prepared:
         row_bytes: of the activations of a token in the shuffle buffer of a stream; a cache needs no buffer.
         model_bytes: of the language model, if it stays in memory beside the training.
         ready: the activations, where no long work is left.
+        of_images: whether the model reads images, so that a token is a patch.
     """
 
     widths: Mapping[str, Mapping[str, int]]
@@ -117,6 +120,7 @@ class Prepared:
     row_bytes: int = 0
     model_bytes: int = 0
     ready: Activations | None = None
+    of_images: bool = False
 
     @property
     def is_streamed(self) -> bool:
@@ -167,7 +171,7 @@ def prepare_activations(
         return _cached(config, place, asked)
     if named is not None:
         check_unfinished(named, {"model": config.model, "text_fingerprint": text.fingerprint})
-    source = LanguageModelSource(config, text, held_out=config.held_out, device=device)
+    source = _source(config, text, config.held_out, device)
     _arranged(asked, source.hookpoints)
     if named is not None:
         wanted = cache_settings(source, SHARD_ROWS, rows, config.cache_dtype, config.cache_compression)
@@ -180,6 +184,15 @@ def prepare_activations(
         streamed = replace(config, stream=True, **left_open)
         return _streamed(streamed, source, asked)
     return _to_be_cached(config, source, place, rows, size, asked)
+
+
+def _source(
+    config: ReadingConfig, text: TextDataset | ImageFolder, held_out: float, device: str
+) -> LanguageModelSource | ImageSource:
+    """Load the model that reads a text, or images."""
+    if isinstance(text, ImageFolder):
+        return ImageSource(config, text, held_out=held_out, device=device)
+    return LanguageModelSource(config, text, held_out=held_out, device=device)
 
 
 def with_hookpoint(config: ActivationsConfig, hookpoint: str | None) -> ActivationsConfig:
@@ -209,9 +222,12 @@ def _cached(config: ActivationsConfig, place: Path, asked: Sequence[Asked]) -> P
     caches = {name: ActivationCache(place, names, config.held_out) for name, names in saes.items()}
     first = next(iter(caches.values()))
     warnings = (*_of_quantized(first.settings), *filter(None, map(rounding_warning, caches.values())))
+    of_images = first.settings.get("reads") == IMAGES
     ready = Activations(
         dict(caches),
-        partial(first.read_tokenizer, trust_remote_code=bool(config.trust_remote_code)),
+        partial(Pictures.load, place / TOKENIZER_FOLDER, first.dataset)
+        if of_images
+        else partial(first.read_tokenizer, trust_remote_code=bool(config.trust_remote_code)),
         lambda hookpoints: ActivationCache(place, hookpoints, config.held_out),
         warnings,
     )
@@ -219,11 +235,22 @@ def _cached(config: ActivationsConfig, place: Path, asked: Sequence[Asked]) -> P
     size = sum(cache.stored_bytes for cache in caches.values())
     told = f"{first.dataset}: {first.n_rows:,} tokens, cached in {place} as {stored_in_words(list(caches.values()))}"
     config = replace(config, activations=place.resolve())
-    words = inputs_in_words(first.settings)
-    return Prepared(widths, asked, of_each, config, told, lambda: words, lambda _: ready, cache_bytes=size, ready=ready)
+    words = str(first.settings.get("inputs")) if of_images else inputs_in_words(first.settings)
+    return Prepared(
+        widths,
+        asked,
+        of_each,
+        config,
+        told,
+        lambda: words,
+        lambda _: ready,
+        cache_bytes=size,
+        ready=ready,
+        of_images=of_images,
+    )
 
 
-def _streamed(config: ActivationsConfig, source: LanguageModelSource, asked: Sequence[Asked]) -> Prepared:
+def _streamed(config: ActivationsConfig, source: LanguageModelSource | ImageSource, asked: Sequence[Asked]) -> Prepared:
     """Return the activations of a model that reads the text beside the training, once for all SAEs."""
     saes, of_each = _arranged(asked, source.hookpoints)
     parts = {name: source.at(*hookpoints) for name, hookpoints in saes.items()}
@@ -241,6 +268,7 @@ def _streamed(config: ActivationsConfig, source: LanguageModelSource, asked: Seq
         row_bytes=source.at(*dict.fromkeys(site for group in saes.values() for site in group)).row_bytes,
         model_bytes=source.model_bytes,
         ready=ready,
+        of_images=isinstance(source, ImageSource),
     )
 
 
@@ -250,7 +278,12 @@ def _text_of(source: LanguageModelSource) -> str:
 
 
 def _to_be_cached(
-    config: ActivationsConfig, source: LanguageModelSource, place: Path, rows: int, size: int, asked: Sequence[Asked]
+    config: ActivationsConfig,
+    source: LanguageModelSource | ImageSource,
+    place: Path,
+    rows: int,
+    size: int,
+    asked: Sequence[Asked],
 ) -> Prepared:
     """Return the activations of a cache that is yet to be written."""
 
@@ -263,7 +296,9 @@ def _to_be_cached(
     config = replace(config, activations=place.resolve())
     saes, of_each = _arranged(asked, source.hookpoints)
     widths = {name: {site: source.widths[site] for site in hookpoints} for name, hookpoints in saes.items()}
-    return Prepared(widths, asked, of_each, config, told, source.inputs_in_words, write_and_open, cache_bytes=size)
+    of_images = isinstance(source, ImageSource)
+    words = source.inputs_in_words
+    return Prepared(widths, asked, of_each, config, told, words, write_and_open, cache_bytes=size, of_images=of_images)
 
 
 def cache_activations(
@@ -288,7 +323,7 @@ def cache_activations(
     text = open_configured_text(config)
     check_splits(text, None)
     held_out = ActivationsConfig.held_out if config.pack else 0.0
-    source = LanguageModelSource(config, text, held_out=held_out, device=device)
+    source = _source(config, text, held_out, device)
     if on_inputs is not None:
         on_inputs(source.inputs_in_words())
     write_cache(place, source, max_tokens=max_tokens, **_storing(config), on_progress=on_progress)
@@ -305,7 +340,7 @@ def _storing(config: ReadingConfig) -> dict[str, Any]:
     return {"dtype": config.cache_dtype, "compression": config.cache_compression}
 
 
-def _cache_name(config: ActivationsConfig, text: TextDataset, rows: int, device: str) -> str:
+def _cache_name(config: ActivationsConfig, text: TextDataset | ImageFolder, rows: int, device: str) -> str:
     """Return a folder name that differs wherever the cached bytes would, also between bfloat16 and float32 models."""
     fingerprint = model_fingerprint(config.model, LoadOptions.of(config), of_chats=text.holds_chats)
     what = (fingerprint, text.fingerprint, config.hookpoint, str(dtype_of_model(config, device)))

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from flashsae.data.image_files import ImageFolder
 from flashsae.errors import DataError
 from flashsae.text.dataset import TextDataset
 
@@ -59,7 +60,7 @@ def _shift(h: Tensor, bits: int) -> Tensor:
     return (h >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def check_splits(text: TextDataset, held_out: float | None) -> None:
+def check_splits(text: TextDataset | ImageFolder, held_out: float | None) -> None:
     """Check, before a model runs, that a text has documents to train on and documents to measure on.
 
     Args:
@@ -78,11 +79,15 @@ def check_splits(text: TextDataset, held_out: float | None) -> None:
             missing -= {"held_out" if HeldOut(held_out)(number) else "train"}
         if not missing:
             return
+    unit = getattr(text, "unit", "documents")
     if seen == 1:
-        why, size = "it is one document, which cannot be split", ""
+        why, size = f"it is one {unit.removesuffix('s')}, which cannot be split", ""
     elif "held_out" in missing:
-        why, size = f"no document fell to the held-out part, {held_out or 0:.3g} of all {seen}", " or a larger held_out"
+        why, size = (
+            f"no {unit.removesuffix('s')} fell to the held-out part, {held_out or 0:.3g} of all {seen}",
+            " or a larger held_out",
+        )
     else:
-        why, size = f"all {seen} documents fell to the held-out part", " or a smaller held_out"
+        why, size = f"all {seen} {unit} fell to the held-out part", " or a smaller held_out"
     hint = " (a .txt is cut into documents at blank lines; .jsonl has one a line)" if text.is_cut_at_blanks else ""
-    raise DataError(f"{text.name} is too small: {why}. Give more documents{hint}{size}.")
+    raise DataError(f"{text.name} is too small: {why}. Give more {unit}{hint}{size}.")

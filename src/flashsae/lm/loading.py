@@ -83,13 +83,60 @@ def load_with_account(name: str, dtype: torch.dtype, options: LoadOptions = PLAI
         return _load(name, dtype, options)
 
 
-def _load(name: str, dtype: torch.dtype, options: LoadOptions) -> tuple[nn.Module, Any, Loading]:
+def load_image_model(name: str, dtype: torch.dtype, options: LoadOptions = PLAIN) -> tuple[nn.Module, Any, Loading]:
+    """Load a base model that reads images, and its image processor; arguments and errors as `load_language_model`.
+
+    Raises:
+        ConfigError: also where the model reads no images.
+    """
+    with _without_report():
+        return _load(name, dtype, options, of_images=True)
+
+
+def reads_images(name: str, options: LoadOptions = PLAIN) -> bool:
+    """Tell whether a model reads images alone, by its config.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
+    base, _, options = base_and_adapter(name, options)
+    return _main_input(read_config(base, options)) == "pixel_values"
+
+
+def _main_input(config: Any) -> str:
+    """Return what a model reads first."""
+    transformers = require("transformers", "hf")
+    known = getattr(getattr(transformers, _auto_class(config), None), "_model_mapping", {})
+    return str(getattr(known[type(config)], "main_input_name", "input_ids")) if type(config) in known else "input_ids"
+
+
+def _image_processor(name: str, place: str, options: LoadOptions) -> Any:
+    transformers = require("transformers", "hf")
+    require("PIL.Image", "vision")
+    try:
+        return transformers.AutoImageProcessor.from_pretrained(place, **options.of_place)
+    except Exception as error:  # a boundary: no file, a damaged one, an unknown kind
+        if needs_code(error):
+            raise not_loaded(name, error) from error
+        raise ConfigError(
+            f"model: {name} has no image processor that can be read ({reason_of(error)}), and the dataset is images: "
+            "put its preprocessor_config.json beside the weights, or name a model of images."
+        ) from error
+
+
+def _load(
+    name: str, dtype: torch.dtype, options: LoadOptions, *, of_images: bool = False
+) -> tuple[nn.Module, Any, Loading]:
     base, adapter, options = base_and_adapter(name, options)
     config = read_config(base, options)
     arguments = options.of_weights(dtype, config, name)
     with quiet_transformers() as transformers:
         of_adapter = [] if adapter in (None, options.adapter) else [adapter]
-        tokenizer = _tokenizer(name, (*of_adapter, model_place(base)), options)
+        places = (*of_adapter, model_place(base))
+        if of_images:
+            tokenizer = _image_processor(name, places[-1], options)
+        else:
+            tokenizer = _tokenizer(name, places, options, is_of_images=_main_input(config) == "pixel_values")
         check_room(name, config, dtype, options)
         version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
         dtype_name = "dtype" if version >= (4, 56) else "torch_dtype"
@@ -125,7 +172,7 @@ def _auto_class(config: Any) -> str:
     return "AutoModel"
 
 
-def _tokenizer(name: str, places: Iterable[str], options: LoadOptions) -> Any:
+def _tokenizer(name: str, places: Iterable[str], options: LoadOptions, *, is_of_images: bool) -> Any:
     """Load the tokenizer from the first of some places that has one; from above a subfolder if that has none."""
     transformers = require("transformers", "hf")
     reason = ""
@@ -140,6 +187,11 @@ def _tokenizer(name: str, places: Iterable[str], options: LoadOptions) -> Any:
                 continue
             if len(tokenizer) > len(special_ids(tokenizer)):
                 return tokenizer
+    if is_of_images:
+        raise ConfigError(
+            f"model: {name} reads images, not text: name a folder of them as the dataset (.png, .jpg, .webp or .bmp), "
+            "or a language model."
+        )
     raise _no_tokenizer(name, reason or "no vocabulary")
 
 

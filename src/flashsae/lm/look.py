@@ -18,7 +18,7 @@ from flashsae.lm.windows import TokenBatch
 
 
 @contextmanager
-def _traced(model: nn.Module) -> Iterator[tuple[set[nn.Module], set[nn.Module]]]:
+def traced(model: nn.Module) -> Iterator[tuple[set[nn.Module], set[nn.Module]]]:
     """Yield the modules that begin to run and those that end, while they do."""
     entered: set[nn.Module] = set()
     completed: set[nn.Module] = set()
@@ -59,7 +59,7 @@ def look(model: HookedModel, batch: TokenBatch, name: str) -> Seen:
         ConfigError: the model cannot read them, or a hookpoint does not give a vector for each token.
     """
     try:
-        with _traced(model.model) as (entered, completed):
+        with traced(model.model) as (entered, completed):
             outputs = model(batch.ids, batch.attention)
     except DidNotRunError as error:
         instead = _around(model, error.hookpoints[0], batch) or _that_ran(model, completed)

@@ -6,14 +6,15 @@ import base64
 import math
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from flashsae.metrics.numbers import compact
 from flashsae.report.drawing import Array
-from flashsae.report.snippet_file import LatentSnippets, Snippet, Snippets
+from flashsae.report.shades import example
+from flashsae.report.snippet_file import LatentSnippets, Picture, Snippet, Snippets
 
 _OPEN_SNIPPETS = 4
 _LONGEST_TOKEN = 60
@@ -25,10 +26,13 @@ _BLANKS = {" ": "␣", "\t": "⇥", "\n": "↵"}
 _LEVELS = 254
 
 
-def card(latent: LatentSnippets) -> dict[str, Any]:
-    """Return what the template shows of a latent."""
+def card(latent: LatentSnippets, pictures: Sequence[Picture] = ()) -> dict[str, Any]:
+    """Return what the template shows of a latent; pictures are those that its images are among."""
     tallest = max(latent.histogram, default=0)
     snippets = [_example(snippet, latent.max_act) for snippet in latent.snippets]
+    images = [example(shaded, pictures[shaded.picture], latent.max_act) for shaded in latent.images]
+    for image in images:
+        image["name"], image["told"] = printable(image["name"]), printable(image["told"])
     return {
         "index": latent.index,
         "density": latent.density,
@@ -43,6 +47,8 @@ def card(latent: LatentSnippets) -> dict[str, Any]:
         "bars": [round(math.sqrt(max(count, 0) / tallest), 3) if tallest else 0.0 for count in latent.histogram],
         "snippets": snippets[:_OPEN_SNIPPETS],
         "more": snippets[_OPEN_SNIPPETS:],
+        "images": images[:_OPEN_SNIPPETS],
+        "more_images": images[_OPEN_SNIPPETS:],
     }
 
 
@@ -144,21 +150,27 @@ def known_of_all(arrays: Mapping[str, Array], snippets: Snippets | None) -> dict
         "step": step,
         "density": base64.b64encode(levels.astype(np.uint8).tobytes()).decode(),
         "dead": base64.b64encode(dead).decode(),
-        "sample": "the sample" if snippets is None else f"the {compact(snippets.tokens)} tokens of the sample",
+        "sample": "the sample"
+        if snippets is None
+        else f"the {compact(snippets.tokens)} {'patches' if snippets.pictures else 'tokens'} of the sample",
     }
 
 
 def sample_text(snippets: Snippets) -> str:
-    """Say which split the sample and the texts on the cards are of."""
-    held_out = snippets.held_out_tokens
+    """Say which split the sample and the texts, or images, on the cards are of."""
+    held_out, is_text = snippets.held_out_tokens, not snippets.pictures
+    what = "texts" if is_text else "images"
     if held_out is None:
-        return "Which texts are held out was not written down."
-    splits = [snippet.split for latent in snippets.latents for snippet in latent.snippets]
-    texts, trained = len(splits), splits.count("train")
+        return f"Which {what} are held out was not written down."
+    splits = [text.split for latent in snippets.latents for text in latent.snippets]
+    splits += [image.split for latent in snippets.latents for image in latent.images]
+    shown, trained = len(splits), splits.count("train")
     part = "All of them are held out" if held_out >= snippets.tokens else f"{held_out:,} of them are held out"
     if not trained:
-        return f"{part}, and so is every text below: training never saw their documents."
+        seen = "their documents" if is_text else "any of them"
+        return f"{part}, and so is every {what[:-1]} below: training never saw {seen}."
+    of = "of documents" if is_text else "ones"
     return (
-        f"{part}, too few for all examples: {texts - trained:,} of the {texts:,} texts below are of documents that "
-        f"training never saw, and {trained:,}, marked “training”, of documents that it did see."
+        f"{part}, too few for all examples: {shown - trained:,} of the {shown:,} {what} below are {of} that training "
+        f"never saw, and {trained:,}, marked “training”, {of} that it did see."
     )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flashsae.data.acts import Batch
+from flashsae.data.images import Pictures
 from flashsae.data.sources import Chunk
 from flashsae.data.split import Split
 from flashsae.documents import save_tensors_atomic
@@ -44,7 +45,7 @@ class Described:
 def describe_latents(
     saes: Sequence[Described],
     texts: Mapping[Split, Iterator[Chunk]],
-    token_text: TokenText,
+    token_text: TokenText | Pictures,
     *,
     max_tokens: int,
     on_progress: Callable[[int], None],
@@ -55,7 +56,7 @@ def describe_latents(
         saes: described in one reading.
         texts: activations of all SAEs with their tokens, by split; those of "train" are read only where "held_out" ends
             early.
-        token_text: ids of consecutive tokens -> the text of each.
+        token_text: ids of consecutive tokens -> the text of each; or the images that were read.
         max_tokens: to read.
         on_progress: called with the tokens read so far.
     """

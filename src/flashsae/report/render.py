@@ -26,6 +26,7 @@ from flashsae.report.cards import card, known_of_all, printable, sample_text
 from flashsae.report.drawing import Array
 from flashsae.report.evaluation_file import read_evaluation
 from flashsae.report.plots import Plot, latent_map, latent_plots, training_plots
+from flashsae.report.shades import stylesheet
 from flashsae.report.sites import site_plots, sites_of
 from flashsae.report.snippet_file import Snippets, read_snippets
 from flashsae.report.summary import final_figures
@@ -133,7 +134,8 @@ def _context(run: _Run) -> dict[str, Any]:
     """Gather what the template shows. All text in it is escaped there, except figures, style and script: ours."""
     markup = require("markupsafe", "report").Markup
     script, style = (Path(__file__).with_name(name).read_text("utf-8") for name in ("script.js", "style.css"))
-    latents = [] if run.snippets is None else [card(latent) for latent in run.snippets.latents]
+    pictures = run.snippets.pictures if run.snippets else []
+    latents = [] if run.snippets is None else [card(latent, pictures) for latent in run.snippets.latents]
     architecture = _architecture(run)
     rows = table(architecture.terms if architecture else ())
     has_map = bool(latents) and "encoder_decoder_cosine" in run.arrays
@@ -157,7 +159,8 @@ def _context(run: _Run) -> dict[str, Any]:
         "known": known_of_all(run.arrays, run.snippets),
         "metrics": _metrics(run, rows),
         "settings": [(name, setting_text(value)) for name, value in _flat(run.settings)],
-        "style": markup(style),
+        "style": markup(style + stylesheet(run.snippets)),
+        "of_images": bool(pictures),
         "script": markup(script),
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     }

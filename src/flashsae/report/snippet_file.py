@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from flashsae.data.split import Split
 from flashsae.documents import load_document, write_document
 from flashsae.errors import CheckpointError
-from flashsae.schema import Count, Finite, Fraction
+from flashsae.schema import Count, Finite, Fraction, Pattern, Size
 
 FORMAT = 1
+Base64 = Annotated[str, Pattern(r"[A-Za-z0-9+/]*={0,2}", "base64")]
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,42 @@ class Snippet:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """An image that activates latents.
+
+    Args:
+        name: of its file.
+        rows, columns: of its patches; 0 where it has none.
+        width, height: in pixels, as the model sees it.
+        jpeg: smaller, in base64; empty where the file was gone.
+    """
+
+    name: str
+    rows: Count
+    columns: Count
+    width: Size
+    height: Size
+    jpeg: Base64
+
+
+@dataclass(frozen=True)
+class Shaded:
+    """How strongly a latent is active in an image.
+
+    Args:
+        picture: place of the image among the pictures.
+        acts: value of the latent at each patch, row by row, 0 where it is not active; one value where there are none.
+        peak: index of the patch with the highest.
+        split: of the image.
+    """
+
+    picture: Count
+    acts: list[Finite]
+    peak: Count
+    split: Split
+
+
+@dataclass(frozen=True)
 class LatentSnippets:
     """What a reader needs to guess the meaning of a latent.
 
@@ -44,6 +81,7 @@ class LatentSnippets:
         top_tokens: texts of the tokens with the largest total activation, largest first.
         histogram: numbers of tokens in equal bins of the value, between 0, or the least value below 0, and the largest.
         snippets: by descending peak, at most one a document.
+        images: those that activate it most, where the model reads images, by descending peak.
         least_act: where values have both signs, the other end of the histogram, opposite to max_act; else 0.
     """
 
@@ -55,6 +93,7 @@ class LatentSnippets:
     histogram: list[Count]
     snippets: list[Snippet]
     least_act: Finite = 0.0
+    images: list[Shaded] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -65,11 +104,13 @@ class Snippets:
         tokens: how many were read.
         latents: by ascending index.
         held_out_tokens: how many of the tokens are of held-out documents; None where that was not written down.
+        pictures: the images, where the model reads images; a token is a patch of one, then.
     """
 
     tokens: Count
     latents: list[LatentSnippets]
     held_out_tokens: Count | None = None
+    pictures: list[Picture] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -85,7 +126,12 @@ def write_snippets(path: Path, snippets: Snippets) -> None:
     Raises:
         StorageError: the file system refused.
     """
-    write_document(path, {"format": FORMAT, **asdict(snippets)}, indent=None)
+    content = {"format": FORMAT, **asdict(snippets)}
+    if not snippets.pictures:  # of text
+        del content["pictures"]
+        for latent in content["latents"]:
+            del latent["images"]
+    write_document(path, content, indent=None)
 
 
 def read_snippets(path: Path) -> Snippets:
@@ -104,4 +150,14 @@ def read_snippets(path: Path) -> Snippets:
                     f"{path} is damaged: a snippet has {tokens} tokens, {acts} activations and its peak at "
                     f"{snippet.peak}. {advice}"
                 )
-    return Snippets(stored.tokens, stored.latents, stored.held_out_tokens)
+        for shaded in latent.images:
+            if shaded.picture >= len(stored.pictures):
+                raise CheckpointError(f"{path} is damaged: it has no picture {shaded.picture}. {advice}")
+            picture = stored.pictures[shaded.picture]
+            patches = picture.rows * picture.columns or 1
+            if len(shaded.acts) != patches or shaded.peak >= patches:
+                raise CheckpointError(
+                    f"{path} is damaged: an image has {patches} patches, {len(shaded.acts)} activations and its peak "
+                    f"at {shaded.peak}. {advice}"
+                )
+    return Snippets(stored.tokens, stored.latents, stored.held_out_tokens, stored.pictures)

@@ -11,11 +11,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flashsae.data.acts import Batch
+from flashsae.data.images import Pictures
 from flashsae.data.sources import Chunk
 from flashsae.errors import ConfigError, DataError
 from flashsae.metrics import active_entries
 from flashsae.ops.code import SparseCode
-from flashsae.report.snippet_file import LatentSnippets, Snippet, Snippets, read_snippets, write_snippets
+from flashsae.report.pictures import Illustrator
+from flashsae.report.snippet_file import LatentSnippets, Shaded, Snippet, Snippets, read_snippets, write_snippets
 from flashsae.report.tokens import TokenText, stretch_strings, token_strings
 
 __all__ = [
@@ -74,7 +76,7 @@ def collect_snippets(
 def collect_for_all(
     encoders: Sequence[Encode],
     chunks: Iterator[Chunk],
-    token_text: TokenText,
+    token_text: TokenText | Pictures,
     *,
     training: Iterator[Chunk] | None = None,
     n_latents: int = 48,
@@ -86,7 +88,8 @@ def collect_for_all(
 
     Args:
         encoders: of each SAE, called with the activations of all.
-        chunks, token_text, training, n_latents, per_latent, context, max_tokens: as there.
+        token_text: as there, or the images that were read.
+        chunks, training, n_latents, per_latent, context, max_tokens: as there.
     """
     for name, value, least in (
         ("n_latents", n_latents, 1),
@@ -100,8 +103,15 @@ def collect_for_all(
         yield _snippets(code, token_text, n_latents, per_latent, context)
 
 
-def _snippets(code: _Code, token_text: TokenText, n_latents: int, per_latent: int, context: int) -> Snippets:
+def _snippets(code: _Code, token_text: TokenText | Pictures, n_latents: int, per_latent: int, context: int) -> Snippets:
     shown = _spread(code.counts(), n_latents)
+    if isinstance(token_text, Pictures):
+        drawer = Illustrator(token_text, code.group, code.token_ids, code.n_held_out)
+        found = [
+            _figures(code, latent, rows, acts, drawer.labels(rows, acts), images=drawer.shaded(rows, acts, per_latent))
+            for latent, (rows, acts) in zip(shown, code.activations(shown))
+        ]
+        return Snippets(len(code.token_ids), found, code.n_held_out, drawer.drawn())
     latents = [
         _describe(code, latent, rows, acts, token_text, per_latent, context)
         for latent, (rows, acts) in zip(shown, code.activations(shown))
@@ -210,6 +220,22 @@ def _describe(
 ) -> LatentSnippets:
     on_token = np.zeros(len(code.token_ids), dtype=np.float32)
     on_token[rows] = acts
+    snippets = [
+        _snippet(code, on_token, window, token_text) for window in _best_windows(code, rows, acts, per_latent, context)
+    ]
+    return _figures(code, latent, rows, acts, _top_tokens(code.token_ids[rows], acts, token_text), snippets)
+
+
+def _figures(
+    code: _Code,
+    latent: int,
+    rows: NDArray[np.int64],
+    acts: NDArray[np.float32],
+    top_tokens: list[str],
+    snippets: Sequence[Snippet] = (),
+    images: Sequence[Shaded] = (),
+) -> LatentSnippets:
+    """Return what is known of a latent: how often and how strongly it is active, beside what it is shown with."""
     max_act = float(acts[np.abs(acts).argmax()])
     low, high = min(0.0, float(acts.min())), max(0.0, float(acts.max()))
     return LatentSnippets(
@@ -217,12 +243,10 @@ def _describe(
         density=len(rows) / len(code.token_ids),
         max_act=_short(max_act),
         mean_act=_short(float(acts.mean(dtype=np.float64))),
-        top_tokens=_top_tokens(code.token_ids[rows], acts, token_text),
+        top_tokens=top_tokens,
         histogram=np.histogram(acts, bins=HISTOGRAM_BINS, range=(low, high))[0].tolist(),
-        snippets=[
-            _snippet(code, on_token, window, token_text)
-            for window in _best_windows(code, rows, acts, per_latent, context)
-        ],
+        snippets=list(snippets),
+        images=list(images),
         least_act=_short(low if max_act > 0 else high),
     )
 
