@@ -272,7 +272,7 @@ def _streamed(config: ActivationsConfig, source: LanguageModelSource | ImageSour
     )
 
 
-def _text_of(source: LanguageModelSource) -> str:
+def _text_of(source: LanguageModelSource | ImageSource) -> str:
     """Return the name of a text, and the order in which it is read where that is not the usual one."""
     return source.text.name + (", in an order over the whole of it" if source.config.shuffle_whole else "")
 
