@@ -104,6 +104,8 @@ def test_a_folder_of_all_kinds_is_read_in_order(tmp_path: Path) -> None:
         write(pyarrow.table({"text": [f"{i}a", f"{i}b"]}), tmp_path / f"{i}{name}")
     (tmp_path / "5.txt.gz").write_bytes(PACKERS[".gz"](b"5a\n\n5b"))
     (tmp_path / "6.jsonl.zst").write_bytes(PACKERS[".zst"](b'{"text": "6a"}\n{"text": "6b"}'))
+    (tmp_path / "0x.csv.gz").write_bytes(PACKERS[".gz"]((tmp_path / "0x.csv").read_bytes()))  # a copy of the same
+    (tmp_path / "6.jsonl.gz").write_bytes(PACKERS[".gz"](b'{"text": "6a"}\n{"text": "6b"}'))
     expected = [f"{i}{letter}" for i in range(7) for letter in "ab"]
     for where in (tmp_path, str(tmp_path / "*")):
         assert list(open_text(where).documents()) == expected

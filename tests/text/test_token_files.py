@@ -80,6 +80,7 @@ def test_a_folder_of_nanogpt_is_its_train_file(tmp_path: Path) -> None:
     assert in_any_order()[4] == Tokens(DOCUMENTS[0])
     (tmp_path / "a.txt").write_text("text goes first")
     assert list(open_text(tmp_path).documents()) == ["text goes first"]
+    assert documents(tmp_path, dtype="uint16", separator=EOS) == DOCUMENTS  # of which only tokens have such a thing
 
 
 @pytest.mark.parametrize(("magic", "dtype"), [(20240520, "uint16"), (20240801, "uint32")])

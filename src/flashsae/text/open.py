@@ -135,10 +135,11 @@ def _looks_local(dataset: str) -> bool:
 def _from_files(path: Path, asked: Asked) -> TextDataset:
     asked.refuse("a file or folder", *OF_HUB)
     where = snapshot_of(path) if path.is_dir() else path
+    is_of_tokens = any(getattr(asked, name) is not None for name in OF_TOKENS)
     listed = files_in_card(where, asked.subset, asked.split) if where.is_dir() else None
     if listed is None:
         asked.refuse("a file or folder", "subset")
-        listed = files_of_split(where, find_files(where), asked.split)
+        listed = files_of_split(where, find_files(where, tokens=is_of_tokens), asked.split)
     files, of_split = listed
     size = sum(file.stat().st_size for file in files)
     what = f"{len(files)} file{'s' * (len(files) > 1)}{of_split}, {size} bytes"

@@ -17,12 +17,14 @@ from flashsae.text.streams import COMPRESSIONS, is_compressed, kind_of
 from flashsae.text.token_files import TOKEN_KINDS
 
 
-def find_files(path: Path) -> list[Path]:
+def find_files(path: Path, *, tokens: bool = False) -> list[Path]:
     """Return the files of text that a file, a folder or a glob pattern stands for, in the order of their names.
 
-    Runs, caches and saved SAEs in folders below are left out: they are no text, and come and go. Files of token ids
-    are taken where there are no others.
+    Runs, caches and saved SAEs in folders below are left out: they are no text, and come and go.
 
+    Args:
+        path: of what is looked for.
+        tokens: take the files of token ids of a folder that has both; else those of text are taken.
     Raises:
         DataError: there is no such file, or none that can be read.
     """
@@ -43,12 +45,21 @@ def find_files(path: Path) -> list[Path]:
         and not any(is_ours(folder) for folder in file.parents if root in folder.parents)
     ]
     left_out = _Beside()
-    files = sorted(file for file in visible if kind_of(file) in KINDS and not left_out.has(file))
-    files = files or sorted(file for file in visible if kind_of(file) in TOKEN_KINDS)
+    of_text = _once(sorted(file for file in visible if kind_of(file) in KINDS and not left_out.has(file)))
+    of_tokens = sorted(file for file in visible if kind_of(file) in TOKEN_KINDS)
+    files = (of_tokens or of_text) if tokens else (of_text or of_tokens)
     if not files:
         what = f"it holds no file ending in {_known()}" if path.is_dir() else "no such file, folder or match"
         raise DataError(f"text {str(path)!r}: {what}. Check the path (relative paths start at {Path.cwd()}).")
     return _checked(files)
+
+
+def _once(files: list[Path]) -> list[Path]:
+    """Return files without the compressed copies of those that lie there as they are, in order."""
+    copies: dict[Path, Path] = {}
+    for file in files:
+        copies.setdefault(file.with_suffix("") if is_compressed(file) else file, file)
+    return list(copies.values())
 
 
 ALL_KINDS = (*KINDS, *TOKEN_KINDS)
