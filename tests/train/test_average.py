@@ -14,7 +14,7 @@ from flashsae import SAE, TrainConfig
 from flashsae.data.shuffle import RowShuffle
 from flashsae.data.sources import ArraySource
 from flashsae.data.synthetic import SuperpositionModel
-from flashsae.errors import CheckpointError, ConfigError
+from flashsae.errors import CheckpointError, ConfigError, FlashSAEWarning
 from flashsae.optim.schedule import learning_rate
 from flashsae.train import TrainState, init_state, train, train_step
 from flashsae.train import state as state_module
@@ -61,6 +61,14 @@ def test_without_it_nothing_is_kept_and_the_last_weights_are_those_of_before() -
     for name, tensor in finished.state_dict().items():
         torch.testing.assert_close(averaged.state_dict()[name], tensor)  # of one step: the same, but for a norm
     assert [steps_averaged(n, TrainConfig(**SETTINGS, average_tokens=10**9)) for n in (1, 12)] == [1, 12]
+
+
+@pytest.mark.parametrize(
+    ("ends_at", "told"), [(5, "are those of that step: average_tokens counts from the end"), (10, "over what there is")]
+)
+def test_data_that_end_before_it_are_told_of(ends_at: int, told: str) -> None:
+    with pytest.warns(FlashSAEWarning, match=rf"the iterable x ended.*{told}\.$"):
+        flashsae.fit(iter(X.split(64)[:ends_at]), **SETTINGS, average_tokens=64 * 4, progress=False)
 
 
 @pytest.mark.parametrize(

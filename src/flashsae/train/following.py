@@ -118,10 +118,12 @@ class Following:
             self._log(wait=True, is_measured=is_new)
         tokens = state.step * config.batch_tokens
         rate = learning_rate(state.step - 1, config) / config.lr
+        lacks_average = config.average_tokens and not state.average
+        last = " Its weights are those of that step: average_tokens counts from the end." if lacks_average else ""
         self.warn(
             f"{reason} The SAE is that of {tokens:,} tokens, not {config.tokens:,}: step {state.step:,} of "
             f"{config.steps:,}, where the learning rate was {rate:.0%} of its peak. With tokens={tokens} it falls to 0 "
-            "over what there is."
+            f"over what there is.{last}"
         )
 
     def warn(self, message: str) -> None:
