@@ -15,7 +15,7 @@ import torch
 
 pytest.importorskip("matplotlib")
 
-from benchmarks import choosing, pareto, plots, plots_architectures, plots_runs, plots_steps
+from benchmarks import choosing, many, pareto, plots, plots_architectures, plots_runs, plots_steps
 from benchmarks.ablation import RUNGS
 from benchmarks.cases import Size
 from benchmarks.checks import check_batch
@@ -225,3 +225,11 @@ def test_the_stream_that_replays_graphs_is_the_one_that_trains(tmp_path: Path) -
     assert found["busy_share"] == pytest.approx(0.9)
     assert found["fetch_ms"] == pytest.approx(3 / TRACED_STEPS)
     assert found["fetch_hidden_share"] == pytest.approx(2 / 3)
+
+
+def test_several_saes_are_timed_beside_one(tmp_path: Path) -> None:
+    many.main(tiny=True, device="cpu", out=tmp_path / "many.jsonl")
+    (record,) = map(json.loads, (tmp_path / "many.jsonl").read_text().splitlines())
+    assert {count: len(times) for count, times in record["seconds_a_step"].items()} == {"1": 2, "4": 2}
+    assert record["ratio"] > 0
+    assert record["commit"]
