@@ -9,7 +9,7 @@ from pathlib import Path
 
 from flashsae import files
 from flashsae.architecture import architecture_of
-from flashsae.data.open import Activations, Asked, Prepared
+from flashsae.data.prepared import Activations, Asked, Prepared
 from flashsae.data.sources import Source
 from flashsae.errors import ConfigError, FlashSAEError
 from flashsae.lm.hookpoints import folder_of, in_order

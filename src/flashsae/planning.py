@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from flashsae.backend import resolve_device
-from flashsae.data.open import Prepared
+from flashsae.data.prepared import Prepared
 from flashsae.data.shuffle import buffer_size
 from flashsae.data.sources import RowSource
 from flashsae.errors import ConfigError

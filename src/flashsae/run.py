@@ -28,7 +28,7 @@ from flashsae.architecture import architecture_of
 from flashsae.backend import resolve_device
 from flashsae.data.cache import ActivationCache
 from flashsae.data.images import Pictures
-from flashsae.data.open import Activations, Prepared
+from flashsae.data.prepared import Activations, Prepared
 from flashsae.data.sources import Chunk, RowSource
 from flashsae.data.split import Split
 from flashsae.errors import DivergedError

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from flashsae import files
 from flashsae.backend import check_single_process, check_variables, resolve_device
-from flashsae.data.open import Prepared, prepare_activations, run_name, with_hookpoint
+from flashsae.data.open import prepare_activations, run_name
+from flashsae.data.prepared import Prepared, with_hookpoint
 from flashsae.data.shuffle import shuffled
 from flashsae.data.sources import RowSource, Source
 from flashsae.errors import ConfigError, DataError, StorageError, require

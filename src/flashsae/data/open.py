@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flashsae.data.acts import X
-from flashsae.data.arrangement import arrange, spread
 from flashsae.data.cache import ActivationCache
 from flashsae.data.cache_index import FORMAT_VERSION, TOKENIZER_FOLDER
 from flashsae.data.cache_writer import SHARD_ROWS, cache_bytes, cache_settings, write_cache
@@ -28,10 +26,9 @@ from flashsae.data.existing import (
 from flashsae.data.image_files import ImageFolder
 from flashsae.data.images import IMAGES, ImageSource, Pictures
 from flashsae.data.language_model import LanguageModelSource, dtype_of_model
-from flashsae.data.sources import Source
+from flashsae.data.prepared import Activations, Asked, Prepared, Progress, arranged, asking
 from flashsae.data.split import check_splits
 from flashsae.fingerprint import text_digest
-from flashsae.lm.hookpoints import patterns_in
 from flashsae.lm.options import LoadOptions, quantized_sentence
 from flashsae.lm.tally import inputs_in_words
 from flashsae.lm.weights import model_fingerprint
@@ -39,93 +36,6 @@ from flashsae.settings.reading import ActivationsConfig, ReadingConfig, defaults
 from flashsae.text.dataset import TextDataset
 
 LARGEST_DEFAULT_CACHE = 8 * 10**9
-
-
-@dataclass(frozen=True)
-class Activations:
-    """Activations that are ready to be read.
-
-    Args:
-        sources: by the name of the SAEs that read them: their hookpoint, or several, each a site.
-        tokenizer: that of the model, or its `Pictures`; called, because loading it takes a moment.
-        joint: returns the activations of some hookpoints in one reading.
-        warnings: sentences on what may spoil the result.
-    """
-
-    sources: dict[str, Source]
-    tokenizer: Callable[[], Any]
-    joint: Callable[[Sequence[str]], Source]
-    warnings: tuple[str, ...] = ()
-
-    def of(self, names: Sequence[str]) -> Source:
-        """Return what some SAEs read, by their names, in one reading: each token once, with all of their sites."""
-        if len(set(names)) == 1:
-            return self.sources[names[0]]
-        return self.joint(list(dict.fromkeys(site for name in names for site in self.sources[name].widths)))
-
-
-Progress = Callable[[int], None]
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What SAEs of one kind are to read.
-
-    Args:
-        hookpoint: patterns; None is the default, or all that a cache holds.
-        sites: of such an SAE; none where it takes all that there are.
-    """
-
-    hookpoint: str | None = None
-    sites: Sequence[str] = (X,)
-
-    def spread(self) -> Asked:
-        """Return it with a hookpoint, or a pattern, for each site."""
-        return self if self.hookpoint is None else replace(self, hookpoint=spread(self.hookpoint, self.sites))
-
-    def filled(self, config: ActivationsConfig) -> Asked:
-        """Return it with the hookpoint that is meant where none is named."""
-        if self.hookpoint is not None:
-            return self
-        return replace(self, hookpoint=with_hookpoint(config, None).filled(len(self.sites)).hookpoint)
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Activations of which everything is known and checked, before the long work of computing them.
-
-    Args:
-        widths: of the activations by site, of all SAEs by their names, which are those of their hookpoints.
-        asked: what was asked for, with the hookpoints that are meant.
-        names: those of the SAEs of each request, in its order.
-        config: the settings that led here, filled in.
-        source: where they come from, in words.
-        inputs: says what the model reads, or has read, and what becomes of it.
-        compute: does the long work: called with a function that hears of the rows cached so far.
-        cache_bytes: size of the cache, at most; 0 for a stream.
-        row_bytes: of the activations of a token in the shuffle buffer of a stream; a cache needs no buffer.
-        model_bytes: of the language model, if it stays in memory beside the training.
-        ready: the activations, where no long work is left.
-        of_images: whether the model reads images, so that a token is a patch.
-    """
-
-    widths: Mapping[str, Mapping[str, int]]
-    asked: Sequence[Asked]
-    names: Sequence[Sequence[str]]
-    config: ActivationsConfig
-    source: str
-    inputs: Callable[[], str]
-    compute: Callable[[Progress], Activations]
-    cache_bytes: int = 0
-    row_bytes: int = 0
-    model_bytes: int = 0
-    ready: Activations | None = None
-    of_images: bool = False
-
-    @property
-    def is_streamed(self) -> bool:
-        """Whether a model reads the text beside the training, once."""
-        return self.row_bytes > 0
 
 
 def prepare_activations(
@@ -152,7 +62,7 @@ def prepare_activations(
         CheckpointError: the cache is damaged, or is not complete and has other settings.
     """
     asked = [each.spread() for each in ([Asked(config.hookpoint)] if asked is None else asked)]
-    config = _asking(config, asked)
+    config = asking(config, asked)
     named = config.activations
     if named is not None and is_checked:
         named = moved_place(named, folder)
@@ -160,7 +70,7 @@ def prepare_activations(
     if named is not None and is_complete_cache(config):
         return _cached(config if is_checked else check_asked(config, named), named, asked)
     asked = [each.filled(config) for each in asked]
-    config = _asking(config, asked).filled()
+    config = asking(config, asked).filled()
     text = open_configured_text(config)
     check_splits(text, config.held_out)
     rows = int(tokens / (1 - config.held_out))
@@ -172,7 +82,7 @@ def prepare_activations(
     if named is not None:
         check_unfinished(named, {"model": config.model, "text_fingerprint": text.fingerprint})
     source = _source(config, text, config.held_out, device)
-    _arranged(asked, source.hookpoints)
+    arranged(asked, source.hookpoints)
     if named is not None:
         wanted = cache_settings(source, SHARD_ROWS, rows, config.cache_dtype, config.cache_compression)
         check_unfinished(named, {**defaults_of_later(), **wanted})
@@ -195,30 +105,9 @@ def _source(
     return LanguageModelSource(config, text, held_out=held_out, device=device)
 
 
-def with_hookpoint(config: ActivationsConfig, hookpoint: str | None) -> ActivationsConfig:
-    """Return settings with another hookpoint, or with none, which leaves it open."""
-    return replace(config, hookpoint=hookpoint)  # type: ignore[arg-type]  # left open
-
-
-def _asking(config: ActivationsConfig, asked: Sequence[Asked]) -> ActivationsConfig:
-    """Return settings with all hookpoints that are asked for, each once; as they are where one is left open."""
-    hookpoints = [each.hookpoint for each in asked]
-    named = [name for name in hookpoints if name is not None]
-    if len(named) < len(hookpoints):
-        return with_hookpoint(config, None)
-    patterns = dict.fromkeys(pattern for name in named for pattern in patterns_in(name))
-    return replace(config, hookpoint=", ".join(patterns))
-
-
-def _arranged(asked: Sequence[Asked], held: Sequence[str]) -> tuple[dict[str, tuple[str, ...]], list[list[str]]]:
-    """Return the hookpoints of all SAEs by name, and the names of those of each request."""
-    found = [arrange(each.hookpoint, held, each.sites) for each in asked]
-    return {name: group for groups in found for name, group in groups.items()}, [list(groups) for groups in found]
-
-
 def _cached(config: ActivationsConfig, place: Path, asked: Sequence[Asked]) -> Prepared:
     """Return the activations of a complete cache."""
-    saes, of_each = _arranged(asked, list(ActivationCache.read_settings(place)["hookpoints"]))
+    saes, of_each = arranged(asked, list(ActivationCache.read_settings(place)["hookpoints"]))
     caches = {name: ActivationCache(place, names, config.held_out) for name, names in saes.items()}
     first = next(iter(caches.values()))
     warnings = (*_of_quantized(first.settings), *filter(None, map(rounding_warning, caches.values())))
@@ -252,7 +141,7 @@ def _cached(config: ActivationsConfig, place: Path, asked: Sequence[Asked]) -> P
 
 def _streamed(config: ActivationsConfig, source: LanguageModelSource | ImageSource, asked: Sequence[Asked]) -> Prepared:
     """Return the activations of a model that reads the text beside the training, once for all SAEs."""
-    saes, of_each = _arranged(asked, source.hookpoints)
+    saes, of_each = arranged(asked, source.hookpoints)
     parts = {name: source.at(*hookpoints) for name, hookpoints in saes.items()}
     ready = Activations(
         dict(parts), lambda: source.tokenizer, lambda hookpoints: source.at(*hookpoints), source.warnings
@@ -294,7 +183,7 @@ def _to_be_cached(
 
     told = f"{_text_of(source)}, to be cached in {place}: {rows:,} tokens at most{to_be_stored_in_words(config)}"
     config = replace(config, activations=place.resolve())
-    saes, of_each = _arranged(asked, source.hookpoints)
+    saes, of_each = arranged(asked, source.hookpoints)
     widths = {name: {site: source.widths[site] for site in hookpoints} for name, hookpoints in saes.items()}
     of_images = isinstance(source, ImageSource)
     words = source.inputs_in_words

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 from threading import Lock
 
@@ -111,12 +110,8 @@ def train_together(
                 break
             except FlashSAEError as error:
                 raise type(error)(f"step {step}: {error}") from error
-            step, is_measured = step + 1, False
-            for do in (partial(_step, batch=batch), Following.note, Following.log):  # so that one speed is that of all
-                for number, each in enumerate(following):
-                    if each.failure is None:
-                        with _told(number, each, is_alone=len(following) == 1, on_failure=on_failure):
-                            is_measured = bool(do(each)) or is_measured
+            step += 1
+            is_measured = _do_step(following, batch, on_failure)
             for callback in callbacks:
                 callback.on_step(step)
             if is_checkpoint:
@@ -130,9 +125,24 @@ def train_together(
     return [each.failure or each.state.finished_sae() for each in following]
 
 
-def _step(one: Following, batch: Batch) -> None:
-    """Do the step of one SAE on the batch of all."""
-    one.keep(train_step(one.state, one.own(batch), one.config))
+def _do_step(
+    following: Sequence[Following], batch: Batch, on_failure: Callable[[int, FlashSAEError], None] | None
+) -> bool:
+    """Let each do its step on a batch and log it; return whether one of them measured.
+
+    All steps come first, then a line of the log begins for each, then they are read: the speed is that of all.
+    """
+
+    def step(one: Following) -> None:
+        one.keep(train_step(one.state, one.own(batch), one.config))
+
+    is_measured = False
+    for do in (step, Following.note, Following.log):
+        for number, each in enumerate(following):
+            if each.failure is None:
+                with _told(number, each, is_alone=len(following) == 1, on_failure=on_failure):
+                    is_measured = bool(do(each)) or is_measured
+    return is_measured
 
 
 def _save(running: Sequence[Following], step: int, place: Place | None) -> None:
