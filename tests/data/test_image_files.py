@@ -22,12 +22,12 @@ def paint(path: Path, color: Any = (200, 30, 60), mode: str = "RGB", size: tuple
 def test_files_of_a_folder_of_folders_in_order_of_names(tmp_path: Path) -> None:
     for name in ("b/2.png", "a/3.JPG", "a/1.webp", "4.bmp", ".hidden/5.png", "a/._6.png"):
         paint(tmp_path / name)
-    images, has_others = find_images(str(tmp_path))
+    images, others = find_images(str(tmp_path))
     assert images is not None
     assert images.files == ("4.bmp", "a/1.webp", "a/3.JPG", "b/2.png")
-    assert not has_others
+    assert others == 0
     (tmp_path / "labels.csv").write_text("x")
-    assert find_images(str(tmp_path))[1]
+    assert find_images(str(tmp_path))[1] == 1
     globbed, _ = find_images(str(tmp_path / "a" / "*"))
     assert globbed is not None
     assert globbed.files == ("1.webp", "3.JPG")
@@ -35,7 +35,7 @@ def test_files_of_a_folder_of_folders_in_order_of_names(tmp_path: Path) -> None:
     assert alone is not None
     assert alone.files == ("4.bmp",)
     for nothing in (str(tmp_path / "none"), "python-docs", str(tmp_path / "labels.csv"), "a@0.5, b@0.5"):
-        assert find_images(nothing) == (None, False)
+        assert find_images(nothing) == (None, 0)
 
 
 def test_the_order_is_mixed_by_a_seed_and_the_fingerprint_is_of_contents_and_names(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from flashsae.cli import main
 from flashsae.data.cache import ActivationCache
+from flashsae.data.cache_merge import merge_caches
 from flashsae.data.cache_writer import write_cache
 from flashsae.data.existing import open_configured_text
 from flashsae.data.image_files import ImageFolder
@@ -210,6 +211,29 @@ def test_what_means_nothing_for_images_is_refused(place: Path, tmp_path: Path) -
             max_tokens=10,
             device="cpu",
         )
+
+
+def test_images_beside_other_files_are_meant_by_models_of_images(
+    place: Path, tmp_path: Path, tiny: Any
+) -> None:
+    photos = write_photos(tmp_path / "photos", 4)
+    (photos / "labels.csv").write_text("text\nx")
+    tiny.MORE_FAMILIES["clip"]().save_pretrained(tmp_path / "clip")
+    tiny.gpt2().save_pretrained(tmp_path / "gpt2")
+    for model, of_images in (("vit", True), ("clip", True), ("gpt2", False)):
+        folder = place if model == "vit" else tmp_path
+        opened = open_configured_text(ReadingConfig(str(folder / model), str(photos), text_column=None))
+        assert isinstance(opened, ImageFolder) == of_images, model
+
+
+def test_caches_of_images_are_not_merged_and_old_names_of_layers_are_known(place: Path, tmp_path: Path) -> None:
+    layer = _layer(place)
+    source = source_of(place, hookpoint=layer.replace("layers.", "encoder.layer."))
+    assert source.hookpoints == (layer,)
+    for name in "ab":
+        write_cache(tmp_path / name, source, max_tokens=8)
+    with pytest.raises(DataError, match=r"merge: .*a holds activations of images"):
+        merge_caches([tmp_path / "a", tmp_path / "b"], tmp_path / "c")
 
 
 def test_a_damaged_image_is_named_when_it_is_read(place: Path, tmp_path: Path) -> None:

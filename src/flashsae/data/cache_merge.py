@@ -25,6 +25,7 @@ from flashsae.data.cache_index import (
     texts_of,
 )
 from flashsae.data.cache_writer import changes
+from flashsae.data.images import IMAGES
 from flashsae.data.stored import StoredRows
 from flashsae.documents import crc32
 from flashsae.errors import CheckpointError, ConfigError, DataError
@@ -68,6 +69,11 @@ def merge_caches(
     """
     parts = [_Part(place, CacheIndex.read(place)) for place in _checked(places)]
     for part in parts:
+        if part.index.settings.get("reads") == IMAGES:
+            raise DataError(
+                f"merge: {part.place} holds activations of images, of which a cache knows one folder; put the images "
+                "into one folder, and cache that."
+            )
         _check_part(parts[0], part)
     texts, firsts = _numbered_texts(parts)
     settings = _settings(parts, texts)

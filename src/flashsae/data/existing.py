@@ -235,14 +235,20 @@ _OF_TEXT_ALONE = (
 """Settings that mean nothing for images."""
 
 
+def _are_meant(config: ReadingConfig, images: ImageFolder, others: int) -> bool:
+    """Tell whether of a folder with images and other files the images are to be read: by the model, or by the most."""
+    alone, beside = reads_images(config.model or MINILM, LoadOptions.of(config))
+    return alone or (beside and len(images.files) > others)
+
+
 def open_configured_text(config: ReadingConfig) -> TextDataset | ImageFolder:
     """Open the text that settings name, or the images.
 
     Raises:
         ConfigError: settings of text stand beside images.
     """
-    images, has_others = find_images(config.dataset or PYTHON_DOCS)
-    if images is not None and (not has_others or reads_images(config.model or MINILM, LoadOptions.of(config))):
+    images, others = find_images(config.dataset or PYTHON_DOCS)
+    if images is not None and (not others or _are_meant(config, images, others)):
         defaults = default_values(ReadingConfig())
         for name in _OF_TEXT_ALONE:
             value = getattr(config, name)

@@ -64,11 +64,11 @@ class ImageFolder:
         return read_image(self.folder / self.files[number])
 
 
-def find_images(dataset: str) -> tuple[ImageFolder | None, bool]:
+def find_images(dataset: str) -> tuple[ImageFolder | None, int]:
     """Find the images that a setting names: a folder, a folder of folders, a pattern such as photos/*.png, or a file.
 
     Returns:
-        the images, or None where there are none; and whether other files that hold text are beside them.
+        the images, or None where there are none; and how many other files are beside them.
     """
     place = expand(dataset)
     if glob.has_magic(dataset) and not place.exists():
@@ -82,8 +82,8 @@ def find_images(dataset: str) -> tuple[ImageFolder | None, bool]:
     seen = [(name, path) for name, path in named if not any(part.startswith(".") for part in name.split("/"))]
     images = tuple(name for name, path in seen if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
     if not images:
-        return None, False
-    return ImageFolder(dataset, folder, images), len(images) < len(seen)
+        return None, 0
+    return ImageFolder(dataset, folder, images), len(seen) - len(images)
 
 
 def _before_magic(parts: tuple[str, ...]) -> list[str]:

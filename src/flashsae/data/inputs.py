@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
@@ -67,7 +68,7 @@ class InputSource:
         self._model = model = unwrapped(model)
         patterns = [part for each in _listed(hookpoints) for part in patterns_in(each)]
         self.model_name = name or getattr(model, "name_or_path", "") or type(model).__name__
-        self.hookpoints = resolve_hookpoints(model, patterns, _short_paths(model))
+        self.hookpoints = resolve_hookpoints(model, [_as_it_is_called(p, model) for p in patterns], _short_paths(model))
         self._examples: ExampleReader = (
             inputs if hasattr(inputs, "read") else GivenInputs(inputs, _first_argument(model))  # type: ignore[assignment]
         )
@@ -279,6 +280,14 @@ class InputSource:
 
 def _listed(hookpoints: str | Sequence[str]) -> list[str]:
     return [hookpoints] if isinstance(hookpoints, str) else list(hookpoints)
+
+
+def _as_it_is_called(pattern: str, model: nn.Module) -> str:
+    """Return a pattern in the names of now: newer versions of transformers call encoder.layer.6 of ViT layers.6."""
+    names = {name for name, _ in model.named_modules()}
+    if any(name.endswith(("encoder.layer", "encoder.layers")) for name in names):
+        return pattern
+    return re.sub(r"(^|\.)encoder\.layers?\.(?=[\d*?{\[])", r"\1layers.", pattern)
 
 
 def _short_paths(model: nn.Module) -> list[str]:

@@ -93,14 +93,15 @@ def load_image_model(name: str, dtype: torch.dtype, options: LoadOptions = PLAIN
         return _load(name, dtype, options, of_images=True)
 
 
-def reads_images(name: str, options: LoadOptions = PLAIN) -> bool:
-    """Tell whether a model reads images alone, by its config.
+def reads_images(name: str, options: LoadOptions = PLAIN) -> tuple[bool, bool]:
+    """Tell whether a model reads images, and whether it does so beside text, by its config.
 
     Raises:
         ConfigError: there is no such model.
     """
     base, _, options = base_and_adapter(name, options)
-    return _main_input(read_config(base, options)) == "pixel_values"
+    config = read_config(base, options)
+    return _main_input(config) == "pixel_values", getattr(config, "vision_config", None) is not None
 
 
 def _main_input(config: Any) -> str:
