@@ -213,9 +213,7 @@ def test_what_means_nothing_for_images_is_refused(place: Path, tmp_path: Path) -
         )
 
 
-def test_images_beside_other_files_are_meant_by_models_of_images(
-    place: Path, tmp_path: Path, tiny: Any
-) -> None:
+def test_images_beside_other_files_are_meant_by_models_of_images(place: Path, tmp_path: Path, tiny: Any) -> None:
     photos = write_photos(tmp_path / "photos", 4)
     (photos / "labels.csv").write_text("text\nx")
     tiny.MORE_FAMILIES["clip"]().save_pretrained(tmp_path / "clip")

@@ -17,9 +17,8 @@ from flashsae.data.cache import ActivationCache
 from helpers.kinds import KINDS
 from helpers.pages import ROOT
 
-LINES = re.findall(
-    r"^\| [^|]+ \| `(flashsae cache [^`]+)` \|$", (ROOT / "docs" / "models.md").read_text(), re.MULTILINE
-)
+PAGE = (ROOT / "docs" / "models.md").read_text().partition("## Models that read no text")[0]
+LINES = re.findall(r"^\| [^|]+ \| `(flashsae cache [^`]+)` \|$", PAGE, re.MULTILINE)
 TINY = {
     "openai-community/gpt2": "gpt2",
     "meta-llama/Llama-3.1-8B": "llama",
