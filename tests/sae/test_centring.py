@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,12 @@ import torch
 from torch import Tensor
 
 import flashsae
-from flashsae import SAE, SAEConfig
-from flashsae.architecture import settings_of
+from flashsae import SAE, Architecture, SAEConfig
+from flashsae.architecture import X_MEAN, Parameter, settings_of
+from flashsae.architectures.topk import ARCHITECTURE as TOPK
+from flashsae.architectures.topk import TopKSettings
 from flashsae.data.synthetic import SuperpositionModel
+from flashsae.errors import FlashSAEWarning
 from flashsae.sae.centring import center, center_again, recentered
 from helpers.resumed import same_after_a_kill
 
@@ -50,6 +54,32 @@ def test_a_mean_of_300_costs_nothing(arch: str, normalize: Any) -> None:
 def test_a_site_with_a_long_mean_weighs_as_much_as_others() -> None:
     found = {mean: flashsae.evaluate(*_fit("crosscoder", mean)).site_fvu["a"] for mean in (0.0, 30.0)}
     assert found[30.0] < 1.2 * found[0.0] < 0.6  # 0.68 where its mean is in what it is scaled by
+
+
+@dataclass(frozen=True)
+class _OwnSettings(TopKSettings):
+    """Settings of somebody's own transcoder."""
+
+
+def _own_transcoder(*rows: Parameter, initialize: Any = None) -> Architecture:
+    table = tuple(replace(row, initial="unit_rows") if row.name == "W_enc_T" else row for row in TOPK.parameters)
+    changes: dict[str, Any] = {"name": "own", "settings": _OwnSettings, "parameters": (*table, *rows)}
+    changes |= {"reads": ("in",), "writes": ("out",), "subtracts_b_dec": False, "initialize": initialize}
+    return flashsae.register(replace(TOPK, **changes))
+
+
+def test_an_architecture_of_somebodys_own_may_be_centred_or_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(OWN, "own", {"k": 4})
+    _own_transcoder()
+    with pytest.warns(FlashSAEWarning, match=r"ends without an active latent.*or subtract the mean of the activations"):
+        _fit("own", 300.0)
+
+    def start(sae: SAE, x: Tensor, target: Tensor) -> None:
+        center(sae, x)
+        flashsae.sae.initialize(sae, x, target)
+
+    _own_transcoder(X_MEAN, initialize=start)
+    assert flashsae.evaluate(*_fit("own", 300.0)).fvu < 0.3
 
 
 @pytest.mark.parametrize("arch", OWN)

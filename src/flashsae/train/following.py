@@ -22,6 +22,9 @@ from flashsae.train.config import TrainConfig
 from flashsae.train.plan import repeats_warning
 from flashsae.train.state import TrainState, to_checkpoint
 
+LEAST_STEPS = 50
+"""A shorter training is a trial, of which nothing is said in the end."""
+
 
 @dataclass(frozen=True)
 class Training:
@@ -56,6 +59,7 @@ class Following:
         self._metrics: dict[str, Tensor] = {}  # of the last step; empty before the first one of this process
         self._clock, self._records = _Clock(self.state.step), Records()
         self._logged_step = 0
+        self._l0: float | None = None  # of the batch of the last line
 
     def start(self, stack: ExitStack) -> None:
         """Let the callbacks begin, and end with the stack; tell what is known of the data."""
@@ -135,8 +139,19 @@ class Following:
         """Warn where the architecture finds that the SAE is not what was asked for."""
         verdict = self.state.sae.architecture.verdict
         message = None if verdict is None else verdict(self.state.sae)
-        if message:
+        if message or (message := self._without_latents()):
             self.warn(message)
+
+    def _without_latents(self) -> str | None:
+        """Return a sentence where no latent is active at the end of a training that was more than a trial."""
+        if self._l0 != 0.0 or self.config.steps < LEAST_STEPS:
+            return None
+        sees_mean = not self.state.sae.architecture.subtracts_b_dec and not hasattr(self.state.sae, "x_mean")
+        mean = ", or subtract the mean of the activations before if it is long beside their deviation"
+        return (
+            "the training ends without an active latent, so that every token is reconstructed as b_dec: lower lr, or "
+            f"the weight of a penalty of active latents{mean if sees_mean else ''}."
+        )
 
     def warn_of_repeats(self) -> None:
         """Warn once, as soon as it is known how many tokens there are, if each comes too often."""
@@ -171,6 +186,7 @@ class Following:
     def _log(self, *, wait: bool, is_measured: bool) -> None:
         for record in self._records.ready(wait=wait):
             self._warn_of_overflow(record)
+            self._l0 = record.get("l0")
             if is_measured and self.measure is not None and record["step"] == self.state.step:
                 record |= self.measure(self.state.current_sae())
             for callback in self.callbacks:
