@@ -95,9 +95,8 @@ def fit(
             step.
         StorageError, CheckpointError: `run` exists, or cannot be written or resumed.
     Warns:
-        FlashSAEWarning: x ended early; its tokens come more than 100 times, as asked for; no latent is active in the end;
-            few tokens hold
-            most of the variance.
+        FlashSAEWarning: x ended early; its tokens come more than 100 times, as asked for; few of them hold
+            most of the variance; no latent is active in the end.
     """
     check_single_process()
     check_variables()
