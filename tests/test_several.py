@@ -10,6 +10,7 @@ import pytest
 from flashsae import start
 from flashsae.cli import main
 from flashsae.errors import ConfigError
+from flashsae.settings import ActivationsConfig, TrainConfig
 from flashsae.settings.run import RunConfig
 from flashsae.several import kinds_of, read_sweep, several_in, values_of
 
@@ -87,10 +88,14 @@ def test_a_file_makes_the_same_and_the_command_line_goes_before_it(made: list[Ru
     assert [m.activations.hookpoint for m in made[0].members()] == ["h.1", "h.1", "h.2:in", "h.2:in", "h.1", "h.2:in"]
     assert made[0].activations.model == "gpt2"
     assert made[0].train.betas == (0.5, 0.9)
-    Path("two.toml").write_text("k = [2, 4]\nd_sae = 64\nreport = false\n")
+    Path("two.toml").write_text(
+        "k = [2, 4]\nd_sae = 64\nreport = false\nexclude_ids = [1, 2]\n[model_kwargs]\nattention = 'eager'\n"
+    )
     assert _main("train --sweep two.toml --k 8 --lr 1e-3 1e-4 --d-sae 16") == 0
     assert _told(made[1]) == [("topk", 8, None, 16, 0)] * 2
     assert made[1].report is False
+    assert made[1].activations.exclude_ids == (1, 2)
+    assert "attention" in str(made[1].activations.model_kwargs)
 
 
 @pytest.mark.parametrize(
@@ -141,9 +146,14 @@ def test_a_sweep_that_makes_no_saes_is_one_sentence(
 def test_what_a_sweep_cannot_stand_beside_is_told(made: list[RunConfig], capsys: pytest.CaptureFixture[str]) -> None:
     Path("sweep.toml").write_text("k = [1, 2]")
     Path("my.toml").write_text("lr = 1e-3")
+    Path("saes.toml").write_text("[[sae]]\nk = 1\n[[sae]]\nk = 2")
     for words, message in (
         ("train --sweep sweep.toml --config my.toml", "sweep: expected no --config beside it"),
         ("train --sweep nowhere.toml", "sweep: cannot read nowhere.toml: No such file or directory."),
+        (
+            "train --config saes.toml",
+            "config: expected the settings of one SAE in saes.toml, got tables",
+        ),
         ("train --extend 5", "extend: expected --resume RUN beside it, a run that has ended."),
         ("train --resume runs/x --k 2 4", "resume: expected no other setting beside it, got k"),
         ("train --resume runs/x --sweep sweep.toml", "resume: expected no other setting beside it, got"),
@@ -152,3 +162,16 @@ def test_what_a_sweep_cannot_stand_beside_is_told(made: list[RunConfig], capsys:
         assert message in capsys.readouterr().err, words
     with pytest.raises(ConfigError, match="expected a path"):
         read_sweep("")
+
+
+def test_the_settings_that_a_run_wrote_make_the_same_run_again(made: list[RunConfig]) -> None:
+    tables: tuple[dict[str, Any], ...] = (
+        {"arch": "topk", "k": 3, "betas": [0.5, 0.9]},
+        {"arch": "jump_relu", "target_l0": 2.0, "hookpoint": "h.3"},
+    )
+    reading, train = ActivationsConfig(hookpoint="h.{1,2}"), TrainConfig(d_sae=64, tokens=4096, extended=(2048,))
+    config = RunConfig(reading, train, ("tensorboard",), False, tables, 2)
+    Path("config.toml").write_text(config.to_toml())
+    assert _main("train --sweep config.toml") == 0
+    assert made[0].members() == config.members()
+    assert made[0].at_once == 2

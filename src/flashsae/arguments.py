@@ -114,6 +114,10 @@ def read_file(file: Path) -> dict[str, Any]:
         settings = read_toml(file)
     except ConfigError as error:
         raise ConfigError(f"config: cannot read {file}: {error}.") from error
+    if isinstance(settings.get("sae"), list):
+        raise ConfigError(
+            f"config: expected the settings of one SAE in {file}, got tables [[sae]]. Give it with --sweep."
+        )
     sections = [name for name, value in settings.items() if isinstance(value, dict) and name not in TABLES]
     if sections:
         raise ConfigError(

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 from flashsae.architecture import architecture_named, architecture_names
 from flashsae.errors import ConfigError
 from flashsae.settings.kinds import check, declared_types, expand, parse, unwrap
-from flashsae.settings.reading import ActivationsConfig
+from flashsae.settings.reading import TABLES, ActivationsConfig
 from flashsae.settings.run import RunConfig
 from flashsae.settings.sweep import HOOKPOINT, SHARED, Several
 from flashsae.settings.toml import read_toml
@@ -57,7 +57,7 @@ def _sweep_of(held: dict[str, Any]) -> Sweep:
         raise ConfigError("sae: expected tables [[sae]], each with settings of an SAE.")
     if tables == []:
         raise ConfigError("sae: expected at least one table [[sae]], got an empty list.")
-    sections = [name for name, value in held.items() if isinstance(value, dict)]
+    sections = [name for name, value in held.items() if isinstance(value, dict) and name not in TABLES]
     if sections:
         raise ConfigError(f"expected settings and tables [[sae]], got the section [{sections[0]}].")
     tables = [{key.replace("-", "_"): value for key, value in table.items()} for table in tables or ()]
