@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+import flashsae
 from flashsae.cli import main
 from flashsae.data.cache import ActivationCache
 from flashsae.data.cache_merge import merge_caches
@@ -211,6 +212,21 @@ def test_what_means_nothing_for_images_is_refused(place: Path, tmp_path: Path) -
             max_tokens=10,
             device="cpu",
         )
+
+
+def test_a_loaded_model_and_its_processor_read_a_folder_too(place: Path, tmp_path: Path) -> None:
+    import transformers
+
+    model = transformers.AutoModel.from_pretrained(place / "vit")
+    processor = transformers.AutoImageProcessor.from_pretrained(place / "vit")
+    reading: dict[str, Any] = {"hookpoint": _layer(place), "held_out": 0.2}
+    given = flashsae.activations(model, processor, place / "photos", **reading)
+    named = flashsae.activations(str(place / "vit"), None, str(place / "photos"), **reading)
+    for one, other in zip(given, named, strict=True):
+        assert torch.equal(one[_layer(place)], other[_layer(place)])
+    assert given.source.identity["model"] != named.source.identity["model"]  # type: ignore[attr-defined]
+    sae = flashsae.fit(named, d_sae=32, k=4, tokens=512, batch_tokens=64, shuffle_tokens=128, progress=False)
+    assert flashsae.evaluate(sae, named.held_out).fvu < 1
 
 
 def test_images_beside_other_files_are_meant_by_models_of_images(place: Path, tmp_path: Path, tiny: Any) -> None:

@@ -235,6 +235,26 @@ _OF_TEXT_ALONE = (
 """Settings that mean nothing for images."""
 
 
+def configured_images(config: ReadingConfig, *, are_meant: bool = False) -> ImageFolder | None:
+    """Return the images that settings name; None where they name a text.
+
+    Args:
+        config: the settings.
+        are_meant: images are read where there are any, whatever lies beside them.
+    Raises:
+        ConfigError: settings of text stand beside images.
+    """
+    images, others = find_images(config.dataset or PYTHON_DOCS)
+    if images is None or (others and not are_meant and not _are_meant(config, images, others)):
+        return None
+    defaults = default_values(ReadingConfig())
+    for name in _OF_TEXT_ALONE:
+        value = getattr(config, name)
+        if value not in (None, defaults.get(name)):
+            raise ConfigError(f"{name}: expected nothing beside the images in {images.name}, got {value!r}.")
+    return images
+
+
 def _are_meant(config: ReadingConfig, images: ImageFolder, others: int) -> bool:
     """Tell whether of a folder with images and other files the images are to be read: by the model, or by the most."""
     alone, beside = reads_images(config.model or MINILM, LoadOptions.of(config))
@@ -247,13 +267,8 @@ def open_configured_text(config: ReadingConfig) -> TextDataset | ImageFolder:
     Raises:
         ConfigError: settings of text stand beside images.
     """
-    images, others = find_images(config.dataset or PYTHON_DOCS)
-    if images is not None and (not others or _are_meant(config, images, others)):
-        defaults = default_values(ReadingConfig())
-        for name in _OF_TEXT_ALONE:
-            value = getattr(config, name)
-            if value not in (None, defaults.get(name)):
-                raise ConfigError(f"{name}: expected nothing beside the images in {config.dataset}, got {value!r}.")
+    images = configured_images(config)
+    if images is not None:
         return images
     asked = {name.removeprefix("text_"): getattr(config, name) for name in OF_TEXT}
     return open_text(config.dataset, **{name: value for name, value in asked.items() if value is not None})

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from flashsae.data.acts import Batch
 from flashsae.data.examples import Inputs
+from flashsae.data.existing import configured_images
+from flashsae.data.images import ImageSource
 from flashsae.data.inputs import InputSource
 from flashsae.data.language_model import LanguageModelSource
 from flashsae.data.sources import StreamSource
@@ -64,7 +67,7 @@ def activations(
     Args:
         model: a Hugging Face model, with or without its head, on the device where it is to run; or a name, as for
             `flashsae train`.
-        tokenizer: of the model; None beside a name.
+        tokenizer: of the model, or its image processor where it reads a folder of images; None beside a name.
         texts: a list of strings, a file, a folder, a name on the hub, a data set, a function that returns an iterator,
             or whatever else `flashsae.data.open_text` takes; or what it returned.
         inputs: in place of tokenizer and texts, for models that read something else: a function that returns batches,
@@ -95,9 +98,15 @@ def activations(
         )
     if isinstance(model, nn.Module) and tokenizer is None:
         raise ConfigError("tokenizer: expected that of the model, got None. Load it: AutoTokenizer.from_pretrained.")
-    of_text = {name.removeprefix("text_"): settings.pop(name) for name in OF_TEXT if name in settings}
     names = [hookpoint] if isinstance(hookpoint, str) else list(hookpoint)
     name = model if isinstance(model, str) else getattr(model, "name_or_path", "") or type(model).__name__
+    loaded = None if isinstance(model, str) else (model, getattr(tokenizer, "image_processor", tokenizer))
+    if isinstance(texts, str | Path) and (loaded is None or hasattr(loaded[1], "preprocess")):
+        config = ReadingConfig(name, str(texts), hookpoint=", ".join(names), **settings)
+        images = configured_images(config, are_meant=loaded is not None)
+        if images is not None:
+            return ModelActivations(ImageSource(config.filled(), images, held_out=held_out, loaded=loaded))
+    of_text = {name.removeprefix("text_"): settings.pop(name) for name in OF_TEXT if name in settings}
     config = ReadingConfig(name, hookpoint=", ".join(names), **settings)
     text = open_text(texts, **of_text)
     loaded = None if isinstance(model, str) else (model, tokenizer)

@@ -70,7 +70,13 @@ def find_images(dataset: str) -> tuple[ImageFolder | None, int]:
     Returns:
         the images, or None where there are none; and how many other files are beside them.
     """
-    place = expand(dataset)
+    try:
+        return _found(dataset, expand(dataset))
+    except (OSError, ValueError):  # a name that no file system has; who reads text says what is wrong with it
+        return None, 0
+
+
+def _found(dataset: str, place: Path) -> tuple[ImageFolder | None, int]:
     if glob.has_magic(dataset) and not place.exists():
         found = sorted(Path(path) for path in glob.glob(str(place), recursive=True))
         folder = Path(*_before_magic(place.parts))

@@ -22,8 +22,9 @@ from flashsae.data.inputs import InputSource
 from flashsae.data.language_model import dtype_of_model
 from flashsae.data.sources import Cursor
 from flashsae.errors import CheckpointError, ConfigError, DataError
+from flashsae.fingerprint import text_digest
 from flashsae.lm.hookpoints import patterns_in
-from flashsae.lm.loading import load_image_model
+from flashsae.lm.loading import Loading, load_image_model
 from flashsae.lm.options import LoadOptions, quantized_warning
 from flashsae.lm.place import quiet_transformers
 from flashsae.lm.room import moved
@@ -107,6 +108,15 @@ def processed(processor: Any, images: Sequence[Any]) -> dict[str, Tensor]:
     return {name: value for name, value in made.items() if isinstance(value, Tensor)}
 
 
+def _loaded(config: ReadingConfig, device: str) -> tuple[nn.Module, Any, Loading]:
+    """Load the model of settings with its image processor."""
+    options = LoadOptions.of(config)
+    model, processor, loading = load_image_model(config.model, dtype_of_model(config, device), options)
+    if options.device_map is None and options.quantize is None:  # else it lies where it was loaded
+        model = moved(config.model, model, resolve_device(device))
+    return model, processor, loading
+
+
 class ImageSource(InputSource):
     """A `StreamSource` of the activations of a vision model as it reads images; CLS and registers make no rows.
 
@@ -115,18 +125,24 @@ class ImageSource(InputSource):
         images: to read.
         held_out: fraction of the images that training never sees.
         device: of the model; "auto" is the GPU where there is one.
+        loaded: a model and its image processor to use instead of loading `config.model`; the model stays as it is.
     Raises:
         ConfigError: no such model or hookpoint, or the model reads no images.
         DataError: an image cannot be read.
         MissingExtraError: transformers or Pillow is not installed.
     """
 
-    def __init__(self, config: ReadingConfig, images: ImageFolder, *, held_out: float, device: str) -> None:
-        self.config, self.text = config, images
-        options = LoadOptions.of(config)
-        model, processor, loading = load_image_model(config.model, dtype_of_model(config, device), options)
-        if options.device_map is None and options.quantize is None:
-            model = moved(config.model, model, resolve_device(device))
+    def __init__(
+        self,
+        config: ReadingConfig,
+        images: ImageFolder,
+        *,
+        held_out: float,
+        device: str = "auto",
+        loaded: tuple[nn.Module, Any] | None = None,
+    ) -> None:
+        self.config, self.text, self._is_given = config, images, loaded is not None
+        model, processor, loading = _loaded(config, device) if loaded is None else (*loaded, Loading())
         self.warnings = quantized_warning(config.model, model)
         seed = config.document_seed if config.shuffle_documents else None
         examples = ImageExamples(images, processor, images.order(seed, config.max_documents))
@@ -181,12 +197,17 @@ class ImageSource(InputSource):
         return {
             "reads": IMAGES,
             "text": self.text.fingerprint,
-            "model": model_fingerprint(self.config.model, LoadOptions.of(self.config)),
+            "model": self._fingerprint_of_model(),
             **self.config.of_tokens(),
             "hookpoints": list(self.hookpoints),
             "dtype": str(self.dtype).removeprefix("torch."),
             "held_out": self._held_out,
         }
+
+    def _fingerprint_of_model(self) -> str:
+        if self._is_given:
+            return text_digest([super()._fingerprint_of_model(), self.tokenizer.processor.to_json_string()])
+        return model_fingerprint(self.config.model, LoadOptions.of(self.config))
 
     def inputs_in_words(self) -> str:
         """Say what the model reads, and which positions of it make rows."""
