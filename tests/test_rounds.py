@@ -245,7 +245,10 @@ def test_saes_that_were_trained_in_turn_go_on_in_turn(home: Path, cached: Path) 
     assert _weights(run) == _weights(cached)
 
 
-def test_one_of_several_is_not_resumed_by_itself(cached: Path) -> None:
+def test_one_of_several_is_not_resumed_by_itself(cached: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--resume", str(cached / NAMES[0])])
+    assert capsys.readouterr().err.count("\n") == 1
     with pytest.raises(
         ConfigError, match=rf"^resume: .*{NAMES[0]} is one of the SAEs of .*cached, which go on together"
     ):

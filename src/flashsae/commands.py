@@ -110,6 +110,7 @@ def train(
     else:
         if lists:
             raise ConfigError(f"resume: expected no other setting beside it, got {next(iter(lists))}.")
+        start.check_whole(resume)
         config = start.saved_config(resume)
         config = config if extend is None else start.extended(config, resume, extend)
     start.check(config)
