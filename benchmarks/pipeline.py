@@ -22,6 +22,7 @@ import torch
 from rich.console import Console
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.reading import WARM_SECONDS
 from benchmarks.session import RESULTS, provenance
 from flashsae.data.cache import ActivationCache
 from flashsae.data.cache_index import TOKENS_FOLDER, CacheIndex, CacheSettings, Shard, shard_path
@@ -161,9 +162,10 @@ def resident_rate(state: TrainState, x: torch.Tensor, config: TrainConfig, steps
 
 
 def source_rate(source: StreamSource, tokens: int) -> float:
-    """Return tokens a second of a source that nothing runs beside; the first chunks are not counted."""
+    """Return tokens a second of a source that nothing runs beside; what it does while the process that cuts text begins is not counted."""
     chunks = chain.from_iterable(source.chunks("train") for _ in count())  # epoch after epoch
-    for _ in range(4):
+    start = time.perf_counter()
+    while time.perf_counter() - start < WARM_SECONDS:
         next(chunks)
     torch.cuda.synchronize()
     start, found = time.perf_counter(), 0

@@ -32,6 +32,7 @@ from flashsae.text.reading_order import Place
 
 ModelSize = Literal["small", "large", "tiny"]
 _START = Place(0, 0)
+WARM_SECONDS = 10.0  # in which the process that cuts text begins
 LAYERS_READ = {"small": 3, "large": 8, "tiny": 1}
 
 
@@ -86,8 +87,9 @@ def bare_rate(model: nn.Module, batches: Sequence[TokenBatch], device: torch.dev
 
 def epoch_rate(source: LanguageModelSource, device: torch.device) -> float:
     """Return tokens a second of the source, nobody reading what it gives."""
-    for number, _ in enumerate(source.chunks(None)):
-        if number == 4:
+    start = time.perf_counter()
+    for _ in source.chunks(None):
+        if time.perf_counter() - start > WARM_SECONDS:
             break
     synchronize(device)
     start, rows = time.perf_counter(), 0

@@ -56,7 +56,7 @@ def test_the_next_forward_is_launched_before_one_is_handed_out(
 def test_windows_of_another_process_are_read_alike(tiny: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     reader = tiny.source(tiny.CACHED)
     expected = read(reader, None)
-    monkeypatch.setattr(reader, "_cutting", lambda: WindowsApart(reader._windows))
+    monkeypatch.setattr(reader, "_cutter", WindowsApart(reader._windows))
     found = read(reader, None)
     assert [cursor for _, cursor in found] == [cursor for _, cursor in expected]
     assert all(tiny.same(a, b) for (a, _), (b, _) in zip(found, expected))

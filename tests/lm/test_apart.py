@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple
 from types import ModuleType, SimpleNamespace
 
@@ -33,9 +33,8 @@ def windows(tiny: ModuleType) -> Windows:
 
 
 @pytest.fixture(scope="module")
-def apart(windows: Windows) -> Iterator[WindowsApart]:
-    with WindowsApart(windows) as made:
-        yield wait(made)
+def apart(windows: Windows) -> WindowsApart:
+    return wait(WindowsApart(windows))
 
 
 def wait(made: WindowsApart) -> WindowsApart:
@@ -65,19 +64,34 @@ def test_what_a_document_is_refused_for_is_raised_here(apart: WindowsApart) -> N
 
 def test_before_it_is_ready_and_after_it_ended_windows_are_cut_here(windows: Windows) -> None:
     expected = windows.batches(BLOCK)
-    with WindowsApart(windows) as apart:
-        assert is_same(apart.batches(BLOCK), expected)
-        wait(apart)
-        assert apart._process is not None
-        process = apart._process
-        process.kill()
-        assert is_same(apart.batches(BLOCK), expected)
-        assert is_same(apart.batches(BLOCK), expected)
+    apart = WindowsApart(windows)
+    assert is_same(apart.batches(BLOCK), expected)
+    wait(apart)
+    assert apart._process is not None
+    apart._process.kill()
+    assert is_same(apart.batches(BLOCK), expected)
+    assert is_same(apart.batches(BLOCK), expected)
+    assert apart._process is None
+
+
+def test_the_process_ends_with_whoever_asked_it(windows: Windows) -> None:
+    apart = wait(WindowsApart(windows))
+    process = apart._process
+    assert process is not None
+    assert process.poll() is None
+    del apart
     assert process.poll() is not None
+
+
+def test_threads_take_turns(windows: Windows, apart: WindowsApart) -> None:
+    blocks = [BLOCK[n:] for n in range(12)]
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(apart.batches, blocks))
+    assert all(is_same(each, windows.batches(block)) for each, block in zip(found, blocks))
 
 
 def test_what_cannot_be_sent_is_cut_here() -> None:
     windows = SimpleNamespace(batches=lambda block: [len(block)], of="a lambda cannot be sent")
-    with WindowsApart(windows) as apart:  # type: ignore[arg-type]
-        assert apart._process is None
-        assert apart.batches(BLOCK) == [len(BLOCK)]
+    apart = WindowsApart(windows)  # type: ignore[arg-type]
+    assert apart._process is None
+    assert apart.batches(BLOCK) == [len(BLOCK)]

@@ -11,7 +11,6 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import asdict
 from functools import cached_property
@@ -262,9 +261,9 @@ class LanguageModelSource:
 
         def cut() -> tuple[list[TokenBatch], Place, Place] | None:
             found = next(blocks, None)
-            return None if found is None else (windows.batches(found[0]), found[1], found[2])
+            return None if found is None else (self._cutter.batches(found[0]), found[1], found[2])
 
-        with self._cutting() as windows, ThreadPoolExecutor(1, "flashsae-tokenizer") as pool:
+        with ThreadPoolExecutor(1, "flashsae-tokenizer") as pool:
             ahead = pool.submit(cut)
             while True:
                 block = ahead.result()
@@ -273,10 +272,11 @@ class LanguageModelSource:
                 ahead = pool.submit(cut)
                 yield block
 
-    def _cutting(self) -> AbstractContextManager[Windows | WindowsApart]:
-        """Return what cuts windows: on a GPU, which must not wait for it, another process."""
+    @cached_property
+    def _cutter(self) -> Windows | WindowsApart:
+        """What cuts windows: for a GPU, which must not wait for it, another process."""
         is_apart = self._model.device.type == "cuda" and (os.cpu_count() or 1) > 2
-        return WindowsApart(self._windows) if is_apart else nullcontext(self._windows)
+        return WindowsApart(self._windows) if is_apart else self._windows
 
     @cached_property
     def _in_order(self) -> TextDataset:

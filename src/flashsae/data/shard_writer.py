@@ -103,8 +103,7 @@ class ShardWriter:
     Args:
         directory: of the cache.
         index: of it; grows by each shard, and is written with it.
-        shard_rows: least rows of a shard. Memory: twice that many rows of every hookpoint, up to eight times behind a
-            GPU.
+        shard_rows: least rows of a shard. Memory: twice that many rows of every hookpoint; eight times behind a GPU.
     """
 
     def __init__(self, directory: Path, index: CacheIndex, shard_rows: int) -> None:

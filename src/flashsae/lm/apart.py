@@ -11,8 +11,7 @@ import os
 import pickle
 import subprocess
 import sys
-from threading import Thread
-from types import TracebackType
+from threading import Lock, Thread
 from typing import IO, Any
 
 import torch
@@ -31,6 +30,8 @@ _PROGRAM = (
 class WindowsApart:
     """Cuts blocks in another process, and here as long as that one is not ready, or if it ended.
 
+    The process takes seconds to begin, so whoever reads again keeps it. Any thread may ask. It ends with this object.
+
     Args:
         windows: cut them. Where these cannot be sent to a process, all are cut here.
         threads: of the other process.
@@ -39,6 +40,7 @@ class WindowsApart:
     def __init__(self, windows: Windows, threads: int = 2) -> None:
         self._windows = windows
         self._is_ready = False
+        self._turn = Lock()
         self._process: subprocess.Popen[bytes] | None = None
         try:
             sent = pickle.dumps((windows, threads))
@@ -71,18 +73,25 @@ class WindowsApart:
 
     def batches(self, block: Block) -> list[TokenBatch]:
         """Return what `Windows.batches` does, and raise what it raises."""
+        with self._turn:
+            answer = self._asked(block)
+        if answer is None:
+            return self._windows.batches(block)
+        if isinstance(answer, Exception):
+            raise answer
+        return [TokenBatch(*map(torch.from_numpy, arrays)) for arrays in answer]
+
+    def _asked(self, block: Block) -> Any:
+        """Return what the process answers; None if there is none that would."""
         self._look()
-        if self._is_ready and self._process is not None:
-            try:
-                _write(self._process.stdin, pickle.dumps(block, pickle.HIGHEST_PROTOCOL))
-                answer = pickle.load(self._answers)
-            except (EOFError, pickle.UnpicklingError):
-                self.close()
-            else:
-                if isinstance(answer, Exception):
-                    raise answer
-                return [TokenBatch(*map(torch.from_numpy, arrays)) for arrays in answer]
-        return self._windows.batches(block)
+        if not self._is_ready or self._process is None:
+            return None
+        try:
+            _write(self._process.stdin, pickle.dumps(block, pickle.HIGHEST_PROTOCOL))
+            return pickle.load(self._answers)
+        except (OSError, EOFError, pickle.UnpicklingError):
+            self.close()
+            return None
 
     def close(self) -> None:
         """End the process."""
@@ -95,13 +104,9 @@ class WindowsApart:
                     end.close()
             process.wait()
 
-    def __enter__(self) -> WindowsApart:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
+    def __del__(self) -> None:
+        if "_process" in self.__dict__:
+            self.close()
 
 
 def _write(questions: IO[bytes] | None, data: bytes) -> None:
