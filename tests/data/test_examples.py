@@ -144,6 +144,12 @@ def test_sounds_are_masked_where_the_model_shortens_them(family: str) -> None:
     assert convolved.widths == {"feature_extractor.conv_layers.0": 8}
 
 
+def test_the_encoder_of_two_halves_reads_sounds_alone(tiny: Any) -> None:
+    whisper = tiny.MORE_FAMILIES["whisper"]()
+    source = InputSource(whisper, [{"input_features": noise(2, 80, 3000)}], "encoder.layers.0")
+    assert (source.widths, source.n_positions) == ({"encoder.layers.0": 16}, 1500)
+
+
 def test_keep_decides_and_the_model_does_not_see_it() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     keep = torch.tensor([[True, False, True], [False, False, True]])

@@ -123,6 +123,7 @@ def test_a_run_ends_with_a_report_of_images(place: Path, tmp_path: Path, how: st
     assert page.count("data:image/jpeg;base64,") == len(snippets.pictures) <= 40
     assert "dogs/" in page
     assert str(place) not in page
+    assert "held-out patches" in page
     if how == "--activations":
         before = (run / "snippets.json").read_bytes()
         (run / "snippets.json").unlink()

@@ -107,6 +107,9 @@ def test_the_file_keeps_images_and_refuses_damaged_ones(tmp_path: Path) -> None:
 
 def test_cards_and_words_are_of_images() -> None:
     held = snippets()
+    assert held.unit == "patches"
+    assert Snippets(4, [], 2).unit == "tokens"
+    assert Snippets(4, [], 2, [Picture("a.png", 0, 0, 8, 8, "")]).unit == "images"
     shown = card(held.latents[0], held.pictures)["images"]
     assert [image["told"] for image in shown] == [
         "<b>.png: 1 at the patch in row 1, column 2",

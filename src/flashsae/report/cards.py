@@ -150,9 +150,7 @@ def known_of_all(arrays: Mapping[str, Array], snippets: Snippets | None) -> dict
         "step": step,
         "density": base64.b64encode(levels.astype(np.uint8).tobytes()).decode(),
         "dead": base64.b64encode(dead).decode(),
-        "sample": "the sample"
-        if snippets is None
-        else f"the {compact(snippets.tokens)} {'patches' if snippets.pictures else 'tokens'} of the sample",
+        "sample": "the sample" if snippets is None else f"the {compact(snippets.tokens)} {snippets.unit} of the sample",
     }
 
 

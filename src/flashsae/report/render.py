@@ -161,6 +161,7 @@ def _context(run: _Run) -> dict[str, Any]:
         "settings": [(name, setting_text(value)) for name, value in _flat(run.settings)],
         "style": markup(style + stylesheet(run.snippets)),
         "of_images": bool(pictures),
+        "unit": run.snippets.unit if run.snippets else "tokens",
         "script": markup(script),
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     }
@@ -246,7 +247,23 @@ def _summary(run: _Run) -> list[dict[str, Any]]:
         "value": compact(e["train_tokens"]),
         "notes": [f"{count(e['train_tokens'])} in training"],
     }
-    return [*cards, seen]
+    unit = run.snippets.unit if run.snippets else "tokens"
+    return [
+        {
+            "name": _of(unit, str(card["name"])),
+            "value": card["value"],
+            "notes": [_of(unit, str(note)) for note in card["notes"]],
+        }
+        for card in [*cards, seen]
+    ]
+
+
+def _of(unit: str, told: str) -> str:
+    """Return what is told of tokens as told of what they are here."""
+    if unit == "tokens":
+        return told
+    told = re.sub(r"\btokens\b", unit, re.sub(r"\btoken\b", {"patches": "patch", "images": "image"}[unit], told))
+    return re.sub(r"\bTokens\b", unit.capitalize(), told)
 
 
 def _metrics(run: _Run, rows: Mapping[str, Metric]) -> list[tuple[str, str, str]]:

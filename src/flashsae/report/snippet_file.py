@@ -112,6 +112,13 @@ class Snippets:
     held_out_tokens: Count | None = None
     pictures: list[Picture] = field(default_factory=list)
 
+    @property
+    def unit(self) -> str:
+        """What a token is: a token of a text, a patch of an image, or a whole image."""
+        if not self.pictures:
+            return "tokens"
+        return "patches" if any(picture.rows for picture in self.pictures) else "images"
+
 
 @dataclass(frozen=True)
 class _File(Snippets):
