@@ -30,7 +30,7 @@ from flashsae.train.state import init_state
 
 
 @dataclass(frozen=True)
-class Sizes:
+class SizesOfMany:
     """Of each SAE and its training; the default is S, in bf16.
 
     Args:
@@ -53,7 +53,7 @@ class Sizes:
     precision: str = "bf16"
 
 
-TINY = Sizes(d_in=16, d_sae=64, k=4, batch_tokens=32, steps=8, rows=256, rounds=2)
+TINY = SizesOfMany(d_in=16, d_sae=64, k=4, batch_tokens=32, steps=8, rows=256, rounds=2)
 
 
 class _Timer(Callback):
@@ -73,7 +73,7 @@ class _Timer(Callback):
             self._begin = now
 
 
-def seconds_a_step(count: int, x: torch.Tensor, sizes: Sizes) -> float:
+def seconds_a_step(count: int, x: torch.Tensor, sizes: SizesOfMany) -> float:
     """Return the time of a step of so many SAEs, which differ in their learning rate."""
     device = x.device
     batches = Together(ArraySource(x), sizes.batch_tokens, seeds=[0], buffer_tokens=sizes.rows)
@@ -93,7 +93,7 @@ def seconds_a_step(count: int, x: torch.Tensor, sizes: Sizes) -> float:
 
 def main(
     *,
-    sizes: Annotated[Sizes, cyclopts.Parameter(name="*")] = Sizes(),
+    sizes: Annotated[SizesOfMany, cyclopts.Parameter(name="*")] = SizesOfMany(),
     tiny: bool = False,
     device: str = "auto",
     out: Path = RESULTS / "many.jsonl",

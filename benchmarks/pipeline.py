@@ -162,7 +162,7 @@ def resident_rate(state: TrainState, x: torch.Tensor, config: TrainConfig, steps
 
 
 def source_rate(source: StreamSource, tokens: int) -> float:
-    """Return tokens a second of a source that nothing runs beside; what it does while the process that cuts text begins is not counted."""
+    """Return tokens a second of a source that nothing runs beside, once the process that cuts text has begun."""
     chunks = chain.from_iterable(source.chunks("train") for _ in count())  # epoch after epoch
     start = time.perf_counter()
     while time.perf_counter() - start < WARM_SECONDS:
