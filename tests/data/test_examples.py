@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import flashsae
+from flashsae.data.cache_writer import write_cache
 from flashsae.data.inputs import InputSource
 from flashsae.data.sources import Chunk
 from flashsae.errors import ConfigError, DataError, DtypeError, FlashSAEError, ShapeError
@@ -293,6 +294,13 @@ def test_what_does_not_run_changes_or_has_no_mask_is_refused() -> None:
     bad = [noise(2, 3, 4), noise(2, 3, 4).log()]
     with pytest.raises(DataError, match=r"NaN or Inf at inner for the examples \[2, 3\]|NaN or Inf at inner"):
         whole(InputSource(Counts(), bad, "inner"))
+
+
+def test_they_are_not_cached(tmp_path: Any) -> None:
+    source: Any = InputSource(Counts(), numbered(), "inner")
+    with pytest.raises(ConfigError, match=r"source: expected a model that reads text .*, got InputSource"):
+        write_cache(tmp_path / "acts", source)
+    assert not (tmp_path / "acts").exists()
 
 
 def test_settings_of_text_mean_nothing_beside_inputs() -> None:

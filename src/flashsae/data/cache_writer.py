@@ -125,6 +125,11 @@ def cache_settings(
     compression: Compression = "none",
 ) -> dict[str, Any]:
     """Return what decides the bytes of a cache, as its index holds it; arguments and errors as `write_cache`."""
+    if not hasattr(source, "config"):
+        raise ConfigError(
+            f"source: expected a model that reads text or a folder of images, got {type(source).__name__}. Other "
+            "activations are read beside the training: flashsae.fit(source, ...)."
+        )
     for name, value in (("shard_rows", shard_rows), ("max_tokens", max_tokens)):
         if value is not None and value < 1:
             raise ConfigError(f"{name}: expected at least 1, got {value}.")
