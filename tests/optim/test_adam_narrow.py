@@ -21,7 +21,7 @@ BF16 = torch.bfloat16
 def test_split_weights_lose_no_bit_of_what_float32_weights_learn(
     unit_norm: bool, monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
 ) -> None:
-    monkeypatch.setattr("flashsae.optim.operands.ROWS", 7)  # rows are split and merged in pieces
+    monkeypatch.setattr("flashsae.optim.operands._ROWS", 7)  # rows are split and merged in pieces
     start = nn.functional.normalize(torch.randn(N, D, generator=generator), dim=1)
     whole, split = nn.Parameter(start.clone()), nn.Parameter(start.clone())
     of_whole = FactoredAdam([whole], 1e-4, unit_norm=unit_norm)

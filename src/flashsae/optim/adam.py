@@ -16,7 +16,7 @@ from flashsae.ops.adam_rows import adam_rows, row_squares
 from flashsae.ops.adam_rows.reference import split_halves
 from flashsae.ops.gradients import Collection
 from flashsae.optim.groups import check_group, check_state
-from flashsae.optim.operands import ROWS, gradient_of, matrix_of, merged_rows, rule_of, split, version_of
+from flashsae.optim.operands import gradient_of, matrix_of, merged_rows, rule_of, split, version_of
 from flashsae.profiling import part
 from flashsae.settings.training import ADAM_BETAS, ADAM_EPS
 
@@ -306,9 +306,10 @@ class FactoredAdam(torch.optim.Optimizer):
         """Return a parameter with all its bits: a new float32 tensor on the CPU where it is split, else its values."""
         if not self.is_split(parameter):
             return parameter.detach()
-        whole = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
-        for out, rows in zip(torch.split(whole, ROWS), self.whole_rows(parameter)):
-            out.copy_(rows)
+        whole, start = torch.empty(parameter.shape, dtype=torch.float32, device="cpu"), 0
+        for rows in self.whole_rows(parameter):
+            whole[start : start + len(rows)] = rows
+            start += len(rows)
         return whole
 
     @torch.no_grad()

@@ -14,7 +14,7 @@ from flashsae.ops.adam_rows.reference import merge_halves, split_halves
 from flashsae.ops.factored import FactoredGradient
 from flashsae.ops.factors import RowGradient
 
-ROWS = 8192  # of a matrix that is split or merged, at once
+_ROWS = 8192  # of a matrix that is split or merged, at once
 
 
 def version_of(parameter: Tensor) -> tuple[int, int]:
@@ -24,14 +24,14 @@ def version_of(parameter: Tensor) -> tuple[int, int]:
 
 def merged_rows(high: Tensor, low: Tensor) -> Iterator[Tensor]:
     """Yield the float32 rows of a split matrix, some at a time."""
-    for high_rows, low_rows in zip(torch.split(high, ROWS), torch.split(low, ROWS)):
+    for high_rows, low_rows in zip(torch.split(high, _ROWS), torch.split(low, _ROWS)):
         yield merge_halves(high_rows, low_rows)
 
 
 def split(whole: Tensor) -> tuple[Tensor, Tensor]:
     """Split a matrix a few rows at a time: beside it and its halves there may be no room."""
     high, low = torch.empty_like(whole, dtype=torch.bfloat16), torch.empty_like(whole, dtype=torch.int16)
-    for rows, *halves in zip(*(torch.split(t, ROWS) for t in (whole, high, low))):
+    for rows, *halves in zip(*(torch.split(t, _ROWS) for t in (whole, high, low))):
         for half, value in zip(halves, split_halves(rows)):
             half.copy_(value)
     return high, low
