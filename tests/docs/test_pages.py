@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -93,6 +94,19 @@ def test_other_architectures_by_name(arrays: dict[str, Any]) -> None:
     exec(code.replace("target_l0=20", "target_l0=4"), arrays)
     assert arrays["transcoder"](arrays["x"]).shape == (1200, 6)
     assert arrays["sae"](arrays["x"]).shape == (1200, 8)
+
+
+def test_a_model_of_yours(tiny: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = [block for block in code_blocks(README) if "flashsae.activations" in block]
+    given = {"model": tiny.gpt2(), "tokenizer": tiny.word_tokenizer(), "texts": tiny.DOCUMENTS}
+    short = "d_sae=64, k=4, batch_tokens=64, shuffle_tokens=256, tokens=4096, progress=False"
+    code = smaller(
+        code,
+        layer=('h.6", held_out=0.05', 'h.1", held_out=0.3, context_length=16'),
+        sizes=("d_sae=16384, k=32, tokens=10_000_000", short),
+    )
+    exec(code, {"flashsae": importlib.import_module("flashsae"), **given})
+    assert 0 < float(capsys.readouterr().out) < 1
 
 
 def test_a_training_loop_of_yours(capsys: pytest.CaptureFixture[str]) -> None:
