@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -24,7 +23,7 @@ from flashsae.report.cards import printable
 from flashsae.report.drawing import Points, pareto
 from flashsae.report.evaluation_file import read_evaluation
 from flashsae.report.plots import Plot
-from flashsae.report.render import setting_text
+from flashsae.report.render import setting_text, template
 from flashsae.settings.run import CONFIG_FILE, load_settings
 from flashsae.train.failure import failure_in
 
@@ -79,7 +78,7 @@ def render_comparison(run: Path, folders: Sequence[Path]) -> Path:
         MissingExtraError: matplotlib or jinja2 is not installed.
         StorageError: the file system refused.
     """
-    page = _template(require("jinja2", "report")).render(_context(run, _read(folders)))
+    page = template(require("jinja2", "report"), "comparison.html.j2").render(_context(run, _read(folders)))
     path = run / COMPARISON_FILE
     write_atomic(path, page)
     return path
@@ -108,18 +107,6 @@ def _read(folders: Sequence[Path]) -> list[Compared]:
 
 def _figures(evaluation: Mapping[str, Any]) -> list[str]:
     return [of_evaluation(name).show(evaluation.get(name)) for name in _FIGURES]
-
-
-@functools.cache
-def _template(jinja2: Any) -> Any:
-    environment = jinja2.Environment(
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        loader=jinja2.PackageLoader("flashsae.report", ""),
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("comparison.html.j2")
 
 
 def _context(run: Path, saes: Sequence[Compared]) -> dict[str, Any]:

@@ -66,14 +66,15 @@ def render_report(run: Path) -> Path:
     run = Path(run)
     jinja2 = require("jinja2", "report")
     loaded = _load(run)
-    page = _template(jinja2).render(_context(loaded))
+    page = template(jinja2, "template.html.j2").render(_context(loaded))
     report = run / "report.html"
     write_atomic(report, page)
     return report
 
 
 @functools.cache
-def _template(jinja2: Any) -> Any:
+def template(jinja2: Any, name: str) -> Any:
+    """Return a template of this folder, which escapes what it is given."""
     environment = jinja2.Environment(
         autoescape=True,
         undefined=jinja2.StrictUndefined,
@@ -81,7 +82,7 @@ def _template(jinja2: Any) -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("template.html.j2")
+    return environment.get_template(name)
 
 
 def _load(run: Path) -> _Run:
