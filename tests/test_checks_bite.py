@@ -232,12 +232,10 @@ KERNEL_BUGS = {
         "latent_rows", "kernels", "tl.where(piece == begin, behind, 0)", "0", _long_runs_are_right,
     ),
     "latents above a tile forgotten": (
-        "decode", "kernels", "for start in tl.range(0, count, LONG_K, num_stages=STAGES):\n            slot",
-        "for start in tl.range(0, BLOCK_K, LONG_K, num_stages=STAGES):\n            slot", _rows_are_right,
+        "decode", "kernels", "BLOCK_K, BLOCK_K // 4, BOTH_D", "BLOCK_K, 0, BOTH_D", _rows_are_right,
     ),
     "dot products of the last columns alone": (
-        "decode", "kernels", "grad_row = grad_acts_ptr + chunk * capacity + first", "grad_row = grad_acts_ptr + first",
-        _rows_are_right,
+        "decode", "kernels", "grad_acts_ptr + chunk * capacity + first", "grad_acts_ptr + first", _rows_are_right,
     ),
     "the token of another entry": (
         "latent_rows", "kernels", "tl.load(tokens_ptr + at,", "tl.load(tokens_ptr + low + 0 * at,", _rows_are_right,

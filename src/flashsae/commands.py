@@ -56,7 +56,7 @@ Reading = Annotated[ReadingConfig, Parameter(name="*", group="Activations")]
         "flashsae train --plan",
         "flashsae train gpt2 my-text.jsonl --hookpoint h.6 --d-sae 16384",
         "flashsae train --activations acts --hookpoint h.6 --run runs/wider",
-        "flashsae train --arch topk batch_topk --lr 1e-3 3e-4   four SAEs from one reading",
+        "flashsae train --d-sae 2048 4096 --lr 1e-3 3e-4        four SAEs from one reading",
         "flashsae train --sweep sweep.toml                      the same, and others, from a file",
         "flashsae train --resume runs/wider",
         "flashsae train --resume runs/wider --extend 1_000_000",
@@ -81,9 +81,10 @@ def train(
     Without arguments: an SAE on a small transformer that reads the documentation of Python, in a few minutes; on a
     slow CPU with fewer tokens, by a measurement of a second.
 
-    Most settings of the training and of the architecture may have several values, as in --lr 1e-4 3e-4 or --arch
-    topk,batch_topk, and --hookpoint may name several: each combination makes an SAE. All train side by side on one
-    reading of their activations, each to the bytes that it would have alone; comparison.html compares them.
+    Most settings of the training and of the architecture may have several values, as in --lr 1e-4 3e-4 or --seed
+    0,1,2, --arch among them, and --hookpoint may name several: each combination makes an SAE. All train side by
+    side on one reading of their activations, each to the bytes that it would have alone; comparison.html compares
+    them.
 
     Args:
         run: Folder of the run; must not exist. Default: a new one under runs/.

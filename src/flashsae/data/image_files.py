@@ -57,7 +57,8 @@ class ImageFolder:
         n = min(len(self.files), most or len(self.files))
         if seed is None:
             return list(range(n))
-        return torch.randperm(n, generator=torch.Generator(device="cpu").manual_seed(seed), device="cpu").tolist()
+        generator = torch.Generator(device="cpu").manual_seed(seed)
+        return torch.randperm(n, generator=generator, dtype=torch.int64, device="cpu").tolist()
 
     def read(self, number: int) -> Any:
         """Return an image by number, as `read_image` does."""

@@ -198,7 +198,7 @@ def _plots(saes: Sequence[Compared]) -> list[Plot]:
             x_of_all, y_of_all = zip(*sorted(points))
             lines[label] = np.array(x_of_all), np.array(y_of_all)
         if lines:
-            svg = pareto(f"pareto-{number}", lines, (METRICS["l0"].unit, "held-out FVU"))
+            svg = pareto(f"pareto-{number}", lines, (METRICS["l0"].unit, of_evaluation("fvu").label))
             title = setting_text(hookpoint) if hookpoint else "FVU against L0"
             plots.append(Plot(f"pareto-{number}", title, _caption(lines), svg))
     return plots

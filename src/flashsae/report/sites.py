@@ -40,7 +40,7 @@ def site_plots(arrays: Mapping[str, Array], sites: list[str]) -> list[Plot]:
         sites: their names.
     Raises:
         MissingExtraError: matplotlib is not installed.
-    Source: Lindsey et al. 2024, Sparse crosscoders: relative decoder norms.
+    Source: Lindsey et al. 2024, relative decoder norms.
     """
     norms = arrays.get("site_norms")
     if norms is None or len(sites) < 2 or norms.shape[1] != len(sites):
