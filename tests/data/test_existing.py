@@ -52,3 +52,21 @@ def test_a_plan_says_how_activations_are_stored(cache_source: LanguageModelSourc
     config = ReadingConfig(hookpoint="h.0", cache_dtype="int8", cache_compression="zstd")
     expected = ", as int8, which rounds away some 4e-05 of their variance, compressed"
     assert to_be_stored_in_words(config.filled()) == expected
+
+
+@pytest.mark.parametrize(
+    ("pattern", "held", "found"),
+    [
+        ("encoder.layer.1", ["layers.0", "layers.1"], ["layers.1"]),
+        ("encoder.layer.*", ["layers.0", "layers.1"], ["layers.0", "layers.1"]),
+        (
+            "encoder.layer.{0,1}.mlp:in",
+            ["layers.0.mlp:in", "layers.1.mlp"],
+            ["encoder.layer.1.mlp:in", "layers.0.mlp:in"],
+        ),
+        ("encoder.layers.1", ["vision_model.encoder.layers.1"], ["vision_model.encoder.layers.1"]),
+        ("encoder.layer.1", ["encoder.layer.1", "layers.1"], ["encoder.layer.1"]),
+    ],
+)
+def test_layers_of_vision_models_have_two_names(pattern: str, held: list[str], found: list[str]) -> None:
+    assert held_hookpoints(pattern, held) == found

@@ -13,7 +13,15 @@ from flashsae.data.cache_writer import DTYPE_NAMES, changes, extends
 from flashsae.data.image_files import ImageFolder, find_images
 from flashsae.data.row_shuffle import WINDOW_ROWS
 from flashsae.errors import CheckpointError, ConfigError, DataError, MissingExtraError
-from flashsae.lm.hookpoints import OUTPUT, TEXT_PATHS, alternatives, in_order, match_hookpoints
+from flashsae.lm.hookpoints import (
+    IMAGE_PATHS,
+    OUTPUT,
+    TEXT_PATHS,
+    alternatives,
+    in_names_of_now,
+    in_order,
+    match_hookpoints,
+)
 from flashsae.lm.loading import reads_images
 from flashsae.lm.options import LoadOptions
 from flashsae.lm.weights import model_fingerprint
@@ -185,7 +193,8 @@ def held_hookpoints(pattern: str, held: Sequence[str]) -> list[str]:
     for choice in alternatives(pattern):
         prefix, _, without_prefix = choice.partition(".")
         short = without_prefix if prefix in BASE_MODEL_PREFIXES else choice
-        ways = (choice, short, *(f"{part}.{short}" for part in TEXT_PATHS))
+        inside = (f"{part}.{short}" for part in (*TEXT_PATHS, *IMAGE_PATHS))
+        ways = (choice, short, *inside, in_names_of_now(choice), in_names_of_now(short))
         matches = next(filter(None, (match_hookpoints(way, held) for way in ways)), [])
         found += matches or [choice.removesuffix(OUTPUT)]
     return in_order(dict.fromkeys(found))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
@@ -21,7 +20,7 @@ from flashsae.data.split import HeldOut, Split
 from flashsae.errors import ConfigError, DataError, FlashSAEError, ShapeError
 from flashsae.fingerprint import tensors_digest, text_digest
 from flashsae.lm.capture import DidNotRunError, Pick, captured, inference
-from flashsae.lm.hookpoints import module_of, patterns_in, resolve_hookpoints
+from flashsae.lm.hookpoints import IMAGE_PATHS, in_names_of_now, module_of, patterns_in, resolve_hookpoints
 from flashsae.lm.look import never_finite, traced
 from flashsae.lm.parts import device_of, reader_of, unwrapped
 from flashsae.lm.positions import Positions, mask_of_positions, positions_of
@@ -287,13 +286,13 @@ def _as_it_is_called(pattern: str, model: nn.Module) -> str:
     names = {name for name, _ in model.named_modules()}
     if any(name.endswith(("encoder.layer", "encoder.layers")) for name in names):
         return pattern
-    return re.sub(r"(^|\.)encoder\.layers?\.(?=[\d*?{\[])", r"\1layers.", pattern)
+    return in_names_of_now(pattern)
 
 
 def _short_paths(model: nn.Module) -> list[str]:
     """Return what may be left out of module paths: the base inside a model with a head, and a tower of images."""
     prefix = getattr(model, "base_model_prefix", "")
-    names = [prefix, "vision_model", "vision_tower"]
+    names = [prefix, *IMAGE_PATHS]
     return [name for name in names if name and isinstance(getattr(model, name, None), nn.Module)]
 
 

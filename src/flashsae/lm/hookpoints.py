@@ -33,6 +33,11 @@ def folder_of(hookpoint: str) -> str:
     return hookpoint.replace(":", "@").replace(", ", "+")
 
 
+def in_names_of_now(pattern: str) -> str:
+    """Return a pattern as new versions of transformers name layers of vision models: encoder.layer.6 is layers.6."""
+    return re.sub(r"(^|\.)encoder\.layers?\.(?=[\d*?{\[])", r"\1layers.", pattern)
+
+
 def patterns_in(setting: str) -> list[str]:
     """Return the patterns that a setting names: "h.1:in, h.{2,3}" has two.
 
@@ -62,6 +67,8 @@ def alternatives(pattern: str) -> list[str]:
 
 TEXT_PATHS = ("language_model", "text_model", "text_encoder", "encoder", "decoder")
 """What the part of a model that reads text is called, where a path may leave that out."""
+IMAGE_PATHS = ("vision_model", "vision_tower")
+"""The same of images."""
 
 
 def resolve_hookpoints(model: nn.Module, patterns: Sequence[str], parts: Iterable[str] = ()) -> tuple[str, ...]:
