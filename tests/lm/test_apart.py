@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple
@@ -81,6 +82,21 @@ def test_the_process_ends_with_whoever_asked_it(windows: Windows) -> None:
     assert process.poll() is None
     del apart
     assert process.poll() is not None
+
+
+def test_an_answer_that_was_interrupted_is_not_taken_for_the_next(
+    windows: Windows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apart = wait(WindowsApart(windows))
+    with monkeypatch.context() as patch:
+        patch.setattr(pickle, "load", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            apart.batches(BLOCK)
+    assert is_same(apart.batches(BLOCK[:3]), windows.batches(BLOCK[:3]))
+
+
+def interrupted(_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_threads_take_turns(windows: Windows, apart: WindowsApart) -> None:

@@ -92,6 +92,9 @@ class WindowsApart:
         except (OSError, EOFError, pickle.UnpicklingError):
             self.close()
             return None
+        except BaseException:
+            self.close()  # an answer that was interrupted would be taken for that of the next block
+            raise
 
     def close(self) -> None:
         """End the process."""
