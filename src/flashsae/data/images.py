@@ -217,7 +217,9 @@ class ImageSource(InputSource):
         lie = f", {' x '.join(map(str, grids.pop()))} patches" if len(grids) == 1 else ""
         special = self.n_positions - kept
         told = f"{len(self.text.files):,} images of {shape} pixels{lie}: {kept} rows of each"
-        return told + (f", {special} positions left out as special ones or by skip_first" if special else "")
+        return told + (
+            f", {special} position{'s' * (special > 1)} left out as special ones or by skip_first" if special else ""
+        )
 
 
 def _patch_of(model: nn.Module) -> tuple[int, int] | None:

@@ -68,9 +68,10 @@ class ReadingConfig:
         model: Model to read: a name on the Hugging Face hub, a folder, or minilm, which comes with
             the extra demo. Default: minilm.
         dataset: Text to read: a name on the Hugging Face hub; a file, .txt .jsonl .json .csv .tsv .parquet .arrow, most
-            of them also .gz or .zst, or .npy or .bin of token ids; a folder of such; or python-docs, which ships
-            with Python. Several with their shares of the characters are a mixture: code@0.7 books@0.3; may have
-            commas between, or be repeated. One that ends begins again until each was read once. Default: python-docs.
+            of them also .gz or .zst, or .npy or .bin of token ids; a folder of such, or of images for a model that
+            reads these; or python-docs, which ships with Python. Several with their shares of the characters are a
+            mixture: code@0.7 books@0.3; may have commas between, or be repeated. One that ends begins again until each
+            was read once. Default: python-docs.
         hookpoint: Module path in the model whose output is taken, such as layers.6 or h.3.mlp; h.3.mlp:in is its
             input. A * stands for anything but a dot, {1,3} for 1 and 3: an SAE for each match, or one crosscoder of
             all. May be repeated, or have commas between several. A transcoder takes what it reads and what it writes;
@@ -86,8 +87,9 @@ class ReadingConfig:
             tokenizer does it.
         bos_every: Where this BOS token stands: at the beginning of each context, or of each document alone, so that
             what goes on with a document begins without it. Default: context.
-        pack: Fill each input of the model with documents, one behind another and an EOS token between them, each of
-            which attends to what stands before it; --no-pack gives every document inputs of its own. Default: no.
+        pack: Fill each input of the model with documents, one behind another and a token between them that ends one
+            (what the tokenizer puts behind a text, else EOS, else BOS), each of which attends to what stands before it;
+            --no-pack gives every document inputs of its own. Default: no.
         overlap: Begin each input that goes on with a document with so many tokens of the input before. They are
             context alone and not taken again. Default: 0.
         assistant_only: Of chats, take only what the assistant says, where the chat template marks it. Default: no.
