@@ -12,6 +12,7 @@ from warnings import warn
 import numpy as np
 from torch import Tensor
 
+from flashsae.backend import check_single_process, check_variables
 from flashsae.data.acts import X
 from flashsae.data.from_model import ModelActivations
 from flashsae.data.shuffle import buffer_size
@@ -19,10 +20,22 @@ from flashsae.data.sources import ArraySource, IterableSource, RowSource, Source
 from flashsae.errors import CheckpointError, ConfigError, FlashSAEWarning, StorageError
 from flashsae.files import clear_leftovers, discard, only_one, storage_errors
 from flashsae.logs.jsonl import LOG_FILE
+from flashsae.settings.kinds import check, expand
 from flashsae.train.config import TrainConfig
 
 LEAST_TOKENS = 2_000_000
 """About 2000 steps: fewer leave some directions unfound, however small the data."""
+
+
+def begun(run: str | Path | None, *, resume: bool, progress: bool) -> Path | None:
+    """Return the folder of a training that is asked for; raise where it could not begin, whatever it trains on."""
+    check_single_process()
+    check_variables()
+    for name, value in (("resume", resume), ("progress", progress)):
+        check(name, value, bool)
+    if resume and run is None:
+        raise ConfigError("resume: expected run=FOLDER beside it, the folder to resume.")
+    return None if run is None else expand(run, "run")
 
 
 def source_of(x: Any, sites: Sequence[str]) -> Source:

@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from flashsae.architecture import architecture_of
-from flashsae.backend import check_single_process, check_variables, resolve_device
+from flashsae.backend import resolve_device
 from flashsae.data.acts import Acts
 from flashsae.data.shuffle import shuffled
 from flashsae.errors import ConfigError
@@ -24,8 +24,15 @@ from flashsae.logs.progress import ProgressBar, filling
 from flashsae.neutral import neutral
 from flashsae.sae.module import SAE
 from flashsae.settings.keywords import settings_by_keyword, signature_with_settings
-from flashsae.settings.kinds import check, expand
-from flashsae.train.arrays import buffered_tokens, default_tokens, make_folder, source_of, warn_caller, working_in
+from flashsae.train.arrays import (
+    begun,
+    buffered_tokens,
+    default_tokens,
+    make_folder,
+    source_of,
+    warn_caller,
+    working_in,
+)
 from flashsae.train.config import TrainConfig
 from flashsae.train.init_from import settings_of_start
 from flashsae.train.loop import train
@@ -98,13 +105,7 @@ def fit(
         FlashSAEWarning: x ended early; its tokens come more than 100 times, as asked for; few of them hold
             most of the variance; no latent is active in the end.
     """
-    check_single_process()
-    check_variables()
-    for name, value in (("resume", resume), ("progress", progress)):
-        check(name, value, bool)
-    folder = None if run is None else expand(run, "run")
-    if resume and run is None:
-        raise ConfigError("resume: expected run=FOLDER beside it, the folder to resume.")
+    folder = begun(run, resume=resume, progress=progress)
     asked, saved = _asked(settings, config)
     source = source_of(x, architecture_of(asked.arch).sites)
     is_open = settings.get("tokens") is None and config is None

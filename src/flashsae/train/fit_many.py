@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from flashsae.architecture import architecture_of
-from flashsae.backend import check_single_process, check_variables, resolve_device
+from flashsae.backend import resolve_device
 from flashsae.data.acts import Acts, only_site
 from flashsae.data.batches import OnFill
 from flashsae.data.sources import Source
@@ -27,9 +27,17 @@ from flashsae.logs.progress import ProgressBar, filling
 from flashsae.neutral import neutral
 from flashsae.sae.module import SAE
 from flashsae.settings.keywords import settings_by_keyword, signature_with_settings
-from flashsae.settings.kinds import check, expand
+from flashsae.settings.kinds import check
 from flashsae.settings.sweep import HOOKPOINT, SHARED, names_of
-from flashsae.train.arrays import buffered_tokens, default_tokens, make_folder, source_of, warn_caller, working_in
+from flashsae.train.arrays import (
+    begun,
+    buffered_tokens,
+    default_tokens,
+    make_folder,
+    source_of,
+    warn_caller,
+    working_in,
+)
 from flashsae.train.config import TrainConfig
 from flashsae.train.failure import failure_in, write_failure
 from flashsae.train.following import Training
@@ -115,13 +123,7 @@ def fit_many(
     Warns:
         FlashSAEWarning: as `fit`, each warning once.
     """
-    check_single_process()
-    check_variables()
-    for name, value in (("resume", resume), ("progress", progress)):
-        check(name, value, bool)
-    folder = None if run is None else expand(run, "run")
-    if resume and run is None:
-        raise ConfigError("resume: expected run=FOLDER beside it, the folder to resume.")
+    folder = begun(run, resume=resume, progress=progress)
     if config is not None and not isinstance(config, TrainConfig):
         raise ConfigError(f"config: expected a flashsae.TrainConfig, got {type(config).__name__}.")
     asked = _asked(settings, config, shared)
