@@ -15,7 +15,7 @@ from flashsae.several import Sweep, read_sweep
 
 
 @dataclass(frozen=True)
-class Asked:
+class AskedTraining:
     """What was asked for to be trained.
 
     Args:

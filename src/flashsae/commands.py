@@ -11,7 +11,7 @@ from rich.console import Console
 
 from flashsae import __version__
 from flashsae.arguments import Given, architectures_asked, joined, one_by_one, with_mixtures
-from flashsae.asked import Asked, check_starts
+from flashsae.asked import AskedTraining, check_starts
 from flashsae.errors import ConfigError, DataError, FlashSAEError
 from flashsae.options import taking_settings_of
 from flashsae.precision import Precision
@@ -106,7 +106,7 @@ def train(
     if resume is None:
         if extend is not None:
             raise ConfigError("extend: expected --resume RUN beside it, a run that has ended.")
-        asked = Asked(vars(training) if training else {}, _given(), lists or {}, sweep)
+        asked = AskedTraining(vars(training) if training else {}, _given(), lists or {}, sweep)
         config = asked.config(RunConfig(activations, TrainConfig(), logger, report, (), at_once))
     else:
         if lists:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from flashsae import files
 from flashsae.architecture import architecture_of
-from flashsae.data.prepared import Activations, Asked, Prepared
+from flashsae.data.prepared import Activations, AskedSites, Prepared
 from flashsae.data.sources import Source
 from flashsae.errors import ConfigError, FlashSAEError
 from flashsae.lm.hookpoints import folder_of, in_order
@@ -86,10 +86,11 @@ class Part:
         write_failure(self.folder, str(error))
 
 
-def asked_of(config: RunConfig) -> list[Asked]:
+def asked_of(config: RunConfig) -> list[AskedSites]:
     """Return what the SAEs of a run are to read."""
     return [
-        Asked(member.activations.hookpoint, architecture_of(member.train.arch).sites) for member in config.members()
+        AskedSites(member.activations.hookpoint, architecture_of(member.train.arch).sites)
+        for member in config.members()
     ]
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from flashsae.data.window import Windows
+from flashsae.data.window import RowWindows
 
 
 class Reader:
@@ -22,7 +22,7 @@ def test_rows_that_were_announced_are_read_once_and_others_each_time() -> None:
             part = slice(low, min(low + 7, len(wanted)))
             yield part, x[wanted[part]]
 
-    window, reader, other = Windows(read_rows), Reader(), Reader()
+    window, reader, other = RowWindows(read_rows), Reader(), Reader()
 
     def rows(*wanted: int) -> Tensor:
         index = torch.tensor(wanted, dtype=torch.int64)

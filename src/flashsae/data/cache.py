@@ -34,7 +34,7 @@ from flashsae.data.cache_index import (
 from flashsae.data.sources import Chunk, Cursor
 from flashsae.data.split import Split, split_mask
 from flashsae.data.stored import StoredRows
-from flashsae.data.window import Windows
+from flashsae.data.window import RowWindows
 from flashsae.errors import CheckpointError, ConfigError, DataError
 from flashsae.fingerprint import text_digest
 from flashsae.lm.hookpoints import OUTPUT
@@ -104,7 +104,7 @@ class ActivationCache:
             ]
             if sum(shard.file.size for shard in self._acts[name]) > VERIFIED_BYTES:
                 self._verified |= {(name, number) for number in range(len(index.shards))}
-        self._windows = Windows(self._read)
+        self._windows = RowWindows(self._read)
         # what a longer cache would replace is taken now; activations are mapped, and stay as they are anyway
         first = index.marks[0].shards if index.marks else len(index.shards)
         self._kept = {number: self._load_tokens(number) for number in range(first, len(index.shards))}

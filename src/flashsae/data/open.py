@@ -26,7 +26,7 @@ from flashsae.data.existing import (
 from flashsae.data.image_files import ImageFolder
 from flashsae.data.images import IMAGES, ImageSource, Pictures
 from flashsae.data.language_model import LanguageModelSource, dtype_of_model
-from flashsae.data.prepared import Activations, Asked, Prepared, Progress, arranged, asking
+from flashsae.data.prepared import Activations, AskedSites, Prepared, Progress, arranged, asking
 from flashsae.data.split import check_splits
 from flashsae.fingerprint import text_digest
 from flashsae.lm.options import LoadOptions, quantized_sentence
@@ -45,7 +45,7 @@ def prepare_activations(
     folder: Path,
     device: str,
     is_checked: bool = False,
-    asked: Sequence[Asked] | None = None,
+    asked: Sequence[AskedSites] | None = None,
 ) -> Prepared:
     """Find the activations that settings ask for, or what has to be done to get them.
 
@@ -61,7 +61,7 @@ def prepare_activations(
         DataError: the text is missing or empty, or the cache holds something else than is asked for.
         CheckpointError: the cache is damaged, or is not complete and has other settings.
     """
-    asked = [each.spread() for each in ([Asked(config.hookpoint)] if asked is None else asked)]
+    asked = [each.spread() for each in ([AskedSites(config.hookpoint)] if asked is None else asked)]
     config = asking(config, asked)
     named = config.activations
     if named is not None and is_checked:
@@ -105,7 +105,7 @@ def _source(
     return LanguageModelSource(config, text, held_out=held_out, device=device)
 
 
-def _cached(config: ActivationsConfig, place: Path, asked: Sequence[Asked]) -> Prepared:
+def _cached(config: ActivationsConfig, place: Path, asked: Sequence[AskedSites]) -> Prepared:
     """Return the activations of a complete cache."""
     saes, of_each = arranged(asked, list(ActivationCache.read_settings(place)["hookpoints"]))
     caches = {name: ActivationCache(place, names, config.held_out) for name, names in saes.items()}
@@ -139,7 +139,9 @@ def _cached(config: ActivationsConfig, place: Path, asked: Sequence[Asked]) -> P
     )
 
 
-def _streamed(config: ActivationsConfig, source: LanguageModelSource | ImageSource, asked: Sequence[Asked]) -> Prepared:
+def _streamed(
+    config: ActivationsConfig, source: LanguageModelSource | ImageSource, asked: Sequence[AskedSites]
+) -> Prepared:
     """Return the activations of a model that reads the text beside the training, once for all SAEs."""
     saes, of_each = arranged(asked, source.hookpoints)
     parts = {name: source.at(*hookpoints) for name, hookpoints in saes.items()}
@@ -172,7 +174,7 @@ def _to_be_cached(
     place: Path,
     rows: int,
     size: int,
-    asked: Sequence[Asked],
+    asked: Sequence[AskedSites],
 ) -> Prepared:
     """Return the activations of a cache that is yet to be written."""
 

@@ -40,7 +40,7 @@ Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
-class Asked:
+class AskedSites:
     """What SAEs of one kind are to read.
 
     Args:
@@ -51,11 +51,11 @@ class Asked:
     hookpoint: str | None = None
     sites: Sequence[str] = (X,)
 
-    def spread(self) -> Asked:
+    def spread(self) -> AskedSites:
         """Return it with a hookpoint, or a pattern, for each site."""
         return self if self.hookpoint is None else replace(self, hookpoint=spread(self.hookpoint, self.sites))
 
-    def filled(self, config: ActivationsConfig) -> Asked:
+    def filled(self, config: ActivationsConfig) -> AskedSites:
         """Return it with the hookpoint that is meant where none is named."""
         if self.hookpoint is not None:
             return self
@@ -82,7 +82,7 @@ class Prepared:
     """
 
     widths: Mapping[str, Mapping[str, int]]
-    asked: Sequence[Asked]
+    asked: Sequence[AskedSites]
     names: Sequence[Sequence[str]]
     config: ActivationsConfig
     source: str
@@ -105,7 +105,7 @@ def with_hookpoint(config: ActivationsConfig, hookpoint: str | None) -> Activati
     return replace(config, hookpoint=hookpoint)  # type: ignore[arg-type]  # left open
 
 
-def asking(config: ActivationsConfig, asked: Sequence[Asked]) -> ActivationsConfig:
+def asking(config: ActivationsConfig, asked: Sequence[AskedSites]) -> ActivationsConfig:
     """Return settings with all hookpoints that are asked for, each once; as they are where one is left open."""
     hookpoints = [each.hookpoint for each in asked]
     named = [name for name in hookpoints if name is not None]
@@ -115,7 +115,7 @@ def asking(config: ActivationsConfig, asked: Sequence[Asked]) -> ActivationsConf
     return replace(config, hookpoint=", ".join(patterns))
 
 
-def arranged(asked: Sequence[Asked], held: Sequence[str]) -> tuple[dict[str, tuple[str, ...]], list[list[str]]]:
+def arranged(asked: Sequence[AskedSites], held: Sequence[str]) -> tuple[dict[str, tuple[str, ...]], list[list[str]]]:
     """Return the hookpoints of all SAEs by name, and the names of those of each request."""
     found = [arrange(each.hookpoint, held, each.sites) for each in asked]
     return {name: group for groups in found for name, group in groups.items()}, [list(groups) for groups in found]

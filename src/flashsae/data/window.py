@@ -12,7 +12,7 @@ from torch import Tensor
 Read = Callable[[str, Tensor], Iterator[tuple[slice, Tensor]]]
 
 
-class Windows:
+class RowWindows:
     """The rows of the windows of shuffles, read from compressed blocks once instead of at each batch.
 
     Args:

@@ -8,7 +8,7 @@ from flashsae.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Asked:
+class AskedText:
     """Settings of a text; each is None, or False, where it is left open.
 
     Args:

@@ -8,14 +8,14 @@ from typing import Any
 
 from flashsae.errors import DataError, FlashSAEError, require
 from flashsae.fingerprint import text_digest
-from flashsae.text.asked import OF_TOKENS, Asked
+from flashsae.text.asked import OF_TOKENS, AskedText
 from flashsae.text.columns import Columns
 from flashsae.text.dataset import Rows, TextDataset
 from flashsae.text.objects import of_table
 from flashsae.text.streams import first_line
 
 
-def open_hub(dataset: str, asked: Asked) -> TextDataset:
+def open_hub(dataset: str, asked: AskedText) -> TextDataset:
     """Open a data set of the hub.
 
     Args:

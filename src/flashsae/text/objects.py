@@ -13,7 +13,7 @@ import numpy as np
 
 from flashsae.errors import ConfigError, DataError, FlashSAEError
 from flashsae.fingerprint import digest, text_digest
-from flashsae.text.asked import ALL, Asked
+from flashsae.text.asked import ALL, AskedText
 from flashsae.text.columns import Columns, chat_of
 from flashsae.text.content import Chat, Content, Tokens
 from flashsae.text.dataset import Rows, TextDataset
@@ -25,7 +25,7 @@ _TOLD = 64
 """Documents that a stream is told apart by, since it cannot be read twice to its end."""
 
 
-def open_object(texts: Any, asked: Asked) -> TextDataset:
+def open_object(texts: Any, asked: AskedText) -> TextDataset:
     """Open documents that a program has: see `open_text`."""
     datasets = sys.modules.get("datasets")  # whoever has an object of it has imported it
     of_library = getattr(datasets, "Dataset", ()), getattr(datasets, "IterableDataset", ())
@@ -69,15 +69,15 @@ def _begun(texts: Any) -> Iterator[Any]:
     return iter(found)
 
 
-def _of_split(texts: Mapping[str, Any], asked: Asked) -> Any:
+def _of_split(texts: Mapping[str, Any], asked: AskedText) -> Any:
     split = asked.split or ("train" if "train" in texts or len(texts) != 1 else next(iter(texts)))
     if split not in texts:
         raise ConfigError(f"text_split: this data set has the splits {', '.join(texts)}, got {split!r}. Name one.")
     return texts[split]
 
 
-def _without_split(asked: Asked) -> Asked:
-    return Asked(**{**vars(asked), "split": None})
+def _without_split(asked: AskedText) -> AskedText:
+    return AskedText(**{**vars(asked), "split": None})
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def of_table(rows: Any, columns: Columns, name: str, identify: Callable[[], str]
     )
 
 
-def _of_list(texts: Sequence[Any], asked: Asked) -> TextDataset:
+def _of_list(texts: Sequence[Any], asked: AskedText) -> TextDataset:
     rows = next((text for text in texts if isinstance(text, Mapping)), None)
     asked.refuse("this text", *(name for name in ALL if name != "column" or rows is None))
     columns = None if rows is None else Columns.of(asked.column, rows)
@@ -153,7 +153,7 @@ def _repeatable(texts: Any, what: str, column: str | None, begin: Callable[[int]
     first = next(_guarded(begin(0), what, 0), None)
     columns = Columns.of(column, first) if isinstance(first, Mapping) else None
     if columns is None and column is not None:
-        Asked(column=column).refuse("this text", "column")
+        AskedText(column=column).refuse("this text", "column")
 
     def contents(start: int) -> Iterator[Content]:
         return (_content(text, i, columns) for i, text in enumerate(_guarded(begin(start), what, start), start))
@@ -165,7 +165,7 @@ def _repeatable(texts: Any, what: str, column: str | None, begin: Callable[[int]
     return TextDataset(name, lambda start: enumerate(contents(start), start), identify)
 
 
-def _once(texts: Iterator[Any], asked: Asked) -> TextDataset:
+def _once(texts: Iterator[Any], asked: AskedText) -> TextDataset:
     """Return what can be read only once; what it gave is kept in a temporary file for whoever reads it again."""
     asked.refuse("a generator", *(name for name in ALL if name != "column"))
     what = "a generator of documents"

@@ -15,7 +15,7 @@ from flashsae.errors import ConfigError, DataError
 from flashsae.fingerprint import files_digest, text_digest
 from flashsae.settings.kinds import expand
 from flashsae.settings.reading import PYTHON_DOCS
-from flashsae.text.asked import ALL, OF_HUB, OF_TOKENS, Asked
+from flashsae.text.asked import ALL, OF_HUB, OF_TOKENS, AskedText
 from flashsae.text.columns import Columns
 from flashsae.text.content import Content
 from flashsae.text.dataset import Documents, Rows, TextDataset
@@ -74,14 +74,14 @@ def open_text(
         ConfigError: a setting means nothing for this kind of data, or a weight is no number above 0.
         MissingExtraError: a table, a .zst or a hub data set needs the extra `hf`.
     """
-    asked = Asked(split, column, subset, revision, download, dtype, separator)
+    asked = AskedText(split, column, subset, revision, download, dtype, separator)
     if isinstance(dataset, TextDataset):
         asked.refuse("a text that is open", *ALL)
         return dataset
     parts = _parts(dataset) if isinstance(dataset, str) else [(dataset, 1.0)]
     if len(parts) == 1:
         return _open(parts[0][0], asked)
-    of_parts = [Asked(**{**vars(asked), "refused": set()}) for _ in parts]
+    of_parts = [AskedText(**{**vars(asked), "refused": set()}) for _ in parts]
     text = mixed([(_open(name, each), weight) for (name, weight), each in zip(parts, of_parts)])
     asked.refuse("these texts", *set.intersection(*(each.refused or set() for each in of_parts)))
     return text
@@ -108,7 +108,7 @@ def _exists(path: str) -> bool:
         return False
 
 
-def _open(dataset: Any, asked: Asked) -> TextDataset:
+def _open(dataset: Any, asked: AskedText) -> TextDataset:
     if isinstance(dataset, Path) or (isinstance(dataset, str) and _looks_local(dataset)):
         text = _from_files(expand(dataset, "dataset"), asked)
     elif isinstance(dataset, str) and dataset != PYTHON_DOCS:
@@ -132,7 +132,7 @@ def _looks_local(dataset: str) -> bool:
     return path.exists() or kind_of(path) in ALL_KINDS or not hub_name
 
 
-def _from_files(path: Path, asked: Asked) -> TextDataset:
+def _from_files(path: Path, asked: AskedText) -> TextDataset:
     asked.refuse("a file or folder", *OF_HUB)
     where = snapshot_of(path) if path.is_dir() else path
     is_of_tokens = any(getattr(asked, name) is not None for name in OF_TOKENS)
@@ -169,7 +169,7 @@ _Reader: TypeAlias = tuple[str, Callable[[int], Iterator[Content]], Callable[[],
 """How files are cut into documents, in words, what reads these from a number on, and what gives them in any order."""
 
 
-def _text_reader(files: Sequence[Path], asked: Asked) -> _Reader:
+def _text_reader(files: Sequence[Path], asked: AskedText) -> _Reader:
     columns = columns_of(files, asked.column)
     if columns is None:
         asked.refuse(".txt files", "column")
@@ -181,7 +181,7 @@ def _text_reader(files: Sequence[Path], asked: Asked) -> _Reader:
     return cut, read, functools.lru_cache(maxsize=1)(lambda: Spool(read(0)))
 
 
-def _token_reader(files: Sequence[Path], asked: Asked) -> _Reader:
+def _token_reader(files: Sequence[Path], asked: AskedText) -> _Reader:
     tokens = [open_tokens(file, asked.dtype, asked.separator) for file in files]
     kinds = ", ".join(dict.fromkeys(str(each.ids.dtype) for each in tokens))
     between = "" if asked.separator is None else f" between {asked.separator}"
