@@ -1,0 +1,83 @@
+"""What a file holds of an SAE, in our names, whatever its format; and what a format is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Content:
+    """An SAE as a value: what every format is read to, and written from.
+
+    Args:
+        architecture: its name, as of `flashsae.architecture.architecture_named`.
+        settings: of the architecture, by name.
+        tensors: the parameters that are saved, by our names: W_enc_T [d_sae, d_in], b_enc [d_sae], W_dec
+            [d_sae, d_out], b_dec [d_out], and those of the architecture, such as threshold; on the CPU, of one dtype.
+        apply_b_dec_to_input: whether the encoder sees x − b_dec.
+        normalize_activations: of `flashsae.SAEConfig`.
+        metadata: what is known of its training, by our names: model, hookpoint, dataset, context_length ...; what JSON
+            can hold.
+        extras: [d_sae] each: what is known of every latent.
+    """
+
+    architecture: str
+    settings: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    apply_b_dec_to_input: bool = True
+    normalize_activations: str = "none"
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def d_in(self) -> int:
+        """Width of what goes in."""
+        return self.tensors["W_enc_T"].shape[1]
+
+    @property
+    def d_out(self) -> int:
+        """Width of what is reconstructed."""
+        return self.tensors["W_dec"].shape[1]
+
+    @property
+    def d_sae(self) -> int:
+        """Number of latents."""
+        return self.tensors["W_dec"].shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters."""
+        return self.tensors["W_dec"].dtype
+
+
+@dataclass(frozen=True)
+class Format:
+    """A way to write SAEs down.
+
+    Args:
+        name: of the options --to, --export and format=.
+        title: for people.
+        detects: tells whether a file or folder is of this format, by names and small files alone; never raises.
+        read: returns what it holds, each value checked: CheckpointError on what is missing, damaged or cannot be held.
+        write: writes into a folder that is there and empty; returns a sentence for everything that was given up, which
+            happens only where it is allowed by its last argument. Refuses what the format cannot hold: ConfigError.
+            None where nobody writes it.
+        write_set: the same for several SAEs by hookpoint, for formats that have them in one folder.
+        parts: of a folder that holds several, what `read` is to be given for each, by its name.
+        source: who defines it.
+    """
+
+    name: str
+    title: str
+    detects: Callable[[Path], bool]
+    read: Callable[[Path], Content]
+    write: Callable[[Path, Content, bool], list[str]] | None = None
+    write_set: Callable[[Path, Mapping[str, Content], bool], list[str]] | None = None
+    parts: Callable[[Path], Mapping[str, Path]] | None = None
+    source: str = ""
