@@ -1,4 +1,4 @@
-"""Files that are read again: JSON with the checksum of its content in it, and safetensors.
+"""Files that are read again: JSON with the checksum of its content in it, safetensors, and YAML of others.
 
 The checksum is a CRC-32. It finds what disks and copies do to files, not what somebody does on purpose, and runs at
 2 GB/s on a core where SHA-256 runs at 0.7, so that nothing need go unchecked.
@@ -16,7 +16,7 @@ import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from flashsae.errors import CheckpointError
+from flashsae.errors import CheckpointError, require
 from flashsae.files import refusal, write_atomic
 from flashsae.schema import Range, parse
 
@@ -24,6 +24,9 @@ T = TypeVar("T")
 Checksum = Annotated[int, Range(0, 2**32 - 1)]
 SEAL = "crc32"
 """Name of the checksum among the content that it is of."""
+_LARGEST_YAML = 1 << 20
+"""Bytes: what says how tensors are meant is short, and this reader takes a second for so much."""
+_YAML_TAG = "tag:yaml.org,2002:"
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,6 +104,66 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(content) != len(pairs):
         raise ValueError("a name stands there twice")
     return content
+
+
+def load_yaml(path: Path, advice: str = "") -> dict[str, Any]:
+    """Read a YAML mapping that holds no more than JSON can: a date is text, and nothing stands for something else.
+
+    Args:
+        path: the file, of a MiB at most.
+        advice: what to do, for messages.
+    Raises:
+        CheckpointError: the file is missing or damaged, no mapping, repeats a name, has aliases, tags or several
+            documents, or is nested too deeply.
+        MissingExtraError: PyYAML is not installed.
+    """
+    yaml = require("yaml", "hf")
+    try:
+        with open(path, "rb") as file:
+            data = file.read(_LARGEST_YAML + 1)
+        if len(data) > _LARGEST_YAML:
+            raise ValueError("it is larger than a MiB")
+        loader = yaml.SafeLoader(data.decode("utf-8-sig"))
+        content = _plain_yaml(loader, loader.get_single_node(), set())
+        if not isinstance(content, dict):
+            raise ValueError("it is no mapping of names to values")
+    except (OSError, ValueError, LookupError, RecursionError, yaml.YAMLError) as error:
+        told = ValueError(" ".join(str(error).split())) if isinstance(error, yaml.YAMLError) else error
+        raise CheckpointError(f"cannot read {path}: {refusal(path, told)} {advice}".rstrip()) from error
+    return content
+
+
+def _plain_yaml(loader: Any, node: Any, seen: set[int]) -> Any:
+    """Return the value of a node; ValueError where it stands there twice, which is how a few bytes become gigabytes."""
+    if node is None:
+        return None
+    if id(node) in seen:
+        raise ValueError("an alias in it stands for another value")
+    seen.add(id(node))
+    kind = node.tag.removeprefix(_YAML_TAG)
+    if kind == "map" and node.id == "mapping":
+        pairs = [(_plain_yaml(loader, name, seen), _plain_yaml(loader, value, seen)) for name, value in node.value]
+        if not all(isinstance(name, str) for name, _ in pairs):
+            raise ValueError("a name in it is no text")
+        return _without_repeats(pairs)
+    if kind == "seq" and node.id == "sequence":
+        return [_plain_yaml(loader, each, seen) for each in node.value]
+    if kind in ("str", "timestamp") and node.id == "scalar":
+        return node.value
+    if kind in ("null", "bool", "int", "float") and node.id == "scalar":
+        return loader.construct_object(node)
+    raise ValueError(f"a value in it has the tag {node.tag[:40]!r}")
+
+
+def write_yaml(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a YAML mapping of what JSON can hold, names in their order; not atomically.
+
+    Raises:
+        MissingExtraError: PyYAML is not installed.
+    """
+    plain = json.loads(json.dumps(dict(content)))  # no object is in it twice, which would become an alias
+    text: str = require("yaml", "hf").safe_dump(plain, sort_keys=False, allow_unicode=True)
+    path.write_bytes(text.encode())
 
 
 def crc32(path: Path) -> int:
