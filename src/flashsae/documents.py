@@ -1,4 +1,4 @@
-"""Files that are read again: JSON with the checksum of its content in it, safetensors, and YAML of others.
+"""Files that are read again: JSON with the checksum of its content in it, safetensors; YAML and pickles of others.
 
 The checksum is a CRC-32. It finds what disks and copies do to files, not what somebody does on purpose, and runs at
 2 GB/s on a core where SHA-256 runs at 0.7, so that nothing need go unchecked.
@@ -7,12 +7,18 @@ The checksum is a CRC-32. It finds what disks and copies do to files, not what s
 from __future__ import annotations
 
 import json
+import pickle
+import re
+import warnings
+import zipfile
 import zlib
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -200,6 +206,87 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     if told is not None and told != str(_tensor_checksum(tensors)):
         raise CheckpointError(f"{path} is damaged: its checksum does not fit. Write it again.")
     return tensors
+
+
+def load_pickle(path: Path) -> dict[str, Tensor | float]:
+    """Read a dict of tensors and numbers that torch.save wrote, now or before version 1.6; nothing in it is run.
+
+    What torch does not look at is: that no record is compressed, or more than the file has room for, and their
+    checksums where they were written.
+
+    Returns:
+        by name: tensors on the CPU, contiguous, none sharing memory with another; bool, int and float as they are.
+    Raises:
+        CheckpointError: the file is missing or damaged, would run something when read by pickle, or holds anything
+            else: an object, a list, another dict, tensors that are sparse, quantised or larger than what is stored.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of old ways to write one, which change nothing
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=_check_zip(path))
+    except CheckpointError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{path} is not read: {_not_run(str(error))}. {_PICKLE_ADVICE}") from error
+    except Exception as error:  # torch raises whatever damaged bytes lead it to
+        is_plain = isinstance(error, OSError | zipfile.BadZipFile)
+        reason = error if is_plain else ValueError(type(error).__name__)
+        raise CheckpointError(f"cannot read {path}: {refusal(path, reason)} {_PICKLE_ADVICE}") from error
+    if type(content) not in (dict, OrderedDict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a dict of tensors. {_PICKLE_ADVICE}")
+    return {_checked_name(path, name): _plain(path, name, each) for name, each in dict.items(content)}
+
+
+_PICKLE_ADVICE = "Save it again, as torch.save(state_dict, path) of tensors alone, from whoever made it."
+
+
+def _not_run(told: str) -> str:
+    """Say why torch does not read a pickle with tensors alone in it."""
+    named = re.search(r"GLOBAL ([\w.]{1,80})", told)
+    more = f"calls {named[1]}, where a file of tensors calls nothing" if named else "does more than hold tensors"
+    return f"it is damaged, or {more}"
+
+
+def _check_zip(path: Path) -> bool:
+    """Tell whether a file is a zip archive, as torch.save writes it; raise CheckpointError where it is no sound one."""
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\x03\x04":
+            return False
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+        is_plain = all(record.compress_type == zipfile.ZIP_STORED for record in records)
+        if not is_plain or sum(record.file_size for record in records) > path.stat().st_size:
+            raise CheckpointError(f"{path} is not read: torch.save writes no such archive. {_PICKLE_ADVICE}")
+        for record in records:
+            if record.CRC:  # torch can be told to write none
+                with archive.open(record) as stream:
+                    while stream.read(1 << 20):
+                        pass
+    return True
+
+
+def _checked_name(path: Path, name: object) -> str:
+    if type(name) is not str:
+        raise CheckpointError(f"{path} has a {type(name).__name__} in the place of a name. {_PICKLE_ADVICE}")
+    return name
+
+
+def _plain(path: Path, name: object, value: object) -> Tensor | float:
+    """Return a value of a pickle without what may hang on it, if it is one that a file of tensors may hold."""
+    what = f"{path} is not read: {ascii(name)[:60]} in it is"
+    if type(value) in (bool, int, float):
+        return value  # type: ignore[return-value]
+    if type(value) not in (Tensor, torch.nn.Parameter):
+        raise CheckpointError(
+            f"{what} a {type(value).__name__}, where tensors and numbers are expected. {_PICKLE_ADVICE}"
+        )
+    tensor = Tensor.detach(value)  # type: ignore[arg-type]
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+        kind = "quantised" if tensor.is_quantized else str(tensor.layout).removeprefix("torch.")
+        kind = kind if tensor.device.type == "cpu" else tensor.device.type
+        raise CheckpointError(f"{what} a {kind} tensor, where dense ones are expected. {_PICKLE_ADVICE}")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise CheckpointError(f"{what} {list(tensor.shape)}, more values than are stored. {_PICKLE_ADVICE}")
+    return tensor.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
 
 
 def _tensor_checksum(tensors: Mapping[str, Tensor]) -> int:
