@@ -76,3 +76,9 @@ def require(module: str, extra: str) -> ModuleType:
         raise MissingExtraError(
             f"this needs the package '{module}', which is not installed: pip install 'flashsae[{extra}]'"
         ) from error
+
+
+def first_line(error: Exception) -> str:
+    """Return what an error of somebody else's says first, as a sentence."""
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+    return (line if len(line) <= 300 else f"{line[:297]}...") + "."

@@ -6,13 +6,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from flashsae.errors import DataError, FlashSAEError, require
+from flashsae.errors import DataError, FlashSAEError, first_line, require
 from flashsae.fingerprint import text_digest
 from flashsae.text.asked import OF_TOKENS, AskedText
 from flashsae.text.columns import Columns
 from flashsae.text.dataset import Rows, TextDataset
 from flashsae.text.objects import of_table
-from flashsae.text.streams import first_line
 
 
 def open_hub(dataset: str, asked: AskedText) -> TextDataset:

@@ -11,14 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from flashsae.errors import ConfigError, DataError, FlashSAEError
+from flashsae.errors import ConfigError, DataError, FlashSAEError, first_line
 from flashsae.fingerprint import digest, text_digest
 from flashsae.text.asked import ALL, AskedText
 from flashsae.text.columns import Columns, chat_of
 from flashsae.text.content import Chat, Content, Tokens
 from flashsae.text.dataset import Rows, TextDataset
 from flashsae.text.spool import Spool, packed
-from flashsae.text.streams import first_line
 
 _BATCH = 256
 _TOLD = 64

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from flashsae.errors import ConfigError, DataError, require
-from flashsae.text.streams import first_line
+from flashsae.errors import ConfigError, DataError, first_line, require
 from flashsae.text.text_files import files_of_split, find_files
 
 _CARD = "README.md"

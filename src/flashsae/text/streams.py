@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, cast
 
-from flashsae.errors import DataError, require
+from flashsae.errors import DataError, first_line, require
 
 COMPRESSIONS = (".gz", ".zst")
 """Suffixes that may stand behind the one that tells what a file holds."""
@@ -134,9 +134,3 @@ def wrong_byte(file: Path, encoding: str = "utf-8-sig", reason: str = "invalid b
     where = f"{file}, line {number}: it" if number else f"{file}"
     name = "UTF-8" if is_utf8 else encoding.upper()
     return DataError(f"{where} is not {name} text ({reason}); convert the file to UTF-8.")
-
-
-def first_line(error: Exception) -> str:
-    """Return what an error of somebody else's says first, as a sentence."""
-    line = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
-    return (line if len(line) <= 300 else f"{line[:297]}...") + "."

@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from flashsae.errors import DataError, FlashSAEError, require
+from flashsae.errors import DataError, FlashSAEError, first_line, require
 from flashsae.text.columns import Columns
 from flashsae.text.content import Content
 from flashsae.text.plain import Documents
-from flashsae.text.streams import encoding_of, first_line, is_compressed, kind_of, open_bytes, unreadable, wrong_byte
+from flashsae.text.streams import encoding_of, is_compressed, kind_of, open_bytes, unreadable, wrong_byte
 
 _BATCH_ROWS = 1024
 _CSV_BLOCK = 1 << 24

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from flashsae.errors import ConfigError, DataError, FlashSAEError
+from flashsae.errors import ConfigError, DataError, FlashSAEError, first_line
 from flashsae.text.content import Content, Tokens
-from flashsae.text.streams import first_line, unreadable
+from flashsae.text.streams import unreadable
 
 TOKEN_KINDS = (".bin", ".npy")
 DTYPES = ("uint16", "uint32", "int32", "int64")

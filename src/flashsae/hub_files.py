@@ -1,0 +1,100 @@
+"""Which files of a repository are an SAE, by their names alone: what is to be fetched, before anything is."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from pathlib import PurePosixPath
+
+from flashsae.errors import CheckpointError
+
+_WEIGHTS = frozenset({".safetensors", ".npz", ".pt", ".pth", ".bin"})
+_CONFIGS = frozenset({"cfg.json", "config.json", "config.yaml", "config.yml", "hyperparams.json", "flashsae.json"})
+_SHOWN = 20
+
+
+def is_inside(path: str) -> bool:
+    """Tell whether a path of a repository stays in it, on any system."""
+    parts = path.split("/")
+    return not {"", ".", ".."} & set(parts) and not re.search(r"[\\:\0]", path)
+
+
+def wanted_files(names: Sequence[str], path: str, place: str, *, several: bool) -> tuple[str, list[str]]:
+    """Return where in a repository the SAE of a path lies, and the files that are needed to read it.
+
+    These are its own, and the config files of the folders around it. Where a folder holds an SAE, what lies in the
+    folders below is something else.
+
+    Args:
+        names: of all files of the repository.
+        path: of a folder or file; "" is all of it.
+        place: the same for people, for messages.
+        several: take all that lies under the path, several SAEs too.
+    Raises:
+        CheckpointError: there is no such path, no weights under it, or several SAEs and one is asked for.
+    """
+    below = [name for name in names if not path or name == path or name.startswith(f"{path}/")]
+    if not below:
+        raise CheckpointError(f"{place}: there is no such path; {_told(saes_in(names), 'the repository')}")
+    found = saes_in(below)
+    if path in below or several:
+        return path, [*below, *_configs_around(names, path)]
+    here = path if path in found else next(iter(found)) if len(found) == 1 else None
+    if here is None:
+        raise CheckpointError(f"{place}: {_told(found, 'it')}")
+    own = [here] if here in below else _of_folder(below, here)
+    return here, [*own, *(name for name in _configs_around(names, here) if name not in own)]
+
+
+def saes_in(names: Collection[str]) -> list[str]:
+    """Return the paths of what looks like SAEs among the files of a repository: folders, or files of several in one."""
+    folders = defaultdict(list)
+    for name in sorted(names):
+        if PurePosixPath(name).suffix in _WEIGHTS:
+            folders[_parent(name)].append(name)
+    found: list[str] = []
+    for folder, weights in folders.items():
+        alike = defaultdict(list)
+        for name in weights:
+            alike[re.sub(r"\d+", "0", name)].append(name)
+        numbered = [name for some in alike.values() if len(some) > 1 for name in some]
+        parent = _parent(folder)
+        if numbered:
+            found += numbered
+        elif folder and not _configs_in(names, folder) and _configs_in(names, parent) and parent not in folders:
+            found.append(parent)  # such as NAME/hyperparams.json beside NAME/checkpoints/final.safetensors
+        else:
+            found.append(folder)
+    return list(dict.fromkeys(found))
+
+
+def _of_folder(names: Sequence[str], folder: str) -> list[str]:
+    """Return the files of the SAE in a folder: those in it, or all below where its weights lie deeper."""
+    here = [name for name in names if _parent(name) == folder]
+    has_weights = any(PurePosixPath(name).suffix in _WEIGHTS for name in here)
+    return here if has_weights else [name for name in names if not folder or name.startswith(f"{folder}/")]
+
+
+def _configs_around(names: Collection[str], path: str) -> list[str]:
+    """Return the config files of the folders that a folder or file lies in."""
+    around = {"" if str(parent) == "." else str(parent) for parent in PurePosixPath(path).parents}
+    return [name for name in names if _parent(name) in around and PurePosixPath(name).name in _CONFIGS]
+
+
+def _configs_in(names: Collection[str], folder: str) -> bool:
+    return any(f"{folder}/{config}" if folder else config in names for config in _CONFIGS)
+
+
+def _parent(name: str) -> str:
+    folder = str(PurePosixPath(name).parent)
+    return "" if folder == "." else folder
+
+
+def _told(found: Sequence[str], where: str) -> str:
+    """Say which SAEs there are, the first twenty, and what to do."""
+    if not found:
+        return f"{where} holds no weights of an SAE. Check the name and the path."
+    shown = ", ".join(path or "its root" for path in found[:_SHOWN])
+    more = f" and {len(found) - _SHOWN:,} more" if len(found) > _SHOWN else ""
+    return f"{where} holds {f'{len(found):,} SAEs' if len(found) > 1 else 'an SAE'}: {shown}{more}. Name one of them."
