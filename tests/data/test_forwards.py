@@ -44,7 +44,7 @@ def test_the_next_forward_is_launched_before_one_is_handed_out(
     reader = tiny.source(tiny.CACHED)
     launched = []
     launch = reader._forwards.launch
-    monkeypatch.setattr(reader._forwards, "launch", lambda batch: launched.append(batch) or launch(batch))
+    monkeypatch.setattr(reader._forwards, "launch", lambda *read: launched.append(read) or launch(*read))
     monkeypatch.setattr(reader, "_most_ahead", 1)
     chunks = reader.chunks(None)
     next(chunks)
@@ -53,10 +53,13 @@ def test_the_next_forward_is_launched_before_one_is_handed_out(
     assert len(launched) == 3
 
 
-def test_windows_of_another_process_are_read_alike(tiny: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("processes", [1, 3])
+def test_windows_of_other_processes_are_read_alike(
+    tiny: ModuleType, processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     reader = tiny.source(tiny.CACHED)
     expected = read(reader, None)
-    monkeypatch.setattr(reader, "_cutter", WindowsApart(reader._windows))
+    monkeypatch.setattr(reader, "_cutter", WindowsApart(reader._windows, processes))
     found = read(reader, None)
     assert [cursor for _, cursor in found] == [cursor for _, cursor in expected]
     assert all(tiny.same(a, b) for (a, _), (b, _) in zip(found, expected))

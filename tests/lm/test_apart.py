@@ -6,6 +6,7 @@ import pickle
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple
+from threading import Barrier
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 
 from flashsae.data.split import HeldOut
 from flashsae.errors import DataError
-from flashsae.lm.apart import WindowsApart
+from flashsae.lm.apart import WindowsApart, _Process
 from flashsae.lm.windows import TokenBatch, Windows
 from flashsae.settings.reading import ReadingConfig
 from flashsae.text.content import Block, Content, Tokens
@@ -39,12 +40,12 @@ def apart(windows: Windows) -> WindowsApart:
 
 
 def wait(made: WindowsApart) -> WindowsApart:
-    """Wait until the process answers."""
+    """Wait until all processes answer."""
     until = time.monotonic() + 100
-    while not made._is_ready and made._process is not None and time.monotonic() < until:
-        made._look()
+    while not all(process.look() for process in made._there) and time.monotonic() < until:
         time.sleep(0.02)
-    assert made._is_ready
+    assert made._there
+    assert all(process.look() for process in made._there)
     return made
 
 
@@ -67,21 +68,19 @@ def test_before_it_is_ready_and_after_it_ended_windows_are_cut_here(windows: Win
     expected = windows.batches(BLOCK)
     apart = WindowsApart(windows)
     assert is_same(apart.batches(BLOCK), expected)
-    wait(apart)
-    assert apart._process is not None
-    apart._process.kill()
+    (process,) = wait(apart)._there
+    process.process.kill()
     assert is_same(apart.batches(BLOCK), expected)
     assert is_same(apart.batches(BLOCK), expected)
-    assert apart._process is None
+    assert not apart._there
 
 
-def test_the_process_ends_with_whoever_asked_it(windows: Windows) -> None:
-    apart = wait(WindowsApart(windows))
-    process = apart._process
-    assert process is not None
-    assert process.poll() is None
+def test_processes_end_with_whoever_asked_them(windows: Windows) -> None:
+    apart = wait(WindowsApart(windows, 2))
+    processes = [each.process for each in apart._there]
+    assert [process.poll() for process in processes] == [None, None]
     del apart
-    assert process.poll() is not None
+    assert None not in [process.poll() for process in processes]
 
 
 def test_an_answer_that_was_interrupted_is_not_taken_for_the_next(
@@ -109,5 +108,30 @@ def test_threads_take_turns(windows: Windows, apart: WindowsApart) -> None:
 def test_what_cannot_be_sent_is_cut_here() -> None:
     windows = SimpleNamespace(batches=lambda block: [len(block)], of="a lambda cannot be sent")
     apart = WindowsApart(windows)  # type: ignore[arg-type]
-    assert apart._process is None
+    assert not apart._there
     assert apart.batches(BLOCK) == [len(BLOCK)]
+
+
+def test_several_processes_cut_at_the_same_time(windows: Windows, monkeypatch: pytest.MonkeyPatch) -> None:
+    apart = wait(WindowsApart(windows, 2))
+    blocks = [BLOCK[n:] for n in range(12)]
+    expected = [windows.batches(block) for block in blocks]
+    both = Barrier(2, timeout=60)
+    asked = _Process.asked
+
+    def together(process: _Process, block: Block) -> object:
+        both.wait()
+        return asked(process, block)
+
+    monkeypatch.setattr(_Process, "asked", together)
+    monkeypatch.setattr(Windows, "batches", lambda *_: pytest.fail("cut here"))
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(apart.batches, blocks))
+    assert all(map(is_same, found, expected))
+
+
+def test_one_that_ended_leaves_its_blocks_to_the_others(windows: Windows) -> None:
+    apart = wait(WindowsApart(windows, 2))
+    apart._there[0].process.kill()
+    assert all(is_same(apart.batches(BLOCK[n:]), windows.batches(BLOCK[n:])) for n in range(3))
+    assert len(apart._there) == 1

@@ -12,6 +12,7 @@ from flashsae.data.sources import Chunk
 from flashsae.errors import ConfigError, DataError
 from flashsae.lm.hooked import HookedModel
 from flashsae.lm.look import never_finite
+from flashsae.lm.replay import Replays
 from flashsae.lm.windows import TokenBatch
 
 
@@ -109,9 +110,12 @@ class Forwards(Launches):
         super().__init__(name, text, max_norm_ratio)
         self.model = model
 
-    def launch(self, batch: TokenBatch) -> Launched:
+    def launch(self, batch: TokenBatch, replays: Replays | None = None) -> Launched:
         """Queue the forward of a batch.
 
+        Args:
+            batch: what it reads.
+            replays: of this reading; None runs the model itself.
         Raises:
             ConfigError: a hookpoint gives other vectors than one for each token.
         """
@@ -127,7 +131,10 @@ class Forwards(Launches):
                 )
             return output.flatten(0, 1).index_select(0, rows.to(output.device))
 
-        acts = self.model(moved(batch.ids, device), moved(batch.attention, device), pick)
+        if replays is None:
+            acts = self.model(moved(batch.ids, device), moved(batch.attention, device), pick)
+        else:
+            acts = replays(batch.ids, batch.attention, pick)
         return self.launched(batch, acts, device)
 
 

@@ -10,7 +10,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy
 from dataclasses import asdict
 from functools import cached_property
@@ -33,6 +33,7 @@ from flashsae.lm.loading import Loading, load_with_account
 from flashsae.lm.look import look
 from flashsae.lm.options import PLAIN, LoadOptions, quantized_warning
 from flashsae.lm.parts import bare, context_limit, text_paths, vocabulary_size
+from flashsae.lm.replay import Replays
 from flashsae.lm.room import moved
 from flashsae.lm.weights import check_loaded, loaded_fingerprint, model_fingerprint
 from flashsae.lm.windows import TokenBatch, Windows, first_tokens
@@ -46,6 +47,9 @@ _BLOCK_CHARACTERS_PER_TOKEN = 32
 """A block holds about eight forwards: enough windows for batches of like length, little to lose in a kill."""
 
 _TALLIED_DOCUMENTS, _TALLIED_SECONDS = 200, 1.0
+
+_MOST_PROCESSES, _CORES_A_PROCESS = 4, 4
+"""That cut windows for a GPU; one cuts a million tokens a second, or somewhat more."""
 
 
 def dtype_of_model(config: ReadingConfig, device: str) -> torch.dtype:
@@ -222,6 +226,7 @@ class LanguageModelSource:
         """
         place = {"document": 0, "offset": 0, "batch": 0, "dropped": 0, "rows": 0, "rows_before": 0, **(cursor or {})}
         done, dropped, rows, before = (place[name] for name in ("batch", "dropped", "rows", "rows_before"))
+        replays = Replays(self._model)
         ahead: deque[tuple[Launched, Place, int]] = deque()
 
         def finished() -> tuple[Chunk, Cursor]:
@@ -244,7 +249,7 @@ class LanguageModelSource:
                 batches = first_tokens(batches, most)
             for number, batch in enumerate(batches[done:], done + 1):
                 goes_on, n_done = (behind, 0) if number == len(batches) else (begin, number)
-                ahead.append((self._forwards.launch(batch), goes_on, n_done))
+                ahead.append((self._forwards.launch(batch, replays), goes_on, n_done))
                 if len(ahead) > self._most_ahead:
                     yield finished()
             done = 0
@@ -253,30 +258,37 @@ class LanguageModelSource:
         yield from (finished() for _ in range(len(ahead)))
 
     def _batched_blocks(self, split: Split | None, start: Place) -> Iterator[tuple[list[TokenBatch], Place, Place]]:
-        """Yield the batches of blocks with their places; a thread cuts the next one while the model reads."""
+        """Yield the batches of blocks with their places; threads read and cut the next ones while the model reads."""
         characters = _BLOCK_CHARACTERS_PER_TOKEN * self.config.forward_tokens
         is_mixed = self.config.shuffle_documents and not self.config.shuffle_whole  # which has its order already
         order = ReadingOrder(characters, self.config.document_seed if is_mixed else None)
         blocks = order.blocks(self._documents(split, start.document), start.offset)
 
-        def cut() -> tuple[list[TokenBatch], Place, Place] | None:
-            found = next(blocks, None)
-            return None if found is None else (self._cutter.batches(found[0]), found[1], found[2])
+        cutter = self._cutter
+        at_once = cutter.processes if isinstance(cutter, WindowsApart) else 1
 
-        with ThreadPoolExecutor(1, "flashsae-tokenizer") as pool:
-            ahead = pool.submit(cut)
-            while True:
-                block = ahead.result()
-                if block is None:
-                    return
-                ahead = pool.submit(cut)
-                yield block
+        def read() -> tuple[Future[list[TokenBatch]], Place, Place] | None:
+            found = next(blocks, None)
+            return None if found is None else (cutting.submit(cutter.batches, found[0]), found[1], found[2])
+
+        reading, cutting = ThreadPoolExecutor(1, "flashsae-text"), ThreadPoolExecutor(at_once, "flashsae-tokenizer")
+        try:
+            ahead = deque(reading.submit(read) for _ in range(at_once))
+            while (block := ahead.popleft().result()) is not None:
+                batches = block[0].result()
+                ahead.append(reading.submit(read))
+                yield batches, *block[1:]
+        finally:
+            reading.shutdown(cancel_futures=True)
+            cutting.shutdown(cancel_futures=True)
 
     @cached_property
     def _cutter(self) -> Windows | WindowsApart:
-        """What cuts windows: for a GPU, which must not wait for it, another process."""
-        is_apart = self._model.device.type == "cuda" and (os.cpu_count() or 1) > 2
-        return WindowsApart(self._windows) if is_apart else self._windows
+        """What cuts windows: for a GPU, which must not wait for it, other processes."""
+        cores = os.cpu_count() or 1
+        if self._model.device.type != "cuda" or cores <= 2:
+            return self._windows
+        return WindowsApart(self._windows, max(1, min(_MOST_PROCESSES, cores // _CORES_A_PROCESS)))
 
     @cached_property
     def _in_order(self) -> TextDataset:

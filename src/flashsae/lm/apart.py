@@ -1,7 +1,7 @@
-"""Windows cut by a process of their own, so that no GPU waits for an interpreter that is busy with text.
+"""Windows cut by processes of their own, so that no GPU waits for an interpreter that is busy with text.
 
 Threads of one interpreter take turns. A thread that cuts text keeps the one that feeds the GPU waiting for milliseconds
-at each of its operations; a process does not. What it returns is what `Windows.batches` returns.
+at each of its operations; a process does not. What one returns is what `Windows.batches` returns.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import pickle
 import subprocess
 import sys
-from threading import Lock, Thread
+from threading import Condition, Thread
 from typing import IO, Any
 
 import torch
@@ -28,66 +28,104 @@ _PROGRAM = (
 
 
 class WindowsApart:
-    """Cuts blocks in another process, and here as long as that one is not ready, or if it ended.
+    """Cuts blocks in other processes, and here as long as none is ready, or if they ended.
 
-    The process takes seconds to begin, so whoever reads again keeps it. Any thread may ask. It ends with this object.
+    A process takes seconds to begin, so whoever reads again keeps them. Any thread may ask; as many as there are
+    processes have their blocks cut at the same time. They end with this object.
 
     Args:
         windows: cut them. Where these cannot be sent to a process, all are cut here.
-        threads: of the other process.
+        processes: how many.
+        threads: of each.
     """
 
-    def __init__(self, windows: Windows, threads: int = 2) -> None:
+    def __init__(self, windows: Windows, processes: int = 1, threads: int = 2) -> None:
         self._windows = windows
-        self._is_ready = False
-        self._turn = Lock()
-        self._process: subprocess.Popen[bytes] | None = None
+        self.processes = processes
+        self._free = Condition()
+        self._there: list[_Process] = []
         try:
             sent = pickle.dumps((windows, threads))
         except Exception:  # whatever a tokenizer raises that holds what cannot be sent
             return
-        command = [sys.executable, "-c", _PROGRAM]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-        )
-        os.set_blocking(self._answers.fileno(), False)
-        # it reads the second part once it has imported what it needs, seconds later
-        Thread(target=_write, args=(self._process.stdin, pickle.dumps(sys.path) + sent), daemon=True).start()
-
-    @property
-    def _answers(self) -> IO[bytes]:
-        assert self._process is not None
-        assert self._process.stdout is not None
-        return self._process.stdout
-
-    def _look(self) -> None:
-        """Find out whether the process is ready."""
-        if self._process is None or self._is_ready:
-            return
-        found = self._answers.read(1)
-        if found == b"":
-            self.close()  # it ended, as where a tokenizer cannot be made again from what was sent
-        elif found is not None:
-            self._is_ready = True
-            os.set_blocking(self._answers.fileno(), True)
+        self._there = [_Process(sent) for _ in range(processes)]
 
     def batches(self, block: Block) -> list[TokenBatch]:
         """Return what `Windows.batches` does, and raise what it raises."""
-        with self._turn:
-            answer = self._asked(block)
+        process = self._taken()
+        answer = None
+        if process is not None:
+            try:
+                answer = process.asked(block)
+            finally:
+                with self._free:
+                    process.is_busy = False
+                    self._free.notify()
         if answer is None:
             return self._windows.batches(block)
         if isinstance(answer, Exception):
             raise answer
         return [TokenBatch(*map(torch.from_numpy, arrays)) for arrays in answer]
 
-    def _asked(self, block: Block) -> Any:
-        """Return what the process answers; None if there is none that would."""
-        self._look()
-        if not self._is_ready or self._process is None:
-            return None
+    def _taken(self) -> _Process | None:
+        """Return a process that is ready, for this thread alone; None if there is none."""
+        with self._free:
+            while True:
+                ready = [process for process in self._there if process.is_busy or process.look()]
+                self._there = [process for process in self._there if not process.has_ended]
+                idle = next((process for process in ready if not process.is_busy), None)
+                if idle is not None:
+                    idle.is_busy = True
+                    return idle
+                if not ready:
+                    return None
+                self._free.wait()
+
+    def close(self) -> None:
+        """End the processes."""
+        for process in self._there:
+            process.close()
+
+    def __del__(self) -> None:
+        if "_there" in self.__dict__:
+            self.close()
+
+
+class _Process:
+    """A process that cuts blocks.
+
+    Args:
+        sent: what it needs to know, pickled.
+    """
+
+    def __init__(self, sent: bytes) -> None:
+        self.is_busy = self._is_ready = self.has_ended = False
+        command = [sys.executable, "-c", _PROGRAM]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self._questions, self._answers = self.process.stdin, self.process.stdout
+        os.set_blocking(self._answers.fileno(), False)
+        # it reads the second part once it has imported what it needs, seconds later
+        Thread(target=_write, args=(self._questions, pickle.dumps(sys.path) + sent), daemon=True).start()
+
+    def look(self) -> bool:
+        """Find out whether the process is ready."""
+        if not self._is_ready and not self.has_ended:
+            found = self._answers.read(1)
+            if found == b"":
+                self.close()  # it ended, as where a tokenizer cannot be made again from what was sent
+            elif found is not None:
+                self._is_ready = True
+                os.set_blocking(self._answers.fileno(), True)
+        return self._is_ready and not self.has_ended
+
+    def asked(self, block: Block) -> Any:
+        """Return what the process answers; None if it has ended."""
         try:
-            _write(self._process.stdin, pickle.dumps(block, pickle.HIGHEST_PROTOCOL))
+            _write(self._questions, pickle.dumps(block, pickle.HIGHEST_PROTOCOL))
             return pickle.load(self._answers)
         except (OSError, EOFError, pickle.UnpicklingError):
             self.close()
@@ -98,23 +136,18 @@ class WindowsApart:
 
     def close(self) -> None:
         """End the process."""
-        process, self._process = self._process, None
-        if process is not None:
-            process.kill()
-            for end in (process.stdin, process.stdout):
-                with contextlib.suppress(OSError):
-                    assert end is not None
-                    end.close()
-            process.wait()
-
-    def __del__(self) -> None:
-        if "_process" in self.__dict__:
-            self.close()
+        if self.has_ended:
+            return
+        self.has_ended = True
+        self.process.kill()
+        for end in (self._questions, self._answers):
+            with contextlib.suppress(OSError):
+                end.close()
+        self.process.wait()
 
 
-def _write(questions: IO[bytes] | None, data: bytes) -> None:
+def _write(questions: IO[bytes], data: bytes) -> None:
     """Send something to the process; if it has ended, its answers end too."""
-    assert questions is not None
     with contextlib.suppress(OSError, ValueError):
         questions.write(data)
         questions.flush()
