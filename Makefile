@@ -3,8 +3,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+INTEROP := .venv-interop
+PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-fast docs lint bench-gpu
+.PHONY: demo test test-fast test-interop docs lint bench-gpu
 
 demo: $(VENV)/.demo
 	$(BIN)/flashsae train
@@ -18,6 +20,10 @@ test: $(VENV)/.dev
 # without the tests that take many seconds each
 test-fast: $(VENV)/.dev
 	$(PYTEST) -m "not slow"
+
+# against the real libraries of the extra `peers`, in an environment of its own
+test-interop: $(INTEROP)/.peers
+	$(INTEROP)/bin/python -m pytest -q tests/interop
 
 # links, commands and code of the README and of docs/
 docs: $(VENV)/.dev
@@ -43,9 +49,20 @@ bench-gpu: $(VENV)/.dev
 
 # the stamp of a set-up depends on what it was made from, so a changed pin is installed by the next call
 $(VENV)/.%: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit("FlashSAE needs Python 3.10 or newer, this is " + sys.version.split()[0] + "; set PYTHON=..." if sys.version_info < (3, 10) else 0)'
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "setting up $(VENV), once; this takes a few minutes"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$*]"
+	$(call environment,$(VENV))
+	$(BIN)/python $(PIP) --constraint constraints.txt torch
+	$(BIN)/python $(PIP) --constraint constraints.txt --editable ".[$*]"
 	@touch $@
+
+$(INTEROP)/.peers: pyproject.toml constraints.txt tests/interop/requirements.txt
+	$(call environment,$(INTEROP))
+	$(INTEROP)/bin/python $(PIP) --constraint constraints.txt torch
+	$(INTEROP)/bin/python $(PIP) --no-deps --requirement tests/interop/requirements.txt
+	$(INTEROP)/bin/python $(PIP) --no-deps --editable .
+	@touch $@
+
+define environment
+	@$(PYTHON) -c 'import sys; sys.exit("FlashSAE needs Python 3.10 or newer, this is " + sys.version.split()[0] + "; set PYTHON=..." if sys.version_info < (3, 10) else 0)'
+	@test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+	@echo "setting up $(1), once; this takes a few minutes"
+endef
