@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 import flashsae
 
@@ -64,9 +65,21 @@ def test_a_workflow_calls_a_target_of_the_makefile_on_code_that_it_fetched(path:
 def test_continuous_integration_here_runs_what_the_workflows_run() -> None:
     here = (ROOT / ".ci" / "run").read_text("utf-8").splitlines()
     assert here[-2:] == ["make lint", "make test"]
-    assert {path.stem for path in WORKFLOWS} == {"docs", "lint", "tests"}
+    assert {path.stem for path in WORKFLOWS} == {"docs", "interop", "lint", "tests"}
     assert [step["run"] for step in steps_of("lint") if "run" in step] == ["make lint"]
     assert [step["run"] for step in steps_of("tests") if "run" in step] == ["make test"]
+
+
+def test_libraries_of_others_are_met_in_a_job_of_their_own(pytestconfig: pytest.Config) -> None:
+    assert [step["run"] for step in steps_of("interop") if "run" in step] == ["make test-interop"]
+    assert "interop" not in (ROOT / ".ci" / "run").read_text("utf-8")
+    assert "interop" in pytestconfig.getini("norecursedirs")
+    pinned = dict(
+        re.findall(r"^([\w-]+)==([\d.]+)$", (ROOT / "tests/interop/requirements.txt").read_text("utf-8"), re.MULTILINE)
+    )
+    asked = [Requirement(each) for each in PROJECT["project"]["optional-dependencies"]["peers"]]
+    assert all(each.specifier.contains(pinned[each.name]) for each in asked)
+    assert not {"torch", "torchvision"} & pinned.keys()
 
 
 def test_lint_and_types_cover_all_code_and_the_benchmarks() -> None:
