@@ -70,7 +70,7 @@ def fetched(uri: str, *, revision: str | None = None, token: str | None = None, 
     """
     place = place_of(uri, revision)
     hub = require("huggingface_hub", "hf")
-    if hub.constants.HF_HUB_OFFLINE:
+    if require("huggingface_hub.constants", "hf").HF_HUB_OFFLINE:
         return _fetched_before(hub, place, several=several)
     with hub_errors(place, token):
         info = hub.HfApi(token=token).model_info(place.repo, revision=place.revision)
@@ -160,34 +160,41 @@ def hub_errors(place: Place, token: str | None, what: str = "read") -> Iterator[
         token: that was given; None where it is the one that huggingface_hub finds.
         what: that was to be done with the repository, for messages.
     """
-    hub = require("huggingface_hub", "hf")
     try:
         yield
     except FlashSAEError:
         raise
     except Exception as error:  # of the library, of the one that it speaks HTTP with, of the system: no common base
-        raise _told(hub, place, error, has_token=bool(token or hub.get_token()), what=what) from error
+        raise _told(place, error, has_token=bool(token) or has_own_token(), what=what) from error
 
 
-def _told(hub: Any, place: Place, error: Exception, *, has_token: bool, what: str) -> FlashSAEError:
+def has_own_token() -> bool:
+    """Tell whether huggingface_hub finds a token: in HF_TOKEN, or where `hf auth login` left it."""
+    try:
+        return bool(require("huggingface_hub", "hf").get_token())
+    except Exception:  # of the ways to get one that ask a network
+        return False
+
+
+def _told(place: Place, error: Exception, *, has_token: bool, what: str) -> FlashSAEError:
     """Return the error to raise for one of somebody else's."""
-    errors = hub.errors
+    errors, constants = (require(f"huggingface_hub.{name}", "hf") for name in ("errors", "constants"))
     status = getattr(getattr(error, "response", None), "status_code", None)
     seen = "with this token" if has_token else "without a token"
     if isinstance(error, errors.GatedRepoError):
-        told = f"its owner grants access on {hub.constants.ENDPOINT}/{place.repo}: ask there, then {_LOG_IN}."
+        told = f"its owner grants access on {constants.ENDPOINT}/{place.repo}: ask there, then {_LOG_IN}."
     elif isinstance(error, errors.RevisionNotFoundError):
         told = f"there is no revision {place.revision!r}. Name a branch, tag or commit of it."
     elif status == 401 and "invalid credentials" in str(error).lower():
         told = f"the hub does not know the token. Make a new one in the settings of your account, then {_LOG_IN}."
-    elif isinstance(error, errors.RepositoryNotFoundError):
+    elif isinstance(error, errors.RepositoryNotFoundError) or status == 401:
         told = f"there is no such repository that can be seen {seen}. Check the name; if it is private, {_LOG_IN}."
-    elif status in (401, 403):
+    elif status == 403:
         told = f"it cannot be {what} {seen} ({first_line(error)}) Use a token that may, or ask its owner."
     elif status is not None:
         told = f"the hub answers with status {status} ({first_line(error)}) Try again later."
     elif isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
-        where = hub.constants.HF_HUB_CACHE
+        where = constants.HF_HUB_CACHE
         return StorageError(f"could not write {where}: {error.strerror}. Free some space, or set HF_HOME to a folder.")
     else:
         told = (

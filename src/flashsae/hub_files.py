@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 from pathlib import PurePosixPath
 
 from flashsae.errors import CheckpointError
+from flashsae.natural import in_order
 
 _WEIGHTS = frozenset({".safetensors", ".npz", ".pt", ".pth", ".bin"})
 _CONFIGS = frozenset({"cfg.json", "config.json", "config.yaml", "config.yml", "hyperparams.json", "flashsae.json"})
@@ -50,7 +51,7 @@ def wanted_files(names: Sequence[str], path: str, place: str, *, several: bool) 
 def saes_in(names: Collection[str]) -> list[str]:
     """Return the paths of what looks like SAEs among the files of a repository: folders, or files of several in one."""
     folders = defaultdict(list)
-    for name in sorted(names):
+    for name in in_order(names):
         if PurePosixPath(name).suffix in _WEIGHTS:
             folders[_parent(name)].append(name)
     found: list[str] = []

@@ -12,7 +12,8 @@ from flashsae.architecture import architecture_of
 from flashsae.data.prepared import Activations, AskedSites, Prepared
 from flashsae.data.sources import Source
 from flashsae.errors import ConfigError, FlashSAEError
-from flashsae.lm.hookpoints import folder_of, in_order
+from flashsae.lm.hookpoints import folder_of
+from flashsae.natural import in_order
 from flashsae.settings.run import CONFIG_FILE, RunConfig
 from flashsae.settings.sweep import HOOKPOINT, names_of
 from flashsae.train.checkpoint import list_checkpoints

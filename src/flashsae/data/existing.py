@@ -19,12 +19,12 @@ from flashsae.lm.hookpoints import (
     TEXT_PATHS,
     alternatives,
     in_names_of_now,
-    in_order,
     match_hookpoints,
 )
 from flashsae.lm.loading import reads_images
 from flashsae.lm.options import LoadOptions
 from flashsae.lm.weights import model_fingerprint
+from flashsae.natural import in_order
 from flashsae.settings.left_open import default_values, given
 from flashsae.settings.reading import MINILM, OF_TEXT, PYTHON_DOCS, ActivationsConfig, ReadingConfig
 from flashsae.text.dataset import TextDataset

@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from flashsae.errors import ConfigError
+from flashsae.natural import in_order
 
 INPUT, OUTPUT = ":in", ":out"
 
@@ -118,21 +119,12 @@ def match_hookpoints(pattern: str, names: Sequence[str]) -> list[str]:
     return in_order(matches)
 
 
-def in_order(hookpoints: Iterable[str]) -> list[str]:
-    """Return hookpoints by name, 2 before 10."""
-    return sorted(hookpoints, key=_natural)
-
-
 def _fits(name: list[str], parts: list[str]) -> bool:
     return len(name) == len(parts) and all(map(fnmatchcase, name, parts))
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
-
-
 def _unknown_hookpoint(path: str, modules: Sequence[str]) -> ConfigError:
-    layers = sorted((name for name in modules if re.fullmatch(r"\D+\.\d+", name)), key=_natural)
+    layers = in_order(name for name in modules if re.fullmatch(r"\D+\.\d+", name))
     span = f" Its layers are {layers[0]} to {layers[-1]}." if layers else ""
     near = ", ".join(difflib.get_close_matches(path, modules, n=3, cutoff=0.5)) or ", ".join(modules[:3])
     return ConfigError(f"hookpoint: the model has no module {path!r}. Near: {near}.{span}")

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from flashsae.errors import ConfigError, FlashSAEError
 from flashsae.lm.capture import DidNotRunError
 from flashsae.lm.hooked import HookedModel
-from flashsae.lm.hookpoints import in_order, is_input, module_of
+from flashsae.lm.hookpoints import is_input, module_of
 from flashsae.lm.weights import Trace
 from flashsae.lm.windows import TokenBatch
+from flashsae.natural import in_order
 
 
 @contextmanager
