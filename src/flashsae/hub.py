@@ -50,7 +50,7 @@ class Place:
         return SCHEME + self.repo + (f"@{revision}" if revision else "") + (f"/{self.path}" if self.path else "")
 
 
-def fetched(uri: str, *, revision: str | None = None, token: str | None = None, several: bool = False) -> Path:
+def fetched(uri: str, revision: str | None = None, token: str | None = None, *, several: bool = False) -> Path:
     """Fetch an SAE from the hub into its cache, and return where it lies there.
 
     Only the files of the SAE are fetched, and the config files of the folders that it lies in.
@@ -191,6 +191,8 @@ def _told(place: Place, error: Exception, *, has_token: bool, what: str) -> Flas
         told = f"there is no such repository that can be seen {seen}. Check the name; if it is private, {_LOG_IN}."
     elif status == 403:
         told = f"it cannot be {what} {seen} ({first_line(error)}) Use a token that may, or ask its owner."
+    elif status is None and isinstance(error, ValueError):  # of the library itself, on what it was given
+        told = f"it cannot be {what}: {' '.join(str(error).split())}"
     elif status is not None:
         told = f"the hub answers with status {status} ({first_line(error)}) Try again later."
     elif isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):

@@ -49,7 +49,10 @@ def wanted_files(names: Sequence[str], path: str, place: str, *, several: bool) 
 
 
 def saes_in(names: Collection[str]) -> list[str]:
-    """Return the paths of what looks like SAEs among the files of a repository: folders, or files of several in one."""
+    """Return the paths of what looks like SAEs among the files of a repository: folders, or files of several in one.
+
+    What lies below one, such as the same SAE in another format, is not told of.
+    """
     folders = defaultdict(list)
     for name in in_order(names):
         if PurePosixPath(name).suffix in _WEIGHTS:
@@ -67,7 +70,12 @@ def saes_in(names: Collection[str]) -> list[str]:
             found.append(parent)  # such as NAME/hyperparams.json beside NAME/checkpoints/final.safetensors
         else:
             found.append(folder)
-    return list(dict.fromkeys(found))
+    named = dict.fromkeys(found)
+    return [path for path in named if not any(_lies_in(path, other) for other in named)]
+
+
+def _lies_in(path: str, folder: str) -> bool:
+    return path != folder and (not folder or path.startswith(f"{folder}/"))
 
 
 def _of_folder(names: Sequence[str], folder: str) -> list[str]:
