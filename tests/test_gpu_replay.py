@@ -17,7 +17,7 @@ pytestmark = pytest.mark.gpu
 
 
 def model_of(tiny: ModuleType, dtype: torch.dtype = torch.bfloat16) -> Any:
-    return tiny.gpt2().to("cuda", dtype)
+    return tiny.gpt2().transformer.to("cuda", dtype)
 
 
 def inputs(seed: int, shape: tuple[int, int] = (4, 8)) -> tuple[Tensor, Tensor]:
