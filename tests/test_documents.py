@@ -255,6 +255,22 @@ def test_a_pickle_of_something_else_is_one_sentence(content: object, told: str, 
     assert len(str(error.value)) < 400
 
 
+def test_a_pickle_may_hold_its_tensors_in_a_dict_of_a_name(tmp_path: Path) -> None:
+    path, weight = tmp_path / "sae_weights.pt", torch.ones(2)
+    torch.save({"sae": {"W": weight}, "version": "2.0.0b34"}, path)
+    assert torch.equal(documents.load_pickle(path, "sae")["W"], weight)  # type: ignore[arg-type]
+    for content in ({"W": weight}, {"sae": weight}, {"sae": None}):
+        torch.save(content, path)
+        with pytest.raises(CheckpointError, match=r"sae_weights\.pt holds no dict of tensors called 'sae'\. Save it"):
+            documents.load_pickle(path, "sae")
+    torch.save({"sae": {"W": weight, "name": "x"}}, path)
+    with pytest.raises(CheckpointError, match="'name' in it is a str"):
+        documents.load_pickle(path, "sae")
+    torch.save([weight], path)
+    with pytest.raises(CheckpointError, match="holds a list, not a dict of tensors"):
+        documents.load_pickle(path, "sae")
+
+
 @pytest.mark.parametrize(
     ("kind", "make"),
     [

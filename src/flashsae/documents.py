@@ -208,12 +208,15 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def load_pickle(path: Path) -> dict[str, Tensor | float]:
+def load_pickle(path: Path, inside: str | None = None) -> dict[str, Tensor | float]:
     """Read a dict of tensors and numbers that torch.save wrote, now or before version 1.6; nothing in it is run.
 
     What torch does not look at is: that no record is compressed, or more than the file has room for, and their
     checksums where they were written.
 
+    Args:
+        path: the file.
+        inside: the name of the dict that is read, where the file holds one in another dict; None: the file is one.
     Returns:
         by name: tensors on the CPU, contiguous, none sharing memory with another; bool, int and float as they are.
     Raises:
@@ -231,6 +234,10 @@ def load_pickle(path: Path) -> dict[str, Tensor | float]:
         is_plain = isinstance(error, OSError | zipfile.BadZipFile)
         reason = error if is_plain else ValueError(type(error).__name__)
         raise CheckpointError(f"cannot read {path}: {refusal(path, reason)} {_PICKLE_ADVICE}") from error
+    if inside is not None and type(content) in (dict, OrderedDict):
+        content = dict.get(content, inside)
+        if type(content) not in (dict, OrderedDict):
+            raise CheckpointError(f"{path} holds no dict of tensors called {inside!r}. {_PICKLE_ADVICE}")
     if type(content) not in (dict, OrderedDict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a dict of tensors. {_PICKLE_ADVICE}")
     return {_checked_name(path, name): _plain(path, name, each) for name, each in dict.items(content)}

@@ -54,6 +54,11 @@ def joined(outer: str, base: str) -> str:
     return outer if base == _DEFAULTS[outer] else f"{outer}:{base}"
 
 
+def settings_of_reading(base: str, d_sae: int) -> dict[str, float]:
+    """Return settings of a selection that was not trained here and brings none, where defaults may not fit its size."""
+    return {"target_l0": float(min(32, d_sae))} if base == "jump_relu" else {}
+
+
 def selection_of(content: Content) -> Selection:
     """Return how the latents of an SAE are selected in inference."""
     outer, base = split(content.architecture)
