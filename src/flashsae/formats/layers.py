@@ -57,7 +57,9 @@ def _layer(hookpoint: str, content: Content, *, is_alone: bool) -> int:
         return number
     if is_alone:
         return 0
-    raise ConfigError(f"{NAME}: expected hookpoints with the number of a layer, such as h.3.mlp, got {hookpoint!r}.")
+    raise ConfigError(
+        f"{NAME}: expected hookpoints with the number of a layer, such as h.3.mlp, got {hookpoint!r}: name it so."
+    )
 
 
 def hooks_of(content: Content) -> tuple[str, str]:
@@ -69,7 +71,9 @@ def hooks_of(content: Content) -> tuple[str, str]:
     reads, is_pair, writes = str(hookpoint).partition(", ")
     reads, writes = (reads, writes) if is_pair else (f"{reads}:in", reads)
     if layer_of(reads) != layer_of(writes):
-        raise ConfigError(f"{NAME}: expected a transcoder that reads and writes one layer, got {hookpoint!r}.")
+        raise ConfigError(
+            f"{NAME}: expected a transcoder that reads and writes one layer, got {hookpoint!r}: name both sides of it."
+        )
     model = content.metadata.get("model")
     return _hook(reads, model), _hook(writes, model)
 
