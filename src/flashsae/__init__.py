@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from flashsae.data.from_model import activations
     from flashsae.evaluate.heldout import evaluate
     from flashsae.ops import SparseCode
+    from flashsae.places import load
     from flashsae.sae import SAE, SAEConfig
     from flashsae.settings.training import TrainConfig
     from flashsae.train.fit import fit
@@ -36,6 +37,7 @@ __all__ = [
     "evaluate",
     "fit",
     "fit_many",
+    "load",
     "load_checkpoint",
     "ops",
     "register",
@@ -56,6 +58,7 @@ _HOMES = {
     "evaluate": "evaluate",
     "fit": "train.fit",
     "fit_many": "train.fit_many",
+    "load": "places",
     "load_checkpoint": "train.load",
     "train": "train.from_model",
 }

@@ -205,5 +205,5 @@ def test_where_tokens_cannot_be_normalised_it_is_said() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             SAEConfig(d_sae=40, normalize_activations="layer_norm", **config)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="normalize_activations: expected one of none, layer_norm, got 'mean_square'"):
+    with pytest.raises(ConfigError, match="normalize_activations: expected one of none, layer_norm, token_norm, got"):
         SAEConfig(8, 40, 3, normalize_activations="mean_square")

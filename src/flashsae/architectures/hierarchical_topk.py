@@ -67,11 +67,8 @@ def at_budget(sae: flashsae.SAE, k: int) -> flashsae.SAE:
     arch = replace(sae.config.arch, k=k, budgets=())
     if arch.k > sae.config.arch.k:
         raise ConfigError(f"k: expected at most {sae.config.arch.k}, which the SAE was trained for, got {k}.")
-    config = sae.config
-    other = sae.normalizing(config.normalize_activations)  # shares its parameters
-    other.config = flashsae.SAEConfig(
-        config.d_in, config.d_sae, arch=arch, d_out=config.d_out, normalize_activations=config.normalize_activations
-    )
+    other = sae.normalizing(sae.config.normalize_activations)  # shares its parameters
+    other.config = replace(sae.config, arch=arch)
     return other
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from flashsae.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -63,13 +67,14 @@ class Format:
     Args:
         name: of the options --to, --export and format=.
         title: for people.
-        detects: tells whether a file or folder is of this format, by names and small files alone; never raises.
+        detects: tells whether a file or folder is of this format, by names and small files alone; never raises. Of a
+            folder that holds several, too.
         read: returns what it holds, each value checked: CheckpointError on what is missing, damaged or cannot be held.
         write: writes into a folder that is there and empty; returns a sentence for everything that was given up, which
             happens only where it is allowed by its last argument. Refuses what the format cannot hold: ConfigError.
             None where nobody writes it.
         write_set: the same for several SAEs by hookpoint, for formats that have them in one folder.
-        parts: of a folder that holds several, what `read` is to be given for each, by its name.
+        parts: of a folder that holds several, what `read` is to be given for each, by its name; {} of one alone.
         source: who defines it.
     """
 
@@ -81,3 +86,27 @@ class Format:
     write_set: Callable[[Path, Mapping[str, Content], bool], list[str]] | None = None
     parts: Callable[[Path], Mapping[str, Path]] | None = None
     source: str = ""
+
+
+def plain_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return metadata as JSON will give them back.
+
+    Args:
+        metadata: by name; a path, a dtype, a device and an array may be among them.
+    Raises:
+        ConfigError: JSON cannot hold them, such as NaN.
+    """
+    try:
+        return dict(json.loads(json.dumps(dict(metadata), default=_plain, allow_nan=False)))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"metadata: expected what JSON can hold ({error}). Convert it to text or numbers.") from error
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, PurePath | torch.device):
+        return str(value)
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, np.generic | np.ndarray | Tensor):
+        return value.tolist()
+    raise TypeError(f"got a value of the type {type(value).__name__}")

@@ -1,39 +1,40 @@
 """Our own format: flashsae.json says what flashsae.safetensors holds, and carries the checksums of both.
 
 Version 2 holds any architecture: its name, its settings, every parameter by name, and what else is known of latents.
-Version 3 is written where tokens are normalised, which readers of version 2 would pass over. Version 1, which held TopK
-alone, is still read.
+Version 3 is written where tokens are normalised, which readers of version 2 would pass over, and version 4 where that
+is by their norm alone, which those of version 3 do not know. Version 1, which held TopK alone, is still read.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import metadata as packages
-from pathlib import Path, PurePath
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from flashsae import files
+from flashsae.architecture import Parameter, architecture_named
 from flashsae.documents import load_document, load_json, load_tensors, sealed
 from flashsae.errors import CheckpointError, ConfigError, StorageError
+from flashsae.formats.content import Content, Format, plain_metadata
 from flashsae.schema import Name, Size
 
-FORMAT = "flashsae.sae"
-FORMAT_VERSION, _NORMALIZING_VERSION = 2, 3
+KIND = "flashsae.sae"
+_VERSIONS = {"none": 2, "layer_norm": 3, "token_norm": 4}
+"""By what is done to tokens."""
 _CONFIG_FILE = "flashsae.json"
 _WEIGHTS_FILE = "flashsae.safetensors"
 _EXTRA = "extra."
-_OF_SYSTEMS = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
-"""What file browsers leave in a folder that was opened."""
 _ADVICE = "Copy or save the SAE again."
-_OVERWRITE = "give overwrite=True to replace an SAE, or choose another folder."
 _Dtype = Literal["float32", "float64", "bfloat16", "float16"]
+DTYPES = tuple(getattr(torch, name) for name in get_args(_Dtype))
+"""That weights may have."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,13 @@ class Description:
     sha256: str
     """Of the weights."""
     metadata: dict[str, Any] = field(default_factory=dict)
-    normalize_activations: Literal["none", "layer_norm"] = "none"
-    """Of version 3."""
+    normalize_activations: Literal["none", "layer_norm", "token_norm"] = "none"
+    """Of version 3 and 4."""
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What the shapes of parameters are made of."""
+        return {"d_in": self.d_in, "d_out": self.d_out, "d_sae": self.d_sae}
 
 
 @dataclass(frozen=True)
@@ -79,99 +85,94 @@ class _DescriptionOfVersion1:
         )
 
 
-def write(
-    directory: Path,
-    tensors: Mapping[str, Tensor],
-    content: Mapping[str, Any],
-    extras: Mapping[str, Tensor],
-    *,
-    overwrite: bool,
-) -> None:
-    """Write the folder of an SAE, all or nothing.
+def write(folder: Path, content: Content, lossy: bool = False) -> list[str]:
+    """Write an SAE of any kind.
 
     Args:
-        directory: must not exist, unless `overwrite` and it holds an SAE and nothing else.
-        tensors: every parameter by name.
-        content: of flashsae.json, without what is the same for all: see `Description`.
-        extras: by name, [d_sae] each: what is known of every latent.
-        overwrite: replace an SAE that is there.
+        folder: empty.
+        content: what is written.
+        lossy: nothing is ever given up.
     Raises:
         ConfigError: the metadata are nothing that JSON holds.
-        StorageError: the folder exists, holds files that are not ours, or cannot be written.
+        StorageError: the file system refused.
     """
-    is_normalizing = "normalize_activations" in content
+    kind = content.normalize_activations
     description = {
-        "format": FORMAT,
-        "format_version": _NORMALIZING_VERSION if is_normalizing else FORMAT_VERSION,
+        "format": KIND,
+        "format_version": _VERSIONS[kind],
         "flashsae_version": packages.version("flashsae"),
-        **content,
-        "metadata": _plain_metadata(content["metadata"]),
+        "architecture": content.architecture,
+        "settings": dict(content.settings),
+        "apply_b_dec_to_input": content.apply_b_dec_to_input,
+        "dtype": _name(content.dtype),
+        "d_in": content.d_in,
+        "d_out": content.d_out,
+        "d_sae": content.d_sae,
+        **({"normalize_activations": kind} if kind != "none" else {}),
+        "metadata": plain_metadata(content.metadata),
     }
-    if overwrite and directory.exists():
-        _check_replaceable(directory)
-    with files.atomic_directory(directory, overwrite=overwrite, advice=_OVERWRITE) as folder:
-        named = {f"{_EXTRA}{name}": tensor.detach().clone() for name, tensor in extras.items()}  # no two share memory
-        files.save_tensors(folder / _WEIGHTS_FILE, {**tensors, **named})
-        description["sha256"] = files.sha256(folder / _WEIGHTS_FILE)
-        (folder / _CONFIG_FILE).write_text(json.dumps(sealed(description), indent=2) + "\n", "utf-8")
+    named = {
+        f"{_EXTRA}{name}": tensor.detach().clone() for name, tensor in content.extras.items()
+    }  # no two share memory
+    files.save_tensors(folder / _WEIGHTS_FILE, {**content.tensors, **named})
+    description["sha256"] = files.sha256(folder / _WEIGHTS_FILE)
+    (folder / _CONFIG_FILE).write_text(json.dumps(sealed(description), indent=2) + "\n", "utf-8")
+    return []
 
 
-def _check_replaceable(directory: Path) -> None:
-    """Raise StorageError unless a folder holds an SAE and nothing that somebody else would miss."""
-    if not (directory / _CONFIG_FILE).exists():
-        raise StorageError(f"{directory} holds no FlashSAE SAE and is not replaced; choose another folder.")
-    with files.storage_errors(directory):
-        foreign = sorted({path.name for path in directory.iterdir()} - {_CONFIG_FILE, _WEIGHTS_FILE} - _OF_SYSTEMS)
-    if foreign:
-        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
-        raise StorageError(
-            f"{directory} holds {foreign[0]}{more} beside the SAE, which replacing the folder would delete: move that "
-            "away, or choose another folder."
-        )
+def detects(path: Path) -> bool:
+    """Tell whether a folder holds an SAE of ours."""
+    return (path / _CONFIG_FILE).is_file()
 
 
-def read(folder: Path) -> tuple[Description, dict[str, Tensor]]:
-    """Return the description and the parameters of a saved SAE, each checked; not yet that they fit each other.
+def read(folder: Path) -> Content:
+    """Return what a folder holds of an SAE, each part checked; not yet that they fit each other.
 
     Raises:
         CheckpointError: the folder holds no FlashSAE SAE, a damaged one, or one of a newer format.
     """
-    description, tensors = _read_all(folder)
-    return description, {name: tensor for name, tensor in tensors.items() if not name.startswith(_EXTRA)}
-
-
-def read_extras(folder: Path) -> dict[str, Tensor]:
-    """Return what is known of every latent, by name: [d_sae] each.
-
-    Raises:
-        CheckpointError: as `read`.
-    """
-    _, tensors = _read_all(folder)
-    return {name.removeprefix(_EXTRA): tensor for name, tensor in tensors.items() if name.startswith(_EXTRA)}
-
-
-def _read_all(folder: Path) -> tuple[Description, dict[str, Tensor]]:
     description = read_description(folder)
     files.check_sha256(folder / _WEIGHTS_FILE, description.sha256, _CONFIG_FILE, _ADVICE)
-    return description, load_tensors(folder / _WEIGHTS_FILE)
+    found = load_tensors(folder / _WEIGHTS_FILE)
+    tensors = {name: tensor for name, tensor in found.items() if not name.startswith(_EXTRA)}
+    try:
+        table = architecture_named(description.architecture).parameters
+    except ConfigError as error:
+        raise CheckpointError(f"{folder} cannot be read here: {error}") from error
+    misfit = f"{folder / _WEIGHTS_FILE} does not fit {_CONFIG_FILE}"
+    check_tensors(misfit, tensors, table, description.sizes, getattr(torch, description.dtype))
+    return Content(
+        description.architecture,
+        description.settings,
+        tensors,
+        description.apply_b_dec_to_input,
+        description.normalize_activations,
+        description.metadata,
+        {name.removeprefix(_EXTRA): tensor for name, tensor in found.items() if name.startswith(_EXTRA)},
+    )
 
 
-def check_tensors(folder: Path, tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError unless the tensors of a saved SAE are those that its description calls for.
+def check_tensors(
+    misfit: str,
+    tensors: Mapping[str, Tensor],
+    table: Iterable[Parameter],
+    sizes: Mapping[str, int],
+    dtype: torch.dtype,
+) -> None:
+    """Raise CheckpointError unless the tensors of an SAE are those of a table of parameters that are saved.
 
     Args:
-        folder: for the message.
-        tensors: as `read` returned them.
-        like: tensors of the names, shapes and dtypes that they must have.
+        misfit: what it is if they are not, for the message.
+        tensors: by name.
+        table: of the architecture.
+        sizes: that shapes are made of.
+        dtype: of all.
     """
-    expected, found = (
-        {name: f"{_name(tensor.dtype)} {list(tensor.shape)}" for name, tensor in each.items()}
-        for each in (like, tensors)
-    )
+    expected = {row.name: f"{_name(dtype)} {list(row.sizes(sizes))}" for row in table if row.saved}
+    found = {name: f"{_name(tensor.dtype)} {list(tensor.shape)}" for name, tensor in tensors.items()}
     if expected != found:
         raise CheckpointError(
-            f"{folder / _WEIGHTS_FILE} does not fit {_CONFIG_FILE}: expected tensors {_listed(expected)}, got "
-            f"{_listed(found)}. Save the SAE again."
+            f"{misfit}: expected tensors {_listed(expected)}, got {_listed(found)}. Save the SAE again."
         )
 
 
@@ -195,27 +196,15 @@ def read_description(folder: Path) -> Description:
     content = load_json(path, _ADVICE)
     version = content.get("format_version") if isinstance(content, dict) else None
     if version is not True and version == 1:
-        return load_document(path, _DescriptionOfVersion1, head=(FORMAT, 1), advice=_ADVICE).upgraded()
-    newest = _NORMALIZING_VERSION if version == _NORMALIZING_VERSION else FORMAT_VERSION
-    return load_document(path, Description, head=(FORMAT, newest), advice=_ADVICE)
-
-
-def _plain_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Return metadata as JSON will give them back."""
-    try:
-        return dict(json.loads(json.dumps(dict(metadata), default=_plain, allow_nan=False)))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ConfigError(f"metadata: expected what JSON can hold ({error}). Convert it to text or numbers.") from error
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, PurePath | torch.device):
-        return str(value)
-    if isinstance(value, torch.dtype):
-        return _name(value)
-    if isinstance(value, np.generic | np.ndarray | Tensor):
-        return value.tolist()
-    raise TypeError(f"got a value of the type {type(value).__name__}")
+        return load_document(path, _DescriptionOfVersion1, head=(KIND, 1), advice=_ADVICE).upgraded()
+    known = version if isinstance(version, int) and version in _VERSIONS.values() else _VERSIONS["none"]
+    description = load_document(path, Description, head=(KIND, known), advice=_ADVICE)
+    if _VERSIONS[description.normalize_activations] != known:
+        raise CheckpointError(
+            f"{path} is damaged: normalize_activations is {description.normalize_activations}, which is none of "
+            f"version {known}. {_ADVICE}"
+        )
+    return description
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -224,3 +213,6 @@ def _name(dtype: torch.dtype) -> str:
 
 def _listed(shapes: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {shape}" for name, shape in sorted(shapes.items()))
+
+
+FORMAT = Format("flashsae", "FlashSAE", detects, read, write, source="docs/formats.md")

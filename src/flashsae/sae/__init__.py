@@ -6,8 +6,8 @@ from flashsae.sae.dead import DeadLatents, DeadRows, auxk_loss
 from flashsae.sae.initial import initialize
 from flashsae.sae.losses import fvu_weights, token_variance
 from flashsae.sae.module import SAE
-from flashsae.sae.saved import load_extras
 from flashsae.sae.step import Step
+from flashsae.sae.stored import load_extras
 from flashsae.sae.straight_through import below_window, exceeds, jump_relu
 from flashsae.sae.units import layer_norm
 

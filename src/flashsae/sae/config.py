@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import accumulate
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from flashsae.architecture import Architecture, architecture_of, settings_of
 from flashsae.errors import ConfigError
 from flashsae.ops.validate import as_int
+from flashsae.sae.b_dec import architecture_with
 from flashsae.settings.kinds import check, declared_types
 from flashsae.settings.left_open import check_bounds
-from flashsae.settings.normalization import check_normalization
+from flashsae.settings.normalization import check_b_dec, check_normalization
+
+if TYPE_CHECKING:
+    from flashsae.settings.training import TrainConfig
+
+_APPLIED = "apply_b_dec_to_input"
 
 
 @dataclass(frozen=True, init=False)
@@ -25,10 +31,13 @@ class SAEConfig:
         arch: settings of its architecture, such as `flashsae.BatchTopKSettings(k=32)`.
         d_out: width of what is reconstructed; None is d_in.
         normalize_activations: "layer_norm" lets the SAE subtract from each token its mean and divide it by its
-            deviation before it is encoded, and undo that of the reconstruction; "none".
+            deviation before it is encoded, and undo that of the reconstruction; "token_norm" lets it divide each token
+            by the root mean square of its coordinates, and undo that; "none".
+        apply_b_dec_to_input: whether the encoder sees x − b_dec. None: what the architecture does. False for one that
+            does is an SAE of another library, or one to be trained so.
     Raises:
         ConfigError: a size is not positive, or fewer than the latents that a token selects; or tokens cannot be
-            normalised so.
+            normalised so, or the architecture has no place for a b_dec in its encoder.
         DtypeError: it is no integer; those of NumPy are.
     """
 
@@ -36,7 +45,8 @@ class SAEConfig:
     d_sae: int
     arch: Any
     d_out: int
-    normalize_activations: Literal["none", "layer_norm"]
+    normalize_activations: Literal["none", "layer_norm", "token_norm"]
+    apply_b_dec_to_input: bool
 
     def __init__(
         self,
@@ -47,6 +57,7 @@ class SAEConfig:
         arch: object = None,
         d_out: int | None = None,
         normalize_activations: str = "none",
+        apply_b_dec_to_input: bool | None = None,
     ) -> None:
         if (k is None) == (arch is None):
             raise ConfigError("arch: expected either k, which makes a TopK SAE, or the settings of an architecture.")
@@ -62,6 +73,10 @@ class SAEConfig:
         kinds = declared_types(SAEConfig)["normalize_activations"]
         chosen = check("normalize_activations", normalize_activations, kinds)
         object.__setattr__(self, "normalize_activations", chosen)
+        applied = check("apply_b_dec_to_input", apply_b_dec_to_input, bool | None)
+        check_b_dec(architecture_of(settings), applied)
+        applied = architecture_of(settings).subtracts_b_dec if applied is None else applied
+        object.__setattr__(self, "apply_b_dec_to_input", applied)
         widths = (self.arch.widths or ()) if not self.architecture.sites else (self.d_in,)
         if sum(widths) != self.d_in or (len(widths) < 2 and not self.architecture.sites):
             raise ConfigError(
@@ -73,8 +88,33 @@ class SAEConfig:
 
     @property
     def architecture(self) -> Architecture:
-        """What the settings are those of."""
-        return architecture_of(self.arch)
+        """What the settings are those of, with b_dec in its encoder or without."""
+        return architecture_with(architecture_of(self.arch), self.apply_b_dec_to_input)
+
+    @property
+    def is_unlike(self) -> bool:
+        """Whether its encoder does not see x − b_dec, and that of the architecture does."""
+        return self.apply_b_dec_to_input != architecture_of(self.arch).subtracts_b_dec
+
+    def __repr__(self) -> str:
+        """Return how it is made; of whether b_dec is subtracted only where that is not as the architecture has it."""
+        names = [each.name for each in fields(self) if each.name != _APPLIED or self.is_unlike]
+        return f"SAEConfig({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> SAEConfig:
+        """Return that of the SAE in a training, which sees activations as they are scaled or normalised for it.
+
+        Args:
+            config: resolved settings.
+        """
+        return cls(
+            config.d_in,
+            config.d_sae,
+            arch=config.arch,
+            d_out=config.d_out,
+            apply_b_dec_to_input=config.apply_b_dec_to_input,
+        )
 
     @property
     def columns(self) -> dict[str, slice]:

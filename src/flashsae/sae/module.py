@@ -14,17 +14,18 @@ from flashsae import ops
 from flashsae.architecture import Progress
 from flashsae.backend import resolve_device
 from flashsae.errors import ConfigError, DtypeError, ShapeError
+from flashsae.formats.registry import format_named
 from flashsae.ops.register import isolated
 from flashsae.ops.validate import Precision, as_int, check_float, check_shape
-from flashsae.sae import saved
 from flashsae.sae.centring import recentered
 from flashsae.sae.config import SAEConfig
 from flashsae.sae.initial import initialize
 from flashsae.sae.parameters import ParameterTable
+from flashsae.sae.stored import content_from, read, write
 from flashsae.sae.tokens import check_tokens
-from flashsae.sae.units import Factor, Units, layer_norm, token_statistics
+from flashsae.sae.units import Factor, Units, as_they_come, normalized
 from flashsae.settings.left_open import told
-from flashsae.settings.normalization import LAYER_NORM
+from flashsae.settings.normalization import BY_TOKEN
 
 
 class SAE(ParameterTable):
@@ -130,7 +131,8 @@ class SAE(ParameterTable):
         dtype = str(weights.dtype).removeprefix("torch.")
         width = f"d_in={config.d_in}" + (f", d_out={config.d_out}" if config.d_out != config.d_in else "")
         settings = "".join(f", {name}={value}" for name, value in told(config.arch).items())
-        norm = f", {LAYER_NORM}" if config.normalize_activations == LAYER_NORM else ""
+        norm = f", {config.normalize_activations}" if config.normalize_activations in BY_TOKEN else ""
+        norm += ", apply_b_dec_to_input=False" if config.is_unlike else ""
         return f"{self.architecture.title}, {width}, d_sae={config.d_sae}{settings}{norm}, {dtype}, {weights.device}"
 
     def encode(self, x: Tensor) -> ops.SparseCode:
@@ -198,17 +200,15 @@ class SAE(ParameterTable):
 
     def _as_they_come(self, x_hat: Tensor, like: Tensor | None) -> Tensor:
         """Undo what `_flat` does to tokens, of their reconstruction; nothing where `like` is None."""
-        if like is None or self.config.normalize_activations != LAYER_NORM:
-            return x_hat
-        mean, deviation = token_statistics(like, self._site_widths)
-        return (x_hat.double() * deviation + mean).to(x_hat.dtype)
+        kind = self.config.normalize_activations
+        return x_hat if like is None or kind not in BY_TOKEN else as_they_come(kind, x_hat, like, self._site_widths)
 
     def _flat(self, x: Tensor) -> Tensor:
         check_tokens(x, self.config)
         is_fit = x.dtype == self.W_enc_T.dtype  # half-width tokens may meet half-width weights and whole biases
         dtype, tokens = x.dtype if is_fit else self.b_enc.dtype, x.reshape(-1, self.config.d_in)
-        if self.config.normalize_activations == LAYER_NORM:
-            return layer_norm(tokens, dtype, self._site_widths)
+        if self.config.normalize_activations in BY_TOKEN:
+            return normalized(self.config.normalize_activations, tokens, dtype, self._site_widths)
         return tokens.to(dtype)
 
     @property
@@ -233,8 +233,8 @@ class SAE(ParameterTable):
             check_float(name, tokens)
             if len(tokens) == 0:
                 raise ShapeError(f"{name}: expected at least one token, got none.")
-        if self.config.normalize_activations == LAYER_NORM:
-            x = target = layer_norm(x, widths=self._site_widths)
+        if self.config.normalize_activations in BY_TOKEN:
+            x = target = normalized(self.config.normalize_activations, x, widths=self._site_widths)
             plain = self.normalizing("none")
             plain.initialize_from(x)
             self.centres = plain.centres
@@ -261,7 +261,7 @@ class SAE(ParameterTable):
     @torch.no_grad()
     def in_units(self, units: Units) -> SAE:
         """Return the SAE for activations that these units multiply; shares what stays. See `rescaled`."""
-        if self.config.normalize_activations == LAYER_NORM:
+        if self.config.normalize_activations in BY_TOKEN:
             raise ConfigError("factor: an SAE that normalises each token has no unit that could be changed.")
         values, table = self.state_dict(), self.architecture.parameters
         return self._with(self.config, {row.name: units.fold(row, values[row.name]) for row in table})
@@ -273,11 +273,8 @@ class SAE(ParameterTable):
         Args:
             normalize_activations: as of `SAEConfig`.
         """
-        config, d_out = self.config, self.config.d_out
-        other = SAEConfig(
-            config.d_in, config.d_sae, arch=config.arch, d_out=d_out, normalize_activations=normalize_activations
-        )
-        return self._with(other, self.state_dict())
+        kind: Any = normalize_activations
+        return self._with(replace(self.config, normalize_activations=kind), self.state_dict())
 
     def _with(self, config: SAEConfig, values: dict[str, Tensor]) -> SAE:
         """Return an SAE of the same kind that has these parameters."""
@@ -294,22 +291,31 @@ class SAE(ParameterTable):
         metadata: Mapping[str, Any] | None = None,
         extras: Mapping[str, Tensor] | None = None,
         overwrite: bool = False,
-    ) -> None:
-        """Write the SAE to a folder, all or nothing: flashsae.json and flashsae.safetensors.
+        format: str = "flashsae",
+        lossy: bool = False,
+    ) -> list[str]:
+        """Write the SAE to a folder, all or nothing: by default flashsae.json and flashsae.safetensors.
 
         Args:
             directory: must not exist, unless `overwrite`.
             metadata: anything JSON can hold: model, hookpoint, data set, metrics; a path is written as text.
             extras: [d_sae] each: what is known of every latent, such as latent_density; read again by
                 `flashsae.sae.load_extras`.
-            overwrite: replace the folder, if it holds an SAE and nothing else; behind a link, the folder it leads to.
+            overwrite: replace the folder, if it holds an SAE of this format and nothing else; behind a link, the
+                folder it leads to.
+            format: flashsae, or the name of another library's: docs/interop.md.
+            lossy: let the other format give up what it cannot hold, instead of refusing.
+        Returns:
+            a sentence for each thing that was given up; none without `lossy`.
         Raises:
-            ConfigError: metadata hold what JSON cannot, such as NaN, overwrite is no bool, or directory is no path.
+            ConfigError: metadata hold what JSON cannot, such as NaN, overwrite is no bool, or directory is no path; or
+                there is no such format, or it cannot hold this SAE.
             ShapeError: an extra is not [d_sae].
             DtypeError: parameters have different dtypes.
             StorageError: the folder exists, holds other files too, or cannot be written.
         """
-        saved.write(self.config, self.saved_state(), directory, metadata or {}, extras or {}, overwrite=overwrite)
+        content = content_from(self.config, self.saved_state(), metadata or {}, extras or {})
+        return write(content, directory, format_named(format), lossy=lossy, overwrite=overwrite)
 
     def saved_state(self) -> dict[str, Tensor]:
         """Return what a file holds of it, by name: all parameters but those that only a training needs."""
@@ -326,7 +332,7 @@ class SAE(ParameterTable):
             ConfigError: no such device here, or directory is no path.
         """
         target = resolve_device(str(device))
-        config, tensors = saved.read(directory)
+        config, tensors = read(directory)
         sae = cls(config, seed=None, dtype=tensors["W_dec"].dtype, device="meta")
         sae.load_state_dict(tensors, assign=True)
         return sae.to(target).eval()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flashsae.architecture import Parameter
 from flashsae.errors import ConfigError, ShapeError
+from flashsae.settings.normalization import LAYER_NORM
 
 EPS = 1e-5
 """What `layer_norm` adds to the deviation of a token, in its own unit."""
@@ -35,6 +36,46 @@ def token_statistics(x: Tensor, widths: Sequence[int] = ()) -> tuple[Tensor, Ten
         return mean, deviation
     deviation, mean = torch.std_mean(x.double(), dim=-1, keepdim=True)
     return mean, deviation + EPS
+
+
+def token_norm(x: Tensor, widths: Sequence[int] = ()) -> Tensor:
+    """Return what `token_norm` divides tokens by, float64: [..., 1], of several sites [..., d_in].
+
+        ‖x‖ / √d_in
+
+    Args:
+        x: [..., d_in], float.
+        widths: of sites that stand beside each other, each of which is a token of its own.
+    Source: SAELens, normalize_activations="constant_norm_rescale", which divides by 0 where a token is 0; here that
+        token stays 0, and so does its reconstruction.
+    """
+    sites = torch.split(x, list(widths), dim=-1) if len(widths) > 1 else [x]
+    norms = [torch.linalg.vector_norm(site.double(), dim=-1, keepdim=True) / site.shape[-1] ** 0.5 for site in sites]
+    return norms[0] if len(norms) == 1 else torch.cat([n.expand(s.shape) for n, s in zip(norms, sites)], dim=-1)
+
+
+def normalized(kind: str, x: Tensor, dtype: torch.dtype | None = None, widths: Sequence[int] = ()) -> Tensor:
+    """Return tokens as an SAE sees them that normalises each by itself.
+
+    Args:
+        kind: layer_norm, or token_norm: x · √d_in / ‖x‖.
+        x: [..., d_in], float.
+        dtype: of the result; that of x by default.
+        widths: of sites that stand beside each other, each of which is normalised by itself.
+    Numerics, Gradients: as of `layer_norm`.
+    """
+    if kind == LAYER_NORM:
+        return layer_norm(x, dtype, widths)
+    norm = token_norm(x, widths)
+    return (x.double() / norm.where(norm > 0, 1.0)).to(dtype or x.dtype)
+
+
+def as_they_come(kind: str, x_hat: Tensor, like: Tensor, widths: Sequence[int] = ()) -> Tensor:
+    """Return the reconstruction of tokens that were `normalized`, in the unit of these: `like`, [..., d_in]."""
+    if kind == LAYER_NORM:
+        mean, deviation = token_statistics(like, widths)
+        return (x_hat.double() * (deviation - EPS) + mean).to(x_hat.dtype)
+    return (x_hat.double() * token_norm(like, widths)).to(x_hat.dtype)
 
 
 def layer_norm(x: Tensor, dtype: torch.dtype | None = None, widths: Sequence[int] = ()) -> Tensor:

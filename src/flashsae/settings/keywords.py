@@ -29,6 +29,7 @@ class TrainSettings(TypedDict, total=False):
     precision: Precision | None
     moments: Literal["float32", "bf16"] | None
     normalize_activations: Normalization | None
+    apply_b_dec_to_input: bool | None
     init: Literal["random", "data"] | None
     init_from: Any
     lr: float | None

@@ -20,7 +20,7 @@ from flashsae.settings.training import DEFAULT_ARCH, TrainConfig, check_own_name
 CONFIG_FILE = "config.toml"
 _LATER = (
     "arch", "d_in", "betas", "eps", "warmup", "warmup_start", "decay_fraction", "auxk", "auxk_alpha",
-    "normalize_activations", "init", "init_from", "sae", "average_tokens", "extended",
+    "normalize_activations", "apply_b_dec_to_input", "init", "init_from", "sae", "average_tokens", "extended",
 )  # fmt: skip
 """Settings that were added or opened later than version 0.1, which wrote no checksum."""
 _WORKED_OUT = ("model", "hookpoint", "context_length", *open_names(TrainConfig))

@@ -28,7 +28,7 @@ from flashsae.settings.kinds import (
     check_fields,
 )
 from flashsae.settings.left_open import check_bounds, fill, left_open, told
-from flashsae.settings.normalization import Normalization, check_normalization
+from flashsae.settings.normalization import Normalization, check_b_dec, check_normalization
 
 DEFAULT_ARCH = "topk"
 ADAM_BETAS = (0.9, 0.999)
@@ -148,8 +148,10 @@ class TrainConfig:
         moments: float32, or bf16: half the memory of Adam's moments, rounded stochastically. Approximate.
         normalize_activations: How activations are scaled for the training: by a power_of_two, which rounds nothing (the
             deviation of a coordinate becomes about 1/4); to a mean_square of 1, each site for itself; none; or by
-            layer_norm of each token, which becomes part of the SAE. Factors are folded into the saved SAE. What
-            settings of an architecture say of values is in the unit of scaled activations. Default: power_of_two.
+            layer_norm or token_norm (the norm alone) of each token, which becomes part of the SAE. Factors are folded
+            into the saved SAE. What settings of an architecture say of values is in the unit of scaled activations.
+            Default: power_of_two.
+        apply_b_dec_to_input: Subtract b_dec from what the encoder sees. Default: as the architecture has it.
         init: What weights start from: random directions, or data: the directions of tokens about their mean, a fifth of
             them random. Biases, and the length of the encoder, are fitted to a sample in both cases. Default: random.
         init_from: Folder of a saved SAE, or of the run that made it, to go on from: all its weights are taken, and
@@ -194,6 +196,7 @@ class TrainConfig:
     precision: Precision = field(default="float32", kw_only=True)
     moments: Literal["float32", "bf16"] = field(default="float32", kw_only=True)
     normalize_activations: LeftOpen[Normalization] = left_open("power_of_two")
+    apply_b_dec_to_input: bool | None = field(default=None, kw_only=True)
     init: LeftOpen[Literal["random", "data"]] = left_open("random")
     init_from: Path | None = field(default=None, kw_only=True)
     lr: LeftOpen[PositiveFloat] = left_open(lambda config: default_lr(config.d_sae))
@@ -233,6 +236,9 @@ class TrainConfig:
         check_own_names(architecture, (each.name for each in fields(self)))
         widths = getattr(self.arch, "widths", None) if not architecture.sites else None
         check_normalization(architecture, self.normalize_activations, min(widths) if widths else self.d_in)
+        check_b_dec(architecture, self.apply_b_dec_to_input)
+        if self.apply_b_dec_to_input == architecture.subtracts_b_dec:
+            object.__setattr__(self, "apply_b_dec_to_input", None)  # told only where it is not as ever
         if self.init_from is not None:
             if self.init == "data":
                 raise ConfigError(BOTH)

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from flashsae.architecture import Architecture, Parameter, architecture_named, architecture_of, settings_of
 from flashsae.errors import ConfigError
+from flashsae.sae.b_dec import architecture_with
 from flashsae.sae.config import SAEConfig
 from flashsae.sae.module import SAE
-from flashsae.sae.saved import read_config
+from flashsae.sae.stored import read_config
 from flashsae.settings.kinds import declared_types, expand
 from flashsae.settings.left_open import fill
-from flashsae.settings.normalization import LAYER_NORM
+from flashsae.settings.normalization import BY_TOKEN
 from flashsae.train.config import TrainConfig
 from flashsae.train.scaling import Scaling
 
@@ -68,14 +69,17 @@ def settings_of_start(start: object, given: Mapping[str, Any]) -> dict[str, Any]
     of_training = declared_types(TrainConfig)
     asked = {name: value for name, value in given.items() if value is not None}
     settings = {"d_sae": saved.d_sae, **asked}
-    if saved.normalize_activations == LAYER_NORM:
-        settings = {"normalize_activations": LAYER_NORM, **settings}
+    if saved.normalize_activations in BY_TOKEN:
+        settings = {"normalize_activations": saved.normalize_activations, **settings}
     arch = asked.get("arch", saved.architecture.name)
     if isinstance(arch, str):
         known = {each.name for each in fields(architecture_named(arch).settings)}
         own = {name: settings.pop(name) for name in asked if name not in of_training}
         was = {name: value for name, value in asdict(saved.arch).items() if name in known}
         settings["arch"] = settings_of(arch, **{**was, **own})
+    base = architecture_named(arch) if isinstance(arch, str) else architecture_of(arch)
+    if base.subtracts_b_dec and not saved.apply_b_dec_to_input:
+        settings = {"apply_b_dec_to_input": False, **settings}
     return settings
 
 
@@ -93,19 +97,22 @@ def check_start(config: TrainConfig, saved: SAEConfig) -> None:
         config: settings, which need not be resolved.
         saved: of the SAE.
     """
-    asked = architecture_of(config.arch)
+    base = architecture_of(config.arch)
     d_in, d_out = config.d_in or saved.d_in, config.d_out or saved.d_out
-    config = fill(replace(config, d_in=d_in, d_out=d_out), before=asked.defaults)
+    config = fill(replace(config, d_in=d_in, d_out=d_out), before=base.defaults)
+    applied = config.apply_b_dec_to_input
+    asked = architecture_with(base, base.subtracts_b_dec if applied is None else applied)
     differences = [
         f"{name} {there_is}, and not {getattr(config, name)}"
         for name, there_is in saved.sizes.items()
         if getattr(config, name) != there_is
     ]
     differences += _unlike(saved.architecture, asked)
-    is_normalizing = config.normalize_activations == LAYER_NORM
-    if (saved.normalize_activations == LAYER_NORM) != is_normalizing:
-        kind = saved.normalize_activations
-        differences.append(f"normalize_activations {kind if kind == LAYER_NORM else 'other than layer_norm'}")
+    was, now = (
+        each if each in BY_TOKEN else "" for each in (saved.normalize_activations, config.normalize_activations)
+    )
+    if was != now:
+        differences.append(f"normalize_activations {was or f'other than {now}'}")
     if differences:
         raise ConfigError(
             f"init_from: expected an SAE like the one that is asked for, {asked.title}, but it is one of "

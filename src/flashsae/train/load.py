@@ -43,7 +43,7 @@ def load_checkpoint(path: str | Path, *, device: torch.device | str = "cpu") -> 
     target = resolve_device(str(device))
     checkpoint = read_checkpoint(_folder(expand(path, "path")))
     config = _config_of(checkpoint)
-    sae = SAE(SAEConfig(config.d_in, config.d_sae, arch=config.arch, d_out=config.d_out), seed=None)
+    sae = SAE(SAEConfig.of(config), seed=None)
     sae.set_progress(progress_at(checkpoint.step, config))
     dead = DeadLatents(config.d_sae, config.dead_after_tokens, torch.device("cpu"))
     scaling = Scaling.uniform(1.0, config.d_in, config.d_out)

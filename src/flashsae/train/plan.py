@@ -56,7 +56,7 @@ def make_plan(config: TrainConfig, device: torch.device, buffer_bytes: int = 0, 
     """
     schedule = architecture_of(config.arch).schedule
     if schedule is not None:  # asked for its first numbers, it refuses what does not fit, such as prefixes above d_sae
-        sae = SAEConfig(config.d_in, config.d_sae, arch=config.arch, d_out=config.d_out)
+        sae = SAEConfig.of(config)
         schedule(sae, Progress(0, config.steps, config.seed))
     sizes = {"d_in": config.d_in, "d_out": config.d_out, "d_sae": config.d_sae}
     shapes = [row.sizes(sizes) for row in architecture_of(config.arch).parameters if row.trained]

@@ -14,8 +14,8 @@ from flashsae.errors import DataError
 from flashsae.metrics import OUTLIER_NORM_RATIO, VarianceSpread, unit_of, variance_spread
 from flashsae.sae.losses import token_variance
 from flashsae.sae.step import join_sites
-from flashsae.sae.units import EPS, layer_norm
-from flashsae.settings.normalization import Normalization
+from flashsae.sae.units import EPS, normalized
+from flashsae.settings.normalization import BY_TOKEN, LAYER_NORM, TOKEN_NORM, Normalization
 from flashsae.train.scaling import Scaling, SiteScale
 
 LARGEST, SMALLEST = 2.0**120, 2.0**-100
@@ -75,12 +75,13 @@ def measure_sample(batch: Batch, architecture: Architecture, normalization: Norm
     """
     x, target = join_sites(architecture, batch)
     reads, writes = ([(site, batch[site]) for site in sites] for sites in architecture.sites_of(batch))
-    is_layer_norm = normalization == "layer_norm"
     widths = [acts.shape[1] for _, acts in writes]
-    warnings, two = _check(target, layer_norm(target, widths=widths) if is_layer_norm else target)
+    warnings, two = _check(
+        target, normalized(normalization, target, widths=widths) if normalization in BY_TOKEN else target
+    )
     if normalization == "none":
         _check_unscaled(x, target)
-    if is_layer_norm:
+    if normalization == LAYER_NORM:
         for _, acts in reads:
             _check_deviation(acts)
     others = [acts for site, acts in reads if site not in dict(writes)]
@@ -101,7 +102,8 @@ def measure_sample(batch: Batch, architecture: Architecture, normalization: Norm
     scaling = Scaling(
         tuple(scale(*each) for each in reads),
         tuple(scale(*each) for each in writes),
-        is_layer_norm=is_layer_norm,
+        is_layer_norm=normalization == LAYER_NORM,
+        is_token_norm=normalization == TOKEN_NORM,
     )
     seen = scaling(x, target)
     variance = token_variance(seen[1])

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from flashsae.sae.module import SAE
-from flashsae.sae.units import Units, layer_norm
+from flashsae.sae.units import Units, normalized
 from flashsae.schema import Positive, Size
+from flashsae.settings.normalization import LAYER_NORM, TOKEN_NORM
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,18 @@ class Scaling:
         writes: the same of what is reconstructed.
         is_layer_norm: whether each token is normalised, at each site by itself, by `flashsae.sae.units.layer_norm`;
             factors are 1 then.
+        is_token_norm: the same, by the norm of each token alone.
     """
 
     reads: tuple[SiteScale, ...]
     writes: tuple[SiteScale, ...]
     is_layer_norm: bool = False
+    is_token_norm: bool = False
+
+    @property
+    def by_token(self) -> str | None:
+        """What is done to each token by itself, as of `flashsae.SAEConfig`; None where there are factors."""
+        return LAYER_NORM if self.is_layer_norm else TOKEN_NORM if self.is_token_norm else None
 
     @classmethod
     def uniform(cls, factor: float, d_in: int, d_out: int) -> Scaling:
@@ -55,8 +63,8 @@ class Scaling:
             x: [B, d_in], float.
             target: [B, d_out], float; x itself for an autoencoder, and what is returned then are the same, too.
         """
-        if self.is_layer_norm:
-            seen = layer_norm(x, torch.float32, [site.width for site in self.reads])
+        if self.by_token:
+            seen = normalized(self.by_token, x, torch.float32, [site.width for site in self.reads])
             return seen, seen
         if target is x:
             seen = _scaled(x, self.writes)
@@ -71,13 +79,13 @@ class Scaling:
 
     def folded(self, sae: SAE) -> SAE:
         """Return the SAE for activations as they come, of one for activations as this gives them; shares what stays."""
-        if self.is_layer_norm:
-            return sae.normalizing("layer_norm")
+        if self.by_token:
+            return sae.normalizing(self.by_token)
         return sae.in_units(self.units)
 
     def unfolded(self, sae: SAE) -> SAE:
         """Return the SAE for activations as this gives them, of one for activations as they come: undoes `folded`."""
-        if self.is_layer_norm:
+        if self.by_token:
             return sae.normalizing("none")
         return sae.in_units(self.units.inverse())
 

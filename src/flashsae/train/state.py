@@ -23,8 +23,8 @@ from flashsae.sae.dead import Bounds, DeadLatents
 from flashsae.sae.initial import rows_from_data
 from flashsae.sae.losses import fvu_weights
 from flashsae.sae.module import SAE
-from flashsae.sae.saved import unsaved_values
 from flashsae.sae.step import join_sites
+from flashsae.sae.stored import unsaved_values
 from flashsae.schema import Positive, parse
 from flashsae.settings.kinds import as_json
 from flashsae.settings.training import BOTH
@@ -138,7 +138,7 @@ def init_state(
         raise ConfigError(f"init_from: expected one SAE to go on from, got one beside that in {config.init_from}.")
     table(architecture_of(config.arch).terms)  # refuses a term with the name of a metric
     found = [] if checkpoints is None else list_checkpoints(checkpoints)
-    sae = SAE(SAEConfig(config.d_in, config.d_sae, arch=config.arch, d_out=config.d_out), seed=config.seed).to(device)
+    sae = SAE(SAEConfig.of(config), seed=config.seed).to(device)
     sae.precision = config.precision
     sae.set_progress(progress_at(0, config))
     scaling, variance = Scaling.uniform(1.0, config.d_in, config.d_out), 1.0

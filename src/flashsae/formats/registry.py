@@ -1,0 +1,63 @@
+"""Which formats there are, and of which one a file or folder is: every file of this room with a FORMAT is one."""
+
+from __future__ import annotations
+
+import functools
+import pkgutil
+from importlib import import_module
+from pathlib import Path
+
+from flashsae.errors import CheckpointError, ConfigError
+from flashsae.formats.content import Format
+
+_ROOM = "flashsae.formats"
+
+
+@functools.cache
+def formats() -> dict[str, Format]:
+    """Return all formats by name; our own is the first."""
+    names = sorted(module.name for module in pkgutil.iter_modules(import_module(_ROOM).__path__))
+    found = [getattr(import_module(f"{_ROOM}.{name}"), "FORMAT", None) for name in names]
+    by_name = {each.name: each for each in found if isinstance(each, Format)}
+    return dict(sorted(by_name.items(), key=lambda item: (item[0] != "flashsae", item[0])))
+
+
+def format_named(name: str) -> Format:
+    """Return a format by name.
+
+    Raises:
+        ConfigError: there is none of this name.
+    """
+    if name not in formats():
+        raise ConfigError(f"format: expected one of {', '.join(formats())}, got {name!r}.")
+    return formats()[name]
+
+
+def recognised(path: Path) -> Format:
+    """Return the one format that a file or folder is of.
+
+    Raises:
+        CheckpointError: it is of none, or of several.
+    """
+    claims = [form for form in formats().values() if form.detects(path)]
+    if len(claims) == 1:
+        return claims[0]
+    if claims:
+        names = " and ".join(form.name for form in claims)
+        raise CheckpointError(
+            f"{path} may be of the formats {names}: say which, with format= or --format {claims[0].name}."
+        )
+    raise CheckpointError(
+        f"{path} holds no SAE of a format that is known ({', '.join(formats())}): found {_found(path)}. Name the "
+        "folder that the SAE is in; format= or --format NAME tells what of that format is missing."
+    )
+
+
+def _found(path: Path) -> str:
+    if not path.exists():
+        return "no such file or folder"
+    if not path.is_dir():
+        return "a file"
+    names = sorted(each.name for each in path.iterdir())
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"{', '.join(names[:5])}{more}" if names else "nothing in it"
