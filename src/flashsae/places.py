@@ -91,7 +91,7 @@ def find(
 
 def _path_of(place: Any, revision: str | None, token: str | None) -> Path:
     if isinstance(place, str) and place.startswith(HUB):
-        path: Path = import_module("flashsae.hub").fetched(place, revision, token)
+        path: Path = import_module("flashsae.hub").fetched(place, revision=revision, token=token)
         return path
     for name, value in (("revision", revision), ("token", token)):
         if value is not None:

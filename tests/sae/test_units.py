@@ -158,7 +158,7 @@ def test_an_sae_that_normalises_gives_tokens_their_statistics_back(
     code = normalizing.encode(x)
     assert torch.equal(code.to_dense(), plain.encode(layer_norm(x)).to_dense())
     assert torch.equal(normalizing.decode(code), plain.decode(code))  # without tokens it stays normalised
-    mean, deviation = x.double().mean(-1, keepdim=True), x.double().std(-1, keepdim=True) + 1e-5
+    mean, deviation = x.double().mean(-1, keepdim=True), x.double().std(-1, keepdim=True)
     expected = (plain.decode(code).double() * deviation + mean).float()
     assert torch.equal(normalizing.decode(code, like=x), expected)
     assert torch.equal(normalizing(x), expected)
@@ -188,8 +188,8 @@ def test_gradients_pass_through_the_statistics_of_a_token(normalizing: SAE, gene
     upstream = torch.randn(6, 12, generator=generator, dtype=torch.float64)
     wide = normalizing.double()
     (wide(x) * upstream).sum().backward()
-    mean, deviation = x.mean(-1, keepdim=True), x.std(-1, keepdim=True) + 1e-5
-    seen = (x - mean) / deviation
+    mean, deviation = x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
+    seen = (x - mean) / (deviation + 1e-5)
     dense = ((seen - wide.b_dec) @ wide.W_enc).relu() * (wide.encode(x.detach()).to_dense() != 0)
     (expected,) = torch.autograd.grad((((dense @ wide.W_dec + wide.b_dec) * deviation + mean) * upstream).sum(), x)
     torch.testing.assert_close(x.grad, expected)
