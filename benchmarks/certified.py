@@ -31,7 +31,7 @@ def judge(x: Tensor, W: Tensor, b: Tensor, k: int) -> dict[str, float]:
     """Count picks that agree with float64, ties inside float32 rounding, and wrong ones, over the tokens of x."""
     d = x.shape[1]
     candidates = torch.empty(len(x), dtype=torch.int32, device=x.device)
-    _, picked = launch_encode_topk(x, W, Keys(b), k, "float32", WORKSPACE_BYTES, candidates)
+    _, picked = launch_encode_topk(x, W, Keys(b), k, "float32", [WORKSPACE_BYTES, 0], candidates)
     ties = wrong = 0
     for rows in torch.split(torch.arange(len(x), device=x.device), max(1, (1 << 28) // len(W))):
         exact = x[rows].double() @ W.double().T + b.double()

@@ -250,7 +250,7 @@ def test_t2_certified_float32_selects_as_float64_does(
     generator = torch.Generator().manual_seed(seed)
     x, W, bias = (tensor.to(DEVICE) for tensor in hard_inputs(kind, tokens, 768, 24576, generator))
     counts = torch.zeros(tokens, dtype=torch.int32, device=DEVICE)
-    _, indices = launch_encode_topk(x, W, Keys(bias), K, "float32", 512 << 20, candidate_counts=counts)
+    _, indices = launch_encode_topk(x, W, Keys(bias), K, "float32", [512 << 20, 0], candidate_counts=counts)
     assert int(indices.diff(dim=1).min()) > 0
     wrong = excused = 0
     for start in range(0, tokens, 512):

@@ -92,9 +92,9 @@ def launch_everything() -> None:
             dtype = BF16 if precision == "bf16" else F32
             x, W = torch.zeros(2, 16, dtype=dtype), torch.zeros(n, 16, dtype=dtype)
             keys = Keys(W.new_zeros(n), torch.ones(n) if scale else None, magnitude)
-            launch_encode_topk(x, W, keys, k, precision, 1 << 30)
+            launch_encode_topk(x, W, keys, k, precision, [1 << 30, 0])
     wide = torch.zeros(2, 4096), torch.zeros(40, 4096)
-    launch_encode_topk(*wide, Keys(torch.zeros(40)), 3, "float32", 1 << 30)
+    launch_encode_topk(*wide, Keys(torch.zeros(40)), 3, "float32", [1 << 30, 0])
     for dtype, index_dtype, k, d, bias, weighted in (
         (F32, torch.int64, 32, 768, True, False),
         (BF16, torch.int64, 64, 4096, True, True),
@@ -189,8 +189,8 @@ def launch_selections() -> None:
             x, W = torch.zeros(2, 16, dtype=dtype), torch.zeros(n, 16, dtype=dtype)
             key_scale, threshold = (torch.ones(n) if scale else None), torch.zeros(n if scale else 1)
             for workspace_bytes in (1, 1 << 30):
-                select.batch_topk(x, W, Keys(W.new_zeros(n), key_scale, magnitude), k, precision, workspace_bytes)
-                select.above(x, W, W.new_zeros(n), threshold, 64, precision, workspace_bytes)
+                select.batch_topk(x, W, Keys(W.new_zeros(n), key_scale, magnitude), k, precision, [workspace_bytes, 0])
+                select.above(x, W, W.new_zeros(n), threshold, 64, precision, [workspace_bytes, 0])
 
 
 def main(backend: str, arch: str, warp: int) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from flashsae.errors import ConfigError, DtypeError, ShapeError
-from flashsae.ops import LatentIndex, SparseCode, decode, decode_loss, encode_topk
+from flashsae.ops import LatentIndex, SparseCode, decode, decode_loss, encode_topk, inference_memory
 from flashsae.ops.encode.reference import select_topk
 from flashsae.testing import assert_as_accurate, chosen, dense_topk, integer_inputs, poison_empty, stable_topk
 
@@ -233,9 +233,30 @@ def test_one_index_serves_a_whole_step(monkeypatch: pytest.MonkeyPatch, generato
         ({"key_scale": torch.zeros(4)}, ShapeError, r"key_scale: expected the shape \[6\], got \[4\]"),
         ({"precision": "fp8"}, ConfigError, r"precision: expected one of float32, tf32, bf16, got 'fp8'"),
         ({"workspace_bytes": 0}, ConfigError, r"workspace_bytes: expected a positive number"),
+        ({"weight_bytes": -1}, ConfigError, r"weight_bytes: expected a number of bytes, or 0 for no bound, got -1"),
     ],
 )
 def test_bad_arguments_are_named(change: dict[str, object], error: type[Exception], message: str) -> None:
     good = {"x": torch.zeros(2, 4), "W_enc_T": torch.zeros(6, 4), "b_enc": torch.zeros(6), "k": 2}
     with pytest.raises(error, match=message):
         encode_topk(**{**good, **change})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [4096, 16384, 65536])
+def test_inference_takes_less_than_a_tenth_of_what_dense_codes_would(tokens: int, dtype: torch.dtype) -> None:
+    d_in, d_sae = 4096, 131072
+    x, W = torch.empty(tokens, d_in, dtype=dtype, device="meta"), torch.empty(d_sae, d_in, dtype=dtype, device="meta")
+    memory = inference_memory(x, W)
+    rounded = memory.get("weight_bytes") or 2 * d_sae * d_in
+    copies = tokens * d_in * (6 if dtype == torch.float32 else 2)  # centred, and in float16
+    used = memory["workspace_bytes"] * 9 / 8 + (rounded if dtype == torch.float32 else 0) + copies
+    assert used < 0.1 * 2 * tokens * d_sae * dtype.itemsize
+    assert memory["workspace_bytes"] >= 256 * d_sae * dtype.itemsize  # and still multiplies many tokens at once
+
+
+def test_memory_of_inference_has_a_floor_and_is_that_of_training_on_the_cpu() -> None:
+    x, W = torch.empty(1, 64), torch.empty(512, 64)
+    assert inference_memory(x, W) == {}
+    few = inference_memory(x.to("meta"), W.to("meta"))
+    assert few == {"workspace_bytes": 64 << 20, "weight_bytes": 32 << 20}

@@ -105,17 +105,18 @@ def test_t0_encode_by_a_key_scale(precision: str, k: int, generator: torch.Gener
 def test_t0_any_workspace_gives_the_same_bits(precision: str, generator: torch.Generator) -> None:
     inputs = encode_inputs(10, 13, 120, 3, generator)
 
-    def run(inputs: Tensors, workspace_bytes: int) -> Tensors:
+    def run(inputs: Tensors, workspace_bytes: int, weight_bytes: int = 0) -> Tensors:
         code = encode_topk(
             inputs["x"], inputs["W_enc_T"], inputs["b_enc"], 3,
-            precision=precision, workspace_bytes=workspace_bytes,
+            precision=precision, workspace_bytes=workspace_bytes, weight_bytes=weight_bytes,
         )  # fmt: skip
         index = code.pattern.index
         return {"acts": code.acts, "indices": code.top_indices, "entries": index.entries, "offsets": index.offsets}
 
     exact = on_reference(lambda q: run(q, 1 << 20), as_float64(inputs))
-    for workspace_bytes in (1, 4 * 120 * 4, 1 << 20):  # one row, then four (float16: eight) at a time, all
-        ours = on_kernels(lambda q, size=workspace_bytes: run(q, size), inputs)
+    # one row, then four (float16: eight) at a time, all; weights rounded 32 rows at a time, 64, all
+    for sizes in ((1, 0), (4 * 120 * 4, 0), (1 << 20, 0), (4 * 120 * 4, 1), (1 << 20, 70 * 13 * 2), (1 << 20, 1 << 20)):
+        ours = on_kernels(lambda q, sizes=sizes: run(q, *sizes), inputs)
         assert all(torch.equal(ours[name].double(), exact[name].double()) for name in exact)
 
 
@@ -151,7 +152,7 @@ def test_t0_a_row_with_too_many_candidates_is_redone(
         acts, indices = launch_encode_topk(
             p["x"].to(DEVICE), p["W_enc_T"].to(DEVICE),
             Keys(p["b_enc"].to(DEVICE), None if scale is None else scale.to(DEVICE)), k,
-            "float32", 1 << 20, candidate_counts=counts,
+            "float32", [1 << 20, 0], candidate_counts=counts,
         )  # fmt: skip
     assert bool((counts[2:4] > 16).all())
     assert bool((counts >= 1).all())

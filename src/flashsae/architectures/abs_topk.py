@@ -41,7 +41,7 @@ def encode(sae: Any, x: Tensor) -> Any:
     """Return the k of (x − b_dec) @ W_enc + b_enc that are largest by magnitude."""
     return flashsae.ops.encode_topk(
         x, sae.W_enc_T, sae.b_enc, sae.config.arch.k, b_dec=sae.b_pre, key_scale=sae.selection_scale, magnitude=True,
-        precision=sae.precision,
+        precision=sae.precision, **sae.memory(x),
     )  # fmt: skip
 
 

@@ -38,7 +38,7 @@ def encode(sae: Any, x: Tensor) -> Any:
         code = flashsae.ops.encode_batch_topk(*weights, sae.config.arch.k, key_scale=scale, **options)
     else:
         threshold = sae.threshold if scale is None else sae.threshold / scale
-        code = flashsae.ops.encode_above(*weights, threshold, **options)
+        code = flashsae.ops.encode_above(*weights, threshold, **options | sae.memory(x))
     return code.replace(code.acts.relu())
 
 

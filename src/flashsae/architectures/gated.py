@@ -53,7 +53,7 @@ def encode(sae: Any, x: Tensor) -> Any:
     """Return the magnitudes of all latents whose gate is open."""
     code = flashsae.ops.encode_above(
         x, sae.W_enc_T, sae.b_enc.new_zeros(sae.b_enc.shape), -sae.b_enc.detach(),
-        b_dec=sae.b_pre, capacity=sae.capacity, precision=sae.precision,
+        b_dec=sae.b_pre, capacity=sae.capacity, precision=sae.precision, **sae.memory(x),
     )  # fmt: skip
     raw, of_latent = code.acts, flashsae.ops.per_latent
     factors, biases = of_latent(sae.r_mag.exp(), code.pattern), of_latent(sae.b_mag, code.pattern)

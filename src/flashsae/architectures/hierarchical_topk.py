@@ -40,8 +40,9 @@ def encode(sae: Any, x: Tensor) -> Any:
     """Return relu(the k largest of (x − b_dec) @ W_enc + b_enc), the largest first."""
     scale = sae.selection_scale
     code = flashsae.ops.encode_topk(
-        x, sae.W_enc_T, sae.b_enc, sae.config.arch.k, b_dec=sae.b_pre, key_scale=scale, precision=sae.precision
-    )
+        x, sae.W_enc_T, sae.b_enc, sae.config.arch.k, b_dec=sae.b_pre, key_scale=scale, precision=sae.precision,
+        **sae.memory(x),
+    )  # fmt: skip
     code = flashsae.ops.by_value(code, key_scale=scale)
     return code.replace(code.acts.relu())
 

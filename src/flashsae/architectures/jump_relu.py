@@ -110,7 +110,7 @@ def encode(sae: Any, x: Tensor) -> Any:
     threshold, bandwidth = sae.threshold.detach(), _bandwidth(sae)
     code = flashsae.ops.encode_above(
         x, sae.W_enc_T, sae.b_enc, flashsae.sae.below_window(threshold, bandwidth) if sae.training else threshold,
-        b_dec=sae.b_pre, capacity=sae.capacity, precision=sae.precision,
+        b_dec=sae.b_pre, capacity=sae.capacity, precision=sae.precision, **sae.memory(x),
     )  # fmt: skip
     thresholds = flashsae.ops.per_latent(sae.threshold, code.pattern)
     ste_to_input = sae.config.arch.ste_to_input

@@ -62,8 +62,9 @@ class ReLUSettings:
 def encode(sae: Any, x: Tensor) -> Any:
     """Return relu((x − b_dec) @ W_enc + b_enc)."""
     code: Any = flashsae.ops.encode_above(
-        x, sae.W_enc_T, sae.b_enc, 0.0, b_dec=sae.b_pre, capacity=sae.capacity, precision=sae.precision
-    )
+        x, sae.W_enc_T, sae.b_enc, 0.0, b_dec=sae.b_pre, capacity=sae.capacity, precision=sae.precision,
+        **sae.memory(x),
+    )  # fmt: skip
     return code.replace(code.acts.relu())
 
 

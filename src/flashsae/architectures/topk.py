@@ -104,7 +104,7 @@ def encode(sae: Any, x: Tensor) -> Any:
     width = sae.width if sae.training else settings.k
     wide = min(WIDER * width, sae.config.d_sae) if settings.multi_topk and sae.training else width
     code: Any = ops.encode_topk(
-        x, sae.W_enc_T, sae.b_enc, wide, b_dec=sae.b_pre, key_scale=scale, precision=sae.precision
+        x, sae.W_enc_T, sae.b_enc, wide, b_dec=sae.b_pre, key_scale=scale, precision=sae.precision, **sae.memory(x)
     )
     is_annealed = settings.is_annealed and sae.training
     if wide > width or is_annealed:

@@ -154,6 +154,10 @@ class SAE(ParameterTable):
             )
         return replace(code, batch_shape=tuple(x.shape[:-1]))
 
+    def memory(self, x: Tensor) -> dict[str, int]:
+        """Return bounds of memory for `flashsae.ops.encode_topk` and `encode_above` of x: fewer in inference."""
+        return {} if self.training else ops.inference_memory(x, self.W_enc_T)
+
     def main_part(self, code: ops.SparseCode) -> ops.SparseCode:
         """Return of a code in training the part that inference would give; the code, where there is no more in it."""
         part = self.architecture.main_part

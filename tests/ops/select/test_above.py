@@ -41,7 +41,7 @@ def select(
     if precision == "reference":
         return reference.above(x, W, bias, by, capacity, size)
     with poison_empty():
-        result = launch.above(*(t.to(DEVICE) for t in (x, W, bias, by)), capacity, precision, size)
+        result = launch.above(*(t.to(DEVICE) for t in (x, W, bias, by)), capacity, precision, [size, 0])
     return tuple(tensor.cpu() for tensor in result)
 
 
@@ -154,7 +154,7 @@ def test_gpu_in_a_graph_with_other_inputs(precision: str, generator: torch.Gener
     threshold = torch.full((1,), 30.0, device=DEVICE)
 
     def run() -> Selection:
-        return launch.above(x, W, bias, threshold, 20_000, precision, 1 << 20)
+        return launch.above(x, W, bias, threshold, 20_000, precision, [1 << 20, 0])
 
     run()
     torch.cuda.synchronize()

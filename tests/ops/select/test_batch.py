@@ -40,7 +40,7 @@ def select(precision: str, x: Tensor, W: Tensor, bias: Tensor, scale: Tensor | N
     if precision == "reference":
         return reference.batch_topk(x, W, Keys(bias, scale), k, size)
     with poison_empty():
-        result = launch.batch_topk(*inputs[:2], Keys(*inputs[2:]), k, precision, size)
+        result = launch.batch_topk(*inputs[:2], Keys(*inputs[2:]), k, precision, [size, 0])
     return tuple(tensor.cpu() for tensor in result)
 
 
@@ -107,7 +107,7 @@ def test_t0_the_way_out_gives_the_same(
     x, W, bias = integers(18, 9, 140, generator)
     scale = torch.randint(0, 3, (140,), generator=generator).float() if precision == "bf16" else None
     assert_equal(select(precision, x, W, bias, scale, 3, ROOMY), dense(x, W, bias, scale, 3))
-    launch.batch_topk(x.to(DEVICE), W.to(DEVICE), Keys(bias.to(DEVICE)), 3, precision, ROOMY, used)
+    launch.batch_topk(x.to(DEVICE), W.to(DEVICE), Keys(bias.to(DEVICE)), 3, precision, [ROOMY, 0], used)
     assert int(used) >= 18 * 3  # else it was not taken
 
 
@@ -238,7 +238,7 @@ def test_gpu_t0_at_real_sizes(
     expected = dense(*inputs, None, k)
     used = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     for size in (2 * n * (B // 3), 1 << 29):
-        assert_equal(launch.batch_topk(*operands(*inputs), k, precision, size, used), expected)
+        assert_equal(launch.batch_topk(*operands(*inputs), k, precision, [size, 0], used), expected)
         print(f"{int(used)} candidates for {B * k}")
 
 
@@ -247,10 +247,12 @@ def test_gpu_t0_at_real_sizes(
 def test_gpu_memory_is_bounded(precision: str, generator: torch.Generator) -> None:
     B, d, n, k, size = 4096, 64, 65536, 16, 1 << 24
     inputs = [tensor.to(DEVICE) for tensor in hard_inputs("normal", B, d, n, generator)]
-    launch.batch_topk(*operands(*(tensor[:9] for tensor in inputs)), 1, precision, size)  # what cuBLAS takes for good
+    launch.batch_topk(
+        *operands(*(tensor[:9] for tensor in inputs)), 1, precision, [size, 0]
+    )  # what cuBLAS takes for good
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    launch.batch_topk(*operands(*inputs), k, precision, size)
+    launch.batch_topk(*operands(*inputs), k, precision, [size, 0])
     taken = torch.cuda.max_memory_allocated() - before
     # the workspace, maxima of groups, entries (at most 16 bytes, 18 times k), operands in float16; all: 512 MB
     assert taken <= 2 * size + 18 * 16 * B * k + 2 * (B + n) * d + 16 * n + (8 << 20)
@@ -260,7 +262,7 @@ def test_gpu_memory_is_bounded(precision: str, generator: torch.Generator) -> No
 @pytest.mark.parametrize("kind", HARD)
 def test_gpu_t2_certified_at_real_sizes(kind: str, generator: torch.Generator) -> None:
     inputs = [tensor.to(DEVICE) for tensor in hard_inputs(kind, 512, 768, 16384, generator)]
-    latents, starts, _ = launch.batch_topk(*operands(*inputs), 32, "float32", 1 << 22)
+    latents, starts, _ = launch.batch_topk(*operands(*inputs), 32, "float32", [1 << 22, 0])
     assert batch_mistakes(*inputs, is_picked(latents, starts, 16384)) == 0
 
 
@@ -275,7 +277,7 @@ def test_gpu_in_a_graph_with_other_inputs(
     x, W, bias = (tensor.to(DEVICE) for tensor in hard_inputs("normal", 256, 128, 8192, generator))
 
     def run() -> Selection:
-        return launch.batch_topk(x, W, Keys(bias), 16, precision, 1 << 20)
+        return launch.batch_topk(x, W, Keys(bias), 16, precision, [1 << 20, 0])
 
     run()
     torch.cuda.synchronize()

@@ -1,6 +1,7 @@
 """Encode: `op.py` and its kin are the operations, `reference.py` what they mean."""
 
 from flashsae.ops.encode.op import encode_topk as encode_topk
+from flashsae.ops.encode.op import inference_memory as inference_memory
 from flashsae.ops.encode.values import latent_sums as latent_sums
 from flashsae.ops.encode.values import per_latent as per_latent
 from flashsae.ops.encode.values import pre_acts as pre_acts

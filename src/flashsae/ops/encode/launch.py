@@ -13,7 +13,7 @@ from flashsae.ops.decode.launch import launch_dots
 from flashsae.ops.dense.op import pre_acts
 from flashsae.ops.encode import certify_kernels, kernels
 from flashsae.ops.encode.keys import Keys
-from flashsae.ops.encode.product import LARGEST_ROWS, Rounded, products_in, round_operands
+from flashsae.ops.encode.product import Memory, Part, Product
 from flashsae.ops.validate import packed, rows_contiguous
 
 LARGEST_K = 1024
@@ -123,7 +123,7 @@ def launch_encode_topk(
     keys: Keys,
     k: int,
     precision: str,
-    workspace_bytes: int,
+    memory: Memory,
     candidate_counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the k pre-activations of each token that have the largest keys, and their indices.
@@ -131,40 +131,27 @@ def launch_encode_topk(
     Args:
         x: [B, d_in], already centred.
         precision: "bf16" (operands and products in bfloat16), "tf32" or "float32" (certified).
+        memory: bounds of what exists at once.
         candidate_counts: [B], int32; receives how many latents of each token were rescored, if certified.
     """
     if k > LARGEST_K:
         log_once(f"more than {LARGEST_K} latents a token are selected by sorting all its pre-activations, slowly")
-        return _sorted_topk(x, W_enc_T, keys, k, precision, workspace_bytes)
+        return _sorted_topk(x, W_enc_T, keys, k, precision, memory[0])
     B, n, device = len(x), len(W_enc_T), x.device
-    dtype = {"bf16": torch.bfloat16, "tf32": torch.float32, "float32": torch.float16}[precision]
-    certified = precision == "float32"
-    x = packed(x.to(torch.float32 if certified else dtype))
-    W_enc_T = packed(W_enc_T.to(torch.float32 if certified else dtype))
     acts = torch.empty(B, k, dtype=torch.float32, device=device)
     indices = torch.empty(B, k, dtype=torch.int64, device=device)
     if B == 0:
         return acts, indices
-    stride = triton.cdiv(n, 8) * 8  # rows of the product stay aligned
-    rows = max(1, min(B, LARGEST_ROWS, workspace_bytes // (stride * dtype.itemsize)))
-    raw = torch.empty(rows, stride, dtype=dtype, device=device)
-    facts = round_operands(x, W_enc_T) if certified else None
-    left, right = (x, W_enc_T) if facts is None else (facts.x, facts.W)
+    product = Product.of(x, W_enc_T, precision, memory)
     selection = _Selection(keys.packed(), Layout.of(n, k), n)
-    for start in range(0, B, rows):
-        part = slice(start, min(start + rows, B))
-        products = raw[: part.stop - start]
-        with products_in(precision):
-            torch.mm(left[part], right.T, out=products[:, :n])
-        if facts is None and part.stop == B:
-            del right, W_enc_T  # nothing is multiplied any more: rounded weights make room for the maxima
-        out = acts[part], indices[part]
-        if facts is None:
-            _select(selection, products, out)
-        else:
-            counts = _select_certified(selection, products, x[part], W_enc_T, facts, part, out)
-            if candidate_counts is not None:
-                candidate_counts[part] = counts
+    for part in product.parts():
+        out = acts[part.tokens], indices[part.tokens]
+        if part.bounds is None:
+            _select(selection, part.products, out)
+            continue
+        counts = _select_certified(selection, product, part, out)
+        if candidate_counts is not None:
+            candidate_counts[part.tokens] = counts
     return acts, indices
 
 
@@ -225,26 +212,19 @@ def _select_by_groups(selection: _Selection, products: Tensor, out: tuple[Tensor
     )  # fmt: skip
 
 
-def _select_certified(
-    selection: _Selection,
-    products: Tensor,
-    x: Tensor,
-    W_enc_T: Tensor,
-    facts: Rounded,
-    part: slice,
-    out: tuple[Tensor, Tensor],
-) -> Tensor:
+def _select_certified(selection: _Selection, product: Product, part: Part, out: tuple[Tensor, Tensor]) -> Tensor:
     """Select among rescored candidates; return how many each token had."""
+    assert part.bounds is not None
+    x, W_enc_T, products, (tokens, latents) = product.x[part.tokens], product.W, part.products, part.bounds
     by, magnitude = selection.by, selection.keys.magnitude
     layout, rows, n = selection.layout, len(products), selection.n
     k, capacity = layout.k, layout.capacity
-    tokens = facts.tokens[:, part].contiguous()
-    low, high = _group_max(selection, products, (facts.latents, tokens))
+    low, high = _group_max(selection, products, (latents, tokens))
     chosen = torch.empty(rows, capacity, dtype=torch.int32, device=x.device)
     candidates = torch.empty_like(chosen)
     counts = torch.empty(rows, dtype=torch.int32, device=x.device)
     certify_kernels.encode_topk_candidates_kernel[(rows,)](
-        products, *by, facts.latents, tokens, low, high, chosen, candidates, counts,
+        products, *by, latents, tokens, low, high, chosen, candidates, counts,
         rows, n, k, layout.groups, products.stride(0),
         GROUP=layout.group, BLOCK_G=layout.block_g, CAPACITY=capacity, MAGNITUDE=magnitude,
         num_warps=4 if capacity <= 1024 else 8,

@@ -27,6 +27,9 @@ from flashsae.ops.validate import (
     has_values,
 )
 
+LEAST_WORKSPACE_BYTES, LEAST_WEIGHT_BYTES = 64 << 20, 32 << 20
+"""Of inference, however few tokens there are: then launches would cost more than what they do."""
+
 
 def encode_topk(
     x: Tensor,
@@ -39,6 +42,7 @@ def encode_topk(
     magnitude: bool = False,
     precision: Precision | None = None,
     workspace_bytes: int = reference.WORKSPACE_BYTES,
+    weight_bytes: int = 0,
 ) -> SparseCode:
     """Encode tokens and keep the k largest latents of each.
 
@@ -60,6 +64,8 @@ def encode_topk(
             about the price of a float16 product; "tf32", "bf16": operands rounded to that, accumulated in float32.
             None: "bf16" for bfloat16 weights, "float32" for the others. The CPU and float64 ignore it.
         workspace_bytes: bound on the pre-activations in memory at once; a single row may exceed it.
+        weight_bytes: on a GPU, bound on the rounded weights in memory at once; some rows may exceed it. They are then
+            rounded again for every workspace full of pre-activations. 0: all of them, rounded once.
     Returns:
         the code: acts [B, k], float32 (float64 for float64), pre-activations of any sign; latents [B, k], int64,
         ascending within a row.
@@ -72,15 +78,16 @@ def encode_topk(
     Gradients: x, W_enc_T (as a factor, where `collect_factors` asked for it), b_enc and b_dec, through the selected
         latents. That of b_dec costs d_sae·d_in, not B·k·d_in. Once differentiable.
     Cost: 2·B·d_in·d_sae FLOPs forward; backward 2·B·k·d_in for each of x and W_enc_T. Memory beyond the result:
-        workspace_bytes, an eighth of it for group maxima, and copies of x and W_enc_T where they are rounded.
+        workspace_bytes, an eighth of it for group maxima, and copies of x and W_enc_T where they are rounded, of
+        W_enc_T no more than weight_bytes.
     Source: Makhzani and Frey 2013 (k-sparse autoencoders); Gao et al. 2024, eq. 4; by magnitude Zhu et al. 2025,
         arXiv 2510.00404; selection and backward ours, docs/methodology.md#exact-selection.
     """
-    d_sae, workspace_bytes = check_encoder(x, W_enc_T, b_enc, b_dec, key_scale, workspace_bytes)
-    k = check_k(k, d_sae)
+    d_sae = check_encoder(x, W_enc_T, b_enc, b_dec, key_scale)
+    k, memory = check_k(k, d_sae), as_memory(workspace_bytes, weight_bytes)
     chosen = resolve(precision, W_enc_T)
     acts, latents, *_ = torch.ops.flashsae.encode_topk(
-        x, W_enc_T, b_enc, b_dec, key_scale, [k, int(magnitude)], chosen, workspace_bytes
+        x, W_enc_T, b_enc, b_dec, key_scale, [k, int(magnitude)], chosen, memory
     )
     return shared_code(Pattern(latents, d_sae, ascends=True), acts)
 
@@ -97,9 +104,8 @@ def check_encoder(
     b_enc: Tensor,
     b_dec: Tensor | None,
     key_scale: Tensor | None,
-    workspace_bytes: int,
-) -> tuple[int, int]:
-    """Raise unless the arguments fit each other; return d_sae and workspace_bytes."""
+) -> int:
+    """Raise unless the arguments fit each other; return d_sae."""
     check_shape("W_enc_T", W_enc_T, ("d_sae", "d_in"))
     check_ordinary("x", x)
     d_sae, d_in = W_enc_T.shape
@@ -123,13 +129,44 @@ def check_encoder(
         check_constant("key_scale", key_scale)
         if key_scale.device.type == "cpu" and has_values(key_scale) and not bool(is_scale(key_scale).all()):
             raise ConfigError("key_scale: expected finite numbers >= 0, got negative ones, NaN or infinity.")
-    workspace_bytes = as_int("workspace_bytes", workspace_bytes)
+    return d_sae
+
+
+def as_memory(workspace_bytes: int, weight_bytes: int = 0) -> list[int]:
+    """Return bounds of what exists at once, as operators take them."""
+    workspace_bytes, weight_bytes = as_int("workspace_bytes", workspace_bytes), as_int("weight_bytes", weight_bytes)
     if not 0 < workspace_bytes < 2**63:
         raise ConfigError(f"workspace_bytes: expected a positive number of bytes, got {workspace_bytes}.")
-    return d_sae, workspace_bytes
+    if not 0 <= weight_bytes < 2**63:
+        raise ConfigError(f"weight_bytes: expected a number of bytes, or 0 for no bound, got {weight_bytes}.")
+    return [workspace_bytes, weight_bytes]
 
 
 def resolve(precision: Precision | None, W_enc_T: Tensor) -> Precision:
     """Return the precision of a product by these weights."""
     check_precision(precision)
     return precision or ("bf16" if W_enc_T.dtype == torch.bfloat16 else "float32")
+
+
+def inference_memory(x: Tensor, W_enc_T: Tensor) -> dict[str, int]:
+    """Return bounds of memory with which encoding takes about a sixteenth of what dense codes would, or a floor.
+
+    Dense pre-activations and a dense code of B tokens are 2·B·d_sae numbers. All weights are rounded once where that
+    and a whole workspace are no more than a sixteenth of it; otherwise a block at a time.
+
+    Args:
+        x: [B, d_in].
+        W_enc_T: [d_sae, d_in].
+    Returns:
+        workspace_bytes and weight_bytes of `encode_topk` and `encode_above`; {} on the CPU, where all is as it is.
+    """
+    if W_enc_T.device.type == "cpu":
+        return {}
+    (d_sae, d_in), whole = W_enc_T.shape, reference.WORKSPACE_BYTES
+    budget = len(x) * d_sae * W_enc_T.element_size() // 8
+    if 2 * d_sae * d_in + whole * 9 // 8 <= budget:
+        return {"workspace_bytes": whole}
+    return {
+        "workspace_bytes": max(LEAST_WORKSPACE_BYTES, budget * 3 // 4),
+        "weight_bytes": max(LEAST_WEIGHT_BYTES, budget // 8),
+    }

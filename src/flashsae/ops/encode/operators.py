@@ -35,7 +35,7 @@ def _fake_selection(of: Callable[..., list[Tensor]]) -> Callable[..., list[Tenso
     """
 
     def fake(x: Tensor, _W: Tensor, _b_enc: Tensor, b_dec: Tensor | None, *by: Any) -> list[Tensor]:
-        *selects, precision, _workspace_bytes = by
+        *selects, precision, _memory = by
         return _with_centred(of(x, *selects), x, b_dec, precision)
 
     return fake
@@ -55,15 +55,15 @@ def _encode_topk(
     key_scale: Tensor | None,
     wanted: list[int],  # k, and 1 if selected by magnitude
     precision: str,
-    workspace_bytes: int,
+    memory: list[int],
 ) -> list[Tensor]:
     centred, k, keys = _centred(x, b_dec, precision), wanted[0], Keys.marked(b_enc, key_scale, bool(wanted[1]))
     if use_kernels(x):
         from flashsae.ops.encode.launch import launch_encode_topk
 
-        code = launch_encode_topk(centred, W_enc_T, keys, k, precision, workspace_bytes)
+        code = launch_encode_topk(centred, W_enc_T, keys, k, precision, memory)
     else:
-        code = reference.encode_topk(centred, W_enc_T, keys, k, workspace_bytes)
+        code = reference.encode_topk(centred, W_enc_T, keys, k, memory[0])
     return [*code, *([] if b_dec is None else [centred])]
 
 
@@ -76,15 +76,15 @@ def _encode_batch_topk(
     key_scale: Tensor | None,
     wanted: list[int],  # k, and 1 if selected by magnitude
     precision: str,
-    workspace_bytes: int,
+    memory: list[int],
 ) -> list[Tensor]:
     centred, k, keys = _centred(x, b_dec, precision), wanted[0], Keys.marked(b_enc, key_scale, bool(wanted[1]))
     if use_kernels(x):
         from flashsae.ops.select.launch import batch_topk
 
-        latents, starts, acts = batch_topk(centred, W_enc_T, keys, k, precision, workspace_bytes)
+        latents, starts, acts = batch_topk(centred, W_enc_T, keys, k, precision, memory)
     else:
-        latents, starts, acts = select_reference.batch_topk(centred, W_enc_T, keys, k, workspace_bytes)
+        latents, starts, acts = select_reference.batch_topk(centred, W_enc_T, keys, k, memory[0])
     return [acts, latents, starts, *([] if b_dec is None else [centred])]
 
 
@@ -102,15 +102,15 @@ def _encode_above(
     threshold: Tensor,
     capacity: int | None,
     precision: str,
-    workspace_bytes: int,
+    memory: list[int],
 ) -> list[Tensor]:
     centred = _centred(x, b_dec, precision)
     if use_kernels(x):
         from flashsae.ops.select.launch import above
 
-        found = above(centred, W_enc_T, b_enc, threshold, capacity, precision, workspace_bytes)
+        found = above(centred, W_enc_T, b_enc, threshold, capacity, precision, memory)
     else:
-        found = select_reference.above(centred, W_enc_T, b_enc, threshold, capacity, workspace_bytes)
+        found = select_reference.above(centred, W_enc_T, b_enc, threshold, capacity, memory[0])
     latents, starts, acts, count = found
     return [acts, latents, starts, count, *([] if b_dec is None else [centred])]
 
@@ -123,7 +123,7 @@ def _encode_any_fake(
     threshold: Tensor,
     limit: int,
     precision: str,
-    workspace_bytes: int,
+    memory: list[int],
 ) -> list[Tensor]:
     values, latents, starts = (torch.library.get_ctx().new_dynamic_size() for _ in range(3))
     result = [
@@ -143,7 +143,7 @@ def _encode_any(
     threshold: Tensor,
     limit: int,
     precision: str,
-    workspace_bytes: int,
+    memory: list[int],
 ) -> list[Tensor]:
     """Return values, latents and starts of all above a threshold; where these are more than `limit` all values, alone.
 
@@ -153,9 +153,9 @@ def _encode_any(
     if use_kernels(x):
         from flashsae.ops.select.launch import above
 
-        found = above(centred, W_enc_T, b_enc, threshold, None, precision, workspace_bytes, limit)
+        found = above(centred, W_enc_T, b_enc, threshold, None, precision, memory, limit)
     else:
-        found = select_reference.above(centred, W_enc_T, b_enc, threshold, None, workspace_bytes, limit)
+        found = select_reference.above(centred, W_enc_T, b_enc, threshold, None, memory[0], limit)
     latents, starts, values, _ = found
     return [values, latents, starts, *([] if b_dec is None else [centred])]
 

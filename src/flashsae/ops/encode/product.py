@@ -1,4 +1,4 @@
-"""The product that is screened: how it accumulates, and its operands in float16 with what bounds their error."""
+"""The product that is screened: its parts, how it accumulates, its operands in float16 and what bounds their error."""
 
 from __future__ import annotations
 
@@ -11,47 +11,132 @@ import triton
 from torch import Tensor
 
 from flashsae.ops.encode import certify_kernels
+from flashsae.ops.validate import packed
 
 LARGEST_ROWS = 65535 * 16
 """Rows at once, at most: a grid has no more than 65535 programs in its second dimension, each with 16 rows."""
 
+LEAST_LATENTS = 32
+"""Rows of weights that are rounded at once, at least."""
+
+Memory = list[int]
+"""Bytes of products at once, and of rounded weights at once, 0 for all of them: what operators are given."""
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    """Return the dtype of the operands of the product that is screened, and of the product."""
+    return {"bf16": torch.bfloat16, "tf32": torch.float32, "float32": torch.float16}[precision]
+
 
 @dataclass(frozen=True)
-class Rounded:
-    """Operands in float16 and what bounds their error (encode_topk_round_kernel).
+class Part:
+    """Products of some tokens, whose memory is used again for the next.
 
     Args:
-        x: [B, d_in], float16.
-        W: [d_sae, d_in], float16.
-        tokens: [3, B], float32.
-        latents: [3, d_sae], float32.
+        tokens: which.
+        products: [tokens, d_sae or more].
+        bounds: what bounds the error, of tokens [3, tokens] and of latents [3, d_sae], float32, if certified.
+    """
+
+    tokens: slice
+    products: Tensor
+    bounds: tuple[Tensor, Tensor] | None
+
+
+@dataclass(frozen=True)
+class Product:
+    """x @ W_enc_T.T, some tokens at a time.
+
+    Args:
+        x: [B, d_in], packed; certified in float32, else of the dtype of the product.
+        W: [d_sae, d_in], packed; certified in float32.
+        precision: "bf16", "tf32" or "float32" (certified: operands are float16).
+        rows: tokens at a time.
+        latents: rows of weights that are rounded at a time: all of them once, or some of them again for every part.
     """
 
     x: Tensor
     W: Tensor
-    tokens: Tensor
-    latents: Tensor
+    precision: str
+    rows: int
+    latents: int
+
+    @classmethod
+    def of(cls, x: Tensor, W_enc_T: Tensor, precision: str, memory: Memory, most_rows: int = LARGEST_ROWS) -> Product:
+        """Return the product of operands as they come, in parts that keep to a bound of memory.
+
+        Args:
+            x: [B, d_in], already centred.
+            W_enc_T: [d_sae, d_in].
+            precision: of the product.
+            memory: the bound.
+            most_rows: tokens at a time, at most.
+        """
+        dtype, certified, (n, d) = dtype_of(precision), precision == "float32", W_enc_T.shape
+        x = packed(x.to(torch.float32 if certified else dtype))
+        W = packed(W_enc_T.to(torch.float32) if certified else W_enc_T)
+        fit = memory[0] // (_stride(n) * dtype.itemsize)
+        at_once = memory[1] // (d * dtype.itemsize) // LEAST_LATENTS * LEAST_LATENTS
+        latents = min(n, max(LEAST_LATENTS, at_once)) if memory[1] and W.dtype != dtype else n
+        return cls(x, W, precision, max(1, min(len(x), LARGEST_ROWS, most_rows, fit)), latents)
+
+    @property
+    def certified(self) -> bool:
+        """Whether products only screen."""
+        return self.precision == "float32"
+
+    def parts(self) -> Iterator[Part]:
+        """Yield the products, part by part."""
+        (B, n), dtype, device = (len(self.x), len(self.W)), dtype_of(self.precision), self.x.device
+        raw = torch.empty(self.rows, _stride(n), dtype=dtype, device=device)
+        of_latents = torch.empty(3, n, dtype=torch.float32, device=device) if self.certified else None
+        blocks = [slice(first, min(first + self.latents, n)) for first in range(0, n, self.latents)]
+        whole = self._rounded(blocks[0], of_latents) if len(blocks) == 1 else None
+        for first in range(0, B, self.rows):
+            tokens = slice(first, min(first + self.rows, B))
+            products = raw[: tokens.stop - first]
+            left, of_tokens = self._left(tokens)
+            for block in blocks:
+                right = self._rounded(block, of_latents) if whole is None else whole
+                with products_in(self.precision):
+                    torch.mm(left, right.T, out=products[:, block])
+            del right
+            if tokens.stop == B:
+                whole = None  # rounded weights make room for what follows
+            bounds = None if of_tokens is None or of_latents is None else (of_tokens, of_latents)
+            yield Part(tokens, products, bounds)
+
+    def _left(self, tokens: slice) -> tuple[Tensor, Tensor | None]:
+        return _in_half(self.x[tokens], is_token=True) if self.certified else (self.x[tokens], None)
+
+    def _rounded(self, block: slice, of_latents: Tensor | None) -> Tensor:
+        """Return some rows of weights in the dtype of the product, and note what bounds their error."""
+        if of_latents is None:
+            return self.W[block].to(dtype_of(self.precision))
+        half, facts = _in_half(self.W[block], is_token=False)
+        of_latents[:, block] = facts
+        return half
 
 
-def round_operands(x: Tensor, W_enc_T: Tensor) -> Rounded:
-    """Round tokens and rows of weights to float16 and note what bounds the error."""
-    d = x.shape[1]
+def _stride(n: int) -> int:
+    return int(triton.cdiv(n, 8) * 8)  # rows of the product stay aligned
+
+
+def _in_half(matrix: Tensor, *, is_token: bool) -> tuple[Tensor, Tensor]:
+    """Return rows in float16, and what bounds the error, [3, rows], float32 (encode_topk_round_kernel)."""
+    rows, d = matrix.shape
     top_exponent = (15 - (d - 1).bit_length()) // 2  # then no product of two rows can overflow float16
     # a tensor core adds at least 8 products at a time and loses less than 2**-21 of the largest sum each time; the
     # float32 rescoring adds d / 128 products in a row in each of its lanes, then the lanes in pairs
     accumulation = d / 8 * 2.0**-21 + (d / 128 + 32) * 2.0**-23
-    rounded, facts = [], []
-    for matrix, is_token in ((x, True), (W_enc_T, False)):
-        half = torch.empty_like(matrix, dtype=torch.float16)
-        fact = torch.empty(3, len(matrix), dtype=torch.float32, device=matrix.device)
-        block_d = triton.next_power_of_2(d)
-        certify_kernels.encode_topk_round_kernel[(len(matrix),)](
-            matrix, half, fact, len(matrix), d, matrix.stride(0), top_exponent, accumulation,
-            IS_TOKEN=is_token, BLOCK_D=block_d, num_warps=max(1, min(16, block_d // 1024)),
-        )  # fmt: skip
-        rounded.append(half)
-        facts.append(fact)
-    return Rounded(*rounded, *facts)
+    half = torch.empty_like(matrix, dtype=torch.float16)
+    facts = torch.empty(3, rows, dtype=torch.float32, device=matrix.device)
+    block_d = triton.next_power_of_2(d)
+    certify_kernels.encode_topk_round_kernel[(rows,)](
+        matrix, half, facts, rows, d, matrix.stride(0), top_exponent, accumulation,
+        IS_TOKEN=is_token, BLOCK_D=block_d, num_warps=max(1, min(16, block_d // 1024)),
+    )  # fmt: skip
+    return half, facts
 
 
 @contextmanager

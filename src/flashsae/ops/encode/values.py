@@ -39,7 +39,7 @@ def pre_acts(
         selection that it makes without this.
     Source: ours, docs/methodology.md#sparse-backward.
     """
-    d_sae, _ = check_encoder(x, W_enc_T, b_enc, b_dec, None, 1)
+    d_sae = check_encoder(x, W_enc_T, b_enc, b_dec, None)
     _check_pattern(pattern, d_sae, x.shape[0])
     check_device("pattern", pattern.latents, x, "x")
     chosen = resolve(precision, W_enc_T)

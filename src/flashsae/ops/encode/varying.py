@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from flashsae.backend import crossover
 from flashsae.errors import ConfigError, DtypeError, ShapeError
 from flashsae.ops.code import SparseCode
-from flashsae.ops.encode.op import check_encoder, resolve, shared_code
+from flashsae.ops.encode.op import as_memory, check_encoder, resolve, shared_code
 from flashsae.ops.encode.reference import WORKSPACE_BYTES
 from flashsae.ops.gradients import share
 from flashsae.ops.pattern import Pattern
@@ -67,12 +67,12 @@ def encode_batch_topk(
     Source: Bussmann et al. 2024, "BatchTopK sparse autoencoders"; selection ours,
         docs/methodology.md#selection-over-a-batch.
     """
-    d_sae, workspace_bytes = check_encoder(x, W_enc_T, b_enc, b_dec, key_scale, workspace_bytes)
-    k = check_k(k, d_sae)
+    d_sae = check_encoder(x, W_enc_T, b_enc, b_dec, key_scale)
+    k, memory = check_k(k, d_sae), as_memory(workspace_bytes)
     if x.shape[0] * k >= 2**31:
         raise ShapeError(f"x: expected fewer than 2**31 latents in all, B · k, got {x.shape[0] * k}: use fewer tokens.")
     acts, latents, starts, *_ = torch.ops.flashsae.encode_batch_topk(
-        x, W_enc_T, b_enc, b_dec, key_scale, [k, int(magnitude)], resolve(precision, W_enc_T), workspace_bytes
+        x, W_enc_T, b_enc, b_dec, key_scale, [k, int(magnitude)], resolve(precision, W_enc_T), memory
     )
     return shared_code(Pattern(latents, d_sae, starts), acts)
 
@@ -87,13 +87,14 @@ def encode_above(
     capacity: Capacity = None,
     precision: Precision | None = None,
     workspace_bytes: int = WORKSPACE_BYTES,
+    weight_bytes: int = 0,
 ) -> SparseCode:
     """Encode tokens and keep every latent whose pre-activation exceeds a threshold.
 
         pre_acts = (x - b_dec) @ W_enc_T.T + b_enc;   acts = all pre_acts > threshold
 
     Args:
-        x, W_enc_T, b_enc, b_dec, precision, workspace_bytes: as in `encode_topk`.
+        x, W_enc_T, b_enc, b_dec, precision, workspace_bytes, weight_bytes: as in `encode_topk`.
         threshold: a number, a scalar tensor, or [d_sae], one for each latent. Receives no gradient here.
         capacity: how many entries there is room for. None: as many as there are, which the host waits for; a number: no
             wait, and `code.pattern.overflowed` tells whether they were more. Then the first of them in order are there,
@@ -115,8 +116,8 @@ def encode_above(
     Cost: as `encode_topk`.
     Source: ours, docs/methodology.md#selection-over-a-batch.
     """
-    d_sae, workspace_bytes = check_encoder(x, W_enc_T, b_enc, b_dec, None, workspace_bytes)
-    capacity = _as_capacity(capacity, x)
+    d_sae = check_encoder(x, W_enc_T, b_enc, b_dec, None)
+    capacity, memory = _as_capacity(capacity, x), as_memory(workspace_bytes, weight_bytes)
     operands = x, W_enc_T, b_enc, b_dec
     thresholds, chosen = _as_thresholds(threshold, x, d_sae), resolve(precision, W_enc_T)
     if capacity == "full":
@@ -125,7 +126,7 @@ def encode_above(
     if capacity == "any" and has_values(x):
         limit = int(crossover(W_enc_T) * len(x) * d_sae)
         flat, latents, starts, *_ = torch.ops.flashsae.encode_any(
-            *operands, thresholds, limit, chosen, workspace_bytes
+            *operands, thresholds, limit, chosen, memory
         )  # fmt: skip
         if len(starts):
             return shared_code(Pattern(latents, d_sae, starts), flat)
@@ -135,7 +136,7 @@ def encode_above(
         return SparseCode(pattern, acts, pre_acts=acts)
     room = capacity if isinstance(capacity, int) else None
     acts, latents, starts, count, *_ = torch.ops.flashsae.encode_above(
-        *operands, thresholds, room, chosen, workspace_bytes
+        *operands, thresholds, room, chosen, memory
     )  # fmt: skip
     return shared_code(Pattern(latents, d_sae, starts, None if room is None else count), acts)
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from flashsae.errors import ShapeError
 from flashsae.ops.dense import op as dense
 from flashsae.ops.encode.keys import Keys
+from flashsae.ops.encode.product import Memory, Part
 from flashsae.ops.select import above_kernels
-from flashsae.ops.select.operands import Operands, rescore
+from flashsae.ops.select.operands import Operands, bounds_of, rescore
 from flashsae.ops.validate import packed
 
 LARGEST = 2**31 - 1
@@ -78,7 +79,7 @@ def above(
     threshold: Tensor,
     capacity: int | None,
     precision: str,
-    workspace_bytes: int,
+    memory: Memory,
     limit: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return latents, int32, starts [B + 1], int32, values, float32, and count, int64, as the reference does.
@@ -89,20 +90,21 @@ def above(
         capacity: how many places there are, without a wait for the device; None: as many as are wanted, one wait a
             part.
         precision: "bf16" (operands and products in bfloat16), "tf32" or "float32" (certified).
+        memory: bounds of what exists at once.
         limit: as in the reference; only without a capacity.
     Raises:
         ShapeError: capacity is None, and 2**31 entries or more are wanted.
     """
-    operands = Operands.of(centred, W_enc_T, Keys(b_enc), precision, workspace_bytes)
+    operands = Operands.of(centred, W_enc_T, Keys(b_enc), precision, memory)
     B, device, words = len(centred), centred.device, triton.cdiv(len(W_enc_T), above_kernels.BITS.value)
     selection = _Selection(
         operands, packed(threshold.float()), LARGEST if capacity is None else capacity, words,
         min(1024, triton.next_power_of_2(words)), torch.zeros(B + 1, dtype=torch.int32, device=device),
         torch.zeros(1, dtype=torch.int64, device=device),
     )  # fmt: skip
-    entries, base, parts = _Entries.of(capacity or 0, operands), 0, []
-    for first, products, tokens in operands.products() if B else ():
-        marks, places = _mark(selection, first, products, tokens)
+    entries, base, pieces = _Entries.of(capacity or 0, operands), 0, []
+    for part in operands.product.parts() if B else ():
+        marks, places = _mark(selection, part)
         if capacity is None:
             total = int(selection.total)  # the one wait: how much memory
             if limit is not None and total > limit:
@@ -114,19 +116,20 @@ def above(
                     f"threshold: expected fewer than 2**31 entries above it, got {total}: use fewer tokens."
                 )
             entries = _Entries.of(total - base, operands)
-            parts.append(entries)
-        _write(selection, first, products, (marks, places, base), entries)
+            pieces.append(entries)
+        _write(selection, part, (marks, places, base), entries)
         base = base if capacity is not None else total
-    if parts:
-        joined = zip(*((part.latents, part.tokens, part.values) for part in parts))
-        entries = _Entries(*(None if pieces[0] is None else torch.cat(pieces) for pieces in joined))  # type: ignore[arg-type]
+    if pieces:
+        joined = zip(*((piece.latents, piece.tokens, piece.values) for piece in pieces))
+        entries = _Entries(*(None if each[0] is None else torch.cat(each) for each in joined))  # type: ignore[arg-type]
     if operands.certified:
         rescore(operands, (entries.latents, entries.tokens, selection.total), entries.values)
     return entries.latents, selection.starts, entries.values, selection.total[0]
 
 
-def _mark(selection: _Selection, first: int, products: Tensor, tokens: Tensor | None) -> tuple[Tensor, Tensor]:
+def _mark(selection: _Selection, part: Part) -> tuple[Tensor, Tensor]:
     """Return a bit for each pre-activation of these rows, and the place of what each chunk selects."""
+    products = part.products
     operands, rows, words, chunks = selection.operands, len(products), selection.words, selection.chunks
     n, device, certified = len(operands.W), products.device, selection.operands.certified
     marks = torch.empty(rows, words, dtype=torch.int32, device=device)
@@ -134,13 +137,13 @@ def _mark(selection: _Selection, first: int, products: Tensor, tokens: Tensor | 
     counts = torch.zeros(rows, chunks, dtype=torch.int32, device=device)
     block_g, block_b = min(64, selection.chunk), 16
     above_kernels.select_above_kernel[(triton.cdiv(words, block_g), triton.cdiv(rows, block_b))](
-        products, operands.b_enc, operands.latents, tokens, *selection.by, marks, sure, counts,
+        products, operands.b_enc, *bounds_of(part), *selection.by, marks, sure, counts,
         rows, n, words, chunks, products.stride(0),
         CHUNK=selection.chunk, BLOCK_G=block_g, BLOCK_B=block_b, STAGES=1 if certified else 3,
         num_warps=8 if certified else 4,
     )  # fmt: skip
     if certified:
-        x, W = operands.x[first : first + rows], operands.W
+        x, W = operands.x[part.tokens], operands.W
         above_kernels.select_decide_kernel[(rows, chunks)](
             x, W, operands.b_enc, *selection.by, marks, sure, torch.empty_like(marks),
             torch.empty(rows, chunks, above_kernels.TILE.value, dtype=torch.int32, device=device), counts,
@@ -149,22 +152,20 @@ def _mark(selection: _Selection, first: int, products: Tensor, tokens: Tensor | 
         )  # fmt: skip
     places = torch.empty(rows, chunks, dtype=torch.int64, device=device)
     above_kernels.select_places_kernel[(1,)](
-        counts, places, selection.total, selection.starts[first:], rows * chunks, chunks, selection.capacity,
-        BLOCK=min(8192, max(32, triton.next_power_of_2(rows * chunks))), num_warps=8,
+        counts, places, selection.total, selection.starts[part.tokens.start :], rows * chunks, chunks,
+        selection.capacity, BLOCK=min(8192, max(32, triton.next_power_of_2(rows * chunks))), num_warps=8,
     )  # fmt: skip
     return marks, places
 
 
-def _write(
-    selection: _Selection, first: int, products: Tensor, marked: tuple[Tensor, Tensor, int], entries: _Entries
-) -> None:
+def _write(selection: _Selection, part: Part, marked: tuple[Tensor, Tensor, int], entries: _Entries) -> None:
     """Write entries of these rows; `marked`: bits, places, and the place that the first of `entries` has."""
     marks, places, base = marked
-    operands = selection.operands
+    operands, products = selection.operands, part.products
     if len(entries.latents):
         above_kernels.select_above_write_kernel[(len(products), selection.chunks)](
             None if operands.certified else products, operands.b_enc, marks, torch.empty_like(marks), places,
-            entries.latents, entries.tokens, entries.values, first, base, len(entries.latents),
+            entries.latents, entries.tokens, entries.values, part.tokens.start, base, len(entries.latents),
             len(operands.W), selection.words, selection.chunks, products.stride(0),
             CHUNK=selection.chunk, num_warps=4,
         )  # fmt: skip

@@ -13,8 +13,9 @@ from flashsae import distributed
 from flashsae.ops.encode import kernels as encode_kernels
 from flashsae.ops.encode.keys import Keys
 from flashsae.ops.encode.launch import Layout
+from flashsae.ops.encode.product import Memory, Part
 from flashsae.ops.select import kernels, redo_kernels
-from flashsae.ops.select.operands import PROGRAMS, Operands, rescore
+from flashsae.ops.select.operands import PROGRAMS, Operands, bounds_of, rescore
 
 FINE = 13
 """Bins of the first histogram are 2 ** FINE keys wide: 16384 of them cover a factor of 65536 above the bound."""
@@ -106,7 +107,7 @@ def batch_topk(
     keys: Keys,
     k: int,
     precision: str,
-    workspace_bytes: int,
+    memory: Memory,
     used: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return latents [B·k], int32, starts [B + 1], int32, and values [B·k], float32, as the reference does.
@@ -114,6 +115,7 @@ def batch_topk(
     Args:
         centred: [B, d_in].
         precision: "bf16" (operands and products in bfloat16), "tf32" or "float32" (certified).
+        memory: bounds of what exists at once.
         used: [1], int64; receives how many candidates there were.
     """
     B, wanted, device = len(centred), len(centred) * k, centred.device
@@ -121,10 +123,10 @@ def batch_topk(
     values = torch.empty(wanted, dtype=torch.float32, device=device)
     starts = (torch.empty if B else torch.zeros)(B + 1, dtype=torch.int32, device=device)
     if B:
-        operands = Operands.of(centred, W_enc_T, keys, precision, workspace_bytes)
+        operands = Operands.of(centred, W_enc_T, keys, precision, memory)
         candidates = _List.of(operands, k)
-        for part, (first, products, tokens) in enumerate(operands.products()):
-            _add_part(operands, candidates, part, first, products, tokens)
+        for number, part in enumerate(operands.product.parts()):
+            _add_part(operands, candidates, number, part)
         _choose(operands, candidates, (starts, latents, values))
         if used is not None:
             used.copy_(candidates.total)
@@ -159,41 +161,41 @@ def _raise_bound(of: _List, hist: Tensor, next_shift: int = -1, *, coarse: bool 
         hist.zero_()  # that of top bits is added to
 
 
-def _add_part(
-    operands: Operands, to: _List, part: int, first: int, products: Tensor, tokens: Tensor | None
-) -> None:  # fmt: skip
+def _add_part(operands: Operands, to: _List, number: int, part: Part) -> None:
     """Raise the bound by what these rows hold, and list what of them reaches it."""
+    products = part.products
     layout, rows, n, device = to.layout, len(products), len(operands.W), products.device
     coarse, fine = to.histograms
-    by = products, *operands.by, operands.latents, tokens
-    maxima, supers = _group_maxima(operands, layout, products, tokens)
-    _count_maxima(supers, coarse, to.state, tokens)
+    by = products, *operands.by, *bounds_of(part)
+    maxima, supers = _group_maxima(operands, layout, part)
+    _count_maxima(supers, coarse, to.state, bounds_of(part)[1])
     _raise_bound(to, coarse, FINE, coarse=True)
     grid, pieces = (rows, to.chunks), rows * to.chunks
     # each program of the last pass adds up as many counts of pieces as sums of counts, or up to twice as many
     span = max(128, triton.next_power_of_2(math.isqrt(pieces)))
     spans = triton.cdiv(pieces, span)
     counts, reach = torch.empty(2, pieces, dtype=torch.int32, device=device)
-    sums, used = torch.zeros(spans, dtype=torch.int64, device=device), to.used[part : part + 2]
+    sums, used = torch.zeros(spans, dtype=torch.int64, device=device), to.used[number : number + 2]
     shape = rows, n, layout.groups, to.chunks, products.stride(0)
     tile = {
         "GROUP": layout.group, "BLOCK_G": _block_g(layout), "TILE": TILE, "MAGNITUDE": operands.keys.magnitude,
         "num_warps": WARPS,
     }  # fmt: skip
     kernels.select_groups_kernel[grid](*by, maxima, counts, fine, to.state, *shape, **tile)
-    if part:
+    if number:
         _count_entries(to, used)
     # certified: values, which lie above their lower bounds, are counted in bins of the same width next
     _raise_bound(to, fine, FINE if operands.certified else -1)
     kernels.select_reach_kernel[grid](*by, maxima, counts, to.state, reach, sums, *shape, SPAN=span, **tile)
     kernels.select_append_kernel[grid](
         *by, maxima, counts, to.state, reach, sums, used, to.keys, to.other, to.latents, to.tokens, to.begins,
-        first, to.capacity, *shape, SPAN=span, SPANS=triton.next_power_of_2(spans), **tile,
+        part.tokens.start, to.capacity, *shape, SPAN=span, SPANS=triton.next_power_of_2(spans), **tile,
     )  # fmt: skip
 
 
-def _group_maxima(operands: Operands, layout: Layout, products: Tensor, tokens: Tensor | None) -> tuple[Tensor, Tensor]:
+def _group_maxima(operands: Operands, layout: Layout, part: Part) -> tuple[Tensor, Tensor]:
     """Return the largest keys of groups, certified: of upper bounds, and of supers, certified: of lower bounds."""
+    products = part.products
     rows, groups, device = len(products), layout.groups, products.device
     low = torch.empty(rows, groups, dtype=torch.int32, device=device)
     high = torch.empty_like(low) if operands.certified else None
@@ -201,7 +203,7 @@ def _group_maxima(operands: Operands, layout: Layout, products: Tensor, tokens: 
     block_g = max(layout.super, triton.next_power_of_2(min(groups, 2048 // layout.group)))
     block_b = 16
     encode_kernels.encode_topk_group_max_kernel[(triton.cdiv(groups, block_g), triton.cdiv(rows, block_b))](
-        products, *operands.by, operands.latents, tokens, low, high, supers,
+        products, *operands.by, *bounds_of(part), low, high, supers,
         rows, len(operands.W), groups, layout.supers, products.stride(0),
         GROUP=layout.group, SUPER=layout.super, BLOCK_G=block_g, BLOCK_B=block_b,
         STAGES=1 if operands.certified else 3, MAGNITUDE=operands.keys.magnitude,

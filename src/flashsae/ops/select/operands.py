@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 import triton
 from torch import Tensor
 
 from flashsae.ops.encode.keys import Keys
-from flashsae.ops.encode.product import LARGEST_ROWS, Rounded, products_in, round_operands
+from flashsae.ops.encode.product import Memory, Part, Product
 from flashsae.ops.select import kernels
-from flashsae.ops.validate import packed
 
 PROGRAMS = 1024
 """Programs that share a list whose length only the device knows, at most."""
@@ -23,32 +20,28 @@ class Operands:
     """What is multiplied, some rows at a time.
 
     Args:
-        x: [B, d_in], centred; in the dtype of the product, certified in float32.
-        W: [d_sae, d_in], the same.
+        product: of tokens and weights.
         keys: what is selected by, packed.
-        rounded: operands in float16 and what bounds their error, if certified.
-        precision: "bf16", "tf32" or "float32" (certified).
-        rows: how many at a time.
     """
 
-    x: Tensor
-    W: Tensor
+    product: Product
     keys: Keys
-    rounded: Rounded | None
-    precision: str
-    rows: int
 
     @classmethod
-    def of(cls, x: Tensor, W: Tensor, keys: Keys, precision: str, workspace_bytes: int) -> Operands:
+    def of(cls, x: Tensor, W: Tensor, keys: Keys, precision: str, memory: Memory) -> Operands:
         """Return operands as kernels read them."""
-        certified = precision == "float32"
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        x, W = packed(x.to(dtype), W.to(dtype))
-        itemsize = torch.float16.itemsize if certified else dtype.itemsize
-        fit = workspace_bytes // (_stride(W) * itemsize)
-        rows = max(1, min(len(x), LARGEST_ROWS, fit, (2**31 - 1) // _stride(W)))
-        rounded = round_operands(x, W) if certified and len(x) else None
-        return cls(x, W, keys.packed(), rounded, precision, rows)
+        stride = int(triton.cdiv(len(W), 8) * 8)
+        return cls(Product.of(x, W, precision, memory, (2**31 - 1) // stride), keys.packed())
+
+    @property
+    def x(self) -> Tensor:
+        """[B, d_in], centred; in the dtype of the product, certified in float32."""
+        return self.product.x
+
+    @property
+    def W(self) -> Tensor:
+        """[d_sae, d_in], not yet rounded to the dtype of the product."""
+        return self.product.W
 
     @property
     def b_enc(self) -> Tensor:
@@ -63,35 +56,18 @@ class Operands:
     @property
     def certified(self) -> bool:
         """Whether products only screen."""
-        return self.precision == "float32"
+        return self.product.certified
 
     @property
     def parts(self) -> int:
         """How many times some rows are multiplied."""
-        return int(triton.cdiv(len(self.x), self.rows))
-
-    def products(self) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-        """Yield the first row of each part, its products [rows, d_sae or more], and facts of its tokens, if certified.
-
-        The memory of products is used again for the next part.
-        """
-        left, right = (self.x, self.W) if self.rounded is None else (self.rounded.x, self.rounded.W)
-        raw = torch.empty(self.rows, _stride(right), dtype=left.dtype, device=left.device)
-        for first in range(0, len(left), self.rows):
-            part = slice(first, min(first + self.rows, len(left)))
-            products = raw[: part.stop - first]
-            with products_in(self.precision):
-                torch.mm(left[part], right.T, out=products[:, : len(right)])
-            yield first, products, None if self.rounded is None else self.rounded.tokens[:, part].contiguous()
-
-    @property
-    def latents(self) -> Tensor | None:
-        """Facts of the latents, if certified."""
-        return None if self.rounded is None else self.rounded.latents
+        return int(triton.cdiv(len(self.x), self.product.rows))
 
 
-def _stride(W: Tensor) -> int:
-    return int(triton.cdiv(len(W), 8) * 8)  # rows of the product stay aligned
+def bounds_of(part: Part) -> tuple[Tensor | None, Tensor | None]:
+    """Return what bounds the error of latents and of tokens, as kernels take them."""
+    tokens, latents = part.bounds or (None, None)
+    return latents, tokens
 
 
 def rescore(

@@ -52,11 +52,15 @@ def select_redo_kernel(
                     mask=(row < B)[:, None] & (column < d)[None, :],
                     other=0.0,
                 ).to(tl.float32)
-                W = tl.load(
-                    W_ptr + latents.to(tl.int64)[None, :] * W_stride + column[:, None],
-                    mask=(latents < n)[None, :] & (column < d)[:, None],
-                    other=0.0,
-                ).to(tl.float32)
+                W = (
+                    tl.load(
+                        W_ptr + latents.to(tl.int64)[None, :] * W_stride + column[:, None],
+                        mask=(latents < n)[None, :] & (column < d)[:, None],
+                        other=0.0,
+                    )
+                    .to(x_ptr.dtype.element_ty)
+                    .to(tl.float32)
+                )
                 sums = tl.dot(x, W, sums, input_precision="ieee")
             if x_ptr.dtype.element_ty == tl.bfloat16:
                 sums = sums.to(tl.bfloat16).to(tl.float32)
