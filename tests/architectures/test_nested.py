@@ -17,9 +17,10 @@ import flashsae
 from flashsae import SAE, HierarchicalTopKSettings, SAEConfig, TrainConfig
 from flashsae.architecture import Progress, architecture_named, settings_of
 from flashsae.architectures.hierarchical_topk import at_budget
-from flashsae.architectures.matryoshka import prefixes_of, sampled_prefixes
+from flashsae.architectures.matryoshka import sampled_prefixes
 from flashsae.errors import ConfigError
 from flashsae.sae import Step, fvu_weights
+from flashsae.settings.prefixes import prefixes_of
 from flashsae.testing import DenseTrainer, assert_as_accurate, oracle
 from flashsae.train.plan import make_plan
 from helpers.resumed import same_after_a_kill

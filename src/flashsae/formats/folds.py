@@ -1,0 +1,145 @@
+"""The same SAE in other parameters, for formats that have a place for those: computed in float64, rounded once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashsae.errors import ConfigError
+from flashsae.formats.content import Content
+
+UNIT, UNIT_OF_HALVES = 5e-6, 1e-2
+"""How far a norm may be from 1 to count as 1, in float32 and in dtypes of 16 bits; others allow twice that at least."""
+
+_OUTER = ("transcoder", "skip_transcoder", "crosscoder")
+_NESTED = ("matryoshka", "hierarchical_topk")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What an architecture does in inference, whatever it was trained with.
+
+    Args:
+        outer: "", for an autoencoder, or transcoder, skip_transcoder, crosscoder.
+        inner: topk, batch_topk, jump_relu, relu, gated, abs_topk, or what somebody else has made.
+        nested: "", or what its nested reconstructions in training are called.
+    """
+
+    outer: str
+    inner: str
+    nested: str = ""
+
+
+def selection_of(content: Content) -> Selection:
+    """Return what the architecture of an SAE selects in inference."""
+    names = content.architecture.split(":")
+    outer = names.pop(0) if names[0] in _OUTER else ""
+    names = names or ["batch_topk" if outer == "crosscoder" else "topk"]
+    nested = names[0] if names[0] in _NESTED else ""
+    if nested == "matryoshka":
+        names = names[1:] or ["batch_topk"]
+    inner = ":".join(names)
+    return Selection(outer, "topk" if inner == "hierarchical_topk" else inner, nested)
+
+
+def subtracting(content: Content, is_wanted: bool) -> Content:
+    """Return the SAE whose encoder sees x − b_dec, or x itself: b_enc ± W_enc_T @ b_dec.
+
+    Raises:
+        ConfigError: it reads and writes different widths.
+    """
+    if content.apply_b_dec_to_input == is_wanted:
+        return content
+    if content.d_in != content.d_out:
+        raise ConfigError(
+            f"b_dec: an SAE that reads {content.d_in} and writes {content.d_out} values cannot subtract it from what "
+            "it reads."
+        )
+    tensors = dict(content.tensors)
+    moved = tensors["W_enc_T"].double() @ tensors["b_dec"].double()
+    moved = moved if is_wanted else -moved
+    changed = {"b_enc": tensors["b_enc"].double() + moved}
+    if "b_mag" in tensors:
+        changed["b_mag"] = tensors["b_mag"].double() + tensors["r_mag"].double().exp() * moved
+    return replace(content, tensors=_rounded(tensors, changed), apply_b_dec_to_input=is_wanted)
+
+
+def norms(W_dec: Tensor) -> Tensor:
+    """Return the norms of decoder rows, [d_sae], float64."""
+    return W_dec.double().norm(dim=1)
+
+
+def has_unit_rows(W_dec: Tensor) -> bool:
+    """Tell whether all decoder rows have norm 1, as far as their dtype tells it."""
+    allowed = UNIT_OF_HALVES if W_dec.dtype.itemsize == 2 else UNIT
+    return bool(((norms(W_dec) - 1).abs() <= allowed).all())
+
+
+def with_unit_rows(content: Content) -> Content:
+    """Return the SAE whose decoder rows have norm 1, and whose activations are as many times what they were.
+
+    Exact where a latent is active by itself: ReLU, JumpReLU, Gated. Where latents are compared with each other, or with
+    one threshold, only if all rows have the same norm. A row of zeros becomes a direction that is never active.
+
+    Raises:
+        ConfigError: latents are compared, and rows have different norms.
+    """
+    W_dec, inner = content.tensors["W_dec"], selection_of(content).inner
+    if has_unit_rows(W_dec):
+        return content
+    of_rows = norms(W_dec)
+    if inner not in ("relu", "jump_relu", "gated"):
+        if not has_unit_rows((W_dec.double() / of_rows.mean()).to(W_dec.dtype)):
+            raise ConfigError(
+                f"W_dec: rows have norms from {of_rows.min():.3g} to {of_rows.max():.3g}, and cannot be given norm 1 "
+                f"in an SAE that compares latents ({content.architecture}): others would be selected."
+            )
+        of_rows = of_rows.mean().expand_as(of_rows)
+    rows = of_rows[:, None]
+    first = torch.zeros_like(W_dec, dtype=torch.float64)
+    first[:, 0] = 1
+    changed = {
+        "W_dec": torch.where(rows > 0, W_dec.double() / rows, first),
+        "W_enc_T": content.tensors["W_enc_T"].double() * rows,
+    }
+    for name in ("b_enc", "b_mag", "threshold"):
+        if name in content.tensors:
+            value = content.tensors[name].double()
+            changed[name] = torch.where(of_rows > 0, value * of_rows, 0.0) if value.dim() else value * of_rows[0]
+    return replace(content, tensors=_rounded(content.tensors, changed))
+
+
+def _rounded(tensors: Mapping[str, Tensor], changed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors, some of them changed, in the dtype that they had."""
+    return {name: changed[name].to(each.dtype) if name in changed else each for name, each in tensors.items()}
+
+
+def refuse_sites(content: Content, title: str, outer: tuple[str, ...] = ()) -> None:
+    """Raise ConfigError where an SAE reads or writes more than a format has names for, or normalises tokens.
+
+    Args:
+        content: the SAE.
+        title: of the format.
+        outer: what it holds beside autoencoders.
+    """
+    selection = selection_of(content)
+    if selection.outer and selection.outer not in outer:
+        raise ConfigError(f"{title} holds no {selection.outer}: keep it as flashsae, or choose a format that does.")
+    if content.normalize_activations != "none":
+        raise ConfigError(
+            f"{title} has no place for normalize_activations, got {content.normalize_activations!r}: keep it as "
+            "flashsae."
+        )
+
+
+def l0_of(content: Content) -> int | None:
+    """Return how many latents are active for a token, on average, as far as an SAE tells it; at least 1."""
+    settings: Mapping[str, Any] = content.settings
+    for value in (settings.get("k"), content.metadata.get("l0"), settings.get("target_l0")):
+        if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf"):
+            return min(content.d_sae, max(1, round(value)))
+    return None

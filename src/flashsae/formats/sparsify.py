@@ -1,0 +1,266 @@
+"""The files of sparsify, which delphi reads too: cfg.json and sae.safetensors, in a folder named for its hookpoint.
+
+    f = TopK(relu(encoder.weight @ (x − b_dec) + encoder.bias), k);   x_hat = f @ W_dec + b_dec (+ W_skip @ x)
+
+With transcode nothing is subtracted, and x_hat is of the output of the module whose input x is. W_dec is [d_sae, d_in],
+as ours. There is no other selection, so what selects otherwise is written as TopK only where that is asked for; ReLU is
+TopK of all latents, with the same numbers. `config.json` beside it says what it was trained on: theirs writes one for
+all SAEs of a run, into the folder above, and ours one into the folder of each.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from flashsae import files
+from flashsae.documents import load_json, load_tensors
+from flashsae.errors import CheckpointError, ConfigError
+from flashsae.formats.checks import active, glimpse, parameters
+from flashsae.formats.content import Content, Format
+from flashsae.formats.folds import l0_of, refuse_sites, selection_of, subtracting
+from flashsae.schema import Count, Size, parse
+
+CONFIG, WEIGHTS, RUN = "cfg.json", "sae.safetensors", "config.json"
+_NAME = "sparsify"
+_ADVICE = "Save the SAE again."
+_MULTI_TOPK = 0.125
+"""The weight of the loss that `multi_topk` turns on."""
+_HOOKPOINT = r"(?:[A-Za-z_]\w*\.)*(?:h|layers?|blocks?)\.\d+(?:\.[A-Za-z_]\w*)*"
+_FOLDER = r"\w[\w.+@-]*"
+_ONLY_OURS = "flashsae"
+_NAMES = {"model": ("model", str), "dataset": ("dataset", str), "ctx_len": ("context_length", int)}
+"""Of what both know of a training: in theirs, in ours, and what it is."""
+
+
+@dataclass(frozen=True)
+class _Config:
+    """The content of cfg.json, with what theirs takes for what is not there; `signed` is of its first versions."""
+
+    d_in: Size
+    k: Size = 32
+    num_latents: Count = 0
+    expansion_factor: Size = 32
+    activation: Literal["topk", "groupmax"] = "topk"
+    normalize_decoder: bool = True
+    multi_topk: bool = False
+    skip_connection: bool = False
+    transcode: bool = False
+    signed: bool = False
+
+    @property
+    def architecture(self) -> str:
+        inner = "abs_topk" if self.signed else "topk"
+        if not (self.skip_connection or self.transcode):
+            return inner
+        outer = "skip_transcoder" if self.skip_connection else "transcoder"
+        return f"{outer}:{inner}" if self.signed else outer
+
+
+def detects(path: Path) -> bool:
+    """Tell whether a folder holds an SAE of sparsify, or several."""
+    return bool(parts(path))
+
+
+def parts(path: Path) -> dict[str, Path]:
+    """Return the SAEs in a folder by hookpoint, and seed where it has several: the folder of each."""
+    if _is_one(path):
+        return {path.absolute().name: path}
+    found: dict[str, Path] = {}
+    for folder in _folders(path):
+        inner = {f"{folder.name}/{each.name}": each for each in _folders(folder) if _is_one(each)}
+        found |= {folder.name: folder} if _is_one(folder) else inner
+    return found
+
+
+def _folders(path: Path) -> list[Path]:
+    try:
+        return sorted((each for each in path.iterdir() if each.is_dir() and each.name[0] != "."), key=_natural)
+    except OSError:
+        return []
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    pieces = re.split(r"([0-9]+)", path.name)
+    return [(int(each), "") if place % 2 else (-1, each) for place, each in enumerate(pieces)]
+
+
+def _is_one(path: Path) -> bool:
+    """Tell whether a folder holds an SAE, or lacks no more of it than the weights."""
+    try:
+        config = glimpse(path / CONFIG)
+        return (path / WEIGHTS).is_file() or ("num_latents" in config and "architecture" not in config)
+    except OSError:
+        return False
+
+
+def read(path: Path) -> Content:
+    """Return the SAE in a folder."""
+    if not (path / CONFIG).exists() and (several := parts(path)):
+        raise CheckpointError(f"{path} holds several SAEs: choose one of {', '.join(list(several)[:5])}.")
+    config = parse(_Config, load_json(path / CONFIG, _ADVICE), str(path / CONFIG), _ADVICE)
+    d_in, d_sae = config.d_in, config.num_latents or config.d_in * config.expansion_factor
+    if config.activation != "topk":
+        raise CheckpointError(
+            f"{path / CONFIG}: activation groupmax takes the largest latent of each of k groups, which no architecture "
+            "of FlashSAE does: load it with sparsify."
+        )
+    k = active(path / CONFIG, config.k, d_sae)
+    shapes = {"encoder.weight": (d_sae, d_in), "encoder.bias": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    shapes |= {"W_skip": (d_in, d_in)} if config.skip_connection else {}
+    tensors = parameters(path / WEIGHTS, load_tensors(path / WEIGHTS), shapes)
+    names = {"encoder.weight": "W_enc_T", "encoder.bias": "b_enc"}
+    return Content(
+        architecture=config.architecture,
+        settings={"k": k, **({"multi_topk": _MULTI_TOPK} if config.multi_topk and not config.signed else {})},
+        tensors={names.get(name, name): tensor for name, tensor in tensors.items()},
+        apply_b_dec_to_input=not config.transcode,
+        metadata=_metadata(path, config),
+    )
+
+
+def _metadata(path: Path, config: _Config) -> dict[str, Any]:
+    """Return what is known of the training, in our names, and under theirs what we have no names for."""
+    content, folder = _run_of(path), path.absolute()
+    name = folder.parent.name if re.fullmatch(r"seed\d+", folder.name) else folder.name
+    hookpoints = content.get("hookpoints")
+    is_named = isinstance(hookpoints, list) and name in hookpoints
+    told: dict[str, Any] = {"hookpoint": name} if is_named or re.fullmatch(_HOOKPOINT, name) else {}
+    for theirs, (ours, kind) in _NAMES.items():
+        told |= {ours: content[theirs]} if type(content.get(theirs)) is kind else {}
+    own = content.get(_ONLY_OURS)
+    if isinstance(own, dict):
+        return {**told, **own, _NAME: {"normalize_decoder": config.normalize_decoder}}
+    rest = {name: value for name, value in content.items() if name not in ("sae", *_NAMES)}
+    return {**told, _NAME: {"normalize_decoder": config.normalize_decoder, **({RUN: rest} if rest else {})}}
+
+
+def _run_of(path: Path) -> dict[str, Any]:
+    """Return config.json in the folder of an SAE, or that of sparsify's in a folder above; {} where there is none."""
+    own = path / RUN
+    if own.exists():
+        content = load_json(own, f"{_ADVICE} Or remove it.")
+        if not isinstance(content, dict):
+            raise CheckpointError(f"{own} is damaged: expected an object. {_ADVICE} Or remove it.")
+        return content
+    folder = path.absolute()
+    shared = (glimpse(above / RUN) for above in (folder.parent, folder.parent.parent))
+    return next((content for content in shared if isinstance(content.get("sae"), dict)), {})
+
+
+def write(folder: Path, content: Content, lossy: bool) -> list[str]:
+    """Write one SAE into a folder."""
+    refuse_sites(content, _NAME, ("transcoder", "skip_transcoder"))
+    if content.d_in != content.d_out:
+        raise ConfigError(
+            f"sparsify has one width for what an SAE reads and writes, got {content.d_in} and {content.d_out}: keep it "
+            "as flashsae, or write saelens."
+        )
+    as_topk, told = _as_topk(content, lossy)
+    outer = selection_of(content).outer
+    is_plain = outer == "" or (outer == "skip_transcoder" and content.apply_b_dec_to_input)
+    folded = subtracting(as_topk, is_plain)
+    names = {"W_enc_T": "encoder.weight", "b_enc": "encoder.bias"}
+    kept = ("W_enc_T", "b_enc", "W_dec", "b_dec", *(("W_skip",) if outer == "skip_transcoder" else ()))
+    files.save_tensors(folder / WEIGHTS, {names.get(name, name): folded.tensors[name] for name in kept})
+    theirs = content.metadata.get(_NAME)
+    theirs = theirs if isinstance(theirs, Mapping) else {}
+    config = _Config(
+        d_in=content.d_in,
+        k=folded.settings["k"],
+        num_latents=content.d_sae,
+        expansion_factor=max(1, content.d_sae // content.d_in),
+        normalize_decoder=theirs.get("normalize_decoder", not outer) is True,
+        multi_topk=bool(content.settings.get("multi_topk")),
+        skip_connection=outer == "skip_transcoder",
+        transcode=not is_plain,
+    )
+    settings = asdict(config)
+    del settings["signed"]
+    _write_json(folder / CONFIG, settings)
+    _write_json(folder / RUN, _run(content, settings, theirs.get(RUN)))
+    return told
+
+
+def _run(content: Content, settings: Mapping[str, Any], theirs: object) -> dict[str, Any]:
+    """Return what config.json says of a run, in their names, and all that is known in ours."""
+    metadata = content.metadata
+    rest = dict(theirs) if isinstance(theirs, Mapping) else {}
+    told = {name: metadata[ours] for name, (ours, _) in _NAMES.items() if metadata.get(ours) is not None}
+    hookpoint = metadata.get("hookpoint")
+    named = {"hookpoints": [hookpoint]} if isinstance(hookpoint, str) and "hookpoints" not in rest else {}
+    own = {name: value for name, value in metadata.items() if name != _NAME}
+    return {"sae": dict(settings), **rest, **told, **named, _ONLY_OURS: own}
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    with files.storage_errors(path):
+        path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+
+
+def write_set(folder: Path, contents: Mapping[str, Content], lossy: bool) -> list[str]:
+    """Write several SAEs into a folder, each into one of its own named as its hookpoint."""
+    told = []
+    for hookpoint, content in contents.items():
+        name = hookpoint.replace(":", "@").replace(", ", "+")  # not every file system has colons in names
+        if not re.fullmatch(_FOLDER, name):
+            raise ConfigError(f"hookpoint: expected a name that a folder can have, got {ascii(hookpoint)[:60]}.")
+        with files.storage_errors(folder / name):
+            (folder / name).mkdir()
+        told += [f"{hookpoint}: {each}" for each in write(folder / name, content, lossy)]
+    return told
+
+
+_GIVEN_UP = {
+    "batch_topk": "the k largest of each token are active, and not all above the threshold, which is left out",
+    "jump_relu": "the k largest of each token are active, and not all above their thresholds, which are left out",
+    "gated": "the k largest magnitudes of each token are active, and not all whose gate is open, which is left out",
+    "abs_topk": "the k largest of each token are active, and not the k largest by magnitude: nothing is negative",
+}
+
+
+def _as_topk(content: Content, lossy: bool) -> tuple[Content, list[str]]:
+    """Return an SAE with the settings of TopK, and what was given up for that."""
+    selection = selection_of(content)
+    title, inner = content.architecture, selection.inner
+    if inner == "topk":
+        return content, []
+    if inner == "relu":
+        told = (
+            f"{title} is TopK with k = d_sae = {content.d_sae}: the same numbers, but codes hold those that are 0, too"
+        )
+        return replace(content, settings={"k": content.d_sae}), [told]
+    if inner not in _GIVEN_UP:
+        raise ConfigError(f"sparsify holds TopK alone, and not {title}: keep it as flashsae.")
+    k = l0_of(content)
+    if not lossy:
+        raise ConfigError(
+            f"sparsify holds TopK alone, and not {title}: write saelens, or give --lossy (lossy=True), with which "
+            f"{_GIVEN_UP[inner]}."
+        )
+    if k is None:
+        raise ConfigError(f"sparsify holds TopK alone, and nothing says how many latents of {title} are active (l0).")
+    tensors = dict(content.tensors)
+    if inner == "gated":
+        scale = tensors["r_mag"].double().exp()
+        tensors["W_enc_T"] = (tensors["W_enc_T"].double() * scale[:, None]).to(content.dtype)
+        tensors["b_enc"] = tensors["b_mag"]
+        del tensors["b_mag"], tensors["r_mag"]
+    told = f"{title} is TopK with k = {k}: {_GIVEN_UP[inner]}"
+    return replace(content, settings={"k": k}, tensors=tensors), [told]
+
+
+FORMAT = Format(
+    name=_NAME,
+    title="sparsify",
+    detects=detects,
+    read=read,
+    write=write,
+    write_set=write_set,
+    parts=parts,
+    source="EleutherAI, eai-sparsify 1.3: sparsify/sparse_coder.py",
+)
