@@ -1,9 +1,10 @@
-"""What files of others must be before anything is made of them: names, shapes and dtypes of tensors, sizes, numbers."""
+"""What files of others must be before anything is made of them: sizes and numbers that there can be."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import reduce
 from pathlib import Path
@@ -12,10 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashsae.errors import CheckpointError
+from flashsae.errors import CheckpointError, ConfigError
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-"""Of parameters."""
 _SMALL = 1 << 20
 
 
@@ -41,33 +40,15 @@ def matrix(path: Path, tensors: Mapping[str, Any], name: str) -> tuple[int, int]
     return tensor.shape[0], tensor.shape[1]
 
 
-def parameters(path: Path, tensors: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-    """Return tensors that are these and no others, of one dtype: the narrowest that holds all of them exactly.
+def of_one_dtype(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return parameters, contiguous, in the narrowest dtype that holds all of them exactly.
 
-    A single number takes the dtype of the others where it can be told in it.
-
-    Raises:
-        CheckpointError: one is missing, left over, of another shape, or of no dtype that parameters have.
+    A single number takes the dtype of the others wherever that tells it.
     """
-    found = {name: list(value.shape) for name, value in tensors.items() if isinstance(value, Tensor)}
-    expected = {name: list(shape) for name, shape in shapes.items()}
-    if found != expected or len(found) != len(tensors):
-        missing, more = sorted(set(expected) - set(found)), sorted(map(ascii, set(tensors) - set(expected)))
-        wrong = next((name for name in expected if name in found and found[name] != expected[name]), "")
-        told = f"{wrong} is {found[wrong]} and not {expected[wrong]}" if wrong else ""
-        told = f"{', '.join(more)[:80]} is nothing that it has" if more else told
-        told = f"{', '.join(missing)} is missing" if missing else told
-        raise CheckpointError(f"{path} does not fit the settings beside it: {told}. Save the SAE again.")
-    for name, tensor in tensors.items():
-        if tensor.dtype not in DTYPES:
-            raise CheckpointError(
-                f"{path}: {name} is of {_dtype(tensor)}, where parameters are floats. Convert it first."
-            )
-    whole = [tensor.dtype for tensor in tensors.values() if tensor.dim()]
-    dtype = reduce(torch.promote_types, whole)
-    single = [tensor for tensor in tensors.values() if not tensor.dim()]
-    if any(not torch.equal(each.double(), each.to(dtype).double()) and not each.isnan() for each in single):
-        dtype = reduce(torch.promote_types, [each.dtype for each in single], dtype)
+    dtype = reduce(torch.promote_types, [tensor.dtype for tensor in tensors.values() if tensor.dim()])
+    for each in tensors.values():
+        if not each.dim() and not each.isnan() and each.double() != each.to(dtype).double():
+            dtype = torch.promote_types(dtype, each.dtype)
     return {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
 
 
@@ -98,5 +79,13 @@ def active(path: Path, k: float, d_sae: int) -> int:
     return int(k)
 
 
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def folder_name(hookpoint: str) -> str:
+    """Return what the folder of a hookpoint is called: not every file system has colons in names.
+
+    Raises:
+        ConfigError: it would lead out of the folder that it is to be in, or is no name that a folder can have.
+    """
+    name = hookpoint.replace(":", "@").replace(", ", "+")
+    if not re.fullmatch(r"\w[\w.+@-]{0,199}", name):
+        raise ConfigError(f"hookpoint: expected a name that a folder can have, got {ascii(hookpoint)[:60]}.")
+    return name

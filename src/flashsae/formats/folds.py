@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,39 +11,16 @@ from torch import Tensor
 
 from flashsae.errors import ConfigError
 from flashsae.formats.content import Content
+from flashsae.formats.selection import split
 
 UNIT, UNIT_OF_HALVES = 5e-6, 1e-2
 """How far a norm may be from 1 to count as 1, in float32 and in dtypes of 16 bits; others allow twice that at least."""
 
-_OUTER = ("transcoder", "skip_transcoder", "crosscoder")
-_NESTED = ("matryoshka", "hierarchical_topk")
 
-
-@dataclass(frozen=True)
-class Selection:
-    """What an architecture does in inference, whatever it was trained with.
-
-    Args:
-        outer: "", for an autoencoder, or transcoder, skip_transcoder, crosscoder.
-        inner: topk, batch_topk, jump_relu, relu, gated, abs_topk, or what somebody else has made.
-        nested: "", or what its nested reconstructions in training are called.
-    """
-
-    outer: str
-    inner: str
-    nested: str = ""
-
-
-def selection_of(content: Content) -> Selection:
-    """Return what the architecture of an SAE selects in inference."""
-    names = content.architecture.split(":")
-    outer = names.pop(0) if names[0] in _OUTER else ""
-    names = names or ["batch_topk" if outer == "crosscoder" else "topk"]
-    nested = names[0] if names[0] in _NESTED else ""
-    if nested == "matryoshka":
-        names = names[1:] or ["batch_topk"]
-    inner = ":".join(names)
-    return Selection(outer, "topk" if inner == "hierarchical_topk" else inner, nested)
+def inner_of(content: Content) -> str:
+    """Return what an SAE selects in inference, of an autoencoder or whatever it is: topk, batch_topk, jump_relu ..."""
+    base = split(content.architecture)[1]
+    return "topk" if base == "hierarchical_topk" else base
 
 
 def subtracting(content: Content, is_wanted: bool) -> Content:
@@ -70,7 +47,8 @@ def subtracting(content: Content, is_wanted: bool) -> Content:
 
 def norms(W_dec: Tensor) -> Tensor:
     """Return the norms of decoder rows, [d_sae], float64."""
-    return W_dec.double().norm(dim=1)
+    of_rows: Tensor = W_dec.double().norm(dim=1)
+    return of_rows
 
 
 def has_unit_rows(W_dec: Tensor) -> bool:
@@ -79,25 +57,22 @@ def has_unit_rows(W_dec: Tensor) -> bool:
     return bool(((norms(W_dec) - 1).abs() <= allowed).all())
 
 
-def with_unit_rows(content: Content) -> Content:
+def with_unit_rows(content: Content) -> Content | None:
     """Return the SAE whose decoder rows have norm 1, and whose activations are as many times what they were.
 
     Exact where a latent is active by itself: ReLU, JumpReLU, Gated. Where latents are compared with each other, or with
     one threshold, only if all rows have the same norm. A row of zeros becomes a direction that is never active.
 
-    Raises:
-        ConfigError: latents are compared, and rows have different norms.
+    Returns:
+        None where others would be selected: latents are compared, and rows have different norms.
     """
-    W_dec, inner = content.tensors["W_dec"], selection_of(content).inner
+    W_dec = content.tensors["W_dec"]
     if has_unit_rows(W_dec):
         return content
     of_rows = norms(W_dec)
-    if inner not in ("relu", "jump_relu", "gated"):
+    if inner_of(content) not in ("relu", "jump_relu", "gated"):
         if not has_unit_rows((W_dec.double() / of_rows.mean()).to(W_dec.dtype)):
-            raise ConfigError(
-                f"W_dec: rows have norms from {of_rows.min():.3g} to {of_rows.max():.3g}, and cannot be given norm 1 "
-                f"in an SAE that compares latents ({content.architecture}): others would be selected."
-            )
+            return None
         of_rows = of_rows.mean().expand_as(of_rows)
     rows = of_rows[:, None]
     first = torch.zeros_like(W_dec, dtype=torch.float64)
@@ -126,9 +101,9 @@ def refuse_sites(content: Content, title: str, outer: tuple[str, ...] = ()) -> N
         title: of the format.
         outer: what it holds beside autoencoders.
     """
-    selection = selection_of(content)
-    if selection.outer and selection.outer not in outer:
-        raise ConfigError(f"{title} holds no {selection.outer}: keep it as flashsae, or choose a format that does.")
+    own = split(content.architecture)[0]
+    if own and own not in outer:
+        raise ConfigError(f"{title} holds no {own}: keep it as flashsae, or choose a format that does.")
     if content.normalize_activations != "none":
         raise ConfigError(
             f"{title} has no place for normalize_activations, got {content.normalize_activations!r}: keep it as "

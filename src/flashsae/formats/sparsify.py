@@ -20,9 +20,11 @@ from typing import Any, Literal
 from flashsae import files
 from flashsae.documents import load_json, load_tensors
 from flashsae.errors import CheckpointError, ConfigError
-from flashsae.formats.checks import active, glimpse, parameters
+from flashsae.formats.checks import active, folder_name, glimpse, of_one_dtype
 from flashsae.formats.content import Content, Format
-from flashsae.formats.folds import l0_of, refuse_sites, selection_of, subtracting
+from flashsae.formats.folds import inner_of, l0_of, refuse_sites, subtracting
+from flashsae.formats.selection import check_tensors, joined, split
+from flashsae.natural import in_order
 from flashsae.schema import Count, Size, parse
 
 CONFIG, WEIGHTS, RUN = "cfg.json", "sae.safetensors", "config.json"
@@ -31,7 +33,6 @@ _ADVICE = "Save the SAE again."
 _MULTI_TOPK = 0.125
 """The weight of the loss that `multi_topk` turns on."""
 _HOOKPOINT = r"(?:[A-Za-z_]\w*\.)*(?:h|layers?|blocks?)\.\d+(?:\.[A-Za-z_]\w*)*"
-_FOLDER = r"\w[\w.+@-]*"
 _ONLY_OURS = "flashsae"
 _NAMES = {"model": ("model", str), "dataset": ("dataset", str), "ctx_len": ("context_length", int)}
 """Of what both know of a training: in theirs, in ours, and what it is."""
@@ -54,22 +55,17 @@ class _Config:
 
     @property
     def architecture(self) -> str:
-        inner = "abs_topk" if self.signed else "topk"
-        if not (self.skip_connection or self.transcode):
-            return inner
-        outer = "skip_transcoder" if self.skip_connection else "transcoder"
-        return f"{outer}:{inner}" if self.signed else outer
+        outer = "skip_transcoder" if self.skip_connection else "transcoder" if self.transcode else ""
+        return joined(outer, "abs_topk" if self.signed else "topk")
 
 
 def detects(path: Path) -> bool:
     """Tell whether a folder holds an SAE of sparsify, or several."""
-    return bool(parts(path))
+    return _is_one(path) or bool(parts(path))
 
 
 def parts(path: Path) -> dict[str, Path]:
-    """Return the SAEs in a folder by hookpoint, and seed where it has several: the folder of each."""
-    if _is_one(path):
-        return {path.absolute().name: path}
+    """Return the SAEs in a folder by hookpoint, and seed where one has several: the folder of each."""
     found: dict[str, Path] = {}
     for folder in _folders(path):
         inner = {f"{folder.name}/{each.name}": each for each in _folders(folder) if _is_one(each)}
@@ -79,14 +75,9 @@ def parts(path: Path) -> dict[str, Path]:
 
 def _folders(path: Path) -> list[Path]:
     try:
-        return sorted((each for each in path.iterdir() if each.is_dir() and each.name[0] != "."), key=_natural)
+        return [path / name for name in in_order(each.name for each in path.iterdir() if each.is_dir())]
     except OSError:
         return []
-
-
-def _natural(path: Path) -> list[tuple[int, str]]:
-    pieces = re.split(r"([0-9]+)", path.name)
-    return [(int(each), "") if place % 2 else (-1, each) for place, each in enumerate(pieces)]
 
 
 def _is_one(path: Path) -> bool:
@@ -100,7 +91,7 @@ def _is_one(path: Path) -> bool:
 
 def read(path: Path) -> Content:
     """Return the SAE in a folder."""
-    if not (path / CONFIG).exists() and (several := parts(path)):
+    if not _is_one(path) and (several := parts(path)):
         raise CheckpointError(f"{path} holds several SAEs: choose one of {', '.join(list(several)[:5])}.")
     config = parse(_Config, load_json(path / CONFIG, _ADVICE), str(path / CONFIG), _ADVICE)
     d_in, d_sae = config.d_in, config.num_latents or config.d_in * config.expansion_factor
@@ -110,14 +101,15 @@ def read(path: Path) -> Content:
             "of FlashSAE does: load it with sparsify."
         )
     k = active(path / CONFIG, config.k, d_sae)
+    shapes: dict[str, tuple[int, ...]]
     shapes = {"encoder.weight": (d_sae, d_in), "encoder.bias": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
     shapes |= {"W_skip": (d_in, d_in)} if config.skip_connection else {}
-    tensors = parameters(path / WEIGHTS, load_tensors(path / WEIGHTS), shapes)
+    check_tensors(path / WEIGHTS, tensors := load_tensors(path / WEIGHTS), shapes)
     names = {"encoder.weight": "W_enc_T", "encoder.bias": "b_enc"}
     return Content(
         architecture=config.architecture,
         settings={"k": k, **({"multi_topk": _MULTI_TOPK} if config.multi_topk and not config.signed else {})},
-        tensors={names.get(name, name): tensor for name, tensor in tensors.items()},
+        tensors={names.get(name, name): tensor for name, tensor in of_one_dtype(tensors).items()},
         apply_b_dec_to_input=not config.transcode,
         metadata=_metadata(path, config),
     )
@@ -161,7 +153,7 @@ def write(folder: Path, content: Content, lossy: bool) -> list[str]:
             "as flashsae, or write saelens."
         )
     as_topk, told = _as_topk(content, lossy)
-    outer = selection_of(content).outer
+    outer = split(content.architecture)[0]
     is_plain = outer == "" or (outer == "skip_transcoder" and content.apply_b_dec_to_input)
     folded = subtracting(as_topk, is_plain)
     names = {"W_enc_T": "encoder.weight", "b_enc": "encoder.bias"}
@@ -206,9 +198,7 @@ def write_set(folder: Path, contents: Mapping[str, Content], lossy: bool) -> lis
     """Write several SAEs into a folder, each into one of its own named as its hookpoint."""
     told = []
     for hookpoint, content in contents.items():
-        name = hookpoint.replace(":", "@").replace(", ", "+")  # not every file system has colons in names
-        if not re.fullmatch(_FOLDER, name):
-            raise ConfigError(f"hookpoint: expected a name that a folder can have, got {ascii(hookpoint)[:60]}.")
+        name = folder_name(hookpoint)
         with files.storage_errors(folder / name):
             (folder / name).mkdir()
         told += [f"{hookpoint}: {each}" for each in write(folder / name, content, lossy)]
@@ -225,8 +215,7 @@ _GIVEN_UP = {
 
 def _as_topk(content: Content, lossy: bool) -> tuple[Content, list[str]]:
     """Return an SAE with the settings of TopK, and what was given up for that."""
-    selection = selection_of(content)
-    title, inner = content.architecture, selection.inner
+    title, inner = content.architecture, inner_of(content)
     if inner == "topk":
         return content, []
     if inner == "relu":
