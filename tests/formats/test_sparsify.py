@@ -61,7 +61,7 @@ def test_files_of_theirs_are_read(tmp_path: Path) -> None:
     [
         ({"transcode": True}, "transcoder", {"k": K}, False),
         ({"transcode": True, "skip_connection": True}, "skip_transcoder", {"k": K}, False),
-        ({"skip_connection": True}, "skip_transcoder", {"k": K}, True),
+        ({"skip_connection": True}, "skip_transcoder", {"k": K}, False),
         ({"multi_topk": True}, "topk", {"k": K, "multi_topk": 0.125}, True),
         ({"signed": True}, "abs_topk", {"k": K}, True),
         ({"signed": False, "unknown": [1]}, "topk", {"k": K}, True),
@@ -91,7 +91,7 @@ def test_a_number_of_latents_is_an_expansion_factor_where_it_is_0(tmp_path: Path
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize(
     ("architecture", "subtracts"),
-    [("topk", True), ("transcoder", False), ("skip_transcoder", False), ("skip_transcoder", True)],
+    [("topk", True), ("transcoder", False), ("skip_transcoder", False)],
 )
 def test_what_sparsify_holds_comes_back_bit_for_bit(
     architecture: str, subtracts: bool, dtype: torch.dtype, tmp_path: Path
@@ -131,18 +131,24 @@ def test_what_is_topk_in_inference_is_written_as_it(
     assert same(sparsify.read(tmp_path / "sae"), replace(content, architecture="topk"))
 
 
+def test_a_skip_that_subtracts_b_dec_is_read_without_that(tmp_path: Path) -> None:
+    W_skip = torch.randn(D, D)
+    content = sparsify.read(theirs(tmp_path, {"skip_connection": True}, W_skip=W_skip))
+    raw, x = load_file(tmp_path / "sae.safetensors"), torch.randn(20, D)
+    z = ((x - raw["b_dec"]) @ raw["encoder.weight"].T + raw["encoder.bias"]).relu()
+    code = torch.zeros_like(z).scatter(1, z.topk(K).indices, z.topk(K).values)
+    expected = code @ raw["W_dec"] + raw["b_dec"] + x @ W_skip.T
+    torch.testing.assert_close(reconstructed(content, x).float(), expected)
+
+
 @pytest.mark.parametrize("architecture", ["topk", "transcoder", "relu", "skip_transcoder"])
 def test_b_dec_is_folded_where_sparsify_has_no_such_flag(architecture: str, tmp_path: Path) -> None:
     subtracts = "transcoder" in architecture
     content = made(architecture, apply_b_dec_to_input=subtracts)
     written(tmp_path / "sae", content)
     read, x = sparsify.read(tmp_path / "sae"), torch.randn(20, D, dtype=torch.float64)
-    assert read.apply_b_dec_to_input != subtracts or architecture == "skip_transcoder"
-    moved = (
-        0.0
-        if architecture == "skip_transcoder"
-        else content.tensors["W_enc_T"].double() @ content.tensors["b_dec"].double()
-    )
+    assert read.apply_b_dec_to_input != subtracts
+    moved = content.tensors["W_enc_T"].double() @ content.tensors["b_dec"].double()
     expected = (content.tensors["b_enc"].double() + (-moved if subtracts else moved)).float()
     assert torch.equal(read.tensors["b_enc"], expected)  # rounded once
     torch.testing.assert_close(reconstructed(read, x), reconstructed(content, x), rtol=1e-5, atol=1e-5)

@@ -191,7 +191,7 @@ def write(folder: Path, content: Content, lossy: bool) -> list[str]:
         "dict_class": dict_class,
         "activation_dim": content.d_in,
         "dict_size": content.d_sae,
-        **({"k": content.settings["k"]} if "k" in kind.numbers else {}),
+        **{name: content.settings[name] for name in ("k", "target_l0") if name in content.settings},
     }
     with files.storage_errors(folder / layout.CONFIG):
         text = json.dumps(layout.written(content.metadata, of_sae), indent=4)

@@ -3,9 +3,10 @@
     f = TopK(relu(encoder.weight @ (x − b_dec) + encoder.bias), k);   x_hat = f @ W_dec + b_dec (+ W_skip @ x)
 
 With transcode nothing is subtracted, and x_hat is of the output of the module whose input x is. W_dec is [d_sae, d_in],
-as ours. There is no other selection, so what selects otherwise is written as TopK only where that is asked for; ReLU is
-TopK of all latents, with the same numbers. `config.json` beside it says what it was trained on: theirs writes one for
-all SAEs of a run, into the folder above, and ours one into the folder of each.
+as ours. W_skip where b_dec is subtracted, which no architecture here has, is read with b_dec folded into b_enc. There
+is no other selection, so what selects otherwise is written as TopK only where that is asked for; ReLU is TopK of all
+latents, with the same numbers. `config.json` beside it says what it was trained on: theirs writes one for all SAEs of a
+run, into the folder above, and ours one into the folder of each.
 """
 
 from __future__ import annotations
@@ -106,13 +107,14 @@ def read(path: Path) -> Content:
     shapes |= {"W_skip": (d_in, d_in)} if config.skip_connection else {}
     check_tensors(path / WEIGHTS, tensors := load_tensors(path / WEIGHTS), shapes)
     names = {"encoder.weight": "W_enc_T", "encoder.bias": "b_enc"}
-    return Content(
+    content = Content(
         architecture=config.architecture,
         settings={"k": k, **({"multi_topk": _MULTI_TOPK} if config.multi_topk and not config.signed else {})},
         tensors={names.get(name, name): tensor for name, tensor in of_one_dtype(tensors).items()},
         apply_b_dec_to_input=not config.transcode,
         metadata=_metadata(path, config),
     )
+    return subtracting(content, False) if config.skip_connection else content
 
 
 def _metadata(path: Path, config: _Config) -> dict[str, Any]:
@@ -154,8 +156,7 @@ def write(folder: Path, content: Content, lossy: bool) -> list[str]:
         )
     as_topk, told = _as_topk(content, lossy)
     outer = split(content.architecture)[0]
-    is_plain = outer == "" or (outer == "skip_transcoder" and content.apply_b_dec_to_input)
-    folded = subtracting(as_topk, is_plain)
+    folded = subtracting(as_topk, not outer)
     names = {"W_enc_T": "encoder.weight", "b_enc": "encoder.bias"}
     kept = ("W_enc_T", "b_enc", "W_dec", "b_dec", *(("W_skip",) if outer == "skip_transcoder" else ()))
     files.save_tensors(folder / WEIGHTS, {names.get(name, name): folded.tensors[name] for name in kept})
@@ -169,7 +170,7 @@ def write(folder: Path, content: Content, lossy: bool) -> list[str]:
         normalize_decoder=theirs.get("normalize_decoder", not outer) is True,
         multi_topk=bool(content.settings.get("multi_topk")),
         skip_connection=outer == "skip_transcoder",
-        transcode=not is_plain,
+        transcode=bool(outer),
     )
     settings = asdict(config)
     del settings["signed"]
