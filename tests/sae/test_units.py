@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -207,3 +208,70 @@ def test_where_tokens_cannot_be_normalised_it_is_said() -> None:
             SAEConfig(d_sae=40, normalize_activations="layer_norm", **config)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="normalize_activations: expected one of none, layer_norm, token_norm, got"):
         SAEConfig(8, 40, 3, normalize_activations="mean_square")
+
+
+def test_tokens_by_their_norm_are_those_of_the_formula(generator: torch.Generator, tmp_path: Path) -> None:
+    sae = SAE(SAEConfig(12, 20, 5, normalize_activations="token_norm"), seed=1)
+    torch.nn.init.normal_(sae.b_dec, std=0.1)
+    x = 50 + 20 * torch.randn(4, 9, 12, generator=generator)
+    norm = x.double().norm(dim=-1, keepdim=True) / 12**0.5
+    plain = sae.normalizing("none")
+    code = plain.encode((x.double() / norm).float())
+    assert torch.equal(sae.encode(x).to_dense(), code.to_dense())
+    expected = (plain.decode(code).double() * norm).float()
+    assert torch.equal(sae(x), expected)
+    assert torch.equal(sae.decode(sae.encode(x)), plain.decode(code))  # without tokens it stays normalised
+    sae.save(tmp_path / "sae")
+    content = (tmp_path / "sae" / "flashsae.json").read_text()
+    assert '"format_version": 4' in content  # which readers of version 3 refuse
+    assert torch.equal(SAE.load(tmp_path / "sae")(x), expected)
+    with pytest.raises(ConfigError, match="no unit that could be changed"):
+        sae.rescaled(2.0)
+
+
+def test_a_token_of_norm_0_stays_0(generator: torch.Generator) -> None:
+    sae = SAE(SAEConfig(12, 20, 5, normalize_activations="token_norm"), seed=1)
+    torch.nn.init.normal_(sae.b_dec, std=0.1)
+    x = torch.randn(3, 12, generator=generator)
+    x[1] = 0.0
+    x_hat = sae(x)
+    assert torch.equal(x_hat[1], torch.zeros(12))
+    assert bool(x_hat.isfinite().all())
+    huge = torch.tensor([[1.0, 2.0, 2.0]]) * 1e38  # whose squares no float32 holds
+    small = SAE(SAEConfig(3, 4, 2, normalize_activations="token_norm"))
+    assert bool(small(huge).isfinite().all())
+
+
+def test_each_of_several_sites_has_a_norm_of_its_own(generator: torch.Generator) -> None:
+    settings = flashsae.architecture.settings_of("crosscoder", k=2, sites=("a", "b"), widths=(3, 5))
+    sae = SAE(SAEConfig(8, 12, arch=settings, normalize_activations="token_norm"), seed=1).eval()
+    sae.threshold.fill_(0.1)
+    x = torch.randn(6, 8, generator=generator)
+    torch.testing.assert_close(sae(torch.cat([4 * x[:, :3], x[:, 3:]], 1))[:, :3], 4 * sae(x)[:, :3])
+
+
+def test_where_a_norm_cannot_be_undone_it_is_said() -> None:
+    with pytest.raises(ConfigError, match="token_norm is undone with the norm of the token that is read, and Skipping"):
+        SAEConfig(8, 40, arch=SkippingSettings(k=3), normalize_activations="token_norm")
+    assert SAEConfig(1, 4, 2, normalize_activations="token_norm").d_in == 1
+
+
+def test_a_training_by_the_norm_of_tokens_resumes_bit_for_bit(tmp_path: Path, generator: torch.Generator) -> None:
+    x = torch.randn(800, 12, generator=generator) * torch.rand(800, 1, generator=generator)
+    settings: dict[str, Any] = {"d_sae": 20, "k": 4, "tokens": 800, "batch_tokens": 100, "progress": False}
+    settings |= {"normalize_activations": "token_norm", "checkpoint_every_steps": 4}
+    whole = flashsae.fit(x, run=tmp_path / "run", **settings)
+    assert whole.config.normalize_activations == "token_norm"
+    newest = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))[-1]
+    assert torch.equal(flashsae.load_checkpoint(newest).W_dec, whole.W_dec)
+    shutil.rmtree(newest)
+    again = flashsae.fit(x, run=tmp_path / "run", resume=True, **settings)
+    assert torch.equal(again.W_dec, whole.W_dec)
+    assert torch.equal(again(x), whole(x))
+    tuned = flashsae.fit(x, init_from=whole, tokens=100, batch_tokens=100, progress=False)
+    assert tuned.config == whole.config
+    with pytest.raises(ConfigError, match=r"normalize_activations token_norm\. Ask for such a one"):
+        flashsae.fit(x, init_from=whole, tokens=100, batch_tokens=100, progress=False, normalize_activations="none")
+    settings |= {"tokens": 100, "normalize_activations": "layer_norm"}
+    with pytest.raises(ConfigError, match=r"normalize_activations other than layer_norm\. Ask for such a one"):
+        flashsae.fit(x, init_from=whole.normalizing("none"), **settings)

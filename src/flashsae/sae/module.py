@@ -256,11 +256,16 @@ class SAE(ParameterTable):
             factor: a positive number; or one for each coordinate of x, [d_in].
             factor_out: the same of what is reconstructed, [d_out]. None is `factor`.
         Raises:
-            ConfigError: it is none, or the SAE normalises tokens, which takes away their unit.
+            ConfigError: it is none, or the SAE normalises tokens, which takes away their unit; or `factor_out` is
+                another one, and b_dec, which is of what is reconstructed, is subtracted from x.
             ShapeError: it is not one for each coordinate.
         """
         d_in, d_out = self.config.d_in, self.config.d_out
-        return self.in_units(Units.of(factor, factor if factor_out is None else factor_out, d_in, d_out))
+        units = Units.of(factor, factor if factor_out is None else factor_out, d_in, d_out)
+        if self.architecture.subtracts_b_dec and not units.is_one:
+            told = f", {units.reads:g}," if isinstance(units.reads, float) else ","
+            raise ConfigError(f"factor_out: expected that of the input{told} where b_dec is subtracted from it.")
+        return self.in_units(units)
 
     @torch.no_grad()
     def in_units(self, units: Units) -> SAE:

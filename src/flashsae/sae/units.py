@@ -131,6 +131,12 @@ class Units:
             latents = 2.0 ** round(math.log2(written.square().reciprocal().mean().item()) / -2)
         return cls(_factor(reads, d_in), written, latents)
 
+    @property
+    def is_one(self) -> bool:
+        """Whether what goes in and what is reconstructed have the same factors."""
+        reads, writes = (torch.as_tensor(each, dtype=torch.float64) for each in (self.reads, self.writes))
+        return reads.shape == writes.shape and torch.equal(reads, writes)
+
     def inverse(self) -> Units:
         """Return what undoes it."""
         return Units(1 / self.reads, 1 / self.writes, 1 / self.latents)
