@@ -1,0 +1,86 @@
+"""What is common to SAEs that somebody published: where a file lies tells what it is of, and nobody writes them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashsae.errors import CheckpointError
+from flashsae.formats.content import Content
+from flashsae.formats.selection import joined
+
+_ROWS = 1024
+
+
+def place_of(path: Path) -> str:
+    """Return where a file or folder lies, with OWNER/REPOSITORY in it where the cache of the hub tells them."""
+    place = path.absolute().as_posix()  # links are not followed: those of the cache lead to names that tell nothing
+    return re.sub(r"models--([^/]+?)--([^/]+)/snapshots/[^/]+", r"\1/\2", place)
+
+
+def number_in(place: str, pattern: str) -> int | None:
+    """Return the number that a pattern has a group for, where it stands last in a place; None where it does not."""
+    found = re.findall(pattern, place)
+    return int(found[-1]) if found else None
+
+
+def length(tensors: Mapping[str, Tensor], name: str) -> int:
+    """Return the length of a vector; -1, which stands for any, where there is none of this name."""
+    found = tensors.get(name)
+    return len(found) if found is not None and found.dim() == 1 and len(found) else -1
+
+
+def known(**metadata: Any) -> dict[str, Any]:
+    """Return of metadata those that are known."""
+    return {name: value for name, value in metadata.items() if value not in (None, {})}
+
+
+def in_one_dtype(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return tensors as an SAE has them: contiguous, of one dtype, by name.
+
+    Raises:
+        CheckpointError: a value is infinite or no number.
+    """
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise CheckpointError(
+                f"{path} is damaged: {name} holds values that are infinite or no numbers. Fetch it again."
+            )
+    return {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
+
+
+def scaled(tensor: Tensor, factor: float | Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor times a number, or one a row, computed in float64 and rounded once."""
+    result = torch.empty(tensor.shape, dtype=dtype)
+    for start in range(0, len(tensor), _ROWS):
+        rows = slice(start, start + _ROWS)
+        of_rows = factor[rows] if isinstance(factor, Tensor) else factor
+        by = of_rows.view(-1, *[1] * (tensor.dim() - 1)) if isinstance(of_rows, Tensor) else of_rows
+        result[rows] = (tensor[rows].double() * by).to(dtype)
+    return result
+
+
+def jump_relu(tensors: dict[str, Tensor], outer: str, l0: float | None, metadata: Mapping[str, Any]) -> Content:
+    """Return relu(z) · H(z − threshold) with z = x @ W_enc + b_enc, an SAE that does not subtract b_dec.
+
+    A threshold below 0 lets through what is above 0, and is 0 here, where the ReLU is left out.
+
+    Args:
+        tensors: by our names, with threshold [d_sae].
+        outer: transcoder or skip_transcoder; "" for an SAE.
+        l0: what it is known to have.
+        metadata: of its training.
+    """
+    target = min(l0 or 32.0, float(len(tensors["threshold"])))
+    return Content(
+        architecture=joined(outer, "jump_relu"),
+        settings={"target_l0": target},
+        tensors={**tensors, "threshold": tensors["threshold"].clamp_min(0.0)},
+        apply_b_dec_to_input=False,
+        metadata=metadata,
+    )
