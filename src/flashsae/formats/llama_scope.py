@@ -62,9 +62,12 @@ def detects(path: Path) -> bool:
 
 
 def _folder(path: Path) -> Path:
-    """Return the folder of an SAE, also of its weights."""
-    is_weights = path.absolute().as_posix().endswith(f"/{_WEIGHTS}") and os.path.isfile(path)
-    return path.absolute().parents[1] if is_weights else path
+    """Return the folder of an SAE, also of its weights or of the folder that they lie in."""
+    whole = path.absolute()
+    for inside, folder in ((_WEIGHTS, whole.parents[1:2]), (_WEIGHTS.split("/")[0], whole.parents[:1])):
+        if whole.as_posix().endswith(f"/{inside}") and folder and os.path.isfile(folder[0] / _CONFIG):
+            return folder[0]
+    return path
 
 
 def read(path: Path) -> Content:

@@ -40,30 +40,32 @@ class _Config:
 
 def detects(path: Path) -> bool:
     """Tell whether a file is called as one of a layer, or a folder has some."""
-    return bool(parts(path))
+    return bool(_layers(path))
 
 
 def parts(path: Path) -> dict[str, Path]:
-    """Return the files of a folder by hookpoint."""
+    """Return the files of a folder by hookpoint; {} where it has one."""
+    layers = _layers(path)
+    return layers if len(layers) > 1 else {}
+
+
+def _layers(path: Path) -> dict[str, Path]:
     try:
         names = os.listdir(path) if path.is_dir() else [path.name] if os.path.isfile(path) else []
     except OSError:
         return {}
     folder = path if path.is_dir() else path.parent
-    layers = {found[1]: folder / found[0] for found in map(re.compile(_FILE).fullmatch, in_order(names)) if found}
-    return {f"layers.{layer}": file for layer, file in layers.items()}
+    found = map(re.compile(_FILE).fullmatch, in_order(names))
+    return {f"layers.{each[1]}": folder / each[0] for each in found if each}
 
 
 def read(path: Path) -> Content:
     """Return the SAE of a layer."""
-    several = parts(path)
-    if len(several) != 1:
-        names = ", ".join(each.name for each in list(several.values())[:3])
-        raise CheckpointError(
-            f"{path} holds {f'SAEs of {len(several)} layers' if several else 'no layer0.sae.pt or the like'}: name the "
-            f"file of one{f', such as {names}' if names else ''}."
-        )
-    ((hookpoint, file),) = several.items()
+    layers = _layers(path)
+    if len(layers) != 1:
+        there = f"SAEs of {len(layers)} layers" if layers else "no layer0.sae.pt or the like"
+        raise CheckpointError(f"{path} holds {there}: name the file of one.")
+    ((hookpoint, file),) = layers.items()
     weights = {name: value for name, value in load_pickle(file).items() if isinstance(value, Tensor)}
     F, d = length(weights, "b_enc"), length(weights, "b_dec")
     dtype = check_tensors(file, weights, {"W_enc": (F, d), "W_dec": (d, F), "b_enc": (F,), "b_dec": (d,)})
