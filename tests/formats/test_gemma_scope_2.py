@@ -117,9 +117,7 @@ def test_without_a_config_the_folder_tells_what_it_is(
 def test_a_cross_layer_transcoder_is_refused_with_what_to_take_instead(tmp_path: Path, path: str) -> None:
     save_file(weights(), tmp_path / "params_layer_1.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"type": "clt"}), "utf-8")
-    with pytest.raises(
-        CheckpointError, match="is of a cross-layer transcoder .* take one of the folder transcoder_all"
-    ):
+    with pytest.raises(CheckpointError, match="take one of the folder transcoder_all"):
         flashsae.load(tmp_path / path)
 
 

@@ -93,9 +93,9 @@ def test_a_folder_of_layers_is_told_by_its_hookpoints(tmp_path: Path) -> None:
     assert flashsae.load(folder / "layers.10").b_dec[0] == 10
     assert flashsae.load(folder / "layer2.sae.pt").b_dec[0] == 2
     for read in (flashsae.load, FORMAT.read):
-        with pytest.raises(CheckpointError, match="holds (3 SAEs: layers.0|SAEs of 3 layers: name the file of one)"):
+        with pytest.raises(CheckpointError, match=r"holds (3 SAEs: layers.0|SAEs of 3 layers: name the file of one)"):
             read(folder)
-    with pytest.raises(CheckpointError, match="holds no layer0.sae.pt or the like: name the file"):
+    with pytest.raises(CheckpointError, match=r"holds no layer0.sae.pt or the like: name the file"):
         FORMAT.read(tmp_path)
 
 
@@ -134,7 +134,7 @@ class Runs:
 
 def test_nothing_in_it_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match="layer3.sae.pt is not read"):
+    with pytest.raises(CheckpointError, match=r"layer3.sae.pt is not read"):
         flashsae.load(made(tmp_path, extra=Runs()))
     assert not Path("ran").exists()
 
@@ -144,7 +144,7 @@ def test_a_damaged_file_is_told(tmp_path: Path) -> None:
     whole = file.read_bytes()
     for content in (b"", whole[: len(whole) // 2], b"no pickle"):
         file.write_bytes(content)
-        with pytest.raises(CheckpointError, match="layer3.sae.pt"):
+        with pytest.raises(CheckpointError, match=r"layer3.sae.pt"):
             flashsae.load(file)
 
 

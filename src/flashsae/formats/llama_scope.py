@@ -109,8 +109,7 @@ def _selecting(
         return replace(content, apply_b_dec_to_input=subtracts, normalize_activations=normalization)
     if is_topk and config.sparsity_include_decoder_norm:
         norms = torch.linalg.vector_norm(tensors["W_dec"].double(), dim=1)
-        norms = norms.where(norms > 0, 1.0)
-        by = {"W_enc_T": norms, "b_enc": norms, "W_dec": 1 / norms, "b_dec": 1.0}
+        by = {"W_enc_T": norms, "b_enc": norms, "W_dec": 1 / norms.where(norms > 0, 1.0), "b_dec": 1.0}
         tensors = {name: scaled(tensor, by[name], tensor.dtype) for name, tensor in tensors.items()}
     return Content(
         architecture=joined(outer, "topk" if is_topk else "relu"),
