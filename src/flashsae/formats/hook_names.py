@@ -30,11 +30,13 @@ class _Family:
         models: a regular expression for names without the owner, in small letters.
         blocks: what a block is called, before its number.
         places: by the name of a hook in a block, the path in a block and which side of the module.
+        root: what the base model is called in a model that predicts tokens.
     """
 
     models: str
     blocks: str
     places: Mapping[str, str]
+    root: str = "model"
 
 
 _STREAM = {"hook_resid_post": "", "hook_resid_pre": _IN}
@@ -56,13 +58,16 @@ _FAMILIES = (
     _Family(
         r"(distill?-?|stanford-)?gpt-?2\b.*|.*-gpt2-(small|medium)-x\d+", "h",
         {**_GPT, **_GPT2_MLP, "attn.hook_z": ".attn.c_proj:in"},
+        "transformer",
     ),
     _Family(
-        r"gpt-neo-.*|tiny-?stories-.*", "h", {**_GPT, **_GPT2_MLP, "attn.hook_z": ".attn.attention.out_proj:in"}
+        r"gpt-neo-.*|tiny-?stories-.*", "h", {**_GPT, **_GPT2_MLP, "attn.hook_z": ".attn.attention.out_proj:in"},
+        "transformer",
     ),
     _Family(
         r"gpt-?j\b.*", "h",
         {**_GPT, "mlp.hook_pre": ".mlp.fc_in", "mlp.hook_post": ".mlp.fc_out:in", "attn.hook_z": ".attn.out_proj:in"},
+        "transformer",
     ),
     _Family(
         r"pythia\b.*|gpt-neox\b.*", "layers",
@@ -71,6 +76,7 @@ _FAMILIES = (
             "mlp.hook_pre": ".mlp.dense_h_to_4h", "mlp.hook_post": ".mlp.dense_4h_to_h:in",
             "attn.hook_z": ".attention.dense:in",
         },
+        "gpt_neox",
     ),
     _Family(
         r"(vault|med)?gemma-?[23]\b(?!b).*|medgemma-.*", "layers",
@@ -104,6 +110,7 @@ _FAMILIES = (
             "hook_mlp_out": ".output.dense", "mlp.hook_in": ".intermediate:in", "mlp.hook_post": ".output.dense:in",
             "attn.hook_z": ".attention.output.dense:in",
         },
+        "bert",
     ),
 )  # fmt: skip
 
@@ -167,6 +174,17 @@ def hook_name_of(hookpoint: str, model: str | None = None) -> str | None:
         return None
     hook = next((name for name, each in places.items() if each == place), None)
     return None if hook is None else f"blocks.{int(number)}.{hook}"
+
+
+def path_in_model(hookpoint: str, model: str | None) -> str:
+    """Return a hookpoint of a base model as one of the model that predicts tokens: h.6 is transformer.h.6.
+
+    It stays as it is where the family of the model is not known.
+    """
+    family = _family(model)
+    if family is None or not hookpoint.startswith(f"{family.blocks}."):
+        return hookpoint
+    return f"{family.root}.{hookpoint}"
 
 
 def layer_of(name: str) -> int | None:
