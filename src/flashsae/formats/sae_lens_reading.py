@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from flashsae.documents import load_json, load_tensors
 from flashsae.errors import CheckpointError, FlashSAEError, FlashSAEWarning
 from flashsae.formats.content import Content
 from flashsae.formats.sae_lens_config import ADVICE, BATCHED, CONFIG_FILE, TRANSCODERS, SAELensConfig, read_config
-from flashsae.formats.sae_lens_metadata import KEPT, OURS, RESHAPED, numbers_of, ours_of
+from flashsae.formats.sae_lens_metadata import KEPT, OURS, RESHAPED, numbers_of, ours_of, theirs_of
 from flashsae.formats.selection import check_tensors, joined, split
 
 WEIGHTS_FILE = "sae_weights.safetensors"
@@ -60,25 +61,30 @@ def read(path: Path) -> Content:
     architecture, settings = _own(config, values, block) or _trained_as(config, values)
     if split(architecture)[1] == "batch_topk":
         values["threshold"] = values["threshold"][0].clone()
-    kept: Any = block.get("metadata")
-    theirs = {name: value for name, value in config.metadata.items() if name != OURS}
-    if config.reshape_activations != "none":
-        theirs[RESHAPED] = config.reshape_activations
     table = {row.name for row in architecture_named(architecture).parameters if row.saved and not row.shape}
     numbers = numbers_of(block, values["W_dec"])
-    return Content(
+    content = Content(
         architecture,
         settings,
         {**{name: numbers[name] for name in table & numbers.keys() - values.keys()}, **values},
         config.apply_b_dec_to_input,
         _normalization(config, folder),
-        {
-            **ours_of(theirs, is_transcoder=config.architecture in TRANSCODERS),
-            **(kept if isinstance(kept, Mapping) else {}),
-            KEPT: theirs,
-        },
-        _extras(folder / SPARSITY_FILE, config.d_sae),
+        extras=_extras(folder / SPARSITY_FILE, config.d_sae),
     )
+    return replace(content, metadata=_metadata(content, config, block))
+
+
+def _metadata(content: Content, config: SAELensConfig, block: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is known in our names, and what SAELens knows under its name, unless that is from ours alone."""
+    theirs = {name: value for name, value in config.metadata.items() if name != OURS}
+    if config.reshape_activations != "none":
+        theirs[RESHAPED] = config.reshape_activations
+    ours = block.get("metadata")
+    if not isinstance(ours, Mapping):
+        return {**ours_of(theirs, is_transcoder=config.architecture in TRANSCODERS), KEPT: theirs}
+    again = theirs_of(replace(content, metadata=ours))
+    is_ours = {**again, OURS: None, RESHAPED: None} == {**theirs, OURS: None, RESHAPED: None}
+    return dict(ours) if is_ours else {**ours, KEPT: theirs}
 
 
 def folder_of(path: Path) -> Path:
@@ -125,7 +131,7 @@ def _in_our_names(tensors: Mapping[str, Tensor], config: SAELensConfig) -> dict[
     if "topk_threshold" in tensors:
         values["threshold"] = tensors["topk_threshold"].to(W_dec.dtype).expand(config.d_sae).contiguous()
     if config.rescale_acts_by_decoder_norm:
-        norms = torch.cat([part.double().norm(dim=1) for part in W_dec.split(_ROWS)])
+        norms = torch.cat([part.double().norm(dim=1) for part in torch.split(W_dec, _ROWS)])
         inverse = norms.reciprocal().where(norms > 0, 0.0)
         values |= {name: _scaled(values[name], norms) for name in ("W_enc_T", "b_enc")}
         values["W_dec"] = _scaled(W_dec, inverse)
@@ -143,7 +149,7 @@ def _in_our_names(tensors: Mapping[str, Tensor], config: SAELensConfig) -> dict[
 def _scaled(rows: Tensor, factors: Tensor) -> Tensor:
     """Return rows, or numbers, times a factor each; in float64, rounded once."""
     factors = factors if rows.dim() == 1 else factors[:, None]
-    parts = zip(rows.split(_ROWS), factors.split(_ROWS))
+    parts = zip(torch.split(rows, _ROWS), torch.split(factors, _ROWS))
     return torch.cat([(part.double() * factor).to(rows.dtype) for part, factor in parts])
 
 
@@ -224,7 +230,8 @@ def _tell_of_scaling(folder: Path, config: SAELensConfig) -> None:
         advice = f"{factor:g}" if isinstance(factor, int | float) else advice
     warnings.warn(
         f"{folder} is for activations of mean norm √d_in, and says so by expected_average_only_in: FlashSAE, as "
-        f"SAELens, takes activations as they come. sae.rescaled(factor) makes the SAE for these; the factor is {advice}.",
+        "SAELens, takes activations as they come. sae.rescaled(factor) makes the SAE for these; the factor is "
+        f"{advice}.",
         FlashSAEWarning,
         stacklevel=4,
     )
