@@ -27,7 +27,7 @@ from flashsae.errors import ConfigError
 from flashsae.formats.content import Content, Format
 from flashsae.formats.sae_lens_config import CONFIG_FILE
 from flashsae.formats.sae_lens_metadata import KEPT, RESHAPED, theirs_of
-from flashsae.formats.sae_lens_reading import DENSITY, FLOOR, FORMS, SPARSITY, SPARSITY_FILE, WEIGHTS_FILE, read
+from flashsae.formats.sae_lens_reading import DENSITY, FLOOR, FORMS, SPARSITY, SPARSITY_FILE, WEIGHTS_FILE, read_folder
 from flashsae.formats.selection import selection_of, split
 
 _NORMALIZATIONS = {"none": "none", "layer_norm": "layer_norm", "token_norm": "constant_norm_rescale"}
@@ -37,9 +37,22 @@ _DEEPEST = 3
 
 def detects(path: Path) -> bool:
     """Tell whether a folder, or a file of one, is an SAE of SAELens, or whether a folder has such folders in it."""
-    if path.name in (CONFIG_FILE, WEIGHTS_FILE):
-        path = path.parent
-    return _is_one(path) or bool(parts(path))
+    return _is_one(_folder_of(path)) or bool(parts(path))
+
+
+def read(path: Path) -> Content:
+    """Read an SAE, or that of a training which was not ended.
+
+    Args:
+        path: of its folder, or of one of its files.
+    Raises:
+        CheckpointError: a file is missing or damaged, or the SAE is one that is not held here.
+    """
+    return read_folder(_folder_of(path))
+
+
+def _folder_of(path: Path) -> Path:
+    return path.parent if path.name in (CONFIG_FILE, WEIGHTS_FILE) else path
 
 
 def parts(path: Path) -> dict[str, Path]:

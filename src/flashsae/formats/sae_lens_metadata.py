@@ -48,7 +48,7 @@ def ours_of(theirs: Mapping[str, Any], *, is_transcoder: bool) -> dict[str, Any]
         ("prepend_bos", bool, "prepend_bos"),
     ):
         value = theirs.get(known)
-        if type(value) is kind and value not in (0, ""):
+        if type(value) is kind and (value or kind is bool):
             ours[own] = value
     return ours
 

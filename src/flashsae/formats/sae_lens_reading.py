@@ -44,15 +44,12 @@ _ROWS = 4096
 """That are computed with in float64 at a time."""
 
 
-def read(path: Path) -> Content:
-    """Read the folder of an SAE, or of a training of one that was not ended.
+def read_folder(folder: Path) -> Content:
+    """Return the SAE in a folder, or that of a training which was not ended.
 
-    Args:
-        path: of the folder, or of one of its files.
     Raises:
         CheckpointError: a file is missing or damaged, or the SAE is one that is not held here.
     """
-    folder = folder_of(path)
     config = read_config(folder / CONFIG_FILE)
     values = _in_our_names(_tensors(folder / WEIGHTS_FILE, config), config)
     _tell_of_scaling(folder, config)
@@ -85,11 +82,6 @@ def _metadata(content: Content, config: SAELensConfig, block: Mapping[str, Any])
     again = theirs_of(replace(content, metadata=ours))
     is_ours = {**again, OURS: None, RESHAPED: None} == {**theirs, OURS: None, RESHAPED: None}
     return dict(ours) if is_ours else {**ours, KEPT: theirs}
-
-
-def folder_of(path: Path) -> Path:
-    """Return the folder of an SAE that is named by it or by one of its files."""
-    return path.parent if path.name in (CONFIG_FILE, WEIGHTS_FILE) else path
 
 
 def _tensors(path: Path, config: SAELensConfig) -> dict[str, Tensor]:
