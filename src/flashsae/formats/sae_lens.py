@@ -24,7 +24,7 @@ from torch import Tensor
 
 from flashsae import files
 from flashsae.errors import ConfigError
-from flashsae.formats.content import Content, Format
+from flashsae.formats.content import Content, Format, plain_metadata
 from flashsae.formats.sae_lens_config import CONFIG_FILE
 from flashsae.formats.sae_lens_metadata import KEPT, RESHAPED, theirs_of
 from flashsae.formats.sae_lens_reading import DENSITY, FLOOR, FORMS, SPARSITY, SPARSITY_FILE, WEIGHTS_FILE, read_folder
@@ -89,7 +89,7 @@ def write(folder: Path, content: Content, lossy: bool = False) -> list[str]:
     """
     selection = selection_of(content)
     form = FORMS.get((selection.outer, selection.name))
-    if form is None:
+    if form is None or (selection.name == "threshold" and selection.threshold is None):
         raise ConfigError(_refusal(content, selection.outer, selection.name))
     if selection.outer and content.apply_b_dec_to_input:
         raise ConfigError(
@@ -108,15 +108,11 @@ def write(folder: Path, content: Content, lossy: bool = False) -> list[str]:
         raise ConfigError(
             f"SAELens cannot hold all of this SAE: {'; '.join(given_up)}. --lossy, or lossy=True, writes it so."
         )
-    config = _config(content, form, selection.k)
+    text = json.dumps(plain_metadata(_config(content, form, selection.k)), indent=2)
     files.save_tensors(folder / WEIGHTS_FILE, tensors)
     if DENSITY in content.extras:
         density = content.extras[DENSITY].double()
         files.save_tensors(folder / SPARSITY_FILE, {SPARSITY: (density + FLOOR).log10().float()})
-    try:
-        text = json.dumps(config, indent=2, allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ConfigError(f"metadata: expected what JSON can hold ({error}). Convert it to text or numbers.") from error
     with files.storage_errors(folder):
         (folder / CONFIG_FILE).write_text(f"{text}\n", "utf-8")
     return [f"{sentence[0].upper()}{sentence[1:]}." for sentence in given_up]

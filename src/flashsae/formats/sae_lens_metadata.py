@@ -17,6 +17,7 @@ from torch import Tensor
 from flashsae.formats.content import Content
 from flashsae.formats.hook_names import hook_name_of, hookpoint_of, model_name_of, model_of, path_in_model
 from flashsae.formats.selection import split
+from flashsae.settings.prefixes import prefixes_of
 
 KEPT = "saelens"
 """Under which name we keep what they know."""
@@ -130,11 +131,7 @@ def _training(content: Content) -> dict[str, Any]:
         name = "matryoshka_batchtopk"
     details = {name: content.settings[name] for name in ("k", "target_l0") if name in content.settings}
     if is_nested:
-        prefixes, d_sae = content.settings["prefixes"], content.d_sae
-        shares = [each < 1 or each == prefixes[-1] == 1 for each in prefixes]
-        details["matryoshka_widths"] = sorted(
-            {max(1, round(each * d_sae)) if share else round(each) for each, share in zip(prefixes, shares)}
-        )
+        details["matryoshka_widths"] = prefixes_of(content.settings["prefixes"], content.d_sae)
     metrics = content.metadata.get("metrics")
     l0 = metrics.get("l0") if isinstance(metrics, Mapping) else None
     known = {"l0": l0} if isinstance(l0, int | float) and not isinstance(l0, bool) else {}
