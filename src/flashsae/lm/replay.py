@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ _EAGER = 3
 """Forwards of a shape before it is captured: the first compiles what is missing, the last is looked at."""
 _COMPARED = 2
 """Replays of a graph that are compared with the forward."""
-_MOST_GRAPHS = 8
+_MOST_GRAPHS = 32
 _WAITS = 1.25
 """How much longer than the host a forward may take on the device to be one that waits for the host."""
 
@@ -30,7 +31,10 @@ class _Shape:
     """What is known of inputs of a shape.
 
     Args:
-        ids: what the graph reads.
+        seen: inputs of it.
+        is_left: none of them is replayed.
+        graph: of a forward.
+        reads: its token ids, and which of them are tokens, None where all are.
         acts: what it writes, by hookpoint.
         compared: replays that gave the bits of the forward.
     """
@@ -38,16 +42,16 @@ class _Shape:
     seen: int = 0
     is_left: bool = False
     graph: torch.cuda.CUDAGraph | None = None
-    ids: Tensor | None = None
+    reads: tuple[Tensor | None, ...] = ()
     acts: dict[str, Tensor] = field(default_factory=dict)
     compared: int = 0
 
 
 class Replays:
-    """Runs a model on full inputs, on a GPU by graphs where that is faster and the same.
+    """Runs a model, on a GPU by graphs where that is faster and the same.
 
     One for each reading, on one stream: between two of them the weights may have been replaced, and two would write the
-    same memory. Memory: that of a forward for each graph.
+    same memory. Memory: that of a forward, and what each graph writes.
 
     Args:
         model: to run.
@@ -56,6 +60,7 @@ class Replays:
     def __init__(self, model: HookedModel) -> None:
         self._model = model
         self._shapes: dict[tuple[int, ...], _Shape] = {}
+        self._pool: Any = None  # of all graphs: none of them runs beside another
         self._can = model.device.type == "cuda" and model.is_plain
 
     def __call__(self, ids: Tensor, attention: Tensor, pick: Pick) -> dict[str, Tensor]:
@@ -65,30 +70,34 @@ class Replays:
             ids, attention: [sequences, length], int64, on the CPU.
             pick: as there.
         """
-        if self._can and bool(attention.all()):
-            shape = self._shapes.setdefault(tuple(ids.shape), _Shape())
+        if self._can:
+            # a model looks whether a mask has zeros, which no capture survives: beside all tokens it is given none
+            is_full = bool(attention.all())
+            shape = self._shapes.setdefault((is_full, *ids.shape), _Shape())
             shape.seen += 1
             if not shape.is_left:
-                return self._run(shape, ids, attention, pick)
+                return self._run(shape, (ids, None if is_full else attention), attention, pick)
         return self._model(self._there(ids), self._there(attention), pick)
 
     def _there(self, tensor: Tensor) -> Tensor:
         device = self._model.device
         return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
-    def _run(self, shape: _Shape, ids: Tensor, attention: Tensor, pick: Pick) -> dict[str, Tensor]:
+    def _run(
+        self, shape: _Shape, reads: tuple[Tensor, Tensor | None], attention: Tensor, pick: Pick
+    ) -> dict[str, Tensor]:
         if shape.graph is not None and shape.compared == _COMPARED:
-            self._replay(shape, ids)
+            self._replay(shape, reads)
             return {name: pick(name, acts) for name, acts in shape.acts.items()}
         if shape.graph is None:
-            seen, waits = self._timed(shape, ids, attention, pick)
+            seen, waits = self._timed(shape, reads[0], attention, pick)
             if shape.seen >= _EAGER:
                 shape.is_left = not waits or sum(s.graph is not None for s in self._shapes.values()) == _MOST_GRAPHS
                 if not shape.is_left:
-                    self._capture(shape, ids)
+                    self._capture(shape, reads)
             return seen
-        seen = self._model(self._there(ids), self._there(attention), pick)
-        self._replay(shape, ids)
+        seen = self._model(self._there(reads[0]), self._there(attention), pick)
+        self._replay(shape, reads)
         if all(torch.equal(pick(name, acts), seen[name]) for name, acts in shape.acts.items()):
             shape.compared += 1
         else:
@@ -109,21 +118,24 @@ class Replays:
         end.synchronize()
         return seen, begin.elapsed_time(end) / 1e3 < _WAITS * host
 
-    def _replay(self, shape: _Shape, ids: Tensor) -> None:
+    def _replay(self, shape: _Shape, reads: tuple[Tensor | None, ...]) -> None:
         assert shape.graph is not None
-        assert shape.ids is not None
-        shape.ids.copy_(ids.pin_memory(), non_blocking=True)
+        for there, given in zip(shape.reads, reads, strict=True):
+            if there is not None and given is not None:
+                there.copy_(given.pin_memory(), non_blocking=True)
         shape.graph.replay()
 
-    def _capture(self, shape: _Shape, ids: Tensor) -> None:
+    def _capture(self, shape: _Shape, reads: tuple[Tensor, Tensor | None]) -> None:
         """Capture the forward; leave the shape alone where that cannot be done, as where the host looks at numbers."""
-        graph, there = torch.cuda.CUDAGraph(), self._there(ids)
+        graph, ids = torch.cuda.CUDAGraph(), self._there(reads[0])
+        attention = None if reads[1] is None else self._there(reads[1])
         was_enabled = gc.isenabled()
         gc.disable()  # an older graph among the garbage would be destroyed, which no capture survives
         try:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                shape.acts = self._model(there, None)  # its mask would be looked at, and is of ones
-            shape.graph, shape.ids = graph, there
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                shape.acts = self._model(ids, attention)
+            shape.graph, shape.reads = graph, (ids, attention)
+            self._pool = graph.pool()
         except Exception:  # whatever a model does that cannot be captured, it does in the forward
             self._leave(shape)
             torch.cuda.synchronize()
@@ -132,4 +144,4 @@ class Replays:
                 gc.enable()
 
     def _leave(self, shape: _Shape) -> None:
-        shape.is_left, shape.graph, shape.ids, shape.acts = True, None, None, {}
+        shape.is_left, shape.graph, shape.reads, shape.acts = True, None, (), {}

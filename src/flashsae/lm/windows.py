@@ -82,7 +82,7 @@ class Windows:
         self._special = np.array(sorted(special), dtype=np.int64)
         self._excluded = np.array(config.exclude_ids, dtype=np.int64)
         pad = tokenizer.pad_token_id or 0
-        self._pad = (
+        self.pad_token = (
             pad if vocabulary is None or pad < vocabulary else 0
         )  # some add a padding token to the tokenizer alone
         self.framing = framing_of(tokenizer, config)
@@ -194,7 +194,7 @@ class Windows:
         is_token = position < length
         token = start + np.minimum(position, length - 1)  # padding counts as what the last token counts as
         return TokenBatch(
-            torch.from_numpy(np.where(is_token, inputs.layout.ids[token], self._pad)),
+            torch.from_numpy(np.where(is_token, inputs.layout.ids[token], self.pad_token)),
             torch.from_numpy(is_token.astype(np.int64)),
             torch.from_numpy(is_token & (inputs.why[token] == 0)),
             torch.from_numpy(inputs.numbers[token]),
