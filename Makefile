@@ -40,6 +40,7 @@ bench-gpu: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.pipeline cache auxk
 	$(BIN)/python -m benchmarks.pipeline model --batch-tokens 4096 --steps 480
 	$(BIN)/python -m benchmarks.many
+	$(BIN)/python -m benchmarks.inference
 	test -d build/activations || $(BIN)/flashsae cache --out build/activations
 	$(BIN)/python -m benchmarks.trainer build/activations
 	$(BIN)/python -m benchmarks.trainer build/activations --dead-after-tokens 102400

@@ -35,6 +35,7 @@ from benchmarks.drawing import (
     table,
 )
 from benchmarks.passes import MASTER
+from benchmarks.plots_inference import inference_text
 from benchmarks.session import RESULTS
 from benchmarks.shapes import SWEEPS
 from flashsae.bench.measure import OURS, Record
@@ -263,6 +264,7 @@ def main(results: Path = RESULTS, docs: Path = DOCS) -> None:
                 figure.savefig(docs / name, dpi=DPI)
         print(f"{docs / name}: {'drawn' if figure else 'nothing to draw'}")
     parts = [plots_steps.step_text(whole), plots_architectures.steps_table(archs), plots_runs.pipeline_text(pipeline)]
+    parts.append(inference_text(read(results / "inference.jsonl")))
     parts += [all_tables(found) if found.by_key else "", counters_table(counters) if counters else ""]
     pages = {"performance.md": parts, "numerics.md": [plots_runs.trainer_text(trainer)]}
     pages["architectures.md"] = [plots_architectures.pareto_text(pareto)]

@@ -9,13 +9,24 @@ import weakref
 from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("matplotlib")
 
-from benchmarks import choosing, many, pareto, plots, plots_architectures, plots_runs, plots_steps
+from benchmarks import (
+    choosing,
+    inference,
+    many,
+    pareto,
+    plots,
+    plots_architectures,
+    plots_inference,
+    plots_runs,
+    plots_steps,
+)
 from benchmarks.ablation import RUNGS
 from benchmarks.cases import Size
 from benchmarks.checks import check_batch
@@ -25,6 +36,7 @@ from benchmarks.registry import GROUPS
 from benchmarks.session import RESULTS
 from benchmarks.shapes import SIZES
 
+import flashsae
 from flashsae import ops
 from flashsae.bench.measure import OURS, Record, measure
 from flashsae.bench.problem import make_problem
@@ -233,3 +245,62 @@ def test_several_saes_are_timed_beside_one(tmp_path: Path) -> None:
     assert {count: len(times) for count, times in record["seconds_a_step"].items()} == {"1": 2, "4": 2}
     assert record["ratio"] > 0
     assert record["commit"]
+
+
+def test_encoding_is_checked_timed_and_told_beside_a_peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(inference.SAELENS), "is_installed", True)
+    monkeypatch.setattr(inference, "lens_sae", lambda problem, sae: _DensePeer(sae))
+    out = tmp_path / "inference.jsonl"
+    inference.main(batches=(4096,), small=True, device="cpu", seconds=0.0, out=out)
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [record["name"] for record in records] == ["topk", "batch_topk", "jump_relu"]
+    for record in records:
+        assert len(record["runs"]) == 9
+        assert {run["status"] for run in record["runs"].values()} == {"ok"}
+        assert record["runs"]["FlashSAE, float32"]["same_latents"] == 1.0
+        assert record["times_as_long"].keys() == {"float32", "tf32", "bf16"}
+        assert record["commit"]
+    text = plots_inference.inference_text([*records, *records])
+    assert text.count("| SAELens, float32 |") == 3
+    assert plots_inference.inference_text([]) == ""
+
+
+class _DensePeer:
+    """Encodes as a library of dense codes does."""
+
+    def __init__(self, sae: flashsae.SAE) -> None:
+        self.encode = lambda x: sae.encode(x).to_dense()
+
+
+@pytest.mark.parametrize("boundary", [None, 1.0])
+def test_a_code_that_is_wrong_is_told(boundary: float | None) -> None:
+    ours = torch.tensor([[0.0, 2.0, 0.0, 1.5], [3.0, 0.0, 0.0, 1.001]])
+    assert inference.compare_codes(ours, ours, boundary, 0.01) == ("", 1.0)
+    tied = torch.tensor([[0.0, 2.0, 0.0, 1.5], [3.0, 0.0, 1.001, 0.0]])
+    assert inference.compare_codes(ours, tied, boundary, 0.01) == ("", 0.5)
+    missed = torch.tensor([[0.0, 0.0, 0.0, 1.5], [3.0, 0.0, 0.0, 1.001]])
+    assert "latents: one" in inference.compare_codes(missed, ours, boundary, 0.01)[0]
+    off = torch.tensor([[0.0, 2.0, 0.0, 1.7], [3.0, 0.0, 0.0, 1.001]])
+    assert "values: off by 0.2" in inference.compare_codes(off, ours, boundary, 0.01)[0]
+
+
+def test_what_does_not_fit_is_told_and_what_is_wrong_is_not_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inference, "peak_bytes", _no_room)
+    options: dict[str, Any] = {"batches": (4096,), "small": True, "device": "cpu", "seconds": 0.0, "peers": False}
+    with pytest.raises(SystemExit, match="expected a CUDA device"):
+        inference.main("topk", **options | {"small": False}, out=tmp_path / "x.jsonl")
+    inference.main("topk", **options, out=tmp_path / "x.jsonl")
+    (record,) = map(json.loads, (tmp_path / "x.jsonl").read_text().splitlines())
+    assert record["runs"]["FlashSAE to dense, bf16"]["status"] == "out of memory"
+    assert record["times_as_long"] == {}
+    assert "| out of memory |" in plots_inference.inference_text([record])
+    monkeypatch.setattr(inference, "compare_codes", lambda *_: ("latents: none. ", 0.0))
+    with pytest.raises(SystemExit, match=r"topk, FlashSAE, float32: wrong result, not timed\. latents: none"):
+        inference.main("topk", **options, out=tmp_path / "x.jsonl")
+
+
+def _no_room(run: object, *_: object) -> None:
+    if "to dense, bf16" in run.__self__.name:  # type: ignore[attr-defined]
+        raise torch.OutOfMemoryError
