@@ -82,6 +82,13 @@ def test_settings_of_theirs(
     assert ("W_skip" in content.tensors) == bool(skip)
 
 
+def test_multi_topk_is_written_only_where_they_wrote_it(tmp_path: Path) -> None:
+    written(tmp_path / "again", sparsify.read(theirs(tmp_path / "theirs", {"multi_topk": True})))
+    assert json.loads((tmp_path / "again" / "cfg.json").read_text())["multi_topk"] is True
+    written(tmp_path / "ours", made("topk", multi_topk=0.125))
+    assert json.loads((tmp_path / "ours" / "cfg.json").read_text())["multi_topk"] is False
+
+
 def test_a_number_of_latents_is_an_expansion_factor_where_it_is_0(tmp_path: Path) -> None:
     tensors = {"encoder.weight": torch.randn(35, D), "encoder_bias": torch.randn(35), "W_dec": torch.randn(35, D)}
     assert sparsify.read(theirs(tmp_path, {"num_latents": 0, "expansion_factor": 5}, **tensors)).d_sae == 35
@@ -114,7 +121,7 @@ def test_shapes_and_names_of_what_is_written(d_in: int, d_sae: int, k: int, tmp_
     }  # fmt: skip
     assert json.loads((tmp_path / "sae" / "cfg.json").read_text()) == {
         "activation": "topk", "expansion_factor": max(1, d_sae // d_in), "normalize_decoder": True,
-        "num_latents": d_sae, "k": k, "multi_topk": True, "skip_connection": False, "transcode": False, "d_in": d_in,
+        "num_latents": d_sae, "k": k, "multi_topk": False, "skip_connection": False, "transcode": False, "d_in": d_in,
     }  # fmt: skip
     assert same(sparsify.read(tmp_path / "sae"), content)
 

@@ -32,7 +32,8 @@ CONFIG, WEIGHTS, RUN = "cfg.json", "sae.safetensors", "config.json"
 _NAME = "sparsify"
 _ADVICE = "Save the SAE again."
 _MULTI_TOPK = 0.125
-"""The weight of the loss that `multi_topk` turns on."""
+"""The weight of the loss that `multi_topk` turns on. With it their forward returns the reconstruction from 4 · k
+latents, also in inference, so it is written only where they wrote it."""
 _HOOKPOINT = r"(?:[A-Za-z_]\w*\.)*(?:h|layers?|blocks?)\.\d+(?:\.[A-Za-z_]\w*)*"
 _ONLY_OURS = "flashsae"
 _NAMES = {"model": ("model", str), "dataset": ("dataset", str), "ctx_len": ("context_length", int)}
@@ -126,11 +127,15 @@ def _metadata(path: Path, config: _Config) -> dict[str, Any]:
     told: dict[str, Any] = {"hookpoint": name} if is_named or re.fullmatch(_HOOKPOINT, name) else {}
     for theirs, (ours, kind) in _NAMES.items():
         told |= {ours: content[theirs]} if type(content.get(theirs)) is kind else {}
+    kept: dict[str, Any] = {
+        "normalize_decoder": config.normalize_decoder,
+        **({"multi_topk": True} if config.multi_topk else {}),
+    }
     own = content.get(_ONLY_OURS)
     if isinstance(own, dict):
-        return {**told, **own, _NAME: {"normalize_decoder": config.normalize_decoder}}
+        return {**told, **own, _NAME: kept}
     rest = {name: value for name, value in content.items() if name not in ("sae", *_NAMES)}
-    return {**told, _NAME: {"normalize_decoder": config.normalize_decoder, **({RUN: rest} if rest else {})}}
+    return {**told, _NAME: {**kept, **({RUN: rest} if rest else {})}}
 
 
 def _run_of(path: Path) -> dict[str, Any]:
@@ -168,7 +173,7 @@ def write(folder: Path, content: Content, lossy: bool) -> list[str]:
         num_latents=content.d_sae,
         expansion_factor=max(1, content.d_sae // content.d_in),
         normalize_decoder=theirs.get("normalize_decoder", not outer) is True,
-        multi_topk=bool(content.settings.get("multi_topk")),
+        multi_topk=theirs.get("multi_topk") is True,
         skip_connection=outer == "skip_transcoder",
         transcode=bool(outer),
     )
