@@ -60,7 +60,7 @@ class Replays:
     def __init__(self, model: HookedModel) -> None:
         self._model = model
         self._shapes: dict[tuple[int, ...], _Shape] = {}
-        self._pool: Any = None  # of all graphs: none of them runs beside another
+        self._pool: tuple[Any, ...] = ()  # of all graphs: none of them runs beside another
         self._can = model.device.type == "cuda" and model.is_plain
 
     def __call__(self, ids: Tensor, attention: Tensor, pick: Pick) -> dict[str, Tensor]:
@@ -127,15 +127,21 @@ class Replays:
 
     def _capture(self, shape: _Shape, reads: tuple[Tensor, Tensor | None]) -> None:
         """Capture the forward; leave the shape alone where that cannot be done, as where the host looks at numbers."""
-        graph, ids = torch.cuda.CUDAGraph(), self._there(reads[0])
-        attention = None if reads[1] is None else self._there(reads[1])
+        ids, attention = (None if each is None else self._there(each) for each in reads)
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self._model.device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(self._model.device))
         was_enabled = gc.isenabled()
         gc.disable()  # an older graph among the garbage would be destroyed, which no capture survives
         try:
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                shape.acts = self._model(ids, attention)
-            shape.graph, shape.reads = graph, (ids, attention)
-            self._pool = graph.pool()
+            assert ids is not None
+            # not torch.cuda.graph, which frees all memory at hand, page-locked memory of other threads among it
+            with torch.cuda.stream(stream):
+                graph.capture_begin(*self._pool, capture_error_mode="thread_local")
+                try:
+                    shape.acts = self._model(ids, attention)
+                finally:
+                    graph.capture_end()
+            shape.graph, shape.reads, self._pool = graph, (ids, attention), (graph.pool(),)
         except Exception:  # whatever a model does that cannot be captured, it does in the forward
             self._leave(shape)
             torch.cuda.synchronize()
