@@ -20,6 +20,7 @@ metrics
 formats sae architectures optim testing
 places
 text lm
+hooks
 data
 logs
 train

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from flashsae.architecture import Architecture, Parameter, Term, register
     from flashsae.data.from_model import activations
     from flashsae.evaluate.heldout import evaluate
+    from flashsae.hooks import ablate, clamp, hook, scale, steer
     from flashsae.ops import SparseCode
     from flashsae.places import load
     from flashsae.sae import SAE, SAEConfig
@@ -31,17 +32,22 @@ __all__ = [
     "Term",
     "TrainConfig",
     "__version__",
+    "ablate",
     "activations",
+    "clamp",
     "data",
     "errors",
     "evaluate",
     "fit",
     "fit_many",
+    "hook",
     "load",
     "load_checkpoint",
     "ops",
     "register",
     "sae",
+    "scale",
+    "steer",
     "train",
 ]
 
@@ -54,12 +60,17 @@ _HOMES = {
     "SAEConfig": "sae",
     "SparseCode": "ops",
     "TrainConfig": "settings",
+    "ablate": "hooks",
     "activations": "data.from_model",
+    "clamp": "hooks",
     "evaluate": "evaluate",
     "fit": "train.fit",
     "fit_many": "train.fit_many",
+    "hook": "hooks",
     "load": "places",
     "load_checkpoint": "train.load",
+    "scale": "hooks",
+    "steer": "hooks",
     "train": "train.from_model",
 }
 

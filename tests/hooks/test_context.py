@@ -1,0 +1,738 @@
+"""SAEs in models that run: what is read, what the models go on with, and that nothing stays behind."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import flashsae
+from flashsae import SAE, SAEConfig, SparseCode, ablate, clamp, hook, scale, steer
+from flashsae.errors import ConfigError, DtypeError, FlashSAEError, ShapeError
+
+SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def model(tiny: ModuleType) -> nn.Module:
+    made: nn.Module = tiny.gpt2().eval()
+    made.generation_config.eos_token_id = None  # type: ignore[union-attr]
+    made.generation_config.pad_token_id = 0  # type: ignore[union-attr]
+    return made
+
+
+@pytest.fixture(scope="module")
+def ids() -> Tensor:
+    return torch.randint(3, 60, (2, 7), generator=torch.Generator().manual_seed(3))
+
+
+def sae_of(arch: str = "topk", dtype: torch.dtype = torch.float32, seed: int = 0, **settings: Any) -> SAE:
+    from flashsae.architecture import settings_of
+
+    given = {"k": 4} if arch.endswith("topk") else {}
+    config = SAEConfig(16, 64, arch=settings_of(arch, **given), **settings)
+    return SAE(config, seed=seed, dtype=dtype).eval()
+
+
+@pytest.fixture(scope="module")
+def sae() -> SAE:
+    return sae_of()
+
+
+def at_hookpoint(model: nn.Module, hookpoint: str, *inputs: Any, **named: Any) -> Tensor:
+    """Return what is at a hookpoint, as any hook sees it."""
+    seen: list[Tensor] = []
+    module = model.get_submodule(hookpoint)
+    handle = module.register_forward_hook(
+        lambda module, args, output: seen.append(output if isinstance(output, Tensor) else output[0])
+    )
+    with torch.no_grad():
+        model(*inputs, **named)
+    handle.remove()
+    return seen[0]
+
+
+def hooks_of(model: nn.Module) -> list[Any]:
+    return [each for m in model.modules() for each in (*m._forward_hooks, *m._forward_pre_hooks)]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_stays(model: nn.Module) -> Iterator[None]:
+    before = hooks_of(model), [module.training for module in model.modules()]
+    yield
+    assert (hooks_of(model), [module.training for module in model.modules()]) == before
+
+
+# reading
+
+
+def test_codes_are_read(model: nn.Module, ids: Tensor, sae: SAE) -> None:
+    wanted = model(ids).logits
+    with hook(model, {"h.1": sae}) as codes:
+        assert torch.equal(model(ids).logits, wanted)  # bit for bit
+    x = at_hookpoint(model, "transformer.h.1", ids)
+    code = codes["h.1"]
+    assert code.shape == (2, 7)
+    assert not code.acts.requires_grad
+    assert torch.equal(code.top_indices, sae.encode(x).top_indices)
+    assert torch.equal(code.to_dense(), sae.encode(x).to_dense())
+    assert codes.edited["h.1"].to_dense().equal(code.to_dense())
+    assert list(codes) == ["h.1"]
+    assert "h.1" in codes
+    assert "h.2" not in codes
+    assert repr(codes) == "Hooked(h.1)"
+
+
+@pytest.mark.parametrize("arch", ["topk", "batch_topk", "jump_relu", "relu", "gated", "abs_topk", "matryoshka"])
+def test_codes_are_joined_over_the_steps_of_generate(arch: str, model: nn.Module, ids: Tensor) -> None:
+    sae = sae_of(arch)
+    with hook(model, {"h.1": sae}, steer(60, 0.5, at="prompt")) as codes:
+        texts = model.generate(ids, max_new_tokens=4, do_sample=False)
+    assert len(codes.forwards("h.1")) == 4
+    with hook(model, {"h.1": sae}, steer(60, 0.5, at=range(7))) as whole:
+        model(texts[:, :-1])
+    for found, wanted in ((codes["h.1"], whole["h.1"]), (codes.edited["h.1"], whole.edited["h.1"])):
+        assert found.shape == (2, 10)
+        torch.testing.assert_close(found.to_dense(), wanted.to_dense(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_new_text_begins_anew(model: nn.Module, ids: Tensor, sae: SAE) -> None:
+    with hook(model, {"h.1": sae}) as codes:
+        model.generate(ids, max_new_tokens=3)
+        model(ids[:1, :5])
+        assert codes["h.1"].shape == (1, 5)
+        cache = model(ids[:, :4], use_cache=True).past_key_values
+        model(ids[:, 4:], past_key_values=cache)
+        assert codes["h.1"].shape == (2, 7)
+        model.transformer.h[1](torch.zeros(1, 3, 16))  # a module by itself
+        assert codes["h.1"].shape == (1, 3)
+
+
+def test_names_of_hookpoints(model: nn.Module, ids: Tensor, sae: SAE) -> None:
+    other = sae_of(seed=1)
+    with hook(model, {"h.{0,2}": sae, "transformer.h.1:in": other}) as codes:
+        model(ids)
+    assert list(codes) == ["h.0", "h.2", "h.1:in"]
+    assert torch.equal(codes["transformer.h.1:in"].acts, codes["h.1:in"].acts)
+    x = at_hookpoint(model, "transformer.h.0", ids)
+    assert torch.equal(codes["h.1:in"].to_dense(), other.encode(x).to_dense())
+    assert torch.equal(codes["h.0"].to_dense(), sae.encode(x).to_dense())
+    with pytest.raises(ConfigError, match=r"expected one of h\.0, h\.2, h\.1:in, got 'h\.\{0,2\}', which stands for"):
+        codes["h.{0,2}"]
+
+
+# what the model goes on with
+
+
+@pytest.mark.parametrize("arch", ["topk", "batch_topk", "jump_relu", "relu"])
+@pytest.mark.parametrize("normalize", ["none", "layer_norm"])
+def test_edits_add_rows_of_the_decoder(arch: str, normalize: str, model: nn.Module, ids: Tensor) -> None:
+    sae = sae_of(arch, normalize_activations=normalize)
+    x = at_hookpoint(model, "transformer.h.1", ids)
+    dense = sae.encode(x).to_dense().detach()
+    edited = dense.clone()
+    edited[..., 5] = 0
+    edited[:, 2:, 6] += 3
+    edited[:, -1, 7] = 1.5
+    deviation = x.std(-1, keepdim=True) if normalize == "layer_norm" else 1.0
+    wanted = x + (edited - dense) @ sae.W_dec.detach() * deviation
+    edits = [ablate(5), steer(6, 3.0, at=slice(2, None)), clamp(7, 1.5, at=-1)]
+    with hook(model, {"h.1": sae}, edits) as codes:
+        torch.testing.assert_close(at_hookpoint(model, "transformer.h.1", ids), wanted, rtol=1e-4, atol=1e-5)
+    assert torch.equal(codes["h.1"].to_dense(), dense)
+    assert torch.equal(codes.edited["h.1"].to_dense(), edited)
+    assert torch.equal(model.get_submodule("transformer.h.1")(x), model.get_submodule("transformer.h.1")(x))
+
+
+def test_steering_is_exact(model: nn.Module, ids: Tensor) -> None:
+    sae = sae_of()
+    with torch.no_grad():
+        sae.W_dec.copy_(torch.randint(-2, 3, (64, 16)))
+    x = at_hookpoint(model, "transformer.h.1", ids)
+    with hook(model, {"h.1": sae}, steer([3, 63], [2.0, -1.0], at=4)):
+        found = at_hookpoint(model, "transformer.h.1", ids)
+    x[:, 4] += 2 * sae.W_dec[3].detach() - sae.W_dec[63].detach()
+    assert torch.equal(found, x)
+
+
+def test_without_the_error_it_is_the_reconstruction(model: nn.Module, ids: Tensor, sae: SAE) -> None:
+    x = at_hookpoint(model, "transformer.h.1", ids)
+    wanted = sae(x).detach()
+    with hook(model, {"h.1": sae}, error=False):
+        assert torch.equal(at_hookpoint(model, "transformer.h.1", ids), wanted)
+    with hook(model, {"h.1": sae}, error=[0, 3]):
+        found = at_hookpoint(model, "transformer.h.1", ids)
+    wanted[:, [0, 3]] = x[:, [0, 3]]
+    assert torch.equal(found, wanted)
+    with hook(model, {"h.1": sae}, scale(range(64), 0.0), error=False):
+        found = at_hookpoint(model, "transformer.h.1", ids)
+    assert torch.equal(found, sae.b_dec.detach().expand_as(x))
+
+
+def test_a_function_with_another_pattern(model: nn.Module, ids: Tensor, sae: SAE) -> None:
+    def only_the_largest(code: SparseCode) -> SparseCode:
+        acts, places = code.top_acts.max(-1, keepdim=True)
+        return SparseCode.topk(acts, code.top_indices.gather(-1, places), code.d_sae)
+
+    x = at_hookpoint(model, "transformer.h.1", ids)
+    code = sae.encode(x)
+    wanted = x + sae.decode(only_the_largest(code)) - sae.decode(code)
+    with hook(model, {"h.1": sae}, only_the_largest) as codes:
+        torch.testing.assert_close(at_hookpoint(model, "transformer.h.1", ids), wanted.detach())
+    assert codes.edited["h.1"].top_acts.shape == (2, 7, 1)
+    with hook(model, {"h.1": sae}, lambda code: SparseCode.topk(code.top_acts, code.top_indices, 64)):
+        assert torch.equal(at_hookpoint(model, "transformer.h.1", ids), x)  # the same code is no change
+
+
+@pytest.mark.parametrize("model_dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("sae_dtype", [torch.float32, torch.bfloat16])
+def test_the_model_keeps_its_dtype(
+    model_dtype: torch.dtype, sae_dtype: torch.dtype, model: nn.Module, ids: Tensor
+) -> None:
+    part, sae = copy.deepcopy(model).to(model_dtype), sae_of(dtype=sae_dtype)
+    wanted = part(ids).logits
+    for given in ({}, {"gradients": "latents"}, {"gradients": "model"}):
+        with hook(part, {"h.1": sae}, **given):
+            assert torch.equal(part(ids).logits, wanted)
+    x = at_hookpoint(part, "transformer.h.1", ids)
+    with hook(part, {"h.1": sae}, steer(3, 2.0)):
+        found = at_hookpoint(part, "transformer.h.1", ids)
+    assert found.dtype == model_dtype
+    wide = torch.promote_types(model_dtype, sae_dtype)
+    assert torch.equal(found, (x.to(wide) + (2 * sae.W_dec[3]).detach().to(wide)).to(model_dtype))
+    with hook(part, {"h.1": sae}, error=False):
+        assert part(ids).logits.dtype == model_dtype
+
+
+def test_autocast_does_not_reach_the_sae(model: nn.Module, ids: Tensor, sae: SAE) -> None:
+    with torch.autocast("cpu", torch.bfloat16), hook(model, {"h.1": sae}, error=False) as codes:
+        x = at_hookpoint(model, "transformer.h.0", ids)
+        model(ids)
+    assert codes["h.1"].acts.dtype == torch.float32
+    assert x.dtype == torch.float32
+
+
+# transcoders and crosscoders
+
+
+@pytest.mark.parametrize("arch", ["transcoder:topk", "skip_transcoder:topk"])
+@pytest.mark.parametrize("key", ["h.1.mlp", ("h.1.mlp:in", "h.1.mlp"), "h.1.ln_2, h.1.mlp"])
+def test_transcoders_replace_what_a_module_gives(arch: str, key: Any, model: nn.Module, ids: Tensor) -> None:
+    sae = sae_of(arch)
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter += 0.1
+    x, y = (at_hookpoint(model, f"transformer.h.1.{name}", ids) for name in ("ln_2", "mlp"))
+    with hook(model, {key: sae}) as codes:
+        assert torch.equal(at_hookpoint(model, "transformer.h.1.mlp", ids), y)
+    assert torch.equal(codes[key].to_dense(), sae.encode(x).to_dense())
+    assert torch.equal(codes["h.1.mlp"].to_dense(), sae.encode(x).to_dense())
+    with hook(model, {key: sae}, error=False):
+        assert torch.equal(at_hookpoint(model, "transformer.h.1.mlp", ids), sae(x).detach())
+    with hook(model, {key: sae}, steer(3, 2.0)):
+        found = at_hookpoint(model, "transformer.h.1.mlp", ids)
+    torch.testing.assert_close(found, y + 2 * sae.W_dec[3].detach())
+
+
+def test_patterns_of_transcoders_are_paired(model: nn.Module, ids: Tensor) -> None:
+    sae = sae_of("transcoder:topk")
+    with hook(model, {"h.*.ln_2, h.*.mlp": sae}, error=False) as codes:
+        model(ids)
+    assert list(codes) == [f"h.{i}.ln_2, h.{i}.mlp" for i in range(3)]
+
+
+def test_crosscoders_are_read(model: nn.Module, ids: Tensor) -> None:
+    from flashsae.architecture import settings_of
+
+    config = SAEConfig(32, 64, arch=settings_of("crosscoder:topk", k=4, widths=(16, 16), sites=("a", "b")))
+    sae = SAE(config).eval()
+    xs = [at_hookpoint(model, f"transformer.h.{i}", ids) for i in (2, 0)]
+    wanted = model(ids).logits
+    with hook(model, {("h.2", "h.0"): sae}) as codes:
+        assert torch.equal(model(ids).logits, wanted)
+        model(ids)
+    assert torch.equal(codes["h.2, h.0"].to_dense(), sae.encode(torch.cat(xs, -1)).to_dense())
+    for given in ({"edits": ablate(3)}, {"error": False}, {"gradients": "latents"}):
+        with pytest.raises(ConfigError, match="a TopK crosscoder reconstructs several hookpoints when all have run"):
+            hook(model, {("h.2", "h.0"): sae}, **given)  # type: ignore[arg-type]
+    with pytest.raises(ShapeError, match="expected 2 hookpoints, got 3"), hook(model, {"h.*": sae}):
+        model(ids)
+
+
+# gradients
+
+
+def dense_hook(sae: SAE, through: str, kept: dict[str, Tensor], name: str) -> Callable[..., Any]:
+    """Return a hook that does it with dense tensors, in a few lines."""
+
+    def replaced(module: nn.Module, args: object, output: Any) -> Any:
+        x = output if isinstance(output, Tensor) else output[0]
+        pre = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
+        acts = torch.where(pre >= pre.topk(4).values[..., -1:], pre, 0.0).relu()
+        if through == "model":
+            acts = acts.detach().requires_grad_()
+        acts.retain_grad()
+        kept[name] = acts
+        x_hat = acts @ sae.W_dec + sae.b_dec
+        y = x + (x_hat - x_hat.detach()) if through == "model" else x_hat + (x - x_hat).detach()
+        return y if isinstance(output, Tensor) else (y, *output[1:])
+
+    return replaced
+
+
+@pytest.mark.parametrize("through", ["latents", "model"])
+def test_gradients_are_those_of_the_dense_formula(through: Any, model: nn.Module, ids: Tensor) -> None:
+    part = copy.deepcopy(model).double()
+    saes = {name: sae_of(dtype=torch.float64, seed=seed) for seed, name in enumerate(("h.0", "h.2"))}
+    kept: dict[str, Tensor] = {}
+    handles = [
+        part.get_submodule(f"transformer.{name}").register_forward_hook(dense_hook(sae, through, kept, name))
+        for name, sae in saes.items()
+    ]
+    logits = part(ids).logits[:, -1]
+    (logits[:, 3] - logits[:, 4]).sum().backward()
+    wanted_of_embeddings = part.transformer.wte.weight.grad.clone()
+    part.zero_grad()
+    for handle in handles:
+        handle.remove()
+    for sae in saes.values():
+        sae.zero_grad()
+    with hook(part, saes, gradients=through) as codes:
+        logits = part(ids).logits[:, -1]
+    (logits[:, 3] - logits[:, 4]).sum().backward()
+    for name, sae in saes.items():
+        code, wanted = codes[name], kept[name]
+        assert code.acts.grad is not None
+        assert wanted.grad is not None
+        active = wanted != 0
+        found = code.replace(code.acts.grad).to_dense()
+        torch.testing.assert_close(found[active], wanted.grad[active], rtol=1e-9, atol=1e-12)
+        assert all(parameter.grad is None for parameter in sae.parameters())
+        assert all(parameter.requires_grad for parameter in sae.parameters())
+    torch.testing.assert_close(part.transformer.wte.weight.grad, wanted_of_embeddings, rtol=1e-9, atol=1e-12)
+
+
+def test_gradients_without_the_error(model: nn.Module, ids: Tensor, sae: SAE) -> None:
+    frozen = copy.deepcopy(model).requires_grad_(False)
+    x = at_hookpoint(frozen, "transformer.h.1", ids)
+    for through in ("latents", "model", None):
+        sae.zero_grad()
+        with hook(frozen, {"h.1": sae}, error=False, gradients=through) as codes:  # type: ignore[arg-type]
+            frozen(ids).logits.square().sum().backward()
+        assert (sae.W_dec.grad is None) == (through is not None)
+        if through:
+            assert codes["h.1"].acts.grad is not None
+    sae.zero_grad()
+    normal = sae_of(normalize_activations="layer_norm")
+    with hook(frozen, {"h.1": normal}, gradients="latents") as codes:
+        assert torch.equal(at_hookpoint(frozen, "transformer.h.1", ids), x)
+        frozen(ids).logits.square().sum().backward()
+    assert codes["h.1"].acts.grad.abs().sum() > 0  # type: ignore[union-attr]
+
+
+def test_reading_leaves_the_graph_of_the_model(model: nn.Module, ids: Tensor, sae: SAE) -> None:
+    part = copy.deepcopy(model)
+    part(ids).logits.square().sum().backward()
+    wanted = part.transformer.wte.weight.grad.clone()
+    part.zero_grad()
+    with hook(part, {"h.*": sae}):
+        part(ids).logits.square().sum().backward()
+    assert torch.equal(part.transformer.wte.weight.grad, wanted)
+
+
+def test_a_steering_amount_can_be_learnt(model: nn.Module, ids: Tensor, sae: SAE) -> None:
+    amount = torch.zeros((), requires_grad=True)
+    adam = torch.optim.Adam([amount], lr=0.1)
+    losses = []
+    for _ in range(4):
+        with hook(model, {"h.1": sae}, steer(3, amount)):
+            loss = model(ids).logits[:, -1].log_softmax(-1)[:, 5].mean().neg()
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        losses.append(loss.item())
+    model.zero_grad()
+    assert losses[-1] < losses[0]
+
+
+# models of many kinds
+
+
+def decoder(family: str) -> nn.Module:
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")
+    sizes = {**SIZES, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    more = {
+        "Mamba": {"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4},
+        "T5": {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0},
+        "Gemma3": {**sizes, "head_dim": 8, "sliding_window": 4},
+    }.get(family, sizes)
+    if family == "Gemma3":
+        config = transformers.Gemma3TextConfig
+    kind = "ForConditionalGeneration" if family == "T5" else "ForCausalLM"
+    made: nn.Module = getattr(transformers, family + kind)(config(vocab_size=64, **more)).eval()
+    made.generation_config.eos_token_id = None  # type: ignore[union-attr]
+    made.generation_config.pad_token_id = 0  # type: ignore[union-attr]
+    return made
+
+
+@pytest.mark.parametrize(
+    ("family", "hookpoint", "wanted"),
+    [
+        ("Llama", "layers.1", [0] * 7 + [1] * 3),
+        ("Llama", "layers.1.mlp:in", [0] * 7 + [1] * 3),
+        ("Gemma3", "layers.1", [0] * 7 + [1] * 3),
+        ("Mamba", "layers.1", [0] * 7 + [1] * 3),
+        ("T5", "decoder.block.1", [0, 1, 1, 1]),
+        ("T5", "block.1", [0] * 7),
+    ],
+)
+def test_new_tokens_of_many_families(family: str, hookpoint: str, wanted: list[int], ids: Tensor, sae: SAE) -> None:
+    part = decoder(family)
+    with hook(part, {hookpoint: sae}, clamp(5, 9.0, at="new")) as codes:
+        part.generate(ids, max_new_tokens=4, do_sample=False)
+    assert (codes.edited[hookpoint].to_dense()[1, :, 5] == 9).int().tolist() == wanted
+
+
+@pytest.mark.parametrize(
+    "settings", [{"num_beams": 3}, {"cache_implementation": "static"}, {"do_sample": True, "num_return_sequences": 2}]
+)
+def test_ways_to_generate(settings: dict[str, Any], model: nn.Module, ids: Tensor, sae: SAE) -> None:
+    with hook(model, {"h.1": sae}, clamp(5, 9.0, at="new")) as codes:
+        model.generate(ids, max_new_tokens=4, **settings)
+    assert (codes.edited["h.1"].to_dense()[0, :, 5] == 9).int().tolist() == [0] * 7 + [1] * 3
+
+
+def test_without_a_cache_positions_are_told_or_refused(model: nn.Module, ids: Tensor, sae: SAE) -> None:
+    def texts(at: Any, **settings: Any) -> Tensor:
+        with hook(model, {"h.1": sae}, steer(5, 9.0, at=at)):
+            found: Tensor = model.generate(ids, max_new_tokens=4, do_sample=False, **settings)
+            return found
+
+    assert torch.equal(texts(slice(7, None), use_cache=False), texts("new"))
+    for at in ("new", "prompt", -1, slice(-2, None)):
+        with pytest.raises(ConfigError, match="where the prompt ends is known where a key-value cache is used, but"):
+            texts(at, use_cache=False)
+
+
+def test_padding_on_the_left(model: nn.Module, ids: Tensor, sae: SAE) -> None:
+    padded = torch.cat([torch.zeros(2, 3, dtype=torch.int64), ids], dim=1)
+    mask = (padded > 0).long()
+    with hook(model, {"h.1": sae}, steer(5, 9.0, at=-1)):
+        wanted = model.generate(ids, max_new_tokens=3, do_sample=False)
+    with hook(model, {"h.1": sae}, steer(5, 9.0, at=-1)):
+        found = model.generate(padded, attention_mask=mask, max_new_tokens=3, do_sample=False)
+    assert torch.equal(found[:, 10:], wanted[:, 7:])
+    with hook(model, {"h.1": sae}, clamp(5, 9.0, at=mask.bool())) as codes:
+        model(padded, attention_mask=mask)
+    assert torch.equal(codes.edited["h.1"].to_dense()[..., 5] == 9, mask.bool())
+
+
+def test_models_of_both_directions_and_of_images(tiny: ModuleType, sae: SAE) -> None:
+    bert, vit = tiny.bert().eval(), tiny.MORE_FAMILIES["vit"]().eval()
+    ids = torch.randint(3, 60, (2, 7))
+    with hook(bert, {"encoder.layer.*": sae}, {"encoder.layer.0": steer(5, 9.0, at=0)}) as codes:
+        changed = bert(ids).last_hidden_state
+    assert codes["encoder.layer.1"].shape == (2, 7)
+    assert not torch.equal(changed, bert(ids).last_hidden_state)
+    with hook(vit, {"encoder.layer.0": sae}, clamp(5, 9.0, at=0)) as codes:
+        vit(pixel_values=torch.rand(2, 3, 8, 8))
+    assert (codes.edited["encoder.layer.0"].to_dense()[0, :, 5] == 9).int().tolist() == [1, 0, 0, 0, 0]
+
+
+def test_a_module_that_runs_for_each_layer_is_meant_once(sae: SAE) -> None:
+    from transformers import AlbertConfig, AlbertModel
+
+    albert = AlbertModel(AlbertConfig(vocab_size=64, embedding_size=8, **{**SIZES, "num_hidden_layers": 3})).eval()
+    ids, name = torch.randint(3, 60, (2, 7)), "encoder.albert_layer_groups.0.albert_layers.0"
+    x = at_hookpoint(albert, name, ids)
+    with hook(albert, {name: sae}, steer(5, 2.0)) as codes:
+        found = at_hookpoint(albert, name, ids)
+    torch.testing.assert_close(found, x + 2 * sae.W_dec[5].detach())
+    assert torch.equal(codes[name].to_dense(), sae.encode(x).to_dense())
+
+
+class Outputs(nn.Module):
+    """Gives activations in a form that a test asks for."""
+
+    def __init__(self, form: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.part, self.form = nn.Identity(), form
+        self.part.forward = form  # type: ignore[method-assign]
+
+    def forward(self, x: Tensor) -> Any:
+        return self.part(x)
+
+
+def test_outputs_of_many_forms(sae: SAE) -> None:
+    from collections import namedtuple
+
+    from transformers.modeling_outputs import BaseModelOutput
+
+    pair = namedtuple("pair", "acts weights")
+    x = torch.randn(2, 5, 16)
+    forms: list[Callable[[Tensor], Any]] = [
+        lambda x: x,
+        lambda x: (x, None, 3),
+        lambda x: [None, x],
+        lambda x: pair(x, "w"),
+        lambda x: {"first": None, "acts": x},
+        lambda x: BaseModelOutput(last_hidden_state=x, attentions=(x,)),
+    ]
+    for form in forms:
+        module = Outputs(form)
+        with hook(module, {"part": sae}, error=False):
+            found = module(x)
+        wanted = form(sae(x).detach())
+        assert type(found) is type(wanted)
+        if isinstance(wanted, dict):
+            assert list(found) == list(wanted)
+            found, wanted = tuple(found.values()), tuple(wanted.values())
+        if isinstance(wanted, Tensor):
+            found, wanted = [found], [wanted]
+        for one, other in zip(found, wanted):
+            assert torch.equal(one, other) if isinstance(other, Tensor) else type(one) is type(other)
+    assert torch.equal(found[1][0], x)  # the others stay
+    module = Outputs(lambda x: frozenset([x]))
+    with (
+        pytest.raises(ConfigError, match="nothing can be put into the frozenset that part gives"),
+        hook(module, {"part": sae}, error=False),
+    ):
+        module(x)
+    module = Outputs(lambda x: 3)
+    with pytest.raises(ConfigError, match="part gives no tensor but int"), hook(module, {"part": sae}):
+        module(x)
+
+
+def test_heads_and_positions_in_other_places(sae: SAE) -> None:
+    x = torch.randn(2, 5, 16)
+    heads = Outputs(lambda x: x.unflatten(-1, (4, 4)))
+    with hook(heads, {"part": sae}, clamp(3, 9.0, at=1)) as codes:
+        found = heads(x)
+    assert found.shape == (2, 5, 4, 4)
+    assert (codes.edited["part"].to_dense()[0, :, 3] == 9).int().tolist() == [0, 1, 0, 0, 0]
+
+
+# beside others
+
+
+def test_hooks_are_nested_and_stand_beside_others(model: nn.Module, ids: Tensor, sae: SAE) -> None:
+    x = at_hookpoint(model, "transformer.h.1", ids)
+    calls: list[str] = []
+    handle = model.get_submodule("transformer.h.1").register_forward_hook(lambda *_: calls.append("other"))
+    with hook(model, {"h.1": sae}, steer(3, 2.0)) as outer:
+        with hook(model, {"h.1": sae}, steer(4, 1.0)) as inner:
+            found = at_hookpoint(model, "transformer.h.1", ids)
+        middle = at_hookpoint(model, "transformer.h.1", ids)
+    handle.remove()
+    assert len(calls) == 2
+    torch.testing.assert_close(middle, x + 2 * sae.W_dec[3].detach())
+    torch.testing.assert_close(found, middle + sae.W_dec[4].detach())
+    assert torch.equal(inner["h.1"].to_dense(), sae.encode(middle).to_dense())
+    assert torch.equal(outer["h.1"].to_dense(), sae.encode(x).to_dense())
+
+
+def test_positions_may_come_first(sae: SAE) -> None:
+    class LengthFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = nn.Identity()
+
+        def forward(self, inputs_embeds: Tensor) -> Any:
+            return self.part(inputs_embeds.transpose(0, 1).contiguous()).transpose(0, 1)
+
+    x, module = torch.randn(2, 5, 16), LengthFirst()
+    with hook(module, {"part": sae}, clamp(3, 9.0, at=1)) as codes:
+        found = module(x)
+    dense = codes["part"].to_dense()
+    assert torch.equal(dense, sae.encode(x).to_dense())
+    assert (codes.edited["part"].to_dense()[0, :, 3] == 9).int().tolist() == [0, 1, 0, 0, 0]
+    x[:, 1] += (9 - dense[:, 1, 3, None]) * sae.W_dec[3].detach()
+    torch.testing.assert_close(found, x)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_hooks_are_removed_whatever_happens(
+    error: type[BaseException], model: nn.Module, ids: Tensor, sae: SAE
+) -> None:
+    def stops(code: SparseCode) -> SparseCode:
+        raise error("in a forward")
+
+    wanted = model(ids).logits
+    with pytest.raises(error, match="in a forward"), hook(model, {"h.1": sae}, stops):
+        model(ids)
+    assert torch.equal(model(ids).logits, wanted)
+    with hook(model, {"h.1": sae}, steer(3, 9.0, at="new")):  # a forward that failed is over
+        assert torch.equal(model(ids).logits, wanted)
+
+
+def test_it_is_entered_again_but_not_twice_at_once(model: nn.Module, ids: Tensor, sae: SAE) -> None:
+    hooked = hook(model, {"h.1": sae})
+    for _ in range(2):
+        with hooked as codes:
+            model(ids)
+    assert codes["h.1"].shape == (2, 7)
+    with hooked, pytest.raises(ConfigError, match="hook: it is in use: make another one"):
+        hooked.__enter__()
+
+
+def test_compiled_models_run_uncompiled(tiny: ModuleType, ids: Tensor, sae: SAE) -> None:
+    compiled = torch.compile(tiny.gpt2().eval(), backend="eager")
+    with torch.no_grad():
+        wanted = compiled(ids).logits
+        with hook(compiled, {"h.1": sae}, steer(3, 2.0)) as codes:
+            changed = compiled(ids).logits
+        assert codes["h.1"].shape == (2, 7)
+        assert not torch.equal(changed, wanted)
+        assert torch.equal(compiled(ids).logits, wanted)
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
+def test_checkpointed_modules_run_once_more(tiny: ModuleType, ids: Tensor, sae: SAE) -> None:
+    part = tiny.gpt2()
+    for module in part.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    found = []
+    for settings in (None, {"use_reentrant": False}):
+        if settings:
+            part.gradient_checkpointing_enable(settings)
+        with hook(part, {"h.1.mlp": sae}, steer(3, 2.0, at=2), gradients="latents") as codes:
+            part.train()(ids).logits[:, -1, 3].sum().backward()
+        found.append(codes["h.1.mlp"].acts.grad)
+    assert torch.equal(*found)
+    part.gradient_checkpointing_enable({"use_reentrant": True})
+    with (
+        pytest.raises(flashsae.errors.GradientError, match="latents inside a reentrant checkpoint get none"),
+        hook(part, {"h.1.mlp": sae}, gradients="model"),
+    ):
+        part(ids).logits.sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
+def test_an_adapter_is_no_other_model(tiny: ModuleType, ids: Tensor, sae: SAE) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(tiny.gpt2().eval(), LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True))
+    with hook(adapted, {"h.1": sae}, steer(3, 2.0)) as codes:
+        adapted(ids)
+    assert codes["h.1"].shape == (2, 7)
+
+
+# refusals
+
+
+class Elsewhere(nn.Module):
+    """Has a module that it does not run, and one that runs before another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.idle, self.late, self.early, self.shorter = (nn.Identity() for _ in range(4))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.shorter(self.late(self.early(x))[:, 1:])
+
+
+def test_a_module_that_did_not_run_is_told(sae: SAE) -> None:
+    x, module = torch.randn(2, 5, 16), Elsewhere()
+    with (
+        hook(module, {"early": sae}) as codes,
+        pytest.raises(ConfigError, match="early: no code is there before the model has run inside of the `with`"),
+    ):
+        codes["early"]
+    with pytest.raises(ConfigError, match="hookpoint: idle did not run"), hook(module, {"idle": sae}, ablate(3)):
+        module(x)
+    hooked = hook(module, {"idle": sae})
+    with pytest.raises(ConfigError, match="hookpoint: idle did not run when the model read its inputs"), hooked:
+        module(x)
+    with pytest.raises(ConfigError, match="hookpoint: idle did not run"):
+        hooked["idle"]
+
+
+def test_sites_that_do_not_fit_each_other(sae: SAE) -> None:
+    x, module, transcoder = torch.randn(2, 5, 16), Elsewhere(), sae_of("transcoder:topk")
+    with (
+        pytest.raises(ConfigError, match="early ran before late, which it is made of; name them the other way round"),
+        hook(module, {("late", "early"): transcoder}),
+    ):
+        module(x)
+    with (
+        pytest.raises(ShapeError, match=r"as many tokens at both hookpoints, got \[2, 5\] and \[2, 4\]"),
+        hook(module, {("early", "shorter"): transcoder}),
+    ):
+        module(x)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"saes": {"h.7": 0}}, ConfigError, r"hookpoint: the model has no module 'h\.7'\. Near: .* layers are h\.0"),
+        ({"saes": {"h.1:up": 0}}, ConfigError, r"expected a module path, for its output, or h\.1:in"),
+        ({"saes": {}}, ConfigError, "saes: expected at least one"),
+        ({"saes": {3: 0}}, DtypeError, "saes: expected module paths as keys, such as 'h.6', got 3"),
+        ({"saes": ["h.1"]}, DtypeError, r"saes: expected a dict, \{hookpoint: sae\}, got list"),
+        (
+            {"saes": {"h.1": "my-sae"}},
+            DtypeError,
+            "saes: expected an SAE at 'h.1', as flashsae.SAE.load and .* got str",
+        ),
+        ({"saes": {"h.1": 0, "h.*": 0}}, ConfigError, r"one SAE for h\.1, got two \('h\.1' and 'h\.\*'\)"),
+        ({"model": "gpt2"}, DtypeError, "model: expected a module, got str. Load it: AutoModel.from_pretrained"),
+        ({"gradients": "all"}, ConfigError, 'gradients: expected "latents", "model" or None, got \'all\''),
+        ({"edits": "ablate"}, DtypeError, "edits: expected what flashsae.ablate, .* got str"),
+        ({"edits": {"h.2": ablate(3)}}, ConfigError, r"edits: expected one of h\.1, where there are SAEs, got 'h\.2'"),
+        ({"saes": {"h.1": 0, "h.2": 0}, "edits": ablate(3)}, ConfigError, r"edits: expected a dict.* \(h\.1, h\.2\)"),
+        ({"edits": [ablate(64)]}, ShapeError, "ablate: expected latents of h.1 from 0 to 63, got 64"),
+        ({"error": "most"}, ConfigError, "at: expected"),
+        ({"saes": {"h.0, h.1, h.2": 1}}, ConfigError, "expected 2 hookpoints for a TopK transcoder, of in and out"),
+        ({"saes": {"h.*, h.1": 1}}, ConfigError, "patterns that stand for equally many hookpoints, got 3 and 1"),
+    ],
+)
+def test_what_cannot_be_hooked_is_refused(
+    given: dict[str, Any], error: type[FlashSAEError], message: str, model: nn.Module, sae: SAE
+) -> None:
+    saes = given.get("saes", {"h.1": 0})
+    if isinstance(saes, dict):
+        saes = {
+            key: [sae, sae_of("transcoder:topk")][value] if value in (0, 1) else value for key, value in saes.items()
+        }
+    with pytest.raises(error, match=message) as caught:
+        hook(**{"model": model, **given, "saes": saes})
+    assert "\n" not in str(caught.value)
+
+
+def test_widths_and_positions_are_looked_at_when_it_runs(model: nn.Module, ids: Tensor, sae: SAE) -> None:
+    wide = SAE(SAEConfig(32, 64, 4)).eval()
+    with (
+        pytest.raises(
+            ShapeError, match=r"h\.1: expected activations \[\.\.\., 32\], as the SAE takes them, got \[2, 7, 16\]"
+        ),
+        hook(model, {"h.1": wide}),
+    ):
+        model(ids)
+    with (
+        pytest.raises(ShapeError, match=r"h\.1: steer\(3, 1, at=\[7\]\): no text had a position 7; the longest had 7"),
+        hook(model, {"h.1": sae}, steer(3, 1.0, at=7)),
+    ):
+        model(ids)
+    with pytest.raises(ShapeError, match=r"h\.1: error: no text had a position 9"), hook(model, {"h.1": sae}, error=9):
+        model(ids)
+    with hook(model, {"h.1": sae}, steer(3, 1.0, at=20)):
+        model.generate(ids, max_new_tokens=3)  # may end before it
+    with (
+        pytest.raises(ShapeError, match=r"all positions that the model reads.* got \[2, 1, 16\] from lm_head:in"),
+        hook(model, {"lm_head:in": sae}, steer(3, 1.0, at=-1)),
+    ):
+        model.generate(ids, max_new_tokens=3)
+
+
+def test_copies_of_a_model_are_refused(model: nn.Module, sae: SAE) -> None:
+    with pytest.raises(ConfigError, match="DataParallel runs copies of a model, which hooks do not see"):
+        hook(nn.DataParallel(model), {"h.1": sae})
