@@ -11,11 +11,13 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import flashsae
 from flashsae.errors import CheckpointError, ConfigError
 from flashsae.formats import circuit_tracer
 from flashsae.formats.content import Content
+from flashsae.sae.saved import sae_of
 from flashsae.testing import assert_as_accurate
-from helpers.contents import random_content, sae_of
+from helpers.contents import random_content
 
 F, D, K = 19, 7, 3
 KINDS = [
@@ -219,11 +221,12 @@ def test_layers_have_names(tmp_path: Path) -> None:
     (tmp_path / "layer_03.safetensors").touch()
     (tmp_path / "README.md").touch()
     found = circuit_tracer.parts(tmp_path)
-    assert list(found) == [f"layers.{i}.post_feedforward_layernorm" for i in range(11)]
-    assert found["layers.10.post_feedforward_layernorm"] == tmp_path / "layer_10.safetensors"
-    assert circuit_tracer.read(tmp_path / "layer_10.safetensors").metadata["circuit_tracer"]["layer"] == 10
+    assert found == {f"layer_{i}": tmp_path / f"layer_{i}.safetensors" for i in range(11)}
+    assert circuit_tracer.parts(found["layer_3"]) == {}
+    metadata = circuit_tracer.read(tmp_path / "layer_10.safetensors").metadata
+    assert metadata["circuit_tracer"]["layer"] == 10
+    assert metadata["hookpoint"] == "layers.10.mlp:in, layers.10.post_feedforward_layernorm"
     made(tmp_path, feature_input_hook="ln2.hook_normalized", feature_output_hook="hook_nowhere")
-    assert list(circuit_tracer.parts(tmp_path))[:2] == ["layer_0", "layer_1"]
     content = circuit_tracer.read(tmp_path / "layer_3.safetensors")
     assert "hookpoint" not in content.metadata
     with pytest.raises(CheckpointError, match=r"holds 11 transcoders; name one of them: .*layer_0\.safetensors\.$"):
@@ -240,7 +243,7 @@ def test_layers_that_were_read_are_written_again_with_what_is_known_of_them(tmp_
     (tmp_path / "b").mkdir()
     made(tmp_path / "a", 3, feature_input_hook="ln2.hook_normalized", activation="relu")
     read = {name: circuit_tracer.read(path) for name, path in circuit_tracer.parts(tmp_path / "a").items()}
-    assert list(read) == [f"layers.{i}.post_feedforward_layernorm" for i in range(3)] or "layer_0" in read
+    assert list(read) == ["layer_0", "layer_1", "layer_2"]
     circuit_tracer.write_set(tmp_path / "b", read)
     for name in ("config.yaml", *(f"layer_{i}.safetensors" for i in range(3))):
         if name == "config.yaml":
@@ -285,7 +288,8 @@ def test_the_name_of_a_set_says_the_hookpoint_where_nothing_else_does(tmp_path: 
     with pytest.raises(ConfigError, match=r"transformer-lens has no name for 'layers\.0\.nowhere' of the model gpt2"):
         circuit_tracer.write_set(tmp_path, {"layers.0.mlp:in, layers.0.nowhere": next(iter(contents.values()))})
     circuit_tracer.write_set(tmp_path, {name.replace("layers", "h"): each for name, each in contents.items()})
-    assert list(circuit_tracer.parts(tmp_path)) == ["h.0.mlp", "h.1.mlp"]
+    hookpoints = [circuit_tracer.read(path).metadata["hookpoint"] for path in circuit_tracer.parts(tmp_path).values()]
+    assert hookpoints == ["h.0.mlp", "h.1.mlp"]
 
 
 def other_width(d_out: int) -> Content:
@@ -446,3 +450,12 @@ def test_other_folders_are_not_taken_for_it(tmp_path: Path) -> None:
     assert not circuit_tracer.detects(tmp_path)
     (tmp_path / "config.yaml").write_text('{"model_kind": "cross_layer_transcoder"}')
     assert circuit_tracer.detects(tmp_path)
+
+
+def test_a_layer_is_loaded_as_people_name_it(tmp_path: Path) -> None:
+    made(tmp_path, 2)
+    x = torch.randn(3, D)
+    for place in ("layer_1", "layer_1.safetensors"):
+        assert flashsae.load(tmp_path / place)(x).shape == (3, D)
+    with pytest.raises(CheckpointError, match="holds 2 SAEs: layer_0, layer_1"):
+        flashsae.load(tmp_path)

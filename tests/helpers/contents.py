@@ -1,4 +1,4 @@
-"""SAEs as values, at random, and what reads them is compared with."""
+"""SAEs as values, at random."""
 
 from __future__ import annotations
 
@@ -34,13 +34,3 @@ def random_content(
         sae.architecture.name, asdict(sae.config.arch), tensors, sae.architecture.subtracts_b_dec,
         metadata=metadata or {},
     )  # fmt: skip
-
-
-def sae_of(content: Content) -> SAE:
-    """Return the SAE that a content is of, for inference."""
-    config = SAEConfig(
-        content.d_in, content.d_sae, arch=settings_of(content.architecture, **content.settings), d_out=content.d_out
-    )
-    sae = SAE(config, dtype=content.dtype)
-    sae.load_state_dict({**sae.state_dict(), **content.tensors})
-    return sae.eval()

@@ -67,17 +67,16 @@ def detects(path: Path) -> bool:
 
 
 def parts(folder: Path) -> dict[str, Path]:
-    """Return the files of all layers, by the hookpoint that they write to where it is known, else as layer_3.
+    """Return the files of all layers, as layer_3; {} of a file, or of a folder that holds one layer.
 
     Raises:
         CheckpointError: a layer is missing, or config.yaml is damaged or of something else.
     """
-    config, count = _config(folder), _count(folder)
-    places = {number: _places(config, number) for number in range(count)}
-    return {
-        (places[number] or f"layer_{number}").rpartition(", ")[2]: folder / f"layer_{number}.safetensors"
-        for number in range(count)
-    }
+    if not folder.is_dir():
+        return {}
+    _config(folder)
+    count = _count(folder)
+    return {f"layer_{number}": folder / f"layer_{number}.safetensors" for number in range(count)} if count > 1 else {}
 
 
 def read(path: Path) -> Content:
