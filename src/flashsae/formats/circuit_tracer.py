@@ -26,6 +26,7 @@ from flashsae import files
 from flashsae.documents import load_tensors, load_yaml, write_yaml
 from flashsae.errors import CheckpointError, ConfigError
 from flashsae.formats.content import Content, Format
+from flashsae.formats.folds import subtracting
 from flashsae.formats.hook_names import hookpoint_of, model_name_of, model_of
 from flashsae.formats.layers import NAME, by_layer, foreign_of, hooks_of
 from flashsae.formats.selection import check_tensors, joined, selection_of, settings_of_reading
@@ -270,11 +271,10 @@ def _config_of(contents: list[Content]) -> dict[str, Any]:
 
 
 def _tensors_of(content: Content) -> dict[str, Tensor]:
-    tensors, selection = content.tensors, selection_of(content)
-    b_enc = tensors["b_enc"]
-    if content.apply_b_dec_to_input:
-        b_enc = (b_enc.double() - tensors["W_enc_T"].double() @ tensors["b_dec"].double()).to(b_enc.dtype)
-    written = {"W_enc": tensors["W_enc_T"], "W_dec": tensors["W_dec"], "b_enc": b_enc, "b_dec": tensors["b_dec"]}
+    tensors, selection = subtracting(content, False).tensors, selection_of(content)
+    written = {
+        "W_enc": tensors["W_enc_T"], "W_dec": tensors["W_dec"], "b_enc": tensors["b_enc"], "b_dec": tensors["b_dec"]
+    }  # fmt: skip
     if selection.threshold is not None:
         written[_THRESHOLD] = selection.threshold
     return written | ({"W_skip": tensors["W_skip"]} if "W_skip" in tensors else {})
