@@ -28,6 +28,11 @@ KINDS = [
 SETTINGS = {"relu": {}, "jump_relu": {"target_l0": 4.0}}
 
 
+@pytest.fixture(autouse=True)
+def _the_same_numbers_each_time() -> None:
+    torch.manual_seed(0)
+
+
 def transcoder(kind: str, layer: int = 0, d: int = D, **changes: Any) -> Content:
     settings = SETTINGS.get(kind.rpartition(":")[2], {"k": K})
     metadata = {"model": "gpt2", "hookpoint": f"h.{layer}.mlp:in, h.{layer}.mlp"}

@@ -30,6 +30,11 @@ IN, OUT = "blocks.3.mlp.hook_in", "blocks.3.hook_mlp_out"
 THRESHOLD, NORM = "activation_function.log_jumprelu_threshold", "dataset_average_activation_norm."
 
 
+@pytest.fixture(autouse=True)
+def _the_same_numbers_each_time() -> None:
+    torch.manual_seed(0)
+
+
 def made(folder: Path, *, sites: int = 0, hooks: tuple[str, str] = (IN, IN), **settings: Any) -> dict[str, Tensor]:
     """Write a folder as llamascopium does, with random parameters; return its tensors."""
     generator = torch.Generator().manual_seed(0)
@@ -406,8 +411,8 @@ def test_what_cannot_be_held_is_refused(content: Content, sentence: str, lossy: 
         ({"hook_point_out": None}, "expected the names of its hook points"),
         ({"hook_point_in": 5}, "hook_point_in: expected text"),
         ({"d_model": 0}, "d_model: expected a number of at least 1"),
-        ({"d_model": 9}, r"W_E: expected floats \[9, 22\], got float32 \[8, 20\]"),
-        ({"expansion_factor": 3.0}, r"W_E: expected floats \[8, 24\]"),
+        ({"d_model": 9}, r"W_D: expected floats \[22, 9\], got float32 \[20, 8\]"),
+        ({"expansion_factor": 3.0}, r"W_D: expected floats \[24, 8\]"),
         ({"expansion_factor": 0.01}, "0 latents, from d_model and expansion_factor"),
         ({"expansion_factor": 1e300}, "latents, from d_model and expansion_factor"),
         ({"expansion_factor": math.nan}, "expansion_factor: expected a number"),
@@ -433,7 +438,7 @@ def test_a_description_that_does_not_fit_is_one_sentence(
 )  # fmt: skip
 def test_descriptions_of_crosscoders_are_looked_at(settings: dict[str, Any], tmp_path: Path) -> None:
     made(tmp_path, sites=2, **settings)
-    with pytest.raises(CheckpointError, match=r"hook_?\s?points|crosscoder without|W_E: expected floats \[1, 8, 20\]"):
+    with pytest.raises(CheckpointError, match=r"hook_?\s?points|crosscoder without|W_D: expected floats \[1, 20, 8\]"):
         llamascopium.read(tmp_path)
 
 

@@ -97,10 +97,8 @@ def check_tensors(
             f"{path} is damaged or not of this format: {wrong}; expected {', '.join(sorted(allowed))}. Fetch it again."
         )
     dtype = None
-    for name, wanted in allowed.items():
-        if (tensor := tensors.get(name)) is None:
-            continue
-        shape = tuple(tensor.shape)
+    for name, tensor in tensors.items():
+        shape, wanted = tuple(tensor.shape), allowed[name]
         fits = len(shape) == len(wanted) and all(
             size == want or (want == -1 and size > 0) for size, want in zip(shape, wanted)
         )
