@@ -13,6 +13,7 @@ from flashsae.errors import ConfigError
 from flashsae.formats.content import Content
 from flashsae.formats.selection import split
 
+_ROWS = 4096
 UNIT, UNIT_OF_HALVES = 5e-6, 1e-2
 """How far a norm may be from 1 to count as 1, in float32 and in dtypes of 16 bits; others allow twice that at least."""
 
@@ -37,7 +38,8 @@ def subtracting(content: Content, is_wanted: bool) -> Content:
             "it reads."
         )
     tensors = dict(content.tensors)
-    moved = tensors["W_enc_T"].double() @ tensors["b_dec"].double()
+    b_dec = tensors["b_dec"].double()
+    moved = torch.cat([rows.double() @ b_dec for rows in torch.split(tensors["W_enc_T"], _ROWS)])
     moved = moved if is_wanted else -moved
     changed = {"b_enc": tensors["b_enc"].double() + moved}
     if "b_mag" in tensors:
@@ -47,14 +49,13 @@ def subtracting(content: Content, is_wanted: bool) -> Content:
 
 def norms(W_dec: Tensor) -> Tensor:
     """Return the norms of decoder rows, [d_sae], float64."""
-    of_rows: Tensor = W_dec.double().norm(dim=1)
-    return of_rows
+    return torch.cat([rows.double().norm(dim=1) for rows in torch.split(W_dec, _ROWS)])
 
 
-def has_unit_rows(W_dec: Tensor) -> bool:
-    """Tell whether all decoder rows have norm 1, as far as their dtype tells it."""
-    allowed = UNIT_OF_HALVES if W_dec.dtype.itemsize == 2 else UNIT
-    return bool(((norms(W_dec) - 1).abs() <= allowed).all())
+def are_one(of_rows: Tensor, dtype: torch.dtype) -> bool:
+    """Tell whether all norms are 1, as far as a dtype tells it."""
+    allowed = UNIT_OF_HALVES if dtype.itemsize == 2 else UNIT
+    return bool(((of_rows - 1).abs() <= allowed).all())
 
 
 def with_unit_rows(content: Content) -> Content | None:
@@ -67,25 +68,27 @@ def with_unit_rows(content: Content) -> Content | None:
         None where others would be selected: latents are compared, and rows have different norms.
     """
     W_dec = content.tensors["W_dec"]
-    if has_unit_rows(W_dec):
-        return content
     of_rows = norms(W_dec)
+    if are_one(of_rows, W_dec.dtype):
+        return content
     if inner_of(content) not in ("relu", "jump_relu", "gated"):
-        if not has_unit_rows((W_dec.double() / of_rows.mean()).to(W_dec.dtype)):
+        if not are_one(of_rows / of_rows.mean(), W_dec.dtype):
             return None
         of_rows = of_rows.mean().expand_as(of_rows)
-    rows = of_rows[:, None]
-    first = torch.zeros_like(W_dec, dtype=torch.float64)
-    first[:, 0] = 1
-    changed = {
-        "W_dec": torch.where(rows > 0, W_dec.double() / rows, first),
-        "W_enc_T": content.tensors["W_enc_T"].double() * rows,
-    }
+    inverse = of_rows.reciprocal().where(of_rows > 0, 0.0)
+    changed = {"W_dec": scaled_rows(W_dec, inverse), "W_enc_T": scaled_rows(content.tensors["W_enc_T"], of_rows)}
+    changed["W_dec"][:, 0] += (of_rows == 0).to(W_dec.dtype)
     for name in ("b_enc", "b_mag", "threshold"):
         if name in content.tensors:
             value = content.tensors[name].double()
             changed[name] = torch.where(of_rows > 0, value * of_rows, 0.0) if value.dim() else value * of_rows[0]
     return replace(content, tensors=_rounded(content.tensors, changed))
+
+
+def scaled_rows(matrix: Tensor, factors: Tensor) -> Tensor:
+    """Return a matrix whose rows are multiplied by [rows] factors, rounded once; some at a time, to save memory."""
+    parts = zip(torch.split(matrix, _ROWS), torch.split(factors, _ROWS))
+    return torch.cat([(rows.double() * each[:, None]).to(matrix.dtype) for rows, each in parts])
 
 
 def _rounded(tensors: Mapping[str, Tensor], changed: Mapping[str, Tensor]) -> dict[str, Tensor]:
