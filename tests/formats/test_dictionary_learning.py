@@ -297,6 +297,13 @@ def test_several_are_one_folder_each(tmp_path: Path) -> None:
         dictionary_learning.read(tmp_path)
 
 
+def test_several_at_one_submodule_are_trainers_of_it(tmp_path: Path) -> None:
+    contents = {"h.1": made("topk", k=1), "h.1:out": made("topk", k=2), "h.1/seed1": made("topk", k=3)}
+    dictionary_learning.write_set(tmp_path, contents, False)
+    found = {name: dictionary_learning.read(path).settings["k"] for name, path in parts(tmp_path).items()}
+    assert found == {"h.1/seed1/trainer_0": 3, "resid_post_layer_1/trainer_0": 1, "resid_post_layer_1/trainer_1": 2}
+
+
 @pytest.mark.parametrize("name", ["..", "a/../../b", "/etc", "", ".hidden"])
 def test_no_hookpoint_decides_where_a_byte_is_written(name: str, tmp_path: Path) -> None:
     (tmp_path / "root").mkdir()

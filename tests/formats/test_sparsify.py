@@ -281,6 +281,12 @@ def test_several_are_one_folder_each(tmp_path: Path) -> None:
         sparsify.read(tmp_path)
 
 
+def test_several_seeds_are_written_as_they_are_found(tmp_path: Path) -> None:
+    names = ["h.1/seed0", "h.1/seed1", "h.2"]
+    sparsify.write_set(tmp_path, {name: made("topk") for name in names}, False)
+    assert list(sparsify.parts(tmp_path)) == names
+
+
 def test_several_seeds_are_found(tmp_path: Path) -> None:
     for place in ("h.1/seed0", "h.1/seed1", "h.2", "not/an/sae"):
         theirs(tmp_path / place)
@@ -288,7 +294,9 @@ def test_several_seeds_are_found(tmp_path: Path) -> None:
     assert list(sparsify.parts(tmp_path)) == ["h.1/seed0", "h.1/seed1", "h.2"]
 
 
-@pytest.mark.parametrize("name", ["..", "a/../../b", "/etc", "", ".hidden", "a\\b", "a\0b", "a" * 300])
+@pytest.mark.parametrize(
+    "name", ["..", "a/../../b", "a/..", "a//b", "a/", "/etc", "", ".hidden", "a\\b", "a\0b", "a" * 300]
+)
 def test_no_hookpoint_decides_where_a_byte_is_written(name: str, tmp_path: Path) -> None:
     (tmp_path / "root").mkdir()
     with pytest.raises(ConfigError, match="hookpoint: expected a name that a folder can have"):

@@ -79,13 +79,15 @@ def active(path: Path, k: float, d_sae: int) -> int:
     return int(k)
 
 
-def folder_name(hookpoint: str) -> str:
-    """Return what the folder of a hookpoint is called: not every file system has colons in names.
+def folder_name(name: str) -> str:
+    """Return what the folder of an SAE is called, by its hookpoint or the name that it has beside others.
+
+    Not every file system has colons in names. A name of several parts, as layers.3/seed1, is of folders in each other.
 
     Raises:
         ConfigError: it would lead out of the folder that it is to be in, or is no name that a folder can have.
     """
-    name = hookpoint.replace(":", "@").replace(", ", "+")
-    if not re.fullmatch(r"\w[\w.+@-]{0,199}", name):
-        raise ConfigError(f"hookpoint: expected a name that a folder can have, got {ascii(hookpoint)[:60]}.")
-    return name
+    told = name.replace(":", "@").replace(", ", "+")
+    if not all(re.fullmatch(r"\w[\w.+@-]{0,199}", part) for part in told.split("/")):
+        raise ConfigError(f"hookpoint: expected a name that a folder can have, got {ascii(name)[:60]}.")
+    return told

@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
+from itertools import accumulate, count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -241,12 +241,13 @@ def _save(path: Path, state: Mapping[str, Tensor]) -> None:
 
 
 def write_set(folder: Path, contents: Mapping[str, Content], lossy: bool) -> list[str]:
-    """Write several SAEs into a folder, as trainings at several submodules do: submodule/trainer_0."""
+    """Write several SAEs into a folder, as trainings at several submodules do: SUBMODULE/trainer_0."""
     told = []
     for hookpoint, content in contents.items():
         model = content.metadata.get("model")
         name = layout.submodule_of(hookpoint, model if isinstance(model, str) else None)
-        place = folder / folder_name(name) / "trainer_0"
+        submodule = folder / folder_name(name)
+        place = next(place for i in count() if not (place := submodule / f"trainer_{i}").exists())
         with files.storage_errors(place):
             place.mkdir(parents=True)
         told += [f"{hookpoint}: {each}" for each in write(place, content, lossy)]

@@ -206,7 +206,7 @@ def write_set(folder: Path, contents: Mapping[str, Content], lossy: bool) -> lis
     for hookpoint, content in contents.items():
         name = folder_name(hookpoint)
         with files.storage_errors(folder / name):
-            (folder / name).mkdir()
+            (folder / name).mkdir(parents=True)
         told += [f"{hookpoint}: {each}" for each in write(folder / name, content, lossy)]
     return told
 

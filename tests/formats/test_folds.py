@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from flashsae.errors import ConfigError
+from flashsae.formats import folds
+from flashsae.formats.checks import glimpse, of_one_dtype
+from helpers.dense_content import codes, made, reconstructed, same
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batch_topk", "jump_relu", "relu", "gated", "abs_topk"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_b_dec_is_folded_either_way(architecture: str, dtype: torch.dtype) -> None:
+    content, x = made(architecture, dtype=dtype), torch.randn(40, 7, dtype=torch.float64)
+    there = folds.subtracting(content, False)
+    back = folds.subtracting(there, True)
+    assert (there.apply_b_dec_to_input, back.apply_b_dec_to_input) == (False, True)
+    assert folds.subtracting(content, True) is content
+    allowed = 1e-12 if dtype == torch.float64 else 1e-5
+    for other in (there, back):
+        torch.testing.assert_close(codes(other, x), codes(content, x), rtol=allowed, atol=allowed)
+        torch.testing.assert_close(reconstructed(other, x), reconstructed(content, x), rtol=allowed, atol=allowed)
+    for name, value in content.tensors.items():  # the way back is within two roundings of a bias
+        gap = (back.tensors[name] - value).abs().max()
+        assert gap <= 2 * torch.finfo(dtype).eps * max(1.0, float(there.tensors[name].abs().max()))
+
+
+def test_b_dec_of_another_width_cannot_be_folded() -> None:
+    content = made("transcoder")
+    wide = replace(content, tensors={**content.tensors, "W_dec": torch.ones(37, 9), "b_dec": torch.ones(9)})
+    with pytest.raises(ConfigError, match="b_dec: an SAE that reads 7 and writes 9 values cannot subtract it"):
+        folds.subtracting(wide, True)
+
+
+def test_many_rows_are_folded_as_few_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = made("gated", unit_rows=False)
+    whole = folds.with_unit_rows(folds.subtracting(content, False))
+    monkeypatch.setattr(folds, "_ROWS", 5)
+    part = folds.with_unit_rows(folds.subtracting(content, False))
+    assert whole is not None
+    assert part is not None
+    torch.testing.assert_close(part.tensors, whole.tensors, rtol=1e-6, atol=1e-6)
+
+
+def test_rows_of_norm_1_stay_bit_for_bit() -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        content = made("relu", dtype=dtype)
+        folded = folds.with_unit_rows(content)
+        assert folded is not None
+        assert same(folded, content)
+
+
+@pytest.mark.parametrize(
+    ("l0", "expected"), [(7.6, 8), (0.2, 1), (1e9, 37), (None, None), (True, None), (float("inf"), None), ("5", None)]
+)
+def test_how_many_latents_are_active_is_told_by_metadata(l0: object, expected: int | None) -> None:
+    assert folds.l0_of(made("relu", metadata={"l0": l0})) == expected
+
+
+def test_one_dtype_holds_all_of_them() -> None:
+    halves = {"a": torch.ones(2, dtype=torch.bfloat16), "b": torch.ones(2, dtype=torch.bfloat16)}
+    assert of_one_dtype({**halves, "t": torch.tensor(0.5)})["t"].dtype == torch.bfloat16
+    exact = of_one_dtype({**halves, "t": torch.tensor(0.1)})
+    assert {each.dtype for each in exact.values()} == {torch.float32}
+    assert of_one_dtype({**halves, "t": torch.tensor(float("nan"))})["t"].isnan()
+    mixed = of_one_dtype({"a": torch.ones(2, dtype=torch.bfloat16), "b": torch.ones(2, dtype=torch.float16)})
+    assert mixed["a"].dtype == torch.float32
+
+
+def test_a_glimpse_never_fails(tmp_path: Path) -> None:
+    for content in (b"", b"[]", b"{", b"\xff", b"[" * 100_000, b'{"a": 1}' + b" " * (1 << 20)):
+        (tmp_path / "c.json").write_bytes(content)
+        assert glimpse(tmp_path / "c.json") == {}
+    assert glimpse(tmp_path) == glimpse(tmp_path / "none") == {}
+    (tmp_path / "c.json").write_text('{"a": 1}')
+    assert glimpse(tmp_path / "c.json") == {"a": 1}
