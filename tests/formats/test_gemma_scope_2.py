@@ -121,6 +121,19 @@ def test_a_cross_layer_transcoder_is_refused_with_what_to_take_instead(tmp_path:
         flashsae.load(tmp_path / path)
 
 
+def test_the_config_tells_a_transcoder_where_nothing_else_does(tmp_path: Path) -> None:
+    nothing = {"hf_hook_point_in": None, "hf_hook_point_out": None, "affine_connection": None, "model_name": None}
+    content = FORMAT.read(made(tmp_path, "mine", type="transcoder", **nothing))
+    assert content.architecture == "transcoder:jump_relu"
+    assert content.metadata == {"l0": 20, "gemma_scope_2": {"width": F, "l0": 20, "type": "transcoder"}}
+
+
+@pytest.mark.parametrize("kind", ["clt", "crosscoder"])
+def test_what_the_config_calls_cross_layer_is_refused(tmp_path: Path, kind: str) -> None:
+    with pytest.raises(CheckpointError, match="is of a cross-layer transcoder or crosscoder"):
+        flashsae.load(made(tmp_path, type=kind))
+
+
 def test_decoders_for_several_layers_are_refused(tmp_path: Path) -> None:
     tensors = weights() | {"w_dec": normal(F, 3, D)}
     with pytest.raises(CheckpointError, match="with decoders for several layers"):

@@ -127,6 +127,7 @@ def test_without_a_threshold_the_k_largest_are_those_by_what_they_write(tmp_path
     x_hat = (codes @ w["decoder.weight"].T + w["decoder.bias"]) / scale
     sae = flashsae.load(made(tmp_path, tensors=tensors, **config)).double()
     torch.testing.assert_close(sae(X.double()), x_hat, rtol=1e-5, atol=1e-5)
+    assert sae.W_dec.isfinite().all()
 
 
 def test_relu_and_what_is_left_out(tmp_path: Path) -> None:

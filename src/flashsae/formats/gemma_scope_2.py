@@ -50,6 +50,7 @@ class _Config:
     affine_connection: bool | None = None
     width: int | None = None
     l0: Annotated[float, Range(0)] | None = None
+    type: str | None = None
 
 
 def detects(path: Path) -> bool:
@@ -74,6 +75,9 @@ def read(path: Path) -> Content:
     config = _inferred(place)
     if config_file.exists():
         config = parse(_Config, load_json(config_file, _ADVICE), str(config_file), _ADVICE)
+    kind = config.type or ""
+    if re.search("clt|cross", kind):
+        raise _cross_layer(file)
     weights = load_tensors(file)
     if "w_dec" in weights and weights["w_dec"].dim() == 3:
         raise _cross_layer(file)
@@ -83,7 +87,7 @@ def read(path: Path) -> Content:
     dtype = check_tensors(file, weights, shapes, {_SKIP: (d_in, d_out)})
     _check(config, config_file, F, has_skip=_SKIP in weights)
     is_transcoder = config.hf_hook_point_out not in (None, config.hf_hook_point_in) or d_in != d_out
-    is_transcoder = is_transcoder or re.search(_TRANSCODER, place) is not None
+    is_transcoder = is_transcoder or "transcoder" in kind or re.search(_TRANSCODER, place) is not None
     tensors = in_one_dtype(file, weights, dtype)
     tensors["W_enc_T"], tensors["W_dec"] = tensors.pop("w_enc").T.contiguous(), tensors.pop("w_dec")
     if _SKIP in tensors:
@@ -108,8 +112,8 @@ def _check(config: _Config, path: Path, F: int, *, has_skip: bool) -> None:
 def _inferred(place: str) -> _Config:
     """Return what the folder tells, where there is no config.json."""
     layer, site = number_in(place, r"/layer_(\d+)_"), re.search(rf"/({'|'.join(_SITES)})(_all)?/", place)
-    repository = re.search(r"(?:([\w.-]+)/)?gemma-scope-2-([\w.]+-(?:pt|it))(?=/)", place)
-    model = f"google/gemma-3-{repository[2]}" if repository else None
+    repository = re.search(r"gemma-scope-2-([\w.]+-(?:pt|it))(?=/)", place)
+    model = f"google/gemma-3-{repository[1]}" if repository else None
     if layer is None or site is None:
         return _Config(model_name=model)
     reads, writes = (each and each.format(layer) for each in _SITES[site[1]])

@@ -18,9 +18,8 @@ _ROWS = 1024
 
 
 def place_of(path: Path) -> str:
-    """Return where a file or folder lies, with OWNER/REPOSITORY in it where the cache of the hub tells them."""
-    place = path.absolute().as_posix()  # links are not followed: those of the cache lead to names that tell nothing
-    return re.sub(r"models--([^/]+?)--([^/]+)/snapshots/[^/]+", r"\1/\2", place)
+    """Return where a file or folder lies; in the cache of the hub the name of the repository is part of that."""
+    return path.absolute().as_posix()  # links are not followed: those of the cache lead to names that tell nothing
 
 
 def number_in(place: str, pattern: str) -> int | None:
