@@ -18,7 +18,7 @@ schema files documents hub_files hub fingerprint shapes backend neutral profilin
 ops
 metrics
 formats sae architectures optim testing
-places
+places sae_bench
 text lm
 hooks
 data

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from flashsae.ops import SparseCode
     from flashsae.places import load
     from flashsae.sae import SAE, SAEConfig
+    from flashsae.sae_bench import saebench
     from flashsae.settings.training import TrainConfig
     from flashsae.train.fit import fit
     from flashsae.train.fit_many import fit_many
@@ -46,6 +47,7 @@ __all__ = [
     "ops",
     "register",
     "sae",
+    "saebench",
     "scale",
     "steer",
     "train",
@@ -69,6 +71,7 @@ _HOMES = {
     "hook": "hooks",
     "load": "places",
     "load_checkpoint": "train.load",
+    "saebench": "sae_bench",
     "scale": "hooks",
     "steer": "hooks",
     "train": "train.from_model",

@@ -99,11 +99,16 @@ class SparseCode:
         if pattern.is_full:
             dense = self.acts
         elif pattern.starts is None:
-            dense = self.acts.new_zeros(B, d_sae).scatter_add(1, pattern.latents.long(), self.acts)
+            dense = self._added(self.acts.new_zeros(B, d_sae), 1, pattern.latents.long())
         else:
             places = torch.where(pattern.latents < d_sae, pattern.tokens.long() * d_sae + pattern.latents, B * d_sae)
-            dense = self.acts.new_zeros(B * d_sae + 1).scatter_add(0, places, self.acts)[:-1]
+            dense = self._added(self.acts.new_zeros(B * d_sae + 1), 0, places)[:-1]
         return dense.view(*self.shape, d_sae)
+
+    def _added(self, zeros: Tensor, dim: int, places: Tensor) -> Tensor:
+        """Return zeros with values added at places; in them, where nobody differentiates: a second copy is large."""
+        add = zeros.scatter_add if self.acts.requires_grad else zeros.scatter_add_
+        return add(dim, places, self.acts)
 
 
 def check_code(code: SparseCode) -> None:
