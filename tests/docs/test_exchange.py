@@ -43,3 +43,12 @@ def test_sparsify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     exec(code_of("sparsify"), names)
     assert torch.equal(names["sae"].W_dec, flashsae.load("for_delphi/layers.10").W_dec)
     assert [path.name for path in (tmp_path / "for_delphi").iterdir()] == ["layers.10"]
+
+
+def test_saebench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    metadata = {"model": "EleutherAI/pythia-70m-deduped", "hookpoint": "layers.3"}
+    flashsae.SAE(flashsae.SAEConfig(8, 32, 4)).save("runs/mine/sae", metadata=metadata)
+    names = {"flashsae": flashsae}
+    exec(code_of("SAEBench"), names)
+    assert names["bench"].cfg.hook_name == "blocks.3.hook_resid_post"
