@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import json
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -79,12 +80,12 @@ def test_the_folder_tells_what_it_is_of(
 
 def test_a_transcoder_keeps_the_name_of_what_no_module_gives(tmp_path: Path) -> None:
     folder = made(tmp_path, "gemma-scope-2b-pt-transcoders/layer_5/width_16k/average_l0_87")
-    assert FORMAT.read(folder).metadata["gemma_scope"] == {
-        "repository": "google/gemma-scope-2b-pt-transcoders",
-        "layer": 5,
-        "hook_name": "blocks.5.ln2.hook_normalized",
-        "hook_name_out": "blocks.5.hook_mlp_out",
-    }
+    metadata = FORMAT.read(folder).metadata
+    assert metadata["gemma_scope"] == {"repository": "google/gemma-scope-2b-pt-transcoders", "layer": 5}
+    flashsae.load(folder).save(tmp_path / "theirs", format="saelens", metadata=metadata)
+    written = json.loads((tmp_path / "theirs" / "cfg.json").read_text("utf-8"))["metadata"]
+    assert written["hook_name"] == "blocks.5.ln2.hook_normalized"
+    assert written["hook_name_out"] == "blocks.5.hook_mlp_out"
     assert_computes(folder, X, *jump_relu(jump_relu_weights(), X))
 
 

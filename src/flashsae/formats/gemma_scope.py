@@ -25,7 +25,7 @@ from flashsae.errors import CheckpointError
 from flashsae.files import refusal
 from flashsae.formats.content import Content, Format
 from flashsae.formats.hook_names import hookpoint_of
-from flashsae.formats.released import in_one_dtype, jump_relu, known, length, number_in, place_of
+from flashsae.formats.released import hooks_for_sae_lens, in_one_dtype, jump_relu, known, length, number_in, place_of
 from flashsae.formats.selection import check_tensors
 
 _FILE = "params.npz"
@@ -70,9 +70,15 @@ def _told(place: str) -> tuple[bool, int | None, dict[str, Any]]:
     is_transcoder = site == "transcoders"
     hookpoint = None if layer is None else hookpoint_of(f"blocks.{layer}.{_SITES[site]}", model)
     own = {"repository": f"google/{found[0]}", **known(layer=layer)}
-    if is_transcoder and layer is not None:
-        own |= {"hook_name": f"blocks.{layer}.ln2.hook_normalized", "hook_name_out": f"blocks.{layer}.hook_mlp_out"}
-    metadata = known(model=model, hookpoint=hookpoint, context_length=_CONTEXT_LENGTH, l0=l0, gemma_scope=own)
+    theirs = hooks_for_sae_lens(f"blocks.{layer}.ln2.hook_normalized", f"blocks.{layer}.hook_mlp_out")
+    metadata = known(
+        model=model,
+        hookpoint=hookpoint,
+        context_length=_CONTEXT_LENGTH,
+        l0=l0,
+        gemma_scope=own,
+        saelens=theirs if is_transcoder and layer is not None else None,
+    )
     return is_transcoder, l0, metadata
 
 

@@ -39,6 +39,11 @@ def known(**metadata: Any) -> dict[str, Any]:
     return {name: value for name, value in metadata.items() if value not in (None, {})}
 
 
+def hooks_for_sae_lens(*names: str) -> dict[str, str]:
+    """Return what SAELens is to know of places that no module of a model has, and transformer-lens a name for."""
+    return dict(zip(("hook_name", "hook_name_out"), names))
+
+
 def in_one_dtype(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Return tensors as an SAE has them: contiguous, of one dtype, by name.
 
