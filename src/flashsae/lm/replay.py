@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import gc
 import time
-from dataclasses import dataclass, field
-from typing import Any
+from contextlib import suppress
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -27,24 +27,38 @@ _WAITS = 1.25
 
 
 @dataclass
-class _Shape:
-    """What is known of inputs of a shape.
+class _Captured:
+    """A forward as a graph.
 
     Args:
-        seen: inputs of it.
-        is_left: none of them is replayed.
-        graph: of a forward.
-        reads: its token ids, and which of them are tokens, None where all are.
+        graph: to be replayed.
+        ids: [sequences, length], what it reads.
+        mask: which of these are tokens; None where it was given none.
         acts: what it writes, by hookpoint.
         compared: replays that gave the bits of the forward.
     """
 
-    seen: int = 0
-    is_left: bool = False
-    graph: torch.cuda.CUDAGraph | None = None
-    reads: tuple[Tensor | None, ...] = ()
-    acts: dict[str, Tensor] = field(default_factory=dict)
+    graph: torch.cuda.CUDAGraph
+    ids: Tensor
+    mask: Tensor | None
+    acts: dict[str, Tensor]
     compared: int = 0
+
+
+@dataclass
+class _Shape:
+    """What is known of inputs of a shape.
+
+    Args:
+        ways: to capture the forward that were not tried yet: with a mask, or without. A model looks whether a mask has
+            zeros, and takes another kernel if it has none; in a capture it cannot look.
+        seen: inputs of it.
+        captured: by the way tried last.
+    """
+
+    ways: list[bool]
+    seen: int = 0
+    captured: _Captured | None = None
 
 
 class Replays:
@@ -60,7 +74,6 @@ class Replays:
     def __init__(self, model: HookedModel) -> None:
         self._model = model
         self._shapes: dict[tuple[int, ...], _Shape] = {}
-        self._pool: tuple[Any, ...] = ()  # of all graphs: none of them runs beside another
         self._can = model.device.type == "cuda" and model.is_plain
 
     def __call__(self, ids: Tensor, attention: Tensor, pick: Pick) -> dict[str, Tensor]:
@@ -70,45 +83,44 @@ class Replays:
             ids, attention: [sequences, length], int64, on the CPU.
             pick: as there.
         """
-        if self._can:
-            # a model looks whether a mask has zeros, which no capture survives: beside all tokens it is given none
-            is_full = bool(attention.all())
-            shape = self._shapes.setdefault((is_full, *ids.shape), _Shape())
-            shape.seen += 1
-            if not shape.is_left:
-                return self._run(shape, (ids, None if is_full else attention), attention, pick)
-        return self._model(self._there(ids), self._there(attention), pick)
+        if not self._can:
+            return self._forward(ids, attention, pick)
+        is_full = bool(attention.all())
+        shape = self._shapes.setdefault((is_full, *ids.shape), _Shape([False, True] if is_full else [True]))
+        shape.seen += 1
+        captured = shape.captured
+        if captured is None:
+            if shape.seen != _EAGER:
+                return self._forward(ids, attention, pick)
+            seen, waits = self._timed(ids, attention, pick)
+            if waits and len(self._captures) < _MOST_GRAPHS:
+                self._capture(shape, ids, attention)
+            return seen
+        if captured.compared == _COMPARED:
+            self._replay(captured, ids, attention)
+            return {name: pick(name, acts) for name, acts in captured.acts.items()}
+        seen = self._forward(ids, attention, pick)
+        self._replay(captured, ids, attention)
+        if all(torch.equal(pick(name, acts), seen[name]) for name, acts in captured.acts.items()):
+            captured.compared += 1
+        else:
+            self._capture(shape, ids, attention)
+        return seen
+
+    @property
+    def _captures(self) -> list[_Captured]:
+        return [shape.captured for shape in self._shapes.values() if shape.captured is not None]
 
     def _there(self, tensor: Tensor) -> Tensor:
         device = self._model.device
         return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
-    def _run(
-        self, shape: _Shape, reads: tuple[Tensor, Tensor | None], attention: Tensor, pick: Pick
-    ) -> dict[str, Tensor]:
-        if shape.graph is not None and shape.compared == _COMPARED:
-            self._replay(shape, reads)
-            return {name: pick(name, acts) for name, acts in shape.acts.items()}
-        if shape.graph is None:
-            seen, waits = self._timed(shape, reads[0], attention, pick)
-            if shape.seen >= _EAGER:
-                shape.is_left = not waits or sum(s.graph is not None for s in self._shapes.values()) == _MOST_GRAPHS
-                if not shape.is_left:
-                    self._capture(shape, reads)
-            return seen
-        seen = self._model(self._there(reads[0]), self._there(attention), pick)
-        self._replay(shape, reads)
-        if all(torch.equal(pick(name, acts), seen[name]) for name, acts in shape.acts.items()):
-            shape.compared += 1
-        else:
-            self._leave(shape)
-        return seen
+    def _forward(self, ids: Tensor, attention: Tensor, pick: Pick) -> dict[str, Tensor]:
+        return self._model(self._there(ids), self._there(attention), pick)
 
-    def _timed(self, shape: _Shape, ids: Tensor, attention: Tensor, pick: Pick) -> tuple[dict[str, Tensor], bool]:
-        """Return what is seen, and whether the device waited for the host; that is known of the last eager one."""
+    def _timed(self, ids: Tensor, attention: Tensor, pick: Pick) -> tuple[dict[str, Tensor], bool]:
+        """Return what is seen in a forward, and whether it took so long because the device waited for the host."""
         there = self._there(ids), self._there(attention)
-        if shape.seen < _EAGER:
-            return self._model(*there, pick), False
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         begin.record()
         start = time.perf_counter()
@@ -118,36 +130,33 @@ class Replays:
         end.synchronize()
         return seen, begin.elapsed_time(end) / 1e3 < _WAITS * host
 
-    def _replay(self, shape: _Shape, reads: tuple[Tensor | None, ...]) -> None:
-        assert shape.graph is not None
-        for there, given in zip(shape.reads, reads, strict=True):
-            if there is not None and given is not None:
-                there.copy_(given.pin_memory(), non_blocking=True)
-        shape.graph.replay()
+    def _replay(self, captured: _Captured, ids: Tensor, attention: Tensor) -> None:
+        captured.ids.copy_(ids.pin_memory(), non_blocking=True)
+        if captured.mask is not None:
+            captured.mask.copy_(attention.pin_memory(), non_blocking=True)
+        captured.graph.replay()
 
-    def _capture(self, shape: _Shape, reads: tuple[Tensor, Tensor | None]) -> None:
-        """Capture the forward; leave the shape alone where that cannot be done, as where the host looks at numbers."""
-        ids, attention = (None if each is None else self._there(each) for each in reads)
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self._model.device)  # type: ignore[no-untyped-call]
+    def _capture(self, shape: _Shape, ids: Tensor, attention: Tensor) -> None:
+        """Capture the forward in the next way in which that can be done: not where the host looks at numbers."""
+        shape.captured = None
+        pool = next((captured.graph.pool() for captured in self._captures), None)  # none runs beside another
+        stream = torch.cuda.Stream(self._model.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self._model.device))
         was_enabled = gc.isenabled()
         gc.disable()  # an older graph among the garbage would be destroyed, which no capture survives
         try:
-            assert ids is not None
-            # not torch.cuda.graph, which frees all memory at hand, page-locked memory of other threads among it
-            with torch.cuda.stream(stream):
-                graph.capture_begin(*self._pool, capture_error_mode="thread_local")
-                try:
-                    shape.acts = self._model(ids, attention)
-                finally:
-                    graph.capture_end()
-            shape.graph, shape.reads, self._pool = graph, (ids, attention), (graph.pool(),)
-        except Exception:  # whatever a model does that cannot be captured, it does in the forward
-            self._leave(shape)
-            torch.cuda.synchronize()
+            while shape.ways and shape.captured is None:
+                there, mask = self._there(ids), self._there(attention) if shape.ways.pop(0) else None
+                graph = torch.cuda.CUDAGraph()
+                # whatever a model does that cannot be captured, it does in the forward
+                with suppress(Exception), torch.cuda.stream(stream):
+                    # not by torch.cuda.graph, which frees what is at hand, page-locked memory of other threads among it
+                    graph.capture_begin(pool, "thread_local")
+                    try:
+                        acts = self._model(there, mask)
+                    finally:
+                        graph.capture_end()
+                    shape.captured = _Captured(graph, there, mask, acts)
         finally:
             if was_enabled:
                 gc.enable()
-
-    def _leave(self, shape: _Shape) -> None:
-        shape.is_left, shape.graph, shape.reads, shape.acts = True, None, (), {}
