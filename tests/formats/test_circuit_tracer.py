@@ -18,6 +18,7 @@ from flashsae.formats.content import Content
 from flashsae.sae.saved import sae_of
 from flashsae.testing import assert_as_accurate
 from helpers.contents import random_content
+from helpers.pages import ROOT, code_blocks
 
 F, D, K = 19, 7, 3
 KINDS = [
@@ -464,3 +465,11 @@ def test_a_layer_is_loaded_as_people_name_it(tmp_path: Path) -> None:
         assert flashsae.load(tmp_path / place)(x).shape == (3, D)
     with pytest.raises(CheckpointError, match="holds 2 SAEs: layer_0, layer_1"):
         flashsae.load(tmp_path)
+
+
+def test_what_the_page_says_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "transcoders").mkdir()
+    made(tmp_path / "transcoders", 4)
+    (code,) = [code for code in code_blocks(ROOT / "docs" / "interop.md") if "transcoders/layer_3" in code]
+    exec(code, {})

@@ -24,6 +24,7 @@ from flashsae.formats.llamascopium_writing import _expansion
 from flashsae.sae.saved import content_of, sae_of
 from flashsae.testing import assert_as_accurate
 from helpers.contents import random_content
+from helpers.pages import ROOT, code_blocks
 
 D, EXPANSION, F, K = 8, 2.5, 20, 3
 IN, OUT = "blocks.3.mlp.hook_in", "blocks.3.hook_mlp_out"
@@ -500,6 +501,26 @@ def test_weights_are_looked_for_where_llamascopium_does(tmp_path: Path) -> None:
         llamascopium.read(tmp_path)
 
 
+def test_names_of_early_2025_are_read(tmp_path: Path) -> None:
+    for act_fn in ("jumprelu", "topk"):
+        tensors = made(tmp_path, act_fn=act_fn, norm_activation="dataset-wise")
+        content = llamascopium.read(tmp_path)
+        old = {
+            "encoder.weight": tensors["W_E"].T, "encoder.bias": tensors["b_E"], "decoder.weight": tensors["W_D"].T,
+            "decoder.bias": tensors["b_D"], NORM + IN: tensors[NORM + IN],
+        }  # fmt: skip
+        old |= {"log_jumprelu_threshold": tensors[THRESHOLD]} if act_fn == "jumprelu" else {}
+        file = tmp_path / "sae_weights.safetensors"
+        save_file({name: tensor.contiguous() for name, tensor in old.items()}, file)
+        again = llamascopium.read(tmp_path)
+        assert again.tensors.keys() == content.tensors.keys()
+        assert all(torch.equal(again.tensors[name], tensor) for name, tensor in content.tensors.items())
+        del old["encoder.bias"]
+        save_file({name: tensor.contiguous() for name, tensor in old.items()}, file)
+        with pytest.raises(CheckpointError, match="it has no b_E"):
+            llamascopium.read(tmp_path)
+
+
 class Hostile:
     """What would make a folder when it is unpickled."""
 
@@ -570,3 +591,11 @@ def test_it_is_loaded_and_saved_as_people_do(tmp_path: Path) -> None:
         again = flashsae.load(tmp_path / "out")
     x = torch.randn(5, D)
     torch.testing.assert_close(again(x), sae(x))
+
+
+def test_what_the_page_says_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "llamascopium_sae").mkdir()
+    made(tmp_path / "llamascopium_sae", act_fn="relu")
+    (code,) = [code for code in code_blocks(ROOT / "docs" / "interop.md") if "for_llamascopium" in code]
+    exec(code, {})

@@ -45,6 +45,11 @@ from flashsae.formats.llamascopium_writing import NORM, THRESHOLD, write
 from flashsae.formats.scales import common_norms, scaled, site_norms
 from flashsae.formats.selection import check_tensors, joined, settings_of_reading
 
+_OLD_NAMES = {
+    "encoder.weight": "W_E", "encoder.bias": "b_E", "decoder.weight": "W_D", "decoder.bias": "b_D",
+    "log_jumprelu_threshold": THRESHOLD,
+}  # fmt: skip
+"""Of early 2025, with matrices the other way round, as in fnlp/Llama-Scope-R1-Distill."""
 _BASES = {"relu": "relu", "jumprelu": "jump_relu", "topk": "topk", "batchtopk": "batch_topk"}
 
 
@@ -65,6 +70,8 @@ def read(path: Path) -> Content:
     found = {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
     if len(found) < len(tensors):
         raise CheckpointError(f"{file} is damaged: it holds numbers among its tensors. {FETCH}")
+    if "encoder.weight" in found:
+        found = {_OLD_NAMES.get(name, name): _turned(name, value) for name, value in found.items()}
     norms = {name.removeprefix(NORM): found.pop(name) for name in list(found) if name.startswith(NORM)}
     dtype = _check(file, config, found)
     weights = _side_by_side(config, {name: value.to(dtype) for name, value in found.items() if name != THRESHOLD})
@@ -88,6 +95,10 @@ def read(path: Path) -> Content:
         normalize_activations="token_norm" if config.norm_activation == "token-wise" else "none",
         metadata=metadata_of(config),
     )
+
+
+def _turned(name: str, tensor: Tensor) -> Tensor:
+    return tensor.T if name in ("encoder.weight", "decoder.weight") and tensor.dim() == 2 else tensor
 
 
 def _architecture(config: Description) -> str:
