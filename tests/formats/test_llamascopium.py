@@ -265,6 +265,33 @@ def test_what_is_read_again_is_bitwise_what_was_written(kind: str, dtype: torch.
     flashsae.load(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["topk", "jump_relu", "batch_topk"])
+def test_a_fold_of_half_precision_is_not_rounded_to_it(kind: str, tmp_path: Path) -> None:
+    content = ours(kind)
+    halves = {name: tensor.bfloat16() for name, tensor in content.tensors.items()}
+    llamascopium.write(tmp_path, replace(content, tensors=halves))
+    assert load_file(tmp_path / "sae_weights.safetensors")["b_E"].dtype == torch.float32
+    x = torch.randn(50, D) * 2
+    sae = sae_of(replace(content, tensors={name: tensor.float() for name, tensor in halves.items()}))
+    torch.testing.assert_close(theirs(tmp_path)(x, x)[1], sae(x), rtol=1e-4, atol=5e-5)
+
+
+@pytest.mark.parametrize("settings", [
+    {"act_fn": "topk"}, {"act_fn": "relu", "norm_activation": "dataset-wise"}, {"act_fn": "jumprelu"},
+    {"act_fn": "jumprelu", "sparsity_include_decoder_norm": False},
+])  # fmt: skip
+def test_what_is_folded_of_half_precision_becomes_float32(settings: dict[str, Any], tmp_path: Path) -> None:
+    settings = {"norm_activation": "inference", "sparsity_include_decoder_norm": True, **settings}
+    halves = {name: tensor.bfloat16() for name, tensor in made(tmp_path, **settings).items()}
+    file = tmp_path / "sae_weights.safetensors"
+    save_file(halves, file)
+    sae = sae_of(llamascopium.read(tmp_path))
+    assert sae.W_dec.dtype == torch.float32
+    save_file({name: tensor.float() for name, tensor in halves.items()}, file)
+    x = torch.randn(50, D) * 2
+    torch.testing.assert_close(theirs(tmp_path)(x, x)[1], sae(x), rtol=1e-4, atol=5e-5)
+
+
 def test_thresholds_at_the_ends_are_kept(tmp_path: Path) -> None:
     content = ours("jump_relu")
     threshold = torch.logspace(-40, 3, F)

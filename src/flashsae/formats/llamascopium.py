@@ -74,10 +74,13 @@ def read(path: Path) -> Content:
         found = {_OLD_NAMES.get(name, name): _turned(name, value) for name, value in found.items()}
     norms = {name.removeprefix(NORM): found.pop(name) for name in list(found) if name.startswith(NORM)}
     dtype = _check(file, config, found)
-    weights = _side_by_side(config, {name: value.to(dtype) for name, value in found.items() if name != THRESHOLD})
-    if THRESHOLD in found:
-        weights["threshold"] = found[THRESHOLD].double().exp()
     factors = _factors(file, config, norms)
+    threshold = found.pop(THRESHOLD).double().exp() if THRESHOLD in found else None
+    if dtype.itemsize == 2 and not _is_exact(config, found["b_E"], threshold, dtype):
+        dtype = torch.float32  # that of parameters there, whatever a file holds
+    weights = _side_by_side(config, {name: value.to(dtype) for name, value in found.items()})
+    if threshold is not None:
+        weights["threshold"] = threshold
     folded = (_folded_sites if config.is_crosscoder else _folded)(file, config, weights, factors)
     if config.act_fn == "batchtopk":
         folded["threshold"] = torch.zeros(())
@@ -95,6 +98,17 @@ def read(path: Path) -> Content:
         normalize_activations="token_norm" if config.norm_activation == "token-wise" else "none",
         metadata=metadata_of(config),
     )
+
+
+def _is_exact(config: Description, b_E: Tensor, threshold: Tensor | None, dtype: torch.dtype) -> bool:
+    """Tell whether nothing is folded that half precision would round: scales, norms, sums, thresholds."""
+    is_weighted = config.sparsity_include_decoder_norm and config.act_fn != "relu" and not config.is_crosscoder
+    if config.norm_activation == "dataset-wise" or is_weighted:
+        return False
+    summed = b_E.double().sum(0)
+    if config.is_crosscoder and not torch.equal(summed.to(dtype).double(), summed):
+        return False
+    return threshold is None or torch.allclose(threshold.to(dtype).double(), threshold, rtol=1e-12, atol=0)
 
 
 def _turned(name: str, tensor: Tensor) -> Tensor:

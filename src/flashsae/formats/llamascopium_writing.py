@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,8 @@ def write(folder: Path, content: Content, lossy: bool = False) -> list[str]:
     """
     selection = selection_of(content)
     _check_held(content, selection)
-    content = subtracting(content, False)
+    if content.apply_b_dec_to_input:
+        content = subtracting(_widened(content), False)
     widths = list(content.settings["widths"]) if selection.outer == "crosscoder" else [content.d_in]
     act_fn = "batchtopk" if _is_without_threshold(content) else _ACT_FNS[selection.name]
     weights = _weights(content, len(widths))
@@ -61,6 +63,12 @@ def write(folder: Path, content: Content, lossy: bool = False) -> list[str]:
     files.save_tensors(folder / WEIGHTS, weights)
     (folder / CONFIG).write_text(json.dumps(config, indent=4) + "\n", "utf-8")
     return []
+
+
+def _widened(content: Content) -> Content:
+    """Return an SAE of half precision in float32, that of parameters there, so that a fold is not rounded to halves."""
+    dtype = torch.promote_types(content.dtype, torch.float32)
+    return replace(content, tensors={name: tensor.to(dtype) for name, tensor in content.tensors.items()})
 
 
 def _foreign(content: Content) -> Mapping[str, Any]:
