@@ -111,6 +111,9 @@ def test_several_saes_are_named(hub: Hub) -> None:
     assert "hf://me/saes: it holds 30 SAEs: layer_0, layer_1, layer_2" in str(refused.value)
     assert "and 10 more. Name one of them." in str(refused.value)
     assert hub.downloaded() == []
+    hub.put("me/formats", {f"k{k}/{form}w.safetensors": b"" for k in (8, 16) for form in ("", "saelens/")})
+    with pytest.raises(CheckpointError, match=r"it holds 2 SAEs: k8, k16\. Name one of them"):
+        fetched("hf://me/formats")
     with pytest.raises(
         CheckpointError, match="hf://me/saes/x: there is no such path; the repository holds 30 SAEs: lay"
     ):

@@ -23,7 +23,8 @@ from flashsae.report.cards import printable
 from flashsae.report.drawing import Points, pareto
 from flashsae.report.evaluation_file import read_evaluation
 from flashsae.report.plots import Plot
-from flashsae.report.render import setting_text, template
+from flashsae.report.render import template
+from flashsae.report.setting_text import setting_text
 from flashsae.settings.run import CONFIG_FILE, load_settings
 from flashsae.train.failure import failure_in
 
@@ -78,7 +79,7 @@ def render_comparison(run: Path, folders: Sequence[Path]) -> Path:
         MissingExtraError: matplotlib or jinja2 is not installed.
         StorageError: the file system refused.
     """
-    page = template(require("jinja2", "report"), "comparison.html.j2").render(_context(run, _read(folders)))
+    page = template(require("jinja2", "report"), "comparison.html.j2").render(_context(run, read_compared(folders)))
     path = run / COMPARISON_FILE
     write_atomic(path, page)
     return path
@@ -90,13 +91,18 @@ def comparison_table(folders: Sequence[Path]) -> Table:
     made.add_column("SAE", overflow="fold")
     for name in _FIGURES:
         made.add_column(of_evaluation(name).label, justify="right")
-    for sae in _read(folders):
+    for sae in read_compared(folders):
         figures = ["failed", *[""] * (len(_FIGURES) - 1)] if sae.evaluation is None else _figures(sae.evaluation)
         made.add_row(sae.folder.name, *figures)
     return made
 
 
-def _read(folders: Sequence[Path]) -> list[Compared]:
+def read_compared(folders: Sequence[Path]) -> list[Compared]:
+    """Return the SAEs of a run: settings and figures of each, or why it failed.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
     found = []
     for folder in folders:
         failure = failure_in(folder)
@@ -117,7 +123,7 @@ def _context(run: Path, saes: Sequence[Compared]) -> dict[str, Any]:
     style = "".join(here.with_name(name).read_text("utf-8") for name in ("style.css", "comparison.css"))
     differ = differing(saes)
     models = {str(sae.settings.get("model", "")) for sae in saes} - {""}
-    plots = _plots(saes)
+    plots = comparing_plots(saes)
     return {
         "title": setting_text(models.pop()) if len(models) == 1 else "Sparse autoencoders",
         "count": len(saes),
@@ -127,7 +133,7 @@ def _context(run: Path, saes: Sequence[Compared]) -> dict[str, Any]:
         "numeric_from": len(differ),
         "rows": [_row(sae, differ) for sae in saes],
         "captions": [(METRICS[name].label, METRICS[name].caption) for name in ("fvu", "l0", "dead_latents")],
-        "shared": _shared(saes),
+        "shared": shared_settings(saes),
         "style": markup(style),
         "script": markup(script),
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -171,7 +177,7 @@ def _row(sae: Compared, differ: Sequence[str]) -> dict[str, Any]:
             "failed": sae.failure is not None}  # fmt: skip
 
 
-def _shared(saes: Sequence[Compared]) -> list[tuple[str, str]]:
+def shared_settings(saes: Sequence[Compared]) -> list[tuple[str, str]]:
     """Return the settings that all SAEs have alike."""
     first = saes[0].settings
     return [
@@ -181,7 +187,7 @@ def _shared(saes: Sequence[Compared]) -> list[tuple[str, str]]:
     ]
 
 
-def _plots(saes: Sequence[Compared]) -> list[Plot]:
+def comparing_plots(saes: Sequence[Compared]) -> list[Plot]:
     """Draw FVU against L0 of each hookpoint: a line for each architecture, and for each size or rate that differs."""
     measured = [sae for sae in saes if sae.evaluation is not None]
     apart = [name for name in differing(measured) if name not in ("hookpoint", "arch", "seed", *_sparsities(measured))]

@@ -22,10 +22,11 @@ from flashsae.logs.jsonl import read_log
 from flashsae.metrics import METRICS, Metric, table
 from flashsae.metrics.numbers import compact, count, duration, real
 from flashsae.metrics.table import of_evaluation
-from flashsae.report.cards import card, known_of_all, printable, sample_text
+from flashsae.report.cards import card, known_of_all, sample_text
 from flashsae.report.drawing import Array
 from flashsae.report.evaluation_file import read_evaluation
 from flashsae.report.plots import Plot, latent_map, latent_plots, training_plots
+from flashsae.report.setting_text import flat, setting_text
 from flashsae.report.shades import stylesheet
 from flashsae.report.sites import site_plots, sites_of
 from flashsae.report.snippet_file import Snippets, read_snippets
@@ -36,8 +37,6 @@ from flashsae.settings.run import load_settings
 _ARRAYS = ("latent_density", "decoder_norm", "nearest_decoder_cosine")
 _OPTIONAL_ARRAYS = ("encoder_decoder_cosine", "is_dead")
 _BETTER = {None: "", "lower": " Lower is better.", "higher": " Higher is better."}
-_FOLDERS = re.compile(r"(?:file://)?(?:~[^/\\]*|[A-Za-z]:|\.\.)?[/\\].*", re.DOTALL)
-"""A path from the root, home, a drive or the folder above: it tells of the machine, and its last part is enough."""
 
 
 @dataclass(frozen=True)
@@ -109,12 +108,17 @@ def _load(run: Path) -> _Run:
         settings,
         metrics,
         evaluation,
-        _read_arrays(run / "latents.safetensors"),
+        read_arrays(run / "latents.safetensors"),
         read_snippets(snippets) if snippets.exists() else None,
     )
 
 
-def _read_arrays(path: Path) -> dict[str, Array]:
+def read_arrays(path: Path) -> dict[str, Array]:
+    """Return what latents.safetensors of a run says of every latent: [d_sae] each, and of sites [d_sae, sites].
+
+    Raises:
+        CheckpointError: it is missing, damaged, or lacks what every run writes.
+    """
     tensors = load_tensors(path)
     d_sae = tensors["latent_density"].shape if "latent_density" in tensors else None
     for name in _ARRAYS:
@@ -137,7 +141,7 @@ def _context(run: _Run) -> dict[str, Any]:
     script, style = (Path(__file__).with_name(name).read_text("utf-8") for name in ("script.js", "style.css"))
     pictures = run.snippets.pictures if run.snippets else []
     latents = [] if run.snippets is None else [card(latent, pictures) for latent in run.snippets.latents]
-    architecture = _architecture(run)
+    architecture = known_architecture(run.evaluation)
     rows = table(architecture.terms if architecture else ())
     has_map = bool(latents) and "encoder_decoder_cosine" in run.arrays
 
@@ -149,9 +153,7 @@ def _context(run: _Run) -> dict[str, Any]:
         "provenance": _provenance(run, architecture),
         "summary": _summary(run),
         "training": safe(training_plots(run.metrics, run.evaluation, run.settings, rows)),
-        "dictionary": safe(
-            [*latent_plots(run.arrays), *site_plots(run.arrays, list(sites_of(run.evaluation["settings"])))]
-        ),
+        "dictionary": safe(dictionary_plots(run.arrays, run.evaluation)),
         "map": safe([latent_map(run.arrays, [latent["index"] for latent in latents])]) if has_map else [],
         "read_text": run.snippets is not None,
         "snippet_tokens": compact(run.snippets.tokens) if run.snippets else "",
@@ -159,13 +161,23 @@ def _context(run: _Run) -> dict[str, Any]:
         "latents": latents,
         "known": known_of_all(run.arrays, run.snippets),
         "metrics": _metrics(run, rows),
-        "settings": [(name, setting_text(value)) for name, value in _flat(run.settings)],
+        "settings": [(name, setting_text(value)) for name, value in flat(run.settings)],
         "style": markup(style + stylesheet(run.snippets)),
         "of_images": bool(pictures),
         "unit": run.snippets.unit if run.snippets else "tokens",
         "script": markup(script),
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     }
+
+
+def dictionary_plots(arrays: Mapping[str, Array], evaluation: Mapping[str, Any]) -> list[Plot]:
+    """Draw what the latents of a run are like, and over which sites they are spread where it has several.
+
+    Args:
+        arrays: as `read_arrays` returns them.
+        evaluation: the content of evaluation.json.
+    """
+    return [*latent_plots(arrays), *site_plots(arrays, list(sites_of(evaluation["settings"])))]
 
 
 def _title(run: _Run) -> dict[str, str]:
@@ -221,10 +233,10 @@ def _is_told(setting: Any) -> bool:
     return isinstance(setting, str | bool) or real(setting) is not None
 
 
-def _architecture(run: _Run) -> Architecture | None:
-    """Return what is known of the kind of SAE; None where it is not registered here."""
+def known_architecture(evaluation: Mapping[str, Any]) -> Architecture | None:
+    """Return what is known of the kind of SAE that was measured; None where it is not registered here."""
     try:
-        return architecture_named(str(run.evaluation.get("architecture")))
+        return architecture_named(str(evaluation.get("architecture")))
     except ConfigError:
         return None
 
@@ -274,23 +286,3 @@ def _metrics(run: _Run, rows: Mapping[str, Metric]) -> list[tuple[str, str, str]
     names = dict.fromkeys((*logged, *ended, *run.arrays))
     found = (row for row in rows.values() if row.name in names and row.formula)
     return [(row.name, f"{row.caption}{_BETTER[row.direction]}", row.formula) for row in found]
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """List settings by name, tables within as table.name."""
-    rows: list[tuple[str, Any]] = []
-    for name, value in settings.items():
-        rows += _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(f"{prefix}{name}", value)]
-    return rows
-
-
-def setting_text(value: Any) -> str:
-    """Write a setting; of a path that tells of the machine only the last part."""
-    if isinstance(value, list):
-        return ", ".join(map(setting_text, value)) or "none"
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}" if abs(value) >= 10_000 else str(value)
-    text = str(value).lower() if isinstance(value, bool) else str(value)
-    if _FOLDERS.fullmatch(text):
-        text = re.split(r"[/\\]", text.rstrip("/\\"))[-1] or "a folder"
-    return printable(text)
