@@ -26,7 +26,7 @@ _OF_THE_HUB = re.compile(r"refs/(?:convert/[\w.-]+|pr/\d+)")
 """Revisions with a slash that the hub itself makes, which need no %2F."""
 _KINDS = ("datasets", "spaces", "kernels", "buckets")
 _COMMIT = re.compile(r"[0-9a-f]{40,64}")
-_LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
+LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
 @dataclass(frozen=True)
@@ -182,13 +182,13 @@ def _told(place: Place, error: Exception, *, has_token: bool, what: str) -> Flas
     status = getattr(getattr(error, "response", None), "status_code", None)
     seen = "with this token" if has_token else "without a token"
     if isinstance(error, errors.GatedRepoError):
-        told = f"its owner grants access on {constants.ENDPOINT}/{place.repo}: ask there, then {_LOG_IN}."
+        told = f"its owner grants access on {constants.ENDPOINT}/{place.repo}: ask there, then {LOG_IN}."
     elif isinstance(error, errors.RevisionNotFoundError):
         told = f"there is no revision {place.revision!r}. Name a branch, tag or commit of it."
     elif status == 401 and "invalid credentials" in str(error).lower():
-        told = f"the hub does not know the token. Make a new one in the settings of your account, then {_LOG_IN}."
+        told = f"the hub does not know the token. Make a new one in the settings of your account, then {LOG_IN}."
     elif isinstance(error, errors.RepositoryNotFoundError) or status == 401:
-        told = f"there is no such repository that can be seen {seen}. Check the name; if it is private, {_LOG_IN}."
+        told = f"there is no such repository that can be seen {seen}. Check the name; if it is private, {LOG_IN}."
     elif status == 403:
         told = f"it cannot be {what} {seen} ({first_line(error)}) Use a token that may, or ask its owner."
     elif status is None and isinstance(error, ValueError):  # of the library itself, on what it was given

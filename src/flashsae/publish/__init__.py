@@ -1,0 +1,1 @@
+"""Runs for others: a folder with a model card, pushed to the Hugging Face hub."""
