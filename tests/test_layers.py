@@ -24,8 +24,8 @@ hooks
 data
 logs
 train
-evaluate report bench publish
-parts planning start describe caching rounds run pace options several arguments asked commands cli __main__
+evaluate report bench
+parts publish planning start describe caching rounds run pace options several arguments asked commands cli __main__
 """.split()  # noqa: SIM905 - reads as the layers that it lists
 
 

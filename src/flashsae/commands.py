@@ -225,6 +225,49 @@ def report(run: Path) -> None:
         console.print(str(path.resolve()), highlight=False, soft_wrap=True)
 
 
+@app.command(
+    help_epilogue=_examples(
+        "flashsae push runs/gpt2-h.6 me/gpt2-saes --to-folder look    the folder and its card, pushed nowhere",
+        "flashsae push runs/gpt2-h.6 me/gpt2-saes --license mit",
+        "flashsae push runs/gpt2-h.6 me/gpt2-saes --path-in-repo h.6 --format saelens,sparsify",
+        "flashsae push runs/gpt2-h.6 me/gpt2-saes --private --revision second-try",
+    )
+)
+def push(
+    run: Path,
+    repo: str | None = None,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    format: Annotated[tuple[str, ...] | None, Parameter(consume_multiple=True)] = None,
+    path_in_repo: str = "",
+    license: str | None = None,
+    message: str | None = None,
+    to_folder: Path | None = None,
+) -> None:
+    """Push the SAEs of a run to the Hugging Face hub, with a model card that is made of the run, as one commit.
+
+    Needs a token that may write: of hf auth login, or HF_TOKEN. flashsae.load("hf://USER/NAME") loads it again, and
+    the card says how others do. Paths of this machine are shortened, and what looks like a secret is refused.
+
+    Args:
+        run: Folder of a run that has ended, of one SAE or several, or of an SAE.
+        repo: USER/NAME on the hub; made where it is not there yet.
+        private: Make a repository that only its owner sees; one that is public is refused.
+        revision: Branch to push to; made where it is not there yet. Default: the main one.
+        format: Of other libraries, to push beside ours: saelens, sparsify, dictionary_learning ...; none of them with
+            flashsae. Default: saelens, where it holds all of the SAE.
+        path_in_repo: Folder in the repository, for one that holds several runs. Default: its root.
+        license: For the card, as the hub calls it, such as mit or apache-2.0. Default: the card names none.
+        message: Of the commit. Default: says what the SAE is of.
+        to_folder: Write what would be pushed into this folder, which must not exist, and push nothing.
+    """
+    from flashsae.publish.command import Pushing, push_run
+
+    asked = Pushing(repo, private, revision, format, path_in_repo, license, message, to_folder)
+    push_run(expand(run, "run"), asked, Console())
+
+
 @app.command(help_epilogue=_examples("flashsae doctor"))
 def doctor() -> None:
     """Print versions, devices, and which backends work here and why not."""

@@ -78,7 +78,7 @@ def require(module: str, extra: str) -> ModuleType:
         ) from error
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return what an error of somebody else's says first, as a sentence."""
     line = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
     return (line if len(line) <= 300 else f"{line[:297]}...") + "."

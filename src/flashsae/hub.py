@@ -165,7 +165,17 @@ def hub_errors(place: Place, token: str | None, what: str = "read") -> Iterator[
     except FlashSAEError:
         raise
     except Exception as error:  # of the library, of the one that it speaks HTTP with, of the system: no common base
-        raise _told(place, error, has_token=bool(token) or has_own_token(), what=what) from error
+        raise _told(place, _answer_behind(error), has_token=bool(token) or has_own_token(), what=what) from error
+
+
+def _answer_behind(error: BaseException) -> BaseException:
+    """Return the error that holds an answer of the hub, where another one that says less was made of it."""
+    if isinstance(error, ValueError):  # of what was given, with all that the hub has against it
+        return error
+    behind: BaseException | None = error
+    while behind is not None and getattr(behind, "response", None) is None:
+        behind = behind.__cause__
+    return behind or error
 
 
 def has_own_token() -> bool:
@@ -176,7 +186,7 @@ def has_own_token() -> bool:
         return False
 
 
-def _told(place: Place, error: Exception, *, has_token: bool, what: str) -> FlashSAEError:
+def _told(place: Place, error: BaseException, *, has_token: bool, what: str) -> FlashSAEError:
     """Return the error to raise for one of somebody else's."""
     errors, constants = (require(f"huggingface_hub.{name}", "hf") for name in ("errors", "constants"))
     status = getattr(getattr(error, "response", None), "status_code", None)
@@ -193,6 +203,8 @@ def _told(place: Place, error: Exception, *, has_token: bool, what: str) -> Flas
         told = f"it cannot be {what} {seen} ({first_line(error)}) Use a token that may, or ask its owner."
     elif status is None and isinstance(error, ValueError):  # of the library itself, on what it was given
         told = f"it cannot be {what}: {' '.join(str(error).split())}"
+    elif status == 412:
+        told = "it was changed meanwhile, so nothing was pushed. Push again."
     elif status is not None:
         told = f"the hub answers with status {status} ({first_line(error)}) Try again later."
     elif isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):

@@ -36,6 +36,9 @@ def wanted_files(names: Sequence[str], path: str, place: str, *, several: bool) 
         CheckpointError: there is no such path, no weights under it, or several SAEs and one is asked for.
     """
     below = [name for name in names if not path or name == path or name.startswith(f"{path}/")]
+    if not below:  # such as layers/layer_3, for a file with an ending
+        below = [name for name in saes_in(names) if name in names and name.startswith(f"{path}.")]
+        path = below[0] if len(below) == 1 else path
     if not below:
         raise CheckpointError(f"{place}: there is no such path; {_told(saes_in(names), 'the repository')}")
     found = saes_in(below)

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+import select
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
+import yaml
 
 Files = dict[str, bytes]
 READER, WRITER = "hf_" + "reader", "hf_" + "writer"
@@ -58,6 +60,8 @@ class Hub:
     sent: int = 0
     fail: dict[str, int] = field(default_factory=dict)
     """Parts of "METHOD /path", and the status that requests with them get; 0: the connection is cut."""
+    wait: dict[str, float] = field(default_factory=dict)
+    """The same, and seconds for which requests are not answered, or until whoever asked has gone."""
 
     def put(self, repo: str, files: Mapping[str, bytes | str], branch: str = "main", **of_repo: bool) -> str:
         """Make a commit, as its owner would; return its name."""
@@ -103,7 +107,8 @@ class _Handler(BaseHTTPRequestHandler):
         line = f"{self.command} {path}"
         self.hub.asked.append(line)
         status = next((status for part, status in self.hub.fail.items() if part in line), None)
-        if status == 0:
+        seconds = next((seconds for part, seconds in self.hub.wait.items() if part in line), 0.0)
+        if status == 0 or (seconds and self._has_gone(seconds)):
             self.close_connection = True
             return
         try:
@@ -113,6 +118,10 @@ class _Handler(BaseHTTPRequestHandler):
         except _RefusedError as refused:
             headers = {"X-Error-Message": refused.message} | ({"X-Error-Code": refused.code} if refused.code else {})
             self._send(json.dumps({"error": refused.message}).encode(), refused.status, headers)
+
+    def _has_gone(self, seconds: float) -> bool:
+        """Wait; return whether whoever asked has closed the connection."""
+        return bool(select.select([self.connection], [], [], seconds)[0])
 
     def _chunks(self) -> bytes:
         body = b""
@@ -178,9 +187,10 @@ class _Handler(BaseHTTPRequestHandler):
             raise _RefusedError(status, "You don't have the rights to do this" if status == 403 else "Invalid username")
 
     def _validate_yaml(self, body: bytes) -> None:
-        head = json.loads(body)["content"].split("---")[1]
-        assert "library_name: flashsae" in head
-        self._json({"errors": [], "warnings": []})
+        head = yaml.safe_load(json.loads(body)["content"].split("---\n")[1])
+        license = head.get("license", "mit")
+        errors = [] if license in ("mit", "apache-2.0") else [{"message": '"license" must be one of apache-2.0, mit'}]
+        self._json({"errors": errors, "warnings": []}, 400 if errors else 200)
 
     def _info(self, body: bytes, name: str, revision: str = "main") -> None:
         repo = self._repo(name)

@@ -36,6 +36,8 @@ def test_secrets_are_refused(value: Any) -> None:
         cleaned({"a": value}, "config.toml", [])
 
 
-@pytest.mark.parametrize("value", ["trust_remote_code=true", "token=False", "https://host/x@y", "hf_short", "tokens = 1"])
+@pytest.mark.parametrize(
+    "value", ["trust_remote_code=true", "token=False", "https://host/x@y", "hf_short", "tokens = 1"]
+)
 def test_what_is_no_secret(value: str) -> None:
     assert cleaned(value, "config.toml", []) == value

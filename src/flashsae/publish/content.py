@@ -95,8 +95,8 @@ def _of_run(name: str, folder: Path, run: Path) -> Published:
     steps = max((record["step"] for record in read_log(folder / LOG_FILE)), default=evaluation["steps"])
     if steps != evaluation["steps"]:
         raise CheckpointError(
-            f"{folder} has been trained since it was measured: finish it with `flashsae train --resume {run}`, then "
-            "push it."
+            f"{folder}: its figures are not of the end of its log: finish it with `flashsae train --resume {run}`, "
+            "then push it."
         )
     shortened: list[str] = []
     settings = cleaned(load_settings(folder / CONFIG_FILE), CONFIG_FILE, shortened)

@@ -15,13 +15,17 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from flashsae import files
 from flashsae.documents import SEAL, load_json, sealed
 from flashsae.errors import ConfigError
-from flashsae.formats.native import read_extras
+from flashsae.formats.content import Content
+from flashsae.formats.native import FORMAT as OURS
+from flashsae.formats.registry import format_named
 from flashsae.hub import Place
 from flashsae.logs.jsonl import LOG_FILE, read_log
 from flashsae.metrics import table
@@ -38,7 +42,8 @@ from flashsae.publish.pictures import alone
 from flashsae.report.comparison import Compared, comparing_plots
 from flashsae.report.plots import Plot, training_plots
 from flashsae.report.render import dictionary_plots, read_arrays
-from flashsae.sae.module import SAE
+from flashsae.sae.saved import sae_of
+from flashsae.sae.stored import write
 from flashsae.settings.run import CONFIG_FILE
 from flashsae.settings.toml import sealed_toml
 
@@ -60,7 +65,9 @@ class Asked:
     license: str | None = None
 
 
-def make_folder(source: Path, folder: Path, place: Place, asked: Asked) -> tuple[list[Published], list[str]]:
+def make_folder(
+    source: Path, folder: Path, place: Place, asked: Asked, put: Callable[[Path, Path], Any] = shutil.copyfile
+) -> tuple[list[Published], list[str]]:
     """Write what is pushed into a folder that is there and empty.
 
     Args:
@@ -68,6 +75,7 @@ def make_folder(source: Path, folder: Path, place: Place, asked: Asked) -> tuple
         folder: to write into.
         place: where it will stand, for the card.
         asked: in which formats, and under which license.
+        put: how the weights of our format get from where they are to where they are to be.
     Returns:
         the SAEs, and sentences on what others will not see.
     Raises:
@@ -77,14 +85,13 @@ def make_folder(source: Path, folder: Path, place: Place, asked: Asked) -> tuple
         StorageError: the file system refused.
     """
     saes, failed = published(source)
-    remarks = [f"{len(failed)} more of the run failed and are not here."] if failed else []
-    formats = {}
     for sae in saes:
         own = folder / sae.name
         own.mkdir(exist_ok=True)
-        _write_ours(sae, own)
-        formats[sae.name], left_out = _write_others(sae, own, asked.formats)
-        remarks += [sentence for sentence in left_out if sentence not in remarks]
+        _write_ours(sae, own, put)
+    formats, left_out = _write_others(saes, folder, asked.formats)
+    remarks = [f"{len(failed)} more of the run failed and are not here."] if failed else []
+    remarks += left_out
     pictures = _pictures(saes)
     for picture in pictures:
         (folder / PICTURES).mkdir(exist_ok=True)
@@ -94,9 +101,11 @@ def make_folder(source: Path, folder: Path, place: Place, asked: Asked) -> tuple
     return saes, remarks
 
 
-def _write_ours(sae: Published, folder: Path) -> None:
+def _write_ours(sae: Published, folder: Path, put: Callable[[Path, Path], Any]) -> None:
     """Write an SAE in our format, to the same bytes but for what others should not see, and what its run says."""
-    shutil.copyfile(sae.folder / WEIGHTS_FILE, folder / WEIGHTS_FILE)
+    weights = sae.folder / WEIGHTS_FILE
+    files.check_sha256(weights, sae.description.sha256, SAE_FILE, "Put a copy of it back.")
+    put(weights.resolve(), folder / WEIGHTS_FILE)
     content = load_json(sae.folder / SAE_FILE)
     if content.get("metadata", {}) == sae.description.metadata:
         shutil.copyfile(sae.folder / SAE_FILE, folder / SAE_FILE)
@@ -109,22 +118,42 @@ def _write_ours(sae: Published, folder: Path) -> None:
         (folder / CONFIG_FILE).write_text(sealed_toml(sae.settings), "utf-8")
 
 
-def _write_others(sae: Published, folder: Path, asked: Sequence[str] | None) -> tuple[list[str], list[str]]:
-    """Write an SAE in other formats; return their names, and sentences on those that cannot hold it."""
-    written, left_out = [], []
-    loaded = SAE.load(sae.folder)
-    for name in dict.fromkeys(_BY_DEFAULT if asked is None else asked):
-        if name == "flashsae":
+def _write_others(
+    saes: Sequence[Published], folder: Path, asked: Sequence[str] | None
+) -> tuple[dict[str, list[str]], list[str]]:
+    """Write SAEs in other formats; return their names by SAE, and sentences on those that cannot hold one."""
+    written: dict[str, list[str]] = {sae.name: [] for sae in saes}
+    left_out: dict[str, str] = {}
+    forms = [format_named(name) for name in dict.fromkeys(_BY_DEFAULT if asked is None else asked)]
+    for form in forms:
+        if form.write_set is None or len(saes) == 1:
             continue
-        try:
-            loaded.save(folder / name, format=name, metadata=sae.description.metadata, extras=read_extras(sae.folder))
-        except ConfigError as error:
-            if asked is not None:
-                raise
-            left_out.append(f"It is not there in the format {name}: {error}")
-        else:
-            written.append(name)
-    return written, left_out
+        contents = {sae.told("hookpoint") or sae.name: _content(sae) for sae in saes}
+        with files.atomic_directory(folder / form.name) as aside:
+            form.write_set(aside, contents, False)
+    for sae in saes:
+        alone = [form for form in forms if form is not OURS and (form.write_set is None or len(saes) == 1)]
+        for form in alone:
+            try:
+                write(_content(sae), folder / sae.name / form.name, form, lossy=False, overwrite=False)
+            except ConfigError as error:
+                if asked is not None:
+                    raise
+                left_out.setdefault(str(error), form.title)
+            else:
+                written[sae.name].append(form.name)
+    return written, [f"Not there in the format of {title}: {why}" for why, title in left_out.items()]
+
+
+def _content(sae: Published) -> Content:
+    """Return what is written of an SAE in other formats.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    content = OURS.read(sae.folder)
+    sae_of(content, sae.folder)
+    return replace(content, metadata=sae.description.metadata)
 
 
 def _pictures(saes: Sequence[Published]) -> list[Plot]:

@@ -9,7 +9,7 @@ from typing import Any
 from flashsae.errors import require
 from flashsae.report.cards import printable
 
-_SIGNS = re.compile(r"([\\`*_{}\[\]<>()#+|!&~$^=-])")
+_SIGNS = re.compile(r"([\\`*_\[\]<>#|&~$])")
 
 
 class Raw(str):
