@@ -332,6 +332,21 @@ def test_hookpoints_are_told_from_submodules(submodule: Any, model: Any, hookpoi
     assert content.metadata["dictionary_learning"]["trainer"].get("submodule_name") == submodule
 
 
+def test_metadata_are_what_json_can_hold(tmp_path: Path) -> None:
+    folder = theirs(
+        tmp_path, "AutoEncoderTopK", {"lr": float("nan"), "steps": [float("inf")]}, threshold=torch.tensor(torch.inf)
+    )
+    kept = dictionary_learning.read(folder).metadata["dictionary_learning"]
+    assert (kept["trainer"]["lr"], kept["trainer"]["steps"]) == (None, [None])
+    assert "threshold" not in kept
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps({**config, "flashsae": {"dictionary_learning": 3, "a": -float("inf")}})
+    )
+    read = dictionary_learning.read(folder)
+    assert (read.metadata["dictionary_learning"], read.metadata["a"]) == ({}, None)
+
+
 def test_an_sae_of_nowhere_is_written(tmp_path: Path) -> None:
     written(tmp_path / "sae", made("topk"))
     config = json.loads((tmp_path / "sae" / "config.json").read_text())

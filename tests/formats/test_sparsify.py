@@ -244,10 +244,11 @@ def test_what_is_known_of_the_training_comes_back(tmp_path: Path) -> None:
 
 def test_config_json_of_their_run_is_read_and_written_again(tmp_path: Path) -> None:
     theirs(tmp_path / "layers.3" / "seed1", {"normalize_decoder": False})
-    run = {"sae": {"k": K}, "model": "gpt2", "dataset": 7, "ctx_len": True, "hookpoints": ["layers.*"], "lr": None}
+    run = {"sae": {"k": K}, "model": "gpt2", "dataset": 7, "ctx_len": True, "hookpoints": ["layers.*"], "lr": None,
+           "wd": float("nan")}  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(run))
     read = sparsify.read(tmp_path / "layers.3" / "seed1")
-    kept = {"hookpoints": ["layers.*"], "lr": None}
+    kept = {"hookpoints": ["layers.*"], "lr": None, "wd": None}
     assert read.metadata == {
         "model": "gpt2", "hookpoint": "layers.3", "sparsify": {"normalize_decoder": False, "config.json": kept}
     }  # fmt: skip

@@ -27,6 +27,12 @@ def glimpse(path: Path) -> dict[str, Any]:
     return {}
 
 
+def without_nan(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a file says of a training, with null for numbers that JSON has no words for, though Python has."""
+    plain: dict[str, Any] = json.loads(json.dumps(content), parse_constant=lambda _: None)
+    return plain
+
+
 def matrix(path: Path, tensors: Mapping[str, Any], name: str) -> tuple[int, int]:
     """Return the two sizes of a tensor, which others go by.
 

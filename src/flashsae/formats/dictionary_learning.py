@@ -99,7 +99,7 @@ def read(path: Path) -> Content:
         content = with_unit_rows(content) or content
     if "threshold" in kind.numbers and (threshold := numbers["threshold"]) is not None:
         told = number(weights, "threshold", threshold)
-        if told >= 0:
+        if 0 <= told < float("inf"):
             theirs = {**metadata.get(layout.NAME, {}), "threshold": told}
             return replace(content, metadata={**metadata, layout.NAME: theirs})
     return content

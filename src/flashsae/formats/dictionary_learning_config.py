@@ -15,7 +15,7 @@ from typing import Any
 
 from flashsae.documents import load_json
 from flashsae.errors import CheckpointError
-from flashsae.formats.checks import glimpse
+from flashsae.formats.checks import glimpse, without_nan
 from flashsae.formats.hook_names import hook_name_of, hookpoint_of, layer_of
 from flashsae.natural import in_order
 from flashsae.schema import Finite, Size, parse
@@ -126,17 +126,17 @@ def config_of(weights: Path) -> Config:
 
 def metadata_of(config: Config) -> dict[str, Any]:
     """Return what is known of the training, in our names, and under theirs what we have no names for."""
-    trainer = config.content["trainer"]
-    buffer = config.content.get("buffer")
+    content = without_nan(config.content)
+    trainer, buffer = content["trainer"], content.get("buffer")
     buffer = buffer if isinstance(buffer, dict) else {}
     model, submodule = trainer.get("lm_name"), trainer.get("submodule_name")
     told: dict[str, Any] = {"model": model} if isinstance(model, str) and model else {}
     told |= {"context_length": buffer["ctx_len"]} if type(buffer.get("ctx_len")) is int else {}
     hookpoint = _hookpoint(submodule, told.get("model")) if isinstance(submodule, str) else None
     told |= {"hookpoint": hookpoint} if hookpoint else {}
-    own = config.content.get(_ONLY_OURS)
+    own = content.get(_ONLY_OURS)
     if isinstance(own, dict):
-        return {**told, **own}
+        return {**told, **{name: value for name, value in own.items() if name != NAME}}
     return {**told, NAME: {"trainer": trainer, **({"buffer": buffer} if buffer else {})}}
 
 

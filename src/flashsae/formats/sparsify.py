@@ -21,7 +21,7 @@ from typing import Any, Literal
 from flashsae import files
 from flashsae.documents import load_json, load_tensors
 from flashsae.errors import CheckpointError, ConfigError
-from flashsae.formats.checks import active, folder_name, glimpse, of_one_dtype
+from flashsae.formats.checks import active, folder_name, glimpse, of_one_dtype, without_nan
 from flashsae.formats.content import Content, Format
 from flashsae.formats.folds import inner_of, l0_of, refuse_sites, scaled_rows, subtracting
 from flashsae.formats.selection import check_tensors, joined, split
@@ -120,7 +120,7 @@ def read(path: Path) -> Content:
 
 def _metadata(path: Path, config: _Config) -> dict[str, Any]:
     """Return what is known of the training, in our names, and under theirs what we have no names for."""
-    content, folder = _run_of(path), path.absolute()
+    content, folder = without_nan(_run_of(path)), path.absolute()
     name = folder.parent.name if re.fullmatch(r"seed\d+", folder.name) else folder.name
     hookpoints = content.get("hookpoints")
     is_named = isinstance(hookpoints, list) and name in hookpoints
