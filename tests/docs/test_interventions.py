@@ -26,7 +26,7 @@ def test_the_page_runs(little: tuple[Path, Path]) -> None:
     assert given["ids"].shape[1] == given["inputs"].input_ids.shape[1] + 8
     assert given["spliced"].shape == plain.shape
     assert not torch.equal(given["spliced"], plain)
-    assert 0 < int((given["values"] != 0).sum())
+    assert int((given["values"] != 0).sum()) > 0
     assert isinstance(given["code"], flashsae.SparseCode)
     with flashsae.hook(given["model"], {HOOKPOINT: given["sae"]}, given["edits"]) as codes:
         given["model"].generate(**given["inputs"], max_new_tokens=8, do_sample=False)
