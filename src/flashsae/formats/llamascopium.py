@@ -6,10 +6,10 @@ with W_E [d, F], b_E [F], W_D [F, d], b_D [d], and activation_function.log_jumpr
 from x. An SAE that reads one hook point and writes another is a transcoder, both of one width. Crosscoders have the
 parameters of each hook point behind each other, [H, ...], z summed over them, and a selection at each hook point.
 
-Read: n and the scale of activations are folded (below): rows of W_D that selections are
-weighted with, and √d / dataset_average_activation_norm of what goes in and comes out, as its
-`standardize_parameters_of_dataset_norm` does it, so that latents are in units of the activations; thresholds as well,
-which that leaves. A BatchTopK that brought no threshold selects as there while it is in `train()`.
+Read: what scales activations is folded, √d / dataset_average_activation_norm of what goes in and comes out, as
+`standardize_parameters_of_dataset_norm` does it there, so that latents are in units of the activations; but thresholds
+as well, which that leaves as they are. And n is, in latents that are selected by size, or in thresholds. BatchTopK has
+no threshold there: it selects in `train()` as it does there.
 
 Written: as norm_activation inference, or token-wise, and with n = 1. A b_dec that is subtracted goes into b_E.
 Thresholds are written as float64 logarithms, from which they are read again bitwise; llamascopium rounds them to the
