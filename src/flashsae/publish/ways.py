@@ -31,6 +31,8 @@ class Library:
     call: str
     from_hub: str = ""
     """What is called with the names of a repository and of a folder in it, where no revision is asked for."""
+    from_ref: str = ""
+    """What is called with all of it in one name, `{ref}`: OWNER/NAME/FOLDER@REVISION."""
 
 
 LIBRARIES = {
@@ -53,13 +55,14 @@ LIBRARIES = {
     ),
     "llamascopium": Library(
         "llamascopium",
-        "from llamascopium import SparseAutoEncoder",
-        "sae = SparseAutoEncoder.from_pretrained({path})",
+        "from llamascopium import SparseDictionary",
+        "sae = SparseDictionary.from_pretrained({path})",
     ),
     "circuit_tracer": Library(
         "circuit-tracer",
         "from circuit_tracer.utils.hf_utils import load_transcoder_from_hub",
-        "transcoders, config = load_transcoder_from_hub({path})",
+        "",
+        from_ref="transcoders, config = load_transcoder_from_hub({ref})",
     ),
 }
 
@@ -80,6 +83,10 @@ def _way(place: Place, name: str) -> Way:
     library = LIBRARIES[name]
     folder = f"{place.path}/{name}" if place.path else name
     repo = _string(place.repo)
+    if library.from_ref:
+        at = "" if place.revision is None else f"@{place.revision}"
+        call = library.from_ref.format(ref=_string(f"{place.repo}/{folder}{at}"))
+        return Way(library.title, f"{library.imports}\n\n{call}")
     if library.from_hub and place.revision is None:
         call = library.from_hub.format(repo=repo, folder=_string(folder))
         return Way(library.title, f"{library.imports}\n\n{call}")
