@@ -17,11 +17,11 @@ from torch import Tensor
 from flashsae.lm.capture import Pick
 from flashsae.lm.hooked import HookedModel
 
-_EAGER = 3
+_EAGER = 2
 """Forwards of a shape before it is captured: the first compiles what is missing, the last is looked at."""
-_COMPARED = 2
+_COMPARED = 1
 """Replays of a graph that are compared with the forward."""
-_MOST_GRAPHS = 32
+_MOST_GRAPHS = 256
 _WAITS = 1.25
 """How much longer than the host a forward may take on the device to be one that waits for the host."""
 
@@ -65,7 +65,7 @@ class Replays:
     """Runs a model, on a GPU by graphs where that is faster and the same.
 
     One for each reading, on one stream: between two of them the weights may have been replaced, and two would write the
-    same memory. Memory: that of a forward, and what each graph writes.
+    same memory. Memory: that of one forward and of what it gives, which all graphs share.
 
     Args:
         model: to run.
@@ -74,6 +74,7 @@ class Replays:
     def __init__(self, model: HookedModel) -> None:
         self._model = model
         self._shapes: dict[tuple[int, ...], _Shape] = {}
+        self._given: dict[str, Tensor] = {}  # memory that all graphs write, by hookpoint
         self._can = model.device.type == "cuda" and model.is_plain
 
     def __call__(self, ids: Tensor, attention: Tensor, pick: Pick) -> dict[str, Tensor]:
@@ -121,10 +122,17 @@ class Replays:
     def _timed(self, ids: Tensor, attention: Tensor, pick: Pick) -> tuple[dict[str, Tensor], bool]:
         """Return what is seen in a forward, and whether it took so long because the device waited for the host."""
         there = self._there(ids), self._there(attention)
+
+        def noted(name: str, acts: Tensor) -> Tensor:
+            room = self._given.get(name)
+            if room is None or room.numel() < acts.numel():  # what was captured before goes on writing the smaller one
+                self._given[name] = acts.new_empty(acts.numel() + acts.numel() // 4)
+            return pick(name, acts)
+
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         begin.record()
         start = time.perf_counter()
-        seen = self._model(*there, pick)
+        seen = self._model(*there, noted)
         host = time.perf_counter() - start
         end.record()
         end.synchronize()
@@ -153,10 +161,14 @@ class Replays:
                     # not by torch.cuda.graph, which frees what is at hand, page-locked memory of other threads among it
                     graph.capture_begin(pool, "thread_local")
                     try:
-                        acts = self._model(there, mask)
+                        acts = {name: self._put(name, seen) for name, seen in self._model(there, mask).items()}
                     finally:
                         graph.capture_end()
                     shape.captured = _Captured(graph, there, mask, acts)
         finally:
             if was_enabled:
                 gc.enable()
+
+    def _put(self, name: str, acts: Tensor) -> Tensor:
+        """Copy what is at a hookpoint to where all graphs write it."""
+        return self._given[name][: acts.numel()].view(acts.shape).copy_(acts)
