@@ -209,6 +209,11 @@ def test_one_threshold_may_stand_for_all(tmp_path: Path) -> None:
         assert torch.equal(circuit_tracer.read(tmp_path).tensors["threshold"], torch.full([F], 0.25))
 
 
+def test_a_list_of_the_files_beside_it_changes_nothing(tmp_path: Path) -> None:
+    made(tmp_path, 2, transcoders=[f"hf://me/repo/layer_{i}.safetensors?revision=abc" for i in range(2)])
+    assert circuit_tracer.read(tmp_path / "layer_1.safetensors").d_sae == F
+
+
 def test_k_may_stand_in_the_file(tmp_path: Path) -> None:
     file = tmp_path / "layer_0.safetensors"
     save_file({**made(tmp_path, activation="topk"), "k": torch.tensor(K)}, file)
@@ -286,7 +291,9 @@ def test_places_have_the_names_of_transformer_lens(
     assert (config["feature_input_hook"], config["feature_output_hook"]) == hooks
     assert config["model_name"] == (model and model.removeprefix("openai-community/"))
     assert config["k"] == K
-    assert circuit_tracer.read(tmp_path).metadata.get("hookpoint") == hookpoint
+    both = f"{hookpoint}:in, {hookpoint}"
+    assert circuit_tracer.read(tmp_path).metadata.get("hookpoint") in (hookpoint, both)
+    assert ("hookpoints" in config) == (model == "me/my-own" or hookpoint == "h.0:in, h.0")  # where names do not tell
 
 
 def test_the_name_of_a_set_says_the_hookpoint_where_nothing_else_does(tmp_path: Path) -> None:
@@ -295,7 +302,7 @@ def test_the_name_of_a_set_says_the_hookpoint_where_nothing_else_does(tmp_path: 
         circuit_tracer.write_set(tmp_path, {"layers.0.mlp:in, layers.0.nowhere": next(iter(contents.values()))})
     circuit_tracer.write_set(tmp_path, {name.replace("layers", "h"): each for name, each in contents.items()})
     hookpoints = [circuit_tracer.read(path).metadata["hookpoint"] for path in circuit_tracer.parts(tmp_path).values()]
-    assert hookpoints == ["h.0.mlp", "h.1.mlp"]
+    assert hookpoints == ["h.0.mlp:in, h.0.mlp", "h.1.mlp:in, h.1.mlp"]
 
 
 def other_width(d_out: int) -> Content:
@@ -366,6 +373,8 @@ def test_what_cannot_be_held_is_refused(contents: list[Content], sentence: str, 
         ({"feature_output_hook": ["a"]}, "feature_output_hook: expected text"),
         ({"transcoders": ["hf://google/gemma-scope-2b-pt-transcoders/a.npz"]}, "lists transcoders at other places"),
         ({"transcoders": ["/etc/passwd", "../../x"]}, "lists transcoders at other places"),
+        ({"transcoders": ["hf://a/b/layer_1.safetensors"]}, "lists transcoders at other places"),
+        ({"transcoders": 3}, "transcoders: expected a list"),
         ({"activation": "gelu"}, "expected topk, relu or jumprelu as the activation in config.yaml, got 'gelu'"),
         ({"activation": "jumprelu"}, "the activation in config.yaml is jumprelu, and there are no thresholds"),
         ({"activation": "topk", "k": 0}, "k: expected a number of at least 1"),

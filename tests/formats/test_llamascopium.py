@@ -232,7 +232,9 @@ def test_what_is_written_does_what_ours_does(kind: str, normalize: str, tmp_path
     assert config["norm_activation"] == ("inference" if normalize == "none" else "token-wise")
     assert config["sparsity_include_decoder_norm"] is False
     assert load_file(tmp_path / "sae_weights.safetensors").keys() == (
-        {"W_E", "b_E", "W_D", "b_D"} | ({THRESHOLD} if KINDS[kind] == "jumprelu" else set())
+        {"W_E", "b_E", "W_D", "b_D"}
+        | ({THRESHOLD} if KINDS[kind] == "jumprelu" else set())
+        | {NORM + config["hook_point_in"], NORM + config["hook_point_out"]}
     )
     x = torch.randn(50, D) * 2
     (acts, x_hat), sae = theirs(tmp_path)(x, x), sae_of(content)

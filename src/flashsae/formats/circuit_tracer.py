@@ -52,7 +52,7 @@ class _Config:
     scan: Text | list[Text] | None = None
     activation: Text | None = None
     k: Size | None = None
-    transcoders: Any = None
+    transcoders: list[Text] | None = None
     hookpoints: list[Text] | None = None
     """Of every layer, by our names; written here alone."""
 
@@ -128,12 +128,18 @@ def _config(folder: Path) -> _Config:
         raise CheckpointError(
             f"{path}: expected transcoder_set as model_kind, got {config.model_kind[:40]!r}. {_FETCH}"
         )
-    if config.transcoders is not None:
+    if config.transcoders is not None and not _are_here(config.transcoders):
         raise CheckpointError(
             f"{path} lists transcoders at other places, which are not looked for: fetch the one that you want, and "
             "load it as what it is."
         )
     return config
+
+
+def _are_here(transcoders: list[str]) -> bool:
+    """Tell whether a list of files names those of layers in their order, which then lie beside it, wherever it says."""
+    names = [each.partition("?")[0].rpartition("/")[2] for each in transcoders]
+    return names == [f"layer_{number}.safetensors" for number in range(len(transcoders))]
 
 
 def _count(folder: Path) -> int:
@@ -176,8 +182,11 @@ def _places(config: _Config, number: int) -> str | None:
     """Return the hookpoints that a layer reads and writes, as h.3.mlp:in, h.3.mlp; None where they have no name."""
     if config.hookpoints is not None and number < len(config.hookpoints):
         return config.hookpoints[number]
-    model = None if config.model_name is None else model_of(config.model_name)
-    hooks = (config.feature_input_hook, config.feature_output_hook)
+    return _translated(config.model_name, (config.feature_input_hook, config.feature_output_hook), number)
+
+
+def _translated(model_name: str | None, hooks: tuple[str, str], number: int) -> str | None:
+    model = None if model_name is None else model_of(model_name)
     named = [hookpoint_of(f"blocks.{number}.{hook}", model) for hook in hooks]
     return None if None in named else ", ".join(map(str, named))
 
@@ -266,8 +275,10 @@ def _config_of(contents: list[Content]) -> dict[str, Any]:
         config["activation"] = names.pop()
     if config.get("activation") == "topk":
         config["k"] = selections[0].k
-    hookpoints = [content.metadata.get("hookpoint") for content in contents]
-    return config if None in hookpoints else {**config, "hookpoints": hookpoints}
+    places = [content.metadata.get("hookpoint") for content in contents]
+    both = [f"{place}:in, {place}" if isinstance(place, str) and "," not in place else place for place in places]
+    names_tell = both == [_translated(config["model_name"], (reads, writes), number) for number in range(len(both))]
+    return config if None in places or names_tell else {**config, "hookpoints": places}
 
 
 def _tensors_of(content: Content) -> dict[str, Tensor]:

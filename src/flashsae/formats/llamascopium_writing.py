@@ -47,6 +47,9 @@ def write(folder: Path, content: Content, lossy: bool = False) -> list[str]:
     if act_fn == "jumprelu":
         weights[THRESHOLD] = _thresholds(content, selection, len(widths)).log()
     foreign = _foreign(content)
+    hooks = _hooks(content, selection.outer, foreign)
+    for name in hooks.get("hook_points") or (hooks["hook_point_in"], hooks["hook_point_out"]):
+        weights[f"{NORM}{name}"] = torch.tensor(math.sqrt(widths[0]))  # a scale of 1, for whoever asks for it
     config = {
         "sae_type": "crosscoder" if selection.outer == "crosscoder" else "sae",
         "d_model": widths[0],
@@ -57,7 +60,7 @@ def write(folder: Path, content: Content, lossy: bool = False) -> list[str]:
         "sparsity_include_decoder_norm": selection.outer == "crosscoder",
         "top_k": int(content.settings["k"]) if "topk" in act_fn else 50,
         "jumprelu_threshold_window": foreign.get("jumprelu_threshold_window", 2.0),
-        **_hooks(content, selection.outer, foreign),
+        **hooks,
         "metadata": plain_metadata({name: value for name, value in content.metadata.items() if name != NAME}),
     }
     files.save_tensors(folder / WEIGHTS, weights)
