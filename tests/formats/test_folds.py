@@ -46,6 +46,17 @@ def test_many_rows_are_folded_as_few_are(monkeypatch: pytest.MonkeyPatch) -> Non
     torch.testing.assert_close(part.tensors, whole.tensors, rtol=1e-6, atol=1e-6)
 
 
+def test_what_a_fold_makes_too_large_for_float16_is_float32() -> None:
+    content = made("relu", dtype=torch.float16, unit_rows=False)
+    large = {**content.tensors, "W_enc_T": content.tensors["W_enc_T"] * 10_000, "b_dec": content.tensors["b_dec"] * 10}
+    wide = replace(content, tensors=large)
+    for folded in (folds.subtracting(wide, False), folds.with_unit_rows(wide)):
+        assert folded is not None
+        assert {tensor.dtype for tensor in folded.tensors.values()} == {torch.float32}
+        assert all(tensor.isfinite().all() for tensor in folded.tensors.values())
+    assert folds.subtracting(content, False).dtype == torch.float16
+
+
 def test_rows_of_norm_1_stay_bit_for_bit() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         content = made("relu", dtype=dtype)

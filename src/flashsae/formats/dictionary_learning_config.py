@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ ADVICE = "Save the SAE again."
 _CHECKPOINT = r"ae_\d+\.pt"
 _DEPTH = 4
 """Of folders that are looked into: a run, a submodule, a trainer, its checkpoints."""
+_MOST = 10_000
+"""Folders that are looked into, of a place that may be anything."""
 _ONLY_OURS = "flashsae"
 _SUBMODULES = {
     "resid_post": "hook_resid_post",
@@ -93,10 +96,9 @@ def parts(path: Path) -> dict[str, Path]:
     if path.name == "checkpoints":
         return {name: path / name for name in _names(path) if is_checkpoint(path / name) and _is_one(path / name)}
     found = {}
-    for folder, folders, _ in os.walk(path):
+    for folder, folders, _ in islice(os.walk(path), _MOST):
         below = Path(folder).relative_to(path)
-        if len(below.parts) >= _DEPTH:
-            folders.clear()
+        folders[:] = [name for name in folders if name[0] != "." and len(below.parts) < _DEPTH]
         if below.parts and _is_one(Path(folder)):
             found[below.as_posix()] = Path(folder)
     return {name: found[name] for name in in_order(found)}

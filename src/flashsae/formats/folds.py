@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -32,6 +32,10 @@ def subtracting(content: Content, is_wanted: bool) -> Content:
     """
     if content.apply_b_dec_to_input == is_wanted:
         return content
+    return _fitting(content, lambda each: _subtracting(each, is_wanted))
+
+
+def _subtracting(content: Content, is_wanted: bool) -> Content:
     if content.d_in != content.d_out:
         raise ConfigError(
             f"b_dec: an SAE that reads {content.d_in} and writes {content.d_out} values cannot subtract it from what "
@@ -75,6 +79,12 @@ def with_unit_rows(content: Content) -> Content | None:
         if not are_one(of_rows / of_rows.mean(), W_dec.dtype):
             return None
         of_rows = of_rows.mean().expand_as(of_rows)
+    return _fitting(content, lambda each: _divided(each, of_rows))
+
+
+def _divided(content: Content, of_rows: Tensor) -> Content:
+    """Return the SAE whose decoder rows are divided by [d_sae] numbers, and its activations multiplied by them."""
+    W_dec = content.tensors["W_dec"]
     inverse = of_rows.reciprocal().where(of_rows > 0, 0.0)
     changed = {"W_dec": scaled_rows(W_dec, inverse), "W_enc_T": scaled_rows(content.tensors["W_enc_T"], of_rows)}
     changed["W_dec"][:, 0] += (of_rows == 0).to(W_dec.dtype)
@@ -83,6 +93,18 @@ def with_unit_rows(content: Content) -> Content | None:
             value = content.tensors[name].double()
             changed[name] = torch.where(of_rows > 0, value * of_rows, 0.0) if value.dim() else value * of_rows[0]
     return replace(content, tensors=_rounded(content.tensors, changed))
+
+
+def _fitting(content: Content, fold: Callable[[Content], Content]) -> Content:
+    """Return what a fold makes of an SAE; in float32 where it makes more of it than float16 can tell."""
+    folded = fold(content)
+    if content.dtype != torch.float16 or _infinite(folded) == _infinite(content):
+        return folded
+    return fold(replace(content, tensors={name: tensor.float() for name, tensor in content.tensors.items()}))
+
+
+def _infinite(content: Content) -> int:
+    return sum(int(tensor.isinf().sum()) for tensor in content.tensors.values())
 
 
 def scaled_rows(matrix: Tensor, factors: Tensor) -> Tensor:
