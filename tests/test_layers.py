@@ -25,7 +25,8 @@ data
 logs
 train
 evaluate report bench
-parts publish planning start describe caching rounds run pace options several arguments asked commands cli __main__
+exporting parts publish planning start describe caching converting ending rounds run pace
+options several arguments asked commands cli __main__
 """.split()  # noqa: SIM905 - reads as the layers that it lists
 
 

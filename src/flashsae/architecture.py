@@ -77,6 +77,8 @@ class Architecture:
             GPU a step is captured anew whenever it changes: round it up coarsely.
         varies: whether encode makes codes above a threshold, with room for `sae.capacity` entries. Training sees to it
             that they have room for all.
+        each_by_itself: whether a latent is active by its own pre-activation, biases and threshold alone, so that it can
+            be scaled against its row of W_dec.
         signed: whether latents have values of either sign, so that what is selected is the largest by magnitude.
         defaults: for settings of the training that are left open, such as lr: values, or functions of the settings,
             whose docstring says in the help what they give.
@@ -109,6 +111,7 @@ class Architecture:
     schedule: Callable[[SAEConfig, Progress], Mapping[str, float | Sequence[float]]] | None = None
     width: Callable[[Any, Progress], int] | None = None
     varies: bool = False
+    each_by_itself: bool = False
     signed: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
     source: str = ""

@@ -58,6 +58,7 @@ Reading = Annotated[ReadingConfig, Parameter(name="*", group="Activations")]
         "flashsae train --activations acts --hookpoint h.6 --run runs/wider",
         "flashsae train --d-sae 2048 4096 --lr 1e-3 3e-4        four SAEs from one reading",
         "flashsae train --sweep sweep.toml                      the same, and others, from a file",
+        "flashsae train --export saelens,sparsify               the SAE for other libraries, too",
         "flashsae train --resume runs/wider",
         "flashsae train --resume runs/wider --extend 1_000_000",
     )
@@ -73,6 +74,7 @@ def train(
     extend: PositiveInt | None = None,
     logger: Annotated[tuple[str, ...], Parameter(show_default=False)] = (),
     report: bool = True,
+    export: Annotated[tuple[str, ...], Parameter(show_default=False)] = (),
     plan: bool = False,
     lists: Annotated[dict[str, Any] | None, Parameter(parse=False)] = None,
 ) -> None:
@@ -96,6 +98,9 @@ def train(
             warmup_steps and falls to 0 in the last decay_fraction of the new steps.
         logger: tensorboard or wandb, beside metrics.jsonl. May be repeated. Default: neither.
         report: End with report.html.
+        export: Formats of other libraries that the trained SAE is written in too, each to a folder of its name in that
+            of the run: saelens, sparsify, dictionary_learning, circuit_tracer or llamascopium, with commas between
+            several. Default: none.
         plan: Check all that can be known before the text is read, and print what the run will do, how much memory it
             needs and for what; then stop.
     """
@@ -107,7 +112,7 @@ def train(
         if extend is not None:
             raise ConfigError("extend: expected --resume RUN beside it, a run that has ended.")
         asked = AskedTraining(vars(training) if training else {}, _given(), lists or {}, sweep)
-        config = asked.config(RunConfig(activations, TrainConfig(), logger, report, (), at_once))
+        config = asked.config(RunConfig(activations, TrainConfig(), logger, report, (), at_once, export))
     else:
         if lists:
             raise ConfigError(f"resume: expected no other setting beside it, got {next(iter(lists))}.")
@@ -157,7 +162,7 @@ def _execute(folder: Path, console: Console, *, is_new: bool) -> None:
         raise DataError(f"{len(failed)} of the SAEs of {folder} failed, and the others are done: {why}")
 
 
-_BESIDE_THE_DEMO = {"run", "logger", "report", "plan"}
+_BESIDE_THE_DEMO = {"run", "logger", "report", "export", "plan"}
 """Settings of `train` beside which it still is the demo, which chooses its tokens by the speed of the machine."""
 
 
@@ -209,6 +214,39 @@ def cache(
     task = CacheTask(out, max_tokens, device, merge, verify, describe, json)
     task.check()
     work_on_cache(task, reading, Console())
+
+
+@app.command(
+    help_epilogue=_examples(
+        "flashsae convert runs/mine for-sae-lens --to saelens",
+        "flashsae convert hf://google/gemma-scope-2b-pt-res/layer_3/width_16k/average_l0_59 mine --to flashsae",
+    )
+)
+def convert(
+    src: str,
+    dst: Path,
+    *,
+    to: str,
+    format: str | None = None,
+    lossy: bool = False,
+    overwrite: bool = False,
+    revision: str | None = None,
+) -> None:
+    """Write an SAE of one library for another, or all of a run or a folder of several.
+
+    Args:
+        src: Folder or file of an SAE, of a run, or of several SAEs; or hf://OWNER/NAME/FOLDER on the hub.
+        dst: Folder that is written; must not exist.
+        to: Format that is written: flashsae, saelens, sparsify, dictionary_learning, circuit_tracer or llamascopium.
+        format: Format of the source. Default: recognised by what is there.
+        lossy: Give up what the other format cannot hold, and say what it was, instead of refusing.
+        overwrite: Replace the folder, if it holds nothing that is not written again.
+        revision: Branch, tag or commit on the hub. Default: its main branch.
+    """
+    from flashsae.converting import Conversion
+    from flashsae.converting import convert as write_as
+
+    write_as(Conversion(src, dst, to, format, lossy, overwrite, revision), Console())
 
 
 @app.command(help_epilogue=_examples("flashsae report runs/minilm-encoder.layer.2"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,13 @@ from flashsae.backend import resolve_device
 from flashsae.errors import CheckpointError, ConfigError, StorageError
 from flashsae.formats.content import Content, Format
 from flashsae.formats.native import FORMAT as OURS
+from flashsae.formats.native import is_sae
 from flashsae.formats.registry import format_named, recognised
+from flashsae.hub import SCHEME, fetched
 from flashsae.sae.module import SAE
 from flashsae.sae.saved import sae_of
 from flashsae.settings.kinds import expand
 
-HUB = "hf://"
 _OF_A_RUN = "sae"
 _SHOWN = 8
 
@@ -73,13 +73,21 @@ Found = tuple[Format, Path]
 
 
 def find(
-    place: str | Path, *, format: str | None = None, revision: str | None = None, token: str | None = None
+    place: str | Path,
+    *,
+    format: str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    several: bool = False,
 ) -> dict[str, Found]:
     """Return the SAEs at a place by their names; of one alone the name is "".
 
-    Arguments and errors as of `load`.
+    Other arguments and errors as of `load`.
+
+    Args:
+        several: fetch all SAEs below a place on the hub, where it holds several.
     """
-    path = _path_of(place, revision, token)
+    path = _path_of(place, revision, token, several)
     form = None if format is None else format_named(format)
     if not path.exists():
         with suppress(StorageError):
@@ -89,10 +97,9 @@ def find(
     return _of_run(path) or _in(path, form)
 
 
-def _path_of(place: Any, revision: str | None, token: str | None) -> Path:
-    if isinstance(place, str) and place.startswith(HUB):
-        path: Path = import_module("flashsae.hub").fetched(place, revision=revision, token=token)
-        return path
+def _path_of(place: Any, revision: str | None, token: str | None, several: bool) -> Path:
+    if isinstance(place, str) and place.startswith(SCHEME):
+        return fetched(place, revision, token, several=several)
     for name, value in (("revision", revision), ("token", token)):
         if value is not None:
             raise ConfigError(f"{name}: expected nothing beside a place on this machine; it is of one on the hub.")
@@ -101,9 +108,9 @@ def _path_of(place: Any, revision: str | None, token: str | None) -> Path:
 
 def _of_run(path: Path) -> dict[str, Found]:
     """Return the SAEs that a run of ours has made; {} where this is none."""
-    if OURS.detects(path / _OF_A_RUN):
+    if is_sae(path / _OF_A_RUN):
         return {"": (OURS, path / _OF_A_RUN)}
-    folders = sorted(folder for folder in path.glob(f"*/{_OF_A_RUN}") if OURS.detects(folder))
+    folders = sorted(folder for folder in path.glob(f"*/{_OF_A_RUN}") if is_sae(folder))
     return {folder.parent.name: (OURS, folder) for folder in folders}
 
 

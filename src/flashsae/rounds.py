@@ -16,6 +16,7 @@ from flashsae.data.acts import Batch
 from flashsae.data.shuffle import OnFill, shuffled
 from flashsae.data.sources import Source
 from flashsae.data.together import Together
+from flashsae.ending import is_done, save
 from flashsae.errors import FlashSAEError
 from flashsae.evaluate import evaluate, held_out_batches
 from flashsae.logs.callback import Callback, Warn, WarnOfOne
@@ -170,10 +171,7 @@ def _warn(console: Console, message: str) -> None:
 
 
 def _saved(part: Part, sae: SAE, is_dead: torch.Tensor, *, is_new: bool) -> Trained:
-    """Save a trained SAE."""
-    config = part.config
-    metadata = {
-        "model": config.activations.model, "hookpoint": config.activations.hookpoint, "train": config.train.flat()
-    }  # fmt: skip
-    sae.save(part.folder / "sae", metadata=metadata, overwrite=True)
+    """Save a trained SAE, unless it has been, and more is known of it by now."""
+    if is_new or not is_done(part):
+        save(part, sae)
     return Trained(part, sae, is_dead, is_new)

@@ -7,6 +7,7 @@ RUN/sae/                 the trained SAE
 RUN/evaluation.json      held-out figures; latents.safetensors: a value for each latent
 RUN/snippets.json        the texts that activate some latents most
 RUN/report.html          all of it to look at
+RUN/saelens/ ...         the trained SAE for other libraries, as --export names them
 
 A run of several SAEs has such a folder for each, RUN/<what differs>, and beside them its settings, the place in the
 data that they share in RUN/checkpoints, and RUN/comparison.html.
@@ -24,16 +25,17 @@ from rich.console import Console
 from rich.markup import escape
 
 from flashsae import files
-from flashsae.architecture import architecture_of
 from flashsae.backend import resolve_device
 from flashsae.data.cache import ActivationCache
 from flashsae.data.images import Pictures
 from flashsae.data.prepared import Activations, Prepared
 from flashsae.data.sources import Chunk, RowSource
 from flashsae.data.split import Split
+from flashsae.ending import SAE_FOLDER, add_metrics, figures_of, is_done, metadata_of
 from flashsae.errors import DivergedError
-from flashsae.evaluate import Evaluation, evaluate_together, held_out_batches
-from flashsae.logs.jsonl import LOG_FILE, read_log
+from flashsae.evaluate import evaluate_together, held_out_batches
+from flashsae.exporting import check_held, export_one, export_set, is_exported_alone
+from flashsae.formats.registry import format_named
 from flashsae.logs.progress import StageBar
 from flashsae.metrics import is_dead as dead_mask
 from flashsae.parts import (
@@ -49,14 +51,13 @@ from flashsae.parts import (
 )
 from flashsae.planning import plan_table, table
 from flashsae.report.comparison import comparison_table, render_comparison
-from flashsae.report.evaluation_file import RunEvaluation, read_evaluation, write_evaluation
+from flashsae.report.evaluation_file import RunEvaluation, write_evaluation
 from flashsae.report.latents import Described, describe_latents
 from flashsae.report.render import render_report
 from flashsae.report.summary import result_lines
 from flashsae.report.tokens import token_text
 from flashsae.rounds import Trained, train_alone, train_side_by_side
 from flashsae.sae.module import SAE
-from flashsae.settings.kinds import as_json
 from flashsae.settings.run import CONFIG_FILE, RunConfig, load_settings
 from flashsae.start import check, check_rows, check_whole, prepare, saved_config
 from flashsae.start import new_run as new_run
@@ -91,9 +92,10 @@ def execute(run: Path, console: Console) -> dict[str, str]:
             place = run / CHECKPOINTS / (f"round-{number}" if len(rounds) > 1 else "")
             _finish(parts, _trained(parts, place, console), console)
         parts = [part for each in rounds for part in each]
+        _export_sets(run, parts, console)
         if several:
             _compare(run, parts, console, has_page=config.report)
-        return {part.planned.name: error for part in parts if (error := part.failure()) is not None}
+        return _failures(parts)
 
 
 def show_plan(config: RunConfig, run: Path, console: Console) -> None:
@@ -110,6 +112,7 @@ def show_plan(config: RunConfig, run: Path, console: Console) -> None:
     prepared = prepare(config, run)
     shown = plan_table(config, prepared, run)
     check_rows(config, prepared)
+    check_held(config.export, {one.name: (one.train, metadata_of(one)) for one in planned_saes(config, prepared)})
     console.print(shown)
 
 
@@ -144,6 +147,7 @@ def _rounds(run: Path, config: RunConfig, console: Console) -> list[list[Part]]:
     planned = planned_saes(config, prepared)
     at_once = 1 if begun_apart(run, planned) else config.at_once
     rounds = rounds_of(planned, at_once, is_streamed=prepared.is_streamed and at_once == config.at_once)
+    check_held(config.export, {one.name: (one.train, metadata_of(one)) for one in planned})
     activations = _compute(prepared, config, console)
     if len(planned) > 1:
         files.write_atomic(run / CONFIG_FILE, settled(config, prepared).to_toml())
@@ -187,34 +191,48 @@ def _trained(parts: Sequence[Part], place: Path, console: Console) -> list[Train
 
 def _finish(parts: Sequence[Part], trained: Sequence[Trained], console: Console) -> None:
     """Measure and describe the SAEs of a round, those of a stream in one reading, and print what came out."""
-    to_do = [each for each in trained if each.is_new or not each.part.planned.name or not _is_done(each.part)]
+    to_do = [each for each in trained if each.is_new or not each.part.planned.name or not is_done(each.part)]
     if not to_do:
         return
     for each in to_do:
         with files.storage_errors(each.part.folder):
             (each.part.folder / "report.html").unlink(missing_ok=True)  # of fewer tokens, where the run was extended
-    results = _evaluate(to_do, console)
-    if parts[0].config.report:
+    found, config = _evaluate(to_do, console), parts[0].config
+    if config.report:
         is_stream = not isinstance(parts[0].source, RowSource)
         for some in [to_do] if is_stream else [[each] for each in to_do]:
             _describe([(each.part, each.sae, each.is_dead) for each in some], console)
+    for each, evaluation in zip(to_do, found):
+        add_metrics(each.part, evaluation)
+        export_one(each.part.folder, config.export)
+        write_evaluation(each.part.folder / "evaluation.json", evaluation)  # behind all that it says to be done
+    if config.report:
         with console.status("drawing the reports"):
             for each in to_do:
                 render_report(each.part.folder)
-    for each, result in zip(to_do, results):
-        _print_result(each.part, result, console)
+    for each, evaluation in zip(to_do, found):
+        _print_result(each.part, asdict(evaluation), console)
 
 
-def _is_done(part: Part) -> bool:
-    """Tell whether nothing is left to do for an SAE that is trained; the report is the last that is written."""
-    path = part.folder / "evaluation.json"
-    if not path.exists() or (part.config.report and not (part.folder / "report.html").exists()):
-        return False
-    return bool(read_evaluation(path)["steps"] == part.config.train.steps)
+def _failures(parts: Sequence[Part]) -> dict[str, str]:
+    """Return why SAEs failed, by their names."""
+    return {part.planned.name: error for part in parts if (error := part.failure()) is not None}
 
 
-def _evaluate(trained: Sequence[Trained], console: Console) -> list[dict[str, Any]]:
-    """Measure on held-out tokens and write evaluation.json."""
+def _export_sets(run: Path, parts: Sequence[Part], console: Console) -> None:
+    """Write what other libraries have in one folder of all SAEs of a model; not if one of them is missing."""
+    names = parts[0].config.export
+    failed = _failures(parts)
+    if failed and not is_exported_alone(names):
+        told = f"no set was exported, since {', '.join(failed)} failed."
+        console.print(f"[bold yellow]Warning:[/] {escape(told)}", soft_wrap=True)
+        return
+    for place in export_set(run, [part.folder for part in parts], names):
+        console.print(f"{place.name}: {place.resolve()}", highlight=False, soft_wrap=True)
+
+
+def _evaluate(trained: Sequence[Trained], console: Console) -> list[RunEvaluation]:
+    """Measure on held-out tokens."""
     parts = [each.part for each in trained]
     source = parts[0].activations.of([part.planned.reads for part in parts])
     with console.status("evaluating on held-out tokens"):
@@ -223,34 +241,7 @@ def _evaluate(trained: Sequence[Trained], console: Console) -> list[dict[str, An
             [part.sites for part in parts],
             held_out_batches(source, EVALUATION_TOKENS),
         )
-    return [_written(part, evaluation) for part, evaluation in zip(parts, found)]
-
-
-def _written(part: Part, evaluation: Evaluation) -> dict[str, Any]:
-    """Write evaluation.json of an SAE, and return what stands in it."""
-    config = part.config.train
-    log = [record for record in read_log(part.folder / LOG_FILE) if "tokens_per_second" in record]
-    before = [0.0, *(record["tokens"] for record in log)]
-    seconds = sum((r["tokens"] - start) / r["tokens_per_second"] for start, r in zip(before, log))
-    result = RunEvaluation(
-        fvu=evaluation.fvu,
-        fvu_without_outliers=evaluation.fvu_without_outliers,
-        outliers=evaluation.outliers,
-        l0=evaluation.l0,
-        dead_latents=int(log[-1]["dead_latents"]),
-        d_in=config.d_in,
-        d_sae=config.d_sae,
-        architecture=architecture_of(config.arch).name,
-        settings=as_json(asdict(config.arch)),
-        site_fvu=dict(evaluation.site_fvu) or None,
-        held_out_tokens=evaluation.tokens,
-        train_tokens=int(log[-1]["tokens"]),
-        steps=log[-1]["step"],
-        train_seconds=seconds,
-        tokens_per_second=log[-1]["tokens"] / seconds,
-    )
-    write_evaluation(part.folder / "evaluation.json", result)
-    return asdict(result)
+    return [figures_of(part, evaluation) for part, evaluation in zip(parts, found)]
 
 
 def _describe(saes: Sequence[tuple[Part, SAE, torch.Tensor | None]], console: Console) -> None:
@@ -291,7 +282,9 @@ def _print_result(part: Part, result: dict[str, Any], console: Console) -> None:
     if part.planned.name:
         console.rule(part.planned.name)
     console.print(table("Result", result_lines(result)))
-    made = {"SAE": part.folder / "sae"} | ({"report": part.folder / "report.html"} if part.config.report else {})
+    made = {"SAE": part.folder / SAE_FOLDER}
+    made |= {name: part.folder / name for name in part.config.export if not format_named(name).is_whole}
+    made |= {"report": part.folder / "report.html"} if part.config.report else {}
     for name, path in made.items():
         console.print(f"{name}: {path.resolve()}", highlight=False, soft_wrap=True)
 

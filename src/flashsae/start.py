@@ -14,6 +14,7 @@ from flashsae.data.prepared import Prepared, with_hookpoint
 from flashsae.data.shuffle import shuffled
 from flashsae.data.sources import RowSource, Source
 from flashsae.errors import ConfigError, DataError, StorageError, require
+from flashsae.exporting import check_names
 from flashsae.lm.place import model_place
 from flashsae.logs.jsonl import LOG_FILE
 from flashsae.logs.trackers import check_logger
@@ -40,7 +41,7 @@ def check(config: RunConfig) -> None:
     """Raise what a run would, as far as it can be told before anything is read.
 
     Raises:
-        ConfigError: no such device, logger or backend, or this is one of several processes.
+        ConfigError: no such device, logger, format or backend, or this is one of several processes.
         MissingExtraError: a package is missing that the run needs, be it at its end.
     """
     check_single_process()
@@ -53,6 +54,7 @@ def check(config: RunConfig) -> None:
             require(package, "report")  # now, not after hours of training
     for name in config.logger:
         check_logger(name)
+    check_names(config.export)
 
 
 def place_of(config: RunConfig, run: Path | None = None) -> Path:

@@ -210,9 +210,9 @@ def test_a_crosscoder_goes_on_where_its_sites_have_other_scales(arch: str) -> No
 
 
 def test_what_is_no_saved_sae_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="holds no FlashSAE SAE"):
+    with pytest.raises(CheckpointError, match="holds no SAE of a format that is known"):
         start(X, init_from=tmp_path)
-    with pytest.raises(CheckpointError, match="holds no FlashSAE SAE"):
+    with pytest.raises(CheckpointError, match="none holds no SAE: there is no such file or folder"):
         check_saved_start(config(init_from=tmp_path / "none"))
     with pytest.raises(ConfigError, match="init: expected no other start beside init_from, got data"):
         config(init_from=tmp_path, init="data")

@@ -132,6 +132,7 @@ ARCHITECTURE = Architecture(
     recenter=recenter,
     schedule=schedule,
     varies=True,
+    each_by_itself=True,
     defaults={"auxk_alpha": 0.0},
     source="Rajamanoharan et al. 2024, Improving dictionary learning with gated sparse autoencoders, section 3",
 )

@@ -292,6 +292,7 @@ ARCHITECTURE = Architecture(
     verdict=verdict,
     schedule=schedule,
     varies=True,
+    each_by_itself=True,
     weighs=("tanh_penalty",),
     source="Rajamanoharan et al. 2024, sections 3 and 4; Gemma Scope 2 report, section 3.2; Anthropic, January 2025",
 )

@@ -110,6 +110,7 @@ ARCHITECTURE = Architecture(
     l0=lambda settings: 64.0,
     schedule=schedule,
     varies=True,
+    each_by_itself=True,
     weighs=("sparsity",),
     defaults={"auxk_alpha": 0.0},
     source="Bricken et al. 2023; Anthropic's update of April 2024; p-annealing: Karvonen et al. 2024",

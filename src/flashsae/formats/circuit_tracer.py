@@ -299,5 +299,6 @@ FORMAT = Format(
     write,
     write_set,
     parts,
+    is_whole=True,
     source="circuit-tracer 0.4.1, transcoder/single_layer_transcoder.py and utils/hf_utils.py",
 )

@@ -60,6 +60,10 @@ class Content:
         return self.tensors["W_dec"].dtype
 
 
+Write = Callable[[Path, Content, bool], list[str]]
+"""Into an empty folder, an SAE, and whether anything may be given up: returns what was."""
+
+
 @dataclass(frozen=True)
 class Format:
     """A way to write SAEs down.
@@ -75,6 +79,7 @@ class Format:
             None where nobody writes it.
         write_set: the same for several SAEs by hookpoint, for formats that have them in one folder.
         parts: of a folder that holds several, what `read` is to be given for each, by its name; {} of one alone.
+        is_whole: whether the SAEs of a model belong together: a run of several writes them as one set.
         source: who defines it.
     """
 
@@ -82,9 +87,10 @@ class Format:
     title: str
     detects: Callable[[Path], bool]
     read: Callable[[Path], Content]
-    write: Callable[[Path, Content, bool], list[str]] | None = None
+    write: Write | None = None
     write_set: Callable[[Path, Mapping[str, Content], bool], list[str]] | None = None
     parts: Callable[[Path], Mapping[str, Path]] | None = None
+    is_whole: bool = False
     source: str = ""
 
 

@@ -120,9 +120,36 @@ def write(folder: Path, content: Content, lossy: bool = False) -> list[str]:
     return []
 
 
+def add_metadata(folder: Path, more: Mapping[str, Any]) -> None:
+    """Let an SAE that is written tell more of itself; its weights stay as they are.
+
+    Args:
+        folder: of the SAE.
+        more: by name, in the place of what has these names.
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+        StorageError: the file system refused; the SAE is as it was.
+    """
+    read_description(folder)
+    content = load_json(folder / _CONFIG_FILE, _ADVICE)
+    content["metadata"] = {**content["metadata"], **plain_metadata(more)}
+    files.write_atomic(folder / _CONFIG_FILE, json.dumps(sealed(content), indent=2) + "\n")
+
+
 def detects(path: Path) -> bool:
-    """Tell whether a folder holds an SAE of ours."""
+    """Tell whether a folder holds an SAE of ours, or several in folders of their names."""
+    return is_sae(path) or bool(parts(path))
+
+
+def is_sae(path: Path) -> bool:
+    """Tell whether a folder holds an SAE of ours itself."""
     return (path / _CONFIG_FILE).is_file()
+
+
+def parts(folder: Path) -> dict[str, Path]:
+    """Return the SAEs in folders of their names; {} where the folder is one itself."""
+    found = [] if is_sae(folder) else sorted(folder.glob(f"*/{_CONFIG_FILE}"))
+    return {path.parent.name: path.parent for path in found}
 
 
 def read(folder: Path) -> Content:
@@ -215,4 +242,4 @@ def _listed(shapes: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {shape}" for name, shape in sorted(shapes.items()))
 
 
-FORMAT = Format("flashsae", "FlashSAE", detects, read, write, source="docs/formats.md")
+FORMAT = Format("flashsae", "FlashSAE", detects, read, write, parts=parts, source="docs/formats.md")

@@ -14,7 +14,7 @@ from flashsae import files
 from flashsae.architecture import settings_of
 from flashsae.errors import CheckpointError, ConfigError, DtypeError, FlashSAEError, StorageError
 from flashsae.formats import native
-from flashsae.formats.content import Content, Format, plain_metadata
+from flashsae.formats.content import Content, Format, Write, plain_metadata
 from flashsae.formats.registry import formats
 from flashsae.ops.validate import check_shape
 from flashsae.sae.config import SAEConfig
@@ -23,7 +23,7 @@ from flashsae.settings.kinds import as_json, check, expand
 
 _OF_SYSTEMS = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
 """What file browsers leave in a folder that was opened."""
-_OVERWRITE = "give overwrite=True to replace an SAE, or choose another folder."
+OVERWRITE = "give overwrite=True, or --overwrite, to replace an SAE, or choose another folder."
 
 
 def content_from(
@@ -76,25 +76,31 @@ def write(content: Content, directory: str | Path, form: Format, *, lossy: bool,
     """
     check("overwrite", overwrite, bool)
     check("lossy", lossy, bool)
-    if form.write is None:
-        names = ", ".join(name for name, each in formats().items() if each.write is not None)
-        raise ConfigError(f"format: {form.name} is read and not written; expected one of {names}.")
+    check_written(form)
     path = expand(directory, "directory")
     is_there = overwrite and path.exists()
     if is_there and not form.detects(path):
         raise StorageError(f"{path} holds no {form.title} SAE and is not replaced; choose another folder.")
-    with files.atomic_directory(path, overwrite=overwrite, advice=_OVERWRITE) as folder:
-        given_up = form.write(folder, content, lossy)
+    with files.atomic_directory(path, overwrite=overwrite, advice=OVERWRITE) as folder:
+        given_up = check_written(form)(folder, content, lossy)
         if is_there:
             check_replaceable(path, folder)
     return given_up
 
 
+def check_written(form: Format) -> Write:
+    """Return what writes a format; raise ConfigError where it is only read."""
+    if form.write is None:
+        names = ", ".join(name for name, each in formats().items() if each.write is not None)
+        raise ConfigError(f"format: {form.name} is read and not written; expected one of {names}.")
+    return form.write
+
+
 def check_replaceable(directory: Path, by: Path) -> None:
     """Raise StorageError if a folder holds what somebody would miss who has the folder that takes its place."""
     with files.storage_errors(directory):
-        ours = {path.name for path in by.iterdir()} | _OF_SYSTEMS
-        foreign = sorted({path.name for path in directory.iterdir()} - ours)
+        there, ours = ({path.relative_to(each) for path in each.rglob("*")} for each in (directory, by))
+    foreign = sorted(str(path) for path in there - ours if path.name not in _OF_SYSTEMS)
     if foreign:
         more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
         raise StorageError(

@@ -21,6 +21,7 @@ CONFIG_FILE = "config.toml"
 _LATER = (
     "arch", "d_in", "betas", "eps", "warmup", "warmup_start", "decay_fraction", "auxk", "auxk_alpha",
     "normalize_activations", "apply_b_dec_to_input", "init", "init_from", "sae", "average_tokens", "extended",
+    "export",
 )  # fmt: skip
 """Settings that were added or opened later than version 0.1, which wrote no checksum."""
 _WORKED_OUT = ("model", "hookpoint", "context_length", *open_names(TrainConfig))
@@ -39,6 +40,7 @@ class RunConfig:
         sae: of several SAEs, what each has in the place of the settings in `train` and of the hookpoint: tables of
             settings by name, as `flashsae.settings.sweep.common` makes them. None: one SAE for each hookpoint.
         at_once: SAEs that are trained side by side at most, the others after them. None: all.
+        export: formats that the trained SAEs are written in too.
     """
 
     activations: ActivationsConfig = field(default_factory=ActivationsConfig)
@@ -47,9 +49,12 @@ class RunConfig:
     report: bool = True
     sae: tuple[Any, ...] = ()
     at_once: PositiveInt | None = None
+    export: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_fields(self)
+        names = [name.strip() for each in self.export for name in each.split(",")]
+        object.__setattr__(self, "export", tuple(dict.fromkeys(filter(None, names))))
         object.__setattr__(self, "sae", tuple(check_entry(n, each) for n, each in enumerate(self.sae, 1)))
         self.members()  # which checks their settings
         check_own_names(
@@ -59,6 +64,7 @@ class RunConfig:
     def to_toml(self) -> str:
         """Return the settings as TOML, one flat table; what is None is left out."""
         several = {"at_once": self.at_once, **({"sae": self.sae} if self.sae else {})}
+        several |= {"export": self.export} if self.export else {}
         run = {"logger": self.logger, "report": self.report, **several}
         return sealed_toml({**asdict(self.activations), **self.train.flat(), **run})
 
@@ -80,6 +86,7 @@ class RunConfig:
                     settings_by_keyword(given, self.train),
                     self.logger,
                     self.report,
+                    export=self.export,
                 )
             )
             if found[-1] in found[:-1]:

@@ -154,8 +154,9 @@ class TrainConfig:
         apply_b_dec_to_input: Subtract b_dec from what the encoder sees. Default: as the architecture has it.
         init: What weights start from: random directions, or data: the directions of tokens about their mean, a fifth of
             them random. Biases, and the length of the encoder, are fitted to a sample in both cases. Default: random.
-        init_from: Folder of a saved SAE, or of the run that made it, to go on from: all its weights are taken, and
-            training fine-tunes it. Of the same sizes, and of this architecture or of one with the same trained weights.
+        init_from: Folder of a saved SAE, of any format, or of the run that made it, to go on from: all its weights are
+            taken, and training fine-tunes it. Of the same sizes, and of this architecture or of one with the same
+            trained weights.
         lr: Peak learning rate of Adam. Default: 8e-4 / sqrt(d_sae / 16384).
         betas: Decay of the moments of Adam. Default: 0.9 and 0.999.
         eps: Added to the root of Adam's second moment, of gradients of a loss that is a fraction of the variance.
@@ -242,6 +243,11 @@ class TrainConfig:
         if self.init_from is not None:
             if self.init == "data":
                 raise ConfigError(BOTH)
+            if self.init_from.parts[0] == "hf:":
+                raise ConfigError(
+                    "init_from: expected a folder on this machine; fetch it first: flashsae convert hf://... FOLDER "
+                    "--to flashsae."
+                )
             object.__setattr__(self, "init_from", self.init_from.absolute())  # to be found from wherever it is resumed
         if self._ends != sorted(set(self._ends)):
             raise ConfigError(

@@ -13,47 +13,50 @@ import torch
 from torch import Tensor
 
 from flashsae.architecture import Architecture, Parameter, architecture_named, architecture_of, settings_of
-from flashsae.errors import ConfigError
+from flashsae.errors import CheckpointError, ConfigError
+from flashsae.formats.native import FORMAT as OURS
+from flashsae.places import find, only
 from flashsae.sae.b_dec import architecture_with
 from flashsae.sae.config import SAEConfig
 from flashsae.sae.module import SAE
-from flashsae.sae.stored import read_config
+from flashsae.sae.stored import config_from, read_config
 from flashsae.settings.kinds import declared_types, expand
 from flashsae.settings.left_open import fill
 from flashsae.settings.normalization import BY_TOKEN
 from flashsae.train.config import TrainConfig
+from flashsae.train.sample import Sample
 from flashsae.train.scaling import Scaling
 
-_FILE, _OF_A_RUN = "flashsae.json", "sae"
 _UNIT = 0.01
 """How far the norms of rows that keep norm 1 may be from it: bfloat16 rounds by less."""
 
 
-def folder_of_sae(path: Path) -> Path:
-    """Return the folder of an SAE: this one, or `sae` in the folder of a run."""
-    within = path / _OF_A_RUN
-    return within if not (path / _FILE).exists() and (within / _FILE).exists() else path
-
-
 def holds_sae(path: Path) -> bool:
-    """Tell whether a folder is that of an SAE, or of a run that made one."""
-    return (folder_of_sae(path) / _FILE).exists()
+    """Tell whether a place is that of one SAE, of any format, or of a run that made one."""
+    try:
+        return len(find(path)) == 1
+    except CheckpointError:
+        return False
 
 
-def load_start(path: Path) -> SAE:
-    """Read the SAE that a training starts from.
+def config_of_start(path: Path) -> SAEConfig:
+    """Return what the SAE at a place is.
 
     Raises:
-        CheckpointError: there is none, or it is damaged.
+        CheckpointError: there is none, or several, or it is damaged.
     """
-    return SAE.load(folder_of_sae(path))
+    found = find(path)
+    form, place = next(iter(found.values()))
+    if len(found) == 1 and form is OURS:
+        return read_config(place)  # without its weights
+    return config_from(*only(found, path))
 
 
 def settings_of_start(start: object, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a training that goes on from an SAE, by name: what is left open is as it is there.
 
     Args:
-        start: an SAE, or the folder of one.
+        start: an SAE, or the place of one, of any format.
         given: settings that somebody asks for, by name; None is the same as leaving one out.
     Returns:
         with d_sae, whether tokens are normalised, and the settings of the architecture; where another one is asked for,
@@ -62,10 +65,7 @@ def settings_of_start(start: object, given: Mapping[str, Any]) -> dict[str, Any]
         ConfigError: it is neither, or the architecture has no such setting.
         CheckpointError: there is none in the folder.
     """
-    if isinstance(start, SAE):
-        saved = start.config
-    else:
-        saved = read_config(folder_of_sae(expand(cast(Any, start), "init_from")))
+    saved = start.config if isinstance(start, SAE) else config_of_start(expand(cast(Any, start), "init_from"))
     of_training = declared_types(TrainConfig)
     asked = {name: value for name, value in given.items() if value is not None}
     settings = {"d_sae": saved.d_sae, **asked}
@@ -85,9 +85,9 @@ def settings_of_start(start: object, given: Mapping[str, Any]) -> dict[str, Any]
 
 def check_saved_start(config: TrainConfig) -> None:
     """Raise what `check_start` does, of the SAE that settings name, before anything is done."""
-    if config.init_from is None or any(config.init_from.glob(f"*/{_OF_A_RUN}/{_FILE}")):
+    if config.init_from is None or len(find(config.init_from)) > 1:
         return  # of a run over several hookpoints there is one for each
-    check_start(config, read_config(folder_of_sae(config.init_from)))
+    check_start(config, config_of_start(config.init_from))
 
 
 def check_start(config: TrainConfig, saved: SAEConfig) -> None:
@@ -162,10 +162,32 @@ def start_from(sae: SAE, saved: SAE, scaling: Scaling) -> None:
             getattr(sae, row.name).copy_(values[row.name])
 
 
+def measure_unknown(sae: SAE, saved: SAE, sample: Sample) -> None:
+    """Let what a start knows nothing of be measured: that of another library has no unit of thresholds, for one.
+
+    Args:
+        sae: begun as `saved`; changed in place.
+        saved: the start. What it does not know is as it is where nothing was trained.
+        sample: of the training.
+    """
+    values = saved.saved_state()
+    rows = [row for row in sae.architecture.parameters if row.saved and isinstance(row.initial, float | int)]
+    rows = [row for row in rows if not row.trained and row.name in values]
+    unknown = [row for row in rows if torch.all(torch.eq(values[row.name], float(row.initial)))]
+    if unknown and sae.architecture.initialize is not None:
+        fresh = SAE(sae.config, device=sae.W_dec.device)
+        fresh.initialize_from(sample.x, sample.target)
+        for row in unknown:
+            measured = getattr(fresh, row.name)
+            if torch.any(torch.ne(measured, float(row.initial))):
+                getattr(sae, row.name).copy_(measured)
+
+
 def _norms_to_fold(sae: SAE, name: str, rows: Tensor) -> Tensor | None:
     """Return by what to divide rows so that they have norm 1, [d_sae] or one number, if that changes no selection.
 
-    It does not where all norms are one number, or where latents are selected by their values times these norms.
+    It does not where all norms are one number, where latents are selected by their values times these norms, or each
+    by itself.
     """
     norms: Tensor = torch.linalg.vector_norm(rows.double(), dim=1)
     least, most = norms.min().item(), norms.max().item()
@@ -174,7 +196,7 @@ def _norms_to_fold(sae: SAE, name: str, rows: Tensor) -> Tensor | None:
     if least > 0 and most / least < 1 + _UNIT:
         near = 2.0 ** round(math.log2(most))  # what is a power of two rounds nothing
         return norms.new_tensor(near if abs(most / near - 1) < _UNIT else (least + most) / 2)
-    if least > 0 and sae.architecture.selects_by is not None:
+    if least > 0 and (sae.architecture.selects_by is not None or sae.architecture.each_by_itself):
         return norms
     raise ConfigError(
         f"init_from: expected rows of {name} of norm 1, which training keeps, and they have norms from {least:.3g} to "

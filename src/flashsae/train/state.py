@@ -17,6 +17,7 @@ from flashsae.errors import CheckpointError, ConfigError
 from flashsae.metrics import table
 from flashsae.neutral import neutral
 from flashsae.optim import FactoredAdam
+from flashsae.places import load
 from flashsae.sae.centring import center_again, recentered
 from flashsae.sae.config import SAEConfig
 from flashsae.sae.dead import Bounds, DeadLatents
@@ -32,7 +33,7 @@ from flashsae.train.average import Average, average_of, averaged
 from flashsae.train.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
 from flashsae.train.config import TrainConfig
 from flashsae.train.graph import CapturedSteps
-from flashsae.train.init_from import check_start, digest_of, load_start, start_from
+from flashsae.train.init_from import check_start, digest_of, measure_unknown, start_from
 from flashsae.train.optimizer import build_optimizer, groups
 from flashsae.train.resample import Recent, recent_of, recent_tensors
 from flashsae.train.room import Room
@@ -148,7 +149,7 @@ def init_state(
         batch = {site: acts.to(device, torch.float64) for site, acts in batch.items()}
         sample = measure_sample(batch, sae.architecture, config.normalize_activations)
         scaling, variance, warnings = sample.scaling, distributed.averaged(sample.variance), sample.warnings
-        start = load_start(config.init_from) if config.init_from is not None else start
+        start = load(config.init_from) if config.init_from is not None else start
         _begin(sae, config, sample, batches, start)
     dead = DeadLatents(config.d_sae, config.dead_after_tokens, device)
     state = TrainState(sae, build_optimizer(sae, config), dead, batches, scaling, variance, warnings=warnings)
@@ -168,6 +169,7 @@ def _begin(sae: SAE, config: TrainConfig, sample: Sample, batches: Batches, star
             raise ConfigError(BOTH)
         check_start(config, start.config)
         start_from(sae, start, sample.scaling)
+        measure_unknown(sae, start, sample)
         center_again(sae, sample.x)
         return
     if config.init == "data":

@@ -1,0 +1,78 @@
+"""What `flashsae convert` does: SAEs of one format written in another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from flashsae.exporting import with_density, write_several
+from flashsae.formats.content import Content
+from flashsae.formats.registry import format_named
+from flashsae.places import Found, find
+from flashsae.sae.stored import check_written, config_from, values_from, write
+from flashsae.settings.kinds import expand
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What is asked for, as the options of the command are called."""
+
+    src: str
+    dst: Path
+    to: str
+    format: str | None = None
+    lossy: bool = False
+    overwrite: bool = False
+    revision: str | None = None
+
+
+def convert(asked: Conversion, console: Console) -> None:
+    """Write one SAE, or all of a run or a folder, and say what was written and what was given up.
+
+    Raises:
+        FlashSAEError: the source holds no SAE, the other format cannot hold it, or there is something already.
+    """
+    form = format_named(asked.to)
+    check_written(form)
+    directory = expand(asked.dst, "dst")
+    found = find(asked.src, format=asked.format, revision=asked.revision, several=True)
+    contents = {name: read(each) for name, each in found.items()}
+    if list(contents) == [""]:
+        told = write(contents[""], directory, form, lossy=asked.lossy, overwrite=asked.overwrite)
+    else:
+        told = write_several(contents, directory, form, lossy=asked.lossy, overwrite=asked.overwrite)
+    for name, content in contents.items():
+        _say(console, f"{name}: {described(content)}" if name else described(content))
+    sources = ", ".join(dict.fromkeys(each.title for each, _ in found.values()))
+    _say(console, f"{sources} -> {form.title}: {directory}")
+    for sentence in told:
+        console.print(f"[yellow]given up:[/] {escape(sentence)}", highlight=False, soft_wrap=True)
+
+
+def read(found: Found) -> Content:
+    """Return an SAE with all parameters that its architecture has, and what is known of its latents.
+
+    Raises:
+        CheckpointError: it is damaged, or there is no such architecture here.
+    """
+    form, path = found
+    content = form.read(path)
+    config = config_from(content, path)
+    values = values_from(content, config, path)
+    saved = {row.name: values[row.name] for row in config.architecture.parameters if row.saved}
+    return with_density(replace(content, tensors=saved), path)
+
+
+def described(content: Content) -> str:
+    """Return what an SAE is, for people."""
+    width = f"d_in {content.d_in:,}" + (f", d_out {content.d_out:,}" if content.d_out != content.d_in else "")
+    beside = "" if content.apply_b_dec_to_input else ", b_dec not subtracted"
+    norm = "" if content.normalize_activations == "none" else f", {content.normalize_activations}"
+    return f"{content.architecture}, {width}, d_sae {content.d_sae:,}{beside}{norm}, {str(content.dtype)[6:]}"
+
+
+def _say(console: Console, told: str) -> None:
+    console.print(told, highlight=False, soft_wrap=True, markup=False)
