@@ -88,7 +88,7 @@ def test_a_run_goes_on_from_a_saved_sae_with_its_settings(
         (("--d-sae", "32"), "init_from: expected an SAE like the one that is asked for, BatchTopK"),
         (("--normalize-activations", "none"), "with normalize_activations layer_norm"),
         (("--init", "data"), "init: expected no other start beside init_from"),
-        ((), "holds no FlashSAE SAE"),
+        ((), "holds no SAE: there is no such file or folder"),
     ):
         capsys.readouterr()
         assert _main(*third, *more, "--init-from", second if more else tmp_path / "none", "--plan") != 0
