@@ -24,7 +24,7 @@ hooks
 data
 logs
 train
-evaluate report bench
+evaluate report neuronpedia bench
 exporting parts publish planning start describe caching converting ending rounds run pace
 options several arguments asked commands cli __main__
 """.split()  # noqa: SIM905 - reads as the layers that it lists

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import App, Group, Parameter
+from cyclopts.validators import Number
 from rich.console import Console
 
 from flashsae import __version__
@@ -304,6 +305,45 @@ def push(
 
     asked = Pushing(repo, private, revision, format, path_in_repo, license, message, to_folder)
     push_run(expand(run, "run"), asked, Console())
+
+
+@app.command(
+    help_epilogue=_examples(
+        "flashsae neuronpedia runs/gpt2-h.6 upload --set res-16k-mine",
+        "flashsae neuronpedia runs/gpt2-h.6 exports --set res-16k-mine --kind bulk --logits",
+    )
+)
+def neuronpedia(
+    run: Path,
+    out: Path,
+    *,
+    set_name: Annotated[str, Parameter(name="--set")],
+    model_id: str | None = None,
+    layer: Annotated[int, Parameter(validator=Number(gte=0))] | None = None,
+    kind: Literal["upload", "bulk"] = "upload",
+    logits: bool = False,
+    creator: str = "FlashSAE",
+    creator_id: str | None = None,
+) -> None:
+    """Write the latents that the report of a run shows as Neuronpedia reads them.
+
+    Args:
+        run: Folder of a finished run.
+        out: Folder to write to: of --kind upload new, of --kind bulk the one that holds MODEL/LAYER-SET.
+        set_name: What Neuronpedia is to call SAEs of several layers that this one belongs to, such as res-16k-mine.
+        model_id: What it calls the model, such as gpt2-small. Default: by the name of the model.
+        layer: Number of the block. Default: that in the hookpoint.
+        kind: upload: bodies of requests of its client, 128 latents each; bulk: the folder that it imports.
+        logits: Load the model, and tell the tokens that each latent raises and lowers most.
+        creator: Who made the SAE; of --kind bulk.
+        creator_id: User of Neuronpedia whose it is; of --kind bulk. Default: that of its own tools.
+    """
+    from flashsae.neuronpedia import Asked, export
+
+    given = {} if creator_id is None else {"creator_id": creator_id}
+    asked = Asked(set_name, model_id, layer, kind, logits, creator, **given)
+    folder = export(expand(run, "run"), expand(out, "out"), asked)
+    Console().print(str(folder.resolve()), highlight=False, soft_wrap=True)
 
 
 @app.command(help_epilogue=_examples("flashsae doctor"))
