@@ -194,6 +194,25 @@ def test_damage_is_told_in_one_sentence(tmp_path: Path) -> None:
             flashsae.load(folder)
 
 
+def test_folders_of_several_are_told_by_their_names(tmp_path: Path) -> None:
+    for place in (
+        "layer_20/width_16k/average_l0_9",
+        "layer_20/width_16k/average_l0_71",
+        "layer_3/width_1m/average_l0_5",
+    ):
+        made(tmp_path, f"gemma-scope-2b-pt-res/{place}")
+    root = tmp_path / "gemma-scope-2b-pt-res"
+    assert FORMAT.parts is not None
+    assert list(FORMAT.parts(root / "layer_20" / "width_16k")) == ["average_l0_9", "average_l0_71"]
+    assert list(FORMAT.parts(root / "layer_20")) == ["width_16k/average_l0_9", "width_16k/average_l0_71"]
+    assert len(FORMAT.parts(root)) == 3
+    assert FORMAT.parts(root / "layer_20" / "width_16k" / "average_l0_9") == {}
+    with pytest.raises(CheckpointError, match=r"holds 2 SAEs: average_l0_71, average_l0_9\. Name one of them"):
+        flashsae.load(root / "layer_20" / "width_16k")
+    with pytest.raises(CheckpointError, match=r"several SAEs: name one of them, .*layer_3/width_1m/average_l0_5"):
+        FORMAT.read(root)
+
+
 def test_it_is_read_and_not_written(tmp_path: Path) -> None:
     sae = flashsae.load(made(tmp_path))
     with pytest.raises(ConfigError, match="gemma_scope is read and not written; expected one of flashsae"):

@@ -12,7 +12,7 @@ from torch import Tensor
 import flashsae
 from flashsae.errors import CheckpointError
 from flashsae.formats.gemma_scope_2 import FORMAT
-from flashsae.formats.registry import recognised
+from flashsae.formats.registry import format_named, recognised
 from helpers.released import D, F, assert_computes, jump_relu, jump_relu_weights, normal
 
 RESIDUAL = "google/gemma-scope-2-4b-pt/resid_post/layer_17_width_16k_l0_small"
@@ -69,7 +69,7 @@ def test_a_transcoder_adds_what_goes_past_the_code(tmp_path: Path, d_out: int, a
     sae = assert_computes(folder, X, codes, y_hat)
     assert sae.config.architecture.name == f"{'skip_' if affine else ''}transcoder:jump_relu"
     content = FORMAT.read(folder)
-    assert content.metadata["hookpoint"] == "layers.3.pre_feedforward_layernorm, layers.3.post_feedforward_layernorm"
+    assert content.metadata["hookpoint"] == "layers.3.mlp:in, layers.3.post_feedforward_layernorm"
     if affine:
         assert content.tensors["W_skip"].shape == (d_out, D)
         assert content.tensors["W_skip"].is_contiguous()
@@ -98,7 +98,7 @@ def test_a_transcoder_adds_what_goes_past_the_code(tmp_path: Path, d_out: int, a
             True,
             "skip_transcoder:jump_relu",
             "google/gemma-3-4b-pt",
-            "layers.3.pre_feedforward_layernorm, layers.3.post_feedforward_layernorm",
+            "layers.3.mlp:in, layers.3.post_feedforward_layernorm",
         ),
         ("transcoder/mine", False, "transcoder:jump_relu", None, None),
         ("mine", False, "jump_relu", None, None),
@@ -188,6 +188,43 @@ def test_damaged_files_are_told(tmp_path: Path) -> None:
                 flashsae.load(folder)
         (folder / name).write_bytes(whole)
     flashsae.load(folder)
+
+
+def transcoders(root: Path, layers: int = 3) -> Path:
+    """Write one for each layer, as they lie in a repository, and return their folder."""
+    for layer in range(layers):
+        hooks = {name: value.replace("3", str(layer)) for name, value in OF_TRANSCODER.items()}
+        place = f"google/gemma-scope-2-4b-pt/transcoder_all/layer_{layer}_width_16k_l0_big"
+        made(root, place, **hooks, affine_connection=None)
+    return (root / place).parent
+
+
+def test_a_folder_of_layers_is_told_by_their_names(tmp_path: Path) -> None:
+    folder = transcoders(tmp_path)
+    assert FORMAT.parts is not None
+    assert list(FORMAT.parts(folder)) == [f"layer_{layer}_width_16k_l0_big" for layer in range(3)]
+    assert FORMAT.parts(folder / "layer_1_width_16k_l0_big") == {}
+    assert recognised(folder) is FORMAT
+    with pytest.raises(CheckpointError, match=r"holds 3 SAEs: layer_0_width_16k_l0_big, .* Name one of them"):
+        flashsae.load(folder)
+    with pytest.raises(CheckpointError, match=r"holds several SAEs: name one of them, .*layer_0_width_16k_l0_big"):
+        FORMAT.read(folder)
+
+
+def test_transcoders_of_all_layers_become_a_set_of_circuit_tracer(tmp_path: Path) -> None:
+    folder, write_set = transcoders(tmp_path), format_named("circuit_tracer").write_set
+    assert FORMAT.parts is not None
+    assert write_set is not None
+    (tmp_path / "set").mkdir()
+    assert (
+        write_set(tmp_path / "set", {name: FORMAT.read(path) for name, path in FORMAT.parts(folder).items()}, False)
+        == []
+    )
+    told = (tmp_path / "set" / "config.yaml").read_text("utf-8")
+    assert "feature_input_hook: mlp.hook_in" in told
+    assert "feature_output_hook: hook_mlp_out" in told
+    one, same = (flashsae.load(tmp_path / "set" / "layer_2"), flashsae.load(folder / "layer_2_width_16k_l0_big"))
+    assert torch.equal(one(X), same(X))
 
 
 def test_nothing_else_is_taken_for_it(tmp_path: Path) -> None:

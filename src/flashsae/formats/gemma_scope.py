@@ -25,7 +25,17 @@ from flashsae.errors import CheckpointError
 from flashsae.files import refusal
 from flashsae.formats.content import Content, Format
 from flashsae.formats.hook_names import hookpoint_of
-from flashsae.formats.released import hooks_for_sae_lens, in_one_dtype, jump_relu, known, length, number_in, place_of
+from flashsae.formats.released import (
+    folders_with,
+    hooks_for_sae_lens,
+    in_one_dtype,
+    jump_relu,
+    known,
+    length,
+    number_in,
+    place_of,
+    several_are_refused,
+)
 from flashsae.formats.selection import check_tensors
 
 _FILE = "params.npz"
@@ -36,12 +46,20 @@ _CONTEXT_LENGTH = 1024
 
 
 def detects(path: Path) -> bool:
-    """Tell whether a folder has a params.npz, or a file is an .npz."""
-    return os.path.isfile(path / _FILE) or (path.suffix == ".npz" and os.path.isfile(path))
+    """Tell whether a folder has a params.npz, or some below that are called so, or a file is an .npz."""
+    is_one = os.path.isfile(path / _FILE) or (path.suffix == ".npz" and os.path.isfile(path))
+    return is_one or bool(parts(path))
+
+
+def parts(path: Path) -> dict[str, Path]:
+    """Return the SAEs of a folder such as layer_20/width_16k, or of a whole repository, by the names of theirs."""
+    folders = ("", "width_*/", "layer_*/width_*/", "embedding/width_*/")
+    return folders_with(path, _FILE, *(f"{folder}average_l0_*" for folder in folders))
 
 
 def read(path: Path) -> Content:
     """Return what params.npz holds."""
+    several_are_refused(path, parts(path))
     file = path / _FILE if path.is_dir() else path
     arrays = _arrays(file)
     scaling = arrays.pop("scaling_factor", None)
@@ -132,5 +150,10 @@ def _kind(dtype: Any) -> str:
 
 
 FORMAT = Format(
-    "gemma_scope", "Gemma Scope", detects, read, source="Lieberum et al. 2024; huggingface.co/google/gemma-scope"
+    "gemma_scope",
+    "Gemma Scope",
+    detects,
+    read,
+    parts=parts,
+    source="Lieberum et al. 2024; google/gemma-scope",
 )

@@ -19,7 +19,16 @@ from typing import Annotated, Literal
 from flashsae.documents import load_json, load_tensors
 from flashsae.errors import CheckpointError
 from flashsae.formats.content import Content, Format
-from flashsae.formats.released import in_one_dtype, jump_relu, known, length, number_in, place_of
+from flashsae.formats.released import (
+    folders_with,
+    in_one_dtype,
+    jump_relu,
+    known,
+    length,
+    number_in,
+    place_of,
+    several_are_refused,
+)
 from flashsae.formats.selection import check_tensors
 from flashsae.schema import Range, parse
 
@@ -27,6 +36,7 @@ _CONFIG, _FILE = "config.json", "params.safetensors"
 _ADVICE = "Fetch it again."
 _OF_LAYER = r"params_layer_\d+\.safetensors"
 _SKIP = "affine_skip_connection"
+_BEFORE_MLP = ".pre_feedforward_layernorm"
 _TRANSCODER = r"/transcoder(_all)?/"
 _SITES = {
     "resid_post": ("model.layers.{}.output", None),
@@ -54,21 +64,26 @@ class _Config:
 
 
 def detects(path: Path) -> bool:
-    """Tell whether a folder has a params.safetensors, or a file is that, or one layer of a cross-layer transcoder."""
+    """Tell whether a folder has a params.safetensors, or some have that are called so, or a file is one."""
     try:
-        if path.is_dir():
-            return os.path.isfile(path / _FILE) or any(re.fullmatch(_OF_LAYER, each) for each in os.listdir(path))
-        return os.path.isfile(path) and (path.name == _FILE or re.fullmatch(_OF_LAYER, path.name) is not None)
+        names = os.listdir(path) if path.is_dir() else [path.name] if os.path.isfile(path) else []
     except OSError:
         return False
+    return any(each == _FILE or re.fullmatch(_OF_LAYER, each) for each in names) or bool(parts(path))
+
+
+def parts(path: Path) -> dict[str, Path]:
+    """Return the SAEs of a folder such as transcoder_all, by the names of theirs."""
+    return folders_with(path, _FILE, "layer_*_width_*")
 
 
 def read(path: Path) -> Content:
     """Return what a folder holds."""
-    if path.is_dir() and not (path / _FILE).exists():
+    several_are_refused(path, parts(path))
+    if path.is_dir() and any(re.fullmatch(_OF_LAYER, each) for each in os.listdir(path)):
         raise _cross_layer(path)
     file = path / _FILE if path.is_dir() else path
-    if file.name != _FILE:
+    if re.fullmatch(_OF_LAYER, file.name):
         raise _cross_layer(file)
     place = place_of(file)
     config_file = file.with_name(_CONFIG)
@@ -135,7 +150,13 @@ def _metadata(config: _Config, place: str) -> dict[str, object]:
 def _hookpoint(name: str) -> str | None:
     """Return model.layers.3.self_attn.o_proj.input as layers.3.self_attn.o_proj:in."""
     found = re.fullmatch(r"(?:model\.)?(?:language_model\.)?(?:model\.)?([\w.]+)\.(input|output)", name)
-    return None if found is None else found[1] + (":in" if found[2] == "input" else "")
+    if found is None:
+        return None
+    if (
+        found[1].endswith(_BEFORE_MLP) and found[2] == "output"
+    ):  # the same values, by the name that others have for them
+        return found[1].removesuffix(_BEFORE_MLP) + ".mlp:in"
+    return found[1] + (":in" if found[2] == "input" else "")
 
 
 def _cross_layer(path: Path) -> CheckpointError:
@@ -150,5 +171,6 @@ FORMAT = Format(
     "Gemma Scope 2",
     detects,
     read,
+    parts=parts,
     source="Gemma Scope 2 report, 2025; huggingface.co/google/gemma-scope-2",
 )

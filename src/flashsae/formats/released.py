@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 from flashsae.errors import CheckpointError
 from flashsae.formats.content import Content
 from flashsae.formats.selection import joined
+from flashsae.natural import in_order
 
 _ROWS = 1024
 
@@ -20,6 +22,26 @@ _ROWS = 1024
 def place_of(path: Path) -> str:
     """Return where a file or folder lies; in the cache of the hub the name of the repository is part of that."""
     return path.absolute().as_posix()  # links are not followed: those of the cache lead to names that tell nothing
+
+
+def folders_with(path: Path, file: str, *patterns: str) -> dict[str, Path]:
+    """Return the folders below one that have a file, by their paths from there; {} where the folder has it itself.
+
+    Args:
+        path: of the folder.
+        file: its name.
+        patterns: what the folders below are called, as in a shell.
+    """
+    if os.path.isfile(path / file) or not os.path.isdir(path):
+        return {}
+    found = [each.parent.relative_to(path).as_posix() for names in patterns for each in path.glob(f"{names}/{file}")]
+    return {name: path / name for name in in_order(found)}
+
+
+def several_are_refused(path: Path, parts: Mapping[str, Path]) -> None:
+    """Raise CheckpointError where a folder holds several SAEs, and one is to be read."""
+    if parts:
+        raise CheckpointError(f"{path} holds several SAEs: name one of them, such as {path / next(iter(parts))}.")
 
 
 def number_in(place: str, pattern: str) -> int | None:
