@@ -101,6 +101,10 @@ def test_what_saelens_knows_beside_is_kept_and_written_again(tmp_path: Path) -> 
         **content.metadata,
         "saelens": {**content.metadata["saelens"], **again.metadata["saelens"]},
     }
+    foreign(tmp_path / "apart", "topk", k=K, metadata=metadata)  # of heads beside each other already
+    assert written(tmp_path / "together", sae_lens.read(tmp_path / "apart"))[0]["reshape_activations"] == "none"
+    save_file({"sparsity": torch.full((F,), -torch.inf)}, tmp_path / "apart" / "sparsity.safetensors")
+    assert torch.equal(sae_lens.read(tmp_path / "apart").extras["latent_density"], torch.zeros(F))
     moved, _ = written(tmp_path / "moved", replace(content, metadata={**content.metadata, "hookpoint": "h.3"}))
     assert moved["metadata"]["hook_name"] == "blocks.3.hook_resid_post"
     assert moved["metadata"]["mine"] == metadata["mine"]

@@ -135,7 +135,7 @@ def test_files_of_before_version_6_are_read_as_saelens_reads_them(tmp_path: Path
         "owt",
         True,
     )
-    assert content.metadata["saelens"]["reshape_activations"] == "hook_z"
+    assert written(tmp_path / "again", content)[0]["reshape_activations"] == "hook_z"
     topk = {**old, "activation_fn_str": "topk", "activation_fn_kwargs": {"k": K}, "normalize_activations": False}
     assert sae_lens.read(foreign(tmp_path, "standard", **topk)).settings == {"k": K}
     named = {

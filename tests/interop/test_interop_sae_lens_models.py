@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformer_lens import HookedTransformerConfig
 
 from flashsae.sae.saved import sae_of
 from helpers.contents import random_content
+from helpers.pages import ROOT
 
 F, K = 37, 5
 
@@ -72,3 +74,16 @@ def test_the_evaluations_of_saelens_find_what_they_ask_for(tmp_path: Path) -> No
     )  # fmt: skip
     metrics, _ = run_evals(theirs, store, model, ActivationScaler(), config, exclude_special_tokens=False)
     assert metrics["sparsity"]["l0"] == pytest.approx(K, abs=1)
+
+
+def test_the_page_says_how_ours_is_loaded_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    section = (ROOT / "docs" / "interop.md").read_text("utf-8").split("\n## SAELens\n")[1].partition("\n## ")[0]
+    blocks = re.findall(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(block, names)
+    assert names["theirs"].cfg.metadata.hook_name == "blocks.6.hook_resid_post"
+    assert names["again"].config == names["sae"].config
+    assert torch.equal(names["again"].W_dec, names["sae"].W_dec)
+    assert (names["codes"] > 0).sum(1).max() <= 8

@@ -26,7 +26,7 @@ from flashsae import files
 from flashsae.errors import ConfigError
 from flashsae.formats.content import Content, Format, plain_metadata
 from flashsae.formats.sae_lens_config import CONFIG_FILE
-from flashsae.formats.sae_lens_metadata import KEPT, RESHAPED, theirs_of
+from flashsae.formats.sae_lens_metadata import KEPT, RESHAPED, reshaped_for, theirs_of
 from flashsae.formats.sae_lens_reading import DENSITY, FLOOR, FORMS, SPARSITY, SPARSITY_FILE, WEIGHTS_FILE, read_folder
 from flashsae.formats.selection import selection_of, split
 
@@ -152,7 +152,6 @@ def _config(content: Content, form: str, k: int) -> dict[str, Any]:
     """Return what stands in cfg.json; all that SAELens knows of an SAE is said, and nothing left to its defaults."""
     metadata = theirs_of(content)
     kept = content.metadata.get(KEPT)
-    is_z = str(metadata.get("hook_name") or "").endswith("hook_z")
     reshaped = kept.get(RESHAPED) if isinstance(kept, Mapping) else None
     return {
         "architecture": form,
@@ -164,7 +163,7 @@ def _config(content: Content, form: str, k: int) -> dict[str, Any]:
         "device": "cpu",
         "apply_b_dec_to_input": content.apply_b_dec_to_input,
         "normalize_activations": _NORMALIZATIONS[content.normalize_activations],
-        "reshape_activations": reshaped or ("hook_z" if is_z else "none"),
+        "reshape_activations": reshaped or reshaped_for(metadata),
         "metadata": metadata,
     }
 

@@ -94,6 +94,11 @@ def theirs_of(content: Content) -> dict[str, Any]:
     return {**theirs, OURS: own}
 
 
+def reshaped_for(theirs: Mapping[str, Any]) -> str:
+    """Return how SAELens is to reshape activations: those of heads come apart there, and beside each other here."""
+    return "hook_z" if str(theirs.get("hook_name") or "").endswith("hook_z") else "none"
+
+
 def _named(ours: Mapping[str, Any], *, is_transcoder: bool) -> dict[str, Any]:
     """Return our metadata in SAELens's names, with the values that SAELens gives where it does not know."""
     model, hookpoint = (str(ours.get(name) or "") for name in ("model", "hookpoint"))

@@ -17,7 +17,7 @@ from flashsae.documents import load_json, load_tensors
 from flashsae.errors import CheckpointError, FlashSAEError, FlashSAEWarning
 from flashsae.formats.content import Content
 from flashsae.formats.sae_lens_config import ADVICE, BATCHED, CONFIG_FILE, TRANSCODERS, SAELensConfig, read_config
-from flashsae.formats.sae_lens_metadata import KEPT, OURS, RESHAPED, numbers_of, ours_of, theirs_of
+from flashsae.formats.sae_lens_metadata import KEPT, OURS, RESHAPED, numbers_of, ours_of, reshaped_for, theirs_of
 from flashsae.formats.selection import check_tensors, joined, split
 
 WEIGHTS_FILE = "sae_weights.safetensors"
@@ -74,7 +74,7 @@ def read_folder(folder: Path) -> Content:
 def _metadata(content: Content, config: SAELensConfig, block: Mapping[str, Any]) -> dict[str, Any]:
     """Return what is known in our names, and what SAELens knows under its name, unless that is from ours alone."""
     theirs = {name: value for name, value in config.metadata.items() if name != OURS}
-    if config.reshape_activations != "none":
+    if config.reshape_activations != reshaped_for(theirs):
         theirs[RESHAPED] = config.reshape_activations
     ours = block.get("metadata")
     if not isinstance(ours, Mapping):
