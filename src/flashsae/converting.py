@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from flashsae.exporting import with_density, write_several
+from flashsae.exporting import by_hookpoint, with_density, write_several
 from flashsae.formats.content import Content
 from flashsae.formats.registry import format_named
 from flashsae.places import Found, find
@@ -43,6 +43,7 @@ def convert(asked: Conversion, console: Console) -> None:
     if list(contents) == [""]:
         told = write(contents[""], directory, form, lossy=asked.lossy, overwrite=asked.overwrite)
     else:
+        contents = contents if form.write_set is None else by_hookpoint(contents)
         told = write_several(contents, directory, form, lossy=asked.lossy, overwrite=asked.overwrite)
     for name, content in contents.items():
         _say(console, f"{name}: {described(content)}" if name else described(content))

@@ -52,7 +52,7 @@ def check_held(names: Iterable[str], planned: Mapping[str, tuple[TrainConfig, Ma
         try:
             with tempfile.TemporaryDirectory() as folder:
                 if form.is_whole and form.write_set is not None:
-                    form.write_set(Path(folder), _by_hookpoint(contents), False)
+                    form.write_set(Path(folder), by_hookpoint(contents), False)
                     continue
                 for number, content in enumerate(contents.values()):
                     (place := Path(folder, str(number))).mkdir()
@@ -134,13 +134,13 @@ def export_set(run: Path, folders: Sequence[Path], names: Iterable[str]) -> list
         StorageError: something else stands there, or the file system refused.
     """
     forms = [form for form in map(format_named, names) if form.is_whole]
-    contents = _by_hookpoint({folder.name: read_saved(folder) for folder in folders}) if forms else {}
+    contents = by_hookpoint({folder.name: read_saved(folder) for folder in folders}) if forms else {}
     for form in forms:
         write_several(contents, run / form.name, form, lossy=False, overwrite=True)
     return [run / form.name for form in forms]
 
 
-def _by_hookpoint(contents: Mapping[str, Content]) -> dict[str, Content]:
+def by_hookpoint(contents: Mapping[str, Content]) -> dict[str, Content]:
     """Return SAEs by where they read, where that tells them apart."""
     hookpoints = [str(content.metadata.get("hookpoint", name)) for name, content in contents.items()]
     is_told = len(set(hookpoints)) == len(hookpoints)
@@ -171,7 +171,7 @@ def write_several(
         else:
             told = []
             for name, content in contents.items():
-                (place := folder / folder_name(name)).mkdir()
+                (place := folder / folder_name(name)).mkdir(parents=True)
                 told += [f"{name}: {each}" for each in check_written(form)(place, content, lossy)]
         if is_there:
             check_replaceable(directory, folder)

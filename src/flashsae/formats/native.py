@@ -148,8 +148,8 @@ def is_sae(path: Path) -> bool:
 
 def parts(folder: Path) -> dict[str, Path]:
     """Return the SAEs in folders of their names; {} where the folder is one itself."""
-    found = [] if is_sae(folder) else sorted(folder.glob(f"*/{_CONFIG_FILE}"))
-    return {path.parent.name: path.parent for path in found}
+    found = [] if is_sae(folder) else [*folder.glob(f"*/{_CONFIG_FILE}"), *folder.glob(f"*/*/{_CONFIG_FILE}")]
+    return {path.parent.relative_to(folder).as_posix(): path.parent for path in sorted(found)}
 
 
 def read(folder: Path) -> Content:
