@@ -11,7 +11,7 @@ import torch
 
 from flashsae.data import shard_writer
 from flashsae.data.cache_writer import write_cache
-from flashsae.data.shard_writer import ShardWriter, parts_of_file
+from flashsae.data.shard_writer import ShardWriter, parts_of_file, parts_of_rows
 from flashsae.errors import StorageError
 
 
@@ -68,6 +68,7 @@ def test_an_error_of_a_thread_is_raised_and_what_was_written_before_it_counts(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_file_is_what_safetensors_writes(shape: tuple[int, int], dtype: torch.dtype) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert b"".join(parts_of_rows("activations", [x[:2], x[2:2], x[2:]])) == safetensors.torch.save({"activations": x})
     assert b"".join(parts_of_file({"activations": x})) == safetensors.torch.save({"activations": x})
     assert b"".join(parts_of_file({"activations": x.T})) == safetensors.torch.save({"activations": x.T.contiguous()})
     several = {"b": x, "a": torch.arange(3)}

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from flashsae.data.acts import Batch, moved
 from flashsae.data.sources import Chunk
@@ -15,8 +14,6 @@ from flashsae.lm.hooked import HookedModel
 from flashsae.lm.look import never_finite
 from flashsae.lm.replay import Replays
 from flashsae.lm.windows import TokenBatch
-
-_MULTIPLE = 8
 
 
 @dataclass(frozen=True)
@@ -105,35 +102,14 @@ class Launches:
 class Forwards(Launches):
     """Runs a model on batches of windows.
 
-    On a GPU they are padded to a multiple of 8 tokens, which suits tensor cores, and leaves few shapes.
-
     Args:
         model: to run.
         name, text, max_norm_ratio: as of `Launches`.
-        pad_token: of padding.
-        context_length: most tokens of an input.
     """
 
-    def __init__(
-        self,
-        model: HookedModel,
-        name: str,
-        text: str,
-        max_norm_ratio: float | None,
-        pad_token: int,
-        context_length: int,
-    ) -> None:
+    def __init__(self, model: HookedModel, name: str, text: str, max_norm_ratio: float | None) -> None:
         super().__init__(name, text, max_norm_ratio)
         self.model = model
-        self._pad_token, self._context_length = pad_token, context_length
-
-    def _read(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-        """Return what the model reads of a batch, and which of it are tokens."""
-        length = batch.ids.shape[1]
-        more = min(-length % _MULTIPLE, self._context_length - length) if self.model.device.type == "cuda" else 0
-        if more <= 0:
-            return batch.ids, batch.attention
-        return pad(batch.ids, (0, more), value=self._pad_token), pad(batch.attention, (0, more))
 
     def launch(self, batch: TokenBatch, replays: Replays | None = None) -> Launched:
         """Queue the forward of a batch.
@@ -145,23 +121,21 @@ class Forwards(Launches):
             ConfigError: a hookpoint gives other vectors than one for each token.
         """
         device = self.model.device
-        ids, attention = self._read(batch)
-        length, width = batch.ids.shape[1], ids.shape[1]
         places = batch.keep.flatten().nonzero()[:, 0]
-        rows = moved(places if width == length else places + places // length * (width - length), device)
+        rows = moved(places, device)
 
         def pick(name: str, output: Tensor) -> Tensor:
-            if output.shape[:2] != ids.shape:
+            if output.shape[:2] != batch.ids.shape:
                 raise ConfigError(
                     f"hookpoints: {name} of {self.name} gives {list(output.shape[:2])} vectors for "
-                    f"{list(ids.shape)} tokens, as models do that pad their input; choose another model."
+                    f"{list(batch.ids.shape)} tokens, as models do that pad their input; choose another model."
                 )
             return output.flatten(0, 1).index_select(0, rows.to(output.device))
 
         if replays is None:
-            acts = self.model(moved(ids, device), moved(attention, device), pick)
+            acts = self.model(moved(batch.ids, device), moved(batch.attention, device), pick)
         else:
-            acts = replays(ids, attention, pick)
+            acts = replays(batch.ids, batch.attention, pick)
         return self.launched(batch, acts, device)
 
 

@@ -189,10 +189,7 @@ class LanguageModelSource:
         return part
 
     def _forwards_of(self, model: HookedModel) -> Forwards:
-        config = self.config
-        return Forwards(
-            model, config.model, self.text.name, config.max_norm_ratio, self._windows.pad_token, config.context_length
-        )
+        return Forwards(model, self.config.model, self.text.name, self.config.max_norm_ratio)
 
     def _name(self) -> str:
         return f"{self.config.model} at {', '.join(self.hookpoints)} reading {self.text.name}"
@@ -229,7 +226,8 @@ class LanguageModelSource:
         """
         place = {"document": 0, "offset": 0, "batch": 0, "dropped": 0, "rows": 0, "rows_before": 0, **(cursor or {})}
         done, dropped, rows, before = (place[name] for name in ("batch", "dropped", "rows", "rows_before"))
-        replays = Replays(self._model)
+        settings = self.config
+        replays = Replays(self._model, settings.forward_tokens, self._windows.pad_token, settings.context_length)
         ahead: deque[tuple[Launched, Place, int]] = deque()
 
         def finished() -> tuple[Chunk, Cursor]:

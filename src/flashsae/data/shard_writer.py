@@ -6,7 +6,7 @@ import json
 import time
 import zlib
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,12 +19,14 @@ from torch import Tensor
 
 from flashsae.data.cache_index import TOKENS_FOLDER, CacheIndex, Mark, Rounding, Shard, shard_path
 from flashsae.data.sources import Chunk, Cursor
+from flashsae.data.stored import ACTIVATIONS
 from flashsae.errors import DataError
 from flashsae.files import write_atomic
 
 _ROWS_AT_ONCE = 4096
-_THREADS = 4
-_SHARDS_BEHIND = 3
+_THREADS = 8
+_SHARDS_BEHIND = 3, 8  # at least, at most
+_BYTES_BEHIND = 1 << 30
 _INDEX_SECONDS = 1.0
 _KINDS = {torch.bfloat16: "BF16", torch.float32: "F32"}
 
@@ -103,7 +105,8 @@ class ShardWriter:
     Args:
         directory: of the cache.
         index: of it; grows by each shard, and is written with it.
-        shard_rows: least rows of a shard. Memory: twice that many rows of every hookpoint; eight times behind a GPU.
+        shard_rows: least rows of a shard. Memory: twice that many rows of every hookpoint; behind a GPU eight times, or
+            up to twenty times while that is a gigabyte or two.
     """
 
     def __init__(self, directory: Path, index: CacheIndex, shard_rows: int) -> None:
@@ -114,6 +117,9 @@ class ShardWriter:
         self._cursor: Cursor = index.cursor or {}
         self._block_begin = 0
         self._pool = ThreadPoolExecutor(_THREADS, "flashsae-shards")
+        row_bytes = sum(layout.row_bytes for layout in self._layouts.values())
+        least, most = _SHARDS_BEHIND
+        self._behind_a_gpu = min(max(least, _BYTES_BEHIND // max(1, shard_rows * row_bytes)), most)
         self._most_behind = 0
         self._writing: deque[_Writing] = deque()
         self._written = time.monotonic()
@@ -144,7 +150,7 @@ class ShardWriter:
             elif acts.dtype != torch.bfloat16:
                 spread.update(acts, acts.bfloat16())
             stored[name] = self._on_the_way(acts if layout.dtype == "int8" else acts.to(layout.read_dtype))
-            self._most_behind = _SHARDS_BEHIND if acts.is_cuda else 0
+            self._most_behind = self._behind_a_gpu if acts.is_cuda else 0
         n_rows = len(chunk.group)
         self._gathering.chunks.append((stored, replace(chunk, acts={})))
         self._gathering.rows += n_rows
@@ -190,7 +196,11 @@ class ShardWriter:
             )
         }
         for name, layout in self._layouts.items():
-            acts = torch.cat([stored.pop(name).result() for stored, _ in gathered.chunks])
+            parts = [stored.pop(name).result() for stored, _ in gathered.chunks]
+            if layout.is_plain:
+                sums[name] = self._save_parts(name, number, parts_of_rows(ACTIVATIONS, parts))
+                continue
+            acts = torch.cat(parts)
             stored = layout.store(acts)
             if layout.dtype == "int8":
                 gathered.rounding[name].lose(acts, layout.restore(stored))
@@ -220,7 +230,9 @@ class ShardWriter:
         return [*before[-1:], *marks[len(before) :]]
 
     def _save(self, kind: str, number: int, tensors: dict[str, Tensor]) -> int:
-        parts = parts_of_file(tensors)
+        return self._save_parts(kind, number, parts_of_file(tensors))
+
+    def _save_parts(self, kind: str, number: int, parts: list[bytes | memoryview]) -> int:
         write_atomic(shard_path(self._directory, kind, number), parts)
         crc = 0
         for part in parts:
@@ -256,11 +268,16 @@ def parts_of_file(tensors: Mapping[str, Tensor]) -> list[bytes | memoryview]:
     if len(tensors) > 1:
         return [safetensors.torch.save(dict(tensors))]
     ((name, tensor),) = tensors.items()
+    return parts_of_rows(name, [tensor])
+
+
+def parts_of_rows(name: str, rows: Sequence[Tensor]) -> list[bytes | memoryview]:
+    """Return what `safetensors.torch.save` would of a single tensor whose rows come in several, without a copy."""
     # the header that safetensors writes does not depend on what the numbers are
-    size = tensor.numel() * tensor.element_size()
-    shape = list(tensor.shape)
-    told = {name: {"dtype": _KINDS[tensor.dtype], "shape": shape, "data_offsets": [0, size]}}
+    size = sum(each.numel() * each.element_size() for each in rows)
+    shape = [sum(map(len, rows)), *rows[0].shape[1:]]
+    told = {name: {"dtype": _KINDS[rows[0].dtype], "shape": shape, "data_offsets": [0, size]}}
     header = json.dumps(told, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
-    numbers = tensor.contiguous().flatten().view(torch.uint8).numpy()
-    return [len(header).to_bytes(8, "little"), header, numbers.data]
+    numbers = (each.contiguous().flatten().view(torch.uint8).numpy().data for each in rows)
+    return [len(header).to_bytes(8, "little"), header, *numbers]

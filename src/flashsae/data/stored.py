@@ -55,6 +55,11 @@ class Layout:
         return torch.float32 if self.dtype == "int8" else _STORED[self.dtype]
 
     @property
+    def is_plain(self) -> bool:
+        """Whether a shard is its rows one behind another, and nothing else."""
+        return self.dtype != "int8" and self.compression == "none"
+
+    @property
     def row_bytes(self) -> int:
         """Bytes of a token on disk, before compression."""
         return self.width * _STORED[self.dtype].itemsize + (2 * self._groups if self.dtype == "int8" else 0)

@@ -94,14 +94,14 @@ class HookedModel:
     def __call__(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor | None,
+        attention_mask: Tensor,
         pick: Callable[[str, Tensor], Tensor] = lambda name, output: output.clone(),
     ) -> dict[str, Tensor]:
         """Return what is at each hookpoint; a module that runs twice gives the first.
 
         Args:
             input_ids: [sequences, length], int64, on any device.
-            attention_mask: [sequences, length], int64, on any device; 0 is padding. None where there is none.
+            attention_mask: [sequences, length], int64, on any device; 0 is padding.
             pick: called with a hookpoint and what is there, returns what to keep of it: a copy, since a later layer may
                 add to the tensor in place.
         Returns:
@@ -112,12 +112,8 @@ class HookedModel:
             ConfigError: a module did not run, or gives or takes no tensor.
         """
         with inference(self.model):
-            ids, attention = (
-                None if each is None else each.to(self._takes_ids, non_blocking=True)
-                for each in (input_ids, attention_mask)
-            )
-            assert ids is not None
-            inputs = self._inputs(ids, attention)
+            there = (each.to(self._takes_ids, non_blocking=True) for each in (input_ids, attention_mask))
+            inputs = self._inputs(*there)
             seen = captured(
                 self.model,
                 self.hookpoints,
@@ -127,11 +123,10 @@ class HookedModel:
             )
             return {name: acts.to(self.device) for name, acts in seen.items()}
 
-    def _inputs(self, ids: Tensor, attention: Tensor | None) -> dict[str, Any]:
+    def _inputs(self, ids: Tensor, attention: Tensor) -> dict[str, Any]:
         """Return what a forward takes: a decoder has its start token before the text, and an encoder beside it."""
         if not self._is_decoder:
             return {"input_ids": ids, "attention_mask": attention}
-        attention = torch.ones_like(ids) if attention is None else attention
         start, end = (ids.new_full((len(ids), 1), token) for token in (self._start_token, self._end_token))
         return {
             "input_ids": end,

@@ -1,81 +1,65 @@
 """Forwards of a small model as CUDA graphs: the host, which launches kernels slower than they run, launches one thing.
 
-A graph is used for a shape of inputs only where it gives the very bits of the forward, so that nobody can tell what was
-replayed, and where the host is what a forward waits for. Everything else runs as it always does.
+A graph reads inputs of one shape, so that windows are padded to few shapes: with more positions, and with rows again.
+In a graph a model takes its kernels without a look at the mask, and libraries choose others than outside of one: what
+comes out differs by rounding. So a reading is replayed as a whole or not at all, which is decided by the model alone,
+and one that was interrupted goes on with the same bits.
 """
 
 from __future__ import annotations
 
 import gc
-import time
-from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flashsae.lm.capture import Pick
 from flashsae.lm.hooked import HookedModel
 
-_EAGER = 2
-"""Forwards of a shape before it is captured: the first compiles what is missing, the last is looked at."""
-_COMPARED = 1
-"""Replays of a graph that are compared with the forward."""
-_MOST_GRAPHS = 256
-_WAITS = 1.25
-"""How much longer than the host a forward may take on the device to be one that waits for the host."""
+_SMALL = 1 << 21
+"""Mean elements of a matrix, up to which a model is one whose forwards wait for the host: it has a width of 1024."""
+_STEPS = 8
+"""Widths between one power of two and the next."""
+_ROUNDING = 0.05
+"""Of the norm of what a forward gives: no more than this may be what a graph gives beside it."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Captured:
     """A forward as a graph.
 
     Args:
         graph: to be replayed.
-        ids: [sequences, length], what it reads.
-        mask: which of these are tokens; None where it was given none.
-        acts: what it writes, by hookpoint.
-        compared: replays that gave the bits of the forward.
+        ids, mask: [rows, width], what it reads: tokens, and which of them are no padding.
+        acts: [rows, width, d] by hookpoint, what it writes.
     """
 
     graph: torch.cuda.CUDAGraph
     ids: Tensor
-    mask: Tensor | None
+    mask: Tensor
     acts: dict[str, Tensor]
-    compared: int = 0
-
-
-@dataclass
-class _Shape:
-    """What is known of inputs of a shape.
-
-    Args:
-        ways: to capture the forward that were not tried yet: with a mask, or without. A model looks whether a mask has
-            zeros, and takes another kernel if it has none; in a capture it cannot look.
-        seen: inputs of it.
-        captured: by the way tried last.
-    """
-
-    ways: list[bool]
-    seen: int = 0
-    captured: _Captured | None = None
 
 
 class Replays:
-    """Runs a model, on a GPU by graphs where that is faster and the same.
+    """Runs a model: on a GPU by graphs, where it is small and can be captured.
 
     One for each reading, on one stream: between two of them the weights may have been replaced, and two would write the
     same memory. Memory: that of one forward and of what it gives, which all graphs share.
 
     Args:
         model: to run.
+        forward_tokens: most tokens of a batch, padding included.
+        pad_token: of padding.
+        context_length: most tokens of an input.
     """
 
-    def __init__(self, model: HookedModel) -> None:
+    def __init__(self, model: HookedModel, forward_tokens: int, pad_token: int, context_length: int) -> None:
         self._model = model
-        self._shapes: dict[tuple[int, ...], _Shape] = {}
-        self._given: dict[str, Tensor] = {}  # memory that all graphs write, by hookpoint
-        self._can = model.device.type == "cuda" and model.is_plain
+        self._forward_tokens, self._pad_token, self._context_length = forward_tokens, pad_token, context_length
+        self._captured: dict[tuple[int, int], _Captured] = {}
+        self._room: dict[str, Tensor] = {}  # where all graphs write, by hookpoint
+        self.is_on = model.device.type == "cuda" and model.is_plain and is_small(model.reader)
 
     def __call__(self, ids: Tensor, attention: Tensor, pick: Pick) -> dict[str, Tensor]:
         """Return what `HookedModel` does.
@@ -84,91 +68,86 @@ class Replays:
             ids, attention: [sequences, length], int64, on the CPU.
             pick: as there.
         """
-        if not self._can:
-            return self._forward(ids, attention, pick)
-        is_full = bool(attention.all())
-        shape = self._shapes.setdefault((is_full, *ids.shape), _Shape([False, True] if is_full else [True]))
-        shape.seen += 1
-        captured = shape.captured
-        if captured is None:
-            if shape.seen != _EAGER:
-                return self._forward(ids, attention, pick)
-            seen, waits = self._timed(ids, attention, pick)
-            if waits and len(self._captures) < _MOST_GRAPHS:
-                self._capture(shape, ids, attention)
-            return seen
-        if captured.compared == _COMPARED:
-            self._replay(captured, ids, attention)
-            return {name: pick(name, acts) for name, acts in captured.acts.items()}
-        seen = self._forward(ids, attention, pick)
-        self._replay(captured, ids, attention)
-        if all(torch.equal(pick(name, acts), seen[name]) for name, acts in captured.acts.items()):
-            captured.compared += 1
-        else:
-            self._capture(shape, ids, attention)
-        return seen
+        if self.is_on:
+            n, length = ids.shape
+            rows, width = self.shape_for(n, length)
+            ids_there, mask_there = (
+                self._there(padded(each, rows, width, value))
+                for each, value in ((ids, self._pad_token), (attention, 0))
+            )
+            captured = self._captured.get((rows, width)) or self._capture(ids_there, mask_there)
+            if captured is not None:
+                captured.ids.copy_(ids_there)
+                captured.mask.copy_(mask_there)
+                captured.graph.replay()
+                return {name: pick(name, acts[:n, :length]) for name, acts in captured.acts.items()}
+        return self._model(self._there(ids), self._there(attention), pick)
 
-    @property
-    def _captures(self) -> list[_Captured]:
-        return [shape.captured for shape in self._shapes.values() if shape.captured is not None]
+    def shape_for(self, n: int, length: int) -> tuple[int, int]:
+        """Return the shape that n windows of a length are padded to: of few, and at most an eighth larger."""
+        step = max(1, (1 << (length - 1).bit_length()) // 2 // _STEPS)
+        width = -(-length // step) * step
+        return max(n, self._forward_tokens // (width - step + 1)), min(width, self._context_length)
 
     def _there(self, tensor: Tensor) -> Tensor:
         device = self._model.device
         return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
-    def _forward(self, ids: Tensor, attention: Tensor, pick: Pick) -> dict[str, Tensor]:
-        return self._model(self._there(ids), self._there(attention), pick)
-
-    def _timed(self, ids: Tensor, attention: Tensor, pick: Pick) -> tuple[dict[str, Tensor], bool]:
-        """Return what is seen in a forward, and whether it took so long because the device waited for the host."""
-        there = self._there(ids), self._there(attention)
-
-        def noted(name: str, acts: Tensor) -> Tensor:
-            room = self._given.get(name)
-            if room is None or room.numel() < acts.numel():  # what was captured before goes on writing the smaller one
-                self._given[name] = acts.new_empty(acts.numel() + acts.numel() // 4)
-            return pick(name, acts)
-
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        begin.record()
-        start = time.perf_counter()
-        seen = self._model(*there, noted)
-        host = time.perf_counter() - start
-        end.record()
-        end.synchronize()
-        return seen, begin.elapsed_time(end) / 1e3 < _WAITS * host
-
-    def _replay(self, captured: _Captured, ids: Tensor, attention: Tensor) -> None:
-        captured.ids.copy_(ids.pin_memory(), non_blocking=True)
-        if captured.mask is not None:
-            captured.mask.copy_(attention.pin_memory(), non_blocking=True)
-        captured.graph.replay()
-
-    def _capture(self, shape: _Shape, ids: Tensor, attention: Tensor) -> None:
-        """Capture the forward in the next way in which that can be done: not where the host looks at numbers."""
-        shape.captured = None
-        pool = next((captured.graph.pool() for captured in self._captures), None)  # none runs beside another
-        stream = torch.cuda.Stream(self._model.device)  # type: ignore[no-untyped-call]
+    def _capture(self, ids: Tensor, mask: Tensor) -> _Captured | None:
+        """Capture a forward; where that cannot be done, as where the host looks at numbers, none is any more."""
+        seen = self._model(ids, mask)  # compiles what is missing, which a capture must not
+        for name, each in seen.items():
+            room = self._room.get(name)
+            if room is None or room.numel() < each.numel():  # graphs that are there go on writing the smaller one
+                self._room[name] = each.new_empty(each.numel() + each.numel() // _STEPS)
+        pool = next((captured.graph.pool() for captured in self._captured.values()), None)
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self._model.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self._model.device))
         was_enabled = gc.isenabled()
         gc.disable()  # an older graph among the garbage would be destroyed, which no capture survives
         try:
-            while shape.ways and shape.captured is None:
-                there, mask = self._there(ids), self._there(attention) if shape.ways.pop(0) else None
-                graph = torch.cuda.CUDAGraph()
-                # whatever a model does that cannot be captured, it does in the forward
-                with suppress(Exception), torch.cuda.stream(stream):
-                    # not by torch.cuda.graph, which frees what is at hand, page-locked memory of other threads among it
-                    graph.capture_begin(pool, "thread_local")
-                    try:
-                        acts = {name: self._put(name, seen) for name, seen in self._model(there, mask).items()}
-                    finally:
-                        graph.capture_end()
-                    shape.captured = _Captured(graph, there, mask, acts)
+            # not by torch.cuda.graph, which frees what is at hand, page-locked memory of other threads among it
+            with torch.cuda.stream(stream):
+                graph.capture_begin(pool, "thread_local")
+                try:
+                    acts = {name: self._put(name, each) for name, each in self._model(ids, mask).items()}
+                finally:
+                    graph.capture_end()
+            graph.replay()
+            self.is_on = all(_is_rounding(acts[name], each) for name, each in seen.items())
+        except Exception:  # whatever a model does that cannot be captured, it does in the forward
+            self.is_on = False
+            torch.cuda.synchronize(self._model.device)
         finally:
             if was_enabled:
                 gc.enable()
+        if not self.is_on:
+            self._captured = {}
+            return None
+        captured = self._captured[ids.shape[0], ids.shape[1]] = _Captured(graph, ids, mask, acts)
+        return captured
 
     def _put(self, name: str, acts: Tensor) -> Tensor:
         """Copy what is at a hookpoint to where all graphs write it."""
-        return self._given[name][: acts.numel()].view(acts.shape).copy_(acts)
+        return self._room[name][: acts.numel()].view(acts.shape).copy_(acts)
+
+
+def is_small(model: nn.Module) -> bool:
+    """Tell whether the host is what forwards of a model wait for: whether its matrices are small."""
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    sizes = [each.numel() for each in model.parameters() if each.dim() > 1 and id(each) not in embeddings]
+    return sum(sizes) <= _SMALL * len(sizes)
+
+
+def padded(tensor: Tensor, rows: int, width: int, value: int) -> Tensor:
+    """Return [rows, width]: a tensor with a value behind each row, and its first row again behind all."""
+    n, length = tensor.shape
+    wide = tensor.new_full((rows, width), value)
+    wide[:n, :length] = tensor
+    wide[n:] = wide[0]
+    return wide
+
+
+def _is_rounding(one: Tensor, other: Tensor) -> bool:
+    difference = (one.float() - other.float()).norm()
+    return bool(difference <= _ROUNDING * other.float().norm())
