@@ -260,3 +260,8 @@ def test_memory_of_inference_has_a_floor_and_is_that_of_training_on_the_cpu() ->
     assert inference_memory(x, W) == {}
     few = inference_memory(x.to("meta"), W.to("meta"))
     assert few == {"workspace_bytes": 64 << 20, "weight_bytes": 32 << 20}
+
+
+def test_memory_of_a_graph_for_any_number_of_tokens_does_not_go_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert inference_memory(torch.empty(9, 64, device="meta"), torch.empty(512, 64, device="meta")) == {}

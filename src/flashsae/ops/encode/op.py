@@ -158,9 +158,10 @@ def inference_memory(x: Tensor, W_enc_T: Tensor) -> dict[str, int]:
         x: [B, d_in].
         W_enc_T: [d_sae, d_in].
     Returns:
-        workspace_bytes and weight_bytes of `encode_topk` and `encode_above`; {} on the CPU, where all is as it is.
+        workspace_bytes and weight_bytes of `encode_topk` and `encode_above`; {}, the defaults, on the CPU, and where a
+        compiler traces, whose graph is to be good for any number of tokens.
     """
-    if W_enc_T.device.type == "cpu":
+    if W_enc_T.device.type == "cpu" or torch.compiler.is_compiling():
         return {}
     (d_sae, d_in), whole = W_enc_T.shape, reference.WORKSPACE_BYTES
     budget = len(x) * d_sae * W_enc_T.element_size() // 8
