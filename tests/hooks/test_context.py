@@ -736,3 +736,20 @@ def test_widths_and_positions_are_looked_at_when_it_runs(model: nn.Module, ids: 
 def test_copies_of_a_model_are_refused(model: nn.Module, sae: SAE) -> None:
     with pytest.raises(ConfigError, match="DataParallel runs copies of a model, which hooks do not see"):
         hook(nn.DataParallel(model), {"h.1": sae})
+
+
+@pytest.mark.parametrize("arch", ["topk", "jump_relu"])
+def test_kernels_do_the_same(arch: str, model: nn.Module, ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    sae, found = sae_of(arch), []
+    edits = [steer([3, 60], [2.0, -1.0], at=[0, 4]), clamp(7, 1.5), ablate(range(20, 40))]
+    for backend in ("reference", "triton"):
+        monkeypatch.setenv("FLASHSAE_BACKEND", backend)
+        with hook(model, {"h.1": sae}, edits, gradients="latents") as codes:
+            x = at_hookpoint(model, "transformer.h.1", ids[:1])
+            model(ids[:1]).logits[0, -1, 3].backward()
+        code = codes["h.1"]
+        assert code.acts.grad is not None
+        found.append((x, code.to_dense().detach(), code.replace(code.acts.grad).to_dense()))
+    model.zero_grad()
+    for ours, theirs in zip(*found):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
