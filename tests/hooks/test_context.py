@@ -360,6 +360,21 @@ def test_a_steering_amount_can_be_learnt(model: nn.Module, ids: Tensor, sae: SAE
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.parametrize("asked_before", [False, True])
+def test_hidden_states_are_those_that_the_model_goes_on_with(
+    asked_before: bool, tiny: ModuleType, ids: Tensor, sae: SAE
+) -> None:
+    part = tiny.gpt2().eval()
+    x = (
+        part(ids, output_hidden_states=True).hidden_states[1]
+        if asked_before
+        else at_hookpoint(part, "transformer.h.0", ids)
+    )
+    with hook(part, {"h.0": sae}, steer(3, 2.0)):
+        found = part(ids, output_hidden_states=True).hidden_states[1]
+    torch.testing.assert_close(found, x + 2 * sae.W_dec[3].detach())
+
+
 # models of many kinds
 
 

@@ -78,7 +78,9 @@ class Inside:
     def hook(self, model: nn.Module, stack: ExitStack) -> None:
         """Put the SAE into a model until a stack is closed."""
         for name in dict.fromkeys((*self.place.reads, self.place.writes or self.place.reads[0])):
-            stack.callback(on_run(model.get_submodule(module_of(name)), name, partial(self._run, name)).remove)
+            module = model.get_submodule(module_of(name))
+            stack.callback(on_run(module, name, partial(self._run, name)).remove)
+            _let_models_see_last(module)
 
     def _run(self, name: str, value: Tensor) -> Tensor | None:
         """See what is at a hookpoint; return what takes its place, or None."""
@@ -229,3 +231,11 @@ def _asking(code: SparseCode) -> SparseCode:
         return replace(code, acts=acts.detach().requires_grad_(), pre_acts=None)
     acts.retain_grad()
     return code
+
+
+def _let_models_see_last(module: nn.Module) -> None:
+    """Put the hooks by which transformers collects hidden states behind ours, whichever were set first."""
+    hooks = module._forward_hooks
+    for number, function in list(hooks.items()):
+        if str(getattr(function, "__module__", "")).startswith("transformers."):
+            hooks[number] = hooks.pop(number)
