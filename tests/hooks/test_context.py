@@ -215,6 +215,12 @@ def test_autocast_does_not_reach_the_sae(model: nn.Module, ids: Tensor, sae: SAE
         model(ids)
     assert codes["h.1"].acts.dtype == torch.float32
     assert x.dtype == torch.float32
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        hook(model, {"h.1": sae}, lambda c: c.replace(c.acts @ torch.eye(4))) as codes,
+    ):
+        model(ids)
+    assert codes.edited["h.1"].acts.dtype == torch.float32
 
 
 # transcoders and crosscoders
@@ -333,6 +339,30 @@ def test_gradients_without_the_error(model: nn.Module, ids: Tensor, sae: SAE) ->
         assert torch.equal(at_hookpoint(frozen, "transformer.h.1", ids), x)
         frozen(ids).logits.square().sum().backward()
     assert codes["h.1"].acts.grad.abs().sum() > 0  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("arch", ["topk", "transcoder:topk", "skip_transcoder:topk"])
+@pytest.mark.parametrize("error", [True, False])
+@pytest.mark.parametrize("through", ["latents", "model"])
+def test_what_lies_before_has_the_gradient_that_is_asked_for(through: Any, error: bool, arch: str) -> None:
+    sae, module = sae_of(arch, dtype=torch.float64), nn.Sequential(nn.Linear(16, 16).double())
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter += 0.1
+    x, weights = torch.randn(3, 5, 16, dtype=torch.float64), torch.randn(3, 5, 16, dtype=torch.float64)
+    grads = []
+    for given in (None, {"error": error, "gradients": through}):
+        own = x.clone().requires_grad_()
+        if given is None and through == "latents":
+            found = sae(own) if "transcoder" in arch else sae(module(own))
+        elif given is None:
+            found = module(own)
+        else:
+            with hook(module, {"0": sae}, **given):
+                found = module(own)
+        (found * weights).sum().backward()
+        grads.append(own.grad)
+    torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-12)
 
 
 def test_reading_leaves_the_graph_of_the_model(model: nn.Module, ids: Tensor, sae: SAE) -> None:

@@ -81,6 +81,9 @@ def test_edits_follow_each_other(kind: str, dense: Tensor) -> None:
     assert torch.equal(edited.code.to_dense(), wanted)
     assert edited.origin is not None
     assert torch.equal(edited.code.replace(edited.origin).to_dense(), dense)
+    largest = int(dense[0, 0].argmax())  # there in some tokens, added to others
+    twice = applied(code_of(kind, dense), steer(largest, 2.0), clamp(largest, 1.0), steer(largest, 0.5))
+    assert (twice.code.to_dense()[..., largest] == 1.5).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -90,6 +93,10 @@ def test_functions_are_edits(kind: str, dense: Tensor) -> None:
         return code
 
     code = code_of(kind, dense)
+    alone = applied(code, halved)
+    assert alone.origin is not None
+    assert torch.equal(alone.code.replace(alone.origin).to_dense(), dense)
+    assert torch.equal(alone.code.to_dense(), dense / 2)
     edited = applied(code, steer(3, 2.0), halved)
     assert edited.origin is not None
     assert torch.equal(edited.code.replace(edited.origin).to_dense(), dense)
