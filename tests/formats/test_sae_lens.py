@@ -217,6 +217,9 @@ def test_what_is_kept_of_ours_is_believed_only_where_it_fits(tmp_path: Path) -> 
         config["metadata"]["flashsae"] = {**own, **wrong}
         (tmp_path / "cfg.json").write_text(json.dumps(config))
         assert sae_lens.read(tmp_path).architecture == "topk"
+    config["metadata"]["flashsae"] = {**own, "settings": {"k": K}}  # as from a version that had no other ones
+    (tmp_path / "cfg.json").write_text(json.dumps(config))
+    assert sae_lens.read(tmp_path).settings["prefixes"] == own["settings"]["prefixes"]
     for block in (None, [], "x", {}, {**own, "numbers": {"k": 1, "unit": "x"}, "metadata": 3}):
         config["metadata"]["flashsae"] = block
         (tmp_path / "cfg.json").write_text(json.dumps(config))

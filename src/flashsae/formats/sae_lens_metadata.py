@@ -135,7 +135,7 @@ def _training(content: Content) -> dict[str, Any]:
     if is_nested and base == "batch_topk":
         name = "matryoshka_batchtopk"
     details = {name: content.settings[name] for name in ("k", "target_l0") if name in content.settings}
-    if is_nested:
+    if is_nested and "prefixes" in content.settings:
         details["matryoshka_widths"] = prefixes_of(content.settings["prefixes"], content.d_sae)
     metrics = content.metadata.get("metrics")
     l0 = metrics.get("l0") if isinstance(metrics, Mapping) else None

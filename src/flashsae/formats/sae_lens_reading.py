@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from flashsae.formats.content import Content
 from flashsae.formats.sae_lens_config import ADVICE, BATCHED, CONFIG_FILE, TRANSCODERS, SAELensConfig, read_config
 from flashsae.formats.sae_lens_metadata import KEPT, OURS, RESHAPED, numbers_of, ours_of, reshaped_for, theirs_of
 from flashsae.formats.selection import check_tensors, joined, split
+from flashsae.settings.kinds import as_json
 
 WEIGHTS_FILE = "sae_weights.safetensors"
 SPARSITY_FILE, SPARSITY = "sparsity.safetensors", "sparsity"
@@ -158,10 +159,9 @@ def _own(config: SAELensConfig, values: Mapping[str, Tensor], block: Mapping[str
     ):
         return None
     try:
-        settings_of(name, **settings)
+        return name, as_json(asdict(settings_of(name, **settings)))
     except FlashSAEError:
         return None
-    return name, dict(settings)
 
 
 def _trained_as(config: SAELensConfig, values: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]]:
