@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 import flashsae
+from flashsae.converting import Conversion, convert
 from flashsae.errors import CheckpointError, ConfigError
 from flashsae.formats.gemma_scope import FORMAT
 from flashsae.formats.registry import recognised
@@ -87,6 +89,20 @@ def test_a_transcoder_keeps_the_name_of_what_no_module_gives(tmp_path: Path) -> 
     assert written["hook_name"] == "blocks.5.ln2.hook_normalized"
     assert written["hook_name_out"] == "blocks.5.hook_mlp_out"
     assert_computes(folder, X, *jump_relu(jump_relu_weights(), X))
+
+
+def test_transcoders_of_all_layers_become_a_set_of_circuit_tracer(tmp_path: Path) -> None:
+    for layer in range(3):
+        made(tmp_path, f"gemma-scope-2b-pt-transcoders/layer_{layer}/width_16k/average_l0_{layer + 7}")
+    folder = tmp_path / "gemma-scope-2b-pt-transcoders"
+    convert(Conversion(str(folder), tmp_path / "set", "circuit_tracer"), Console(file=io.StringIO()))
+    told = (tmp_path / "set" / "config.yaml").read_text("utf-8")
+    assert "feature_input_hook: ln2.hook_normalized\nfeature_output_hook: hook_mlp_out" in told
+    same = flashsae.load(folder / "layer_2" / "width_16k" / "average_l0_9")
+    assert torch.equal(flashsae.load(tmp_path / "set" / "layer_2")(X), same(X))
+    convert(Conversion(str(folder), tmp_path / "many", "saelens"), Console(file=io.StringIO()))
+    one = flashsae.load(tmp_path / "many" / "layer_2" / "width_16k" / "average_l0_9")
+    assert torch.equal(one(X), same(X))
 
 
 def test_elsewhere_it_is_read_without_what_the_folder_would_tell(tmp_path: Path) -> None:

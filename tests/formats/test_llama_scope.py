@@ -94,6 +94,7 @@ def test_a_transcoder_has_a_scale_for_either_side(tmp_path: Path) -> None:
     assert "hookpoint" not in metadata  # no module gives what a norm has before its weights
     assert metadata["llama_scope"]["hook_point_in"] == "blocks.8.ln2.hook_normalized"
     assert metadata["saelens"]["hook_name_out"] == "blocks.8.hook_mlp_out"
+    assert metadata["circuit_tracer"]["layer"] == 8
 
 
 @pytest.mark.parametrize(

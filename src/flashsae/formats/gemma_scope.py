@@ -27,7 +27,7 @@ from flashsae.formats.content import Content, Format
 from flashsae.formats.hook_names import hookpoint_of
 from flashsae.formats.released import (
     folders_with,
-    hooks_for_sae_lens,
+    hooks_for_others,
     in_one_dtype,
     jump_relu,
     known,
@@ -88,14 +88,16 @@ def _told(place: str) -> tuple[bool, int | None, dict[str, Any]]:
     is_transcoder = site == "transcoders"
     hookpoint = None if layer is None else hookpoint_of(f"blocks.{layer}.{_SITES[site]}", model)
     own = {"repository": f"google/{found[0]}", **known(layer=layer)}
-    theirs = hooks_for_sae_lens(f"blocks.{layer}.ln2.hook_normalized", f"blocks.{layer}.hook_mlp_out")
+    theirs = {}
+    if is_transcoder and layer is not None:
+        theirs = hooks_for_others(f"blocks.{layer}.ln2.hook_normalized", f"blocks.{layer}.hook_mlp_out")
     metadata = known(
         model=model,
         hookpoint=hookpoint,
         context_length=_CONTEXT_LENGTH,
         l0=l0,
         gemma_scope=own,
-        saelens=theirs if is_transcoder and layer is not None else None,
+        **theirs,
     )
     return is_transcoder, l0, metadata
 

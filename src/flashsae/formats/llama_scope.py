@@ -27,7 +27,7 @@ from flashsae.documents import load_json, load_tensors
 from flashsae.errors import CheckpointError
 from flashsae.formats.content import Content, Format
 from flashsae.formats.hook_names import hookpoint_of
-from flashsae.formats.released import hooks_for_sae_lens, in_one_dtype, jump_relu, known, length, place_of, scaled
+from flashsae.formats.released import hooks_for_others, in_one_dtype, jump_relu, known, length, place_of, scaled
 from flashsae.formats.selection import check_tensors, joined
 from flashsae.schema import Finite, Positive, Size, parse
 
@@ -167,8 +167,8 @@ def _metadata(folder: Path, config: _Config) -> dict[str, Any]:
         top_k=config.top_k,
         dataset_average_activation_norm=config.dataset_average_activation_norm,
     )
-    theirs = None if hookpoint else hooks_for_sae_lens(*sites)
-    return known(model=model, hookpoint=hookpoint, llama_scope=own, saelens=theirs)
+    theirs = {} if hookpoint else hooks_for_others(*sites)
+    return known(model=model, hookpoint=hookpoint, llama_scope=own, **theirs)
 
 
 FORMAT = Format("llama_scope", "Llama Scope", detects, read, source="He et al. 2024; huggingface.co/fnlp/Llama-Scope")

@@ -61,9 +61,19 @@ def known(**metadata: Any) -> dict[str, Any]:
     return {name: value for name, value in metadata.items() if value not in (None, {})}
 
 
-def hooks_for_sae_lens(*names: str) -> dict[str, str]:
-    """Return what SAELens is to know of places that no module of a model has, and transformer-lens a name for."""
-    return dict(zip(("hook_name", "hook_name_out"), names))
+def hooks_for_others(*names: str) -> dict[str, dict[str, Any]]:
+    """Return what other formats are to know of places that no module of a model has, and transformer-lens a name for.
+
+    Args:
+        names: such as blocks.5.ln2.hook_normalized: what is read, and of a transcoder what it reconstructs.
+    """
+    told: dict[str, dict[str, Any]] = {"saelens": dict(zip(("hook_name", "hook_name_out"), names))}
+    found = [re.fullmatch(r"blocks\.(\d+)\.([\w.]+)", name) for name in names]
+    places = [(int(each[1]), each[2]) for each in found if each]
+    if len(places) == 2 and places[0][0] == places[1][0]:
+        (layer, reads), (_, writes) = places
+        told["circuit_tracer"] = {"layer": layer, "feature_input_hook": reads, "feature_output_hook": writes}
+    return told
 
 
 def in_one_dtype(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
