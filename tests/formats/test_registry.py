@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import flashsae
 from flashsae import SAE, SAEConfig
 from flashsae.errors import CheckpointError, ConfigError
 from flashsae.formats import native, registry
@@ -49,6 +50,19 @@ def test_exactly_one_format_must_claim_a_place(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(registry, "formats", lambda: {"flashsae": native.FORMAT, "greedy": greedy})
     with pytest.raises(CheckpointError, match=r"may be of the formats flashsae and greedy: say which, .* --format"):
         registry.recognised(tmp_path / "sae")
+
+
+def test_an_sae_with_its_exports_in_folders_is_that_sae(tmp_path: Path) -> None:
+    sae = SAE(SAEConfig(3, 5, 2))
+    for form in registry.formats().values():
+        if form.write is not None and not form.is_whole:
+            place = tmp_path / form.name
+            sae.save(place, format=form.name, metadata={"model": "gpt2", "hookpoint": "h.3"})
+            for other in ("saelens", "sparsify", "flashsae", "dictionary_learning/trainer_0"):
+                inner = other.partition("/")[0]
+                sae.save(place / other, format=inner, metadata={"model": "gpt2", "hookpoint": "h.3"})
+            assert registry.recognised(place) is form
+            assert flashsae.load(place).config.d_sae == 5
 
 
 def test_importing_the_library_loads_no_format() -> None:

@@ -92,7 +92,12 @@ def _is_one(path: Path) -> bool:
 
 
 def parts(path: Path) -> dict[str, Path]:
-    """Return the SAEs in a folder and below by their paths in it: the folder of each, of checkpoints the file."""
+    """Return the SAEs in a folder and below by their paths in it: the folder of each, of checkpoints the file.
+
+    Of a folder that is one itself there are none.
+    """
+    if _is_one(path):
+        return {}
     if path.name == "checkpoints":
         return {name: path / name for name in _names(path) if is_checkpoint(path / name) and _is_one(path / name)}
     found = {}

@@ -7,7 +7,7 @@ import pkgutil
 from importlib import import_module
 from pathlib import Path
 
-from flashsae.errors import CheckpointError, ConfigError
+from flashsae.errors import CheckpointError, ConfigError, FlashSAEError
 from flashsae.formats.content import Format
 
 _ROOM = "flashsae.formats"
@@ -36,10 +36,14 @@ def format_named(name: str) -> Format:
 def recognised(path: Path) -> Format:
     """Return the one format that a file or folder is of.
 
+    What is an SAE itself may have others in folders in it, such as what was exported of it: these do not count.
+
     Raises:
         CheckpointError: it is of none, or of several.
     """
     claims = [form for form in formats().values() if form.detects(path)]
+    if len(claims) > 1:
+        claims = [form for form in claims if not _is_several(form, path)] or claims
     if len(claims) == 1:
         return claims[0]
     if claims:
@@ -51,6 +55,14 @@ def recognised(path: Path) -> Format:
         f"{path} holds no SAE of a format that is known ({', '.join(formats())}): found {_found(path)}. Name the "
         "folder that the SAE is in; format= or --format NAME tells what of that format is missing."
     )
+
+
+def _is_several(form: Format, path: Path) -> bool:
+    """Tell whether a folder holds several SAEs of a format; of a damaged one that is to be told when it is read."""
+    try:
+        return form.parts is not None and bool(form.parts(path))
+    except FlashSAEError:
+        return True
 
 
 def _found(path: Path) -> str:

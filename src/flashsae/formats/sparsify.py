@@ -67,9 +67,9 @@ def detects(path: Path) -> bool:
 
 
 def parts(path: Path) -> dict[str, Path]:
-    """Return the SAEs in a folder by hookpoint, and seed where one has several: the folder of each."""
+    """Return the SAEs in a folder by hookpoint, and seed where one has several: the folder of each; none of one."""
     found: dict[str, Path] = {}
-    for folder in _folders(path):
+    for folder in [] if _is_one(path) else _folders(path):
         inner = {f"{folder.name}/{each.name}": each for each in _folders(folder) if _is_one(each)}
         found |= {folder.name: folder} if _is_one(folder) else inner
     return found
