@@ -241,3 +241,9 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "not installed"
+
+
+def limit_threads(threads: int) -> None:
+    """Let this process, which is one of several, run so many threads, if nobody has said how many its tokenizers run."""
+    torch.set_num_threads(threads)
+    os.environ.setdefault("RAYON_NUM_THREADS", str(threads))

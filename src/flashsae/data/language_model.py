@@ -289,7 +289,8 @@ class LanguageModelSource:
         cores = os.cpu_count() or 1
         if self._model.device.type != "cuda" or cores <= 2:
             return self._windows
-        return WindowsApart(self._windows, max(1, min(_MOST_PROCESSES, int(cores / _CORES_A_PROCESS))))
+        processes = max(1, min(_MOST_PROCESSES, int(cores / _CORES_A_PROCESS)))
+        return WindowsApart(self._windows, processes, max(2, cores // processes))
 
     @cached_property
     def _in_order(self) -> TextDataset:

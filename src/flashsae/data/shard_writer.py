@@ -24,7 +24,7 @@ from flashsae.errors import DataError
 from flashsae.files import write_atomic
 
 _ROWS_AT_ONCE = 4096
-_THREADS = 8
+_THREADS = 6
 _SHARDS_BEHIND = 3, 8  # at least, at most
 _BYTES_BEHIND = 1 << 30
 _INDEX_SECONDS = 1.0
@@ -64,6 +64,10 @@ class _Spread:
             self.lost += (x[part].double() - rounded[part].double()).square().sum().item()
 
 
+_OnTheWay = tuple[Tensor, torch.cuda.Event | None]
+"""Memory of the CPU, page-locked behind a GPU, and what has happened once the GPU has filled it."""
+
+
 @dataclass
 class _Gathering:
     """A shard that is being gathered.
@@ -75,7 +79,7 @@ class _Gathering:
     """
 
     rounding: dict[str, _Spread]
-    chunks: list[tuple[dict[str, Future[Tensor]], Chunk]] = field(default_factory=list)
+    chunks: list[tuple[dict[str, _OnTheWay], Chunk]] = field(default_factory=list)
     rows: int = 0
 
 
@@ -105,8 +109,8 @@ class ShardWriter:
     Args:
         directory: of the cache.
         index: of it; grows by each shard, and is written with it.
-        shard_rows: least rows of a shard. Memory: twice that many rows of every hookpoint; behind a GPU eight times, or
-            up to twenty times while that is a gigabyte or two.
+        shard_rows: least rows of a shard. Memory: twice that many rows of every hookpoint; behind a GPU four times, or
+            up to nine times while that is about a gigabyte, page-locked.
     """
 
     def __init__(self, directory: Path, index: CacheIndex, shard_rows: int) -> None:
@@ -162,17 +166,15 @@ class ShardWriter:
         self._collect(self._most_behind)
         return n_rows
 
-    def _on_the_way(self, acts: Tensor) -> Future[Tensor]:
-        """Return what will hold activations on the CPU; the device is not waited for."""
+    def _on_the_way(self, acts: Tensor) -> _OnTheWay:
+        """Return where activations will be on the CPU; the device is not waited for."""
         if not acts.is_cuda:
-            there = Future[Tensor]()
-            there.set_result(acts)
-            return there
+            return acts, None
         staged = torch.empty(acts.shape, dtype=acts.dtype, pin_memory=True, device="cpu")
         staged.copy_(acts, non_blocking=True)
         copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         copied.record(torch.cuda.current_stream(acts.device))
-        return self._pool.submit(_unstaged, staged, copied)
+        return staged, copied
 
     def _write(self, *, is_full: bool) -> None:
         """Begin to write what was gathered."""
@@ -196,7 +198,7 @@ class ShardWriter:
             )
         }
         for name, layout in self._layouts.items():
-            parts = [stored.pop(name).result() for stored, _ in gathered.chunks]
+            parts = [_arrived(stored.pop(name)) for stored, _ in gathered.chunks]
             if layout.is_plain:
                 sums[name] = self._save_parts(name, number, parts_of_rows(ACTIVATIONS, parts))
                 continue
@@ -257,10 +259,12 @@ class ShardWriter:
         self._index.write(self._directory)
 
 
-def _unstaged(staged: Tensor, copied: torch.cuda.Event) -> Tensor:
-    """Return a copy of page-locked memory, which others wait for, once the device has filled it."""
-    copied.synchronize()
-    return torch.empty(staged.shape, dtype=staged.dtype, device="cpu").copy_(staged)
+def _arrived(on_the_way: _OnTheWay) -> Tensor:
+    """Return activations once they are there."""
+    there, copied = on_the_way
+    if copied is not None:
+        copied.synchronize()
+    return there
 
 
 def parts_of_file(tensors: Mapping[str, Tensor]) -> list[bytes | memoryview]:

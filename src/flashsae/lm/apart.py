@@ -16,6 +16,7 @@ from typing import IO, Any
 
 import torch
 
+from flashsae.backend import limit_threads
 from flashsae.errors import FlashSAEError
 from flashsae.lm.windows import TokenBatch, Windows
 from flashsae.text.content import Block
@@ -45,7 +46,7 @@ class WindowsApart:
         self._free = Condition()
         self._there: list[_Process] = []
         try:
-            sent = pickle.dumps((windows, threads))
+            sent = pickle.dumps(threads) + pickle.dumps(windows)
         except Exception:  # whatever a tokenizer raises that holds what cannot be sent
             return
         self._there = [_Process(sent) for _ in range(processes)]
@@ -158,8 +159,8 @@ def serve() -> None:
     with os.fdopen(os.dup(sys.stdout.fileno()), "wb") as answers:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints must not get among the answers
         questions = sys.stdin.buffer
-        windows, threads = pickle.load(questions)
-        torch.set_num_threads(threads)
+        limit_threads(pickle.load(questions))  # before a tokenizer begins some
+        windows = pickle.load(questions)
         answers.write(b"\n")
         answers.flush()
         while True:
