@@ -17,7 +17,20 @@ LOUD = "THE CAT SAT ON THE MAT. THE DOG RAN ON THE HILL. THE PIG HID. THE COW LA
 
 def steered(little: tuple[Path, Path], prompt: str) -> dict[str, tuple[float, str]]:
     model, sae = little
-    about = ["--about", LOUD, "--unlike", LOUD.lower(), "--prompt", prompt, "--new-tokens", "12"]
+    about = [
+        "--about",
+        LOUD,
+        "--unlike",
+        LOUD.lower(),
+        "--prompt",
+        prompt,
+        "--new-tokens",
+        "12",
+        "--strengths",
+        "0.5",
+        "1",
+        "2",
+    ]
     rows = steering.main([str(sae), "--model", str(model), "--hookpoint", HOOKPOINT, *about])
     return {row.edit: (row.about, row.text) for row in rows}
 
@@ -27,13 +40,13 @@ def test_steering_says_more_of_what_a_latent_is_about(
 ) -> None:
     rows = steered(little, "the dog ")
     strengths = [name for name in rows if name != "ablated"]
-    assert strengths == ["as it is", *(f"+ {strength} x maximum" for strength in ("0.5", "1", "2", "4"))]
+    assert strengths == ["as it is", *(f"+ {strength} x maximum" for strength in ("0.5", "1", "2"))]
     shares = [rows[name][0] for name in strengths]
     assert shares == sorted(shares)
     assert shares[0] < 0.1
     assert shares[-1] > 2 * shares[0] + 0.1
     assert rows["as it is"][1].islower()
-    assert not rows["+ 4 x maximum"][1].islower()  # what it writes is another text
+    assert not rows["+ 2 x maximum"][1].islower()  # what it writes is another text
     assert "maximum" in capsys.readouterr().out
     rows = steered(little, "THE DOG ")
     assert rows["ablated"][0] < rows["as it is"][0]

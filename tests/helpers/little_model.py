@@ -41,7 +41,7 @@ def byte_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="<s>", pad_token="<s>")
 
 
-def trained(steps: int = 120) -> Any:
+def trained(steps: int = 90) -> Any:
     """Return a causal model of bytes, trained on `texts`."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -51,7 +51,7 @@ def trained(steps: int = 120) -> Any:
         vocab_size=257, n_positions=96, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0, **none
     )  # fmt: skip
     model, tokenizer = GPT2LMHeadModel(config), byte_tokenizer()
-    rows = tokenizer(texts(400), padding="max_length", truncation=True, max_length=48, return_tensors="pt").input_ids
+    rows = tokenizer(texts(300), padding="max_length", truncation=True, max_length=48, return_tensors="pt").input_ids
     adam = torch.optim.Adam(model.parameters(), lr=6e-3)
     for step in range(steps):
         batch = rows[torch.arange(step * 16, step * 16 + 16) % len(rows)]
@@ -67,7 +67,7 @@ def make(folder: Path) -> tuple[Path, Path]:
     model, tokenizer = trained(), byte_tokenizer()
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    acts = flashsae.activations(model, tokenizer, texts(100, seed=1), hookpoint=HOOKPOINT, context_length=64)
-    sae = flashsae.fit(acts, d_sae=128, k=8, tokens=20_000, batch_tokens=256, shuffle_tokens=4096, progress=False)
+    acts = flashsae.activations(model, tokenizer, texts(60, seed=1), hookpoint=HOOKPOINT, context_length=64)
+    sae = flashsae.fit(acts, d_sae=128, k=8, tokens=12_000, batch_tokens=256, shuffle_tokens=4096, progress=False)
     sae.save(folder / "sae", metadata={"model": "model", "hookpoint": HOOKPOINT})
     return folder / "model", folder / "sae"

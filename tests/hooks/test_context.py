@@ -113,6 +113,17 @@ def test_a_new_text_begins_anew(model: nn.Module, ids: Tensor, sae: SAE) -> None
         assert codes["h.1"].shape == (1, 3)
 
 
+def test_a_cache_from_before(model: nn.Module, ids: Tensor, sae: SAE) -> None:
+    with hook(model, {"h.1": sae}) as codes:
+        model(ids[:, :2])
+        cache = model(ids[:, :4], use_cache=True).past_key_values
+    with hook(model, {"h.1": sae}, clamp(5, 9.0, at=-1)) as codes:
+        model(ids[:1, :3])  # another text, which the cache does not go on with
+        model(ids[:, 4:], past_key_values=cache)
+    assert codes["h.1"].shape == (2, 3)
+    assert (codes.edited["h.1"].to_dense()[0, :, 5] == 9).tolist() == [False, False, True]
+
+
 def test_names_of_hookpoints(model: nn.Module, ids: Tensor, sae: SAE) -> None:
     other = sae_of(seed=1)
     with hook(model, {"h.{0,2}": sae, "transformer.h.1:in": other}) as codes:
@@ -616,6 +627,19 @@ def test_hooks_are_removed_whatever_happens(
     assert torch.equal(model(ids).logits, wanted)
     with hook(model, {"h.1": sae}, steer(3, 9.0, at="new")):  # a forward that failed is over
         assert torch.equal(model(ids).logits, wanted)
+
+
+def test_a_forward_that_failed_is_over(model: nn.Module, ids: Tensor, sae: SAE) -> None:
+    def stops(*_: object) -> None:
+        raise ValueError("behind it")
+
+    handle = model.get_submodule("transformer.h.2").register_forward_hook(stops)
+    with hook(model, {"h.1": sae}) as codes:
+        with pytest.raises(ValueError, match="behind it"):
+            model(ids)
+        handle.remove()
+        model.transformer.h[1](torch.zeros(1, 3, 16))
+        assert codes["h.1"].shape == (1, 3)
 
 
 def test_it_is_entered_again_but_not_twice_at_once(model: nn.Module, ids: Tensor, sae: SAE) -> None:
