@@ -95,6 +95,7 @@ def test_a_scale_of_activations_is_told_and_not_applied(tmp_path: Path) -> None:
     with pytest.warns(FlashSAEWarning, match=r"the factor is 0\.375\."):
         content = check_read(folder)
     assert content.normalize_activations == "none"
+    assert written(tmp_path / "again", content)[0]["normalize_activations"] == "expected_average_only_in"
     with pytest.raises(CheckpointError, match="of whitened activations: SAELens folds the whitening"):
         sae_lens.read(foreign(tmp_path, "standard", normalize_activations="covariance_whitening"))
 

@@ -26,7 +26,7 @@ from flashsae import files
 from flashsae.errors import ConfigError
 from flashsae.formats.content import Content, Format, plain_metadata
 from flashsae.formats.sae_lens_config import CONFIG_FILE
-from flashsae.formats.sae_lens_metadata import KEPT, RESHAPED, reshaped_for, theirs_of
+from flashsae.formats.sae_lens_metadata import NORMALIZED, RESHAPED, SCALED, kept_of, reshaped_for, theirs_of
 from flashsae.formats.sae_lens_reading import DENSITY, FLOOR, FORMS, SPARSITY, SPARSITY_FILE, WEIGHTS_FILE, read_folder
 from flashsae.formats.selection import selection_of, split
 
@@ -151,8 +151,10 @@ def _tensors(content: Content, threshold: Tensor | None, form: str) -> dict[str,
 def _config(content: Content, form: str, k: int) -> dict[str, Any]:
     """Return what stands in cfg.json; all that SAELens knows of an SAE is said, and nothing left to its defaults."""
     metadata = theirs_of(content)
-    kept = content.metadata.get(KEPT)
-    reshaped = kept.get(RESHAPED) if isinstance(kept, Mapping) else None
+    kept = kept_of(content)
+    normalization = _NORMALIZATIONS[content.normalize_activations]
+    if normalization == "none" and kept.get(NORMALIZED) == SCALED:
+        normalization = SCALED
     return {
         "architecture": form,
         "d_in": content.d_in,
@@ -162,8 +164,8 @@ def _config(content: Content, form: str, k: int) -> dict[str, Any]:
         "dtype": str(content.dtype).removeprefix("torch."),
         "device": "cpu",
         "apply_b_dec_to_input": content.apply_b_dec_to_input,
-        "normalize_activations": _NORMALIZATIONS[content.normalize_activations],
-        "reshape_activations": reshaped or reshaped_for(metadata),
+        "normalize_activations": normalization,
+        "reshape_activations": "none" if kept.get(RESHAPED) == "none" else reshaped_for(metadata),
         "metadata": metadata,
     }
 

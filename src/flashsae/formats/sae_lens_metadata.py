@@ -25,7 +25,10 @@ OURS = "flashsae"
 """Under which name they keep what we know."""
 VERSION = "6.54.12"
 """Of SAELens, whose layout is written."""
-RESHAPED = "reshape_activations"
+RESHAPED, NORMALIZED = "reshape_activations", "normalize_activations"
+"""What of cfg.json is kept beside their metadata, where nothing else tells it."""
+SCALED = "expected_average_only_in"
+"""That an SAE is for activations of mean norm √d_in, which whoever uses it has to see to."""
 _TRAINED_AS = {
     "batch_topk": "batchtopk", "topk": "topk", "abs_topk": "abstopk", "jump_relu": "jumprelu", "relu": "standard",
     "gated": "gated",
@@ -68,8 +71,7 @@ def _hookpoint(theirs: Mapping[str, Any], end: str) -> str | None:
 def theirs_of(content: Content) -> dict[str, Any]:
     """Return the metadata that SAELens is to have of an SAE."""
     ours = {name: value for name, value in content.metadata.items() if name != KEPT}
-    kept = content.metadata.get(KEPT)
-    theirs = {name: value for name, value in kept.items() if name != RESHAPED} if isinstance(kept, Mapping) else {}
+    theirs = {name: value for name, value in kept_of(content).items() if name not in (RESHAPED, NORMALIZED)}
     is_transcoder = bool(split(content.architecture)[0])
     known = _named(ours, is_transcoder=is_transcoder)
     is_the_same = bool(theirs) and ours_of(theirs, is_transcoder=is_transcoder).items() <= ours.items()
@@ -92,6 +94,12 @@ def theirs_of(content: Content) -> dict[str, Any]:
         "metadata": ours,
     }
     return {**theirs, OURS: own}
+
+
+def kept_of(content: Content) -> dict[str, Any]:
+    """Return what is kept of SAELens's knowledge; {} of an SAE that does not come from there."""
+    kept = content.metadata.get(KEPT)
+    return dict(kept) if isinstance(kept, Mapping) else {}
 
 
 def reshaped_for(theirs: Mapping[str, Any]) -> str:

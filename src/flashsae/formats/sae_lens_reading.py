@@ -17,7 +17,17 @@ from flashsae.documents import load_json, load_tensors
 from flashsae.errors import CheckpointError, FlashSAEError, FlashSAEWarning
 from flashsae.formats.content import Content
 from flashsae.formats.sae_lens_config import ADVICE, BATCHED, CONFIG_FILE, TRANSCODERS, SAELensConfig, read_config
-from flashsae.formats.sae_lens_metadata import KEPT, OURS, RESHAPED, numbers_of, ours_of, reshaped_for, theirs_of
+from flashsae.formats.sae_lens_metadata import (
+    KEPT,
+    NORMALIZED,
+    OURS,
+    RESHAPED,
+    SCALED,
+    numbers_of,
+    ours_of,
+    reshaped_for,
+    theirs_of,
+)
 from flashsae.formats.selection import check_tensors, joined, split
 from flashsae.settings.kinds import as_json
 
@@ -77,11 +87,13 @@ def _metadata(content: Content, config: SAELensConfig, block: Mapping[str, Any])
     theirs = {name: value for name, value in config.metadata.items() if name != OURS}
     if config.reshape_activations != reshaped_for(theirs):
         theirs[RESHAPED] = config.reshape_activations
+    if config.normalize_activations == SCALED:
+        theirs[NORMALIZED] = SCALED
     ours = block.get("metadata")
     if not isinstance(ours, Mapping):
         return {**ours_of(theirs, is_transcoder=config.architecture in TRANSCODERS), KEPT: theirs}
     again = theirs_of(replace(content, metadata=ours))
-    is_ours = {**again, OURS: None, RESHAPED: None} == {**theirs, OURS: None, RESHAPED: None}
+    is_ours = {**again, OURS: None} == {**theirs, OURS: None}
     return dict(ours) if is_ours else {**ours, KEPT: theirs}
 
 
@@ -213,7 +225,7 @@ def _tell_of_scaling(folder: Path, config: SAELensConfig) -> None:
             f"{folder} is of a training that was not ended, of whitened activations: SAELens folds the whitening into "
             "the weights at the end. Read what it saved then."
         )
-    if config.normalize_activations != "expected_average_only_in":
+    if config.normalize_activations != SCALED:
         return
     path, advice = folder / "activation_scaler.json", "√d_in over the mean norm of activations"
     if path.exists():
@@ -221,7 +233,7 @@ def _tell_of_scaling(folder: Path, config: SAELensConfig) -> None:
         factor = content.get("scaling_factor") if isinstance(content, dict) else None
         advice = f"{factor:g}" if isinstance(factor, int | float) else advice
     warnings.warn(
-        f"{folder} is for activations of mean norm √d_in, and says so by expected_average_only_in: FlashSAE, as "
+        f"{folder} is for activations of mean norm √d_in, and says so by {SCALED}: FlashSAE, as "
         "SAELens, takes activations as they come. sae.rescaled(factor) makes the SAE for these; the factor is "
         f"{advice}.",
         FlashSAEWarning,
