@@ -102,7 +102,7 @@ def _made(saes: Sequence[Published]) -> list[Any]:
     by = Raw(f"[FlashSAE](https://github.com/flashsae/flashsae) {code(versions)}")
     if saes[0].run is None:
         return [Raw(f"Written by {by}.")]
-    config = "[config.toml](config.toml)" if len(saes) == 1 else "the config.toml in its folder"
+    config = "[config.toml](config.toml)" if len(saes) == 1 else "the config.toml in their folders"
     sentences = [Raw(f"Trained by {by} with the settings of {config}, which `flashsae train --config` takes.")]
     shortened = dict.fromkeys(name.rpartition(": ")[2] for sae in saes for name in sae.shortened)
     if shortened:
