@@ -57,6 +57,22 @@ def test_all_that_lies_under_a_path(hub: Hub) -> None:
     assert "big.bin" not in hub.downloaded()
 
 
+def test_of_a_set_what_lies_beside_its_files_comes_along(hub: Hub) -> None:
+    own = {"config.yaml": "c", "layer_0.safetensors": b"0", "layer_1.safetensors": b"1", "lm_config.json": "lm"}
+    hub.put("me/set", {**own, "features/index.json": "large", "saelens/cfg.json": "other"})
+    assert sorted(content_of(fetched("hf://me/set", several=True))) == sorted(own)
+    hub.put("me/both", {f"{k}/{form}w.safetensors": f"{k}{form}" for k in "ab" for form in ("", "saelens/")})
+    assert sorted(content_of(fetched("hf://me/both", several=True))) == ["a/w.safetensors", "b/w.safetensors"]
+    with pytest.raises(CheckpointError, match="it holds no weights of an SAE"):
+        fetched("hf://me/set/features", several=True)
+
+
+def test_one_of_a_set_without_its_ending(hub: Hub) -> None:
+    hub.put("me/set", {"config.yaml": "c", "layer_0.safetensors": b"0", "layer_1.safetensors": b"1"})
+    assert fetched("hf://me/set/layer_1").read_bytes() == b"1"
+    assert sorted(hub.downloaded()) == ["config.yaml", "layer_1.safetensors"]
+
+
 def test_signs_in_names_are_no_patterns(hub: Hub) -> None:
     hub.put("me/saes", {"a[b]*/w.safetensors": b"1", "ab/w.safetensors": b"2", "a[b]*/cfg.json": "{}"})
     assert (fetched("hf://me/saes/a[b]*") / "w.safetensors").read_bytes() == b"1"

@@ -59,7 +59,7 @@ def fetched(uri: str, revision: str | None = None, token: str | None = None, *, 
         uri: hf://REPO[@REVISION][/PATH], a folder or a file; a slash in a revision is written %2F.
         revision: a branch, tag or commit, where the uri names none.
         token: of an account that may read the repository; None: that of HF_TOKEN or of `hf auth login`.
-        several: fetch all that lies under the path, where it may hold several SAEs.
+        several: fetch all SAEs under the path, where it holds several.
     Raises:
         ConfigError: the uri is none, or says another revision than the argument.
         CheckpointError: there is no such repository, revision or path, it cannot be read without a token that is

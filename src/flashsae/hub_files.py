@@ -31,7 +31,7 @@ def wanted_files(names: Sequence[str], path: str, place: str, *, several: bool) 
         names: of all files of the repository.
         path: of a folder or file; "" is all of it.
         place: the same for people, for messages.
-        several: take all that lies under the path, several SAEs too.
+        several: take all SAEs under the path, where there are several.
     Raises:
         CheckpointError: there is no such path, no weights under it, or several SAEs and one is asked for.
     """
@@ -42,13 +42,15 @@ def wanted_files(names: Sequence[str], path: str, place: str, *, several: bool) 
     if not below:
         raise CheckpointError(f"{place}: there is no such path; {_told(saes_in(names), 'the repository')}")
     found = saes_in(below)
-    if path in below or several:
-        return path, [*below, *_configs_around(names, path)]
-    here = path if path in found else next(iter(found)) if len(found) == 1 else None
-    if here is None:
+    if path in below:
+        found = [path]
+    elif path in found or len(found) == 1:
+        path = path if path in found else found[0]
+        found = [path]
+    elif not several or not found:
         raise CheckpointError(f"{place}: {_told(found, 'it')}")
-    own = [here] if here in below else _of_folder(below, here)
-    return here, [*own, *(name for name in _configs_around(names, here) if name not in own)]
+    wanted = dict.fromkeys(name for each in found for name in _files_of(names, each, several=several))
+    return path, list(wanted)
 
 
 def saes_in(names: Collection[str]) -> list[str]:
@@ -81,7 +83,19 @@ def _lies_in(path: str, folder: str) -> bool:
     return path != folder and (not folder or path.startswith(f"{folder}/"))
 
 
-def _of_folder(names: Sequence[str], folder: str) -> list[str]:
+def _files_of(names: Collection[str], path: str, *, several: bool) -> list[str]:
+    """Return the files that are needed to read an SAE: its own, and config files of the folders around it.
+
+    Of several in one folder, which have a file each, all that lies in the folder belongs together.
+    """
+    if path not in names:
+        own = _of_folder(names, path)
+    else:
+        own = [name for name in names if _parent(name) == _parent(path)] if several else [path]
+    return [*own, *_configs_around(names, path)]
+
+
+def _of_folder(names: Collection[str], folder: str) -> list[str]:
     """Return the files of the SAE in a folder: those in it, or all below where its weights lie deeper."""
     here = [name for name in names if _parent(name) == folder]
     has_weights = any(PurePosixPath(name).suffix in _WEIGHTS for name in here)

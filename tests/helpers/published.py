@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from flashsae.architecture import settings_of
+from flashsae.architecture import architecture_of, settings_of
 from flashsae.logs.jsonl import make_line
 from flashsae.report.evaluation_file import RunEvaluation, write_evaluation
 from flashsae.sae.config import SAEConfig
@@ -28,7 +28,10 @@ def write_run(folder: Path, *, arch: str = "topk", fvu: float = 0.125, seed: int
     asked = {"model": "openai-community/gpt2", "dataset": "org/texts", "hookpoint": "h.6", **reading}
     activations = ActivationsConfig(**asked).filled()
     settings = settings_of(arch, k=3) if "topk" in arch else settings_of(arch)
-    train = TrainConfig(arch=settings, d_sae=D_SAE, tokens=2048, batch_tokens=64, seed=seed).resolve(D_IN)
+    sites = architecture_of(settings).sites or ("x",)
+    train = TrainConfig(arch=settings, d_sae=D_SAE, tokens=2048, batch_tokens=64, seed=seed).resolve(
+        D_IN if len(sites) == 1 else dict.fromkeys(sites, D_IN)
+    )
     (folder / "config.toml").write_text(RunConfig(activations, train).to_toml(), "utf-8")
     lines, checksum = [], 0
     for step in (1, 16, train.steps):

@@ -11,6 +11,7 @@ import torch
 import yaml
 
 import flashsae
+from flashsae.architecture import settings_of
 from flashsae.errors import CheckpointError, ConfigError
 from flashsae.files import sha256
 from flashsae.hub import Place
@@ -66,7 +67,7 @@ def test_the_folder_of_a_run(finished: Path, tmp_path: Path) -> None:
 def test_the_code_of_the_card_loads_the_sae(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     card = made(finished, tmp_path / "out")
     (snippet,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    monkeypatch.setattr("flashsae.hub.fetched", lambda uri, **_: {"hf://me/saes": tmp_path / "out"}[uri])
+    monkeypatch.setattr("flashsae.places.fetched", lambda uri, *_, **__: {"hf://me/saes": tmp_path / "out"}[uri])
     names: dict[str, Any] = {"x": torch.randn(4, runs.D_IN)}
     exec(snippet, names)
     expected = flashsae.SAE.load(finished / "sae")(names["x"])
@@ -126,6 +127,38 @@ def test_several_saes_have_a_folder_each_and_one_card(tmp_path: Path) -> None:
     assert 'flashsae.load("hf://me/saes@v1/sweep/seed0")' in card
     assert "1 more of the run failed and are not here." in card
     assert "| `seed` |" not in card.split("## Settings")[1]
+
+
+def test_transcoders_of_a_model_are_one_set_of_circuit_tracer(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for layer in range(2):
+        place = f"h.{layer}.mlp:in, h.{layer}.mlp"
+        runs.write_run(run / f"h.{layer}", arch="transcoder:topk", hookpoint=place, seed=layer)
+    shutil.copy(run / "h.0" / "config.toml", run)
+    card = made(run, tmp_path / "out", Asked(("circuit_tracer", "sparsify")))
+    names = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.*") if path.is_file()}
+    assert {f"circuit_tracer/{name}" for name in ("config.yaml", "layer_0.safetensors", "layer_1.safetensors")} <= names
+    assert {f"h.{layer}/sparsify/cfg.json" for layer in range(2)} <= names
+    assert not any(name.startswith("h.0/circuit_tracer") for name in names)
+    assert 'load_transcoder_from_hub("me/saes/circuit_tracer")' in card
+    assert "# 2 × TopK transcoder of openai-community/gpt2" in card
+    assert {"circuit_tracer", "sparsify", "transcoder"} <= set(head_of(card)["tags"])
+    assert flashsae.load(tmp_path / "out" / "h.1").config.d_sae == runs.D_SAE
+
+
+def test_what_a_format_cannot_hold(tmp_path: Path) -> None:
+    run = runs.write_run(tmp_path / "run", arch="skip_transcoder:topk", hookpoint="h.0.mlp:in, h.0.mlp")
+    with pytest.raises(ConfigError, match="dictionary_learning"):
+        made(run, tmp_path / "out1", Asked(("dictionary_learning",)))
+    with pytest.raises(ConfigError, match=r"expected one of flashsae, .*got 'zip'"):
+        made(run, tmp_path / "out2", Asked(("zip",)))
+    with pytest.raises(ConfigError, match="gemma_scope is read and not written"):
+        made(run, tmp_path / "out3", Asked(("gemma_scope",)))
+    crosscoder = settings_of("crosscoder:topk", k=3, sites=("h.0", "h.1"), widths=(3, 3))
+    flashsae.SAE(flashsae.SAEConfig(6, 20, arch=crosscoder)).save(tmp_path / "crosscoder")
+    card = made(tmp_path / "crosscoder", tmp_path / "out4", Asked())
+    assert "Not there in the format of SAELens: " in card
+    assert not (tmp_path / "out4" / "saelens").exists()
 
 
 def test_an_sae_without_a_run(finished: Path, tmp_path: Path) -> None:

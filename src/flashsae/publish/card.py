@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from flashsae.hub import Place
 from flashsae.publish.content import Published
 from flashsae.publish.markdown import Raw, code, template
 from flashsae.publish.tables import all_settings, definitions, figures, lead, title, which
-from flashsae.publish.ways import ways
+from flashsae.publish.ways import of_others, ways
 from flashsae.report.plots import Plot
 from flashsae.settings.reading import MINILM
 
@@ -36,6 +36,7 @@ class Card:
         place: where it will stand.
         saes: what it is of.
         formats: by the name of an SAE those of other libraries that lie beside ours.
+        sets: formats of other libraries that have all SAEs in one folder beside it.
         pictures: that lie beside it, in pictures/.
         remarks: sentences on what is not there.
         license: of the hub's names; None where none is given.
@@ -44,6 +45,7 @@ class Card:
     place: Place
     saes: Sequence[Published]
     formats: Mapping[str, Sequence[str]]
+    sets: Sequence[str] = ()
     pictures: Sequence[Plot] = ()
     remarks: Sequence[str] = ()
     license: str | None = None
@@ -56,7 +58,7 @@ class Card:
         """
         first, several = self.saes[0], len(self.saes) > 1
         path = "/".join(filter(None, (self.place.path, first.name)))
-        found = ways(Place(self.place.repo, self.place.revision, path), self.formats[first.name])
+        found = [*ways(replace(self.place, path=path), self.formats[first.name]), *of_others(self.place, self.sets)]
         body = template("card.md.j2").render(
             title=title(self.saes),
             lead=lead(self.saes),
@@ -74,7 +76,7 @@ class Card:
     def _head(self) -> dict[str, Any]:
         """Return what the hub reads of it."""
         kinds = [re.sub(r"[^a-z0-9]+", "-", sae.architecture.name.lower()) for sae in self.saes]
-        formats = [name for names in self.formats.values() for name in names]
+        formats = [name for names in (*self.formats.values(), self.sets) for name in names]
         models = dict.fromkeys(_KNOWN.get(name, name) for sae in self.saes for name in _on_hub(sae, "model"))
         datasets = dict.fromkeys(name for sae in self.saes for name in _on_hub(sae, "dataset"))
         head: dict[str, Any] = {"library_name": "flashsae", "tags": list(dict.fromkeys([*_TAGS, *kinds, *formats]))}

@@ -23,6 +23,7 @@ from typing import Any
 from flashsae import files
 from flashsae.documents import SEAL, load_json, sealed
 from flashsae.errors import ConfigError
+from flashsae.exporting import by_hookpoint, with_density, write_several
 from flashsae.formats.content import Content
 from flashsae.formats.native import FORMAT as OURS
 from flashsae.formats.registry import format_named
@@ -42,8 +43,7 @@ from flashsae.publish.pictures import alone
 from flashsae.report.comparison import Compared, comparing_plots
 from flashsae.report.plots import Plot, training_plots
 from flashsae.report.render import dictionary_plots, read_arrays
-from flashsae.sae.saved import sae_of
-from flashsae.sae.stored import write
+from flashsae.sae.stored import config_from, write
 from flashsae.settings.run import CONFIG_FILE
 from flashsae.settings.toml import sealed_toml
 
@@ -90,13 +90,14 @@ def make_folder(
         own.mkdir(exist_ok=True)
         _write_ours(sae, own, put)
     formats, left_out = _write_others(saes, folder, asked.formats)
+    sets = _write_sets(saes, folder, asked.formats or ())
     remarks = [f"{len(failed)} more of the run failed and are not here."] if failed else []
     remarks += left_out
     pictures = _pictures(saes)
     for picture in pictures:
         (folder / PICTURES).mkdir(exist_ok=True)
         (folder / PICTURES / f"{picture.name}.svg").write_text(alone(picture.svg), "utf-8")
-    card = Card(place, saes, formats, pictures, remarks, asked.license)
+    card = Card(place, saes, formats, sets, pictures, remarks, asked.license)
     (folder / CARD_FILE).write_text(card.text(), "utf-8")
     return saes, remarks
 
@@ -125,15 +126,10 @@ def _write_others(
     written: dict[str, list[str]] = {sae.name: [] for sae in saes}
     left_out: dict[str, str] = {}
     forms = [format_named(name) for name in dict.fromkeys(_BY_DEFAULT if asked is None else asked)]
-    for form in forms:
-        if form.write_set is None or len(saes) == 1:
-            continue
-        contents = {sae.told("hookpoint") or sae.name: _content(sae) for sae in saes}
-        with files.atomic_directory(folder / form.name) as aside:
-            form.write_set(aside, contents, False)
     for sae in saes:
-        alone = [form for form in forms if form is not OURS and (form.write_set is None or len(saes) == 1)]
-        for form in alone:
+        for form in forms:
+            if form is OURS or (form.is_whole and len(saes) > 1):
+                continue
             try:
                 write(_content(sae), folder / sae.name / form.name, form, lossy=False, overwrite=False)
             except ConfigError as error:
@@ -145,6 +141,16 @@ def _write_others(
     return written, [f"Not there in the format of {title}: {why}" for why, title in left_out.items()]
 
 
+def _write_sets(saes: Sequence[Published], folder: Path, asked: Sequence[str]) -> list[str]:
+    """Write the SAEs of a run in formats that have all of a model in one folder; return their names."""
+    forms = [format_named(name) for name in dict.fromkeys(asked)]
+    whole = [form for form in forms if form.is_whole and len(saes) > 1]
+    contents = by_hookpoint({sae.name: _content(sae) for sae in saes}) if whole else {}
+    for form in whole:
+        write_several(contents, folder / form.name, form, lossy=False, overwrite=False)
+    return [form.name for form in whole]
+
+
 def _content(sae: Published) -> Content:
     """Return what is written of an SAE in other formats.
 
@@ -152,8 +158,8 @@ def _content(sae: Published) -> Content:
         CheckpointError: it is damaged.
     """
     content = OURS.read(sae.folder)
-    sae_of(content, sae.folder)
-    return replace(content, metadata=sae.description.metadata)
+    config_from(content, sae.folder)
+    return with_density(replace(content, metadata=sae.description.metadata), sae.folder)
 
 
 def _pictures(saes: Sequence[Published]) -> list[Plot]:

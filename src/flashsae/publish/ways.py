@@ -76,7 +76,12 @@ def ways(place: Place, formats: Iterable[str]) -> list[Way]:
     """
     ours = f"import flashsae\n\nsae = flashsae.load({_string(str(place))})\ncode = sae.encode(x)  # x: [tokens, d_in]"
     found = [Way("FlashSAE", f"{ours}\nx_hat = sae.decode(code, like=x)")]
-    return found + [_way(place, name) for name in formats if name in LIBRARIES]
+    return found + of_others(place, formats)
+
+
+def of_others(place: Place, formats: Iterable[str]) -> list[Way]:
+    """Return how other libraries load what lies in folders of their formats."""
+    return [_way(place, name) for name in formats if name in LIBRARIES]
 
 
 def _way(place: Place, name: str) -> Way:
