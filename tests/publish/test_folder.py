@@ -15,6 +15,7 @@ from flashsae.architecture import settings_of
 from flashsae.errors import CheckpointError, ConfigError
 from flashsae.files import sha256
 from flashsae.hub import Place
+from flashsae.places import find
 from flashsae.publish.folder import Asked, make_folder
 from flashsae.settings.run import RunConfig, load_settings
 from flashsae.train.failure import write_failure
@@ -159,6 +160,18 @@ def test_what_a_format_cannot_hold(tmp_path: Path) -> None:
     card = made(tmp_path / "crosscoder", tmp_path / "out4", Asked())
     assert "Not there in the format of SAELens: " in card
     assert not (tmp_path / "out4" / "saelens").exists()
+
+
+def test_the_same_sae_in_other_formats_below_makes_no_doubt(tmp_path: Path) -> None:
+    formats = ("saelens", "sparsify", "dictionary_learning", "llamascopium")
+    made(runs.write_run(tmp_path / "run"), tmp_path / "one", Asked(formats))
+    made(runs.write_sweep(tmp_path / "sweep"), tmp_path / "two", Asked(formats))
+    assert {form.name for form, _ in find(tmp_path / "one").values()} == {"flashsae"}
+    assert {name: form.name for name, (form, _) in find(tmp_path / "two").items()} == dict.fromkeys(
+        ("seed0", "seed1"), "flashsae"
+    )
+    for name in formats:
+        assert {form.name for form, _ in find(tmp_path / "one" / name).values()} == {name}
 
 
 def test_an_sae_without_a_run(finished: Path, tmp_path: Path) -> None:

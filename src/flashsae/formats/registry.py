@@ -36,14 +36,13 @@ def format_named(name: str) -> Format:
 def recognised(path: Path) -> Format:
     """Return the one format that a file or folder is of.
 
-    What is an SAE itself may have others in folders in it, such as what was exported of it: these do not count.
+    What is an SAE itself may have others in folders in it, such as what was exported of it, and so may each of
+    several: these do not count.
 
     Raises:
         CheckpointError: it is of none, or of several.
     """
-    claims = [form for form in formats().values() if form.detects(path)]
-    if len(claims) > 1:
-        claims = [form for form in claims if not _is_several(form, path)] or claims
+    claims = _uppermost([form for form in formats().values() if form.detects(path)], path)
     if len(claims) == 1:
         return claims[0]
     if claims:
@@ -57,12 +56,24 @@ def recognised(path: Path) -> Format:
     )
 
 
-def _is_several(form: Format, path: Path) -> bool:
-    """Tell whether a folder holds several SAEs of a format; of a damaged one that is to be told when it is read."""
+def _uppermost(claims: list[Format], path: Path) -> list[Format]:
+    """Return the formats whose SAEs do not all lie below those of another one."""
+    places = [_places(form, path) for form in claims] if len(claims) > 1 else [[path]]
+    return [
+        form
+        for form, own in zip(claims, places)
+        if not any(
+            all(any(above in place.parents for above in others) for place in own) for others in places if others != own
+        )
+    ]
+
+
+def _places(form: Format, path: Path) -> list[Path]:
+    """Return the places of the SAEs that a folder holds in a format; none where a damaged one is to be told of."""
     try:
-        return form.parts is not None and bool(form.parts(path))
+        return list(form.parts(path).values() if form.parts else ()) or [path]
     except FlashSAEError:
-        return True
+        return []
 
 
 def _found(path: Path) -> str:
