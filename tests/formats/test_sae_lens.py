@@ -197,6 +197,11 @@ def test_names_for_what_transformer_lens_does_not_know_are_those_of_the_model_it
         foreign(tmp_path / "theirs", "standard", metadata={"sae_lens_version": "6", **within, "flashsae": 1})
     )
     assert content.metadata["hookpoint"] == "model.layers.6.mlp.up_proj.something"
+    for name, value in (("hook_head_index", 3), ("model_from_pretrained_kwargs", {"center_writing_weights": True})):
+        apart = {"sae_lens_version": "6", **plain, name: value, "flashsae": None}  # which no module here gives
+        metadata = sae_lens.read(foreign(tmp_path / "theirs", "standard", metadata=apart)).metadata
+        assert "hookpoint" not in metadata
+        assert metadata["saelens"][name] == value
     gemma = {"sae_lens_version": "6", "hf_hook_name": "model.layers.9.output", "model_name": "gemma-3-1b-pt"}
     assert (
         sae_lens.read(foreign(tmp_path / "theirs", "standard", metadata=gemma)).metadata["hookpoint"]

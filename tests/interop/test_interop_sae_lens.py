@@ -13,7 +13,7 @@ import pytest
 import sae_lens
 import torch
 from sae_lens.registry import get_sae_class, get_sae_training_class
-from sae_lens.saes.sae import TrainStepInput
+from sae_lens.saes.sae import TrainingSAE, TrainStepInput
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -244,6 +244,16 @@ def test_what_we_train_is_loaded_there(arch: str, normalization: str, tmp_path: 
     assert back.config == sae.config
     here, there = sae.state_dict(), back.state_dict()
     assert all(torch.equal(here[row.name], there[row.name]) for row in sae.architecture.parameters if row.saved)
+
+
+@pytest.mark.parametrize("architecture", ["topk", "abs_topk", "batch_topk", "jump_relu", "relu", "gated"])
+def test_saelens_goes_on_training_ours(architecture: str, tmp_path: Path) -> None:
+    ours = sae_of(an_sae(architecture))
+    ours.save(tmp_path / "sae", format="saelens")
+    training = TrainingSAE.load_from_disk(tmp_path / "sae")
+    check_equal(ours, training, tokens(TOKENS, D))
+    batch = TrainStepInput(tokens(TOKENS, D), dict.fromkeys(training.get_coefficients(), 1e-3), None, 0, False)
+    assert training.training_forward_pass(batch).loss.isfinite()
 
 
 def test_from_pretrained_takes_ours_with_its_densities(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,8 @@ _TRAINED_AS = {
     "gated": "gated",
 }  # fmt: skip
 _LARGEST = 1e300
+_CHANGES = ("center_writing_weights", "fold_ln", "fold_value_biases", "refactor_factored_attn_matrices")
+"""That transformer-lens makes to weights where it is asked to, so that places in the model hold other numbers."""
 _HF, _CAUSAL = "HookedTransformer", "AutoModelForCausalLM"
 
 
@@ -58,6 +60,11 @@ def ours_of(theirs: Mapping[str, Any], *, is_transcoder: bool) -> dict[str, Any]
 
 
 def _hookpoint(theirs: Mapping[str, Any], end: str) -> str | None:
+    """Return the hookpoint; None of one head alone, and of a model whose weights were changed, which none has here."""
+    changes = theirs.get("model_from_pretrained_kwargs")
+    is_changed = isinstance(changes, Mapping) and any(changes.get(name) for name in _CHANGES)
+    if is_changed or theirs.get(f"hook_head_index{end}") is not None:
+        return None
     hook, path, name = (theirs.get(each) for each in (f"hook_name{end}", f"hf_hook_name{end}", "model_name"))
     if isinstance(hook, str) and theirs.get("model_class_name") == _CAUSAL:
         return hook
@@ -110,7 +117,8 @@ def reshaped_for(theirs: Mapping[str, Any]) -> str:
 def _named(ours: Mapping[str, Any], *, is_transcoder: bool) -> dict[str, Any]:
     """Return our metadata in SAELens's names, with the values that SAELens gives where it does not know."""
     model, hookpoint = (str(ours.get(name) or "") for name in ("model", "hookpoint"))
-    places = [place.strip() for place in hookpoint.split(",")] if hookpoint else []
+    named_places = hookpoint.split(",") if is_transcoder else [hookpoint]
+    places = [place.strip() for place in named_places if place.strip()]
     if is_transcoder and len(places) == 1 and ":" not in hookpoint:
         places = [f"{hookpoint}:in", hookpoint]  # a module alone stands for what it is given and what it gives
     named: dict[str, Any] = {
