@@ -64,22 +64,22 @@ def _operands(name: str, device: str) -> list[tuple[Any, ...]]:
     half = [t.detach().bfloat16().requires_grad_() for t in (W, bias)]
     return {
         "encode_topk": [
-            (x, W, b, None, None, [3, 0], "float32", 1 << 20),
-            (x, W, b, bias, weights.new_ones(12), [3, 1], "float32", 1 << 20),
-            (x, W, b, bias, None, [3, 0], "bf16", 1 << 20),
+            (x, W, b, None, None, [3, 0], "float32", [1 << 20, 0]),
+            (x, W, b, bias, weights.new_ones(12), [3, 1], "float32", [1 << 20, 0]),
+            (x, W, b, bias, None, [3, 0], "bf16", [1 << 20, 0]),
         ],
         "encode_batch_topk": [
-            (x, W, b, None, None, [3, 0], "float32", 1 << 20),
-            (x, W, b, bias, weights.new_ones(12), [3, 1], "float32", 1 << 20),
+            (x, W, b, None, None, [3, 0], "float32", [1 << 20, 0]),
+            (x, W, b, bias, weights.new_ones(12), [3, 1], "float32", [1 << 20, 0]),
         ],
         "encode_above": [
-            (x, W, b, bias, weights.new_zeros(1), 40, "float32", 1 << 20),
-            (x, W, b, None, weights.new_zeros(12), 5, "float32", 1 << 20),
-            (x, W, b, None, weights.new_zeros(1), None, "float32", 1 << 20),
+            (x, W, b, bias, weights.new_zeros(1), 40, "float32", [1 << 20, 0]),
+            (x, W, b, None, weights.new_zeros(12), 5, "float32", [1 << 20, 0]),
+            (x, W, b, None, weights.new_zeros(1), None, "float32", [1 << 20, 0]),
         ],
         "encode_any": [
-            (x, W, b, bias, weights.new_zeros(1), 60, "float32", 1 << 20),
-            (x, W, b, None, weights.new_zeros(12), 3, "float32", 1 << 20),
+            (x, W, b, bias, weights.new_zeros(1), 60, "float32", [1 << 20, 0]),
+            (x, W, b, None, weights.new_zeros(12), 3, "float32", [1 << 20, 0]),
         ],
         "pre_acts": [
             (x, W, b, None, fixed, "float32"),
