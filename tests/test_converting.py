@@ -14,6 +14,7 @@ from flashsae.documents import save_tensors_atomic
 from flashsae.errors import CheckpointError, ConfigError
 from flashsae.formats.registry import formats
 from flashsae.sae import load_extras
+from helpers import hub as stand_in
 from helpers import kill
 
 METADATA = {"model": "gpt2", "hookpoint": "h.3", "context_length": 64}
@@ -188,3 +189,22 @@ def test_metadata_of_a_run_are_written_for_others(saved: Path, tmp_path: Path) -
     assert (told["hook_name"], told["context_size"]) == ("blocks.3.hook_resid_post", 64)
     with pytest.raises(ConfigError, match=r"^format: gemma_scope is read and not written; expected one of flashsae"):
         SAE.load(saved / "sae").save(tmp_path / "x", format="gemma_scope")
+
+
+def test_what_is_on_the_hub_is_converted_one_or_all(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flashsae.load(saved).save(tmp_path / "theirs", format="saelens", metadata=METADATA)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "theirs").iterdir()}
+    with stand_in.running() as hub:
+        stand_in.use(hub, tmp_path / "home", monkeypatch)
+        hub.put("me/saes", {f"h.{layer}/{name}": content for layer in (3, 11) for name, content in files.items()})
+        for place, out in (("hf://me/saes/h.11", "one"), ("hf://me/saes", "all")):
+            with pytest.raises(SystemExit) as stopped:
+                main(["convert", place, str(tmp_path / out), "--to", "flashsae", "--revision", "main"])
+            assert stopped.value.code == 0
+        assert "me/other" in refused(capsys, "hf://me/other", tmp_path / "x", "--to", "flashsae")
+    x = torch.randn(20, 4)
+    assert sorted(path.name for path in (tmp_path / "all").iterdir()) == ["h.11", "h.3"]
+    for folder in (tmp_path / "one", tmp_path / "all" / "h.3"):
+        assert torch.equal(SAE.load(folder)(x), flashsae.load(saved)(x))
