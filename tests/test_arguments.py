@@ -12,11 +12,12 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import pytest
 import tomli_w
 
-from flashsae import TopKSettings, architecture, backend, caching, commands, start
+from flashsae import TopKSettings, architecture, backend, caching, commands, converting, sharing, start
 from flashsae import run as runs
 from flashsae.bench import step as bench_step
 from flashsae.cli import main
 from flashsae.errors import ConfigError
+from flashsae.formats.registry import format_named
 from flashsae.settings import ActivationsConfig, ReadingConfig, RunConfig, TrainConfig
 from flashsae.settings.kinds import (
     Joined,
@@ -139,6 +140,7 @@ EVERY = [
     *[("cache", name) for name in CACHE],
     *[("bench step", name) for name in STEP],
 ]
+SHARING = [(command.__name__,) for command in sharing.COMMANDS]
 DECLARED = {"train": TRAIN, "cache": CACHE, "bench step": STEP}
 APART = ("stream", "verify", "describe", "merge")  # what may not stand beside another setting
 
@@ -227,8 +229,11 @@ def test_every_command_in_help_and_documents_is_one(
     monkeypatch.setattr(start, "saved_config", lambda run: RunConfig())
     monkeypatch.setattr(start, "extended", lambda config, run, tokens: config)
     monkeypatch.setattr(runs, "draw_report", lambda run, console: [])
+    monkeypatch.setattr(converting, "convert", lambda asked, console: format_named(asked.to))
+    monkeypatch.setattr("flashsae.neuronpedia.export", lambda run, out, asked: out)
+    monkeypatch.setattr("flashsae.publish.command.push_run", lambda run, asked, console: None)
     found = [command for document in DOCUMENTS for command in _commands(document.read_text("utf-8"))]
-    for words in ((), ("train",), ("cache",), ("report",), ("doctor",), ("bench",), ("bench", "step")):
+    for words in ((), ("train",), ("cache",), ("report",), ("doctor",), *SHARING, ("bench",), ("bench", "step")):
         assert _main(*words, "--help") == 0
         examples = capsys.readouterr().out.partition("Examples:")[2]
         assert _commands(examples), f"flashsae {' '.join(words)} --help shows no example"

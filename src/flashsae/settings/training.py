@@ -238,8 +238,6 @@ class TrainConfig:
         widths = getattr(self.arch, "widths", None) if not architecture.sites else None
         check_normalization(architecture, self.normalize_activations, min(widths) if widths else self.d_in)
         check_b_dec(architecture, self.apply_b_dec_to_input)
-        if self.apply_b_dec_to_input == architecture.subtracts_b_dec:
-            object.__setattr__(self, "apply_b_dec_to_input", None)  # told only where it is not as ever
         if self.init_from is not None:
             if self.init == "data":
                 raise ConfigError(BOTH)
