@@ -20,6 +20,9 @@ def test_decoder_norms_are_folded_where_selection_goes_by_them(architecture: str
     content = check_read(tmp_path)
     torch.testing.assert_close(content.tensors["W_dec"].norm(dim=1), torch.ones(F))
     w = load_file(tmp_path / "sae_weights.safetensors")
+    norms = w["W_dec"].double().norm(dim=1)
+    once = {"W_enc_T": w["W_enc"].T.double() * norms[:, None], "b_enc": w["b_enc"].double() * norms}
+    assert all(torch.equal(content.tensors[name], exact.float()) for name, exact in once.items())  # rounded once
     w["W_dec"][3] = 0
     content = sae_lens.read(foreign(tmp_path, architecture, w, k=K, rescale_acts_by_decoder_norm=True))
     assert all(tensor.isfinite().all() for tensor in content.tensors.values())
