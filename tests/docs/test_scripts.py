@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,37 @@ from examples import loading, steering
 
 import flashsae
 from helpers.little_model import HOOKPOINT
+from helpers.pages import ROOT
+
+COMMANDS = sorted(
+    {
+        line.strip()
+        for file in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*.py"))
+        for line in file.read_text("utf-8").splitlines()
+        if line.strip().startswith("python examples/")
+    }
+)
 
 pytestmark = pytest.mark.xdist_group("little model")
 LOUD = "THE CAT SAT ON THE MAT. THE DOG RAN ON THE HILL. THE PIG HID. THE COW LAY ON THE BARN."
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_that_are_written_down_are_understood(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Understood:
+        @staticmethod
+        def from_pretrained(name: str) -> None:
+            raise InterruptedError(name)
+
+    _, script, *arguments = shlex.split(command)
+    module = {"steering": steering, "loading": loading}[Path(script).stem]
+    monkeypatch.setattr(module, "AutoTokenizer", Understood)
+    with pytest.raises(InterruptedError, match="gpt2"):
+        module.main(arguments)
+
+
+def test_there_are_commands() -> None:
+    assert len(COMMANDS) >= 2
 
 
 def steered(little: tuple[Path, Path], prompt: str) -> dict[str, tuple[float, str]]:

@@ -58,7 +58,7 @@ def places_of(model: nn.Module, whole: nn.Module, saes: Mapping[Any, SAE]) -> tu
     for key, sae in saes.items():
         if not isinstance(sae, SAE):
             raise DtypeError(
-                f"saes: expected an SAE at {key!r}, as flashsae.SAE.load and flashsae.fit return it, got "
+                f"saes: expected an SAE at {key!r}, as flashsae.load and flashsae.fit return it, got "
                 f"{type(sae).__name__}."
             )
     try:
