@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import flashsae
-from flashsae import SAE, SparseCode, ablate, clamp, hook, steer
-from flashsae.errors import ConfigError, ShapeError
+from flashsae import SAE, SAEConfig, SparseCode, ablate, clamp, hook, steer
+from flashsae.errors import ConfigError, DtypeError, FlashSAEError, ShapeError
 from helpers.hooked import at_hookpoint, sae_of
 
 
@@ -236,3 +236,71 @@ def test_sites_that_do_not_fit_each_other(sae: SAE) -> None:
         hook(module, {("early", "shorter"): transcoder}),
     ):
         module(x)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"saes": {"h.7": 0}}, ConfigError, r"hookpoint: the model has no module 'h\.7'\. Near: .* layers are h\.0"),
+        ({"saes": {"h.1:up": 0}}, ConfigError, r"expected a module path, for its output, or h\.1:in"),
+        ({"saes": {}}, ConfigError, "saes: expected at least one"),
+        ({"saes": {3: 0}}, DtypeError, "saes: expected module paths as keys, such as 'h.6', got 3"),
+        ({"saes": ["h.1"]}, DtypeError, r"saes: expected a dict, \{hookpoint: sae\}, got list"),
+        (
+            {"saes": {"h.1": "my-sae"}},
+            DtypeError,
+            "saes: expected an SAE at 'h.1', as flashsae.load and .* got str",
+        ),
+        ({"saes": {"h.1": 0, "h.*": 0}}, ConfigError, r"one SAE for h\.1, got two \('h\.1' and 'h\.\*'\)"),
+        ({"model": "gpt2"}, DtypeError, "model: expected a module, got str. Load it: AutoModel.from_pretrained"),
+        ({"gradients": "all"}, ConfigError, 'gradients: expected "latents", "model" or None, got \'all\''),
+        ({"edits": "ablate"}, DtypeError, "edits: expected what flashsae.ablate, .* got str"),
+        ({"edits": {"h.2": ablate(3)}}, ConfigError, r"edits: expected one of h\.1, where there are SAEs, got 'h\.2'"),
+        ({"saes": {"h.1": 0, "h.2": 0}, "edits": ablate(3)}, ConfigError, r"edits: expected a dict.* \(h\.1, h\.2\)"),
+        ({"edits": [ablate(64)]}, ShapeError, "ablate: expected latents of h.1 from 0 to 63, got 64"),
+        ({"error": "most"}, ConfigError, "at: expected"),
+        ({"saes": {"h.0, h.1, h.2": 1}}, ConfigError, "expected 2 hookpoints for a TopK transcoder, of in and out"),
+        ({"saes": {"h.*, h.1": 1}}, ConfigError, "patterns that stand for equally many hookpoints, got 3 and 1"),
+    ],
+)
+def test_what_cannot_be_hooked_is_refused(
+    given: dict[str, Any], error: type[FlashSAEError], message: str, model: nn.Module, sae: SAE
+) -> None:
+    saes = given.get("saes", {"h.1": 0})
+    if isinstance(saes, dict):
+        saes = {
+            key: [sae, sae_of("transcoder:topk")][value] if value in (0, 1) else value for key, value in saes.items()
+        }
+    with pytest.raises(error, match=message) as caught:
+        hook(**{"model": model, **given, "saes": saes})
+    assert "\n" not in str(caught.value)
+
+
+def test_widths_and_positions_are_looked_at_when_it_runs(model: nn.Module, ids: Tensor, sae: SAE) -> None:
+    wide = SAE(SAEConfig(32, 64, 4)).eval()
+    with (
+        pytest.raises(
+            ShapeError, match=r"h\.1: expected activations \[\.\.\., 32\], as the SAE takes them, got \[2, 7, 16\]"
+        ),
+        hook(model, {"h.1": wide}),
+    ):
+        model(ids)
+    with (
+        pytest.raises(ShapeError, match=r"h\.1: steer\(3, 1, at=\[7\]\): no text had a position 7; the longest had 7"),
+        hook(model, {"h.1": sae}, steer(3, 1.0, at=7)),
+    ):
+        model(ids)
+    with pytest.raises(ShapeError, match=r"h\.1: error: no text had a position 9"), hook(model, {"h.1": sae}, error=9):
+        model(ids)
+    with hook(model, {"h.1": sae}, steer(3, 1.0, at=20)):
+        model.generate(ids, max_new_tokens=3)  # may end before it
+    with (
+        pytest.raises(ShapeError, match=r"all positions that the model reads.* got \[2, 1, 16\] from lm_head:in"),
+        hook(model, {"lm_head:in": sae}, steer(3, 1.0, at=-1)),
+    ):
+        model.generate(ids, max_new_tokens=3)
+
+
+def test_copies_of_a_model_are_refused(model: nn.Module, sae: SAE) -> None:
+    with pytest.raises(ConfigError, match="DataParallel runs copies of a model, which hooks do not see"):
+        hook(nn.DataParallel(model), {"h.1": sae})

@@ -74,6 +74,24 @@ def test_without_a_cache_positions_are_told_or_refused(model: nn.Module, ids: Te
             texts(at, use_cache=False)
 
 
+def test_assisted_generation(model: nn.Module, tiny: ModuleType, ids: Tensor, sae: SAE) -> None:
+    assistant = tiny.gpt2(layers=1).eval()
+    assistant.generation_config.eos_token_id = None
+
+    def text(at: Any, **settings: Any) -> tuple[Tensor, Any]:
+        with hook(model, {"h.1": sae}, steer(5, 9.0, at=at)) as codes:
+            return model.generate(ids[:1], max_new_tokens=8, do_sample=False, **settings), codes
+
+    wanted, _ = text("new")
+    found, codes = text(slice(7, None), assistant_model=assistant)
+    assert torch.equal(found, wanted)
+    assert len(codes.forwards("h.1")) > 1
+    with pytest.raises(ConfigError, match=r"h\.1: the model took back some tokens that it had read"):
+        codes["h.1"]
+    with pytest.raises(ConfigError, match="where the prompt ends is not known in assisted generation"):
+        text("new", assistant_model=assistant)
+
+
 def test_padding_on_the_left(model: nn.Module, ids: Tensor, sae: SAE) -> None:
     padded = torch.cat([torch.zeros(2, 3, dtype=torch.int64), ids], dim=1)
     mask = (padded > 0).long()

@@ -108,10 +108,16 @@ class Codes(Mapping[str, SparseCode]):
         Values keep gradients where there was one forward.
 
         Raises:
-            ConfigError: there is no SAE, or it has not run.
-            ShapeError: activations have no positions, or the number of sequences has changed, as where beams are cut.
+            ConfigError: there is no SAE, it has not run, or the model took back some of what it had read.
+            ShapeError: activations have no positions, or the number of sequences has changed.
         """
-        return joined(self.forwards(hookpoint))
+        codes, inside = self.forwards(hookpoint), self._inside(hookpoint)
+        if inside.took_back:
+            raise ConfigError(
+                f"{inside.place.name}: the model took back some tokens that it had read, as assisted generation does: "
+                "read the codes of each forward, or run it once more on the text."
+            )
+        return joined(codes)
 
     def forwards(self, hookpoint: Any) -> list[SparseCode]:
         """Return the code of each forward on the last text.

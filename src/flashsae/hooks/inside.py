@@ -67,6 +67,8 @@ class Inside:
         """Of the forwards over the last text."""
         self.edited: list[SparseCode] = []
         """What was made of them."""
+        self.took_back = False
+        """Whether a forward read other tokens in the place of some."""
         self.has_run = False
         self.reading = readings[place.writes or place.reads[0]]
         self._readings = readings
@@ -133,7 +135,8 @@ class Inside:
                 )
             return
         if not (reading.is_running and reading.goes_on):
-            self.codes, self.edited = [], []
+            self.codes, self.edited, self.took_back = [], [], False
+        self.took_back |= reading.is_running and reading.takes_back
         self.codes.append(code)
         self.has_run |= self.place.writes is None
 

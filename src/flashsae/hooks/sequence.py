@@ -47,6 +47,8 @@ class Sequence:
         """Whether the forward goes on with the text of the one before it."""
         self.has_gone_on = False
         """Whether any did."""
+        self.takes_back = False
+        """Whether it reads other tokens in the place of some that were read, as assisted generation does."""
         self.longest = 0
         """Positions of the longest text."""
         self.sizes: tuple[int, int] | None = None
@@ -69,7 +71,8 @@ class Sequence:
         self.is_running = True
         self.sizes = None if inputs is None else (inputs.shape[0], inputs.shape[1])
         self._first = self._length_of(cache)
-        self.goes_on = 0 < self._first == self._end
+        self.takes_back = 0 < self._first < self._end and self._cache() is cache
+        self.goes_on = 0 < self._first == self._end or self.takes_back
         self.has_gone_on |= self.goes_on
         ids = inputs if inputs is not None and inputs.dim() == 2 and self._first == 0 else None
         self._texts = ids, self._texts[0]
@@ -126,6 +129,11 @@ class Sequence:
         """
         if not self.is_running and not in_backward():
             return Window(sequences, 0, length, length)
+        if of_prompt and self.takes_back:
+            raise ConfigError(
+                "at: where the prompt ends is not known in assisted generation, which reads it with guesses behind it: "
+                "expected positions that do not count from there, such as slice(12, None)."
+            )
         if of_prompt and self._rereads:
             raise ConfigError(
                 "at: where the prompt ends is known where a key-value cache is used, but a forward read the text of "
