@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from flashsae.errors import CheckpointError, ConfigError, StorageError
+from flashsae.errors import CheckpointError, ConfigError, MissingExtraError, StorageError
 from flashsae.hub import Place, fetched, place_of
 from helpers import hub as stand_in
 from helpers.hub import READER, WRITER, Hub
@@ -186,6 +186,14 @@ def test_no_name_of_the_hub_decides_where_a_byte_is_written(hub: Hub, tmp_path: 
     with pytest.raises(CheckpointError, match="the hub names files outside of the repository, so nothing was fetched"):
         fetched("hf://me/sae")
     assert not list(tmp_path.rglob("*escaped*"))
+
+
+def test_without_the_library_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(
+        MissingExtraError, match=r"needs the package 'huggingface_hub', .* pip install 'flashsae\[hf\]'"
+    ):
+        fetched("hf://me/sae")
 
 
 def test_a_full_disk_is_told(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

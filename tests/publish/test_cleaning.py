@@ -29,6 +29,7 @@ def test_paths_are_shortened_wherever_they_stand_and_that_is_told() -> None:
         "ghp_" + "x1" * 12,
         "auth_token=abcdefgh",
         "api_key = abcdefgh",
+        "https://host/texts.jsonl?X-Amz-Signature=abcdefgh",
     ],
 )
 def test_secrets_are_refused(value: Any) -> None:

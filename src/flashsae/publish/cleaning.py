@@ -17,7 +17,8 @@ _SECRETS = re.compile(
     | \b github_pat_\w{16,}
     | \b AKIA[0-9A-Z]{16} \b
     | :// [^/\s:@]* : [^/\s@]+ @                   # user and password in an address
-    | \b (?: \w*token | \w*secret | password | passwd | api_?key ) \s*=\s* (?!true\b|false\b|none\b) [^\s,]{8,}
+    | \b (?: \w*token | \w*secret | [\w-]*signature | password | passwd | api_?key )
+      \s*=\s* (?!true\b|false\b|none\b) [^\s,]{8,}
     """,
     re.VERBOSE | re.IGNORECASE,
 )

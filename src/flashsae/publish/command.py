@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +32,7 @@ class Pushing:
     private: bool = False
     revision: str | None = None
     format: tuple[str, ...] | None = None
-    path_in_repo: str = ""
+    path_in_repo: str | None = None
     license: str | None = None
     message: str | None = None
     to_folder: Path | None = None
@@ -46,12 +47,13 @@ class Pushing:
             raise ConfigError(
                 "repo: expected USER/NAME to push to, or --to-folder DIR to look at what would be pushed."
             )
+        path = (self.path_in_repo or "").strip("/")
         if self.repo is None:
-            return replace(_NO_PLACE, revision=self.revision, path=self.path_in_repo.strip("/"))
+            return replace(_NO_PLACE, revision=self.revision, path=path)
         bare = self.repo.removeprefix(SCHEME)
         if bare.count("/") != 1 or "@" in bare:
             raise ConfigError(f"repo: expected USER/NAME on the hub, got {self.repo!r}; --path-in-repo names a folder.")
-        return place_of(f"{SCHEME}{bare}/{self.path_in_repo.strip('/')}", self.revision)
+        return place_of(f"{SCHEME}{bare}/{path}", self.revision)
 
     def asked(self) -> Asked:
         """Return in which formats it goes."""
@@ -81,13 +83,21 @@ def push_run(run: Path, pushing: Pushing, console: Console) -> None:
         return
     with tempfile.TemporaryDirectory(prefix="flashsae-push-") as made, files.storage_errors(Path(made)):
         folder = Path(made)
-        saes, remarks = make_folder(run, folder, place, asked, os.symlink)
+        saes, remarks = make_folder(run, folder, place, asked, _linked)
         _tell(saes, remarks, console)
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         console.print(f"pushing {compact(size)}B to {place}", highlight=False, soft_wrap=True)
         done = push(folder, place, pushing.message or f"Push {title(saes)}", private=pushing.private)
     what = "pushed" if done.is_new else "nothing has changed since the last push"
     console.print(f"{what}: {done.url}", highlight=False, soft_wrap=True)
+
+
+def _linked(source: Path, target: Path) -> None:
+    """Let a file be where it is to be, without a copy of it where the system allows that."""
+    try:
+        os.symlink(source, target)
+    except OSError:  # Windows asks for a privilege
+        shutil.copyfile(source, target)
 
 
 def _tell(saes: list[Published], remarks: list[str], console: Console) -> None:

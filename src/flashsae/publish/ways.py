@@ -43,7 +43,7 @@ LIBRARIES = {
         "sae = SAE.from_pretrained({repo}, {folder})",
     ),
     "sparsify": Library(
-        "sparsify, and delphi which reads its folders",
+        "sparsify",
         "from sparsify import SparseCoder",
         "sae = SparseCoder.load_from_disk({path})",
         "sae = SparseCoder.load_from_hub({repo}, hookpoint={folder})",
