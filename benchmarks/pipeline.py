@@ -46,6 +46,7 @@ TRACED_STEPS = 10
 DRAWN_STEPS = 4
 NEVER_DEAD = 10_000_000  # tokens, more than any arm trains on; the default of long runs
 DEAD_AFTER_STEPS = 12  # in the arm with AuxK
+REPEATED = 30  # times that an epoch reads the text of the arm with a model, so that it does not end all the time
 MERGED_MS = 0.02  # spans closer to each other than this are one when drawn
 
 
@@ -247,7 +248,8 @@ def main(
             source: Source
             if arm == "model":
                 settings = ReadingConfig(model, hookpoint=hookpoint, context_length=128, shuffle_documents=False)
-                source = LanguageModelSource(settings, open_text("python-docs"))
+                texts = [str(text) for text in open_text("python-docs").documents()]
+                source = LanguageModelSource(settings, open_text(texts * REPEATED))
             else:
                 write_random_cache(Path(folder) / "cache", sizes.d_in, sizes.rows)
                 source = ActivationCache(Path(folder) / "cache")

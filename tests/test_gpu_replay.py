@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flashsae.lm.hooked import HookedModel
-from flashsae.lm.replay import Replays
+from flashsae.lm.replay import Replays, ReplaysByStream
 
 pytestmark = pytest.mark.gpu
 
@@ -136,3 +136,23 @@ def test_hooks_of_others_are_called_in_every_forward(tiny: ModuleType) -> None:
     for seed in range(4):
         replays(*inputs(seed), whole)
     assert len(calls) == 4
+
+
+def test_each_stream_has_its_own_until_the_weights_are_replaced(tiny: ModuleType) -> None:
+    lm = model_of(tiny, torch.float32)
+    model = HookedModel(lm, ("h.1",))
+    replays = ReplaysByStream(model, 32, 0, 16)
+    ids, attention = inputs(0)
+    replays.begin()
+    here = replays.here()
+    before = here(ids, attention, whole)["h.1"]
+    with torch.cuda.stream(torch.cuda.Stream()):
+        assert replays.here() is not here
+    replays.begin()
+    assert replays.here() is here
+    with torch.no_grad():
+        lm.wte.weight = nn.Parameter(lm.wte.weight * 3)
+    replays.begin()
+    found = replays.here()(ids, attention, whole)["h.1"]
+    assert is_close(found, model(ids.cuda(), attention.cuda(), whole)["h.1"], attention)
+    assert not is_close(found, before, attention)

@@ -33,7 +33,7 @@ from flashsae.lm.loading import Loading, load_with_account
 from flashsae.lm.look import look
 from flashsae.lm.options import PLAIN, LoadOptions, quantized_warning
 from flashsae.lm.parts import bare, context_limit, text_paths, vocabulary_size
-from flashsae.lm.replay import Replays
+from flashsae.lm.replay import ReplaysByStream
 from flashsae.lm.room import moved
 from flashsae.lm.weights import check_loaded, loaded_fingerprint, model_fingerprint
 from flashsae.lm.windows import TokenBatch, Windows, first_tokens
@@ -119,7 +119,7 @@ class LanguageModelSource:
             check_any_order(text)
         self._windows = Windows(self.tokenizer, config, vocabulary_size(model, config.side), self._is_held_out)
         self._model = HookedModel(model, self.hookpoints, config.side, place)
-        self._forwards = self._forwards_of(self._model)
+        self._forwards, self._replayed = self._forwards_of(self._model), self._replayed_of(self._model)
         self._most_ahead = 1 if self._model.device.type == "cuda" else 0
         seen = look(self._model, self._windows.probe(), config.model)
         check_loaded(config.model, loading, seen.trace, self.hookpoints)
@@ -185,11 +185,15 @@ class LanguageModelSource:
         part.name = part._name()
         part.widths = {name: self.widths[name] for name in hookpoints}
         part._model = self._model.at(*hookpoints)
-        part._forwards = part._forwards_of(part._model)
+        part._forwards, part._replayed = part._forwards_of(part._model), part._replayed_of(part._model)
         return part
 
     def _forwards_of(self, model: HookedModel) -> Forwards:
         return Forwards(model, self.config.model, self.text.name, self.config.max_norm_ratio)
+
+    def _replayed_of(self, model: HookedModel) -> ReplaysByStream:
+        config = self.config
+        return ReplaysByStream(model, config.forward_tokens, self._windows.pad_token, config.context_length)
 
     def _name(self) -> str:
         return f"{self.config.model} at {', '.join(self.hookpoints)} reading {self.text.name}"
@@ -226,8 +230,7 @@ class LanguageModelSource:
         """
         place = {"document": 0, "offset": 0, "batch": 0, "dropped": 0, "rows": 0, "rows_before": 0, **(cursor or {})}
         done, dropped, rows, before = (place[name] for name in ("batch", "dropped", "rows", "rows_before"))
-        settings = self.config
-        replays = Replays(self._model, settings.forward_tokens, self._windows.pad_token, settings.context_length)
+        self._replayed.begin()
         ahead: deque[tuple[Launched, Place, int]] = deque()
 
         def finished() -> tuple[Chunk, Cursor]:
@@ -250,7 +253,7 @@ class LanguageModelSource:
                 batches = first_tokens(batches, most)
             for number, batch in enumerate(batches[done:], done + 1):
                 goes_on, n_done = (behind, 0) if number == len(batches) else (begin, number)
-                ahead.append((self._forwards.launch(batch, replays), goes_on, n_done))
+                ahead.append((self._forwards.launch(batch, self._replayed.here()), goes_on, n_done))
                 if len(ahead) > self._most_ahead:
                     yield finished()
             done = 0

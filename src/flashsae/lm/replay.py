@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 from dataclasses import dataclass
+from threading import Lock
 
 import torch
 from torch import Tensor, nn
@@ -44,8 +45,8 @@ class _Captured:
 class Replays:
     """Runs a model: on a GPU by graphs, where it is small and can be captured.
 
-    One for each reading, on one stream: between two of them the weights may have been replaced, and two would write the
-    same memory. Memory: that of one forward and of what it gives, which all graphs share.
+    For one stream, and as long as the weights stay where they are. Any thread may call it. Memory: that of one forward
+    and of what it gives, which all graphs share.
 
     Args:
         model: to run.
@@ -59,6 +60,7 @@ class Replays:
         self._forward_tokens, self._pad_token, self._context_length = forward_tokens, pad_token, context_length
         self._captured: dict[tuple[int, int], _Captured] = {}
         self._room: dict[str, Tensor] = {}  # where all graphs write, by hookpoint
+        self._turn = Lock()
         self.is_on = model.device.type == "cuda" and model.is_plain and is_small(model.reader)
 
     def __call__(self, ids: Tensor, attention: Tensor, pick: Pick) -> dict[str, Tensor]:
@@ -75,12 +77,13 @@ class Replays:
                 self._there(padded(each, rows, width, value))
                 for each, value in ((ids, self._pad_token), (attention, 0))
             )
-            captured = self._captured.get((rows, width)) or self._capture(ids_there, mask_there)
-            if captured is not None:
-                captured.ids.copy_(ids_there)
-                captured.mask.copy_(mask_there)
-                captured.graph.replay()
-                return {name: pick(name, acts[:n, :length]) for name, acts in captured.acts.items()}
+            with self._turn:
+                captured = self._captured.get((rows, width)) or self._capture(ids_there, mask_there)
+                if captured is not None:
+                    captured.ids.copy_(ids_there)
+                    captured.mask.copy_(mask_there)
+                    captured.graph.replay()
+                    return {name: pick(name, acts[:n, :length]) for name, acts in captured.acts.items()}
         return self._model(self._there(ids), self._there(attention), pick)
 
     def shape_for(self, n: int, length: int) -> tuple[int, int]:
@@ -130,6 +133,36 @@ class Replays:
     def _put(self, name: str, acts: Tensor) -> Tensor:
         """Copy what is at a hookpoint to where all graphs write it."""
         return self._room[name][: acts.numel()].view(acts.shape).copy_(acts)
+
+
+class ReplaysByStream:
+    """The `Replays` of a model on each stream that it runs on: on one of them, graphs that write the same memory wait.
+
+    Args:
+        model, forward_tokens, pad_token, context_length: as of `Replays`.
+    """
+
+    def __init__(self, model: HookedModel, forward_tokens: int, pad_token: int, context_length: int) -> None:
+        self._model = model
+        self._of_batches = forward_tokens, pad_token, context_length
+        self._there: dict[int, Replays] = {}
+        self._addresses: list[int] = []
+
+    def begin(self) -> None:
+        """Begin a reading: forget all graphs if the weights lie elsewhere by now, or if others hook the model."""
+        if self._model.device.type == "cuda":
+            model = self._model.model
+            addresses = [tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())]
+            if addresses != self._addresses or not self._model.is_plain:
+                self._there, self._addresses = {}, addresses
+
+    def here(self) -> Replays:
+        """Return those of the current stream."""
+        device = self._model.device
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        if stream not in self._there:
+            self._there[stream] = Replays(self._model, *self._of_batches)
+        return self._there[stream]
 
 
 def is_small(model: nn.Module) -> bool:
