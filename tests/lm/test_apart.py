@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import pickle
+import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple
@@ -135,3 +139,32 @@ def test_one_that_ended_leaves_its_blocks_to_the_others(windows: Windows) -> Non
     apart._there[0].process.kill()
     assert all(is_same(apart.batches(BLOCK[n:]), windows.batches(BLOCK[n:])) for n in range(3))
     assert len(apart._there) == 1
+
+
+def test_a_program_may_end_while_its_processes_begin() -> None:
+    program = """
+from types import SimpleNamespace
+from flashsae.lm.apart import WindowsApart
+def run():
+    held = [WindowsApart(SimpleNamespace(large=bytes(3_000_000)), 2)]
+    held.append(held)
+run()
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_an_interrupt_of_all_processes_of_a_terminal_leaves_them(windows: Windows, apart: WindowsApart) -> None:
+    (process,) = apart._there
+    process.process.send_signal(signal.SIGINT)
+    assert is_same(apart.batches(BLOCK), windows.batches(BLOCK))
+    assert apart._there == [process]
+    assert not process.has_ended
+
+
+def test_where_no_process_may_begin_windows_are_cut_here(windows: Windows, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(subprocess, "Popen", refused)
+    assert is_same(WindowsApart(windows, 2).batches(BLOCK), windows.batches(BLOCK))

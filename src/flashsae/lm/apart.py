@@ -7,12 +7,13 @@ at each of its operations; a process does not. What one returns is what `Windows
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import pickle
 import subprocess
 import sys
 from threading import Condition, Thread
-from typing import IO, Any
+from typing import Any
 
 import torch
 
@@ -21,11 +22,16 @@ from flashsae.errors import FlashSAEError
 from flashsae.lm.windows import TokenBatch, Windows
 from flashsae.text.content import Block
 
-_READY = "ready"
-# the paths come first: without them the process may not find the package
-_PROGRAM = (
-    "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); from flashsae.lm.apart import serve; serve()"
-)
+_READY = b"\n"
+# Ctrl-C reaches all processes of a terminal, and whoever asks may go on after it, as a notebook does; the paths come
+# before all else that is imported: without them the process may not find the package
+_PROGRAM = """
+import pickle, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+sys.path[:] = pickle.load(sys.stdin.buffer)
+from flashsae.lm.apart import serve
+serve()
+"""
 
 
 class WindowsApart:
@@ -49,7 +55,9 @@ class WindowsApart:
             sent = pickle.dumps(threads) + pickle.dumps(windows)
         except Exception:  # whatever a tokenizer raises that holds what cannot be sent
             return
-        self._there = [_Process(sent) for _ in range(processes)]
+        with contextlib.suppress(OSError):  # where no more processes may begin, those that there are do it
+            for _ in range(processes):
+                self._there.append(_Process(sent))
 
     def batches(self, block: Block) -> list[TokenBatch]:
         """Return what `Windows.batches` does, and raise what it raises."""
@@ -100,28 +108,34 @@ class _Process:
     """
 
     def __init__(self, sent: bytes) -> None:
-        self.is_busy = self._is_ready = self.has_ended = False
+        self.is_busy = self.has_ended = False
+        self._is_ready: bool | None = None  # None as long as nobody knows
         command = [sys.executable, "-c", _PROGRAM]
+        # without a buffer, whose lock the thread below would take with it if this interpreter ends while it writes
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         )
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self._questions, self._answers = self.process.stdin, self.process.stdout
-        os.set_blocking(self._answers.fileno(), False)
+        assert isinstance(self.process.stdin, io.FileIO)
+        assert isinstance(self.process.stdout, io.FileIO)
+        self._questions: io.FileIO = self.process.stdin
+        self._answers = io.BufferedReader(self.process.stdout)
         # it reads the second part once it has imported what it needs, seconds later
-        Thread(target=_write, args=(self._questions, pickle.dumps(sys.path) + sent), daemon=True).start()
+        said = pickle.dumps(sys.path) + sent
+        Thread(target=self._begin, args=(said, self.process.stdout), daemon=True).start()
+
+    def _begin(self, said: bytes, answers: io.FileIO) -> None:
+        """Tell the process what it needs to know, and wait until it is ready or has ended."""
+        _write(self._questions, said)
+        found: bytes | None = None
+        with contextlib.suppress(OSError, ValueError):
+            found = answers.read(1)
+        self._is_ready = found == _READY
 
     def look(self) -> bool:
         """Find out whether the process is ready."""
-        if not self._is_ready and not self.has_ended:
-            found = self._answers.read(1)
-            if found == b"":
-                self.close()  # it ended, as where a tokenizer cannot be made again from what was sent
-            elif found is not None:
-                self._is_ready = True
-                os.set_blocking(self._answers.fileno(), True)
-        return self._is_ready and not self.has_ended
+        if self._is_ready is False:
+            self.close()  # it ended, as where a tokenizer cannot be made again from what was sent
+        return bool(self._is_ready) and not self.has_ended
 
     def asked(self, block: Block) -> Any:
         """Return what the process answers; None if it has ended."""
@@ -147,11 +161,12 @@ class _Process:
         self.process.wait()
 
 
-def _write(questions: IO[bytes], data: bytes) -> None:
+def _write(questions: io.FileIO, data: bytes) -> None:
     """Send something to the process; if it has ended, its answers end too."""
+    left = memoryview(data)
     with contextlib.suppress(OSError, ValueError):
-        questions.write(data)
-        questions.flush()
+        while left:
+            left = left[questions.write(left) :]
 
 
 def serve() -> None:
@@ -161,7 +176,7 @@ def serve() -> None:
         questions = sys.stdin.buffer
         limit_threads(pickle.load(questions))  # before a tokenizer begins some
         windows = pickle.load(questions)
-        answers.write(b"\n")
+        answers.write(_READY)
         answers.flush()
         while True:
             try:
