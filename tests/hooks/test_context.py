@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -185,6 +186,18 @@ def test_checkpointed_modules_run_once_more(tiny: ModuleType, ids: Tensor, sae: 
         hook(part, {"h.1.mlp": sae}, gradients="model"),
     ):
         part(ids).logits.sum().backward()
+
+
+def test_a_model_whose_weights_come_when_it_runs(tiny: ModuleType, ids: Tensor, sae: SAE, tmp_path: Path) -> None:
+    import accelerate
+
+    whole = tiny.gpt2().eval()
+    with hook(whole, {"h.1": sae}, steer(3, 2.0)):
+        wanted = whole(ids).logits
+    spread = accelerate.disk_offload(whole, tmp_path, execution_device=torch.device("cpu"))
+    with hook(spread, {"h.1": sae}, steer(3, 2.0)) as codes, torch.no_grad():
+        assert torch.equal(spread(ids).logits, wanted)
+    assert codes["h.1"].shape == (2, 7)
 
 
 @pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
