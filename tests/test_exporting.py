@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from flashsae.report import plots
 from flashsae.run import execute, new_run
 from flashsae.settings import ActivationsConfig, RunConfig
 from flashsae.settings.run import CONFIG_FILE
+from flashsae.several import read_sweep
 from flashsae.train import TrainConfig
 
 slow = pytest.mark.slow
@@ -158,7 +160,9 @@ def test_what_no_format_can_hold_is_refused_before_anything_is_done(text: Path, 
         with pytest.raises(ConfigError, match=message):
             start.check(config_of(text, export=names))
     config = config_of(text, train=TrainConfig(d_sae=24, arch="batch_topk", k=3, tokens=128, batch_tokens=32))
-    with pytest.raises(ConfigError, match=r"^export: sparsify .* Or convert the run .*: flashsae convert RUN DST --to"):
+    with pytest.raises(
+        ConfigError, match=r"^export: sparsify .*, or convert the run behind its end \(flashsae convert RUN"
+    ):
         execute(new_run(config, tmp_path / "run"), QUIET)
     assert not (tmp_path / "activations").exists()
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [CONFIG_FILE]
@@ -226,3 +230,23 @@ def test_several_are_written_all_or_none(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="expected a name that a folder can have"):
         write_several({"../x": contents["0"]}, tmp_path / "other", form, lossy=False, overwrite=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+@slow
+def test_what_only_numbers_stand_against_is_told_and_the_run_ends(
+    text: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(folder: Path, names: list[str]) -> None:
+        raise ConfigError(f"{names[0]} holds no rows of this norm.")
+
+    (tmp_path / "activations").symlink_to(whole.parent / "activations")
+    monkeypatch.setattr(run_module, "export_one", refuses)
+    console = Console(record=True, file=io.StringIO(), width=200)
+    execute(new_run(config_of(text, export=("saelens",), report=False), tmp_path / "run"), console)
+    assert "Warning: saelens: not written: saelens holds no rows of this norm." in console.export_text()
+    assert (tmp_path / "run" / "evaluation.json").exists()
+
+
+def test_a_file_of_a_sweep_may_say_what_is_exported(tmp_path: Path) -> None:
+    (tmp_path / "sweep.toml").write_text('k = [2, 3]\nexport = ["saelens"]')
+    assert read_sweep(tmp_path / "sweep.toml").base == {"export": ["saelens"]}

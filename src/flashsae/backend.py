@@ -244,6 +244,6 @@ def _version(package: str) -> str:
 
 
 def limit_threads(threads: int) -> None:
-    """Let this process, which is one of several, run so many threads, if nobody has said how many its tokenizers run."""
+    """Let this process, one of several, run so many threads, if nobody has said how many its tokenizers run."""
     torch.set_num_threads(threads)
     os.environ.setdefault("RAYON_NUM_THREADS", str(threads))

@@ -58,8 +58,8 @@ def check_held(names: Iterable[str], planned: Mapping[str, tuple[TrainConfig, Ma
                     (place := Path(folder, str(number))).mkdir()
                     check_written(form)(place, content, False)
         except ConfigError as error:
-            behind = f" Or convert the run behind its end: flashsae convert RUN DST --to {form.name} --lossy."
-            raise ConfigError(f"export: {error}{behind if 'lossy' in str(error) else ''}") from error
+            later = f"convert the run behind its end (flashsae convert RUN DST --to {form.name} --lossy)"
+            raise ConfigError(f"export: {str(error).replace('give --lossy (lossy=True)', later)}") from error
 
 
 def _stand_in(config: TrainConfig, metadata: Mapping[str, Any]) -> Content:

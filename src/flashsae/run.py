@@ -32,7 +32,7 @@ from flashsae.data.prepared import Activations, Prepared
 from flashsae.data.sources import Chunk, RowSource
 from flashsae.data.split import Split
 from flashsae.ending import SAE_FOLDER, add_metrics, figures_of, is_done, metadata_of
-from flashsae.errors import DivergedError
+from flashsae.errors import ConfigError, DivergedError
 from flashsae.evaluate import evaluate_together, held_out_batches
 from flashsae.exporting import check_held, export_one, export_set, is_exported_alone
 from flashsae.formats.registry import format_named
@@ -204,7 +204,7 @@ def _finish(parts: Sequence[Part], trained: Sequence[Trained], console: Console)
             _describe([(each.part, each.sae, each.is_dead) for each in some], console)
     for each, evaluation in zip(to_do, found):
         add_metrics(each.part, evaluation)
-        export_one(each.part.folder, config.export)
+        _export(each.part, console)
         write_evaluation(each.part.folder / "evaluation.json", evaluation)  # behind all that it says to be done
     if config.report:
         with console.status("drawing the reports"):
@@ -212,6 +212,15 @@ def _finish(parts: Sequence[Part], trained: Sequence[Trained], console: Console)
                 render_report(each.part.folder)
     for each, evaluation in zip(to_do, found):
         _print_result(each.part, asdict(evaluation), console)
+
+
+def _export(part: Part, console: Console) -> None:
+    """Write an SAE for other libraries; what only its numbers stand against is told, and the run goes on."""
+    for name in part.config.export:
+        try:
+            export_one(part.folder, [name])
+        except ConfigError as error:
+            console.print(f"[bold yellow]Warning:[/] {escape(f'{name}: not written: {error}')}", soft_wrap=True)
 
 
 def _failures(parts: Sequence[Part]) -> dict[str, str]:

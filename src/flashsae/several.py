@@ -121,7 +121,7 @@ def _is_shared(name: str) -> bool:
     """Tell whether a setting is one that all SAEs of a run share."""
     of_reading = [each.name for config in (ActivationsConfig, RunConfig) for each in fields(config)]
     is_tuple = name in of_reading and get_origin(unwrap(declared_types(ActivationsConfig).get(name, str))[0]) is tuple
-    return name in SHARED or (name in of_reading and not is_tuple and name != "logger")
+    return name in SHARED or (name in of_reading and not is_tuple and name not in ("logger", "export"))
 
 
 def several_in(words: Sequence[str], kinds: Mapping[str, Any]) -> tuple[list[str], dict[str, Several]]:
