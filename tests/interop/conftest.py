@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-PEERS = "sae_lens", "sparsify", "dictionary_learning"
+PEERS = "sae_lens", "sparsify", "dictionary_learning", "sae_bench"
 
 
 def pytest_configure(config: pytest.Config) -> None:
