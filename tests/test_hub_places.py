@@ -7,9 +7,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import flashsae
 from flashsae.errors import CheckpointError, ConfigError, MissingExtraError, StorageError
 from flashsae.hub import Place, fetched, place_of
 from helpers import hub as stand_in
@@ -247,6 +249,27 @@ def test_what_is_no_place(uri: str, sentence: str) -> None:
     with pytest.raises(ConfigError) as refused:
         place_of(uri)
     assert sentence in str(refused.value)
+
+
+@pytest.mark.parametrize("place", [Path("hf://me/saes"), "https://host/me/saes", "hf:me/saes"])
+def test_what_is_nearly_a_place_is_no_folder(place: str | Path) -> None:
+    with pytest.raises(ConfigError, match=r"place: expected hf://USER/NAME, as text, of what lies on the hub, got "):
+        flashsae.load(place)
+
+
+def test_a_hub_that_tells_of_its_files_apart(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import HfApi
+
+    hub.put("me/sae", SAE)
+    whole = HfApi.model_info
+
+    def without(api: HfApi, *given: Any, **named: Any) -> Any:
+        info = whole(api, *given, **named)
+        info.siblings = None
+        return info
+
+    monkeypatch.setattr(HfApi, "model_info", without)
+    assert (fetched("hf://me/sae") / "flashsae.json").is_file()
 
 
 def test_two_revisions_contradict_each_other() -> None:

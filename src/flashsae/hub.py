@@ -25,7 +25,8 @@ _REVISION = re.compile(r"(?!.*\.\.)[^\s\\~^:?*\[/.-][^\s\\~^:?*\[]*(?<![/.])")
 _OF_THE_HUB = re.compile(r"refs/(?:convert/[\w.-]+|pr/\d+)")
 """Revisions with a slash that the hub itself makes, which need no %2F."""
 _KINDS = ("datasets", "spaces", "kernels", "buckets")
-_COMMIT = re.compile(r"[0-9a-f]{40,64}")
+_COMMIT = re.compile(r"\w+", re.ASCII)
+"""It becomes the name of a folder in the cache."""
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
@@ -73,8 +74,9 @@ def fetched(uri: str, revision: str | None = None, token: str | None = None, *, 
     if require("huggingface_hub.constants", "hf").HF_HUB_OFFLINE:
         return _fetched_before(hub, place, several=several)
     with hub_errors(place, token):
-        info = hub.HfApi(token=token).model_info(place.repo, revision=place.revision)
-    names = [each.rfilename for each in info.siblings or ()]
+        api = hub.HfApi(token=token)
+        info = api.model_info(place.repo, revision=place.revision)
+        names = names_of(api, place, info)
     if not _COMMIT.fullmatch(info.sha or "") or not all(map(is_inside, names)):
         raise CheckpointError(f"{place}: the hub names files outside of the repository, so nothing was fetched.")
     found, wanted = wanted_files(names, place.path, str(place), several=several)
@@ -85,6 +87,13 @@ def fetched(uri: str, revision: str | None = None, token: str | None = None, *, 
     if missing is not None:
         raise CheckpointError(f"{place}: {missing} did not come along, since the repository has changed. Try again.")
     return folder / found
+
+
+def names_of(api: Any, place: Place, info: Any) -> list[str]:
+    """Return the files of a repository: those that came along with what the hub tells of it, or as they are listed."""
+    if info.siblings is None:
+        return list(api.list_repo_files(place.repo, revision=info.sha))
+    return [each.rfilename for each in info.siblings]
 
 
 def _fetched_before(hub: Any, place: Place, *, several: bool) -> Path:

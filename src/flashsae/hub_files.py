@@ -11,7 +11,9 @@ from flashsae.errors import CheckpointError
 from flashsae.natural import in_order
 
 _WEIGHTS = frozenset({".safetensors", ".npz", ".pt", ".pth", ".bin"})
-_CONFIGS = frozenset({"cfg.json", "config.json", "config.yaml", "config.yml", "hyperparams.json", "flashsae.json"})
+_CONFIGS = frozenset(
+    {"cfg.json", "config.json", "config.yaml", "config.yml", "hyperparams.json", "lm_config.json", "flashsae.json"}
+)
 _SHOWN = 20
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -100,6 +101,8 @@ def find(
 def _path_of(place: Any, revision: str | None, token: str | None, several: bool) -> Path:
     if isinstance(place, str) and place.startswith(SCHEME):
         return fetched(place, revision, token, several=several)
+    if isinstance(place, str | os.PathLike) and re.match(r"(hf|https?):", os.fspath(place)):
+        raise ConfigError(f"place: expected {SCHEME}USER/NAME, as text, of what lies on the hub, got {str(place)!r}.")
     for name, value in (("revision", revision), ("token", token)):
         if value is not None:
             raise ConfigError(f"{name}: expected nothing beside a place on this machine; it is of one on the hub.")

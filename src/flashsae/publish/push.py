@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from flashsae.errors import CheckpointError, ConfigError, require
-from flashsae.hub import LOG_IN, Place, has_own_token, hub_errors
+from flashsae.hub import LOG_IN, Place, has_own_token, hub_errors, names_of
 from flashsae.publish.content import EVALUATION_FILE, SAE_FILE, WEIGHTS_FILE
 from flashsae.publish.folder import CARD_FILE, PICTURES
 from flashsae.publish.ways import LIBRARIES
@@ -54,17 +54,17 @@ def push(folder: Path, place: Place, message: str, *, private: bool = False, tok
     api = hub.HfApi(token=token)
     with hub_errors(place, token, "written"):
         info = _made(api, place, private=private)
-        if private and not info.private:
+        if private and info.private is False:
             raise ConfigError(
                 f"private: expected a repository that is private, or none yet, and {place.repo} is public. Make it "
                 "private in its settings, or name another one."
             )
         files = {_in_repo(place, path, folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
-        there = [each.rfilename for each in info.siblings or ()]
+        there = names_of(api, place, info)
         operations: list[Any] = [hub.CommitOperationAdd(name, str(path)) for name, path in files.items()]
         operations += [hub.CommitOperationDelete(name) for name in outdated(there, files, place.path)]
         done = api.create_commit(
-            place.repo, operations, commit_message=message, revision=place.revision, parent_commit=info.sha
+            place.repo, operations, commit_message=message, revision=place.revision, parent_commit=info.sha or None
         )
     tree = f"{done.commit_url.partition('/commit/')[0]}/tree/{place.revision or 'main'}"
     return Pushed(f"{tree}/{place.path}".rstrip("/"), done.oid != info.sha)
@@ -87,7 +87,7 @@ def _made(api: Any, place: Place, *, private: bool) -> Any:
     except errors.RepositoryNotFoundError:
         api.create_repo(place.repo, private=private or None)
         info = api.model_info(place.repo)
-    if place.revision is None or (private and not info.private):
+    if place.revision is None or (private and info.private is False):
         return info
     try:
         return api.model_info(place.repo, revision=place.revision)
