@@ -212,6 +212,8 @@ def _told(place: Place, error: BaseException, *, has_token: bool, what: str) -> 
         told = f"it cannot be {what} {seen} ({first_line(error)}) Use a token that may, or ask its owner."
     elif status is None and isinstance(error, ValueError):  # of the library itself, on what it was given
         told = f"it cannot be {what}: {' '.join(str(error).split())}"
+    elif status == 409:
+        told = f"there is a repository of this name that cannot be seen {seen}. Use a token that may, or another name."
     elif status == 412:
         told = "it was changed meanwhile, so nothing was pushed. Push again."
     elif status is not None:

@@ -31,6 +31,8 @@ class Repo:
 
     private: bool = False
     gated: bool = False
+    hidden: bool = False
+    """From all accounts, as a private repository of somebody else is."""
     branches: dict[str, str] = field(default_factory=dict)
     commits: dict[str, Files] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)
@@ -152,7 +154,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _repo(self, name: str) -> Repo:
         token, repo = self._token(), self.hub.repos.get(name)
-        if repo is None or (repo.private and not token):
+        if repo is None or repo.hidden or (repo.private and not token):
             raise _RefusedError(404 if token else 401, "Repository not found", "RepoNotFound" if token else "")
         return repo
 

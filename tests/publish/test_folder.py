@@ -155,6 +155,12 @@ def test_what_a_format_cannot_hold(tmp_path: Path) -> None:
         made(run, tmp_path / "out2", Asked(("zip",)))
     with pytest.raises(ConfigError, match="gemma_scope is read and not written"):
         made(run, tmp_path / "out3", Asked(("gemma_scope",)))
+    sweep = tmp_path / "sweep"
+    for arch in ("topk", "batch_topk"):
+        runs.write_run(sweep / arch, arch=arch)
+    shutil.copy(sweep / "topk" / "config.toml", sweep)
+    with pytest.raises(ConfigError, match=r"^batch_topk: sparsify holds TopK alone"):
+        made(sweep, tmp_path / "out5", Asked(("sparsify",)))
     crosscoder = settings_of("crosscoder:topk", k=3, sites=("h.0", "h.1"), widths=(3, 3))
     flashsae.SAE(flashsae.SAEConfig(6, 20, arch=crosscoder)).save(tmp_path / "crosscoder")
     card = made(tmp_path / "crosscoder", tmp_path / "out4", Asked())

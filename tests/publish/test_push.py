@@ -216,6 +216,15 @@ def test_a_push_without_a_token_that_may(
     assert set(hub.repos) == {"me/saes"}
 
 
+def test_a_repository_of_somebody_else(finished: Path, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    hub.put("me/saes", {"README.md": "theirs"}, hidden=True)
+    said = refused(capsys, finished, "me/saes")
+    assert said == (
+        "hf://me/saes: there is a repository of this name that cannot be seen with this token. Use a token that may, "
+        "or another name."
+    )
+
+
 def test_a_push_without_a_network(
     finished: Path, hub: Hub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -134,7 +134,7 @@ def _write_others(
                 write(_content(sae), folder / sae.name / form.name, form, lossy=False, overwrite=False)
             except ConfigError as error:
                 if asked is not None:
-                    raise
+                    raise ConfigError(f"{sae.name}: {error}" if sae.name else str(error)) from error
                 left_out.setdefault(str(error), form.title)
             else:
                 written[sae.name].append(form.name)
