@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import cycle
@@ -14,6 +15,9 @@ import torch
 
 from flashsae.data.acts import Batch
 from flashsae.data.shuffle import Batches
+
+_ROWS_AHEAD, _FORWARDS_AHEAD = 1, 4
+"""Batches that are fetched ahead: of rows, which need a slot each, and of a model, whose forwards give several."""
 
 
 class _Slot:
@@ -44,7 +48,8 @@ class Prefetcher:
     """Batches on a device, in the order in which they come.
 
     On a GPU a thread and a stream of its own fetch the next batch while the device works on the last one: they read it
-    into page-locked memory and copy it, or run the language model that it comes from. On the CPU nothing is read ahead.
+    into page-locked memory and copy it, or run the language model that it comes from. Of these they fetch some, since a
+    forward gives several batches or none. On the CPU nothing is read ahead.
 
     Args:
         batches: what to read. Nobody else may read them meanwhile.
@@ -59,7 +64,7 @@ class Prefetcher:
         self._device = device
         self._exclusive = exclusive or nullcontext()
         self._slots: Iterator[_Slot] | None = None
-        self._ahead: Future[_Fetched] | None = None
+        self._ahead: deque[Future[_Fetched]] = deque()
         self._last: _Slot | None = None
         self._pool: ThreadPoolExecutor | None = None
         if device.type == "cuda":
@@ -67,13 +72,14 @@ class Prefetcher:
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             self._stream.wait_stream(torch.cuda.current_stream(device))
 
-    def next_batch(self, *, ahead: bool) -> Batch:
+    def next_batch(self, *, ahead: int) -> Batch:
         """Return the next batch: [batch_tokens, d] by site, dtype of the source, on the device.
 
         It is overwritten once one more batch was asked for; work queued on the current stream by then is safe.
 
         Args:
-            ahead: begin with the batch after it. False where the state of `batches` is to be saved behind this one.
+            ahead: how many batches will be asked for before the state of `batches` is to be saved, this one not
+                counted. So many more may be fetched; 0 where it is saved behind this one.
         Raises:
             FlashSAEError: what reading raised.
         """
@@ -82,13 +88,23 @@ class Prefetcher:
         stream = torch.cuda.current_stream(self._device)
         if self._last is not None:
             self._last.used.record(stream)
-        fetched = self._fetch() if self._ahead is None else self._ahead.result()
-        self._ahead = self._pool.submit(self._fetch) if ahead else None
+        try:
+            fetched = self._ahead.popleft().result() if self._ahead else self._fetch()
+        except BaseException:
+            self._let_be()  # whoever saves what `batches` have given so far does so alone
+            raise
+        most = _ROWS_AHEAD if fetched.slot else _FORWARDS_AHEAD
+        self._ahead.extend(self._pool.submit(self._fetch) for _ in range(min(ahead, most) - len(self._ahead)))
         self._last = fetched.slot
         stream.wait_event(fetched.ready)
         for acts in fetched.batch.values():
             acts.record_stream(stream)
         return fetched.batch
+
+    def _let_be(self) -> None:
+        """Begin with no batch more, and wait for the one that is being fetched."""
+        ahead, self._ahead = self._ahead, deque()
+        wait(each for each in ahead if not each.cancel())
 
     def _fetch(self) -> _Fetched:
         with self._exclusive, torch.cuda.device(self._device), torch.cuda.stream(self._stream):
@@ -98,7 +114,7 @@ class Prefetcher:
                 ready.record(self._stream)
                 return _Fetched(_moved(batch, self._device), ready, None)
             if self._slots is None:
-                self._slots = cycle([_Slot(batch, self._device) for _ in range(2)])
+                self._slots = cycle([_Slot(batch, self._device) for _ in range(_ROWS_AHEAD + 1)])
             slot = next(self._slots)
             slot.copied.synchronize()  # the last copy out of this page-locked memory
             for site, acts in batch.items():

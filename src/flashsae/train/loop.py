@@ -100,7 +100,8 @@ def train_together(
             is_checkpoint = saves and (is_last or (step + 1) % config.checkpoint_every_steps == 0)
             try:
                 # nothing is read beyond a checkpoint before it is written: it holds the place in the data
-                batch = fetched.next_batch(ahead=not (is_checkpoint or is_last))
+                until = -(step + 1) % config.checkpoint_every_steps if saves else config.steps
+                batch = fetched.next_batch(ahead=min(until, config.steps - step - 1))
             except DataEndedError as error:
                 if step == 0:
                     raise
