@@ -117,7 +117,17 @@ def test_the_order_can_be_broken() -> None:
     assert not below("ops.code", "sae.module")
 
 
-HEAVY = ("transformers", "datasets", "triton", "matplotlib", "jinja2", "wandb", "tensorboard", "pandas")
+HEAVY = (
+    "transformers",
+    "huggingface_hub",
+    "datasets",
+    "triton",
+    "matplotlib",
+    "jinja2",
+    "wandb",
+    "tensorboard",
+    "pandas",
+)
 
 
 def test_import_is_light() -> None:
