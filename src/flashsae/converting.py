@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 
-from flashsae.exporting import by_hookpoint, with_density, write_several
+from flashsae.exporting import set_names, with_density, write_several
 from flashsae.formats.content import Content
 from flashsae.formats.registry import format_named
 from flashsae.places import Found, find
@@ -39,18 +40,42 @@ def convert(asked: Conversion, console: Console) -> None:
     check_written(form)
     directory = expand(asked.dst, "dst")
     found = find(asked.src, format=asked.format, revision=asked.revision, several=True)
-    contents = {name: read(each) for name, each in found.items()}
-    if list(contents) == [""]:
-        told = write(contents[""], directory, form, lossy=asked.lossy, overwrite=asked.overwrite)
+    how = {"lossy": asked.lossy, "overwrite": asked.overwrite}
+    lines, metadata = {}, {}
+    if list(found) == [""]:
+        content = read(found[""])
+        lines[""] = described(content)
+        told = write(content, directory, form, **how)
     else:
-        contents = contents if form.write_set is None else by_hookpoint(contents)
-        told = write_several(contents, directory, form, lossy=asked.lossy, overwrite=asked.overwrite)
-    for name, content in contents.items():
-        _say(console, f"{name}: {described(content)}" if name else described(content))
+        for name, each in found.items():  # all are read before the first is written, and none is kept
+            content = read(each)
+            lines[name], metadata[name] = f"{name}: {described(content)}", content.metadata
+        names = set_names(metadata) if form.write_set is not None else {name: name for name in found}
+        told = write_several(
+            _AsTheyAreRead({names[name]: each for name, each in found.items()}), directory, form, **how
+        )
+    for line in lines.values():
+        _say(console, line)
     sources = ", ".join(dict.fromkeys(each.title for each, _ in found.values()))
     _say(console, f"{sources} -> {form.title}: {directory}")
     for sentence in told:
         console.print(f"[yellow]given up:[/] {escape(sentence)}", highlight=False, soft_wrap=True)
+
+
+class _AsTheyAreRead(Mapping[str, Content]):
+    """SAEs by name, each read when it is asked for: all of a model may be more than the memory holds."""
+
+    def __init__(self, found: Mapping[str, Found]) -> None:
+        self._found = found
+
+    def __getitem__(self, name: str) -> Content:
+        return read(self._found[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
 
 
 def read(found: Found) -> Content:

@@ -142,9 +142,15 @@ def export_set(run: Path, folders: Sequence[Path], names: Iterable[str]) -> list
 
 def by_hookpoint(contents: Mapping[str, Content]) -> dict[str, Content]:
     """Return SAEs by where they read, where that tells them apart."""
-    hookpoints = [str(content.metadata.get("hookpoint", name)) for name, content in contents.items()]
-    is_told = len(set(hookpoints)) == len(hookpoints)
-    return dict(zip(hookpoints if is_told else contents, contents.values()))
+    names = set_names({name: content.metadata for name, content in contents.items()})
+    return {names[name]: content for name, content in contents.items()}
+
+
+def set_names(metadata: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Return what SAEs are called in a set, by their names: where they read, where that tells them apart."""
+    hookpoints = {name: str(each.get("hookpoint", name)) for name, each in metadata.items()}
+    is_told = len(set(hookpoints.values())) == len(hookpoints)
+    return hookpoints if is_told else {name: name for name in metadata}
 
 
 def write_several(

@@ -218,8 +218,8 @@ def read_description(folder: Path) -> Description:
     if not path.exists():
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) if folder.is_dir() else "no such folder"
         raise CheckpointError(
-            f"{folder} holds no FlashSAE SAE: expected {_CONFIG_FILE} in it, found {found or 'nothing'}. Runs and SAEs of "
-            "other libraries are read by flashsae.load."
+            f"{folder} holds no FlashSAE SAE: expected {_CONFIG_FILE} in it, found {found or 'nothing'}. Runs and "
+            "SAEs of other libraries are read by flashsae.load."
         )
     content = load_json(path, _ADVICE)
     version = content.get("format_version") if isinstance(content, dict) else None
