@@ -70,6 +70,20 @@ def test_what_is_of_the_hub_alone_is_refused_beside_a_folder(sae: SAE, tmp_path:
         flashsae.load(tmp_path / "sae", device="cuda:77")
 
 
+def test_the_format_that_is_named_is_the_one_that_is_read(sae: SAE, tmp_path: Path) -> None:
+    sae.save(tmp_path / "run" / "sae")
+    other = SAE(SAEConfig(3, 5, 2), seed=1)
+    other.save(tmp_path / "run" / "saelens", format="saelens", metadata={"model": "gpt2", "hookpoint": "h.3"})
+    assert torch.equal(flashsae.load(tmp_path / "run").W_dec, sae.W_dec)
+    assert torch.equal(flashsae.load(tmp_path / "run" / "saelens", format="saelens").W_dec, other.W_dec)
+    with pytest.raises(CheckpointError):
+        flashsae.load(tmp_path / "run" / "saelens", format="sparsify")
+    with pytest.raises(
+        CheckpointError, match=r"holds no FlashSAE SAE: expected flashsae.json in it, found cfg.json, sae"
+    ):
+        flashsae.load(tmp_path / "run" / "saelens", format="flashsae")
+
+
 def test_what_a_kill_left_of_a_folder_that_was_replaced_is_put_back(sae: SAE, tmp_path: Path) -> None:
     sae.save(tmp_path / "sae")
     (tmp_path / "sae").rename(tmp_path / ".sae.0123.old")

@@ -95,7 +95,7 @@ def find(
             files.settle(path)  # a kill may have caught it while it was replaced
     if not path.exists():
         return {"": _part(path, form)}
-    return _of_run(path) or _in(path, form)
+    return (_of_run(path) if form in (None, OURS) else {}) or _in(path, form)
 
 
 def _path_of(place: Any, revision: str | None, token: str | None, several: bool) -> Path:
@@ -142,7 +142,7 @@ def _part(path: Path, form: Format | None) -> Found:
     folder = next(parent for parent in path.parents if parent.exists())
     name = path.relative_to(folder).as_posix()
     try:
-        there = _of_run(folder) or _in(folder, form)
+        there = (_of_run(folder) if form in (None, OURS) else {}) or _in(folder, form)
     except CheckpointError:
         there = {}
     if name not in there:
