@@ -50,7 +50,7 @@ def quick() -> Iterator[None]:
 
 
 def config_of(text: Path, **changes: Any) -> RunConfig:
-    reading = {"dataset": str(text), "hookpoint": "encoder.layer.0", "context_length": 16, "prepend_bos": False}
+    reading = {"dataset": str(text), "hookpoint": "encoder.layer.0", "context_length": 16}
     train = TrainConfig(d_sae=24, k=3, tokens=128, batch_tokens=32, device="cpu", shuffle_tokens=128)
     config = RunConfig(ActivationsConfig(**reading, held_out=0.2), train, export=("saelens", "sparsify"))
     return replace(config, **changes)

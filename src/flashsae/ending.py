@@ -8,9 +8,12 @@ from typing import Any
 
 from flashsae import exporting
 from flashsae.architecture import architecture_of
+from flashsae.data.images import Pictures
 from flashsae.data.language_model import dtype_of_model
+from flashsae.errors import FlashSAEError
 from flashsae.evaluate import Evaluation
 from flashsae.formats import native
+from flashsae.lm.framing import framing_of
 from flashsae.logs.jsonl import LOG_FILE, read_log
 from flashsae.metrics.numbers import real
 from flashsae.parts import Part, Planned
@@ -60,9 +63,22 @@ def is_done(part: Part) -> bool:
     return is_exported and bool(read_evaluation(path)["steps"] == part.config.train.steps)
 
 
+def begins_with_bos(part: Part) -> bool | None:
+    """Return whether the tokenizer of a model begins its inputs with a BOS token; None of what reads no text."""
+    try:
+        tokenizer = part.activations.tokenizer()
+        if isinstance(tokenizer, Pictures):
+            return None
+        return tokenizer.bos_token_id in framing_of(tokenizer, part.config.activations).first
+    except (FlashSAEError, AttributeError):  # of a model whose text somebody else has cut
+        return None
+
+
 def save(part: Part, sae: SAE) -> None:
     """Write a trained SAE."""
     metadata = metadata_of(part.planned, getattr(part.source, "settings", None))
+    if "prepend_bos" not in metadata and (begins := begins_with_bos(part)) is not None:
+        metadata["prepend_bos"] = begins  # others take it that every input does, where nothing is said
     sae.save(part.folder / SAE_FOLDER, metadata=metadata, overwrite=True)
 
 
