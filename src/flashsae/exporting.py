@@ -79,7 +79,7 @@ def _stand_in(config: TrainConfig, metadata: Mapping[str, Any]) -> Content:
     for row in sae.architecture.parameters:
         if row.saved and not row.trained:
             getattr(sae, row.name).fill_(1.0)  # as if steps had been done
-    return content_of(sae, metadata, {DENSITY: torch.zeros(config.d_sae)})
+    return content_of(sae, metadata, {DENSITY: torch.zeros(config.d_sae, dtype=torch.float32, device="cpu")})
 
 
 def read_saved(folder: Path) -> Content:
@@ -97,7 +97,7 @@ def with_density(content: Content, path: Path) -> Content:
     measured = path.parent / _LATENTS
     if path.name != _OF_A_RUN or not measured.exists():
         return content
-    found = load_tensors(measured).get(DENSITY, torch.empty(0))
+    found = load_tensors(measured).get(DENSITY, torch.empty(0, dtype=torch.float32, device="cpu"))
     is_known = found.shape == (content.d_sae,) and DENSITY not in content.extras
     return replace(content, extras={**content.extras, DENSITY: found}) if is_known else content
 

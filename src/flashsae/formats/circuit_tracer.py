@@ -97,7 +97,7 @@ def read(path: Path) -> Content:
     k = _k(file, config, tensors.pop("k", None))
     sizes = tensors["W_enc"].shape if "W_enc" in tensors and tensors["W_enc"].dim() == 2 else (-1, -1)
     d_sae, d = (size or -1 for size in sizes)
-    given = tensors.get(_THRESHOLD, torch.empty(0))
+    given = tensors.get(_THRESHOLD, torch.empty(0, dtype=torch.float32, device="cpu"))
     dtype = check_tensors(
         file,
         tensors,

@@ -125,7 +125,10 @@ def _parameters(weights: Path, state: Mapping[str, Any], kind: _Kind, sizes: Map
     ours["threshold"] = () if "k" in kind.numbers else (d_sae,)
     shapes = {theirs: ours.get(name, (d_sae,)) for theirs, name in kind.tensors.items()}
     shapes |= {name: shapes[name][::-1] for name in _TRANSPOSED if name in shapes}
-    tensors = {name: value if isinstance(value, Tensor) else torch.tensor(value) for name, value in state.items()}
+    tensors = {
+        name: value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float32, device="cpu")
+        for name, value in state.items()
+    }
     check_tensors(weights, tensors, shapes)
     renamed = {
         name: tensors[theirs].T if theirs in _TRANSPOSED else tensors[theirs] for theirs, name in kind.tensors.items()
@@ -183,7 +186,10 @@ def write(folder: Path, content: Content, lossy: bool) -> list[str]:
             )
         told.append(f"{span}: SAEBench refuses them, dictionary_learning does not")
     tensors = (with_norms or folded).tensors
-    state = {name: tensors.get(ours, torch.zeros(())) for name, ours in kind.tensors.items()}
+    state = {
+        name: tensors.get(ours, torch.zeros((), dtype=torch.float32, device="cpu"))
+        for name, ours in kind.tensors.items()
+    }
     state = {name: each.T.contiguous() if name in _TRANSPOSED else each.contiguous() for name, each in state.items()}
     _save(folder / layout.WEIGHTS, {**state, **_numbers(content, kind, state)})
     of_sae = {
@@ -225,13 +231,15 @@ def _numbers(content: Content, kind: _Kind, state: Mapping[str, Tensor]) -> dict
         theirs = content.metadata.get(layout.NAME)
         kept = theirs.get("threshold") if isinstance(theirs, Mapping) else None
         unused = float(kept) if isinstance(kept, int | float) else _UNSET
-        threshold = state.get("threshold", torch.tensor(unused))
+        threshold = state.get("threshold", torch.tensor(unused, dtype=torch.float32, device="cpu"))
         is_wide = threshold.dtype == torch.float64
-        numbers["k"] = torch.tensor(content.settings["k"], dtype=torch.int32)
+        numbers["k"] = torch.tensor(content.settings["k"], dtype=torch.int32, device="cpu")
         numbers["threshold"] = threshold.clone() if is_wide else threshold.float()
     if "group_sizes" in kind.numbers:
         ends = prefixes_of(content.settings["prefixes"], content.d_sae)
-        numbers["group_sizes"] = torch.tensor([end - start for start, end in pairwise([0, *ends])])
+        numbers["group_sizes"] = torch.tensor(
+            [end - start for start, end in pairwise([0, *ends])], dtype=torch.int64, device="cpu"
+        )
     return numbers
 
 

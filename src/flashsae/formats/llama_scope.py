@@ -79,7 +79,7 @@ def read(path: Path) -> Content:
     _check(folder / _CONFIG, config, is_transcoder=is_transcoder)
     weights = load_tensors(file)
     if not config.use_decoder_bias:
-        weights["decoder.bias"] = torch.zeros(config.d_model)
+        weights["decoder.bias"] = torch.zeros(config.d_model, dtype=torch.float32, device="cpu")
     F, d = config.d_sae or length(weights, "encoder.bias"), config.d_model
     dtype = check_tensors(file, weights, dict(zip(_NAMES, [(F, d), (F,), (d, F), (d,)])))
     tensors = {_NAMES[name]: tensor for name, tensor in in_one_dtype(file, weights, dtype).items()}

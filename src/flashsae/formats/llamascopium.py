@@ -83,7 +83,7 @@ def read(path: Path) -> Content:
         weights["threshold"] = threshold
     folded = (_folded_sites if config.is_crosscoder else _folded)(file, config, weights, factors)
     if config.act_fn == "batchtopk":
-        folded["threshold"] = torch.zeros(())
+        folded["threshold"] = torch.zeros((), dtype=torch.float32, device="cpu")
         warnings.warn(
             f"{path} is a BatchTopK without a threshold: llamascopium selects the largest of each batch, as this does "
             "after .train(); in .eval() everything positive is active.",
@@ -177,7 +177,7 @@ def _folded(
     file: Path, config: Description, tensors: Mapping[str, Tensor], factors: list[float] | None
 ) -> dict[str, Tensor]:
     """Return parameters for activations as they come, and latents that are selected by their own values."""
-    one = torch.ones((), dtype=torch.float64)
+    one = torch.ones((), dtype=torch.float64, device="cpu")
     enc: Tensor | None = None  # what rows and biases are multiplied by
     dec: Tensor | None = None
     b_enc: Tensor | None = None
@@ -225,7 +225,7 @@ def _folded_sites(
         folded["threshold"] = torch.where(norm > 0, folded["threshold"] / norm, math.inf)
     if factors is None:
         return folded
-    columns = torch.tensor(factors, dtype=torch.float64).repeat_interleave(config.d_model)
+    columns = torch.tensor(factors, dtype=torch.float64, device="cpu").repeat_interleave(config.d_model)
     folded["W_enc_T"] = scaled(folded["W_enc_T"], columns=columns)
     folded["W_dec"] = scaled(folded["W_dec"], columns=columns.reciprocal())
     folded["b_dec"] = scaled(folded["b_dec"], columns.reciprocal())

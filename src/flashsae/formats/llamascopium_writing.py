@@ -49,7 +49,9 @@ def write(folder: Path, content: Content, lossy: bool = False) -> list[str]:
     foreign = _foreign(content)
     hooks = _hooks(content, selection.outer, foreign)
     for name in hooks.get("hook_points") or (hooks["hook_point_in"], hooks["hook_point_out"]):
-        weights[f"{NORM}{name}"] = torch.tensor(math.sqrt(widths[0]))  # a scale of 1, for whoever asks for it
+        weights[f"{NORM}{name}"] = torch.tensor(
+            math.sqrt(widths[0]), dtype=torch.float32, device="cpu"
+        )  # a scale of 1, for whoever asks for it
     config = {
         "sae_type": "crosscoder" if selection.outer == "crosscoder" else "sae",
         "d_model": widths[0],
@@ -155,7 +157,9 @@ def _thresholds(content: Content, selection: Selection, sites: int) -> Tensor:
         norm = common_norms(content.tensors["W_dec"], sites)
         assert norm is not None
         return threshold * norm
-    scale = content.tensors.get("site_scale", torch.ones(content.d_out))  # norms count so much at each site
+    scale = content.tensors.get(
+        "site_scale", torch.ones(content.d_out, dtype=torch.float64, device="cpu")
+    )  # norms count so much at each site
     return threshold / scale.double().view(sites, -1)[:, 0].sum()
 
 

@@ -92,7 +92,7 @@ def in_one_dtype(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype) 
 
 def scaled(tensor: Tensor, factor: float | Tensor, dtype: torch.dtype) -> Tensor:
     """Return a tensor times a number, or one a row, computed in float64 and rounded once."""
-    result = torch.empty(tensor.shape, dtype=dtype)
+    result = torch.empty(tensor.shape, dtype=dtype, device="cpu")
     for start in range(0, len(tensor), _ROWS):
         rows = slice(start, start + _ROWS)
         of_rows = factor[rows] if isinstance(factor, Tensor) else factor

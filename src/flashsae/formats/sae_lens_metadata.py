@@ -164,7 +164,7 @@ def numbers_of(block: Mapping[str, Any], like: Tensor) -> dict[str, Tensor]:
     numbers = block.get("numbers")
     known = numbers.items() if isinstance(numbers, Mapping) else ()
     return {
-        name: torch.tensor(value, dtype=torch.float64).to(like.dtype)
+        name: torch.tensor(value, dtype=torch.float64, device="cpu").to(like.dtype)
         for name, value in known
         if type(value) in (int, float) and abs(value) < _LARGEST
     }

@@ -115,7 +115,7 @@ def _as_latents(verb: str, latents: Any) -> Tensor:
     try:
         chosen = torch.as_tensor(list(latents) if isinstance(latents, range | set) else latents, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError):
-        chosen = torch.zeros(1)
+        chosen = torch.zeros(1, dtype=torch.float32, device="cpu")
     if chosen.numel() == 0 and chosen.dim() < 2:
         chosen = chosen.long()
     if chosen.dtype == torch.bool and chosen.dim() == 1:
