@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from flashsae.errors import CheckpointError, ConfigError, StorageError
+from flashsae.errors import CheckpointError, ConfigError, FlashSAEWarning, StorageError
 from flashsae.formats import dictionary_learning
 from flashsae.formats.content import Content
 from flashsae.formats.dictionary_learning_config import detects, parts
@@ -195,17 +195,14 @@ def test_norms_of_rows_go_into_the_activations(architecture: str, subtracts: boo
 
 
 @pytest.mark.parametrize("architecture", ["topk", "batch_topk", "hierarchical_topk"])
-def test_norms_of_rows_that_are_compared_are_refused_or_kept(architecture: str, tmp_path: Path) -> None:
+def test_norms_of_rows_that_are_compared_are_kept_and_told(architecture: str, tmp_path: Path) -> None:
     content = made(architecture, unit_rows=False)
-    with pytest.raises(
-        ConfigError,
-        match=rf"^SAEBench refuses decoder rows whose norm is not 1, and with norm 1 {architecture} would select other "
-        r"latents: give --lossy \(lossy=True\), with which decoder rows keep their norms, from [\d.]+ to [\d.]+, as",
+    with pytest.warns(
+        FlashSAEWarning,
+        match=rf"^{architecture} is written with the norms that its decoder rows have, from [\d.]+ to [\d.]+, as with "
+        r"norm 1 it would select other latents: dictionary_learning takes it, and SAEBench, which refuses such rows, ",
     ):
-        written(tmp_path / "refused", content)
-    assert not list((tmp_path / "refused").iterdir())
-    (told,) = written(tmp_path / "sae", content, lossy=True)
-    assert told.endswith("SAEBench refuses them, dictionary_learning does not")
+        assert written(tmp_path / "sae", content) == []
     kept = dictionary_learning.read(tmp_path / "sae")
     assert same(kept, replace(content, architecture=kept.architecture))
 

@@ -157,6 +157,14 @@ def test_norms_of_rows_go_into_their_activations(architecture: str, tmp_path: Pa
         torch.testing.assert_close(theirs(x), sae(x), rtol=1e-5, atol=1e-5 * float(sae(x).abs().max()))
 
 
+@pytest.mark.parametrize("architecture", ["topk", "batch_topk", "matryoshka"])
+def test_norms_of_rows_that_are_compared_are_kept(architecture: str, tmp_path: Path) -> None:
+    sae = random_sae(architecture, {"k": K}, unit_rows=False)
+    sae.save(tmp_path / "sae", format="dictionary_learning")
+    theirs, _ = load_dictionary(str(tmp_path / "sae"), "cpu")
+    assert_same(theirs, sae)
+
+
 @pytest.mark.parametrize(("architecture", "settings", "kind"), OURS, ids=str)
 def test_sae_lens_reads_these_files_too(
     architecture: str, settings: dict[str, Any], kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

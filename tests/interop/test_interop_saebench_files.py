@@ -64,6 +64,6 @@ def test_saebench_reads_what_is_written(
 
 
 def test_saebench_refuses_what_is_written_with_other_norms(tmp_path: Path, load: Any) -> None:
-    dictionary_learning.write(tmp_path, made("topk", unit_rows=False, metadata=PLACE), True)
+    dictionary_learning.write(tmp_path, made("topk", unit_rows=False, metadata=PLACE), False)
     with pytest.raises(ValueError, match="not normalized"):
         load()

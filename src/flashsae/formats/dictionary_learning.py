@@ -10,13 +10,14 @@
     GatedAutoEncoder                encoder.weight, decoder.weight, decoder_bias, r_mag, gate_bias, mag_bias
 
 Their loader gives the rows of an AutoEncoder's decoder norm 1, and so does reading here: activations are those that it
-gives. SAEBench refuses other norms, so all are written with norm 1. A threshold below 0, which it is until it is set,
-lets through what a ReLU does: it is read as 0.
+gives. SAEBench refuses other norms, so rows are written with norm 1 wherever that selects no other latents. A threshold
+below 0, which it is until it is set, lets through what a ReLU does: it is read as 0.
 """
 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate, count, pairwise
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from flashsae import files
 from flashsae.documents import load_pickle
-from flashsae.errors import CheckpointError, ConfigError
+from flashsae.errors import CheckpointError, ConfigError, FlashSAEWarning
 from flashsae.formats import dictionary_learning_config as layout
 from flashsae.formats.checks import active, folder_name, matrix, number, of_one_dtype
 from flashsae.formats.content import Content, Format
@@ -178,13 +179,13 @@ def write(folder: Path, content: Content, lossy: bool) -> list[str]:
     with_norms = with_unit_rows(folded)
     if with_norms is None:
         of_rows = norms(content.tensors["W_dec"])
-        span = f"decoder rows keep their norms, from {of_rows.min():.3g} to {of_rows.max():.3g}"
-        if not lossy:
-            raise ConfigError(
-                f"SAEBench refuses decoder rows whose norm is not 1, and with norm 1 {content.architecture} would "
-                f"select other latents: give --lossy (lossy=True), with which {span}, as dictionary_learning allows."
-            )
-        told.append(f"{span}: SAEBench refuses them, dictionary_learning does not")
+        warnings.warn(
+            f"{content.architecture} is written with the norms that its decoder rows have, from {of_rows.min():.3g} to "
+            f"{of_rows.max():.3g}, as with norm 1 it would select other latents: dictionary_learning takes it, and "
+            "SAEBench, which refuses such rows, takes flashsae.saebench(sae).",
+            FlashSAEWarning,
+            stacklevel=2,
+        )
     tensors = (with_norms or folded).tensors
     state = {
         name: tensors.get(ours, torch.zeros((), dtype=torch.float32, device="cpu"))
