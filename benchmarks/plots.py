@@ -264,7 +264,8 @@ def main(results: Path = RESULTS, docs: Path = DOCS) -> None:
                 figure.savefig(docs / name, dpi=DPI)
         print(f"{docs / name}: {'drawn' if figure else 'nothing to draw'}")
     parts = [plots_steps.step_text(whole), plots_architectures.steps_table(archs), plots_runs.pipeline_text(pipeline)]
-    parts.append(inference_text(read(results / "inference.jsonl")))
+    parts += [plots_runs.reading_text(read(results / "reading.jsonl"))]
+    parts += [inference_text(read(results / "inference.jsonl"))]
     parts += [all_tables(found) if found.by_key else "", counters_table(counters) if counters else ""]
     pages = {"performance.md": parts, "numerics.md": [plots_runs.trainer_text(trainer)]}
     pages["architectures.md"] = [plots_architectures.pareto_text(pareto)]

@@ -121,6 +121,25 @@ def pipeline_text(records: Sequence[Record]) -> str:
     )
 
 
+def reading_text(records: Sequence[Record]) -> str:
+    """Return how near a cache of activations comes to the speed of the model alone."""
+    last = {record["name"]: record for record in records}
+    if not last:
+        return ""
+    models = {"small": "3 layers of width 384 (MiniLM)", "large": "8 layers of width 4096, random weights"}
+    rows = []
+    for name, r in last.items():
+        alone, source, cache = (max(r["rates"][arm]) for arm in ("bare", "source", "cache"))
+        rows.append([models[name], f"{alone:,.0f}", f"{source:,.0f}", f"{cache:,.0f}", f"{cache / alone:.1%}"])
+    heads = ["model", "alone, tokens/s", "read", "written to a cache", "of alone"]
+    gpus, commits = (", ".join(dict.fromkeys(r[name] for r in last.values())) for name in ("gpu", "commit"))
+    return (
+        "### Reading text\n\n`python -m benchmarks.reading`: the model alone on batches that were made before, the "
+        "source that cuts text meanwhile, and `flashsae cache` to memory-backed disk, the best of two rounds. One "
+        f"{gpus} with 16 cores; commits {commits}.\n\n{table(heads, rows)}"
+    )
+
+
 def pipeline_figure(records: Sequence[Record]) -> Figure | None:
     """Draw when the stream that trains and the one that fetches are busy."""
     last = _last_pipelines(records)

@@ -129,7 +129,8 @@ def _read(name: str) -> list[Record]:
 def test_the_tables_of_the_docs_are_those_of_the_results() -> None:
     ops, step = Results(_read("ops")), Results(_read("step"))
     parts = [plots_steps.step_text(step), plots_architectures.steps_table(Results(_read("architectures")))]
-    parts += [plots_runs.pipeline_text(_read("pipeline")), plots.all_tables(ops)]
+    parts += [plots_runs.pipeline_text(_read("pipeline")), plots_runs.reading_text(_read("reading"))]
+    parts += [plots_inference.inference_text(_read("inference")), plots.all_tables(ops)]
     parts.append(plots.counters_table(_read("counters")))
     performance = (ROOT / "docs" / "performance.md").read_text("utf-8")
     assert "\n\n".join(filter(None, parts)) in performance
