@@ -156,3 +156,18 @@ def test_each_stream_has_its_own_until_the_weights_are_replaced(tiny: ModuleType
     found = replays.here()(ids, attention, whole)["h.1"]
     assert is_close(found, model(ids.cuda(), attention.cuda(), whole)["h.1"], attention)
     assert not is_close(found, before, attention)
+
+
+def test_positions_that_begin_again_are_replayed(tiny: ModuleType) -> None:
+    model = HookedModel(tiny.llama().to("cuda", torch.float32), ("layers.1",))
+    replays = replays_of(model)
+    for seed in range(3):
+        ids, attention = inputs(seed, (3, 8 - seed))
+        places = torch.arange(8 - seed).expand_as(ids)
+        positions = torch.where(places < 3, places, places - 3)
+        expected = model(ids.cuda(), attention.cuda(), whole, positions.cuda())["layers.1"]
+        alone = model(ids[:, 3:].cuda(), attention[:, 3:].cuda(), whole)["layers.1"]
+        found = replays(ids, attention, whole, positions)["layers.1"]
+        assert is_close(found, expected, attention)
+        assert is_close(found[:, 3:], alone, attention[:, 3:])
+    assert len(replays._captured) == 3

@@ -238,8 +238,8 @@ def rounding_warning(cache: ActivationCache) -> str | None:
 
 
 _OF_TEXT_ALONE = (
-    *("context_length", "exclude_ids", "prepend_bos", "bos_every", "pack", "overlap", "assistant_only"),
-    *("shuffle_whole", "side", *OF_TEXT),
+    *("context_length", "exclude_ids", "prepend_bos", "bos_every", "pack", "pack_apart", "overlap"),
+    *("assistant_only", "shuffle_whole", "side", *OF_TEXT),
 )
 """Settings that mean nothing for images."""
 

@@ -13,7 +13,7 @@ from flashsae.errors import ConfigError, DataError
 from flashsae.lm.hooked import HookedModel
 from flashsae.lm.look import never_finite
 from flashsae.lm.replay import Replays
-from flashsae.lm.windows import TokenBatch
+from flashsae.lm.windows import TokenBatch, positions_in_documents
 
 
 @dataclass(frozen=True)
@@ -105,11 +105,15 @@ class Forwards(Launches):
     Args:
         model: to run.
         name, text, max_norm_ratio: as of `Launches`.
+        is_apart: no document of an input sees another one.
     """
 
-    def __init__(self, model: HookedModel, name: str, text: str, max_norm_ratio: float | None) -> None:
+    def __init__(
+        self, model: HookedModel, name: str, text: str, max_norm_ratio: float | None, *, is_apart: bool = False
+    ) -> None:
         super().__init__(name, text, max_norm_ratio)
         self.model = model
+        self._is_apart = is_apart
 
     def launch(self, batch: TokenBatch, replays: Replays | None = None) -> Launched:
         """Queue the forward of a batch.
@@ -132,10 +136,12 @@ class Forwards(Launches):
                 )
             return output.flatten(0, 1).index_select(0, rows.to(output.device))
 
+        positions = positions_in_documents(batch) if self._is_apart else None
         if replays is None:
-            acts = self.model(moved(batch.ids, device), moved(batch.attention, device), pick)
+            there = None if positions is None else moved(positions, device)
+            acts = self.model(moved(batch.ids, device), moved(batch.attention, device), pick, there)
         else:
-            acts = replays(batch.ids, batch.attention, pick)
+            acts = replays(batch.ids, batch.attention, pick, positions)
         return self.launched(batch, acts, device)
 
 

@@ -30,7 +30,7 @@ from flashsae.lm.apart import WindowsApart
 from flashsae.lm.hooked import HookedModel
 from flashsae.lm.hookpoints import patterns_in, resolve_hookpoints
 from flashsae.lm.loading import Loading, load_with_account
-from flashsae.lm.look import look
+from flashsae.lm.look import check_apart, look
 from flashsae.lm.options import PLAIN, LoadOptions, quantized_warning
 from flashsae.lm.parts import bare, context_limit, text_paths, vocabulary_size
 from flashsae.lm.replay import ReplaysByStream
@@ -122,6 +122,8 @@ class LanguageModelSource:
         self._forwards, self._replayed = self._forwards_of(self._model), self._replayed_of(self._model)
         self._most_ahead = 1 if self._model.device.type == "cuda" else 0
         seen = look(self._model, self._windows.probe(), config.model)
+        if config.pack_apart:
+            check_apart(self._model, self._windows.probe(), config.model)
         check_loaded(config.model, loading, seen.trace, self.hookpoints)
         self.widths, self.dtype = seen.widths, seen.dtype
 
@@ -189,7 +191,8 @@ class LanguageModelSource:
         return part
 
     def _forwards_of(self, model: HookedModel) -> Forwards:
-        return Forwards(model, self.config.model, self.text.name, self.config.max_norm_ratio)
+        config = self.config
+        return Forwards(model, config.model, self.text.name, config.max_norm_ratio, is_apart=config.pack_apart or False)
 
     def _replayed_of(self, model: HookedModel) -> ReplaysByStream:
         config = self.config

@@ -66,6 +66,11 @@ class HookedModel:
         return not self._is_decoder and devices == {self.device} and not hooked
 
     @property
+    def takes_positions(self) -> bool:
+        """Whether the model can be told where each token stands."""
+        return not self._is_decoder and "position_ids" in inspect.signature(self._called.forward).parameters
+
+    @property
     def _called(self) -> nn.Module:
         return self.model if self._is_decoder else self.reader
 
@@ -96,6 +101,7 @@ class HookedModel:
         input_ids: Tensor,
         attention_mask: Tensor,
         pick: Callable[[str, Tensor], Tensor] = lambda name, output: output.clone(),
+        position_ids: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Return what is at each hookpoint; a module that runs twice gives the first.
 
@@ -104,6 +110,8 @@ class HookedModel:
             attention_mask: [sequences, length], int64, on any device; 0 is padding.
             pick: called with a hookpoint and what is there, returns what to keep of it: a copy, since a later layer may
                 add to the tensor in place.
+            position_ids: [sequences, length], int64; a model whose attention goes by positions sees no further back
+                than to the last 0, and is given no mask. None: each sequence is one text.
         Returns:
             by hookpoint, the first tensor of the output, or of the input (`hidden_states`, where that is given by its
             name), [sequences, length, d] for most modules: several streams or heads of a token stand side by side.
@@ -114,6 +122,9 @@ class HookedModel:
         with inference(self.model):
             there = (each.to(self._takes_ids, non_blocking=True) for each in (input_ids, attention_mask))
             inputs = self._inputs(*there)
+            if position_ids is not None:
+                del inputs["attention_mask"]
+                inputs["position_ids"] = position_ids.to(self._takes_ids, non_blocking=True)
             seen = captured(
                 self.model,
                 self.hookpoints,

@@ -88,6 +88,39 @@ def look(model: HookedModel, batch: TokenBatch, name: str) -> Seen:
     )
 
 
+def check_apart(model: HookedModel, batch: TokenBatch, name: str) -> None:
+    """Raise ConfigError unless documents of one input are read as if each stood alone, where positions begin again.
+
+    Args:
+        model: to run.
+        batch: two windows of full length; the second half of the first is read behind its first half, and alone.
+        name: of the model, for messages.
+    """
+    ids = batch.ids[:1]
+    half = ids.shape[1] // 2
+    place = torch.arange(ids.shape[1], dtype=torch.int64, device="cpu")[None]
+    advice = "Leave it out, so that documents see those before them, or leave out --pack."
+    if not half or not model.takes_positions:
+        raise ConfigError(f"pack_apart: {name} cannot be told where a document begins in an input. {advice}")
+    positions = torch.where(place < half, place, place - half)
+    others = torch.cat([ids[:, :half].roll(1, 1), ids[:, half:]], dim=1)  # the same tokens before it, in another order
+    packed, beside = (model(each, torch.ones_like(ids), position_ids=positions) for each in (ids, others))
+    alone = model(ids[:, half:], torch.ones_like(ids[:, half:]), position_ids=place[:, : ids.shape[1] - half])
+    for hookpoint, acts in alone.items():
+        found, other = (each[hookpoint][:, half:].float() for each in (packed, beside))
+        norm, rounding = acts.float().norm(), _ROUNDING.get(acts.dtype, _ROUNDING_OF_HALF)
+        # what is masked counts as exactly 0, whatever it is
+        if bool((found - other).norm() > 1e-7 * norm) or not bool((found - acts.float()).norm() <= rounding * norm):
+            raise ConfigError(
+                f"pack_apart: in {name} documents of one input see each other at {hookpoint}, wherever their positions "
+                f"begin. {advice}"
+            )
+
+
+_ROUNDING, _ROUNDING_OF_HALF = {torch.float32: 1e-3, torch.float64: 1e-3}, 0.03
+"""Of the norm of activations: what another order of sums may make of them, by dtype."""
+
+
 def never_finite(name: str, hookpoint: str, dtype: torch.dtype) -> str:
     """Return what to say of a model that gives no finite numbers, whatever it reads."""
     half = "" if dtype == torch.float32 else ", or read in float32, as on the CPU (device cpu)"

@@ -32,13 +32,12 @@ class _Captured:
 
     Args:
         graph: to be replayed.
-        ids, mask: [rows, width], what it reads: tokens, and which of them are no padding.
+        reads: [rows, width] each, what it reads: tokens, which of them are no padding, and positions where given.
         acts: [rows, width, d] by hookpoint, what it writes.
     """
 
     graph: torch.cuda.CUDAGraph
-    ids: Tensor
-    mask: Tensor
+    reads: tuple[Tensor, ...]
     acts: dict[str, Tensor]
 
 
@@ -63,28 +62,35 @@ class Replays:
         self._turn = Lock()
         self.is_on = model.device.type == "cuda" and model.is_plain and is_small(model.reader)
 
-    def __call__(self, ids: Tensor, attention: Tensor, pick: Pick) -> dict[str, Tensor]:
+    def __call__(
+        self, ids: Tensor, attention: Tensor, pick: Pick, positions: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Return what `HookedModel` does.
 
         Args:
-            ids, attention: [sequences, length], int64, on the CPU.
+            ids, attention, positions: [sequences, length], int64, on the CPU; the last for all batches or none.
             pick: as there.
         """
+        given = (ids, attention) if positions is None else (ids, attention, positions)
         if self.is_on:
             n, length = ids.shape
             rows, width = self.shape_for(n, length)
-            ids_there, mask_there = (
-                self._there(padded(each, rows, width, value))
-                for each, value in ((ids, self._pad_token), (attention, 0))
+            reads = tuple(
+                self._there(padded(each, rows, width, value)) for each, value in zip(given, (self._pad_token, 0, 0))
             )
             with self._turn:
-                captured = self._captured.get((rows, width)) or self._capture(ids_there, mask_there)
+                captured = self._captured.get((rows, width)) or self._capture(reads)
                 if captured is not None:
-                    captured.ids.copy_(ids_there)
-                    captured.mask.copy_(mask_there)
+                    for place, each in zip(captured.reads, reads):
+                        place.copy_(each)
                     captured.graph.replay()
                     return {name: pick(name, acts[:n, :length]) for name, acts in captured.acts.items()}
-        return self._model(self._there(ids), self._there(attention), pick)
+        return self._run(tuple(map(self._there, given)), pick)
+
+    def _run(self, reads: tuple[Tensor, ...], pick: Pick | None = None) -> dict[str, Tensor]:
+        ids, attention, *positions = reads
+        how = {} if pick is None else {"pick": pick}
+        return self._model(ids, attention, position_ids=positions[0] if positions else None, **how)
 
     def shape_for(self, n: int, length: int) -> tuple[int, int]:
         """Return the shape that n windows of a length are padded to: of few, and at most an eighth larger."""
@@ -96,9 +102,9 @@ class Replays:
         device = self._model.device
         return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
-    def _capture(self, ids: Tensor, mask: Tensor) -> _Captured | None:
+    def _capture(self, reads: tuple[Tensor, ...]) -> _Captured | None:
         """Capture a forward; where that cannot be done, as where the host looks at numbers, none is any more."""
-        seen = self._model(ids, mask)  # compiles what is missing, which a capture must not
+        seen = self._run(reads)  # compiles what is missing, which a capture must not
         for name, each in seen.items():
             room = self._room.get(name)
             if room is None or room.numel() < each.numel():  # graphs that are there go on writing the smaller one
@@ -113,7 +119,7 @@ class Replays:
             with torch.cuda.stream(stream):
                 graph.capture_begin(pool, "thread_local")
                 try:
-                    acts = {name: self._put(name, each) for name, each in self._model(ids, mask).items()}
+                    acts = {name: self._put(name, each) for name, each in self._run(reads).items()}
                 finally:
                     graph.capture_end()
             graph.replay()
@@ -127,7 +133,7 @@ class Replays:
         if not self.is_on:
             self._captured = {}
             return None
-        captured = self._captured[ids.shape[0], ids.shape[1]] = _Captured(graph, ids, mask, acts)
+        captured = self._captured[reads[0].shape[0], reads[0].shape[1]] = _Captured(graph, reads, acts)
         return captured
 
     def _put(self, name: str, acts: Tensor) -> Tensor:

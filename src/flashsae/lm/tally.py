@@ -50,7 +50,7 @@ def inputs_in_words(settings: Mapping[str, Any], framing: Framing | None = None,
         framing: what stands around text.
         tokenizer: that knows its tokens by name; needed beside `framing`.
     """
-    told = [f"{settings['context_length']:,} tokens", f"documents {'packed' if settings.get('pack') else 'apart'}"]
+    told = [f"{settings['context_length']:,} tokens", _standing(settings)]
     if settings.get("overlap"):
         told.append(f"the last {settings['overlap']:,} again where a document goes on")
     if settings.get("assistant_only"):
@@ -58,6 +58,12 @@ def inputs_in_words(settings: Mapping[str, Any], framing: Framing | None = None,
     if framing is not None:
         told += _around(framing, tokenizer, is_packed=bool(settings.get("pack")))
     return ", ".join(told)
+
+
+def _standing(settings: Mapping[str, Any]) -> str:
+    if not settings.get("pack"):
+        return "documents apart"
+    return "documents packed, each as if it stood alone" if settings.get("pack_apart") else "documents packed"
 
 
 def _around(framing: Framing, tokenizer: Any, *, is_packed: bool) -> list[str]:

@@ -202,6 +202,15 @@ class Windows:
         )
 
 
+def positions_in_documents(batch: TokenBatch) -> Tensor:
+    """Return the place of each token in its document of the input, [sequences, length], int64; of padding 0."""
+    place = torch.arange(batch.ids.shape[1], dtype=torch.int64, device="cpu").expand_as(batch.ids)
+    begins = torch.zeros_like(batch.keep)
+    begins[:, 1:] = batch.documents[:, 1:] != batch.documents[:, :-1]
+    start = torch.where(begins, place, 0).cummax(1).values
+    return (place - start) * batch.attention
+
+
 def first_tokens(batches: list[TokenBatch], n: int) -> list[TokenBatch]:
     """Return the batches of a block with only the first `n` of their kept tokens kept, in reading order.
 

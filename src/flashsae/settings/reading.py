@@ -39,7 +39,7 @@ _TOLD_BESIDE = (
     *("hookpoint", "model_dtype", "cache_dtype", "cache_compression"),  # as what they are resolved to
 )
 _ADDED_LATER = (
-    *("shuffle_whole", "bos_every", "pack", "overlap", "assistant_only", "cache_compression"),
+    *("shuffle_whole", "bos_every", "pack", "pack_apart", "overlap", "assistant_only", "cache_compression"),
     *("model_kwargs", "quantize", "trust_remote_code", "side"),
 )
 """Settings that the first caches and runs were written without. At its default each is as if it were not there, so that
@@ -90,6 +90,8 @@ class ReadingConfig:
         pack: Fill each input of the model with documents, one behind another and a token between them that ends one
             (what the tokenizer puts behind a text, else EOS, else BOS), each of which attends to what stands before it;
             --no-pack gives every document inputs of its own. Default: no.
+        pack_apart: Let no packed document see another one, and its positions begin at 0, as if it stood alone. For
+            models whose attention goes by positions, as most that write text; tried at the start. Default: no.
         overlap: Begin each input that goes on with a document with so many tokens of the input before. They are
             context alone and not taken again. Default: 0.
         assistant_only: Of chats, take only what the assistant says, where the chat template marks it. Default: no.
@@ -147,6 +149,7 @@ class ReadingConfig:
     prepend_bos: bool | None = field(default=None, kw_only=True)
     bos_every: LeftOpen[Literal["context", "document"]] = left_open("context")
     pack: LeftOpen[bool] = left_open(False)
+    pack_apart: LeftOpen[bool] = left_open(False)
     overlap: LeftOpen[NonNegativeInt] = left_open(0)
     assistant_only: LeftOpen[bool] = left_open(False)
     shuffle_documents: LeftOpen[bool] = left_open(True)
@@ -193,6 +196,8 @@ class ReadingConfig:
             raise ConfigError(
                 "bos_every: expected nothing beside --no-prepend-bos, with which no input begins with BOS."
             )
+        if self.pack_apart and not self.pack:
+            raise ConfigError("pack_apart: expected --pack beside it; documents that are not packed are apart.")
         if self.document_seed and self.shuffle_documents is False:
             raise ConfigError("document_seed: expected nothing beside --no-shuffle-documents, which needs no seed.")
         if self.shuffle_whole and self.shuffle_documents is False:
