@@ -209,11 +209,18 @@ def test_a_run_that_has_ended_is_extended(home: Path, cached: Path) -> None:
     with pytest.raises(ConfigError, match=r"^extend: expected a run that has ended, and .* has done 0 of 8 steps\."):
         start.extended(start.saved_config(run), run, 64)
     execute(run, QUIET)
+    before = (run / CONFIG_FILE).read_bytes()
+    start.write_extended(start.extended(start.saved_config(run), run, 64), run)
+    with pytest.raises(ConfigError, match=r"not begun with what it was extended by\. Finish it first: flashsae train"):
+        start.extended(start.saved_config(run), run, 64)  # the same command again, after a kill
+    (run / CONFIG_FILE).write_bytes(before)
     with pytest.raises(SystemExit) as ended:
         main(["train", "--resume", str(run), "--extend", "64"])
     assert not ended.value.code
     evaluation = (run / NAMES[1] / "evaluation.json").read_bytes()
     (run / NAMES[1] / "evaluation.json").write_bytes((cached / NAMES[1] / "evaluation.json").read_bytes())
+    with pytest.raises(ConfigError, match=r"has done its 10 steps and was not measured behind them\. Finish it first"):
+        start.extended(start.saved_config(run), run, 64)
     execute(run, QUIET)  # as after a kill before it was measured anew
     assert json.loads((run / NAMES[1] / "evaluation.json").read_text())["fvu"] == json.loads(evaluation)["fvu"]
     whole = replace(_config(home).train, tokens=320, extended=(256,))

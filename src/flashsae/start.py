@@ -19,6 +19,7 @@ from flashsae.lm.place import model_place
 from flashsae.logs.jsonl import LOG_FILE
 from flashsae.logs.trackers import check_logger
 from flashsae.parts import CHECKPOINTS, asked_of, most_tokens, part_folders, planned_saes
+from flashsae.report.evaluation_file import read_evaluation
 from flashsae.settings.reading import MINILM
 from flashsae.settings.run import CONFIG_FILE, RunConfig
 from flashsae.train.checkpoint import list_checkpoints, step_of
@@ -138,12 +139,11 @@ def extended(config: RunConfig, run: Path, tokens: int) -> RunConfig:
         ConfigError: it has not ended.
     """
     for folder in part_folders(run) or [run]:
-        found = list_checkpoints(folder / CHECKPOINTS)
-        done, steps = (step_of(found[-1]) if found else 0), saved_config(folder).train.steps
-        if failure_in(folder) is None and done != steps:
+        left = None if failure_in(folder) is not None else _left_to_do(folder, len(config.train.extended))
+        if left is not None:
             raise ConfigError(
-                f"extend: expected a run that has ended, and {folder} has done {done:,} of {steps:,} steps. Finish it "
-                f"first: flashsae train --resume {run}."
+                f"extend: expected a run that has ended, and {folder} {left}. Finish it first: flashsae train --resume "
+                f"{run}."
             )
     train = config.train
     more = replace(train, tokens=train.tokens + tokens, extended=(*train.extended, train.tokens))
@@ -154,6 +154,19 @@ def extended(config: RunConfig, run: Path, tokens: int) -> RunConfig:
         for each in config.sae
     )
     return replace(config, train=more, sae=saes)
+
+
+def _left_to_do(folder: Path, times: int) -> str | None:
+    """Say what an SAE of a run that was extended so many times lacks, so that it is not extended twice by mistake."""
+    train, found = saved_config(folder).train, list_checkpoints(folder / CHECKPOINTS)
+    done = step_of(found[-1]) if found else 0
+    if len(train.extended) < times:
+        return "has not begun with what it was extended by"
+    if done != train.steps:
+        return f"has done {done:,} of {train.steps:,} steps"
+    path = folder / "evaluation.json"
+    is_measured = path.exists() and read_evaluation(path)["steps"] == train.steps
+    return None if is_measured else f"has done its {train.steps:,} steps and was not measured behind them"
 
 
 def write_extended(config: RunConfig, run: Path) -> None:
