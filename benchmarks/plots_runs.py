@@ -135,7 +135,7 @@ def reading_text(records: Sequence[Record]) -> str:
     gpus, commits = (", ".join(dict.fromkeys(r[name] for r in last.values())) for name in ("gpu", "commit"))
     return (
         "### Reading text\n\n`python -m benchmarks.reading`: the model alone on batches that were made before, the "
-        "source that cuts text meanwhile, and `flashsae cache` to memory-backed disk, the best of two rounds. One "
+        "source that cuts text meanwhile, and writing a cache to memory-backed disk, the best of two rounds. One "
         f"{gpus} with 16 cores; commits {commits}.\n\n{table(heads, rows)}"
     )
 

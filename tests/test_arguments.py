@@ -180,10 +180,14 @@ def test_every_setting_arrives_from_flags_from_a_file_and_from_python(
         assert {name: _in_python(name, value) for name, value in values.items()} == meant
 
 
+BESIDE: dict[str, dict[str, Any]] = {"pack_apart": {"pack": True}}
+"""What a setting needs beside it."""
+
+
 def _in_python(name: str, value: Any) -> Any:
     for part, settings in PARTS.items():
         if name in declared_types(settings):
-            built = RunConfig(**{part: settings(**{name: value})})
+            built = RunConfig(**{part: settings(**{name: value, **BESIDE.get(name, {})})})
             return getattr(getattr(built, part), name)
     if name in declared_types(TopKSettings):
         return getattr(RunConfig(train=TrainConfig(**{name: value})).train.arch, name)

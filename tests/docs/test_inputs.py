@@ -20,6 +20,7 @@ CHATS = [{"messages": [{"role": "cat", "content": text}, {"role": "assistant", "
          for text in tiny_models.DOCUMENTS]  # fmt: skip
 SEEN = {
     "--pack": "documents packed",
+    "--pack-apart": "each as if it stood alone",
     "--overlap": "the last 4 again where a document goes on",
     "--bos-every": "<s> at each document alone",
     "--no-prepend-bos": "no special token around them",
@@ -42,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_page_has_every_choice() -> None:
-    assert len(COMMANDS) == 8
+    assert len(COMMANDS) == 9
     assert all(any(option in command for command in COMMANDS) for option in SEEN)
 
 
