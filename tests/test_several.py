@@ -119,6 +119,8 @@ def test_a_file_makes_the_same_and_the_command_line_goes_before_it(made: list[Ru
             "model: expected one value, since all SAEs of a run",
         ),
         ('dataset = ["a", "b"]\nk = [1, 2]', "dataset: expected one value, since all SAEs of a run"),
+        ('dataset = ["a", "b"]\nk = [1, 2]', 'got 2. A mixture has weights: ["A@0.7", "B@0.3"].'),
+        ("[[saes]]\nk = [1, 2]", "expected tables [[sae]], got tables [[saes]]."),
         (
             'device = ["cpu", "cuda"]\nk = [1, 2]',
             "device: expected one value, since all SAEs of a run",
@@ -138,9 +140,31 @@ def test_a_sweep_that_makes_no_saes_is_one_sentence(
     assert _main("train --sweep sweep.toml") == 1
     told = capsys.readouterr().err
     assert message in told
-    assert "sweep.toml" in told or message.startswith(("k: expected different", "sae: expected SAEs", "kk: topk"))
+    assert "sweep.toml" in told
     assert told.count("\n") == 1
     assert not made
+
+
+def test_a_file_may_name_a_mixture(made: list[RunConfig]) -> None:
+    Path("sweep.toml").write_text('dataset = ["a.txt@0.7", "b.txt@0.3"]\nk = [1, 2]')
+    assert _main("train --sweep sweep.toml") == 0
+    assert made[0].activations.dataset == "a.txt@0.7, b.txt@0.3"
+
+
+@pytest.mark.parametrize("words", ["--k 8", "--k 8 16", "--arch topk", "--hookpoint h.2", "--seed 3"])
+def test_an_option_that_every_table_goes_before_is_refused(
+    words: str, made: list[RunConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("sweep.toml").write_text(
+        "seed = 4\n[[sae]]\narch = 'topk'\nk = [2, 4]\nhookpoint = 'h.0'\nseed = 1\n"
+        "[[sae]]\narch = 'jump_relu'\ntarget_l0 = 2\nhookpoint = 'h.1'\nseed = 2\n"
+    )
+    assert _main(f"train --sweep sweep.toml {words}") == 1
+    name = words.split()[0].removeprefix("--")
+    told = f"flashsae: sweep.toml: {name}: expected no such option, since each table [[sae]] that could take it has its"
+    assert capsys.readouterr().err.startswith(told)
+    assert _main("train --sweep sweep.toml --lr 1e-3 --d-sae 64 128") == 0
+    assert len(made[0].members()) == 6
 
 
 def test_what_a_sweep_cannot_stand_beside_is_told(made: list[RunConfig], capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ from flashsae.settings.kinds import check, expand, parse, unwrap
 from flashsae.settings.reading import TABLES
 from flashsae.settings.toml import read_toml
 from flashsae.settings.training import DEFAULT_ARCH, architectures_with
-from flashsae.several import architectures_in, read_sweep, values_of
+from flashsae.several import WEIGHTED, architectures_in, read_sweep, values_of
 
 _ALONE = {
     "resume": ({"plan", "extend"}, "a run is resumed with the settings that it has"),
@@ -192,14 +192,11 @@ def with_mixtures(words: Sequence[str]) -> list[str]:
     """Return the words of a command line with texts that follow each other, all with weights, in one: A@0.7 B@0.3."""
     found: list[str] = []
     for word in words:
-        if "--" not in found and found and all(map(_WEIGHTED.search, (found[-1], word))):
+        if "--" not in found and found and all(map(WEIGHTED.search, (found[-1], word))):
             found[-1] += f", {word}"
         else:
             found.append(word)
     return found
-
-
-_WEIGHTED = re.compile(r"^(?!-).+@(\d+\.?\d*|\.\d+)$")
 
 
 def one_by_one(words: Sequence[str], command: Callable[..., Any]) -> list[str]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from flashsae.architecture import architecture_of
+from flashsae.errors import ConfigError
 from flashsae.settings.run import RunConfig
 from flashsae.settings.sweep import HOOKPOINT, common, grid
-from flashsae.settings.training import TrainConfig
-from flashsae.several import Sweep, read_sweep
+from flashsae.settings.training import DEFAULT_ARCH, TrainConfig
+from flashsae.several import Sweep, check_effect, read_sweep
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,19 @@ class AskedTraining:
         file = Sweep() if self.sweep is None else read_sweep(self.sweep)
         given = {name: v for name, v in self.training.items() if name in self.given and name not in self.lists}
         lists = {name: values for name, values in file.lists.items() if name not in self.given} | self.lists
-        shared, saes = common([_with_start_of(each) for each in grid(given, lists, file.saes)])
+        try:
+            check_effect(self._of_words(file.base), file, {**given, **lists}.get("arch", DEFAULT_ARCH))
+            asked = grid(given, lists, file.saes)
+        except ConfigError as error:
+            raise error if self.sweep is None else ConfigError(f"{self.sweep}: {error}") from error
+        shared, saes = common([_with_start_of(each) for each in asked])
         return replace(run, train=TrainConfig(**shared), sae=saes)
+
+    def _of_words(self, held: Mapping[str, Any]) -> list[str]:
+        """Return the names of the settings of SAEs on the command line, as far as a file does not say the same."""
+        found = [name for name in (*self.training, HOOKPOINT) if name in self.given and name not in held]
+        found += [name for name in self.training.keys() & held.keys() if str(self.training[name]) != str(held[name])]
+        return [*found, *self.lists]
 
     def _with_start(self) -> dict[str, Any]:
         """Return the settings of a training, those that were not given as they are in the SAE that it goes on from."""

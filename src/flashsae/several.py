@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -16,6 +17,8 @@ from flashsae.settings.sweep import HOOKPOINT, SHARED, Several
 from flashsae.settings.toml import read_toml
 from flashsae.settings.training import DEFAULT_ARCH, TrainConfig
 
+WEIGHTED = re.compile(r"^(?!-).+@(\d+\.?\d*|\.\d+)$")
+"""A text with its weight in a mixture, such as A@0.7."""
 _SAES = "sae"
 
 
@@ -60,6 +63,9 @@ def _sweep_of(held: dict[str, Any]) -> Sweep:
     sections = [name for name, value in held.items() if isinstance(value, dict) and name not in TABLES]
     if sections:
         raise ConfigError(f"expected settings and tables [[sae]], got the section [{sections[0]}].")
+    others = [name for name, value in held.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    if others:
+        raise ConfigError(f"expected tables [[sae]], got tables [[{others[0]}]].")
     tables = [{key.replace("-", "_"): value for key, value in table.items()} for table in tables or ()]
     kinds = kinds_of(_names_in(held, tables))
     base, lists = dict[str, Any](), dict[str, Any]()
@@ -101,8 +107,10 @@ def _several(name: str, value: Any, kinds: Mapping[str, Any]) -> Any:
     if not isinstance(value, list) or (is_tuple and not any(isinstance(each, list) for each in value)):
         return value
     if kind is None:
-        if _is_shared(name):
-            raise ConfigError(f"{name}: expected one value, since all SAEs of a run share it, got {len(value)}.")
+        of_text = name == "dataset" and all(isinstance(each, str) for each in value)
+        if _is_shared(name) and not (of_text and all(map(WEIGHTED.search, value))):
+            hint = ' A mixture has weights: ["A@0.7", "B@0.3"].' if of_text else ""
+            raise ConfigError(f"{name}: expected one value, since all SAEs of a run share it, got {len(value)}.{hint}")
         return value
     if not value:
         raise ConfigError(f"{name}: expected one value or several, got an empty list.")
@@ -181,8 +189,29 @@ def _values(name: str, word: str, kind: Any) -> list[str]:
 def architectures_in(sweep: Sweep) -> list[str]:
     """Return the names of the architectures that a file speaks of."""
     given = {**sweep.base, **sweep.lists}
-    found = [table.get("arch", given.get("arch", DEFAULT_ARCH)) for table in sweep.saes or [{}]]
+    return _architectures(sweep.saes or [{}], given.get("arch", DEFAULT_ARCH))
+
+
+def _architectures(tables: Iterable[Mapping[str, Any]], default: Any) -> list[str]:
+    found = [table.get("arch", default) for table in tables]
     return [name for value in found for name in (value if isinstance(value, Several) else [value])]
+
+
+def check_effect(names: Iterable[str], sweep: Sweep, arch: Any) -> None:
+    """Raise ConfigError where a setting of the command line changes no SAE, since tables [[sae]] go before it.
+
+    Args:
+        names: of those settings.
+        sweep: the file.
+        arch: of tables that name none.
+    """
+    kinds = [kinds_of(_architectures([table], arch)) for table in sweep.saes]
+    for name in names:
+        if sweep.saes and all(name in table or name not in known for table, known in zip(sweep.saes, kinds)):
+            raise ConfigError(
+                f"{name}: expected no such option, since each table [[sae]] that could take it has its own. Change it "
+                "in the file."
+            )
 
 
 def values_of(words: Sequence[str], name: str) -> list[str]:
