@@ -302,7 +302,7 @@ def test_a_file_is_read_by_commands_without_settings_too(tmp_path: Path, capsys:
         (["--run", "~nobody-of-this-name/run"], "run: expected a path whose user exists"),
         (["--hookpoints", "h.6"], "Unknown option: --hookpoints. Did you mean --hookpoint?"),
         (["gpt2", "--hookpoints=h.6"], "Did you mean --hookpoint?"),
-        (["gpt2", "text", "more"], "nothing takes the words 'more'; see --help."),
+        (["gpt2", "text", "more"], "nothing takes the words 'more'; see --help. Several texts are a mixture, with we"),
         (["-k", "3"], "Unknown option: -k."),
         (["--resume", "runs/a", "--k", "32"], "resume: expected no other setting beside it, got k;"),
         (["--resume", "runs/a", "--report"], "resume: expected no other setting beside it, got report;"),

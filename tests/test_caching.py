@@ -75,7 +75,7 @@ def test_numbers_that_are_not_finite_are_null_in_json(
         (["--json", "x"], "json: expected --describe FOLDER beside it"),
         (["--merge", "a", "b"], "out: expected --out FOLDER"),
         (["--merge", "a", "--out", "c"], "merge: expected two or more caches, got 1"),
-        (["--describe", "nowhere"], "nowhere/index.json: there is no such file"),
+        (["--describe", "nowhere"], "nowhere holds no index.json. Name a folder that flashsae cache wrote."),
         (["--describe", "a", "--device", "cpu"], "describe: expected no other setting beside it, got device"),
         ([], "out: expected --out FOLDER for a cache to be written, or --verify or --describe FOLDER to look at one"),
     ],

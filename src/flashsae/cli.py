@@ -68,7 +68,9 @@ def _call(words: Sequence[str]) -> None:
     try:
         run(words)
     except UnusedCliTokensError as error:
-        _end(f"flashsae: nothing takes the words {', '.join(map(repr, error.unused_tokens or ()))}; see --help.", 2)
+        unused = ", ".join(map(repr, error.unused_tokens or ()))
+        several = " Several texts are a mixture, with weights: A@0.7 B@0.3." * (words[0] in ("train", "cache"))
+        _end(f"flashsae: nothing takes the words {unused}; see --help.{several}", 2)
     except UnknownOptionError as error:
         _end(f"flashsae: {unknown_option(error, words)}", 2)
     except CycloptsError as error:

@@ -80,6 +80,21 @@ def test_merged_caches_are_merged_again_to_the_same_rows(parts: tuple[Path, ...]
     assert not (tmp_path / "twice").exists()
 
 
+def test_a_text_in_a_mixture_is_not_merged_once_more(
+    tiny: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, few in {"a": tiny.DOCUMENTS[:6], "b": tiny.DOCUMENTS[10:14], "c and 3% c": tiny.DOCUMENTS[20:24]}.items():
+        (tmp_path / f"{name}.txt").write_text("\n\n".join(few))
+    write_cache(tmp_path / "ab", tiny.source(tiny.CACHED, open_text(f"{tmp_path}/a.txt@0.7, {tmp_path}/b.txt@0.3")))
+    monkeypatch.chdir(tmp_path)  # where the same text has another name
+    for name, text in {"b": "b.txt", "cb": "c and 3% c.txt@2, b.txt", "c": "c and 3% c.txt"}.items():
+        write_cache(tmp_path / name, tiny.source(tiny.CACHED, open_text(text)))
+    for twice in (("ab", "b"), ("b", "ab"), ("ab", "cb"), ("cb", "c")):
+        with pytest.raises(DataError, match="holds a text that another one to be merged holds too"):
+            merge_caches(twice, "twice")
+    assert merge_caches(["ab", "c"], "all")
+
+
 def test_where_there_are_no_links_it_holds_copies_that_were_checked(
     parts: tuple[Path, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -217,6 +217,13 @@ def has_index(directory: Path) -> bool:
     return (directory / INDEX_FILE).exists()
 
 
+def index_in(directory: Path) -> CacheIndex:
+    """Return the index of a cache that somebody names; raises CheckpointError, also where there is none."""
+    if not has_index(directory):
+        raise CheckpointError(f"{directory} holds no {INDEX_FILE}. Name a folder that flashsae cache wrote.")
+    return CacheIndex.read(directory)
+
+
 def shard_path(directory: Path, kind: str, number: int) -> Path:
     """Return where a shard lies; `kind` is a hookpoint or `TOKENS_FOLDER`."""
     return directory / folder_of(kind) / f"{number:05d}.safetensors"
@@ -277,9 +284,7 @@ def verify_cache(directory: Path) -> tuple[int, int]:
     Raises:
         CheckpointError: names every file that is damaged or missing.
     """
-    if not has_index(directory):
-        raise CheckpointError(f"{directory} holds no {INDEX_FILE}. Name a folder that flashsae cache wrote.")
-    index = CacheIndex.read(directory)
+    index = index_in(directory)
     wrong, files, size = [], 1, (directory / INDEX_FILE).stat().st_size
     if index.tokenizer is not None:
         try:

@@ -33,6 +33,7 @@ from flashsae.files import atomic_directory
 from flashsae.fingerprint import text_digest
 from flashsae.lm.hookpoints import folder_of
 from flashsae.settings.kinds import expand
+from flashsae.text.mixture import names_of_parts
 
 _OF_TEXT = ("dataset", "text_fingerprint", "max_tokens", "max_documents", "document_seed", "shuffle_documents", "texts")
 _OF_BATCHES = ("shard_rows", "forward_tokens")
@@ -135,7 +136,7 @@ def _numbered_texts(parts: Sequence[_Part]) -> tuple[list[TextPart], list[int]]:
     texts, firsts, first = list[TextPart](), list[int](), 0
     for part in parts:
         for text in texts_of(part.index):
-            same = next((other for other in texts if other.fingerprint == text.fingerprint != ""), None)
+            same = next((other for other in texts if _shares_documents(other, text)), None)
             if same is not None:
                 raise DataError(
                     f"the cache {part.place} holds a text that another one to be merged holds too ({text.dataset}): "
@@ -149,6 +150,19 @@ def _numbered_texts(parts: Sequence[_Part]) -> tuple[list[TextPart], list[int]]:
         if first > _MOST_DOCUMENTS:
             raise CheckpointError(f"the numbers of documents in {part.place} are too large to be told apart.")
     return texts, firsts
+
+
+def _shares_documents(one: TextPart, other: TextPart) -> bool:
+    """Tell whether two texts are the same, or one is a mixture that names a part of the other, with what it holds."""
+    if one.fingerprint == other.fingerprint != "":
+        return True
+    names, others = names_of_parts(one.dataset), names_of_parts(other.dataset)
+    return len(names) + len(others) > 2 and bool(_known(names) & _known(others))
+
+
+def _known(names: Sequence[str]) -> set[str]:
+    """Return what tells texts apart, wherever they lie, of those whose names say that."""
+    return {name[name.rindex("(") :] if "sha256" in name else name for name in names if "sha256" in name or "/" in name}
 
 
 def _settings(parts: Sequence[_Part], texts: Sequence[TextPart]) -> dict[str, Any]:

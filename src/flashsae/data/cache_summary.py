@@ -15,7 +15,15 @@ from torch import Tensor
 
 from flashsae.data.acts_shape import Shape, shape_of, spread_over
 from flashsae.data.cache import ActivationCache
-from flashsae.data.cache_index import INDEX_FILE, TOKENIZER_FOLDER, CacheIndex, load_tokens, shard_path, texts_of
+from flashsae.data.cache_index import (
+    INDEX_FILE,
+    TOKENIZER_FOLDER,
+    CacheIndex,
+    index_in,
+    load_tokens,
+    shard_path,
+    texts_of,
+)
 from flashsae.data.stored import Layout
 from flashsae.errors import FlashSAEError
 from flashsae.settings.kinds import expand
@@ -91,7 +99,7 @@ def summarise(directory: str | Path) -> CacheSummary:
     Cost: reads the tokens, and of the activations no more than 16 shards of each hookpoint.
     """
     directory = expand(directory)
-    index = CacheIndex.read(directory)
+    index = index_in(directory)
     names = list(index.settings["hookpoints"])
     cache = ActivationCache(directory, names, 0.0, must_be_complete=False)
     kinds = index.shards[0].crc32 if index.shards else {}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flashsae.errors import ConfigError
 from flashsae.fingerprint import text_digest
 from flashsae.text.dataset import Rows, TextDataset
+
+_NAMED = "a mixture by characters of"
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ def mixed(parts: Sequence[tuple[TextDataset, float]]) -> TextDataset:
     weights = tuple(float(weight) for _, weight in parts)
     total = sum(weights)
     shares = [f"{weight / total:.3%}".rstrip("%").rstrip("0").rstrip(".") + "%" for weight in weights]
-    name = "a mixture by characters of " + " and ".join(f"{s} {text.name}" for s, text in zip(shares, texts))
+    name = f"{_NAMED} " + " and ".join(f"{s} {text.name}" for s, text in zip(shares, texts))
 
     def identify() -> str:
         return text_digest(["mixture", *(f"{w / total!r} {text.fingerprint}" for w, text in zip(weights, texts))])
@@ -62,6 +65,12 @@ def mixed(parts: Sequence[tuple[TextDataset, float]]) -> TextDataset:
         parts=texts,
         weights=weights,
     )
+
+
+def names_of_parts(name: str) -> list[str]:
+    """Return what the texts of a mixture are called, from its own name; the name itself of any other text."""
+    _, *parts = re.split(rf"(?:^{_NAMED}|(?<!^) and) \d+(?:\.\d+)?% ", name)
+    return parts if name.startswith(_NAMED) and parts else [name]
 
 
 def _rows(texts: Sequence[TextDataset], weights: Sequence[float], start: int) -> Rows:
