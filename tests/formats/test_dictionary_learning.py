@@ -207,6 +207,18 @@ def test_norms_of_rows_that_are_compared_are_kept_and_told(architecture: str, tm
     assert same(kept, replace(content, architecture=kept.architecture))
 
 
+def test_thresholds_below_zero_are_refused_or_told(tmp_path: Path) -> None:
+    content = made("jump_relu")
+    content.tensors["threshold"][3] = -0.5
+    with pytest.raises(ConfigError, match=r"^dictionary_learning holds no jump_relu that lets values below 0 through"):
+        written(tmp_path / "refused", content)
+    assert not list((tmp_path / "refused").iterdir())
+    assert written(tmp_path / "sae", content, lossy=True) == [
+        "thresholds below 0 become 0, as there is a ReLU behind them"
+    ]
+    assert dictionary_learning.read(tmp_path / "sae").tensors["threshold"][3] == 0
+
+
 @pytest.mark.parametrize("architecture", ["topk", "batch_topk"])
 def test_rows_of_one_norm_are_given_another(architecture: str, tmp_path: Path) -> None:
     unit = made(architecture)

@@ -187,6 +187,15 @@ def write(folder: Path, content: Content, lossy: bool) -> list[str]:
             stacklevel=2,
         )
     tensors = (with_norms or folded).tensors
+    if inner_of(content) == "jump_relu" and bool((tensors["threshold"] < 0).any()):
+        given_up = "thresholds below 0 become 0, as there is a ReLU behind them"
+        if not lossy:
+            raise ConfigError(
+                f"{layout.NAME} holds no {content.architecture} that lets values below 0 through: write flashsae, or "
+                f"give --lossy (lossy=True), with which {given_up}."
+            )
+        told.append(given_up)
+        tensors = {**tensors, "threshold": tensors["threshold"].clamp_min(0.0)}
     state = {
         name: tensors.get(ours, torch.zeros((), dtype=torch.float32, device="cpu"))
         for name, ours in kind.tensors.items()
