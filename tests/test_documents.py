@@ -58,6 +58,14 @@ def test_a_folder_in_the_place_of_a_file_is_one_sentence(tmp_path: Path) -> None
         documents.load_tensors(tmp_path)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes with a name here")
+@pytest.mark.parametrize("load", ["load_json", "load_yaml", "load_tensors", "load_pickle"])
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(load: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "file")
+    with pytest.raises(CheckpointError, match=r"^cannot read .*file: it is damaged or .* \(it is a pipe or a device\)"):
+        getattr(documents, load)(tmp_path / "file")
+
+
 def test_tensors_carry_their_checksum(tmp_path: Path) -> None:
     path = tmp_path / "t.safetensors"
     tensors = {"a": torch.arange(6.0).view(2, 3), "b": torch.zeros(0), "c": torch.ones(3, dtype=torch.bfloat16)}

@@ -61,6 +61,7 @@ def load_json(path: Path, advice: str = "") -> Any:
         CheckpointError: the file is missing or damaged, repeats a name, or is nested too deeply.
     """
     try:
+        check_file(path)
         return json.loads(path.read_text("utf-8"), object_pairs_hook=_without_repeats)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot read {path}: {refusal(path, error)} {advice}".rstrip()) from error
@@ -105,6 +106,16 @@ def _check_head(path: Path, content: Any, kind: str, version: int, advice: str) 
         )
 
 
+def check_file(path: Path) -> None:
+    """Refuse a pipe or a device, which may give bytes without an end, or none ever.
+
+    Raises:
+        OSError: it is one.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise OSError("it is a pipe or a device")
+
+
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) != len(pairs):
@@ -125,6 +136,7 @@ def load_yaml(path: Path, advice: str = "") -> dict[str, Any]:
     """
     yaml = require("yaml", "hf")
     try:
+        check_file(path)
         with open(path, "rb") as file:
             data = file.read(_LARGEST_YAML + 1)
         if len(data) > _LARGEST_YAML:
@@ -198,6 +210,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         CheckpointError: the file is missing or damaged.
     """
     try:
+        check_file(path)
         tensors = safetensors.torch.load_file(path)
         with safe_open(path, framework="pt") as file:
             told = (file.metadata() or {}).get(SEAL)
@@ -255,6 +268,7 @@ def _not_run(told: str) -> str:
 
 def _check_zip(path: Path) -> bool:
     """Tell whether a file is a zip archive, as torch.save writes it; raise CheckpointError where it is no sound one."""
+    check_file(path)
     with open(path, "rb") as file:
         if file.read(4) != b"PK\x03\x04":
             return False

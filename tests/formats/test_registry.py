@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -63,6 +64,26 @@ def test_an_sae_with_its_exports_in_folders_is_that_sae(tmp_path: Path) -> None:
                 sae.save(place / other, format=inner, metadata={"model": "gpt2", "hookpoint": "h.3"})
             assert registry.recognised(place) is form
             assert flashsae.load(place).config.d_sae == 5
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes with a name here")
+def test_no_format_waits_for_pipes_in_the_place_of_its_files(tmp_path: Path) -> None:
+    names = "cfg.json config.json config.yaml params.npz params.safetensors sae.safetensors ae.pt"
+    for name in [
+        *names.split(),
+        "flashsae.json",
+        "sae_weights.safetensors",
+        "layer_0.safetensors",
+        "layer0.sae.pt",
+        "l.pth",
+    ]:
+        os.mkfifo(tmp_path / name)
+        for form in registry.formats().values():
+            assert not form.detects(tmp_path / name)
+    for form in registry.formats().values():
+        form.detects(tmp_path)
+        with pytest.raises(CheckpointError):
+            form.read(tmp_path)
 
 
 def test_importing_the_library_loads_no_format() -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -60,11 +61,11 @@ class _Config:
 def detects(path: Path) -> bool:
     """Tell whether a folder, or a file of a layer in one, holds transcoders of circuit-tracer."""
     folder = path.parent if _LAYER.fullmatch(path.name) and path.is_file() else path
-    try:
-        with open(folder / _CONFIG, "rb") as file:
-            return re.search(rb"\bmodel_kind[\"']?\s*:", file.read(_LARGEST_CONFIG)) is not None
-    except (OSError, ValueError):
-        return False
+    with suppress(OSError, ValueError):
+        if (folder / _CONFIG).is_file():
+            with open(folder / _CONFIG, "rb") as file:
+                return re.search(rb"\bmodel_kind[\"']?\s*:", file.read(_LARGEST_CONFIG)) is not None
+    return False
 
 
 def parts(folder: Path) -> dict[str, Path]:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flashsae.documents import check_file
 from flashsae.errors import CheckpointError
 from flashsae.files import refusal
 from flashsae.formats.content import Content, Format
@@ -109,6 +110,7 @@ def _arrays(path: Path) -> dict[str, Tensor]:
         CheckpointError: it is missing or damaged, or holds anything but floats.
     """
     try:
+        check_file(path)
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
             is_plain = all(each.compress_type == zipfile.ZIP_STORED and not each.flag_bits & 1 for each in entries)
