@@ -95,6 +95,11 @@ def test_nothing_is_written_over_and_every_refusal_is_a_sentence(
         with pytest.raises(SystemExit) as stopped:
             main(["convert", str(saved), str(out), "--to", "flashsae", *flags])
         assert stopped.value.code == 0
+    assert "dst: expected a folder on this machine, got hf:/me/saes; flashsae push RUN USER/NAME --format" in refused(
+        capsys, saved, "hf://me/saes", "--to", "saelens"
+    )
+    with pytest.raises(ConfigError, match=r"^directory: expected a folder on this machine, got hf://me/saes; "):
+        flashsae.load(saved).save("hf://me/saes")
     assert "expected nothing beside a place on this machine" in refused(
         capsys, saved, tmp_path / "x", "--to", "flashsae", "--revision", "main"
     )

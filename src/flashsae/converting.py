@@ -13,8 +13,7 @@ from flashsae.exporting import set_names, with_density, write_several
 from flashsae.formats.content import Content
 from flashsae.formats.registry import format_named
 from flashsae.places import Found, find
-from flashsae.sae.stored import check_written, config_from, values_from, write
-from flashsae.settings.kinds import expand
+from flashsae.sae.stored import check_written, config_from, folder_of, values_from, write
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ def convert(asked: Conversion, console: Console) -> None:
     """
     form = format_named(asked.to)
     check_written(form)
-    directory = expand(asked.dst, "dst")
+    directory = folder_of(asked.dst, "dst")
     found = find(asked.src, format=asked.format, revision=asked.revision, several=True)
     how = {"lossy": asked.lossy, "overwrite": asked.overwrite}
     lines, metadata = {}, {}
