@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 
 import pytest
 import torch
@@ -97,3 +98,11 @@ def test_the_memory_of_this_machine_is_known_unless_its_system_does_not_tell(mon
 
     monkeypatch.setattr(backend.os, "sysconf", no_sysconf)
     assert backend.memory_bytes(torch.device("cpu")) is None
+
+
+def test_cores_are_those_that_the_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5, 9}, raising=False)
+    assert backend.cores() == 3
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert backend.cores() == 1

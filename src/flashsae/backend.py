@@ -227,7 +227,7 @@ def describe() -> dict[str, str]:
         "wandb",
     ):
         facts[package] = _version(package)
-    facts["cpu"] = f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
+    facts["cpu"] = f"{cores()} cores, torch uses {torch.get_num_threads()} threads"
     for number in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(number)
         facts[f"cuda:{number}"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
@@ -247,3 +247,10 @@ def limit_threads(threads: int) -> None:
     """Let this process, one of several, run so many threads, if nobody has said how many its tokenizers run."""
     torch.set_num_threads(threads)
     os.environ.setdefault("RAYON_NUM_THREADS", str(threads))
+
+
+def cores() -> int:
+    """Return how many cores this process may use: fewer than the machine has, where somebody has shared it out."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

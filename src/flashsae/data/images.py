@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flashsae.backend import resolve_device
+from flashsae.backend import cores, resolve_device
 from flashsae.data.examples import Examples
 from flashsae.data.image_files import ImageFolder
 from flashsae.data.inputs import InputSource
@@ -69,7 +68,7 @@ class ImageExamples:
         """
         start = place.get("example", 0)
         chosen = ((behind, n) for behind, n in enumerate(self._order[start:], start + 1) if wanted(n))
-        with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1), "flashsae-images") as pool:
+        with ThreadPoolExecutor(min(_THREADS, cores()), "flashsae-images") as pool:
             ahead: tuple[list[tuple[int, int]], list[Future[Any]]] | None = None
             try:
                 while True:

@@ -6,7 +6,6 @@ windows of a block of documents are batched by length, in an order that depends 
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flashsae.backend import resolve_device
+from flashsae.backend import cores, resolve_device
 from flashsae.data.acts import only_site
 from flashsae.data.forwards import Forwards, Launched
 from flashsae.data.sources import Chunk, Cursor
@@ -292,11 +291,10 @@ class LanguageModelSource:
     @cached_property
     def _cutter(self) -> Windows | WindowsApart:
         """What cuts windows: for a GPU, which must not wait for it, other processes."""
-        cores = os.cpu_count() or 1
-        if self._model.device.type != "cuda" or cores <= 2:
+        if self._model.device.type != "cuda" or cores() <= 2:
             return self._windows
-        processes = max(1, min(_MOST_PROCESSES, int(cores / _CORES_A_PROCESS)))
-        return WindowsApart(self._windows, processes, max(2, cores // processes))
+        processes = max(1, min(_MOST_PROCESSES, int(cores() / _CORES_A_PROCESS)))
+        return WindowsApart(self._windows, processes, max(2, cores() // processes))
 
     @cached_property
     def _in_order(self) -> TextDataset:
