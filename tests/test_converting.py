@@ -14,6 +14,7 @@ from flashsae.documents import save_tensors_atomic
 from flashsae.errors import CheckpointError, ConfigError
 from flashsae.formats.registry import formats
 from flashsae.sae import load_extras
+from flashsae.sae.saved import content_of
 from helpers import hub as stand_in
 from helpers import kill
 
@@ -103,6 +104,23 @@ def test_nothing_is_written_over_and_every_refusal_is_a_sentence(
     assert "expected nothing beside a place on this machine" in refused(
         capsys, saved, tmp_path / "x", "--to", "flashsae", "--revision", "main"
     )
+
+
+@pytest.mark.parametrize("name", ["dictionary_learning", "llamascopium", "saelens", "sparsify"])
+def test_what_is_no_number_is_neither_written_for_others_nor_read_of_them(name: str, tmp_path: Path) -> None:
+    sae = SAE(SAEConfig(6, 16, 3))
+    sae.save(tmp_path / "there", format=name)
+    form = formats()[name]
+    with torch.no_grad():
+        sae.W_enc_T[2, 1] = float("nan")
+    sae.save(tmp_path / "ours")
+    assert flashsae.load(tmp_path / "ours").W_enc_T.isnan().sum() == 1
+    with pytest.raises(ConfigError, match=rf"^W_enc_T holds values that are no numbers \(NaN\): {form.title} is not"):
+        sae.save(tmp_path / "out", format=name)
+    assert form.write is not None
+    form.write(tmp_path / "there", content_of(sae), False)
+    with pytest.raises(CheckpointError, match=r"there is damaged: \w+ holds values that are no numbers \(NaN\)\. "):
+        flashsae.load(tmp_path / "there")
 
 
 def test_what_is_given_up_is_told_and_only_where_that_is_allowed(

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+from flashsae import places
 from flashsae.exporting import set_names, with_density, write_several
 from flashsae.formats.content import Content
 from flashsae.formats.registry import format_named
@@ -83,8 +84,7 @@ def read(found: Found) -> Content:
     Raises:
         CheckpointError: it is damaged, or there is no such architecture here.
     """
-    form, path = found
-    content = form.read(path)
+    path, content = found[1], places.read(found)
     config = config_from(content, path)
     values = values_from(content, config, path)
     saved = {row.name: values[row.name] for row in config.architecture.parameters if row.saved}

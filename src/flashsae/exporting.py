@@ -20,7 +20,7 @@ from flashsae.formats.registry import format_named
 from flashsae.sae.config import SAEConfig
 from flashsae.sae.module import SAE
 from flashsae.sae.saved import content_of
-from flashsae.sae.stored import OVERWRITE, check_replaceable, check_written, write
+from flashsae.sae.stored import OVERWRITE, check_numbers, check_replaceable, check_written, write
 from flashsae.settings.normalization import BY_TOKEN
 from flashsae.train.config import TrainConfig
 
@@ -171,6 +171,8 @@ def write_several(
         StorageError: the folder exists, holds other files, or cannot be written.
     """
     is_there = overwrite and directory.exists()
+    for content in contents.values():
+        check_numbers(content, form)
     with files.atomic_directory(directory, overwrite=overwrite, advice=OVERWRITE) as folder:
         if form.write_set is not None:
             told = form.write_set(folder, contents, lossy)

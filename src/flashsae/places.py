@@ -21,6 +21,7 @@ from flashsae.formats.registry import format_named, recognised
 from flashsae.hub import SCHEME, fetched
 from flashsae.sae.module import SAE
 from flashsae.sae.saved import sae_of
+from flashsae.sae.stored import check_numbers
 from flashsae.settings.kinds import expand
 
 _OF_A_RUN = "sae"
@@ -65,8 +66,20 @@ def only(found: Mapping[str, Found], place: str | Path) -> tuple[Content, Path]:
             f"{place} holds {len(names)} SAEs: {', '.join(names[:_SHOWN])}{more}. Name one of them, such as "
             f"{os.fspath(place).rstrip('/')}/{names[0]}."
         )
-    ((form, path),) = found.values()
-    return form.read(path), path
+    (each,) = found.values()
+    return read(each), each[1]
+
+
+def read(found: Found) -> Content:
+    """Return an SAE as its file has it.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    form, path = found
+    content = form.read(path)
+    check_numbers(content, form, path)
+    return content
 
 
 Found = tuple[Format, Path]

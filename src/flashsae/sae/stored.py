@@ -81,6 +81,7 @@ def write(content: Content, directory: str | Path, form: Format, *, lossy: bool,
     is_there = overwrite and path.exists()
     if is_there and not form.detects(path):
         raise StorageError(f"{path} holds no {form.title} SAE and is not replaced; choose another folder.")
+    check_numbers(content, form)
     with files.atomic_directory(path, overwrite=overwrite, advice=OVERWRITE) as folder:
         given_up = check_written(form)(folder, content, lossy)
         if is_there:
@@ -102,6 +103,25 @@ def folder_of(directory: str | Path, name: str) -> Path:
             "writes to the hub."
         )
     return path
+
+
+def check_numbers(content: Content, form: Format, path: Path | None = None) -> None:
+    """Refuse an SAE with parameters that are no numbers in a format of others; in ours it can be looked into.
+
+    Args:
+        content: the SAE.
+        form: what it is written in, or was read from.
+        path: that it was read from.
+    Raises:
+        CheckpointError: it was read.
+        ConfigError: it is to be written.
+    """
+    name = next((name for name, tensor in content.tensors.items() if tensor.isnan().any()), None)
+    if name is None or form is native.FORMAT:
+        return
+    if path is None:
+        raise ConfigError(f"{name} holds values that are no numbers (NaN): {form.title} is not written of such an SAE.")
+    raise CheckpointError(f"{path} is damaged: {name} holds values that are no numbers (NaN). Fetch or save it again.")
 
 
 def check_written(form: Format) -> Write:
