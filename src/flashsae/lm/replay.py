@@ -124,7 +124,9 @@ class Replays:
                     graph.capture_end()
             graph.replay()
             self.is_on = all(_is_rounding(acts[name], each) for name, each in seen.items())
-        except Exception:  # whatever a model does that cannot be captured, it does in the forward
+        except Exception as error:  # whatever a model does that cannot be captured, it does in the forward
+            if isinstance(error, torch.OutOfMemoryError) or isinstance(error.__context__, torch.OutOfMemoryError):
+                raise  # the bits of a reading must not depend on what else has memory
             self.is_on = False
             torch.cuda.synchronize(self._model.device)
         finally:
