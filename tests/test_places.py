@@ -43,6 +43,16 @@ def test_one_of_several_is_named_behind_their_folder(tmp_path: Path) -> None:
         flashsae.load(tmp_path / "nothing" / "here")
 
 
+def test_a_run_that_was_killed_before_its_first_checkpoint_is_told(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text("k = 3\n")
+    with pytest.raises(
+        CheckpointError, match=r"^\S+ holds no SAE: it is of a run that has not ended; flashsae train -"
+    ):
+        flashsae.load(tmp_path)
+    flashsae.SAE(flashsae.SAEConfig(3, 5, 2)).save(tmp_path / "h.3" / "sae")
+    assert flashsae.load(tmp_path).config.d_sae == 5
+
+
 def test_a_training_that_has_not_ended_is_told_what_reads_it(tmp_path: Path) -> None:
     x = torch.randn(600, 4)
     flashsae.fit(x, d_sae=8, k=2, tokens=600, batch_tokens=200, run=tmp_path / "run", progress=False)

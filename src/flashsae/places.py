@@ -17,7 +17,7 @@ from flashsae.errors import CheckpointError, ConfigError, StorageError
 from flashsae.formats.content import Content, Format
 from flashsae.formats.native import FORMAT as OURS
 from flashsae.formats.native import is_sae
-from flashsae.formats.registry import format_named, recognised
+from flashsae.formats.registry import format_named, formats, recognised
 from flashsae.hub import SCHEME, fetched
 from flashsae.sae.module import SAE
 from flashsae.sae.saved import sae_of
@@ -147,6 +147,10 @@ def _check_trained(path: Path) -> None:
         raise CheckpointError(
             f"{path} holds checkpoints of a training and no SAE: flashsae.load_checkpoint reads the newest as an SAE, "
             "and flashsae train --resume goes on with a run that has not ended."
+        )
+    if (path / "config.toml").is_file() and not any(form.detects(path) for form in formats().values()):
+        raise CheckpointError(
+            f"{path} holds no SAE: it is of a run that has not ended; flashsae train --resume {path} goes on with it."
         )
 
 
