@@ -39,7 +39,7 @@ def test_b_dec_of_another_width_cannot_be_folded() -> None:
 def test_many_rows_are_folded_as_few_are(monkeypatch: pytest.MonkeyPatch) -> None:
     content = made("gated", unit_rows=False)
     whole = folds.with_unit_rows(folds.subtracting(content, False))
-    monkeypatch.setattr(folds, "_ROWS", 5)
+    monkeypatch.setattr(folds, "_AT_A_TIME", 40)  # 5 rows
     part = folds.with_unit_rows(folds.subtracting(content, False))
     assert whole is not None
     assert part is not None

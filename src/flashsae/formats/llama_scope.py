@@ -26,8 +26,9 @@ from torch import Tensor
 from flashsae.documents import load_json, load_tensors
 from flashsae.errors import CheckpointError
 from flashsae.formats.content import Content, Format
+from flashsae.formats.folds import divided, norms, scaled
 from flashsae.formats.hook_names import hookpoint_of
-from flashsae.formats.released import hooks_for_others, in_one_dtype, jump_relu, known, length, place_of, scaled
+from flashsae.formats.released import hooks_for_others, in_one_dtype, jump_relu, known, length, place_of
 from flashsae.formats.selection import check_tensors, joined
 from flashsae.schema import Finite, Positive, Size, parse
 
@@ -89,7 +90,7 @@ def read(path: Path) -> Content:
     factors = {"W_enc_T": s_in, "b_enc": 1.0, "W_dec": 1 / s_out, "b_dec": 1 / s_out}
     return _selecting(
         config,
-        {name: scaled(tensor, factors[name], dtype) for name, tensor in tensors.items()},
+        {name: scaled(tensor, factors[name], dtype=dtype) for name, tensor in tensors.items()},
         s_in,
         "transcoder" if is_transcoder else "",
         _metadata(folder, config),
@@ -108,9 +109,7 @@ def _selecting(
         content = jump_relu({**tensors, "threshold": threshold}, outer, config.top_k, metadata)
         return replace(content, apply_b_dec_to_input=subtracts, normalize_activations=normalization)
     if is_topk and config.sparsity_include_decoder_norm:
-        norms = torch.linalg.vector_norm(tensors["W_dec"].double(), dim=1)
-        by = {"W_enc_T": norms, "b_enc": norms, "W_dec": 1 / norms.where(norms > 0, 1.0), "b_dec": 1.0}
-        tensors = {name: scaled(tensor, by[name], tensor.dtype) for name, tensor in tensors.items()}
+        tensors = divided(tensors, norms(tensors["W_dec"]))
     return Content(
         architecture=joined(outer, "topk" if is_topk else "relu"),
         settings={"k": config.top_k} if is_topk else {},

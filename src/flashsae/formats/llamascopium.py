@@ -31,6 +31,7 @@ from flashsae.documents import load_pickle, load_tensors
 from flashsae.errors import CheckpointError, FlashSAEWarning
 from flashsae.formats.checks import glimpse
 from flashsae.formats.content import Content, Format
+from flashsae.formats.folds import common_norms, inverse_of, norms, scaled
 from flashsae.formats.llamascopium_config import (
     CONFIG,
     FETCH,
@@ -42,7 +43,6 @@ from flashsae.formats.llamascopium_config import (
     weights_file,
 )
 from flashsae.formats.llamascopium_writing import NORM, THRESHOLD, write
-from flashsae.formats.scales import common_norms, scaled, site_norms
 from flashsae.formats.selection import check_tensors, joined, settings_of_reading
 
 _OLD_NAMES = {
@@ -72,9 +72,9 @@ def read(path: Path) -> Content:
         raise CheckpointError(f"{file} is damaged: it holds numbers among its tensors. {FETCH}")
     if "encoder.weight" in found:
         found = {_OLD_NAMES.get(name, name): _turned(name, value) for name, value in found.items()}
-    norms = {name.removeprefix(NORM): found.pop(name) for name in list(found) if name.startswith(NORM)}
+    told = {name.removeprefix(NORM): found.pop(name) for name in list(found) if name.startswith(NORM)}
     dtype = _check(file, config, found)
-    factors = _factors(file, config, norms)
+    factors = _factors(file, config, told)
     threshold = found.pop(THRESHOLD).double().exp() if THRESHOLD in found else None
     if dtype.itemsize == 2 and not _is_exact(config, found["b_E"], threshold, dtype):
         dtype = torch.float32  # that of parameters there, whatever a file holds
@@ -156,13 +156,13 @@ def _side_by_side(config: Description, tensors: Mapping[str, Tensor]) -> dict[st
     }
 
 
-def _factors(file: Path, config: Description, norms: Mapping[str, Tensor]) -> list[float] | None:
+def _factors(file: Path, config: Description, told: Mapping[str, Tensor]) -> list[float] | None:
     """Return what llamascopium multiplies the activations of each hook point with; None where they stay as they are."""
     if config.norm_activation != "dataset-wise":
         return None  # what the file holds of norms was never set
     factors = []
     for hook in config.hooks:
-        value = norms.get(hook)
+        value = told.get(hook)
         norm = math.nan if value is None or value.numel() != 1 else float(value)
         if not (0 < norm < math.inf):
             raise CheckpointError(
@@ -184,10 +184,10 @@ def _folded(
     b_dec: Tensor | None = None
     threshold = tensors.get("threshold")
     if config.sparsity_include_decoder_norm and config.act_fn != "relu":  # a ReLU goes by the sign alone
-        norm = site_norms(tensors["W_dec"])[:, 0]
+        norm = norms(tensors["W_dec"])
         if threshold is None:
             enc = b_enc = norm
-            dec = torch.where(norm > 0, norm.reciprocal(), 0.0)
+            dec = inverse_of(norm)
         else:
             threshold = torch.where(norm > 0, threshold / norm, math.inf)
     if factors is not None:

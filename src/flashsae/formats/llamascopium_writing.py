@@ -15,10 +15,9 @@ from torch import Tensor
 from flashsae import files
 from flashsae.errors import ConfigError
 from flashsae.formats.content import Content, plain_metadata
-from flashsae.formats.folds import subtracting
+from flashsae.formats.folds import common_norms, site_norms, subtracting
 from flashsae.formats.hook_names import hook_name_of
 from flashsae.formats.llamascopium_config import CONFIG, NAME, WEIGHTS
-from flashsae.formats.scales import common_norms, site_norms
 from flashsae.formats.selection import Selection, selection_of, split
 
 THRESHOLD = "activation_function.log_jumprelu_threshold"

@@ -16,8 +16,6 @@ from flashsae.formats.content import Content
 from flashsae.formats.selection import joined
 from flashsae.natural import in_order
 
-_ROWS = 1024
-
 
 def place_of(path: Path) -> str:
     """Return where a file or folder lies; in the cache of the hub the name of the repository is part of that."""
@@ -88,17 +86,6 @@ def in_one_dtype(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype) 
                 f"{path} is damaged: {name} holds values that are infinite or no numbers. Fetch it again."
             )
     return {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
-
-
-def scaled(tensor: Tensor, factor: float | Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a tensor times a number, or one a row, computed in float64 and rounded once."""
-    result = torch.empty(tensor.shape, dtype=dtype, device="cpu")
-    for start in range(0, len(tensor), _ROWS):
-        rows = slice(start, start + _ROWS)
-        of_rows = factor[rows] if isinstance(factor, Tensor) else factor
-        by = of_rows.view(-1, *[1] * (tensor.dim() - 1)) if isinstance(of_rows, Tensor) else of_rows
-        result[rows] = (tensor[rows].double() * by).to(dtype)
-    return result
 
 
 def jump_relu(tensors: dict[str, Tensor], outer: str, l0: float | None, metadata: Mapping[str, Any]) -> Content:

@@ -16,6 +16,7 @@ from flashsae.architecture import architecture_named, settings_of
 from flashsae.documents import load_json, load_tensors
 from flashsae.errors import CheckpointError, FlashSAEError, FlashSAEWarning
 from flashsae.formats.content import Content
+from flashsae.formats.folds import divided, norms, scaled
 from flashsae.formats.sae_lens_config import ADVICE, BATCHED, CONFIG_FILE, TRANSCODERS, SAELensConfig, read_config
 from flashsae.formats.sae_lens_metadata import (
     KEPT,
@@ -51,8 +52,6 @@ FORMS = {
 _SELECTIONS = {"hierarchical_topk": "topk", "batch_topk": "threshold", "jump_relu": "threshold"}
 _NORMALIZATIONS = {"layer_norm": "layer_norm", "constant_norm_rescale": "token_norm"}
 _TARGET_L0 = 32.0
-_ROWS = 4096
-"""That are computed with in float64 at a time."""
 
 
 def read_folder(folder: Path) -> Content:
@@ -136,10 +135,7 @@ def _in_our_names(tensors: Mapping[str, Tensor], config: SAELensConfig) -> dict[
     if "topk_threshold" in tensors:
         values["threshold"] = tensors["topk_threshold"].to(W_dec.dtype).expand(config.d_sae).contiguous()
     if config.rescale_acts_by_decoder_norm:
-        norms = torch.cat([part.double().norm(dim=1) for part in torch.split(W_dec, _ROWS)])
-        inverse = norms.reciprocal().where(norms > 0, 0.0)
-        values |= {name: _scaled(values[name], norms) for name in ("W_enc_T", "b_enc")}
-        values["W_dec"] = _scaled(W_dec, inverse)
+        values = divided(values, norms(W_dec))
     factor = tensors.get("scaling_factor")
     if factor is not None and not torch.allclose(factor, torch.ones_like(factor)):
         if not config.finetuning_scaling_factor:
@@ -147,15 +143,8 @@ def _in_our_names(tensors: Mapping[str, Tensor], config: SAELensConfig) -> dict[
                 f"{WEIGHTS_FILE} is damaged: it has a scaling_factor, and finetuning_scaling_factor in {CONFIG_FILE} "
                 f"says that there is none. {ADVICE}"
             )
-        values["W_dec"] = _scaled(values["W_dec"], factor.double())
+        values["W_dec"] = scaled(values["W_dec"], factor.double())
     return values
-
-
-def _scaled(rows: Tensor, factors: Tensor) -> Tensor:
-    """Return rows, or numbers, times a factor each; in float64, rounded once."""
-    factors = factors if rows.dim() == 1 else factors[:, None]
-    parts = zip(torch.split(rows, _ROWS), torch.split(factors, _ROWS))
-    return torch.cat([(part.double() * factor).to(rows.dtype) for part, factor in parts])
 
 
 def _own(config: SAELensConfig, values: Mapping[str, Tensor], block: Mapping[str, Any]) -> tuple[str, Any] | None:

@@ -23,7 +23,7 @@ from flashsae.documents import load_json, load_tensors
 from flashsae.errors import CheckpointError, ConfigError
 from flashsae.formats.checks import active, folder_name, glimpse, of_one_dtype, without_nan
 from flashsae.formats.content import Content, Format
-from flashsae.formats.folds import inner_of, l0_of, refuse_sites, scaled_rows, subtracting
+from flashsae.formats.folds import inner_of, l0_of, refuse_sites, scaled, subtracting
 from flashsae.formats.selection import check_tensors, joined, split
 from flashsae.natural import in_order
 from flashsae.schema import Count, Size, parse
@@ -241,7 +241,7 @@ def _as_topk(content: Content, lossy: bool) -> tuple[Content, list[str]]:
         raise ConfigError(f"sparsify holds TopK alone, and nothing says how many latents of {title} are active (l0).")
     tensors = dict(content.tensors)
     if inner == "gated":
-        tensors["W_enc_T"] = scaled_rows(tensors["W_enc_T"], tensors["r_mag"].double().exp())
+        tensors["W_enc_T"] = scaled(tensors["W_enc_T"], tensors["r_mag"].double().exp())
         tensors["b_enc"] = tensors["b_mag"]
         del tensors["b_mag"], tensors["r_mag"]
     told = f"{title} is TopK with k = {k}: {_GIVEN_UP[inner]}"
