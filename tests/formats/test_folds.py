@@ -1,14 +1,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 from flashsae.errors import ConfigError
 from flashsae.formats import folds
-from flashsae.formats.checks import glimpse, of_one_dtype
 from helpers.dense_content import codes, made, reconstructed, same
 
 
@@ -63,29 +61,3 @@ def test_rows_of_norm_1_stay_bit_for_bit() -> None:
         folded = folds.with_unit_rows(content)
         assert folded is not None
         assert same(folded, content)
-
-
-@pytest.mark.parametrize(
-    ("l0", "expected"), [(7.6, 8), (0.2, 1), (1e9, 37), (None, None), (True, None), (float("inf"), None), ("5", None)]
-)
-def test_how_many_latents_are_active_is_told_by_metadata(l0: object, expected: int | None) -> None:
-    assert folds.l0_of(made("relu", metadata={"l0": l0})) == expected
-
-
-def test_one_dtype_holds_all_of_them() -> None:
-    halves = {"a": torch.ones(2, dtype=torch.bfloat16), "b": torch.ones(2, dtype=torch.bfloat16)}
-    assert of_one_dtype({**halves, "t": torch.tensor(0.5)})["t"].dtype == torch.bfloat16
-    exact = of_one_dtype({**halves, "t": torch.tensor(0.1)})
-    assert {each.dtype for each in exact.values()} == {torch.float32}
-    assert of_one_dtype({**halves, "t": torch.tensor(float("nan"))})["t"].isnan()
-    mixed = of_one_dtype({"a": torch.ones(2, dtype=torch.bfloat16), "b": torch.ones(2, dtype=torch.float16)})
-    assert mixed["a"].dtype == torch.float32
-
-
-def test_a_glimpse_never_fails(tmp_path: Path) -> None:
-    for content in (b"", b"[]", b"{", b"\xff", b"[" * 100_000, b'{"a": 1}' + b" " * (1 << 20)):
-        (tmp_path / "c.json").write_bytes(content)
-        assert glimpse(tmp_path / "c.json") == {}
-    assert glimpse(tmp_path) == glimpse(tmp_path / "none") == {}
-    (tmp_path / "c.json").write_text('{"a": 1}')
-    assert glimpse(tmp_path / "c.json") == {"a": 1}

@@ -1,14 +1,12 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from flashsae.architecture import architecture_named, architecture_names
-from flashsae.errors import CheckpointError
 from flashsae.formats.content import Content
-from flashsae.formats.selection import check_tensors, joined, selection_of, split
+from flashsae.formats.selection import joined, l0_of, selection_of, split
+from helpers.dense_content import made
 
 
 @pytest.mark.parametrize(
@@ -59,18 +57,8 @@ def test_a_selection_is_that_of_inference() -> None:
     assert selection_of(content("batch_topk")).threshold is None
 
 
-def test_tensors_are_those_that_a_format_has() -> None:
-    path, shapes = Path("w.safetensors"), {"W": (-1, 3), "b": (3,)}
-    good = {"W": torch.zeros(5, 3), "b": torch.zeros(3, dtype=torch.bfloat16)}
-    assert check_tensors(path, good, shapes) == torch.float32
-    assert check_tensors(path, {**good, "t": torch.zeros(())}, shapes, {"t": ()}) == torch.float32
-    for wrong, sentence in (
-        ({"W": good["W"]}, "it has no b; expected W, b"),
-        ({**good, "k": torch.zeros(())}, "k is none of its tensors"),
-        ({**good, "b": torch.zeros(4)}, r"b: expected floats \[3\], got float32 \[4\]"),
-        ({**good, "W": torch.zeros(0, 3)}, r"W: expected floats \[any, 3\], got float32 \[0, 3\]"),
-        ({**good, "W": torch.zeros(3)}, r"W: expected floats"),
-        ({**good, "b": torch.zeros(3, dtype=torch.int64)}, r"got int64 \[3\]"),
-    ):
-        with pytest.raises(CheckpointError, match=rf"^w\.safetensors is damaged.*{sentence}.*Fetch it again\.$"):
-            check_tensors(path, wrong, shapes)
+@pytest.mark.parametrize(
+    ("l0", "expected"), [(7.6, 8), (0.2, 1), (1e9, 37), (None, None), (True, None), (float("inf"), None), ("5", None)]
+)
+def test_how_many_latents_are_active_is_told_by_metadata(l0: object, expected: int | None) -> None:
+    assert l0_of(made("relu", metadata={"l0": l0})) == expected

@@ -1,4 +1,4 @@
-"""What files of others must be before anything is made of them: sizes and numbers that there can be."""
+"""What files of others must be before anything is made of them: tensors by name, shape and dtype, and numbers."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from torch import Tensor
 from flashsae.errors import CheckpointError, ConfigError
 
 _SMALL = 1 << 20
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+"""That weights may have."""
 
 
 def glimpse(path: Path) -> dict[str, Any]:
@@ -33,17 +35,74 @@ def without_nan(content: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def matrix(path: Path, tensors: Mapping[str, Any], name: str) -> tuple[int, int]:
-    """Return the two sizes of a tensor, which others go by.
-
-    Raises:
-        CheckpointError: there is none, or it is no matrix.
-    """
+def sizes(tensors: Mapping[str, object], name: str, dims: int) -> tuple[int, ...]:
+    """Return the sizes of a tensor, which others go by; -1, which stands for any, where it has other than so many."""
     tensor = tensors.get(name)
-    if not isinstance(tensor, Tensor) or tensor.dim() != 2 or 0 in tensor.shape:
-        got = f"{list(tensor.shape)}" if isinstance(tensor, Tensor) else "nothing"
-        raise CheckpointError(f"{path} holds no SAE: expected a matrix {name}, got {got}. Save the SAE again.")
-    return tensor.shape[0], tensor.shape[1]
+    is_one = isinstance(tensor, Tensor) and tensor.dim() == dims and tensor.numel() > 0
+    return tuple(tensor.shape) if is_one and isinstance(tensor, Tensor) else (-1,) * dims
+
+
+def check_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    optional: Mapping[str, tuple[int, ...]] | None = None,
+) -> None:
+    """Raise CheckpointError unless a file holds the tensors that it must, and none that it may not.
+
+    Args:
+        path: of the file, for the message.
+        tensors: that it holds, by name.
+        shapes: of those that it must hold; -1 stands for any positive number.
+        optional: of those that it may hold.
+    """
+    allowed = {**shapes, **(optional or {})}
+    missing, foreign = sorted(shapes.keys() - tensors.keys()), sorted(tensors.keys() - allowed.keys())
+    if missing or foreign:
+        wrong = f"it has no {', '.join(missing)}" if missing else f"{', '.join(foreign)[:200]} is none of its tensors"
+        raise CheckpointError(
+            f"{path} is damaged or not of this format: {wrong}; expected {', '.join(sorted(allowed))}. Fetch it again."
+        )
+    for name, tensor in tensors.items():
+        shape, wanted = tuple(tensor.shape), allowed[name]
+        fits = len(shape) == len(wanted) and all(
+            size == want or (want == -1 and size > 0) for size, want in zip(shape, wanted)
+        )
+        if not fits or tensor.dtype not in _DTYPES:
+            expected = f"floats {[size if size >= 0 else 'any' for size in wanted]}".replace("'", "")
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise CheckpointError(
+                f"{path} is damaged: {name}: expected {expected}, got {kind} {list(shape)}. Fetch it again."
+            )
+
+
+def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError where a value is infinite or no number."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise CheckpointError(
+                f"{path} is damaged: {name} holds values that are infinite or no numbers. Fetch it again."
+            )
+
+
+def check_threshold(path: Path, threshold: Tensor) -> None:
+    """Raise CheckpointError where a threshold is NaN; one that is infinite has a meaning."""
+    if bool(threshold.isnan().any()):
+        raise CheckpointError(f"{path} is damaged: a threshold is no number. Fetch it again.")
+
+
+def check_alone(path: Path, parts: Mapping[str, Path]) -> None:
+    """Raise CheckpointError where a folder holds several SAEs, and one is to be read."""
+    if parts:
+        names = ", ".join(list(parts)[:5])
+        raise CheckpointError(
+            f"{path} holds several SAEs: name one of them, such as {path / next(iter(parts))}; there are {names}."
+        )
+
+
+def widest(tensors: Mapping[str, Tensor]) -> torch.dtype:
+    """Return the narrowest dtype that holds every value of tensors."""
+    return reduce(torch.promote_types, [tensor.dtype for tensor in tensors.values()])
 
 
 def of_one_dtype(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -51,7 +110,7 @@ def of_one_dtype(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     A single number takes the dtype of the others wherever that tells it.
     """
-    dtype = reduce(torch.promote_types, [tensor.dtype for tensor in tensors.values() if tensor.dim()])
+    dtype = widest({name: tensor for name, tensor in tensors.items() if tensor.dim()})
     for each in tensors.values():
         if not each.dim() and not each.isnan() and each.double() != each.to(dtype).double():
             dtype = torch.promote_types(dtype, each.dtype)

@@ -26,11 +26,12 @@ from torch import Tensor
 from flashsae import files
 from flashsae.documents import load_tensors, load_yaml, write_yaml
 from flashsae.errors import CheckpointError, ConfigError
+from flashsae.formats.checks import check_tensors, check_threshold, of_one_dtype, sizes
 from flashsae.formats.content import Content, Format
 from flashsae.formats.folds import subtracting
 from flashsae.formats.hook_names import hookpoint_of, model_name_of, model_of
 from flashsae.formats.layers import NAME, by_layer, foreign_of, hooks_of
-from flashsae.formats.selection import check_tensors, joined, selection_of, settings_of_reading
+from flashsae.formats.selection import joined, selection_of, settings_of_reading
 from flashsae.schema import Size, Text, parse
 
 _CONFIG = "config.yaml"
@@ -96,22 +97,23 @@ def read(path: Path) -> Content:
     file, number = (path, int(found[1])) if found else (path / "layer_0.safetensors", 0)
     tensors = load_tensors(file)
     k = _k(file, config, tensors.pop("k", None))
-    sizes = tensors["W_enc"].shape if "W_enc" in tensors and tensors["W_enc"].dim() == 2 else (-1, -1)
-    d_sae, d = (size or -1 for size in sizes)
+    d_sae, d = sizes(tensors, "W_enc", 2)
     given = tensors.get(_THRESHOLD, torch.empty(0, dtype=torch.float32, device="cpu"))
-    dtype = check_tensors(
+    check_tensors(
         file,
         tensors,
         {"W_enc": (d_sae, d), "W_dec": (d_sae, d), "b_enc": (d_sae,), "b_dec": (d,)},
         {_THRESHOLD: tuple(given.shape) if given.numel() == 1 else (d_sae,), "W_skip": (d, d)},
     )
-    values = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    base = _base(file, config, values)
+    base = _base(file, config, tensors)
+    if _THRESHOLD in tensors:
+        tensors[_THRESHOLD] = given.expand(d_sae)
+    values = of_one_dtype(tensors)
     if k > d_sae:
         raise CheckpointError(f"{file} is damaged: it has {d_sae} latents, and k is {k} in {_CONFIG}. {_FETCH}")
     values["W_enc_T"] = values.pop("W_enc")
     if base == "jump_relu":
-        values["threshold"] = values.pop(_THRESHOLD).expand(d_sae).contiguous()
+        values["threshold"] = values.pop(_THRESHOLD)
     name = joined("skip_transcoder" if "W_skip" in values else "transcoder", base)
     settings = {"k": k} if base == "topk" else settings_of_reading(base, d_sae)
     return Content(name, settings, values, apply_b_dec_to_input=False, metadata=_metadata(config, number))
@@ -174,8 +176,8 @@ def _base(file: Path, config: _Config, tensors: Mapping[str, Tensor]) -> str:
             f"{file} is damaged: the activation in {_CONFIG} is {activation}, and there "
             f"{'are' if has_thresholds else 'are no'} thresholds. {_FETCH}"
         )
-    if has_thresholds and bool(tensors[_THRESHOLD].isnan().any()):
-        raise CheckpointError(f"{file} is damaged: a threshold is no number. {_FETCH}")
+    if has_thresholds:
+        check_threshold(file, tensors[_THRESHOLD])
     return activation if activation in ("topk", "relu") else "jump_relu" if has_thresholds else "relu"
 
 

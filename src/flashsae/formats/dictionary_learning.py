@@ -31,10 +31,10 @@ from flashsae import files
 from flashsae.documents import load_pickle
 from flashsae.errors import CheckpointError, ConfigError, FlashSAEWarning
 from flashsae.formats import dictionary_learning_config as layout
-from flashsae.formats.checks import active, folder_name, matrix, number, of_one_dtype
+from flashsae.formats.checks import active, check_alone, check_tensors, folder_name, number, of_one_dtype, sizes
 from flashsae.formats.content import Content, Format
-from flashsae.formats.folds import inner_of, norms, refuse_sites, subtracting, with_unit_rows
-from flashsae.formats.selection import check_tensors
+from flashsae.formats.folds import norms, refuse_sites, subtracting, with_unit_rows
+from flashsae.formats.selection import selection_of, settings_of_reading
 from flashsae.settings.prefixes import prefixes_of
 
 
@@ -80,8 +80,8 @@ _UNSET = -1.0
 def read(path: Path) -> Content:
     """Return the SAE of a folder, or of a checkpoint's file."""
     weights = layout.weights_of(path)
-    if not weights.exists() and (several := layout.parts(path)):
-        raise CheckpointError(f"{path} holds several SAEs: choose one of {', '.join(list(several)[:5])}.")
+    if not weights.exists():
+        check_alone(path, layout.parts(path))
     config = layout.config_of(weights)
     kind = _KINDS.get(config.trainer.dict_class)
     if kind is None:
@@ -90,10 +90,10 @@ def read(path: Path) -> Content:
             f"{ascii(config.trainer.dict_class)[:60]}; load it with dictionary_learning."
         )
     state = load_pickle(weights)
-    sizes = _sizes(weights, state, kind, config)
+    d, d_sae = _widths(weights, state, kind, config)
     numbers = {name: state.pop(name, None) for name in kind.numbers}
-    tensors = _parameters(weights, state, kind, sizes)
-    settings = _settings(weights, kind, numbers, config.trainer, tensors["W_dec"].shape[0])
+    tensors = _parameters(weights, state, kind, d, d_sae)
+    settings = _settings(weights, kind, numbers, config.trainer, d_sae)
     metadata = layout.metadata_of(config)
     content = Content(kind.architecture, settings, tensors, kind.subtracts, metadata=metadata)
     if config.trainer.dict_class == "AutoEncoder":
@@ -106,22 +106,22 @@ def read(path: Path) -> Content:
     return content
 
 
-def _sizes(weights: Path, state: Mapping[str, Any], kind: _Kind, config: layout.Config) -> dict[str, int]:
+def _widths(weights: Path, state: Mapping[str, Any], kind: _Kind, config: layout.Config) -> tuple[int, int]:
+    """Return d_in and d_sae, of the matrix of the encoder; -1 where there is none."""
     encoder = "W_enc" if "W_enc" in kind.tensors else "encoder.weight"
-    rows, columns = matrix(weights, state, encoder)
+    rows, columns = sizes(state, encoder, 2)
     d_sae, d_in = (columns, rows) if encoder in _TRANSPOSED else (rows, columns)
     told = {"activation_dim": config.trainer.activation_dim or d_in, "dict_size": config.trainer.dict_size or d_sae}
-    if told != {"activation_dim": d_in, "dict_size": d_sae}:
+    if d_in > 0 and told != {"activation_dim": d_in, "dict_size": d_sae}:
         raise CheckpointError(
             f"{config.path} is of another SAE: it says activation_dim {told['activation_dim']} and dict_size "
             f"{told['dict_size']}, and {encoder} in {weights.name} has {d_in} and {d_sae}. {layout.ADVICE}"
         )
-    return {"d": d_in, "d_sae": d_sae}
+    return d_in, d_sae
 
 
-def _parameters(weights: Path, state: Mapping[str, Any], kind: _Kind, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+def _parameters(weights: Path, state: Mapping[str, Any], kind: _Kind, d: int, d_sae: int) -> dict[str, Tensor]:
     """Return the parameters in our names and shapes."""
-    d, d_sae = sizes["d"], sizes["d_sae"]
     ours: dict[str, tuple[int, ...]] = {"W_enc_T": (d_sae, d), "W_dec": (d_sae, d), "b_dec": (d,)}
     ours["threshold"] = () if "k" in kind.numbers else (d_sae,)
     shapes = {theirs: ours.get(name, (d_sae,)) for theirs, name in kind.tensors.items()}
@@ -144,8 +144,7 @@ def _settings(
 ) -> dict[str, Any]:
     """Return the settings of the architecture."""
     if kind.architecture == "jump_relu":
-        target = trainer.target_l0 or 32.0
-        return {"target_l0": min(target if target > 0 else 32.0, float(d_sae))}
+        return settings_of_reading("jump_relu", d_sae, trainer.target_l0)
     if "k" not in kind.numbers:
         return {}
     k = trainer.k if numbers["k"] is None else number(weights, "k", numbers["k"])
@@ -217,7 +216,7 @@ def write(folder: Path, content: Content, lossy: bool) -> list[str]:
 
 def _class_for(content: Content, lossy: bool) -> tuple[str, list[str]]:
     """Return which of their classes an SAE is, and what is given up for that."""
-    inner = inner_of(content)
+    inner = selection_of(content).base
     if inner == "abs_topk":
         given_up = "the k largest of each token are active, and not the k largest by magnitude: nothing is negative"
         if not lossy:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from flashsae.errors import ConfigError
 from flashsae.formats.content import Content
-from flashsae.formats.selection import split
+from flashsae.formats.selection import selection_of, split
 
 _AT_A_TIME = 1 << 24
 """Elements of a matrix that are widened at once."""
@@ -19,12 +18,6 @@ _ALIKE = 1e-5
 """Norms that were set to one value differ by less, relative to it, in float32."""
 UNIT, UNIT_OF_HALVES = 5e-6, 1e-2
 """How far a norm may be from 1 to count as 1, in float32 and in dtypes of 16 bits; others allow twice that at least."""
-
-
-def inner_of(content: Content) -> str:
-    """Return what an SAE selects in inference, of an autoencoder or whatever it is: topk, batch_topk, jump_relu ..."""
-    base = split(content.architecture)[1]
-    return "topk" if base == "hierarchical_topk" else base
 
 
 def subtracting(content: Content, is_wanted: bool) -> Content:
@@ -92,7 +85,7 @@ def with_unit_rows(content: Content) -> Content | None:
     of_rows = norms(W_dec)
     if are_one(of_rows, W_dec.dtype):
         return content
-    if inner_of(content) not in ("relu", "jump_relu", "gated"):
+    if selection_of(content).base not in ("relu", "jump_relu", "gated"):
         if not are_one(of_rows / of_rows.mean(), W_dec.dtype):
             return None
         of_rows = of_rows.mean().expand_as(of_rows)
@@ -191,12 +184,3 @@ def refuse_sites(content: Content, title: str, outer: tuple[str, ...] = ()) -> N
             f"{title} has no place for normalize_activations, got {content.normalize_activations!r}: keep it as "
             "flashsae."
         )
-
-
-def l0_of(content: Content) -> int | None:
-    """Return how many latents are active for a token, on average, as far as an SAE tells it; at least 1."""
-    settings: Mapping[str, Any] = content.settings
-    for value in (settings.get("k"), content.metadata.get("l0"), settings.get("target_l0")):
-        if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf"):
-            return min(content.d_sae, max(1, round(value)))
-    return None

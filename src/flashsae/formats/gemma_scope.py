@@ -24,20 +24,17 @@ from torch import Tensor
 from flashsae.documents import check_file
 from flashsae.errors import CheckpointError
 from flashsae.files import refusal
+from flashsae.formats.checks import check_alone, check_finite, check_tensors, of_one_dtype, sizes
 from flashsae.formats.content import Content, Format
 from flashsae.formats.hook_names import hookpoint_of
 from flashsae.formats.released import (
     folders_with,
     hooks_for_others,
-    in_one_dtype,
     jump_relu,
     known,
-    length,
     number_in,
     place_of,
-    several_are_refused,
 )
-from flashsae.formats.selection import check_tensors
 
 _FILE = "params.npz"
 _ADVICE = "Fetch it again."
@@ -60,7 +57,7 @@ def parts(path: Path) -> dict[str, Path]:
 
 def read(path: Path) -> Content:
     """Return what params.npz holds."""
-    several_are_refused(path, parts(path))
+    check_alone(path, parts(path))
     file = path / _FILE if path.is_dir() else path
     arrays = _arrays(file)
     scaling = arrays.pop("scaling_factor", None)
@@ -69,11 +66,12 @@ def read(path: Path) -> Content:
             f"{file} has a scaling_factor that is not 1, with which latents were multiplied after the training, and "
             "FlashSAE has no place for it: use it with SAELens."
         )
-    F, d = length(arrays, "b_enc"), length(arrays, "b_dec")
+    (F,), (d,) = sizes(arrays, "b_enc", 1), sizes(arrays, "b_dec", 1)
     shapes = {"W_enc": (d, F), "W_dec": (F, d), "b_enc": (F,), "b_dec": (d,), "threshold": (F,)}
-    dtype = check_tensors(file, arrays, shapes)
+    check_tensors(file, arrays, shapes)
     is_transcoder, l0, metadata = _told(place_of(file))
-    tensors = in_one_dtype(file, arrays, dtype)
+    check_finite(file, arrays)
+    tensors = of_one_dtype(arrays)
     tensors["W_enc_T"] = tensors.pop("W_enc").T.contiguous()
     return jump_relu(tensors, "transcoder" if is_transcoder else "", l0, metadata)
 

@@ -18,18 +18,15 @@ from typing import Annotated, Literal
 
 from flashsae.documents import load_json, load_tensors
 from flashsae.errors import CheckpointError
+from flashsae.formats.checks import check_alone, check_finite, check_tensors, of_one_dtype, sizes
 from flashsae.formats.content import Content, Format
 from flashsae.formats.released import (
     folders_with,
-    in_one_dtype,
     jump_relu,
     known,
-    length,
     number_in,
     place_of,
-    several_are_refused,
 )
-from flashsae.formats.selection import check_tensors
 from flashsae.schema import Range, parse
 
 _CONFIG, _FILE = "config.json", "params.safetensors"
@@ -79,7 +76,7 @@ def parts(path: Path) -> dict[str, Path]:
 
 def read(path: Path) -> Content:
     """Return what a folder holds."""
-    several_are_refused(path, parts(path))
+    check_alone(path, parts(path))
     if path.is_dir() and any(re.fullmatch(_OF_LAYER, each) for each in os.listdir(path)):
         raise _cross_layer(path)
     file = path / _FILE if path.is_dir() else path
@@ -96,24 +93,19 @@ def read(path: Path) -> Content:
     weights = load_tensors(file)
     if "w_dec" in weights and weights["w_dec"].dim() == 3:
         raise _cross_layer(file)
-    F = length(weights, "b_enc")
-    d_in, d_out = _width(weights.get("w_enc"), 0), _width(weights.get("w_dec"), 1)
+    (F,), (d_in, _), (_, d_out) = sizes(weights, "b_enc", 1), sizes(weights, "w_enc", 2), sizes(weights, "w_dec", 2)
     shapes = {"w_enc": (d_in, F), "w_dec": (F, d_out), "b_enc": (F,), "b_dec": (d_out,), "threshold": (F,)}
-    dtype = check_tensors(file, weights, shapes, {_SKIP: (d_in, d_out)})
+    check_tensors(file, weights, shapes, {_SKIP: (d_in, d_out)})
     _check(config, config_file, F, has_skip=_SKIP in weights)
     is_transcoder = config.hf_hook_point_out not in (None, config.hf_hook_point_in) or d_in != d_out
     is_transcoder = is_transcoder or "transcoder" in kind or re.search(_TRANSCODER, place) is not None
-    tensors = in_one_dtype(file, weights, dtype)
+    check_finite(file, weights)
+    tensors = of_one_dtype(weights)
     tensors["W_enc_T"], tensors["W_dec"] = tensors.pop("w_enc").T.contiguous(), tensors.pop("w_dec")
     if _SKIP in tensors:
         tensors["W_skip"] = tensors.pop(_SKIP).T.contiguous()
     outer = "skip_transcoder" if "W_skip" in tensors else "transcoder" if is_transcoder else ""
     return jump_relu(tensors, outer, config.l0, _metadata(config, place))
-
-
-def _width(matrix: object, axis: int) -> int:
-    shape = getattr(matrix, "shape", ())
-    return int(shape[axis]) if len(shape) == 2 else -1
 
 
 def _check(config: _Config, path: Path, F: int, *, has_skip: bool) -> None:

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from flashsae.documents import load_pickle
 from flashsae.errors import CheckpointError
+from flashsae.formats.checks import check_finite, check_tensors, of_one_dtype, sizes
 from flashsae.formats.content import Content, Format
 from flashsae.formats.hook_names import hookpoint_of, model_of
-from flashsae.formats.released import in_one_dtype, known, length
-from flashsae.formats.selection import check_tensors
+from flashsae.formats.released import known
 
 _HEAD = 1 << 16
 """Bytes of a file that torch.save wrote, in which the names of all tensors stand, before their values."""
@@ -58,10 +58,11 @@ def read(path: Path) -> Content:
         raise CheckpointError(f"{path}: expected one file with an SAE of Goodfire's, found {names}: name the file.")
     (file,) = files
     weights = {name: value for name, value in load_pickle(file).items() if isinstance(value, Tensor)}
-    F, d = length(weights, "encoder_linear.bias"), length(weights, "decoder_linear.bias")
+    (F,), (d,) = sizes(weights, "encoder_linear.bias", 1), sizes(weights, "decoder_linear.bias", 1)
     shapes = dict(zip(_NAMES, [(F, d), (F,), (d, F), (d,)]))
-    dtype = check_tensors(file, weights, shapes)
-    tensors = {_NAMES[name]: tensor for name, tensor in in_one_dtype(file, weights, dtype).items()}
+    check_tensors(file, weights, shapes)
+    check_finite(file, weights)
+    tensors = {_NAMES[name]: tensor for name, tensor in of_one_dtype(weights).items()}
     tensors["W_dec"] = tensors["W_dec"].T.contiguous()
     found = re.fullmatch(r"([\w.-]+)-SAE-l(\d+)", file.stem)
     model = model_of(found[1]) if found else None

@@ -25,11 +25,12 @@ from torch import Tensor
 
 from flashsae.documents import load_json, load_tensors
 from flashsae.errors import CheckpointError
+from flashsae.formats.checks import check_finite, check_tensors, of_one_dtype, sizes
 from flashsae.formats.content import Content, Format
 from flashsae.formats.folds import divided, norms, scaled
 from flashsae.formats.hook_names import hookpoint_of
-from flashsae.formats.released import hooks_for_others, in_one_dtype, jump_relu, known, length, place_of
-from flashsae.formats.selection import check_tensors, joined
+from flashsae.formats.released import hooks_for_others, jump_relu, known, place_of
+from flashsae.formats.selection import joined
 from flashsae.schema import Finite, Positive, Size, parse
 
 _CONFIG, _WEIGHTS = "hyperparams.json", "checkpoints/final.safetensors"
@@ -81,12 +82,13 @@ def read(path: Path) -> Content:
     weights = load_tensors(file)
     if not config.use_decoder_bias:
         weights["decoder.bias"] = torch.zeros(config.d_model, dtype=torch.float32, device="cpu")
-    F, d = config.d_sae or length(weights, "encoder.bias"), config.d_model
-    dtype = check_tensors(file, weights, dict(zip(_NAMES, [(F, d), (F,), (d, F), (d,)])))
-    tensors = {_NAMES[name]: tensor for name, tensor in in_one_dtype(file, weights, dtype).items()}
+    F, d = config.d_sae or sizes(weights, "encoder.bias", 1)[0], config.d_model
+    check_tensors(file, weights, dict(zip(_NAMES, [(F, d), (F,), (d, F), (d,)])))
+    check_finite(file, weights)
+    tensors = {_NAMES[name]: tensor for name, tensor in of_one_dtype(weights).items()}
     tensors["W_dec"] = tensors["W_dec"].T.contiguous()
     s_in, s_out = _scales(folder / _CONFIG, config)
-    dtype = torch.promote_types(dtype, torch.float32)  # which a product needs, and a threshold
+    dtype = torch.promote_types(tensors["W_dec"].dtype, torch.float32)  # which a product needs, and a threshold
     factors = {"W_enc_T": s_in, "b_enc": 1.0, "W_dec": 1 / s_out, "b_dec": 1 / s_out}
     return _selecting(
         config,

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from flashsae.documents import load_pickle, load_tensors
 from flashsae.errors import CheckpointError, FlashSAEWarning
-from flashsae.formats.checks import glimpse
+from flashsae.formats.checks import check_tensors, check_threshold, glimpse, widest
 from flashsae.formats.content import Content, Format
 from flashsae.formats.folds import common_norms, inverse_of, norms, scaled
 from flashsae.formats.llamascopium_config import (
@@ -43,7 +43,7 @@ from flashsae.formats.llamascopium_config import (
     weights_file,
 )
 from flashsae.formats.llamascopium_writing import NORM, THRESHOLD, write
-from flashsae.formats.selection import check_tensors, joined, settings_of_reading
+from flashsae.formats.selection import joined, settings_of_reading
 
 _OLD_NAMES = {
     "encoder.weight": "W_E", "encoder.bias": "b_E", "decoder.weight": "W_D", "decoder.bias": "b_D",
@@ -137,9 +137,9 @@ def _check(file: Path, config: Description, tensors: Mapping[str, Tensor]) -> to
     shapes = {name: (*sites, *shape) for name, shape in shapes.items()}
     thresholds = {THRESHOLD: (d_sae,)} if config.act_fn == "jumprelu" else {}
     check_tensors(file, tensors, shapes | thresholds)
-    if thresholds and bool(tensors[THRESHOLD].isnan().any()):
-        raise CheckpointError(f"{file} is damaged: a threshold is no number. {FETCH}")
-    return check_tensors(file, {name: tensors[name] for name in shapes}, shapes)
+    if thresholds:
+        check_threshold(file, tensors[THRESHOLD])
+    return widest({name: tensors[name] for name in shapes})
 
 
 def _side_by_side(config: Description, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

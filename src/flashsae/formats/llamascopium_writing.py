@@ -18,7 +18,7 @@ from flashsae.formats.content import Content, plain_metadata
 from flashsae.formats.folds import common_norms, site_norms, subtracting
 from flashsae.formats.hook_names import hook_name_of
 from flashsae.formats.llamascopium_config import CONFIG, NAME, WEIGHTS
-from flashsae.formats.selection import Selection, selection_of, split
+from flashsae.formats.selection import Selection, selection_of
 
 THRESHOLD = "activation_function.log_jumprelu_threshold"
 NORM = "dataset_average_activation_norm."
@@ -83,7 +83,7 @@ def _foreign(content: Content) -> Mapping[str, Any]:
 
 def _is_without_threshold(content: Content) -> bool:
     """Tell whether it is a BatchTopK that was never given a threshold, such as one of llamascopium."""
-    if split(content.architecture)[1] != "batch_topk":
+    if selection_of(content).base != "batch_topk":
         return False
     threshold, steps = (content.tensors.get(name) for name in ("threshold", "threshold_steps"))
     is_unset = threshold is None or not bool(threshold)
@@ -152,7 +152,7 @@ def _thresholds(content: Content, selection: Selection, sites: int) -> Tensor:
     threshold = selection.threshold.double()
     if sites == 1:
         return threshold
-    if split(content.architecture)[1] == "jump_relu":
+    if selection.base == "jump_relu":
         norm = common_norms(content.tensors["W_dec"], sites)
         assert norm is not None
         return threshold * norm

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from flashsae.documents import load_json, load_pickle
 from flashsae.errors import CheckpointError
+from flashsae.formats.checks import check_finite, check_tensors, of_one_dtype, sizes
 from flashsae.formats.content import Content, Format
-from flashsae.formats.released import in_one_dtype, known, length, number_in, place_of
-from flashsae.formats.selection import check_tensors
+from flashsae.formats.released import known, number_in, place_of
 from flashsae.natural import in_order
 from flashsae.schema import Size, parse
 
@@ -67,9 +67,10 @@ def read(path: Path) -> Content:
         raise CheckpointError(f"{path} holds {there}: name the file of one.")
     ((hookpoint, file),) = layers.items()
     weights = {name: value for name, value in load_pickle(file).items() if isinstance(value, Tensor)}
-    F, d = length(weights, "b_enc"), length(weights, "b_dec")
-    dtype = check_tensors(file, weights, {"W_enc": (F, d), "W_dec": (d, F), "b_enc": (F,), "b_dec": (d,)})
-    tensors = in_one_dtype(file, weights, dtype)
+    (F,), (d,) = sizes(weights, "b_enc", 1), sizes(weights, "b_dec", 1)
+    check_tensors(file, weights, {"W_enc": (F, d), "W_dec": (d, F), "b_enc": (F,), "b_dec": (d,)})
+    check_finite(file, weights)
+    tensors = of_one_dtype(weights)
     tensors["W_enc_T"], tensors["W_dec"] = tensors.pop("W_enc"), tensors["W_dec"].T.contiguous()
     found = re.findall(_REPOSITORY, place_of(file))
     return Content(

@@ -8,12 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from flashsae.errors import CheckpointError
 from flashsae.formats.content import Content
-from flashsae.formats.selection import joined
+from flashsae.formats.selection import joined, settings_of_reading
 from flashsae.natural import in_order
 
 
@@ -36,22 +34,10 @@ def folders_with(path: Path, file: str, *patterns: str) -> dict[str, Path]:
     return {name: path / name for name in in_order(found)}
 
 
-def several_are_refused(path: Path, parts: Mapping[str, Path]) -> None:
-    """Raise CheckpointError where a folder holds several SAEs, and one is to be read."""
-    if parts:
-        raise CheckpointError(f"{path} holds several SAEs: name one of them, such as {path / next(iter(parts))}.")
-
-
 def number_in(place: str, pattern: str) -> int | None:
     """Return the number that a pattern has a group for, where it stands last in a place; None where it does not."""
     found = re.findall(pattern, place)
     return int(found[-1]) if found else None
-
-
-def length(tensors: Mapping[str, Tensor], name: str) -> int:
-    """Return the length of a vector; -1, which stands for any, where there is none of this name."""
-    found = tensors.get(name)
-    return len(found) if found is not None and found.dim() == 1 and len(found) else -1
 
 
 def known(**metadata: Any) -> dict[str, Any]:
@@ -74,20 +60,6 @@ def hooks_for_others(*names: str) -> dict[str, dict[str, Any]]:
     return told
 
 
-def in_one_dtype(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return tensors as an SAE has them: contiguous, of one dtype, by name.
-
-    Raises:
-        CheckpointError: a value is infinite or no number.
-    """
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise CheckpointError(
-                f"{path} is damaged: {name} holds values that are infinite or no numbers. Fetch it again."
-            )
-    return {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
-
-
 def jump_relu(tensors: dict[str, Tensor], outer: str, l0: float | None, metadata: Mapping[str, Any]) -> Content:
     """Return relu(z) · H(z − threshold) with z = x @ W_enc + b_enc, an SAE that does not subtract b_dec.
 
@@ -99,10 +71,9 @@ def jump_relu(tensors: dict[str, Tensor], outer: str, l0: float | None, metadata
         l0: what it is known to have.
         metadata: of its training.
     """
-    target = min(l0 or 32.0, float(len(tensors["threshold"])))
     return Content(
         architecture=joined(outer, "jump_relu"),
-        settings={"target_l0": target},
+        settings=settings_of_reading("jump_relu", len(tensors["threshold"]), l0),
         tensors={**tensors, "threshold": tensors["threshold"].clamp_min(0.0)},
         apply_b_dec_to_input=False,
         metadata=metadata,

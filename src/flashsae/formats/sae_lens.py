@@ -28,7 +28,7 @@ from flashsae.formats.content import Content, Format, plain_metadata
 from flashsae.formats.sae_lens_config import CONFIG_FILE
 from flashsae.formats.sae_lens_metadata import NORMALIZED, RESHAPED, SCALED, kept_of, reshaped_for, theirs_of
 from flashsae.formats.sae_lens_reading import DENSITY, FLOOR, FORMS, SPARSITY, SPARSITY_FILE, WEIGHTS_FILE, read_folder
-from flashsae.formats.selection import selection_of, split
+from flashsae.formats.selection import Selection, selection_of
 
 _NORMALIZATIONS = {"none": "none", "layer_norm": "layer_norm", "token_norm": "constant_norm_rescale"}
 _DEEPEST = 3
@@ -90,7 +90,7 @@ def write(folder: Path, content: Content, lossy: bool = False) -> list[str]:
     selection = selection_of(content)
     form = FORMS.get((selection.outer, selection.name))
     if form is None or (selection.name == "threshold" and selection.threshold is None):
-        raise ConfigError(_refusal(content, selection.outer, selection.name))
+        raise ConfigError(_refusal(content, selection))
     if selection.outer and content.apply_b_dec_to_input:
         raise ConfigError(
             "apply_b_dec_to_input: SAELens subtracts no b_dec from the input of a transcoder, and this one does."
@@ -118,15 +118,15 @@ def write(folder: Path, content: Content, lossy: bool = False) -> list[str]:
     return [f"{sentence[0].upper()}{sentence[1:]}." for sentence in given_up]
 
 
-def _refusal(content: Content, outer: str, name: str) -> str:
+def _refusal(content: Content, selection: Selection) -> str:
     """Return why SAELens cannot hold an SAE, and what to do."""
-    if outer == "crosscoder":
+    if selection.outer == "crosscoder":
         reason = "it has no SAE of several sites; the format flashsae holds it"
-    elif outer and name == "topk":
+    elif selection.outer and selection.name == "topk":
         reason = (
             "its transcoders have a ReLU or thresholds, and no TopK; the formats sparsify and circuit_tracer hold it"
         )
-    elif split(content.architecture)[1] == "batch_topk":
+    elif selection.base == "batch_topk":
         reason = "latents are above a threshold there, and this SAE has none; train it with FlashSAE, which finds one"
     else:
         known = ", ".join(sorted({" ".join(filter(None, key)).replace("_", " ") for key in FORMS}))

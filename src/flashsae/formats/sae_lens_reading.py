@@ -15,6 +15,7 @@ from torch import Tensor
 from flashsae.architecture import architecture_named, settings_of
 from flashsae.documents import load_json, load_tensors
 from flashsae.errors import CheckpointError, FlashSAEError, FlashSAEWarning
+from flashsae.formats.checks import check_tensors
 from flashsae.formats.content import Content
 from flashsae.formats.folds import divided, norms, scaled
 from flashsae.formats.sae_lens_config import ADVICE, BATCHED, CONFIG_FILE, TRANSCODERS, SAELensConfig, read_config
@@ -29,7 +30,7 @@ from flashsae.formats.sae_lens_metadata import (
     reshaped_for,
     theirs_of,
 )
-from flashsae.formats.selection import check_tensors, joined, split
+from flashsae.formats.selection import joined, name_of, settings_of_reading, split
 from flashsae.settings.kinds import as_json
 
 WEIGHTS_FILE = "sae_weights.safetensors"
@@ -49,7 +50,6 @@ FORMS = {
     ("skip_transcoder", "threshold"): "jumprelu_skip_transcoder",
 }
 """SAELens's architectures, by what is around a selection, and the selection: `flashsae.formats.selection`."""
-_SELECTIONS = {"hierarchical_topk": "topk", "batch_topk": "threshold", "jump_relu": "threshold"}
 _NORMALIZATIONS = {"layer_norm": "layer_norm", "constant_norm_rescale": "token_norm"}
 _TARGET_L0 = 32.0
 
@@ -153,7 +153,7 @@ def _own(config: SAELensConfig, values: Mapping[str, Tensor], block: Mapping[str
     if not isinstance(name, str) or len(name) > 80 or not isinstance(settings, Mapping):
         return None
     outer, base = split(name)
-    if FORMS.get((outer, _SELECTIONS.get(base, base))) != config.architecture:
+    if FORMS.get((outer, name_of(base))) != config.architecture:
         return None
     if (base == "batch_topk" and not _is_one(values["threshold"])) or (
         "topk" in config.architecture and settings.get("k") != config.k
@@ -177,9 +177,8 @@ def _trained_as(config: SAELensConfig, values: Mapping[str, Tensor]) -> tuple[st
     if not outer and trained in BATCHED and isinstance(details, Mapping) and _is_one(values["threshold"]):
         return _batched(trained, config, details)
     l0 = config.metadata.get("l0")
-    if not (isinstance(l0, int | float) and 0 < l0 <= config.d_sae):
-        l0 = min(_TARGET_L0, config.d_sae)
-    return joined(outer, "jump_relu"), {"target_l0": float(l0)}
+    known = l0 if isinstance(l0, int | float) and 0 < l0 <= config.d_sae else None
+    return joined(outer, "jump_relu"), settings_of_reading("jump_relu", config.d_sae, known)
 
 
 def _batched(trained: str, config: SAELensConfig, details: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from flashsae.errors import CheckpointError
 from flashsae.formats.content import Content
 
 _DEFAULTS = {"transcoder": "topk", "skip_transcoder": "topk", "crosscoder": "batch_topk", "matryoshka": "batch_topk"}
 """Architectures made of another one, and which, where their name does not tell."""
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-"""That weights may have."""
+_NAMES = {"hierarchical_topk": "topk", "batch_topk": "threshold", "jump_relu": "threshold"}
+_TARGET_L0 = 32.0
 
 
 @dataclass(frozen=True)
@@ -24,12 +20,14 @@ class Selection:
 
     Args:
         outer: transcoder, skip_transcoder or crosscoder; "" for an autoencoder.
+        base: the architecture within it, and of a matryoshka: topk, batch_topk, jump_relu, relu ...
         name: topk: relu of the k largest; threshold: z · H(z − threshold); relu; any other architecture by its name.
         k: of topk.
         threshold: [d_sae], of threshold; None where BatchTopK brought none along.
     """
 
     outer: str
+    base: str
     name: str
     k: int = 0
     threshold: Tensor | None = None
@@ -54,60 +52,39 @@ def joined(outer: str, base: str) -> str:
     return outer if base == _DEFAULTS[outer] else f"{outer}:{base}"
 
 
-def settings_of_reading(base: str, d_sae: int) -> dict[str, float]:
-    """Return settings of a selection that was not trained here and brings none, where defaults may not fit its size."""
-    return {"target_l0": float(min(32, d_sae))} if base == "jump_relu" else {}
+def settings_of_reading(base: str, d_sae: int, l0: float | None = None) -> dict[str, float]:
+    """Return settings of a selection that was not trained here, where defaults may not fit its size.
+
+    Args:
+        base: jump_relu has a target, others nothing.
+        d_sae: which no target exceeds.
+        l0: that it is known to have, or was trained for; None, or what is not above 0, where it is not known.
+    """
+    known = l0 if l0 is not None and l0 > 0 else _TARGET_L0
+    return {"target_l0": min(float(known), float(d_sae))} if base == "jump_relu" else {}
+
+
+def name_of(base: str) -> str:
+    """Return what selects in inference, as the name of a `Selection`: topk, threshold, or the architecture itself."""
+    return _NAMES.get(base, base)
 
 
 def selection_of(content: Content) -> Selection:
     """Return how the latents of an SAE are selected in inference."""
     outer, base = split(content.architecture)
-    if base in ("topk", "hierarchical_topk"):
-        return Selection(outer, "topk", k=int(content.settings["k"]))
+    name = name_of(base)
+    if name == "topk":
+        return Selection(outer, "topk", name, k=int(content.settings["k"]))
     if base == "batch_topk":
         threshold = content.tensors.get("threshold")  # what exceeds it goes through a ReLU
         spread = None if threshold is None else threshold.clamp_min(0).expand(content.d_sae).contiguous()
-        return Selection(outer, "threshold", threshold=spread)
-    if base == "jump_relu":
-        return Selection(outer, "threshold", threshold=content.tensors["threshold"])
-    return Selection(outer, base)
+        return Selection(outer, base, name, threshold=spread)
+    return Selection(outer, base, name, threshold=content.tensors["threshold"] if base == "jump_relu" else None)
 
 
-def check_tensors(
-    path: Path,
-    tensors: Mapping[str, Tensor],
-    shapes: Mapping[str, tuple[int, ...]],
-    optional: Mapping[str, tuple[int, ...]] | None = None,
-) -> torch.dtype:
-    """Raise CheckpointError unless a file holds the tensors that it must, and none that it may not.
-
-    Args:
-        path: of the file, for the message.
-        tensors: that it holds, by name.
-        shapes: of those that it must hold; -1 stands for any positive number.
-        optional: of those that it may hold.
-    Returns:
-        the widest of their dtypes.
-    """
-    allowed = {**shapes, **(optional or {})}
-    missing, foreign = sorted(shapes.keys() - tensors.keys()), sorted(tensors.keys() - allowed.keys())
-    if missing or foreign:
-        wrong = f"it has no {', '.join(missing)}" if missing else f"{', '.join(foreign)[:200]} is none of its tensors"
-        raise CheckpointError(
-            f"{path} is damaged or not of this format: {wrong}; expected {', '.join(sorted(allowed))}. Fetch it again."
-        )
-    dtype = None
-    for name, tensor in tensors.items():
-        shape, wanted = tuple(tensor.shape), allowed[name]
-        fits = len(shape) == len(wanted) and all(
-            size == want or (want == -1 and size > 0) for size, want in zip(shape, wanted)
-        )
-        if not fits or tensor.dtype not in DTYPES:
-            expected = f"floats {[size if size >= 0 else 'any' for size in wanted]}".replace("'", "")
-            kind = str(tensor.dtype).removeprefix("torch.")
-            raise CheckpointError(
-                f"{path} is damaged: {name}: expected {expected}, got {kind} {list(shape)}. Fetch it again."
-            )
-        dtype = tensor.dtype if dtype is None else torch.promote_types(dtype, tensor.dtype)
-    assert dtype is not None
-    return dtype
+def l0_of(content: Content) -> int | None:
+    """Return how many latents are active for a token, on average, as far as an SAE tells it; at least 1."""
+    for value in (content.settings.get("k"), content.metadata.get("l0"), content.settings.get("target_l0")):
+        if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf"):
+            return min(content.d_sae, max(1, round(value)))
+    return None

@@ -21,10 +21,10 @@ from typing import Any, Literal
 from flashsae import files
 from flashsae.documents import load_json, load_tensors
 from flashsae.errors import CheckpointError, ConfigError
-from flashsae.formats.checks import active, folder_name, glimpse, of_one_dtype, without_nan
+from flashsae.formats.checks import active, check_alone, check_tensors, folder_name, glimpse, of_one_dtype, without_nan
 from flashsae.formats.content import Content, Format
-from flashsae.formats.folds import inner_of, l0_of, refuse_sites, scaled, subtracting
-from flashsae.formats.selection import check_tensors, joined, split
+from flashsae.formats.folds import refuse_sites, scaled, subtracting
+from flashsae.formats.selection import joined, l0_of, selection_of, split
 from flashsae.natural import in_order
 from flashsae.schema import Count, Size, parse
 
@@ -93,8 +93,7 @@ def _is_one(path: Path) -> bool:
 
 def read(path: Path) -> Content:
     """Return the SAE in a folder."""
-    if not _is_one(path) and (several := parts(path)):
-        raise CheckpointError(f"{path} holds several SAEs: choose one of {', '.join(list(several)[:5])}.")
+    check_alone(path, parts(path))
     config = parse(_Config, load_json(path / CONFIG, _ADVICE), str(path / CONFIG), _ADVICE)
     d_in, d_sae = config.d_in, config.num_latents or config.d_in * config.expansion_factor
     if config.activation != "topk":
@@ -221,7 +220,7 @@ _GIVEN_UP = {
 
 def _as_topk(content: Content, lossy: bool) -> tuple[Content, list[str]]:
     """Return an SAE with the settings of TopK, and what was given up for that."""
-    title, inner = content.architecture, inner_of(content)
+    title, inner = content.architecture, selection_of(content).base
     if inner == "topk":
         return content, []
     if inner == "relu":
