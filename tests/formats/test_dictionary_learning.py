@@ -381,7 +381,7 @@ def test_abs_topk_is_refused_or_loses_its_signs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (made("transcoder"), "dictionary_learning holds no transcoder: keep it as flashsae"),
+        (made("transcoder"), "dictionary_learning holds no transcoder: save it in another format, such as flashsae"),
         (made("skip_transcoder"), "dictionary_learning holds no skip_transcoder"),
         (replace(made("topk"), architecture="crosscoder"), "dictionary_learning holds no crosscoder"),
         (replace(made("topk"), architecture="own"), "dictionary_learning holds no own: keep it as flashsae"),

@@ -3,7 +3,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flashsae.formats.hook_names import hook_name_of, hookpoint_of, layer_of, model_name_of, model_of
+from flashsae.formats.hook_names import (
+    hook_name_of,
+    hookpoint_of,
+    hookpoints_of,
+    is_hookpoint,
+    layer_of,
+    model_name_of,
+    model_of,
+)
 
 PAIRS = {
     "gpt2": {
@@ -148,3 +156,13 @@ def test_every_hookpoint_of_a_family_is_there_and_holds_what_its_name_says(model
         torch.testing.assert_close(seen["hook_resid_pre"] + added, seen["hook_resid_post"])
     if "hook_resid_mid" in seen:
         torch.testing.assert_close(seen["hook_resid_pre"] + seen["hook_attn_out"], seen["hook_resid_mid"])
+
+
+def test_places_of_several_hooks_are_those_of_each_or_none() -> None:
+    assert hookpoints_of(["blocks.3.mlp.hook_in", "blocks.3.hook_mlp_out"], "gpt2") == "h.3.mlp:in, h.3.mlp"
+    assert hookpoints_of(["blocks.3.ln2.hook_normalized", "blocks.3.hook_mlp_out"], "gpt2") is None
+
+
+def test_paths_in_blocks_look_as_hookpoints() -> None:
+    assert all(map(is_hookpoint, ("h.6", "model.layers.6.mlp:in", "gpt_neox.layers.0.attention", "blocks.11")))
+    assert not any(map(is_hookpoint, ("", "h", "resid_post_layer_6", "seed1", "h.6:out", "h.6.", "../h.6")))

@@ -223,7 +223,7 @@ def double(content: Content) -> Content:
 def test_what_is_written_does_what_ours_does(kind: str, normalize: str, tmp_path: Path) -> None:
     content = replace(ours(kind, model="gpt2"), normalize_activations=normalize)
     if kind.startswith("transcoder") and normalize != "none":
-        with pytest.raises(ConfigError, match="does not normalise by token_norm"):
+        with pytest.raises(ConfigError, match="no place for normalize_activations, got 'token_norm'"):
             llamascopium.write(tmp_path, content)
         return
     assert llamascopium.FORMAT.write(tmp_path, content, False) == []  # type: ignore[misc]
@@ -399,7 +399,10 @@ def changed(content: Content, **tensors: Tensor) -> Content:
         (random_content("gated", D, F), "topk, jumprelu and relu, and this is gated"),
         (ours("skip_transcoder"), "and this is skip_transcoder"),
         (ours("transcoder:abs_topk"), "and this is transcoder:abs_topk"),
-        (replace(ours("topk"), normalize_activations="layer_norm"), "does not normalise by layer_norm"),
+        (
+            replace(ours("topk"), normalize_activations="layer_norm"),
+            "no place for normalize_activations, got 'layer_norm'",
+        ),
         (negative(), "has logarithms of thresholds, and here is one below 0"),
         (changed(ours("jump_relu"), threshold=torch.full([F], math.nan)), "has logarithms of thresholds"),
         (
@@ -409,10 +412,10 @@ def changed(content: Content, **tensors: Tensor) -> Content:
             ),
             "selects what exceeds a threshold, and batch_topk came without one: train it",
         ),
-        (odd_widths(), "one width for all hook points, and here are 3, 4"),
+        (odd_widths(), "one width for all that an SAE reads and writes, got 3, 4"),
         (
             changed(ours("transcoder"), W_dec=torch.randn(F, 5), b_dec=torch.randn(5)),
-            "one width for all hook points, and here are 8, 5",
+            "one width for all that an SAE reads and writes, got 8, 5",
         ),
         (changed(ours("crosscoder:relu"), W_dec=torch.eye(F)[:, :D]), "of a crosscoder by the norms of their decoders"),
     ],

@@ -226,7 +226,9 @@ def test_what_sparsify_cannot_hold_is_refused(content: Content, sentence: str, t
 def test_two_widths_are_refused(tmp_path: Path) -> None:
     content = made("transcoder")
     wide = {**content.tensors, "W_dec": torch.randn(F, 9), "b_dec": torch.randn(9)}
-    with pytest.raises(ConfigError, match="one width for what an SAE reads and writes, got 7 and 9"):
+    with pytest.raises(
+        ConfigError, match="sparsify has one width for all that an SAE reads and writes, got 7, 9: save it"
+    ):
         written(tmp_path / "sae", replace(content, tensors=wide), lossy=True)
 
 

@@ -1,10 +1,10 @@
-"""What files of others must be before anything is made of them: tensors by name, shape and dtype, and numbers."""
+"""What is checked of an SAE: tensors, numbers and names in files of others, and what a format can hold of ours."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import reduce
 from pathlib import Path
@@ -14,7 +14,11 @@ import torch
 from torch import Tensor
 
 from flashsae.errors import CheckpointError, ConfigError
+from flashsae.formats.content import Content
+from flashsae.formats.selection import Selection, split
 
+INSTEAD = "save it in another format, such as flashsae."
+"""What to do with an SAE that a format cannot hold."""
 _SMALL = 1 << 20
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """That weights may have."""
@@ -156,3 +160,41 @@ def folder_name(name: str) -> str:
     if not all(re.fullmatch(r"\w[\w.+@-]{0,199}", part) for part in told.split("/")):
         raise ConfigError(f"hookpoint: expected a name that a folder can have, got {ascii(name)[:60]}.")
     return told
+
+
+def refuse_outer(content: Content, title: str, outer: tuple[str, ...] = ()) -> None:
+    """Raise ConfigError of a transcoder or crosscoder that a format does not hold.
+
+    Args:
+        content: the SAE.
+        title: of the format.
+        outer: what it holds beside autoencoders.
+    """
+    own = split(content.architecture)[0]
+    if own and own not in outer:
+        raise ConfigError(f"{title} holds no {own}: {INSTEAD}")
+
+
+def refuse_normalization(content: Content, title: str, held: tuple[str, ...] = ("none",)) -> None:
+    """Raise ConfigError where tokens are normalised in a way that a format has no place for."""
+    if content.normalize_activations not in held:
+        raise ConfigError(
+            f"{title} has no place for normalize_activations, got {content.normalize_activations!r}: {INSTEAD}"
+        )
+
+
+def refuse_widths(widths: Sequence[int], title: str) -> None:
+    """Raise ConfigError where places that are read or written have different widths, and a format has one."""
+    if len(set(widths)) > 1:
+        raise ConfigError(
+            f"{title} has one width for all that an SAE reads and writes, got {', '.join(map(str, widths))}: {INSTEAD}"
+        )
+
+
+def refuse_unset(content: Content, selection: Selection, title: str) -> None:
+    """Raise ConfigError where a format asks for the threshold that an SAE selects by, and it has none yet."""
+    if selection.name == "threshold" and selection.threshold is None:
+        raise ConfigError(
+            f"{title} selects what exceeds a threshold, and {content.architecture} came without one: train it, or "
+            f"{INSTEAD}"
+        )

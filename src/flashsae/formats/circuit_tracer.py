@@ -26,11 +26,20 @@ from torch import Tensor
 from flashsae import files
 from flashsae.documents import load_tensors, load_yaml, write_yaml
 from flashsae.errors import CheckpointError, ConfigError
-from flashsae.formats.checks import check_tensors, check_threshold, of_one_dtype, sizes
-from flashsae.formats.content import Content, Format
+from flashsae.formats.checks import (
+    INSTEAD,
+    check_tensors,
+    check_threshold,
+    of_one_dtype,
+    refuse_normalization,
+    refuse_unset,
+    refuse_widths,
+    sizes,
+)
+from flashsae.formats.circuit_tracer_layers import NAME, by_layer, hooks_of, places_of
+from flashsae.formats.content import Content, Format, kept_of
 from flashsae.formats.folds import subtracting
-from flashsae.formats.hook_names import hookpoint_of, model_name_of, model_of
-from flashsae.formats.layers import NAME, by_layer, foreign_of, hooks_of
+from flashsae.formats.hook_names import model_name_of, model_of
 from flashsae.formats.selection import joined, selection_of, settings_of_reading
 from flashsae.schema import Size, Text, parse
 
@@ -185,13 +194,7 @@ def _places(config: _Config, number: int) -> str | None:
     """Return the hookpoints that a layer reads and writes, as h.3.mlp:in, h.3.mlp; None where they have no name."""
     if config.hookpoints is not None and number < len(config.hookpoints):
         return config.hookpoints[number]
-    return _translated(config.model_name, (config.feature_input_hook, config.feature_output_hook), number)
-
-
-def _translated(model_name: str | None, hooks: tuple[str, str], number: int) -> str | None:
-    model = None if model_name is None else model_of(model_name)
-    named = [hookpoint_of(f"blocks.{number}.{hook}", model) for hook in hooks]
-    return None if None in named else ", ".join(map(str, named))
+    return places_of(config.model_name, (config.feature_input_hook, config.feature_output_hook), number)
 
 
 def _metadata(config: _Config, number: int) -> dict[str, Any]:
@@ -237,22 +240,13 @@ def write_set(folder: Path, contents: Mapping[str, Content], lossy: bool = False
 
 def _check_held(content: Content) -> None:
     selection = selection_of(content)
-    instead = "save it in another format, such as flashsae."
     if selection.outer not in ("transcoder", "skip_transcoder"):
-        raise ConfigError(f"{NAME} holds transcoders alone, and this is {content.architecture}: {instead}")
+        raise ConfigError(f"{NAME} holds transcoders alone, and this is {content.architecture}: {INSTEAD}")
     if selection.name not in ("topk", "threshold", "relu"):
-        raise ConfigError(f"{NAME} has topk, jumprelu and relu, and this is {content.architecture}: {instead}")
-    if selection.name == "threshold" and selection.threshold is None:
-        raise ConfigError(
-            f"{NAME} selects what exceeds a threshold, and {content.architecture} came without one: train it, or "
-            f"{instead}"
-        )
-    if content.d_in != content.d_out:
-        raise ConfigError(
-            f"{NAME} has one width for both sides, and this goes from {content.d_in} to {content.d_out}: {instead}"
-        )
-    if content.normalize_activations != "none":
-        raise ConfigError(f"{NAME} normalises nothing, and this does ({content.normalize_activations}): {instead}")
+        raise ConfigError(f"{NAME} has topk, jumprelu and relu, and this is {content.architecture}: {INSTEAD}")
+    refuse_unset(content, selection, NAME)
+    refuse_widths([content.d_in, content.d_out], NAME)
+    refuse_normalization(content, NAME)
 
 
 def _config_of(contents: list[Content]) -> dict[str, Any]:
@@ -271,7 +265,7 @@ def _config_of(contents: list[Content]) -> dict[str, Any]:
         "model_kind": "transcoder_set",
         "feature_input_hook": reads,
         "feature_output_hook": writes,
-        "scan": foreign_of(contents[0]).get("scan"),
+        "scan": kept_of(contents[0].metadata, NAME).get("scan"),
     }
     names = {each.name for each in selections}
     if names in ({"topk"}, {"relu"}):
@@ -280,7 +274,7 @@ def _config_of(contents: list[Content]) -> dict[str, Any]:
         config["k"] = selections[0].k
     places = [content.metadata.get("hookpoint") for content in contents]
     both = [f"{place}:in, {place}" if isinstance(place, str) and "," not in place else place for place in places]
-    names_tell = both == [_translated(config["model_name"], (reads, writes), number) for number in range(len(both))]
+    names_tell = both == [places_of(config["model_name"], (reads, writes), number) for number in range(len(both))]
     return config if None in places or names_tell else {**config, "hookpoints": places}
 
 

@@ -60,6 +60,17 @@ class Content:
         return self.tensors["W_dec"].dtype
 
 
+def kept_of(metadata: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return what a format said of an SAE that was read from it, and we have no names for; {} where it was not.
+
+    Args:
+        metadata: of the SAE.
+        name: of the format, under which that is kept.
+    """
+    kept = metadata.get(name)
+    return dict(kept) if isinstance(kept, Mapping) else {}
+
+
 Write = Callable[[Path, Content, bool], list[str]]
 """Into an empty folder, an SAE, and whether anything may be given up: returns what was."""
 

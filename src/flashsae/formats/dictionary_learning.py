@@ -31,9 +31,19 @@ from flashsae import files
 from flashsae.documents import load_pickle
 from flashsae.errors import CheckpointError, ConfigError, FlashSAEWarning
 from flashsae.formats import dictionary_learning_config as layout
-from flashsae.formats.checks import active, check_alone, check_tensors, folder_name, number, of_one_dtype, sizes
-from flashsae.formats.content import Content, Format
-from flashsae.formats.folds import norms, refuse_sites, subtracting, with_unit_rows
+from flashsae.formats.checks import (
+    active,
+    check_alone,
+    check_tensors,
+    folder_name,
+    number,
+    of_one_dtype,
+    refuse_normalization,
+    refuse_outer,
+    sizes,
+)
+from flashsae.formats.content import Content, Format, kept_of
+from flashsae.formats.folds import norms, subtracting, with_unit_rows
 from flashsae.formats.selection import selection_of, settings_of_reading
 from flashsae.settings.prefixes import prefixes_of
 
@@ -171,7 +181,8 @@ def _prefixes(weights: Path, sizes: object, d_sae: int) -> list[float]:
 
 def write(folder: Path, content: Content, lossy: bool) -> list[str]:
     """Write one SAE into a folder."""
-    refuse_sites(content, layout.NAME)
+    refuse_outer(content, layout.NAME)
+    refuse_normalization(content, layout.NAME)
     dict_class, told = _class_for(content, lossy)
     kind = _KINDS[dict_class]
     folded = subtracting(content, kind.subtracts)
@@ -237,8 +248,7 @@ def _numbers(content: Content, kind: _Kind, state: Mapping[str, Tensor]) -> dict
     """Return what ae.pt holds beside parameters, of the dtypes of theirs."""
     numbers: dict[str, Tensor] = {}
     if "k" in kind.numbers:
-        theirs = content.metadata.get(layout.NAME)
-        kept = theirs.get("threshold") if isinstance(theirs, Mapping) else None
+        kept = kept_of(content.metadata, layout.NAME).get("threshold")
         unused = float(kept) if isinstance(kept, int | float) else _UNSET
         threshold = state.get("threshold", torch.tensor(unused, dtype=torch.float32, device="cpu"))
         is_wide = threshold.dtype == torch.float64

@@ -17,7 +17,8 @@ from typing import Any
 from flashsae.documents import load_json
 from flashsae.errors import CheckpointError
 from flashsae.formats.checks import glimpse, without_nan
-from flashsae.formats.hook_names import hook_name_of, hookpoint_of, layer_of
+from flashsae.formats.content import kept_of
+from flashsae.formats.hook_names import hook_name_of, hookpoint_of, is_hookpoint, layer_of
 from flashsae.natural import in_order
 from flashsae.schema import Finite, Size, parse
 
@@ -38,7 +39,6 @@ _SUBMODULES = {
     "attn_out": "hook_attn_out",
 }
 """What they call a place in a model, without its layer, and what transformer-lens does."""
-_HOOKPOINT = r"(?:[A-Za-z_]\w*\.)*(?:h|layers?|blocks?)\.\d+(?:\.[A-Za-z_]\w*)*(?::in)?"
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def _hookpoint(submodule: str, model: str | None) -> str | None:
     found = re.fullmatch(r"(\w+?)_layer_?(\d{1,9})", submodule)
     if found and found[1] in _SUBMODULES:
         return hookpoint_of(f"blocks.{int(found[2])}.{_SUBMODULES[found[1]]}", model)
-    return submodule if re.fullmatch(_HOOKPOINT, submodule) else None
+    return submodule if is_hookpoint(submodule) else None
 
 
 def written(metadata: Mapping[str, Any], of_sae: Mapping[str, Any]) -> dict[str, Any]:
@@ -161,13 +161,10 @@ def written(metadata: Mapping[str, Any], of_sae: Mapping[str, Any]) -> dict[str,
         metadata: of the SAE, by our names.
         of_sae: what `trainer` says of it: trainer_class, dict_class, activation_dim, dict_size and k.
     """
-    theirs = metadata.get(NAME)
-    theirs = theirs if isinstance(theirs, Mapping) else {}
-    trainer, buffer = (
-        dict(each) if isinstance(each := theirs.get(name), Mapping) else {} for name in ("trainer", "buffer")
-    )
+    theirs = kept_of(metadata, NAME)
+    trainer, buffer = kept_of(theirs, "trainer"), kept_of(theirs, "buffer")
     is_same = trainer.get("dict_class") == of_sae["dict_class"]
-    kept = (
+    kept: dict[str, Any] = (
         trainer
         if is_same
         else {name: trainer[name] for name in ("layer", "lm_name", "submodule_name") if name in trainer}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flashsae.errors import ConfigError
 from flashsae.formats.content import Content
-from flashsae.formats.selection import selection_of, split
+from flashsae.formats.selection import selection_of
 
 _AT_A_TIME = 1 << 24
 """Elements of a matrix that are widened at once."""
@@ -166,21 +166,3 @@ def _slices(tensor: Tensor) -> list[slice]:
 def _rounded(tensors: Mapping[str, Tensor], changed: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return tensors, some of them changed, in the dtype that they had."""
     return {name: changed[name].to(each.dtype) if name in changed else each for name, each in tensors.items()}
-
-
-def refuse_sites(content: Content, title: str, outer: tuple[str, ...] = ()) -> None:
-    """Raise ConfigError where an SAE reads or writes more than a format has names for, or normalises tokens.
-
-    Args:
-        content: the SAE.
-        title: of the format.
-        outer: what it holds beside autoencoders.
-    """
-    own = split(content.architecture)[0]
-    if own and own not in outer:
-        raise ConfigError(f"{title} holds no {own}: keep it as flashsae, or choose a format that does.")
-    if content.normalize_activations != "none":
-        raise ConfigError(
-            f"{title} has no place for normalize_activations, got {content.normalize_activations!r}: keep it as "
-            "flashsae."
-        )

@@ -16,7 +16,7 @@ Source: transformer-lens 3.9, components/transformer_block.py, bert_block.py and
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 _IN, _OUT = ":in", ":out"
@@ -127,6 +127,8 @@ _PATH = rf"{_IN_FRONT}((?:encoder\.layer|decoder\.layers|layers|h)(?=\.\d))\.(\d
 _BRIDGE = {"hook_out": "hook_resid_post", "hook_in": "hook_resid_pre"}
 """What transformer-lens calls the same since its version 3."""
 
+_OF_ANY_MODEL = rf"(?:[A-Za-z_]\w*\.)*(?:h|layers?|blocks?)\.\d+(?:\.[A-Za-z_]\w*)*(?:{_IN})?"
+
 _OWNERS = (
     (r"gpt2(-medium|-large|-xl)?|distilgpt2", ""),
     (r"(pythia|gpt-neo|gpt-neox|gpt-j)-\d.*", "EleutherAI/"),
@@ -155,6 +157,17 @@ def hookpoint_of(hook_name: str, model: str | None) -> str | None:
     number, hook = found.groups()
     place = family.places.get(_BRIDGE.get(hook, hook))
     return None if place is None else f"{family.blocks}.{int(number)}{place}"
+
+
+def hookpoints_of(hook_names: Sequence[str], model: str | None) -> str | None:
+    """Return the hookpoints of several, as h.6.mlp:in, h.6.mlp; None where one of them has none."""
+    named = [hookpoint_of(name, model) for name in hook_names]
+    return None if None in named else ", ".join(map(str, named))
+
+
+def is_hookpoint(name: str) -> bool:
+    """Tell whether a name looks as the path of a block, or of a module in one: h.6, model.layers.6.mlp:in."""
+    return re.fullmatch(_OF_ANY_MODEL, name) is not None
 
 
 def hook_name_of(hookpoint: str, model: str | None = None) -> str | None:

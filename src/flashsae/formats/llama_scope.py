@@ -28,7 +28,7 @@ from flashsae.errors import CheckpointError
 from flashsae.formats.checks import check_finite, check_tensors, of_one_dtype, sizes
 from flashsae.formats.content import Content, Format
 from flashsae.formats.folds import divided, norms, scaled
-from flashsae.formats.hook_names import hookpoint_of
+from flashsae.formats.hook_names import hookpoints_of
 from flashsae.formats.released import hooks_for_others, jump_relu, known, place_of
 from flashsae.formats.selection import joined
 from flashsae.schema import Finite, Positive, Size, parse
@@ -160,8 +160,7 @@ def _metadata(folder: Path, config: _Config) -> dict[str, Any]:
     if not isinstance(model, str):
         model = "meta-llama/Llama-3.1-8B" if re.search(r"Llama3_1-8B-Base-L", place_of(folder)) else None
     sites = dict.fromkeys(each for each in (config.hook_point_in, config.hook_point_out) if each is not None)
-    hookpoints = [hookpoint_of(each, model) for each in sites]
-    hookpoint = ", ".join(each for each in hookpoints if each) if all(hookpoints) else None
+    hookpoint = hookpoints_of(list(sites), model)
     own = known(
         hook_point_in=config.hook_point_in,
         hook_point_out=config.hook_point_out,

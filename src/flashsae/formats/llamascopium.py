@@ -123,7 +123,8 @@ def _architecture(config: Description) -> str:
 def _settings(config: Description) -> dict[str, Any]:
     base = _BASES[config.act_fn]
     of_base = {"k": config.top_k} if "topk" in base else settings_of_reading(base, config.d_sae)
-    hooks = named_hooks(config) or config.hooks
+    names = named_hooks(config)
+    hooks = config.hooks if names is None else names.split(", ")
     of_sites = {"sites": hooks, "widths": [config.d_model] * len(hooks)} if config.is_crosscoder else {}
     return {**of_base, **of_sites}
 

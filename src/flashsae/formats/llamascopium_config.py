@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from flashsae.documents import load_json
 from flashsae.errors import CheckpointError
-from flashsae.formats.hook_names import hookpoint_of
+from flashsae.formats.hook_names import hookpoints_of
 from flashsae.schema import Count, Finite, Positive, Size, Text, parse
 
 NAME = "llamascopium"
@@ -121,12 +121,11 @@ def metadata_of(config: Description) -> dict[str, Any]:
     own = dict(config.metadata)
     told, names = asdict(config), named_hooks(config)
     if "hookpoint" not in own and names is not None:
-        own["hookpoint"] = ", ".join(names)
+        own["hookpoint"] = names
     return {**own, NAME: {name: told[name] for name in _KEPT if told[name] is not None}}
 
 
-def named_hooks(config: Description) -> list[str] | None:
-    """Return hook points as hookpoints of ours; None where one has no such name."""
+def named_hooks(config: Description) -> str | None:
+    """Return hook points as hookpoints of ours, with commas between; None where one has no such name."""
     model = config.metadata.get("model")
-    named = [hookpoint_of(hook, model if isinstance(model, str) else None) for hook in config.hooks]
-    return None if None in named else [str(name) for name in named]
+    return hookpoints_of(config.hooks, model if isinstance(model, str) else None)

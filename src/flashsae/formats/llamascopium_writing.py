@@ -14,7 +14,8 @@ from torch import Tensor
 
 from flashsae import files
 from flashsae.errors import ConfigError
-from flashsae.formats.content import Content, plain_metadata
+from flashsae.formats.checks import INSTEAD, refuse_normalization, refuse_unset, refuse_widths
+from flashsae.formats.content import Content, kept_of, plain_metadata
 from flashsae.formats.folds import common_norms, site_norms, subtracting
 from flashsae.formats.hook_names import hook_name_of
 from flashsae.formats.llamascopium_config import CONFIG, NAME, WEIGHTS
@@ -23,7 +24,6 @@ from flashsae.formats.selection import Selection, selection_of
 THRESHOLD = "activation_function.log_jumprelu_threshold"
 NORM = "dataset_average_activation_norm."
 _ACT_FNS = {"topk": "topk", "threshold": "jumprelu", "relu": "relu"}
-_INSTEAD = "save it in another format, such as flashsae."
 
 
 def write(folder: Path, content: Content, lossy: bool = False) -> list[str]:
@@ -45,7 +45,7 @@ def write(folder: Path, content: Content, lossy: bool = False) -> list[str]:
     weights = _weights(content, len(widths))
     if act_fn == "jumprelu":
         weights[THRESHOLD] = _thresholds(content, selection, len(widths)).log()
-    foreign = _foreign(content)
+    foreign = kept_of(content.metadata, NAME)
     hooks = _hooks(content, selection.outer, foreign)
     for name in hooks.get("hook_points") or (hooks["hook_point_in"], hooks["hook_point_out"]):
         weights[f"{NORM}{name}"] = torch.tensor(
@@ -75,42 +75,33 @@ def _widened(content: Content) -> Content:
     return replace(content, tensors={name: tensor.to(dtype) for name, tensor in content.tensors.items()})
 
 
-def _foreign(content: Content) -> Mapping[str, Any]:
-    """Return what llamascopium said of it, where it was read from there."""
-    found = content.metadata.get(NAME)
-    return found if isinstance(found, Mapping) else {}
-
-
 def _is_without_threshold(content: Content) -> bool:
     """Tell whether it is a BatchTopK that was never given a threshold, such as one of llamascopium."""
     if selection_of(content).base != "batch_topk":
         return False
     threshold, steps = (content.tensors.get(name) for name in ("threshold", "threshold_steps"))
     is_unset = threshold is None or not bool(threshold)
-    return is_unset and not (steps is not None and bool(steps)) and _foreign(content).get("act_fn") == "batchtopk"
+    return (
+        is_unset
+        and not (steps is not None and bool(steps))
+        and kept_of(content.metadata, NAME).get("act_fn") == "batchtopk"
+    )
 
 
 def _check_held(content: Content, selection: Selection) -> None:
     if selection.outer not in ("", "transcoder", "crosscoder") or selection.name not in _ACT_FNS:
         raise ConfigError(
             f"{NAME} holds SAEs, transcoders and crosscoders of topk, jumprelu and relu, and this is "
-            f"{content.architecture}: {_INSTEAD}"
+            f"{content.architecture}: {INSTEAD}"
         )
-    if selection.name == "threshold" and selection.threshold is None and not _is_without_threshold(content):
-        raise ConfigError(
-            f"{NAME} selects what exceeds a threshold, and {content.architecture} came without one: train it, or "
-            f"{_INSTEAD}"
-        )
+    if not _is_without_threshold(content):
+        refuse_unset(content, selection, NAME)
     if selection.threshold is not None and not bool((selection.threshold >= 0).all()):
-        raise ConfigError(f"{NAME} has logarithms of thresholds, and here is one below 0: {_INSTEAD}")
+        raise ConfigError(f"{NAME} has logarithms of thresholds, and here is one below 0: {INSTEAD}")
     by_token = ("none",) if selection.outer == "transcoder" else ("none", "token_norm")
-    if content.normalize_activations not in by_token:
-        raise ConfigError(f"{NAME} does not normalise by {content.normalize_activations}: {_INSTEAD}")
-    widths = content.settings["widths"] if selection.outer == "crosscoder" else (content.d_in, content.d_out)
-    if len(set(widths)) > 1:
-        raise ConfigError(
-            f"{NAME} has one width for all hook points, and here are {', '.join(map(str, widths))}: {_INSTEAD}"
-        )
+    refuse_normalization(content, NAME, by_token)
+    widths = content.settings["widths"] if selection.outer == "crosscoder" else [content.d_in, content.d_out]
+    refuse_widths(widths, NAME)
     if selection.outer == "crosscoder":
         _check_gates(content, selection, len(widths))
 
@@ -120,12 +111,12 @@ def _check_gates(content: Content, selection: Selection, sites: int) -> None:
     if not bool((site_norms(W_dec, sites) > 0).all()):
         raise ConfigError(
             f"{NAME} divides latents of a crosscoder by the norms of their decoders, and here is one of zeros: "
-            f"{_INSTEAD}"
+            f"{INSTEAD}"
         )
     if selection.name != "relu" and common_norms(W_dec, sites) is None:
         raise ConfigError(
             f"{NAME} selects latents at each hook point by itself, which is the same as here only where decoder rows "
-            f"have one norm at all of them, or with relu, and this is {content.architecture}: {_INSTEAD}"
+            f"have one norm at all of them, or with relu, and this is {content.architecture}: {INSTEAD}"
         )
 
 

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from flashsae import files
 from flashsae.errors import ConfigError
-from flashsae.formats.content import Content, Format, plain_metadata
+from flashsae.formats.content import Content, Format, kept_of, plain_metadata
 from flashsae.formats.sae_lens_config import CONFIG_FILE
-from flashsae.formats.sae_lens_metadata import NORMALIZED, RESHAPED, SCALED, kept_of, reshaped_for, theirs_of
+from flashsae.formats.sae_lens_metadata import KEPT, NORMALIZED, RESHAPED, SCALED, reshaped_for, theirs_of
 from flashsae.formats.sae_lens_reading import DENSITY, FLOOR, FORMS, SPARSITY, SPARSITY_FILE, WEIGHTS_FILE, read_folder
 from flashsae.formats.selection import Selection, selection_of
 
@@ -151,7 +151,7 @@ def _tensors(content: Content, threshold: Tensor | None, form: str) -> dict[str,
 def _config(content: Content, form: str, k: int) -> dict[str, Any]:
     """Return what stands in cfg.json; all that SAELens knows of an SAE is said, and nothing left to its defaults."""
     metadata = theirs_of(content)
-    kept = kept_of(content)
+    kept = kept_of(content.metadata, KEPT)
     normalization = _NORMALIZATIONS[content.normalize_activations]
     if normalization == "none" and kept.get(NORMALIZED) == SCALED:
         normalization = SCALED

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashsae.formats.content import Content
+from flashsae.formats.content import Content, kept_of
 from flashsae.formats.hook_names import hook_name_of, hookpoint_of, model_name_of, model_of, path_in_model
 from flashsae.formats.selection import split
 from flashsae.settings.prefixes import prefixes_of
@@ -78,7 +78,9 @@ def _hookpoint(theirs: Mapping[str, Any], end: str) -> str | None:
 def theirs_of(content: Content) -> dict[str, Any]:
     """Return the metadata that SAELens is to have of an SAE."""
     ours = {name: value for name, value in content.metadata.items() if name != KEPT}
-    theirs = {name: value for name, value in kept_of(content).items() if name not in (RESHAPED, NORMALIZED)}
+    theirs = {
+        name: value for name, value in kept_of(content.metadata, KEPT).items() if name not in (RESHAPED, NORMALIZED)
+    }
     is_transcoder = bool(split(content.architecture)[0])
     known = _named(ours, is_transcoder=is_transcoder)
     is_the_same = bool(theirs) and ours_of(theirs, is_transcoder=is_transcoder).items() <= ours.items()
@@ -101,12 +103,6 @@ def theirs_of(content: Content) -> dict[str, Any]:
         "metadata": ours,
     }
     return {**theirs, OURS: own}
-
-
-def kept_of(content: Content) -> dict[str, Any]:
-    """Return what is kept of SAELens's knowledge; {} of an SAE that does not come from there."""
-    kept = content.metadata.get(KEPT)
-    return dict(kept) if isinstance(kept, Mapping) else {}
 
 
 def reshaped_for(theirs: Mapping[str, Any]) -> str:

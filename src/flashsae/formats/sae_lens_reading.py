@@ -16,7 +16,7 @@ from flashsae.architecture import architecture_named, settings_of
 from flashsae.documents import load_json, load_tensors
 from flashsae.errors import CheckpointError, FlashSAEError, FlashSAEWarning
 from flashsae.formats.checks import check_tensors
-from flashsae.formats.content import Content
+from flashsae.formats.content import Content, kept_of
 from flashsae.formats.folds import divided, norms, scaled
 from flashsae.formats.sae_lens_config import ADVICE, BATCHED, CONFIG_FILE, TRANSCODERS, SAELensConfig, read_config
 from flashsae.formats.sae_lens_metadata import (
@@ -63,8 +63,7 @@ def read_folder(folder: Path) -> Content:
     config = read_config(folder / CONFIG_FILE)
     values = _in_our_names(_tensors(folder / WEIGHTS_FILE, config), config)
     _tell_of_scaling(folder, config)
-    block = config.metadata.get(OURS)
-    block = block if isinstance(block, Mapping) else {}
+    block = kept_of(config.metadata, OURS)
     architecture, settings = _own(config, values, block) or _trained_as(config, values)
     if split(architecture)[1] == "batch_topk":
         values["threshold"] = values["threshold"][0].clone()

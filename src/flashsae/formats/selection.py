@@ -20,7 +20,7 @@ class Selection:
 
     Args:
         outer: transcoder, skip_transcoder or crosscoder; "" for an autoencoder.
-        base: the architecture within it, and of a matryoshka: topk, batch_topk, jump_relu, relu ...
+        base: the architecture within it, and a matryoshka; hierarchical_topk is topk in inference.
         name: topk: relu of the k largest; threshold: z · H(z − threshold); relu; any other architecture by its name.
         k: of topk.
         threshold: [d_sae], of threshold; None where BatchTopK brought none along.

@@ -21,9 +21,21 @@ from typing import Any, Literal
 from flashsae import files
 from flashsae.documents import load_json, load_tensors
 from flashsae.errors import CheckpointError, ConfigError
-from flashsae.formats.checks import active, check_alone, check_tensors, folder_name, glimpse, of_one_dtype, without_nan
-from flashsae.formats.content import Content, Format
-from flashsae.formats.folds import refuse_sites, scaled, subtracting
+from flashsae.formats.checks import (
+    active,
+    check_alone,
+    check_tensors,
+    folder_name,
+    glimpse,
+    of_one_dtype,
+    refuse_normalization,
+    refuse_outer,
+    refuse_widths,
+    without_nan,
+)
+from flashsae.formats.content import Content, Format, kept_of
+from flashsae.formats.folds import scaled, subtracting
+from flashsae.formats.hook_names import is_hookpoint
 from flashsae.formats.selection import joined, l0_of, selection_of, split
 from flashsae.natural import in_order
 from flashsae.schema import Count, Size, parse
@@ -34,7 +46,6 @@ _ADVICE = "Save the SAE again."
 _MULTI_TOPK = 0.125
 """The weight of the loss that `multi_topk` turns on. With it their forward returns the reconstruction from 4 · k
 latents, also in inference, so it is written only where they wrote it."""
-_HOOKPOINT = r"(?:[A-Za-z_]\w*\.)*(?:h|layers?|blocks?)\.\d+(?:\.[A-Za-z_]\w*)*"
 _ONLY_OURS = "flashsae"
 _NAMES = {"model": ("model", str), "dataset": ("dataset", str), "ctx_len": ("context_length", int)}
 """Of what both know of a training: in theirs, in ours, and what it is."""
@@ -123,7 +134,7 @@ def _metadata(path: Path, config: _Config) -> dict[str, Any]:
     name = folder.parent.name if re.fullmatch(r"seed\d+", folder.name) else folder.name
     hookpoints = content.get("hookpoints")
     is_named = isinstance(hookpoints, list) and name in hookpoints
-    told: dict[str, Any] = {"hookpoint": name} if is_named or re.fullmatch(_HOOKPOINT, name) else {}
+    told: dict[str, Any] = {"hookpoint": name} if is_named or is_hookpoint(name) else {}
     for theirs, (ours, kind) in _NAMES.items():
         told |= {ours: content[theirs]} if type(content.get(theirs)) is kind else {}
     kept: dict[str, Any] = {
@@ -152,20 +163,16 @@ def _run_of(path: Path) -> dict[str, Any]:
 
 def write(folder: Path, content: Content, lossy: bool) -> list[str]:
     """Write one SAE into a folder."""
-    refuse_sites(content, _NAME, ("transcoder", "skip_transcoder"))
-    if content.d_in != content.d_out:
-        raise ConfigError(
-            f"sparsify has one width for what an SAE reads and writes, got {content.d_in} and {content.d_out}: keep it "
-            "as flashsae, or write saelens."
-        )
+    refuse_outer(content, _NAME, ("transcoder", "skip_transcoder"))
+    refuse_normalization(content, _NAME)
+    refuse_widths([content.d_in, content.d_out], _NAME)
     as_topk, told = _as_topk(content, lossy)
     outer = split(content.architecture)[0]
     folded = subtracting(as_topk, not outer)
     names = {"W_enc_T": "encoder.weight", "b_enc": "encoder.bias"}
     kept = ("W_enc_T", "b_enc", "W_dec", "b_dec", *(("W_skip",) if outer == "skip_transcoder" else ()))
     files.save_tensors(folder / WEIGHTS, {names.get(name, name): folded.tensors[name] for name in kept})
-    theirs = content.metadata.get(_NAME)
-    theirs = theirs if isinstance(theirs, Mapping) else {}
+    theirs = kept_of(content.metadata, _NAME)
     config = _Config(
         d_in=content.d_in,
         k=folded.settings["k"],
@@ -179,14 +186,13 @@ def write(folder: Path, content: Content, lossy: bool) -> list[str]:
     settings = asdict(config)
     del settings["signed"]
     _write_json(folder / CONFIG, settings)
-    _write_json(folder / RUN, _run(content, settings, theirs.get(RUN)))
+    _write_json(folder / RUN, _run(content, settings, kept_of(theirs, RUN)))
     return told
 
 
-def _run(content: Content, settings: Mapping[str, Any], theirs: object) -> dict[str, Any]:
+def _run(content: Content, settings: Mapping[str, Any], rest: Mapping[str, Any]) -> dict[str, Any]:
     """Return what config.json says of a run, in their names, and all that is known in ours."""
     metadata = content.metadata
-    rest = dict(theirs) if isinstance(theirs, Mapping) else {}
     told = {name: metadata[ours] for name, (ours, _) in _NAMES.items() if metadata.get(ours) is not None}
     hookpoint = metadata.get("hookpoint")
     named = {"hookpoints": [hookpoint]} if isinstance(hookpoint, str) and "hookpoints" not in rest else {}

@@ -1,4 +1,4 @@
-"""Which layer of a model a transcoder stands in, and what transformer-lens calls the places that it reads and writes.
+"""Which layer a transcoder of circuit-tracer is of, and what that calls the places which it reads and writes.
 
 What circuit-tracer calls a pair of places holds for all layers: mlp.hook_in, hook_mlp_out.
 """
@@ -8,21 +8,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from flashsae.errors import ConfigError
-from flashsae.formats.content import Content
-from flashsae.formats.hook_names import hook_name_of, layer_of
+from flashsae.formats.content import Content, kept_of
+from flashsae.formats.hook_names import hook_name_of, hookpoints_of, layer_of, model_of
 
 NAME = "circuit_tracer"
 _HOOKS = "mlp.hook_in", "hook_mlp_out"
 """What a transcoder reads and writes, where nobody said: what an MLP is given, and what it adds to the stream."""
-
-
-def foreign_of(content: Content) -> Mapping[str, Any]:
-    """Return what circuit-tracer said of a transcoder, where it was read from there."""
-    found = content.metadata.get(NAME)
-    return found if isinstance(found, Mapping) else {}
 
 
 def by_layer(contents: Mapping[str, Content]) -> list[Content]:
@@ -50,7 +43,7 @@ def by_layer(contents: Mapping[str, Content]) -> list[Content]:
 
 
 def _layer(hookpoint: str, content: Content, *, is_alone: bool) -> int:
-    foreign = foreign_of(content).get("layer")
+    foreign = kept_of(content.metadata, NAME).get("layer")
     names = (hookpoint.rpartition(", ")[2], str(content.metadata.get("hookpoint", "")).rpartition(", ")[2])
     number = next((found for name in names if (found := layer_of(name)) is not None), foreign)
     if isinstance(number, int) and not isinstance(number, bool):
@@ -64,7 +57,7 @@ def _layer(hookpoint: str, content: Content, *, is_alone: bool) -> int:
 
 def hooks_of(content: Content) -> tuple[str, str]:
     """Return what circuit-tracer calls the places that a transcoder reads and writes, in any layer."""
-    hookpoint, foreign = content.metadata.get("hookpoint"), foreign_of(content)
+    hookpoint, foreign = content.metadata.get("hookpoint"), kept_of(content.metadata, NAME)
     if hookpoint is None or {"feature_input_hook", "feature_output_hook"} <= foreign.keys():
         names = foreign.get("feature_input_hook", _HOOKS[0]), foreign.get("feature_output_hook", _HOOKS[1])
         return str(names[0]), str(names[1])
@@ -76,6 +69,12 @@ def hooks_of(content: Content) -> tuple[str, str]:
         )
     model = content.metadata.get("model")
     return _hook(reads, model), _hook(writes, model)
+
+
+def places_of(model_name: str | None, hooks: tuple[str, str], number: int) -> str | None:
+    """Return the hookpoints of a pair of hooks in a layer, as h.3.mlp:in, h.3.mlp; None where one has none."""
+    model = None if model_name is None else model_of(model_name)
+    return hookpoints_of([f"blocks.{number}.{hook}" for hook in hooks], model)
 
 
 def _hook(hookpoint: str, model: object) -> str:
