@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from flashsae import ops
 from flashsae.errors import ConfigError
-from flashsae.formats.folds import UNIT, UNIT_OF_HALVES
+from flashsae.formats.folds import are_one, norms
 from flashsae.formats.hook_names import hook_name_of, layer_of, model_name_of
 from flashsae.formats.selection import split
 from flashsae.places import find, only
@@ -37,8 +37,6 @@ _ARCHITECTURES = {
     "gated": "gated",
 }
 """What SAEBench calls ours; others keep their names."""
-
-_ROWS_AT_ONCE = 8192
 
 
 @dataclass
@@ -164,8 +162,8 @@ class BenchSAE(nn.Module):
         (sae,) = self._encoder
         of_latent = {"b_enc": sae.b_enc, **({"b_mag": sae.b_mag} if hasattr(sae, "b_mag") else {})}
         W_enc_T, W_dec, self._scale = sae.W_enc_T, sae.W_dec, None
-        scale = torch.cat([rows.double().norm(dim=1) for rows in torch.split(W_dec, _ROWS_AT_ONCE)])
-        if not bool(((scale - 1).abs() <= (UNIT_OF_HALVES if W_dec.dtype.itemsize == 2 else UNIT)).all()):
+        scale = norms(W_dec)
+        if not are_one(scale, W_dec.dtype):
             scale = scale.to(torch.promote_types(W_dec.dtype, torch.float32))
             some = torch.where(scale > 0, scale, 1.0)[:, None]
             first = torch.zeros_like(W_dec[:1])

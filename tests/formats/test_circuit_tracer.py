@@ -324,7 +324,7 @@ def without_threshold() -> Content:
         ([transcoder("transcoder:abs_topk")], "has topk, jumprelu and relu, and this is transcoder:abs_topk"),
         ([without_threshold()], "selects what exceeds a threshold, and transcoder:batch_topk came without one"),
         ([other_width(5)], "has one width for all that an SAE reads and writes, got 7, 5"),
-        ([transcoder("transcoder", normalize_activations="layer_norm")], "no place for normalize_activations, got 'lay"),
+        ([transcoder("transcoder", normalize_activations="layer_norm")], "no place for normalize_activations, got 'la"),
         ([transcoder("transcoder", 3)], "of every layer of the model, from 0 on without gaps, got those of 3: train"),
         ([transcoder("transcoder"), transcoder("transcoder", 2)], "without gaps, got those of 0, 2"),
         ([], "without gaps, got those of none"),

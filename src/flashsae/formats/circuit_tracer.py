@@ -190,19 +190,13 @@ def _base(file: Path, config: _Config, tensors: Mapping[str, Tensor]) -> str:
     return activation if activation in ("topk", "relu") else "jump_relu" if has_thresholds else "relu"
 
 
-def _places(config: _Config, number: int) -> str | None:
-    """Return the hookpoints that a layer reads and writes, as h.3.mlp:in, h.3.mlp; None where they have no name."""
-    if config.hookpoints is not None and number < len(config.hookpoints):
-        return config.hookpoints[number]
-    return places_of(config.model_name, (config.feature_input_hook, config.feature_output_hook), number)
-
-
 def _metadata(config: _Config, number: int) -> dict[str, Any]:
     told = asdict(config)
     foreign = {name: told[name] for name in ("feature_input_hook", "feature_output_hook", "scan")}
+    hooks, own = (config.feature_input_hook, config.feature_output_hook), dict(enumerate(config.hookpoints or ()))
     named = {
         "model": None if config.model_name is None else model_of(config.model_name),
-        "hookpoint": _places(config, number),
+        "hookpoint": own.get(number) or places_of(config.model_name, hooks, number),
     }
     return {
         **{name: value for name, value in named.items() if value is not None},

@@ -197,7 +197,7 @@ def write(folder: Path, content: Content, lossy: bool) -> list[str]:
             stacklevel=2,
         )
     tensors = (with_norms or folded).tensors
-    if inner_of(content) == "jump_relu" and bool((tensors["threshold"] < 0).any()):
+    if selection_of(content).base == "jump_relu" and bool((tensors["threshold"] < 0).any()):
         given_up = "thresholds below 0 become 0, as there is a ReLU behind them"
         if not lossy:
             raise ConfigError(

@@ -16,7 +16,7 @@ _AT_A_TIME = 1 << 24
 """Elements of a matrix that are widened at once."""
 _ALIKE = 1e-5
 """Norms that were set to one value differ by less, relative to it, in float32."""
-UNIT, UNIT_OF_HALVES = 5e-6, 1e-2
+_UNIT, _UNIT_OF_HALVES = 5e-6, 1e-2
 """How far a norm may be from 1 to count as 1, in float32 and in dtypes of 16 bits; others allow twice that at least."""
 
 
@@ -68,7 +68,7 @@ def common_norms(W_dec: Tensor, sites: int) -> Tensor | None:
 
 def are_one(of_rows: Tensor, dtype: torch.dtype) -> bool:
     """Tell whether all norms are 1, as far as a dtype tells it."""
-    allowed = UNIT_OF_HALVES if dtype.itemsize == 2 else UNIT
+    allowed = _UNIT_OF_HALVES if dtype.itemsize == 2 else _UNIT
     return bool(((of_rows - 1).abs() <= allowed).all())
 
 
