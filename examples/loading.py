@@ -65,9 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> Figures:
     parser.add_argument("--format", default="saelens", help="of which library: docs/interop.md")
     given = parser.parse_args(arguments)
 
+    sae = flashsae.load(given.sae)
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     model = AutoModelForCausalLM.from_pretrained(given.model).eval()
-    sae = flashsae.load(given.sae)
     print(sae)
     found, code = figures(model, tokenizer, {given.hookpoint: sae}, given.text)
     print(f"L0 {found.l0:.1f}")

@@ -75,9 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     parser.add_argument("--new-tokens", type=int, default=24)
     given = parser.parse_args(arguments)
 
+    saes = {given.hookpoint: flashsae.load(given.sae)}
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     model = AutoModelForCausalLM.from_pretrained(given.model).eval()
-    saes = {given.hookpoint: flashsae.load(given.sae)}
     unlike = given.unlike or given.prompt
     latent, maximum = strongest_latent(model, tokenizer, saes, given.about, unlike)
     print(f"latent {latent}, {maximum:.3g} at most on {given.about!r}")

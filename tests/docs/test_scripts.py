@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from examples import loading, steering
 
 import flashsae
+from flashsae.errors import CheckpointError
 from helpers.little_model import HOOKPOINT
 from helpers.pages import ROOT
 
@@ -35,6 +37,7 @@ def test_commands_that_are_written_down_are_understood(command: str, monkeypatch
 
     _, script, *arguments = shlex.split(command)
     module = {"steering": steering, "loading": loading}[Path(script).stem]
+    monkeypatch.setattr("flashsae.load", lambda place: None)  # first, so that a wrong place is told at once
     monkeypatch.setattr(module, "AutoTokenizer", Understood)
     with pytest.raises(InterruptedError, match="gpt2"):
         module.main(arguments)
@@ -96,3 +99,10 @@ def test_loading_and_writing_for_another_library(
     assert f"'{LOUD[1]}'" in capsys.readouterr().out
     x = torch.randn(5, 32)
     assert torch.equal(flashsae.load(tmp_path / "lens")(x), flashsae.load(sae)(x))
+
+
+@pytest.mark.parametrize("module", [loading, steering])
+def test_a_wrong_place_is_told_before_the_model_is_loaded(module: Any, tmp_path: Path) -> None:
+    more = ["--about", "a", "--prompt", "b"] if module is steering else []
+    with pytest.raises(CheckpointError, match="no such file or folder"):
+        module.main([str(tmp_path / "nothing"), "--hookpoint", "h.1", "--model", str(tmp_path / "none"), *more])
