@@ -17,6 +17,7 @@ from flashsae.architecture import (
     Architecture,
     Progress,
     architecture_named,
+    architecture_names,
     architecture_of,
     composed_name,
     composed_settings,
@@ -110,3 +111,9 @@ def test_what_is_scheduled_follows_the_steps_in_place() -> None:
     assert gain == 1.25
     assert sae.now["gain"] is gain
     assert sae.to("meta").now["gain"].device.type == "meta"
+
+
+def test_what_was_made_of_ours_is_not_among_the_names() -> None:
+    before = architecture_names(installed=False)
+    assert architecture_named("transcoder:relu").name == "transcoder:relu"
+    assert architecture_names(installed=False) == before

@@ -180,7 +180,11 @@ def architecture_names(*, installed: bool = True) -> list[str]:
     Args:
         installed: False leaves the last ones out, whose search takes longer than a help text may.
     """
-    return sorted({*_REGISTERED, *_ours(), *(_installed() if installed else ())})
+    ours = _ours()
+    registered = (
+        name for name in _REGISTERED if name.partition(":")[0] not in ours
+    )  # those are made of ours on demand
+    return sorted({*registered, *ours, *(_installed() if installed else ())})
 
 
 def _own(name: str, base: str | None = None) -> Architecture:

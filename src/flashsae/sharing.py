@@ -116,7 +116,7 @@ COMMANDS: dict[Callable[..., Any], tuple[str, ...]] = {
     push: (
         "flashsae push runs/gpt2-h.6 me/gpt2-saes --to-folder look    the folder and its card, pushed nowhere",
         "flashsae push runs/gpt2-h.6 me/gpt2-saes --license mit",
-        "flashsae push runs/gpt2-h.6 me/gpt2-saes --path-in-repo h.6 --format saelens,sparsify",
+        "flashsae push runs/gpt2-h.6 me/saes --path-in-repo h.6 --format sparsify",
         "flashsae push runs/gpt2-h.6 me/gpt2-saes --private --revision second-try",
     ),
     neuronpedia: (
