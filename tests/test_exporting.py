@@ -15,16 +15,15 @@ from rich.console import Console
 import flashsae
 from flashsae import SAE, SAEConfig, start
 from flashsae import run as run_module
-from flashsae.data import language_model
 from flashsae.errors import ConfigError, StorageError
 from flashsae.exporting import check_held, export_set, write_several
 from flashsae.formats.registry import format_named
-from flashsae.report import plots
 from flashsae.run import execute, new_run
 from flashsae.settings import ActivationsConfig, RunConfig
 from flashsae.settings.run import CONFIG_FILE
 from flashsae.several import read_sweep
 from flashsae.train import TrainConfig
+from helpers.quick_runs import quick_runs
 
 slow = pytest.mark.slow
 pytestmark = pytest.mark.xdist_group("exporting")
@@ -34,18 +33,7 @@ METADATA = {"model": "gpt2", "hookpoint": "h.3"}
 
 @pytest.fixture(autouse=True, scope="module")
 def quick() -> Iterator[None]:
-    """Draw nothing, and load the model once."""
-    load = language_model.load_with_account
-    loaded: dict[str, Any] = {}
-
-    def once(*args: Any, **kwargs: Any) -> Any:
-        key = repr((args, kwargs))
-        return loaded.setdefault(key, None) or loaded.__setitem__(key, load(*args, **kwargs)) or loaded[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(language_model, "load_with_account", once)
-        for name in ("curve", "histogram", "dots"):
-            patch.setattr(plots, name, lambda *_, **__: "<svg></svg>")
+    with quick_runs():
         yield
 
 

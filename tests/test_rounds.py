@@ -20,11 +20,11 @@ from flashsae import start
 from flashsae.cli import main
 from flashsae.data import language_model
 from flashsae.errors import ConfigError
-from flashsae.report import plots
 from flashsae.run import draw_report, execute, new_run, show_plan
 from flashsae.settings import ActivationsConfig, RunConfig
 from flashsae.settings.run import CONFIG_FILE
 from flashsae.train import TrainConfig
+from helpers.quick_runs import quick_runs
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("rounds")]
 QUIET = Console(quiet=True)
@@ -44,20 +44,9 @@ NAMES = [
 
 @pytest.fixture(autouse=True, scope="module")
 def quick() -> Iterator[None]:
-    """Draw nothing, and load the model once."""
     pytest.importorskip("matplotlib")
     pytest.importorskip("jinja2")
-    load = language_model.load_with_account
-    loaded: dict[str, Any] = {}
-
-    def once(*args: Any, **kwargs: Any) -> Any:
-        key = repr((args, kwargs))
-        return loaded.setdefault(key, None) or loaded.__setitem__(key, load(*args, **kwargs)) or loaded[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(language_model, "load_with_account", once)
-        for name in ("curve", "histogram", "dots"):
-            patch.setattr(plots, name, lambda *_, **__: "<svg></svg>")
+    with quick_runs():
         yield
 
 

@@ -481,4 +481,6 @@ def test_what_the_page_says_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "transcoders").mkdir()
     made(tmp_path / "transcoders", 4)
     (code,) = [code for code in code_blocks(ROOT / "docs" / "interop.md") if "transcoders/layer_3" in code]
-    exec(code, {})
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["transcoder"].config.d_in == D

@@ -630,4 +630,7 @@ def test_what_the_page_says_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "llamascopium_sae").mkdir()
     made(tmp_path / "llamascopium_sae", act_fn="relu")
     (code,) = [code for code in code_blocks(ROOT / "docs" / "interop.md") if "for_llamascopium" in code]
-    exec(code, {})
+    names: dict[str, Any] = {}
+    exec(code, names)
+    x = torch.randn(5, D)
+    torch.testing.assert_close(flashsae.load("for_llamascopium")(x), names["sae"](x))

@@ -52,11 +52,6 @@ def check_acts(x: Tensor, what: str) -> Tensor:
     return x.detach()
 
 
-def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor of the CPU on a device, without waiting for what is queued there."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
 def check_finite(acts: Tensor, where: str) -> None:
     """Raise DataError if `acts` ([n, d_in]) holds NaN or Inf, or would in float32; says how many rows, and which."""
     if is_finite(acts):

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashsae.data.acts import Batch, check_finite, moved
+from flashsae.backend import moved
+from flashsae.data.acts import Batch, check_finite
 from flashsae.data.batches import ADVICE, PLACE, OnFill, State, check_identity, generator_of
 from flashsae.data.sources import Chunk, Cursor, StreamSource, identity_of
 from flashsae.errors import CheckpointError, ConfigError, DataEndedError, DataError

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flashsae.data.acts import Batch, moved
+from flashsae.backend import moved
+from flashsae.data.acts import Batch
 from flashsae.data.sources import Chunk
 from flashsae.errors import ConfigError, DataError
 from flashsae.lm.hooked import HookedModel

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flashsae.data.acts import Batch, moved, only_site
+from flashsae.backend import moved
+from flashsae.data.acts import Batch, only_site
 from flashsae.data.examples import ExampleReader, Examples, GivenInputs, Inputs
 from flashsae.data.forwards import Launched, Launches
 from flashsae.data.sources import Chunk, Cursor

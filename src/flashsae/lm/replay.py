@@ -15,6 +15,7 @@ from threading import Lock
 import torch
 from torch import Tensor, nn
 
+from flashsae.backend import moved
 from flashsae.lm.capture import Pick
 from flashsae.lm.hooked import HookedModel
 
@@ -76,7 +77,8 @@ class Replays:
             n, length = ids.shape
             rows, width = self.shape_for(n, length)
             reads = tuple(
-                self._there(padded(each, rows, width, value)) for each, value in zip(given, (self._pad_token, 0, 0))
+                moved(padded(each, rows, width, value), self._model.device)
+                for each, value in zip(given, (self._pad_token, 0, 0))
             )
             with self._turn:
                 captured = self._captured.get((rows, width)) or self._capture(reads)
@@ -85,7 +87,7 @@ class Replays:
                         place.copy_(each)
                     captured.graph.replay()
                     return {name: pick(name, acts[:n, :length]) for name, acts in captured.acts.items()}
-        return self._run(tuple(map(self._there, given)), pick)
+        return self._run(tuple(moved(each, self._model.device) for each in given), pick)
 
     def _run(self, reads: tuple[Tensor, ...], pick: Pick | None = None) -> dict[str, Tensor]:
         ids, attention, *positions = reads
@@ -97,10 +99,6 @@ class Replays:
         step = max(1, (1 << (length - 1).bit_length()) // 2 // _STEPS)
         width = -(-length // step) * step
         return max(n, self._forward_tokens // (width - step + 1)), min(width, self._context_length)
-
-    def _there(self, tensor: Tensor) -> Tensor:
-        device = self._model.device
-        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
     def _capture(self, reads: tuple[Tensor, ...]) -> _Captured | None:
         """Capture a forward; where that cannot be done, as where the host looks at numbers, none is any more."""
