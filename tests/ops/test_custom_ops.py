@@ -62,24 +62,27 @@ def _operands(name: str, device: str) -> list[tuple[Any, ...]]:
         if levels is not None
     )
     half = [t.detach().bfloat16().requires_grad_() for t in (W, bias)]
+    noise = torch.tensor(7, device=device)
     return {
         "encode_topk": [
-            (x, W, b, None, None, [3, 0], "float32", [1 << 20, 0]),
-            (x, W, b, bias, weights.new_ones(12), [3, 1], "float32", [1 << 20, 0]),
-            (x, W, b, bias, None, [3, 0], "bf16", [1 << 20, 0]),
+            (x, W, b, None, None, [3, 0, 1 << 20, 0], "float32", None),
+            (x, W, b, bias, weights.new_ones(12), [3, 1, 1 << 20, 0], "float32", None),
+            (x, W, b, bias, None, [3, 0, 1 << 20, 0], "bf16", None),
+            (x, W, b, bias, None, [3, 0, 1 << 20, 0], "bf16-int8", noise),
         ],
         "encode_batch_topk": [
-            (x, W, b, None, None, [3, 0], "float32", [1 << 20, 0]),
-            (x, W, b, bias, weights.new_ones(12), [3, 1], "float32", [1 << 20, 0]),
+            (x, W, b, None, None, [3, 0, 1 << 20, 0], "float32", None),
+            (x, W, b, bias, weights.new_ones(12), [3, 1, 1 << 20, 0], "float32-int8", noise),
         ],
         "encode_above": [
-            (x, W, b, bias, weights.new_zeros(1), 40, "float32", [1 << 20, 0]),
-            (x, W, b, None, weights.new_zeros(12), 5, "float32", [1 << 20, 0]),
-            (x, W, b, None, weights.new_zeros(1), None, "float32", [1 << 20, 0]),
+            (x, W, b, bias, weights.new_zeros(1), [40, 1 << 20, 0], "float32", None),
+            (x, W, b, None, weights.new_zeros(12), [5, 1 << 20, 0], "float32", None),
+            (x, W, b, None, weights.new_zeros(1), [-1, 1 << 20, 0], "float32", None),
+            (x, W, b, bias, weights.new_zeros(1), [40, 1 << 20, 0], "bf16-int8", noise),
         ],
         "encode_any": [
-            (x, W, b, bias, weights.new_zeros(1), 60, "float32", [1 << 20, 0]),
-            (x, W, b, None, weights.new_zeros(12), 3, "float32", [1 << 20, 0]),
+            (x, W, b, bias, weights.new_zeros(1), [60, 1 << 20, 0], "float32", None),
+            (x, W, b, None, weights.new_zeros(12), [3, 1 << 20, 0], "float32-int8", noise),
         ],
         "pre_acts": [
             (x, W, b, None, fixed, "float32"),

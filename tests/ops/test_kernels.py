@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import get_args
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from flashsae.ops.encode.keys import Keys
 from flashsae.ops.encode.launch import Layout, launch_encode_topk
 from flashsae.ops.latent_rows.op import latent_sums
 from flashsae.ops.latent_rows.reference import RUN
+from flashsae.precision import Precision
 from flashsae.testing import assert_as_accurate, integer_inputs, poison_empty, stable_topk
 from helpers.codes import index_of, topk_of
 from helpers.on_both import DEVICE, as_float64, assert_same, on_kernels, on_reference
@@ -59,8 +61,8 @@ def _with_gradients(code: SparseCode, p: Tensors) -> Tensors:
 
 
 # the last is float16 input, which is widened
-MODES = [(F32, "float32"), (F32, "tf32"), (F32, "bf16"), (BF16, None), (F16, None)]
-MODE_NAMES = ["float32", "tf32", "bf16", "bfloat16 tensors", "float16 tensors"]
+MODES = [*((F32, precision) for precision in get_args(Precision)), (BF16, None), (F16, None)]
+MODE_NAMES = [*get_args(Precision), "bfloat16 tensors", "float16 tensors"]
 
 
 @pytest.mark.parametrize(("dtype", "precision"), MODES, ids=MODE_NAMES)

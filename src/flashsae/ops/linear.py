@@ -13,6 +13,7 @@ from flashsae.ops.factors import RowFactor
 from flashsae.ops.gradients import collects
 from flashsae.ops.register import differentiate, operator
 from flashsae.ops.validate import Precision, check_float, check_shape, compute_dtype
+from flashsae.precision import operand_of
 
 
 def linear(x: Tensor, W: Tensor, *, precision: Precision | None = None) -> Tensor:
@@ -24,7 +25,8 @@ def linear(x: Tensor, W: Tensor, *, precision: Precision | None = None) -> Tenso
         x: [B, d_in], float.
         W: [d_out, d_in], dtype of x, or bfloat16.
         precision: of the products, on a GPU, backward too: "float32", "tf32", or "bf16", whose operands are rounded to
-            that. None: "bf16" for bfloat16 weights, "float32" for the others. The CPU and float64 ignore it.
+            that; nothing is selected, so "bf16-int8" is "bf16" and "float32-int8" is "float32". None: "bf16" for
+            bfloat16 weights, "float32" for the others. The CPU and float64 ignore it.
     Returns:
         y: [B, d_out], float32 (float64 for float64).
     Raises:
@@ -38,7 +40,7 @@ def linear(x: Tensor, W: Tensor, *, precision: Precision | None = None) -> Tenso
     check_shape("x", x, ("B", W.shape[1]))
     check_float("x", x)
     check_float("W", W, x, "x", or_dtype=torch.bfloat16)
-    y: Tensor = torch.ops.flashsae.linear(x, W, resolve(precision, W))
+    y: Tensor = torch.ops.flashsae.linear(x, W, operand_of(resolve(precision, W)))
     return y
 
 

@@ -117,6 +117,15 @@ def check_precision(precision: str | None) -> None:
         raise ConfigError(f"precision: expected one of {', '.join(get_args(Precision))}, got {precision!r}.")
 
 
+def check_noise(noise: Tensor | None, x: Tensor) -> None:
+    """Raise unless the seed of rounding noise is None or one int64 number where x is."""
+    if noise is not None:
+        check_shape("noise", noise, ())
+        if noise.dtype != torch.int64:
+            raise DtypeError(f"noise: expected an int64 tensor, got {noise.dtype}. Convert it: noise.long().")
+        check_device("noise", noise, x, "x")
+
+
 def as_int(name: str, value: Any) -> int:
     """Return an integer of any kind (NumPy's too) as an int; raise DtypeError for anything else, bool included."""
     if not isinstance(value, bool | Tensor):

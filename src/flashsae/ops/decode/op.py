@@ -21,6 +21,7 @@ from flashsae.ops.validate import (
     check_precision,
     check_shape,
 )
+from flashsae.precision import is_rounded
 
 
 def decode(
@@ -34,8 +35,8 @@ def decode(
         code: of B tokens, from `encode_topk` and its kin, or `SparseCode.topk`; its `batch_shape` is ignored.
         W_dec: [d_sae, d_in], float.
         b_dec: [d_in], dtype of W_dec, or float32, or None for no bias.
-        precision: "bf16" rounds W_dec to bfloat16 first, halving what is gathered; gradients keep the dtype of W_dec.
-            None, "float32", "tf32": W_dec as it is.
+        precision: "bf16", "bf16-int8": W_dec is rounded to bfloat16 first, halving what is gathered; gradients keep the
+            dtype of W_dec. None and the others: W_dec as it is.
     Returns:
         x_hat: [B, d_in], dtype of W_dec, or bfloat16.
     Raises:
@@ -48,7 +49,7 @@ def decode(
     Source: ours, docs/methodology.md#sparse-decode.
     """
     _check(code, W_dec, b_dec, precision)
-    rounded = precision == "bf16"
+    rounded = is_rounded(precision)
     dtype = torch.bfloat16 if rounded else W_dec.dtype
     x_hat: Tensor = torch.ops.flashsae.decode(code.acts, code.pattern.tensors, W_dec, b_dec, rounded, dtype)
     share(code.pattern, x_hat)
@@ -141,7 +142,7 @@ def decode_loss(
         check_device("token_weights", token_weights, W_dec, "W_dec")
         check_constant("token_weights", token_weights)
     levels = levels_of(code, prefixes, budgets, level_weights)
-    rounded = precision == "bf16"
+    rounded = is_rounded(precision)
     if levels is None:
         errors, x_hat, residual, _ = torch.ops.flashsae.decode_loss(
             code.acts, code.pattern.tensors, W_dec, b_dec, target, token_weights, rounded

@@ -12,6 +12,7 @@ from torch import Tensor
 from flashsae.backend import use_kernels
 from flashsae.ops.pattern import Pattern
 from flashsae.ops.validate import compute_dtype
+from flashsae.precision import is_rounded
 from flashsae.profiling import part
 from flashsae.shapes import (
     Activations,
@@ -42,7 +43,7 @@ def pre_acts(centred: Activations, W_enc_T: Weights, b_enc: LatentBias, precisio
         return F.linear(centred.to(dtype), W_enc_T.to(dtype), b_enc.to(dtype))
     from flashsae.ops.encode.product import products_in
 
-    narrow = torch.bfloat16 if precision == "bf16" else dtype
+    narrow = torch.bfloat16 if is_rounded(precision) else dtype
     x, weights = centred.to(narrow), W_enc_T.to(narrow)
     with products_in(precision), part("dense products"):
         if narrow == dtype:

@@ -125,14 +125,16 @@ def launch_encode_topk(
     precision: str,
     memory: Memory,
     candidate_counts: Tensor | None = None,
+    noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the k pre-activations of each token that have the largest keys, and their indices.
 
     Args:
         x: [B, d_in], already centred.
-        precision: "bf16" (operands and products in bfloat16), "tf32" or "float32" (certified).
+        precision: of the product.
         memory: bounds of what exists at once.
         candidate_counts: [B], int32; receives how many latents of each token were rescored, if certified.
+        noise: scalar, int64: seed of what an 8-bit screen is rounded with.
     """
     if k > LARGEST_K:
         log_once(f"more than {LARGEST_K} latents a token are selected by sorting all its pre-activations, slowly")
@@ -142,7 +144,7 @@ def launch_encode_topk(
     indices = torch.empty(B, k, dtype=torch.int64, device=device)
     if B == 0:
         return acts, indices
-    product = Product.of(x, W_enc_T, precision, memory)
+    product = Product.of(x, W_enc_T, precision, memory, noise=noise)
     selection = _Selection(keys.packed(), Layout.of(n, k), n)
     for part in product.parts():
         out = acts[part.tokens], indices[part.tokens]

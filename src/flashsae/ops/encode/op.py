@@ -21,6 +21,7 @@ from flashsae.ops.validate import (
     check_device,
     check_float,
     check_k,
+    check_noise,
     check_ordinary,
     check_precision,
     check_shape,
@@ -43,6 +44,7 @@ def encode_topk(
     precision: Precision | None = None,
     workspace_bytes: int = reference.WORKSPACE_BYTES,
     weight_bytes: int = 0,
+    noise: Tensor | None = None,
 ) -> SparseCode:
     """Encode tokens and keep the k largest latents of each.
 
@@ -62,10 +64,15 @@ def encode_topk(
         magnitude: select by |pre_acts| (times key_scale); the values returned keep their sign.
         precision: of the product, on a GPU. "float32": certified, the selection is that of float32 arithmetic at
             about the price of a float16 product; "tf32", "bf16": operands rounded to that, accumulated in float32.
-            None: "bf16" for bfloat16 weights, "float32" for the others. The CPU and float64 ignore it.
+            "bf16-int8", "float32-int8": the selection and the values are those of float32 dot products of operands
+            rounded to bfloat16, or as they are, found by an 8-bit product that misses a latent with a chance below 1e-6
+            in a million steps of 8192 tokens; small sizes run as "bf16" and "float32". None: "bf16" for bfloat16
+            weights, "float32" for the others. The CPU and float64 ignore it.
         workspace_bytes: bound on the pre-activations in memory at once; a single row may exceed it.
         weight_bytes: on a GPU, bound on the rounded weights in memory at once; some rows may exceed it. They are then
             rounded again for every workspace full of pre-activations. 0: all of them, rounded once.
+        noise: scalar, int64: seed of the noise that an 8-bit product is rounded with. Give each step another one, which
+            knows nothing of tokens and weights, such as its number. None is 0. Read by "bf16-int8" and "float32-int8".
     Returns:
         the code: acts [B, k], float32 (float64 for float64), pre-activations of any sign; latents [B, k], int64,
         ascending within a row.
@@ -84,10 +91,11 @@ def encode_topk(
         arXiv 2510.00404; selection and backward ours, docs/methodology.md#exact-selection.
     """
     d_sae = check_encoder(x, W_enc_T, b_enc, b_dec, key_scale)
+    check_noise(noise, x)
     k, memory = check_k(k, d_sae), as_memory(workspace_bytes, weight_bytes)
     chosen = resolve(precision, W_enc_T)
     acts, latents, *_ = torch.ops.flashsae.encode_topk(
-        x, W_enc_T, b_enc, b_dec, key_scale, [k, int(magnitude)], chosen, memory
+        x, W_enc_T, b_enc, b_dec, key_scale, [k, int(magnitude), *memory], chosen, noise
     )
     return shared_code(Pattern(latents, d_sae, ascends=True), acts)
 

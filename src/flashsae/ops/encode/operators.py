@@ -20,6 +20,7 @@ from flashsae.ops.pattern import Pattern
 from flashsae.ops.register import differentiate, operator
 from flashsae.ops.select import reference as select_reference
 from flashsae.ops.validate import compute_dtype
+from flashsae.precision import is_rounded
 
 
 def _with_centred(result: list[Tensor], x: Tensor, b_dec: Tensor | None, precision: str) -> list[Tensor]:
@@ -31,17 +32,17 @@ def _fake_selection(of: Callable[..., list[Tensor]]) -> Callable[..., list[Tenso
     """Return the fake of an operator that selects.
 
     Args:
-        of: from x and the fifth and sixth argument of the operator to a fake code.
+        of: from x and what is wanted to a fake code.
     """
 
     def fake(x: Tensor, _W: Tensor, _b_enc: Tensor, b_dec: Tensor | None, *by: Any) -> list[Tensor]:
-        *selects, precision, _memory = by
-        return _with_centred(of(x, *selects), x, b_dec, precision)
+        _by, wanted, precision, _noise = by
+        return _with_centred(of(x, wanted), x, b_dec, precision)
 
     return fake
 
 
-def _fixed_fake(x: Tensor, _key_scale: Tensor | None, wanted: list[int]) -> list[Tensor]:
+def _fixed_fake(x: Tensor, wanted: list[int]) -> list[Tensor]:
     shape = x.shape[0], wanted[0]
     return [x.new_empty(shape, dtype=compute_dtype(x.dtype)), x.new_empty(shape, dtype=torch.int64)]
 
@@ -53,43 +54,45 @@ def _encode_topk(
     b_enc: Tensor,
     b_dec: Tensor | None,
     key_scale: Tensor | None,
-    wanted: list[int],  # k, and 1 if selected by magnitude
+    wanted: list[int],  # k, 1 if selected by magnitude, and `Memory`
     precision: str,
-    memory: list[int],
+    noise: Tensor | None,
 ) -> list[Tensor]:
-    centred, k, keys = _centred(x, b_dec, precision), wanted[0], Keys.marked(b_enc, key_scale, bool(wanted[1]))
+    k, magnitude, *memory = wanted
+    centred, keys = _centred(x, b_dec, precision), Keys.marked(b_enc, key_scale, bool(magnitude))
     if use_kernels(x):
         from flashsae.ops.encode.launch import launch_encode_topk
 
-        code = launch_encode_topk(centred, W_enc_T, keys, k, precision, memory)
+        code = launch_encode_topk(centred, W_enc_T, keys, k, precision, memory, noise=noise)
     else:
         code = reference.encode_topk(centred, W_enc_T, keys, k, memory[0])
     return [*code, *([] if b_dec is None else [centred])]
 
 
-@operator(_fake_selection(lambda x, _scale, wanted: _varying_fake(x, x.shape[0] * wanted[0])))
+@operator(_fake_selection(lambda x, wanted: _varying_fake(x, x.shape[0] * wanted[0])))
 def _encode_batch_topk(
     x: Tensor,
     W_enc_T: Tensor,
     b_enc: Tensor,
     b_dec: Tensor | None,
     key_scale: Tensor | None,
-    wanted: list[int],  # k, and 1 if selected by magnitude
+    wanted: list[int],  # k, 1 if selected by magnitude, and `Memory`
     precision: str,
-    memory: list[int],
+    noise: Tensor | None,
 ) -> list[Tensor]:
-    centred, k, keys = _centred(x, b_dec, precision), wanted[0], Keys.marked(b_enc, key_scale, bool(wanted[1]))
+    k, magnitude, *memory = wanted
+    centred, keys = _centred(x, b_dec, precision), Keys.marked(b_enc, key_scale, bool(magnitude))
     if use_kernels(x):
         from flashsae.ops.select.launch import batch_topk
 
-        latents, starts, acts = batch_topk(centred, W_enc_T, keys, k, precision, memory)
+        latents, starts, acts = batch_topk(centred, W_enc_T, keys, k, precision, memory, noise=noise)
     else:
         latents, starts, acts = select_reference.batch_topk(centred, W_enc_T, keys, k, memory[0])
     return [acts, latents, starts, *([] if b_dec is None else [centred])]
 
 
-def _above_fake(x: Tensor, _threshold: Tensor, capacity: int | None) -> list[Tensor]:
-    size = torch.library.get_ctx().new_dynamic_size() if capacity is None else capacity
+def _above_fake(x: Tensor, wanted: list[int]) -> list[Tensor]:
+    size = torch.library.get_ctx().new_dynamic_size() if wanted[0] < 0 else wanted[0]
     return [*_varying_fake(x, size), x.new_empty((), dtype=torch.int64)]
 
 
@@ -100,15 +103,16 @@ def _encode_above(
     b_enc: Tensor,
     b_dec: Tensor | None,
     threshold: Tensor,
-    capacity: int | None,
+    wanted: list[int],  # places there are, -1 for as many as are needed, and `Memory`
     precision: str,
-    memory: list[int],
+    noise: Tensor | None,
 ) -> list[Tensor]:
-    centred = _centred(x, b_dec, precision)
+    (places, *memory), centred = wanted, _centred(x, b_dec, precision)
+    capacity = None if places < 0 else places
     if use_kernels(x):
         from flashsae.ops.select.launch import above
 
-        found = above(centred, W_enc_T, b_enc, threshold, capacity, precision, memory)
+        found = above(centred, W_enc_T, b_enc, threshold, capacity, precision, memory, noise=noise)
     else:
         found = select_reference.above(centred, W_enc_T, b_enc, threshold, capacity, memory[0])
     latents, starts, acts, count = found
@@ -121,9 +125,9 @@ def _encode_any_fake(
     b_enc: Tensor,
     b_dec: Tensor | None,
     threshold: Tensor,
-    limit: int,
+    wanted: list[int],  # a limit, and `Memory`
     precision: str,
-    memory: list[int],
+    noise: Tensor | None,
 ) -> list[Tensor]:
     values, latents, starts = (torch.library.get_ctx().new_dynamic_size() for _ in range(3))
     result = [
@@ -141,19 +145,19 @@ def _encode_any(
     b_enc: Tensor,
     b_dec: Tensor | None,
     threshold: Tensor,
-    limit: int,
+    wanted: list[int],  # a limit, and `Memory`
     precision: str,
-    memory: list[int],
+    noise: Tensor | None,
 ) -> list[Tensor]:
-    """Return values, latents and starts of all above a threshold; where these are more than `limit` all values, alone.
+    """Return values, latents and starts of all above a threshold; where these are more than a limit all values, alone.
 
     All values are flat as well, and latents and starts are empty then.
     """
-    centred = _centred(x, b_dec, precision)
+    (limit, *memory), centred = wanted, _centred(x, b_dec, precision)
     if use_kernels(x):
         from flashsae.ops.select.launch import above
 
-        found = above(centred, W_enc_T, b_enc, threshold, None, precision, memory, limit)
+        found = above(centred, W_enc_T, b_enc, threshold, None, precision, memory, limit, noise)
     else:
         found = select_reference.above(centred, W_enc_T, b_enc, threshold, None, memory[0], limit)
     latents, starts, values, _ = found
@@ -189,7 +193,7 @@ def _centred(x: Tensor, b_dec: Tensor | None, precision: str) -> Tensor:
 
 
 def _centred_dtype(x: Tensor, precision: str) -> torch.dtype:
-    return torch.bfloat16 if precision == "bf16" and x.is_cuda else compute_dtype(x.dtype)
+    return torch.bfloat16 if is_rounded(precision) and x.is_cuda else compute_dtype(x.dtype)
 
 
 def _pre_acts_fake(
@@ -211,8 +215,8 @@ def _pre_acts(
     if use_kernels(x):
         from flashsae.ops.decode.launch import launch_dots
 
-        rows = centred.to(torch.bfloat16) if precision == "bf16" else centred
-        weights = W_enc_T.to(torch.bfloat16) if precision == "bf16" else W_enc_T
+        rows = centred.to(torch.bfloat16) if is_rounded(precision) else centred
+        weights = W_enc_T.to(torch.bfloat16) if is_rounded(precision) else W_enc_T
         values = launch_dots(rows, code.latents, weights, starts=code.starts)
     else:
         values = decode_reference.decode_grad_acts(centred, code, W_enc_T, compute_dtype(x.dtype))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flashsae.ops.encode import certify_kernels
 from flashsae.ops.validate import packed
+from flashsae.precision import operand_of
 
 LARGEST_ROWS = 65535 * 16
 """Rows at once, at most: a grid has no more than 65535 programs in its second dimension, each with 16 rows."""
@@ -53,6 +54,7 @@ class Product:
         precision: "bf16", "tf32" or "float32" (certified: operands are float16).
         rows: tokens at a time.
         latents: rows of weights that are rounded at a time: all of them once, or some of them again for every part.
+        noise: scalar, int64: seed of what an 8-bit screen is rounded with; None is 0.
     """
 
     x: Tensor
@@ -60,9 +62,13 @@ class Product:
     precision: str
     rows: int
     latents: int
+    noise: Tensor | None = None
 
     @classmethod
-    def of(cls, x: Tensor, W_enc_T: Tensor, precision: str, memory: Memory, most_rows: int = LARGEST_ROWS) -> Product:
+    def of(
+        cls, x: Tensor, W_enc_T: Tensor, precision: str, memory: Memory, most_rows: int = LARGEST_ROWS,
+        noise: Tensor | None = None,
+    ) -> Product:  # fmt: skip
         """Return the product of operands as they come, in parts that keep to a bound of memory.
 
         Args:
@@ -71,14 +77,16 @@ class Product:
             precision: of the product.
             memory: the bound.
             most_rows: tokens at a time, at most.
+            noise: as of the product.
         """
+        precision = operand_of(precision)
         dtype, certified, (n, d) = dtype_of(precision), precision == "float32", W_enc_T.shape
         x = packed(x.to(torch.float32 if certified else dtype))
         W = packed(W_enc_T.to(torch.float32) if certified else W_enc_T)
         fit = memory[0] // (_stride(n) * dtype.itemsize)
         at_once = memory[1] // (d * dtype.itemsize) // LEAST_LATENTS * LEAST_LATENTS
         latents = min(n, max(LEAST_LATENTS, at_once)) if memory[1] and W.dtype != dtype else n
-        return cls(x, W, precision, max(1, min(len(x), LARGEST_ROWS, most_rows, fit)), latents)
+        return cls(x, W, precision, max(1, min(len(x), LARGEST_ROWS, most_rows, fit)), latents, noise)
 
     @property
     def certified(self) -> bool:

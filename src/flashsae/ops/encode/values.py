@@ -10,6 +10,7 @@ from flashsae.ops.encode.op import check_encoder, resolve
 from flashsae.ops.gradients import share
 from flashsae.ops.pattern import Pattern
 from flashsae.ops.validate import Precision, check_device, check_float, check_ordinary, check_shape, compute_dtype
+from flashsae.precision import operand_of
 
 
 def pre_acts(
@@ -28,7 +29,7 @@ def pre_acts(
     Args:
         x, W_enc_T, b_enc, b_dec: as in `encode_topk`.
         pattern: which latents of which token.
-        precision: as in `encode_topk`; the product is accumulated in float32 and never rounded to less.
+        precision: as in `encode_topk`, without a screen; the product is accumulated in float32, never rounded to less.
     Returns:
         [B, k] or [capacity], as the latents of the pattern: float32 (float64 for float64); 0 in places not used.
     Raises:
@@ -42,7 +43,7 @@ def pre_acts(
     d_sae = check_encoder(x, W_enc_T, b_enc, b_dec, None)
     _check_pattern(pattern, d_sae, x.shape[0])
     check_device("pattern", pattern.latents, x, "x")
-    chosen = resolve(precision, W_enc_T)
+    chosen = operand_of(resolve(precision, W_enc_T))
     values: Tensor
     values, *_ = torch.ops.flashsae.pre_acts(x, W_enc_T, b_enc, b_dec, pattern.tensors, chosen)
     share(pattern, values)

@@ -22,6 +22,7 @@ from flashsae.ops.validate import (
     check_device,
     check_float,
     check_k,
+    check_noise,
     check_ordinary,
     check_shape,
     compute_dtype,
@@ -45,6 +46,7 @@ def encode_batch_topk(
     magnitude: bool = False,
     precision: Precision | None = None,
     workspace_bytes: int = WORKSPACE_BYTES,
+    noise: Tensor | None = None,
 ) -> SparseCode:
     """Encode tokens and keep the B·k largest latents of the whole batch: k a token on average.
 
@@ -53,7 +55,7 @@ def encode_batch_topk(
     No nonlinearity is in it: `code.replace(code.acts.relu())` is the code of a BatchTopK SAE.
 
     Args:
-        x, W_enc_T, b_enc, b_dec, key_scale, magnitude, precision, workspace_bytes: as in `encode_topk`.
+        x, W_enc_T, b_enc, b_dec, key_scale, magnitude, precision, workspace_bytes, noise: as in `encode_topk`.
         k: latents to keep for each token on average, 1 <= k <= d_sae.
     Returns:
         the code, of varying length: acts [B·k], float32 (float64 for float64), pre-activations of any sign. Every place
@@ -68,11 +70,12 @@ def encode_batch_topk(
         docs/methodology.md#selection-over-a-batch.
     """
     d_sae = check_encoder(x, W_enc_T, b_enc, b_dec, key_scale)
+    check_noise(noise, x)
     k, memory = check_k(k, d_sae), as_memory(workspace_bytes)
     if x.shape[0] * k >= 2**31:
         raise ShapeError(f"x: expected fewer than 2**31 latents in all, B · k, got {x.shape[0] * k}: use fewer tokens.")
     acts, latents, starts, *_ = torch.ops.flashsae.encode_batch_topk(
-        x, W_enc_T, b_enc, b_dec, key_scale, [k, int(magnitude)], resolve(precision, W_enc_T), memory
+        x, W_enc_T, b_enc, b_dec, key_scale, [k, int(magnitude), *memory], resolve(precision, W_enc_T), noise
     )
     return shared_code(Pattern(latents, d_sae, starts), acts)
 
@@ -88,13 +91,14 @@ def encode_above(
     precision: Precision | None = None,
     workspace_bytes: int = WORKSPACE_BYTES,
     weight_bytes: int = 0,
+    noise: Tensor | None = None,
 ) -> SparseCode:
     """Encode tokens and keep every latent whose pre-activation exceeds a threshold.
 
         pre_acts = (x - b_dec) @ W_enc_T.T + b_enc;   acts = all pre_acts > threshold
 
     Args:
-        x, W_enc_T, b_enc, b_dec, precision, workspace_bytes, weight_bytes: as in `encode_topk`.
+        x, W_enc_T, b_enc, b_dec, precision, workspace_bytes, weight_bytes, noise: as in `encode_topk`.
         threshold: a number, a scalar tensor, or [d_sae], one for each latent. Receives no gradient here.
         capacity: how many entries there is room for. None: as many as there are, which the host waits for; a number: no
             wait, and `code.pattern.overflowed` tells whether they were more. Then the first of them in order are there,
@@ -110,13 +114,14 @@ def encode_above(
             CUDA graph is captured.
         GradientError: threshold requires a gradient.
     Numerics: as in `encode_topk`: exact selection among the pre-activations. NaN counts as exceeding. A full code needs
-        no certificate: its product is one of float32, tf32 or bf16 as `precision` says.
+        no certificate and no screen: its product is one of float32, tf32 or bf16 as `precision` says.
     Gradients: x, W_enc_T (as a factor, where `collect_factors` asked for it), b_enc and b_dec, through the selected
         latents. Once differentiable.
     Cost: as `encode_topk`.
     Source: ours, docs/methodology.md#selection-over-a-batch.
     """
     d_sae = check_encoder(x, W_enc_T, b_enc, b_dec, None)
+    check_noise(noise, x)
     capacity, memory = _as_capacity(capacity, x), as_memory(workspace_bytes, weight_bytes)
     operands = x, W_enc_T, b_enc, b_dec
     thresholds, chosen = _as_thresholds(threshold, x, d_sae), resolve(precision, W_enc_T)
@@ -126,7 +131,7 @@ def encode_above(
     if capacity == "any" and has_values(x):
         limit = int(crossover(W_enc_T) * len(x) * d_sae)
         flat, latents, starts, *_ = torch.ops.flashsae.encode_any(
-            *operands, thresholds, limit, chosen, memory
+            *operands, thresholds, [limit, *memory], chosen, noise
         )  # fmt: skip
         if len(starts):
             return shared_code(Pattern(latents, d_sae, starts), flat)
@@ -136,7 +141,7 @@ def encode_above(
         return SparseCode(pattern, acts, pre_acts=acts)
     room = capacity if isinstance(capacity, int) else None
     acts, latents, starts, count, *_ = torch.ops.flashsae.encode_above(
-        *operands, thresholds, room, chosen, memory
+        *operands, thresholds, [-1 if room is None else room, *memory], chosen, noise
     )  # fmt: skip
     return shared_code(Pattern(latents, d_sae, starts, None if room is None else count), acts)
 

@@ -81,6 +81,7 @@ def above(
     precision: str,
     memory: Memory,
     limit: int | None = None,
+    noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return latents, int32, starts [B + 1], int32, values, float32, and count, int64, as the reference does.
 
@@ -89,13 +90,14 @@ def above(
         threshold: [d_sae] or [1].
         capacity: how many places there are, without a wait for the device; None: as many as are wanted, one wait a
             part.
-        precision: "bf16" (operands and products in bfloat16), "tf32" or "float32" (certified).
+        precision: of the product.
         memory: bounds of what exists at once.
         limit: as in the reference; only without a capacity.
+        noise: as of `launch_encode_topk`.
     Raises:
         ShapeError: capacity is None, and 2**31 entries or more are wanted.
     """
-    operands = Operands.of(centred, W_enc_T, Keys(b_enc), precision, memory)
+    operands = Operands.of(centred, W_enc_T, Keys(b_enc), precision, memory, noise)
     B, device, words = len(centred), centred.device, triton.cdiv(len(W_enc_T), above_kernels.BITS.value)
     selection = _Selection(
         operands, packed(threshold.float()), LARGEST if capacity is None else capacity, words,

@@ -109,21 +109,23 @@ def batch_topk(
     precision: str,
     memory: Memory,
     used: Tensor | None = None,
+    noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return latents [B·k], int32, starts [B + 1], int32, and values [B·k], float32, as the reference does.
 
     Args:
         centred: [B, d_in].
-        precision: "bf16" (operands and products in bfloat16), "tf32" or "float32" (certified).
+        precision: of the product.
         memory: bounds of what exists at once.
         used: [1], int64; receives how many candidates there were.
+        noise: as of `launch_encode_topk`.
     """
     B, wanted, device = len(centred), len(centred) * k, centred.device
     latents = torch.empty(wanted, dtype=torch.int32, device=device)
     values = torch.empty(wanted, dtype=torch.float32, device=device)
     starts = (torch.empty if B else torch.zeros)(B + 1, dtype=torch.int32, device=device)
     if B:
-        operands = Operands.of(centred, W_enc_T, keys, precision, memory)
+        operands = Operands.of(centred, W_enc_T, keys, precision, memory, noise)
         candidates = _List.of(operands, k)
         for number, part in enumerate(operands.product.parts()):
             _add_part(operands, candidates, number, part)

@@ -28,10 +28,12 @@ class Operands:
     keys: Keys
 
     @classmethod
-    def of(cls, x: Tensor, W: Tensor, keys: Keys, precision: str, memory: Memory) -> Operands:
+    def of(
+        cls, x: Tensor, W: Tensor, keys: Keys, precision: str, memory: Memory, noise: Tensor | None = None
+    ) -> Operands:
         """Return operands as kernels read them."""
         stride = int(triton.cdiv(len(W), 8) * 8)
-        return cls(Product.of(x, W, precision, memory, (2**31 - 1) // stride), keys.packed())
+        return cls(Product.of(x, W, precision, memory, (2**31 - 1) // stride, noise), keys.packed())
 
     @property
     def x(self) -> Tensor:
