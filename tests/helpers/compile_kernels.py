@@ -30,6 +30,8 @@ from flashsae.ops.decode.launch import (
 from flashsae.ops.dense.launch import launch_dense_code
 from flashsae.ops.encode.keys import Keys
 from flashsae.ops.encode.launch import launch_center, launch_encode_topk
+from flashsae.ops.encode.layout import Layout
+from flashsae.ops.encode.onesided import select_onesided
 from flashsae.ops.factors import RowGradient, SparseFactor
 from flashsae.ops.latent_rows.launch import launch_column_sums, launch_latent_rows, launch_latent_sums
 from flashsae.ops.select import launch as select
@@ -131,6 +133,24 @@ def launch_everything() -> None:
             launch_decode_loss(acts.view(pattern.latents.shape), pattern, far, None, far[:2], None)
     launch_latent_pass()
     launch_selections()
+    launch_onesided()
+
+
+def launch_onesided() -> None:
+    """Select from upper bounds, with operands of both kinds."""
+    for n, k, scale, magnitude in (
+        (24576, 32, False, False),
+        (131072, 64, False, False),
+        (65536, 200, True, False),
+        (65536, 1024, False, True),
+        (2048, 32, True, True),
+    ):
+        for dtype in (BF16, F32):
+            x, W, layout = torch.zeros(2, 16, dtype=dtype), torch.zeros(n, 16, dtype=dtype), Layout.of(n, k)
+            keys = Keys(torch.zeros(n), torch.ones(n) if scale else None, magnitude)
+            upper, maxima = torch.zeros(2, n, dtype=BF16), torch.zeros(2, layout.groups, dtype=torch.int32)
+            out = torch.zeros(2, k), torch.zeros(2, k, dtype=torch.int64)
+            select_onesided(x, W, keys, layout, upper, maxima, out)
 
 
 def _rows(capacity: int) -> Pattern:

@@ -179,8 +179,8 @@ def encode_topk_finish_kernel(
 
 @triton.jit
 def encode_topk_redo_kernel(
-    x_ptr,  # [rows, d] float32
-    W_ptr,  # [n, d] float32
+    x_ptr,  # [rows, d]
+    W_ptr,  # [n, d]
     counts_ptr,  # [rows]
     bias_ptr, scale_ptr,
     values_ptr,  # [programs, n] scratch
@@ -210,7 +210,7 @@ def encode_topk_redo_kernel(
                         mask=inside[:, None] & (column < d)[None, :],
                         other=0.0,
                     )
-                    sums += W * x[None, :]
+                    sums += W.to(tl.float32) * x.to(tl.float32)[None, :]
                 values = tl.sum(sums, axis=1) + tl.load(bias_ptr + latents, mask=inside, other=0.0).to(tl.float32)
                 keys = _keys_of(values, latents, inside, scale_ptr, MAGNITUDE)
                 tl.store(values_row + latents, values, mask=inside)

@@ -118,9 +118,11 @@ def _choose(keys, k, tau):
 
 @triton.jit
 def _pre_acts(raw_ptr, bias_ptr, latents, inside):
-    """Load products of a row and add the bias."""
+    """Load products of a row and add the bias, if there is one."""
     values = tl.load(raw_ptr + latents, mask=inside, other=0.0).to(tl.float32)
-    return values + tl.load(bias_ptr + latents, mask=inside, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        values += tl.load(bias_ptr + latents, mask=inside, other=0.0).to(tl.float32)
+    return values
 
 
 @triton.jit
@@ -284,12 +286,12 @@ def _members(
     items_ptr, start, count, source_ptr, n, bias_ptr, scale_ptr,
     WIDTH: tl.constexpr, PIECE: tl.constexpr, MAGNITUDE: tl.constexpr,
 ):  # fmt: skip
-    """Return the members of PIECE items and their keys: latents of groups if there is a bias, else groups of supers."""
+    """Return the members of PIECE items and their keys: groups of supers if keys are the source, else latents."""
     slot = start + tl.arange(0, PIECE)
     item = tl.load(items_ptr + slot, mask=slot < count, other=0)
     member = item[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     inside = (slot < count)[:, None] & (member < n)
-    if bias_ptr is None:
+    if source_ptr.dtype.element_ty == tl.int32:
         keys = tl.load(source_ptr + member, mask=inside, other=KEY_NONE)
     else:
         keys = _keys_of(_pre_acts(source_ptr, bias_ptr, member, inside), member, inside, scale_ptr, MAGNITUDE)
@@ -350,34 +352,15 @@ def _narrow(
 
 
 @triton.jit
-def encode_topk_select_kernel(
-    raw_ptr,  # [rows, stride]
-    bias_ptr,  # [n]
-    scale_ptr,  # [n] or None
-    max_ptr,  # [rows, groups] from encode_topk_group_max_kernel
-    super_ptr,  # [rows, supers] from there
-    list_ptr,  # [rows, 2, SHORT] scratch
-    top_acts_ptr,  # [rows, k]
-    top_indices_ptr,  # [rows, k]
-    n,
-    k,
-    groups,
-    supers,
-    raw_stride,
-    GROUP: tl.constexpr,
-    SUPER: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    SHORT: tl.constexpr,
-    TILE: tl.constexpr,
+def _select_row(
+    raw_row, bias_ptr, scale_ptr, max_row, super_row, list_row, other_row, acts_row, indices_row, n, k, groups, supers,
+    GROUP: tl.constexpr, SUPER: tl.constexpr, BLOCK_S: tl.constexpr, SHORT: tl.constexpr, TILE: tl.constexpr,
     MAGNITUDE: tl.constexpr,
-):
+):  # fmt: skip
     """Choose k sets of groups, among these k groups, among these k latents; each time the first of equal ones.
 
     What is chosen at one level bounds the k-th largest of the next. Little is held at once, so that many programs fit.
     """
-    row = tl.program_id(0).to(tl.int64)
-    super_row, max_row, raw_row = super_ptr + row * supers, max_ptr + row * groups, raw_ptr + row * raw_stride
-    list_row, other_row = list_ptr + 2 * row * SHORT, list_ptr + (2 * row + 1) * SHORT
     tau, room = _kth_key_in_memory(super_row, supers, k, BLOCK_S)
     _write_groups(super_row, None, tau, room, list_row, supers, SHORT, BLOCK_S)
     tl.debug_barrier()  # the list was written by other threads
@@ -400,7 +383,38 @@ def encode_topk_select_kernel(
     values = _pre_acts(raw_row, bias_ptr, latents, slot < found)
     keys = _keys_of(values, latents, slot < found, scale_ptr, MAGNITUDE)
     tau = _kth_key(keys, k, tau)
-    _write_selection(keys, latents, values, k, tau, top_acts_ptr + row * k, top_indices_ptr + row * k)
+    _write_selection(keys, latents, values, k, tau, acts_row, indices_row)
+
+
+@triton.jit
+def encode_topk_select_kernel(
+    raw_ptr,  # [rows, stride]
+    bias_ptr,  # [n]
+    scale_ptr,  # [n] or None
+    max_ptr,  # [rows, groups] from encode_topk_group_max_kernel
+    super_ptr,  # [rows, supers] from there
+    list_ptr,  # [rows, 2, SHORT] scratch
+    top_acts_ptr,  # [rows, k]
+    top_indices_ptr,  # [rows, k]
+    n,
+    k,
+    groups,
+    supers,
+    raw_stride,
+    GROUP: tl.constexpr,
+    SUPER: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    SHORT: tl.constexpr,
+    TILE: tl.constexpr,
+    MAGNITUDE: tl.constexpr,
+):
+    """Select from each row by its groups; how is said in `_select_row`."""
+    row = tl.program_id(0).to(tl.int64)
+    _select_row(
+        raw_ptr + row * raw_stride, bias_ptr, scale_ptr, max_ptr + row * groups, super_ptr + row * supers,
+        list_ptr + 2 * row * SHORT, list_ptr + (2 * row + 1) * SHORT, top_acts_ptr + row * k, top_indices_ptr + row * k,
+        n, k, groups, supers, GROUP, SUPER, BLOCK_S, SHORT, TILE, MAGNITUDE,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -13,7 +13,11 @@ from flashsae.ops.decode.launch import launch_dots
 from flashsae.ops.dense.op import pre_acts
 from flashsae.ops.encode import certify_kernels, kernels
 from flashsae.ops.encode.keys import Keys
+from flashsae.ops.encode.layout import Layout as Layout
+from flashsae.ops.encode.layout import tile_and_warps
+from flashsae.ops.encode.onesided import select_onesided
 from flashsae.ops.encode.product import Memory, Part, Product
+from flashsae.ops.encode.redo import redo_rows
 from flashsae.ops.validate import packed, rows_contiguous
 
 LARGEST_K = 1024
@@ -21,51 +25,6 @@ LARGEST_K = 1024
 
 WHOLE_ROW = 8192
 """Latents of a row that a program of the selection holds at once, at most."""
-
-REDO_PROGRAMS = 32
-"""Rows redone in float32 at once; each needs two scratch rows of d_sae numbers."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How the latents of a row are cut into groups for one selection.
-
-    At least k groups, else the k-th largest group maximum says nothing; large groups, so that maxima are few. Groups
-    are again cut into supers by the same rule, so that a program looks at few numbers at a time.
-    """
-
-    k: int
-    group: int
-    groups: int
-    super: int
-    supers: int
-
-    @classmethod
-    def of(cls, n: int, k: int) -> Layout:
-        """Return the layout for k of n latents."""
-        group = 32
-        while group > 1 and n < 2 * k * group:
-            group //= 2
-        groups = triton.cdiv(n, group)
-        over = 16
-        while over > 1 and (groups < 4 * k * over or groups < 64 * over):
-            over //= 2
-        return cls(k, group, groups, over, triton.cdiv(groups, over))
-
-    @property
-    def block_g(self) -> int:
-        """Maxima that a program of the certified selection holds at once."""
-        return int(min(4096, triton.next_power_of_2(self.groups)))
-
-    @property
-    def block_s(self) -> int:
-        """Maxima of supers that a program holds at once."""
-        return int(min(2048, triton.next_power_of_2(self.supers)))
-
-    @property
-    def capacity(self) -> int:
-        """Candidates kept for each token in certified float32."""
-        return int(max(512, 4 * triton.next_power_of_2(self.k)))
 
 
 @dataclass(frozen=True)
@@ -148,10 +107,16 @@ def launch_encode_topk(
     selection = _Selection(keys.packed(), Layout.of(n, k), n)
     for part in product.parts():
         out = acts[part.tokens], indices[part.tokens]
-        if part.bounds is None:
+        if part.maxima is not None:
+            x_part = product.x[part.tokens]
+            counts = select_onesided(
+                x_part, product.W, selection.keys, selection.layout, part.products, part.maxima, out
+            )
+        elif part.bounds is not None:
+            counts = _select_certified(selection, product, part, out)
+        else:
             _select(selection, part.products, out)
             continue
-        counts = _select_certified(selection, product, part, out)
         if candidate_counts is not None:
             candidate_counts[part.tokens] = counts
     return acts, indices
@@ -176,13 +141,6 @@ def _group_max(selection: _Selection, products: Tensor, facts: tuple[Tensor, Ten
     return low, other
 
 
-def _tile_and_warps(k: int) -> tuple[int, int]:
-    """Return how many keys a program of the selection looks at once, and its warps, as measured (LOG.md)."""
-    if k <= 128:
-        return 256, 1 if k <= 64 else 2
-    return 1024 if k < 512 else 2048, 4
-
-
 def _select(selection: _Selection, products: Tensor, out: tuple[Tensor, Tensor]) -> None:
     if selection.n <= min(WHOLE_ROW, 8 * selection.layout.k):  # as measured (LOG.md)
         _select_from_rows(selection, products, out)
@@ -205,7 +163,7 @@ def _select_by_groups(selection: _Selection, products: Tensor, out: tuple[Tensor
     maxima, supers = _group_max(selection, products, None)
     short = max(64, 2 * triton.next_power_of_2(layout.k))
     scratch = torch.empty(rows, 2, short, dtype=torch.int32, device=products.device)
-    tile, warps = _tile_and_warps(layout.k)
+    tile, warps = tile_and_warps(layout.k)
     kernels.encode_topk_select_kernel[(rows,)](
         products, *selection.by, maxima, supers, scratch, *out,
         selection.n, layout.k, layout.groups, layout.supers, products.stride(0),
@@ -236,13 +194,5 @@ def _select_certified(selection: _Selection, product: Product, part: Part, out: 
         dots, candidates, counts, *by, *out, k,
         CAPACITY=capacity, MAGNITUDE=magnitude, num_warps=4 if capacity <= 1024 else 8,
     )  # fmt: skip
-    block_k, programs = triton.next_power_of_2(k), min(rows, REDO_PROGRAMS)
-    values = torch.empty(programs, n, dtype=torch.float32, device=x.device)
-    certify_kernels.encode_topk_redo_kernel[(programs,)](
-        x, W_enc_T, counts, *by, values, torch.empty_like(values, dtype=torch.int32),
-        torch.empty(programs, block_k, dtype=torch.int32, device=x.device), *out,
-        rows, n, x.shape[1], k, x.stride(0), W_enc_T.stride(0),
-        CAPACITY=capacity, BLOCK_N=64, BLOCK_D=min(128, triton.next_power_of_2(x.shape[1])), BLOCK_G=4096,
-        BLOCK_K=block_k, MAGNITUDE=magnitude, num_warps=8,
-    )  # fmt: skip
+    redo_rows(x, W_enc_T, selection.keys, k, counts, capacity, out)
     return counts

@@ -37,11 +37,13 @@ class Part:
         tokens: which.
         products: [tokens, d_sae or more].
         bounds: what bounds the error, of tokens [3, tokens] and of latents [3, d_sae], float32, if certified.
+        maxima: [tokens, groups of 32], int32, if products are upper bounds of keys: the key of the largest of each.
     """
 
     tokens: slice
     products: Tensor
     bounds: tuple[Tensor, Tensor] | None
+    maxima: Tensor | None = None
 
 
 @dataclass(frozen=True)
