@@ -1,124 +1,155 @@
-"""Compare certified float32 selection with float64, latent by latent: `python -m benchmarks.certified [CACHE]`.
+"""Compare certified selections with float64, latent by latent: `python -m benchmarks.certified [CACHE]`.
 
-A selected latent is right if it is among the k largest of float64. If not, it lies below the k-th of float64 by no more
-than float32 can round (counted as a tie), or it is wrong.
+A selected latent is right if it is among the k largest of float64 (of a batch: the B·k largest; above a threshold: if
+it exceeds that). If not, it lies below by no more than float32 can round (counted as a tie), or it is wrong. So is a
+value that differs by more, an order that does not ascend, and a tie of equal latents that the lowest does not win.
+Anything wrong ends the program with exit code 1.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import cyclopts
 import torch
 from torch import Tensor
 
+from benchmarks.certified_cases import Selected, adversarial_cases, draw, trained_case
+from benchmarks.certified_exact import Exact, broken_ties
 from benchmarks.session import RESULTS, provenance
-from flashsae.data.acts import only_site
-from flashsae.data.cache import ActivationCache
-from flashsae.data.shuffle import RowShuffle
-from flashsae.ops.encode.keys import Keys
 from flashsae.ops.encode.launch import Layout, launch_encode_topk
-from flashsae.sae.config import SAEConfig
-from flashsae.sae.module import SAE
-from flashsae.train import TrainConfig, init_state, train
+from flashsae.ops.select.above import above
+from flashsae.ops.select.batch import batch_topk
 
-WORKSPACE_BYTES = 512 << 20
+MEMORY = [512 << 20, 0]
+
+RANDOM = {(768, 24576, 64): 80, (2048, 32768, 64): 80, (4096, 65536, 64): 24, (4096, 131072, 64): 12}
+"""Batches of 8192 tokens of each d_in, d_sae and k: 100 million picks."""
+
+WIDTHS = (4096, 16384, 65536)
+"""Latents of the SAEs that are trained."""
+
+Certified = Literal["float32", "float32-int8", "bf16-int8"]
+Found = dict[str, float]
 
 
-def judge(x: Tensor, W: Tensor, b: Tensor, k: int) -> dict[str, float]:
-    """Count picks that agree with float64, ties inside float32 rounding, and wrong ones, over the tokens of x."""
-    d = x.shape[1]
-    candidates = torch.empty(len(x), dtype=torch.int32, device=x.device)
-    _, picked = launch_encode_topk(x, W, Keys(b), k, "float32", [WORKSPACE_BYTES, 0], candidates)
-    ties = wrong = 0
-    for rows in torch.split(torch.arange(len(x), device=x.device), max(1, (1 << 28) // len(W))):
-        exact = x[rows].double() @ W.double().T + b.double()
-        kth = exact.topk(k, dim=1).values[:, -1:]
-        below = kth - exact.gather(1, picked[rows])
-        norms = x[rows].double().norm(dim=1, keepdim=True) * W.double().norm(dim=1)[picked[rows]]
-        # both the pick and the latent that it displaced were rounded
-        rounding = 2 * ((d / 128 + 32) * 2.0**-23 * norms.amax(1, keepdim=True) + 2.0**-23 * kth.abs() + 1e-44)
-        ties += int(((below > 0) & (below <= rounding)).sum())
-        wrong += int((~(below <= rounding)).sum())
-    assert bool((picked.diff(dim=1) > 0).all()), "indices must ascend"
-    capacity = Layout.of(len(W), k).capacity
+def judge(of: Selected, precision: str, noise: Tensor) -> Found:
+    """Count picks of the k largest of a token that agree with float64, ties inside float32 rounding, and wrong ones."""
+    candidates = torch.empty(len(of.x), dtype=torch.int32, device=of.x.device)
+    acts, picked = launch_encode_topk(of.x, of.W, of.keys, of.k, precision, MEMORY, candidates, noise)
+    exact, ties = Exact(of, precision), 0
+    wrong = int((picked.diff(dim=1) <= 0).sum()) + broken_ties(picked, len(of.W), of.copies)
+    for rows in exact.parts():
+        block, chosen = exact.of(rows), picked[rows]
+        wrong += block.wrong_values(acts[rows], chosen)
+        worst = block.keys.gather(1, chosen).amin(1, keepdim=True)
+        missed = (block.keys > worst).sum(1) >= of.k  # the other picks are fewer than what exceeds the worst of them
+        if bool(missed.any()):
+            inside, outside = block.at(missed).misses(chosen[missed])
+            ties, wrong = ties + inside, wrong + outside
     return {
         "selected": picked.numel(),
         "ties": ties,
         "wrong": wrong,
+        "tokens": len(of.x),
         "candidates_mean": candidates.float().mean().item(),
         "candidates_max": int(candidates.max()),
-        "rows_redone": int((candidates > capacity).sum()),
-        "tokens": len(x),
+        "rows_redone": int((candidates > Layout.of(len(of.W), of.k).capacity).sum()),
     }
 
 
-def random_case(B: int, d: int, n: int, k: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Return normal tokens and unit weight rows."""
-    g = torch.Generator(device).manual_seed(seed)
-    W = torch.nn.functional.normalize(torch.randn(n, d, device=device, generator=g), dim=1)
-    x = torch.randn(B, d, device=device, generator=g)
-    return x, W, torch.randn(n, device=device, generator=g) * 0.1, k
+def judge_batch(of: Selected, precision: str, noise: Tensor) -> Found:
+    """Do the same for the B·k largest of a batch, which goes by lower bounds, too."""
+    used = torch.zeros(1, dtype=torch.int64, device=of.x.device)
+    latents, starts, values = batch_topk(of.x, of.W, of.keys, of.k, precision, MEMORY, used, noise)
+    block = Exact(of, precision).of(slice(0, len(of.x)))
+    tokens, latents = block.places(starts, latents)
+    wrong = int(((tokens * len(of.W) + latents).diff() <= 0).sum()) + block.wrong_values(values, latents, tokens)
+    inside, outside = block.misses_of_batch(tokens, latents)
+    return {
+        "selected": len(latents), "ties": inside, "wrong": wrong + outside, "tokens": len(of.x),
+        "candidates_mean": int(used) / len(of.x),
+    }  # fmt: skip
 
 
-def adversarial_cases(device: torch.device) -> Iterator[tuple[str, tuple[Tensor, Tensor, Tensor, int]]]:
-    """Yield inputs made to break a bound: near ties, huge and tiny norms, cancellation, denormals, outliers."""
-    B, d, n, k = 2048, 768, 16384, 64
-    g = torch.Generator(device).manual_seed(99)
-
-    def noise(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=device, generator=g)
-
-    x, W, b, _ = random_case(B, d, n, k, 7, device)
-    zero = torch.zeros_like(b)
-    yield "near ties", (x, W[: n // 8].repeat(8, 1) * (1 + 1e-7 * noise(n, 1)), zero, k)
-    yield "huge norms", (x * 10.0 ** (8 * noise(B, 1)).clamp(-15, 15), W * 10.0 ** noise(n, 1), zero, k)
-    offset = 1000 * noise(1, d)
-    yield "cancellation", (x + offset, W, -(offset @ W.T)[0], k)
-    yield "denormals", (x * 1e-40, W, zero, k)
-    spikes = torch.where(torch.rand(B, d, device=device, generator=g) < 0.004, 3000.0, 1.0)
-    yield "outliers", (x * spikes, W, b, k)
-    yield "bias decides", (x * 1e-3, W, noise(n), k)
+def judge_above(of: Selected, precision: str, noise: Tensor) -> Found:
+    """Do the same for all above a threshold, one that about k latents a token exceed and one of them equals."""
+    block = Exact(of, precision).of(slice(0, len(of.x)))
+    threshold = block.pre_acts.flatten().topk(len(of.x) * of.k).values[-1:].float()
+    b_enc = of.keys.b_enc
+    latents, starts, values, count = above(of.x, of.W, b_enc, threshold, None, precision, MEMORY, noise=noise)
+    tokens, latents = block.places(starts, latents)
+    wrong = int(((tokens * len(of.W) + latents).diff() <= 0).sum()) + block.wrong_values(values, latents, tokens)
+    inside, outside = block.misses_of_threshold(tokens, latents, threshold.double())
+    wrong += outside + int(count != len(latents))
+    return {"selected": len(latents), "ties": inside, "wrong": wrong, "tokens": len(of.x)}
 
 
-def trained_case(cache: Path, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Train an SAE on cached activations, and return other tokens with its encoder."""
-    source = ActivationCache(cache)
-    config = TrainConfig(d_sae=8192, k=32, tokens=1024 * 600, batch_tokens=1024).resolve(source.d_in)
-    state = init_state(config, RowShuffle(source, 1024, seed=0), device)
-    sae: SAE = train(state, config)
-    assert isinstance(sae.config, SAEConfig)
-    shuffled = RowShuffle(source, 1024, seed=1)
-    x = torch.cat([only_site(shuffled.next_batch()) for _ in range(16)]).to(device, torch.float32)
-    return x - sae.b_dec.detach(), sae.W_enc_T.detach(), sae.b_enc.detach(), config.arch.k
+JUDGES: dict[str, Callable[[Selected, str, Tensor], Found]] = {
+    "topk": judge,
+    "batch_topk": judge_batch,
+    "above": judge_above,
+}
 
 
-def main(cache: Path | None = None, *, out: Path = RESULTS / "certified.jsonl") -> None:
+def cases(
+    cache: Path | None, device: torch.device, *, small: bool
+) -> Iterator[tuple[str, Callable[[], Selected], tuple[str, ...]]]:
+    """Yield the name of a case, what makes it, and what selects from it."""
+    for (d, n, k), repeats in ({(24, 300, 9): 2} if small else RANDOM).items():
+        B, name = 17 if small else 8192, f"random d={d} n={n} k={k}"
+        for seed in range(repeats):
+            yield name, draw(B, d, n, k, seed, device).random, ("topk",)
+        yield name, draw(max(9, B // 4), d, n, k, 99, device).random, ("batch_topk", "above")
+    for name, case in adversarial_cases(draw(*((9, 24, 320, 5) if small else (2048, 768, 16384, 64)), 99, device)):
+        by_value = case.keys.scale is None and not case.keys.magnitude
+        yield name, lambda case=case: case, tuple(JUDGES) if by_value else ("topk", "batch_topk")  # type: ignore[misc]
+    if cache is not None:
+        for d_sae in WIDTHS:
+            yield f"trained n={d_sae} k=32", partial(trained_case, cache, d_sae, device), tuple(JUDGES)
+
+
+def main(
+    cache: Path | None = None, *, precision: Certified = "float32", only: str = "", small: bool = False,
+    device: str = "cuda", out: Path = RESULTS / "certified.jsonl",
+) -> None:  # fmt: skip
     """Judge random, adversarial and (with a cache of activations) trained inputs; append a JSON line each.
 
     Args:
         cache: folder that `flashsae cache` wrote.
+        precision: of the selection; of "bf16-int8" exact is what float64 makes of operands rounded to bfloat16.
+        only: regular expression, found in the names of cases to judge.
+        small: tiny inputs, to try the program.
+        device: where to select.
         out: JSON lines file.
     """
-    device = torch.device("cuda")
+    started, found = time.perf_counter(), dict[tuple[str, str], list[Found]]()
+    for number, (name, make, selects) in enumerate(cases(cache, torch.device(device), small=small)):
+        if re.search(only, name):
+            case, noise = make(), torch.tensor(number, device=device)
+            for how in selects:
+                found.setdefault((name, how), []).append(JUDGES[how](case, precision, noise))
     out.parent.mkdir(parents=True, exist_ok=True)
-    shapes = {(768, 24576, 64): 10, (2048, 32768, 64): 6, (4096, 65536, 64): 5, (4096, 131072, 128): 2}
-    cases: list[tuple[str, list[dict[str, float]]]] = []
-    for (d, n, k), repeats in shapes.items():
-        found = [judge(*random_case(8192, d, n, k, seed, device)) for seed in range(repeats)]
-        cases.append((f"random d={d} n={n} k={k}", found))
-    cases += [(name, [judge(*case)]) for name, case in adversarial_cases(device)]
-    if cache is not None:
-        cases.append(("trained d=384 n=8192 k=32", [judge(*trained_case(cache, device))]))
     with out.open("a") as file:
-        for name, found in cases:
-            total = {key: sum(f[key] for f in found) for key in ("selected", "ties", "wrong", "rows_redone", "tokens")}
-            total["candidates_mean"] = sum(f["candidates_mean"] for f in found) / len(found)
-            total["candidates_max"] = max(f["candidates_max"] for f in found)
-            print(name, total)
-            file.write(json.dumps({"case": name, **total, **provenance(device)}) + "\n")
+        for (name, how), parts in found.items():
+            total = {key: sum(part[key] for part in parts) for key in parts[0]}
+            if "candidates_mean" in total:
+                total["candidates_mean"] /= len(parts)
+            if "candidates_max" in total:
+                total["candidates_max"] = max(part["candidates_max"] for part in parts)
+            print(f"{how}, {name}: {total}")
+            head = {"case": name, "selects": how, "precision": precision}
+            file.write(json.dumps(head | total | provenance(torch.device(device))) + "\n")
+    picks, wrong = (int(sum(part[key] for parts in found.values() for part in parts)) for key in ("selected", "wrong"))
+    print(f"{precision}: {picks:,} picks, {wrong} wrong, {time.perf_counter() - started:.0f} s")
+    if wrong or not picks:
+        raise SystemExit(f"{precision}: {wrong} of {picks} picks are wrong.")
 
 
 if __name__ == "__main__":

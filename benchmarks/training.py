@@ -1,8 +1,9 @@
 """Train beside the dense SAE, same seed and data, and keep the loss curves: tier T4.
 
 `python -m benchmarks.training CACHE` needs a cache from `flashsae cache`. Arms: dense autograd in float64, dense
-autograd in float32 (TF32 off), ours in certified float32; then dense bf16 autocast and ours in bf16. What separates the
-dense float32 arm from the float64 one is what rounding explains; ours must stay within the same distance.
+autograd in float32 (TF32 off), ours in certified float32, and behind an 8-bit screen; then dense bf16 autocast, ours in
+bf16, and behind an 8-bit screen. What separates the dense float32 arm from the float64 one is what rounding explains;
+ours must stay within the same distance.
 """
 
 from __future__ import annotations
@@ -27,15 +28,23 @@ from flashsae.sae.losses import token_variance
 from flashsae.sae.module import SAE
 from flashsae.testing import DenseTrainer, dense_decode
 
-CURVES = ("dense float64", "dense float32", "flashsae float32", "dense bf16 autocast", "flashsae bf16")
+CURVES = (
+    "dense float64", "dense float32", "flashsae float32", "flashsae float32-int8",
+    "dense bf16 autocast", "flashsae bf16", "flashsae bf16-int8",
+)  # fmt: skip
 """The arms, by implementation and precision."""
+OUR_PRECISIONS: dict[str, Precision] = {
+    "flashsae float32": "float32", "flashsae float32-int8": "float32-int8",
+    "flashsae bf16": "bf16", "flashsae bf16-int8": "bf16-int8",
+}  # fmt: skip
+"""Those of our arms."""
 LR = 1e-3
 
 
-def our_fvu(trainer: DenseTrainer, x: Tensor, k: int, variance: float, precision: Precision) -> Tensor:
+def our_fvu(trainer: DenseTrainer, x: Tensor, k: int, variance: float, precision: Precision, step: int) -> Tensor:
     """Return the loss through `flashsae.ops`, of the parameters that a dense trainer holds and updates."""
-    p = trainer.params
-    code = ops.encode_topk(x, p["W_enc_T"], p["b_enc"], k, b_dec=p["b_dec"], precision=precision)
+    p, noise = trainer.params, torch.tensor(step, device=x.device)
+    code = ops.encode_topk(x, p["W_enc_T"], p["b_enc"], k, b_dec=p["b_dec"], precision=precision, noise=noise)
     decoded = ops.decode_loss(code.replace(code.acts.relu()), p["W_dec"], p["b_dec"], x, precision=precision)
     return decoded.loss / (len(x) * variance)
 
@@ -55,8 +64,8 @@ def train(arm: str, batches: list[Tensor], scale: float, sample: Tensor, config:
     trainer = DenseTrainer(params, LR, variance, k=config.k, topk=torch.topk)
     for step, batch in enumerate(batches):
         x = (batch * scale).to(dtype)
-        if arm.startswith("flashsae"):
-            fvu = our_fvu(trainer, x, config.k, variance, "bf16" if arm.endswith("bf16") else "float32")
+        if arm in OUR_PRECISIONS:
+            fvu = our_fvu(trainer, x, config.k, variance, OUR_PRECISIONS[arm], step)
         else:
             with torch.autocast(device.type, torch.bfloat16, enabled=arm.endswith("autocast")):
                 x_hat = dense_decode(trainer.encode(x), trainer.params)
