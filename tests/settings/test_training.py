@@ -40,7 +40,7 @@ def test_what_is_given_is_kept() -> None:
         ("lr", float("nan"), "lr: expected a positive number, got nan"),
         ("warmup_steps", -1, "warmup_steps: expected a number that is not negative, got -1"),
         ("decay_fraction", 1.5, r"decay_fraction: expected a fraction from 0 to 1, got 1\.5"),
-        ("precision", "fp8", "precision: expected one of float32, tf32, bf16, got 'fp8'"),
+        ("precision", "fp8", "precision: expected one of float32, tf32, bf16, bf16-int8, float32-int8, got 'fp8'"),
         ("moments", "float16", "moments: expected one of float32, bf16, got 'float16'"),
         ("auxk_alpha", -0.1, r"auxk_alpha: expected a number that is not negative, got -0\.1"),
     ],

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pytest
 import torch
@@ -15,8 +16,8 @@ from flashsae.data.synthetic import SuperpositionModel
 from flashsae.errors import CheckpointError, DataError
 from flashsae.ops import materialize
 from flashsae.ops.adam_rows.reference import merge_halves
-from flashsae.ops.validate import Precision
 from flashsae.optim import FactoredAdam, lr_factor
+from flashsae.precision import Precision, is_rounded, operand_of
 from flashsae.sae.dead import Bounds
 from flashsae.testing import DenseTrainer, UnitNormAdam
 from flashsae.train import TrainState, init_state, train, train_step
@@ -100,7 +101,10 @@ def test_resuming_is_bit_exact(stop_at: int, tmp_path: Path) -> None:
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000040", "step-00000060"]
 
 
-@pytest.mark.parametrize(("precision", "moments"), [("bf16", "float32"), ("float32", "bf16"), ("bf16", "bf16")])
+@pytest.mark.parametrize(
+    ("precision", "moments"),
+    [("bf16", "float32"), ("float32", "bf16"), ("bf16", "bf16"), ("bf16-int8", "float32"), ("float32-int8", "bf16")],
+)
 def test_halves_and_narrow_moments_resume_bit_for_bit(
     precision: Precision, moments: Literal["float32", "bf16"], tmp_path: Path
 ) -> None:
@@ -110,9 +114,13 @@ def test_halves_and_narrow_moments_resume_bit_for_bit(
     resumed = _stop_and_resume(config, 33, tmp_path)
     bits = _bits(whole)
     assert _equal(_bits(resumed), bits)
-    assert bits["sae.W_dec"].dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
+    assert bits["sae.W_dec"].dtype == (torch.bfloat16 if is_rounded(precision) else torch.float32)
     assert bits["adam.W_dec.exp_avg"].dtype == (torch.bfloat16 if moments == "bf16" else torch.float32)
-    assert ("adam.W_dec.low" in bits) == (precision == "bf16")
+    assert ("adam.W_dec.low" in bits) == is_rounded(precision)
+    plain = replace(config, precision=operand_of(precision))  # the CPU screens nothing
+    other = _state(plain)
+    train(other, plain)
+    assert _equal(_bits(other), bits)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
@@ -137,7 +145,7 @@ def test_the_finished_sae_is_float32_and_whole(precision: Precision) -> None:
 
 
 def test_the_precision_of_the_settings_is_that_of_the_sae() -> None:
-    for precision in ("float32", "tf32", "bf16"):
+    for precision in get_args(Precision):
         state = _state(_config(precision=precision))
         assert state.sae.precision == precision
         assert state.current_sae().precision == precision

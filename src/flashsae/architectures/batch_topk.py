@@ -35,7 +35,7 @@ def encode(sae: Any, x: Tensor) -> Any:
     weights, scale = (x, sae.W_enc_T, sae.b_enc), sae.selection_scale
     options = {"b_dec": sae.b_pre, "precision": sae.precision}
     if sae.training:
-        code = flashsae.ops.encode_batch_topk(*weights, sae.config.arch.k, key_scale=scale, **options)
+        code = flashsae.ops.encode_batch_topk(*weights, sae.config.arch.k, key_scale=scale, noise=sae.noise, **options)
     else:
         threshold = sae.threshold if scale is None else sae.threshold / scale
         code = flashsae.ops.encode_above(*weights, threshold, **options | sae.memory(x))

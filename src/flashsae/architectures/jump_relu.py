@@ -215,7 +215,9 @@ def start(sae: flashsae.SAE, x: Tensor, target: Tensor) -> None:
         return
     for last in (False, True):  # W_enc is scaled by what thresholds let through, and so are they
         k = min(d_sae, max(1, round(arch.target_l0)))
-        code = flashsae.ops.encode_batch_topk(x, sae.W_enc_T, sae.b_enc, k, b_dec=sae.b_pre, precision=sae.precision)
+        code = flashsae.ops.encode_batch_topk(
+            x, sae.W_enc_T, sae.b_enc, k, b_dec=sae.b_pre, precision=sae.precision, noise=sae.noise
+        )
         sae.threshold.copy_(code.acts.amin().clamp_min(0.0).expand(d_sae))
         if not last:
             flashsae.sae.initialize(sae, x, target)

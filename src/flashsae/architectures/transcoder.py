@@ -34,7 +34,9 @@ def start(sae: Any, x: Any, target: Any) -> None:
     if sae.from_data:  # decoder rows point to what the tokens of the encoder's became
         return
     k = min(_LARGEST, sae.config.d_sae)
-    code = flashsae.ops.encode_topk(x, sae.W_enc_T, sae.b_enc, k, b_dec=sae.b_pre, precision=sae.precision)
+    code = flashsae.ops.encode_topk(
+        x, sae.W_enc_T, sae.b_enc, k, b_dec=sae.b_pre, precision=sae.precision, noise=sae.noise
+    )
     rows = flashsae.ops.latent_rows(code.pattern.index, code.acts.relu(), target - target.mean(0))
     norms = rows.norm(dim=1, keepdim=True)
     sae.W_dec.copy_((rows / norms).where(norms > 0, sae.W_dec))

@@ -211,8 +211,9 @@ def auxk_loss(
         scale = of_dead if scale is None else of_dead * scale
     b_enc = b_enc if signed else torch.where(dead.is_dead, b_enc, _NEVER)
     code = ops.encode_topk(
-        x, W_enc_T, b_enc, k, b_dec=sae.b_pre, key_scale=scale, magnitude=signed, precision=sae.precision
-    )
+        x, W_enc_T, b_enc, k,
+        b_dec=sae.b_pre, key_scale=scale, magnitude=signed, precision=sae.precision, noise=sae.noise,
+    )  # fmt: skip
     if signed or form == "sae_lens":
         code = code.replace(code.acts * ops.per_latent(dead.is_dead.to(code.acts.dtype), code.pattern))
     else:

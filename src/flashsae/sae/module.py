@@ -17,6 +17,7 @@ from flashsae.errors import ConfigError, DtypeError, ShapeError
 from flashsae.formats.registry import format_named
 from flashsae.ops.register import isolated
 from flashsae.ops.validate import Precision, as_int, check_float, check_shape
+from flashsae.precision import has_screen
 from flashsae.sae.centring import recentered
 from flashsae.sae.config import SAEConfig
 from flashsae.sae.initial import initialize
@@ -70,13 +71,16 @@ class SAE(ParameterTable):
         self.centres = False
         """Whether x_mean is subtracted from x: in the training of an architecture that does not subtract b_dec."""
         self._now: dict[str, Tensor] = {}
+        self._noise: Tensor | None = None
         self._selection_scale: Tensor | None = None
         self._register(None if seed is None else as_int("seed", seed), dtype, device)
         self.set_progress(Progress.end())
 
     def set_progress(self, progress: Progress) -> None:
-        """Let what the architecture has scheduled be as it is at a step: `now` and `width`. No wait for the device."""
+        """Let what changes from step to step be as it is at one: `now`, `width`, `noise`. No wait for the device."""
         self.progress = progress
+        if self._noise is not None:
+            self._noise.fill_(progress.step)  # a captured step reads it anew
         architecture, config = self.architecture, self.config
         if architecture.width is not None:
             self.width = architecture.width(config.arch, progress)
@@ -98,6 +102,22 @@ class SAE(ParameterTable):
             self._now = {}
             self.set_progress(self.progress)
         return self._now
+
+    @property
+    def noise(self) -> Tensor | None:
+        """Seed of the noise that an 8-bit screen rounds with: the step, scalar, int64, where the parameters are.
+
+        None where `precision` has no screen. Neither a parameter nor saved: a resumed training has that of its step.
+        """
+        if not has_screen(self.precision):
+            return None
+        device = self.W_dec.device
+        if self._noise is None or self._noise.device != device:
+            if torch.compiler.is_compiling():
+                return None  # nothing may be made there that stays
+            with torch.inference_mode(False):
+                self._noise = torch.full((), self.progress.step, dtype=torch.int64, device=device)
+        return self._noise
 
     @property
     def b_pre(self) -> Tensor | None:
@@ -154,9 +174,13 @@ class SAE(ParameterTable):
             )
         return replace(code, batch_shape=tuple(x.shape[:-1]))
 
-    def memory(self, x: Tensor) -> dict[str, int]:
-        """Return bounds of memory for `flashsae.ops.encode_topk` and `encode_above` of x: fewer in inference."""
-        return {} if self.training else ops.inference_memory(x, self.W_enc_T)
+    def memory(self, x: Tensor) -> dict[str, Any]:
+        """Return what `flashsae.ops.encode_topk` and `encode_above` of x are given beside operands and precision.
+
+        Bounds of memory, which are fewer in inference; and `noise`, where there is one.
+        """
+        bounds = {} if self.training else ops.inference_memory(x, self.W_enc_T)
+        return bounds if self.noise is None else {**bounds, "noise": self.noise}
 
     def main_part(self, code: ops.SparseCode) -> ops.SparseCode:
         """Return of a code in training the part that inference would give; the code, where there is no more in it."""

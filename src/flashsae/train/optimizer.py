@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 
 from flashsae.optim import FactoredAdam
+from flashsae.precision import is_rounded
 from flashsae.sae.module import SAE
 from flashsae.train.config import TrainConfig
 
 
 def build_optimizer(sae: SAE, config: TrainConfig) -> FactoredAdam:
-    """Return the optimiser of a training; with bf16 products it splits the weights of `sae`."""
+    """Return the optimiser of a training; with products of bf16 numbers it splits the weights of `sae`."""
     optimizer = FactoredAdam(
         [
             {"params": [getattr(sae, name) for name in names], "unit_norm": unit_norm}
@@ -19,7 +20,7 @@ def build_optimizer(sae: SAE, config: TrainConfig) -> FactoredAdam:
         config.lr,
         betas=(config.betas[0], config.betas[1]),
         eps=config.eps,
-        split_weights=config.precision == "bf16",
+        split_weights=is_rounded(config.precision),
         state_dtype=torch.bfloat16 if config.moments == "bf16" else torch.float32,
     )
     for group in optimizer.param_groups:

@@ -13,6 +13,7 @@ from flashsae.architecture_parts import Progress
 from flashsae.backend import memory_bytes
 from flashsae.errors import ConfigError
 from flashsae.ops.encode.reference import WORKSPACE_BYTES
+from flashsae.precision import has_screen, is_rounded, operand_of
 from flashsae.sae.config import SAEConfig
 from flashsae.train.config import TrainConfig
 
@@ -20,6 +21,7 @@ MOST_REPEATS = 100
 """A run that trains more often on each token warns: it learns these tokens, and not what others like them are."""
 
 _KEPT = ("weights", "moments of Adam", "averaged weights", "shuffle buffer")
+_SCREEN_BLOCK, _FACT_BYTES = 128, 12  # of a row in int8: it is padded to a multiple; three numbers are known of it
 _CUBLAS_BYTES = 32 << 20  # workspace of its products
 _PROCESS_BYTES = 700 << 20  # Python, torch, transformers and a small model, in the memory of the host
 
@@ -159,14 +161,18 @@ def _gpu_step(config: TrainConfig) -> int:
     That is either while the last rows of pre-activations are searched, or, with float32 weights, somewhat later.
     """
     n, d, B, k = config.d_sae, config.d_in, config.batch_tokens, _active(config)
-    width = 4 if config.precision == "tf32" else 2
-    tokens = B * d * (2 + 4 + (6 if config.precision == "float32" else width))  # as they come, whole, centred
+    operand, is_screened = operand_of(config.precision), has_screen(config.precision)
+    width = 4 if operand == "tf32" else 2
+    centred = width if operand != "float32" else 4 if is_screened else 6
+    tokens = B * d * (2 + 4 + centred)  # as they come, whole, centred
     code = max(B * k * (4 + 8 + 8 + 4 + 4 + 4), _full_code(config))
     rows = min(B, max(1, WORKSPACE_BYTES // (n * width)))
     workspace = rows * n * width * (1 + 1 / 16)
-    if config.precision == "float32":
-        workspace += 2 * n * d  # weights rounded to float16
-    error = B * config.d_out * (2 if config.precision == "bf16" else 4)
+    rounded = 2 * n * d if operand == "float32" else 0  # weights in float16
+    if is_screened:  # where that pays: weights and the tokens of a workspace in int8, and facts of each row
+        rounded = max(rounded, (n + rows) * (-(-d // _SCREEN_BLOCK) * _SCREEN_BLOCK + _FACT_BYTES))
+    workspace += rounded
+    error = B * config.d_out * (2 if is_rounded(config.precision) else 4)
     levels = _levels(config)
     errors = error * (2 + (levels + 2 if levels > 1 else 0))  # reconstruction, residual, and rows of levels
     dead = 0.05 * n if config.auxk_alpha else 0  # a guess: how many latents will be dead
