@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from flashsae.ops.decode import kernels, level_kernels
+from flashsae.ops.decode import dots_kernels, kernels, level_kernels
 from flashsae.ops.pattern import Pattern
 from flashsae.ops.validate import packed, rows_contiguous
 
@@ -170,24 +170,54 @@ def launch_residual(
     return errors, residual
 
 
+PIECE = 256
+"""Bytes of a row of W that a program of dot products reads: of so few columns the cache holds what all tokens need."""
+
+PARTS_BYTES = 2**27
+"""Bytes of partial dot products at once, at most, unless a single slice of columns has more."""
+
+NEAR = 2**25
+"""Bytes that are found in the cache again soon after; lists of tokens are cut where a slice of W is larger."""
+
+ENOUGH_PROGRAMS = 4096
+"""Programs that keep a GPU busy; lists of tokens are cut where there are fewer."""
+
+
 def launch_dots(
     rows: Tensor, latents: Tensor, W: Tensor, *, starts: Tensor | None = None, counts: Tensor | None = None
 ) -> Tensor:
     """Return rows[b] · W[latents of token b], of the shape of latents, float32.
 
-    With starts, as a pattern has them, what is not used is 0; with counts [B] only the first so many of a row are set.
+    With starts, as a pattern has them, what is not used is 0; with counts [B] only the first so many of a row are set,
+    and none of a row whose count is above what it has room for.
+
+    How the products are summed depends on d and the dtype of W alone: a pair of token and latent has the same bits
+    wherever it stands. Four or eight products one after the other, 16 such sums in pairs, and the d / columns slices
+    in their order: no product goes through more than d / 64 + 13 roundings of 2**-24, which is less than the
+    (d / 128 + 32) · 2**-23 of the product of norms that certified selections reckon with (ops/encode/product.py).
     """
     latents, starts, counts = packed(latents, starts, counts)
     rows, W = rows_contiguous(rows), rows_contiguous(W)
     B, d = rows.shape
-    k = latents.shape[1] if starts is None else None
+    n, k = latents.numel(), latents.shape[1] if starts is None else None
     empty = torch.zeros if k is None else torch.empty
     dots = empty(latents.shape, dtype=torch.float32, device=W.device)
-    if B:
-        width = max(1, k if k is not None else triton.cdiv(len(latents), B))
-        block_k, block_d = min(16, triton.next_power_of_2(width)), min(128, triton.next_power_of_2(d))
-        kernels.decode_bwd_acts_kernel[(B, triton.cdiv(width, block_k))](
-            rows, latents, starts, counts, W, dots, k, d, rows.stride(0), W.stride(0),
-            BLOCK_K=block_k, BLOCK_D=block_d, num_warps=2,
+    if not n or not B:
+        return dots
+    block_k, block_d = 16, min(PIECE // W.element_size(), triton.next_power_of_2(d))
+    slices = triton.cdiv(d, block_d)
+    at_once = min(slices, max(1, PARTS_BYTES // (4 * n)))
+    cuts = max(triton.cdiv(len(W) * PIECE, NEAR), triton.cdiv(ENOUGH_PROGRAMS, B * slices))
+    cuts = min(cuts, triton.cdiv(k or triton.cdiv(n, B), block_k), 65535)
+    parts = dots if slices == 1 else torch.empty(at_once, n, dtype=torch.float32, device=W.device)
+    for first in range(0, slices, at_once):
+        some = min(at_once, slices - first)
+        dots_kernels.decode_dots_kernel[(B, cuts, some)](
+            rows, latents, starts, counts, W, parts, k, d, rows.stride(0), W.stride(0), n, first * block_d,
+            BLOCK_K=block_k, BLOCK_D=block_d, num_warps=1,
         )  # fmt: skip
+        if slices > 1:
+            dots_kernels.decode_dots_join_kernel[(triton.cdiv(n, 512),)](
+                parts, starts, counts, dots, B, k, n, some, first, BLOCK=512, num_warps=4
+            )
     return dots
