@@ -2,7 +2,7 @@
 
 Rows of W are asked for by many tokens, at random. Whole, they do not fit into the cache; what all tokens need of a few
 columns does, so it comes from memory once. Programs start in the order of their numbers, the first of the grid fastest:
-slices of columns are its last.
+slices of columns are its last. Where rows are asked for seldom they are its first: a row then comes as a whole.
 """
 
 from __future__ import annotations
@@ -23,14 +23,16 @@ def decode_dots_kernel(
     parts_ptr,  # [slices, as indices_ptr]
     k, d, row_stride, W_stride, part_stride,
     first_column,  # of the first slice
-    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, SELDOM: tl.constexpr,
 ):  # fmt: skip
     """parts[s, b, j] = rows[b] · W[indices[b, j]] over the columns of slice s, accumulated in float32.
 
     The second dimension of the grid cuts the list of a token: of lists that ascend, latents that lie together are read
     at about the same time.
     """
-    row = tl.program_id(0).to(tl.int64)
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
+    if SELDOM:
+        row, part = part, row
     if starts_ptr is None:
         first, count = row * k, k
         if counts_ptr is not None:
@@ -38,10 +40,10 @@ def decode_dots_kernel(
             count = tl.where(count > k, 0, count)
     else:
         first, count = _entries_of(starts_ptr, row, k)
-    column = first_column + tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
+    column = first_column + part.to(tl.int32) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = column < d
     values = tl.load(rows_ptr + row * row_stride + column, mask=inside, other=0.0).to(tl.float32)
-    parts_ptr += tl.program_id(2).to(tl.int64) * part_stride + first
+    parts_ptr += part * part_stride + first
     length = tl.cdiv(count, tl.num_programs(1) * BLOCK_K) * BLOCK_K
     begin = tl.program_id(1) * length
     for start in range(begin, tl.minimum(begin + length, count), BLOCK_K):

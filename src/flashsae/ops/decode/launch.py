@@ -176,8 +176,9 @@ PIECE = 256
 PARTS_BYTES = 2**27
 """Bytes of partial dot products at once, at most, unless a single slice of columns has more."""
 
-NEAR = 2**25
-"""Bytes that are found in the cache again soon after; lists of tokens are cut where a slice of W is larger."""
+NEAR, MOST_CUTS = 2**25, 4
+"""Bytes that are found in the cache again soon after. Lists of tokens are cut, so often at most, where a slice of W is
+larger."""
 
 ENOUGH_PROGRAMS = 4096
 """Programs that keep a GPU busy; lists of tokens are cut where there are fewer."""
@@ -191,7 +192,7 @@ def launch_dots(
     With starts, as a pattern has them, what is not used is 0; with counts [B] only the first so many of a row are set,
     and none of a row whose count is above what it has room for.
 
-    How the products are summed depends on d and the dtype of W alone: a pair of token and latent has the same bits
+    How products are summed depends on W alone (d, dtype, alignment): a pair of token and latent has the same bits
     wherever it stands. Four or eight products one after the other, 16 such sums in pairs, and the d / columns slices
     in their order: no product goes through more than d / 64 + 13 roundings of 2**-24, which is less than the
     (d / 128 + 32) · 2**-23 of the product of norms that certified selections reckon with (ops/encode/product.py).
@@ -207,14 +208,16 @@ def launch_dots(
     block_k, block_d = 16, min(PIECE // W.element_size(), triton.next_power_of_2(d))
     slices = triton.cdiv(d, block_d)
     at_once = min(slices, max(1, PARTS_BYTES // (4 * n)))
-    cuts = max(triton.cdiv(len(W) * PIECE, NEAR), triton.cdiv(ENOUGH_PROGRAMS, B * slices))
-    cuts = min(cuts, triton.cdiv(k or triton.cdiv(n, B), block_k), 65535)
+    cuts = min(MOST_CUTS, triton.cdiv(len(W) * PIECE, NEAR))
+    cuts = max(cuts, triton.cdiv(ENOUGH_PROGRAMS, B * slices))
+    cuts = min(cuts, triton.cdiv(k or triton.cdiv(n, B), block_k))
+    seldom = 2 * n < len(W) and B < 2**16
     parts = dots if slices == 1 else torch.empty(at_once, n, dtype=torch.float32, device=W.device)
     for first in range(0, slices, at_once):
         some = min(at_once, slices - first)
-        dots_kernels.decode_dots_kernel[(B, cuts, some)](
+        dots_kernels.decode_dots_kernel[(some, cuts, B) if seldom else (B, cuts, some)](
             rows, latents, starts, counts, W, parts, k, d, rows.stride(0), W.stride(0), n, first * block_d,
-            BLOCK_K=block_k, BLOCK_D=block_d, num_warps=1,
+            BLOCK_K=block_k, BLOCK_D=block_d, SELDOM=seldom, num_warps=1,
         )  # fmt: skip
         if slices > 1:
             dots_kernels.decode_dots_join_kernel[(triton.cdiv(n, 512),)](
