@@ -84,7 +84,7 @@ class _Uncaptured(CapturedSteps):
 
 
 def _whole_weights(sae: SAE, config: TrainConfig) -> FactoredAdam:
-    return build_optimizer(sae, replace(config, precision="tf32"))  # only bf16 splits them
+    return build_optimizer(sae, replace(config, precision="tf32"))  # only products of bf16 numbers split them
 
 
 def latent_pass(problem: Problem) -> OurStep:
@@ -107,6 +107,11 @@ def replayed(problem: Problem) -> OurStep:
     return build_ours(problem, Variant("bf16"))
 
 
+def screened(problem: Problem) -> OurStep:
+    """As before; an 8-bit product in the place of that of bf16, and float32 dot products of what it leaves."""
+    return build_ours(problem, Variant("bf16-int8"))
+
+
 RUNGS: dict[str, Callable[[Problem], WholeStep]] = {
     PYTORCH.name: dense_pytorch,
     "+ sparse decode and backward": sparse_decode,
@@ -114,5 +119,11 @@ RUNGS: dict[str, Callable[[Problem], WholeStep]] = {
     "+ latent pass from factors": latent_pass,
     "+ split weights": split_weights,
     "+ CUDA graph": replayed,
+    "+ int8 screen": screened,
 }
-CASES = tuple(Case(name, "bf16", partial(whole_step, build=build, precision="bf16")) for name, build in RUNGS.items())
+RUNG_PRECISIONS = dict.fromkeys(RUNGS, "bf16") | {"+ int8 screen": "bf16-int8"}
+"""Of the products of each rung."""
+CASES = tuple(
+    Case(name, RUNG_PRECISIONS[name], partial(whole_step, build=build, precision=RUNG_PRECISIONS[name]))
+    for name, build in RUNGS.items()
+)

@@ -40,7 +40,7 @@ def _at(arch: str) -> tuple[str, ...]:
 
 
 def _ours(arch: str) -> Case:
-    build = partial(our_step, variant=Variant(arch=arch), beside="" if arch == BASE else BASE)
+    build = partial(our_step, variant=Variant(arch=arch), beside=None if arch == BASE else (BASE, Variant(arch=BASE)))
     return Case(f"{OURS}, {arch}", "bf16", build, _at(arch))
 
 

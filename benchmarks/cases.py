@@ -32,7 +32,7 @@ class Size:
     def __init__(self, shape: Shape, device: torch.device, seconds: float, memory_gbs: dict[str, float]) -> None:
         self.shape, self.device, self.seconds, self.memory_gbs = shape, device, seconds, memory_gbs
         self.medians: dict[str, float] = {}
-        """Milliseconds of the cases measured so far, by name."""
+        """Milliseconds of the cases measured so far, by name; of several precisions those of the first."""
         self._problem: Problem | None = None
         self._codes: dict[str, list[SparseCode]] = {}
         self._ceilings: dict[str, Ceilings] = {}

@@ -95,7 +95,7 @@ def matrix(sizes: list[Record], rows: dict[str, list[Record | None]], base: str,
 def draw_bars(axes: Axes, labels: list[str], records: list[Record | None]) -> None:
     """Draw horizontal bars from 0, with the milliseconds at their ends."""
     ms = [(record or {}).get("median_ms", 0.0) for record in records]
-    colours = {OURS: BLUE, "+ CUDA graph": BLUE, PYTORCH.name: RED}
+    colours = dict.fromkeys((OURS, "+ CUDA graph", "+ int8 screen"), BLUE) | {PYTORCH.name: RED}
     axes.barh(labels, ms, color=[colours.get(label, GREY) for label in labels], height=0.72)
     for i, (value, record) in enumerate(zip(ms, records)):
         axes.text(value, i, f" {ms_text(record) or 'not measured'}", va="center", fontsize=7.5)

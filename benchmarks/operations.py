@@ -242,21 +242,27 @@ def _stages(dtype: torch.dtype, precision: Precision) -> tuple[Case, ...]:
     return tuple(Case(name, precision, build) for name, build in builds.items())
 
 
-_LOWER: tuple[Precision, ...] = ("tf32", "bf16")
+_OTHERS: tuple[Precision, ...] = ("tf32", "bf16", "bf16-int8", "float32-int8")
+_FLOAT32: tuple[Precision, ...] = ("float32", "float32-int8")
 CEILING_CASES = (Case("copy", "", copy), Case("gather", "", gather))
 CASES = (
     *_stages(BF16, "bf16"),
+    Case("encode_topk", "bf16-int8", partial(encode, dtype=BF16, precision="bf16-int8", beside_gemm=True)),
     Case("encode_batch_topk", "bf16", partial(encode_batch, dtype=BF16, precision="bf16")),
+    Case("encode_batch_topk", "bf16-int8", partial(encode_batch, dtype=BF16, precision="bf16-int8")),
     Case("weight_grads_bf16", "bf16", partial(weight_grads, dtype=BF16, written=BF16)),
     Case("weight_grads_zipf", "bf16", partial(weight_grads, dtype=BF16, kind="zipf", uniform="weight_grads")),
     Case("forward_backward", "bf16", partial(forward_backward, dtype=BF16, precision="bf16")),
 )
 PAPER_CASES = (
     *_stages(torch.float32, "float32"),
-    Case("forward_backward", "float32", partial(forward_backward, dtype=torch.float32, precision="float32")),
+    *(
+        Case("forward_backward", precision, partial(forward_backward, dtype=torch.float32, precision=precision))
+        for precision in _FLOAT32
+    ),
     *(
         Case("encode_topk", precision, partial(encode, dtype=torch.float32, precision=precision, beside_gemm=False))
-        for precision in _LOWER
+        for precision in _OTHERS
     ),
 )
 SWEEP_CASES = (

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import get_args
 
 from cyclopts import App
 from matplotlib import rc_context
@@ -40,6 +41,7 @@ from benchmarks.session import RESULTS
 from benchmarks.shapes import SWEEPS
 from flashsae.bench.measure import OURS, Record
 from flashsae.bench.peers import PYTORCH
+from flashsae.precision import Precision, has_screen
 
 DOCS = Path(__file__).parents[1] / "docs"
 START, END = "<!-- tables -->", "<!-- /tables -->"
@@ -70,14 +72,18 @@ app = App(name="benchmarks.plots", help=__doc__, version_flags=[])
 def stage_row(record: Record, gemm: Record | None) -> list[str]:
     """Return the row of one stage."""
     if "median_ms" not in record:
-        return [OPERATIONS[record["name"]], record["status"], "", "", "", ""]
+        return [_stage_name(record), record["status"], "", "", "", ""]
     rate = number(record["gbs"], " GB/s") if "gbs" in record else number(record.get("tflops"), " TFLOP/s")
     gemm_ms = (gemm or {}).get("median_ms")
     ratio = record.get("ratio_to_gemm", record["median_ms"] / gemm_ms if gemm_ms else None)  # taken in turn if known
     ceiling = record.get("share_of_ceiling", 1 / record["ratio_to_gemm"] if "ratio_to_gemm" in record else None)
-    share = "" if ceiling is None else f"{ceiling:.0%}"
+    share = "" if ceiling is None or has_screen(record["precision"]) else f"{ceiling:.0%}"
     spread = f"{number(record['p10_ms'])} – {number(record['p90_ms'])}"
-    return [OPERATIONS[record["name"]], ms_text(record), spread, rate, share, number(ratio, "×")]
+    return [_stage_name(record), ms_text(record), spread, rate, share, number(ratio, "×")]
+
+
+def _stage_name(record: Record) -> str:
+    return OPERATIONS[record["name"]] + (", int8 screen" if has_screen(record["precision"]) else "")
 
 
 def stage_tables(results: Results) -> str:
@@ -87,7 +93,8 @@ def stage_tables(results: Results) -> str:
     heads = ["stage", "ms", "p10 – p90", "rate", "of ceiling", "time of GEMM"]
     for shape in results.sizes("ops"):
         gemm = results.get("ops", shape["name"], "gemm", "bf16")
-        found = (results.get("ops", shape["name"], name, "bf16") for name in OPERATIONS)
+        cases = ((name, precision) for name in OPERATIONS for precision in ("bf16", "bf16-int8"))
+        found = (results.get("ops", shape["name"], *case) for case in cases)
         rows = [stage_row(record, gemm) for record in found if record]
         parts += [f"\n**{shape['name']}**: {size_text([shape])}\n", table(heads, rows)] if rows else []
     return "\n".join(parts)
@@ -105,12 +112,13 @@ def passes_table(results: Results) -> str:
 def paper_table(results: Results) -> str:
     """Return the setting of the paper, by stage."""
     cases = {OPERATIONS["gemm"] + ", float32": ("gemm", "float32")}
-    cases |= {f"`encode_topk`, {name}": ("encode_topk", name) for name in ("float32", "tf32", "bf16")}
+    cases |= {f"`encode_topk`, {name}": ("encode_topk", name) for name in get_args(Precision)}
     cases |= {OPERATIONS[name]: (name, "float32") for name in ("index", "decode_loss", "weight_grads")}
     rows = {label: results.row("paper", *case) for label, case in cases.items()}
     ours, dense = f"forward + backward, {OURS}", f"forward + backward, {PYTORCH.name}"
     rows |= {
         ours: results.row("paper", "forward_backward", "float32"),
+        f"{ours}, float32-int8": results.row("paper", "forward_backward", "float32-int8"),
         dense: results.row("paper", PYTORCH.name, "float32"),
     }
     text = f"Float32 without TF32, FlashSAE certified; {size_text(results.sizes('paper'), 'd_sae')}; n is d_sae."

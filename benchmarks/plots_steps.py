@@ -5,7 +5,7 @@ from __future__ import annotations
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.ablation import RUNGS
+from benchmarks.ablation import RUNG_PRECISIONS
 from benchmarks.drawing import (
     BLUE,
     GREY,
@@ -23,7 +23,7 @@ from benchmarks.drawing import (
     table,
 )
 from benchmarks.openai import OPENAI
-from benchmarks.steps import DEAD_FRACTION, VARIANTS, WITH_VARIANTS
+from benchmarks.steps import BF16_SCREENED, DEAD_FRACTION, VARIANTS, WITH_VARIANTS
 from flashsae.bench.ceilings import Ceilings
 from flashsae.bench.cost import predict_stages
 from flashsae.bench.measure import OURS, Record
@@ -71,6 +71,7 @@ def step_text(results: Results) -> str:
 def whole_table(results: Results) -> str:
     """Return whole steps of every implementation at every size."""
     rows = {OURS: results.row("step", OURS, "bf16")}
+    rows[BF16_SCREENED] = results.row("step", BF16_SCREENED, "bf16-int8")
     rows |= {name: results.row("step", name, precision) for name, (precision, *_) in PEERS.items()}
     sizes = results.sizes("step")
     where = "; ".join(f"{shape['name']}: {size_text([shape])}" for shape in sizes)
@@ -151,9 +152,12 @@ def scale_table(results: Results) -> str:
 def ablation_table(results: Results) -> str:
     """Return the rungs from dense PyTorch to our step."""
     sizes, rows = results.sizes("ablation"), []
-    for name in RUNGS:
+    for name, precision in RUNG_PRECISIONS.items():
+        found = results.row("ablation", name, precision)
+        if not any(found):
+            continue
         cells = [name]
-        for record, dense in zip(results.row("ablation", name, "bf16"), results.row("ablation", PYTORCH.name, "bf16")):
+        for record, dense in zip(found, results.row("ablation", PYTORCH.name, "bf16")):
             text, peak = ms_text(record), (record or {}).get("peak_bytes")
             if record and dense and name != PYTORCH.name and {"median_ms"} <= record.keys() & dense.keys():
                 text += f" ({dense['median_ms'] / record['median_ms']:.2f}×)"
@@ -173,7 +177,10 @@ def whole_figure(results: Results) -> Figure | None:
 
 def ablation_figure(results: Results) -> Figure | None:
     """Draw the rungs from dense PyTorch to our step, a panel for each size."""
-    return _bars(results, "ablation", results.sizes("ablation"), dict.fromkeys(RUNGS, "bf16"))
+    measured = {
+        name: precision for name, precision in RUNG_PRECISIONS.items() if any(results.row("ablation", name, precision))
+    }
+    return _bars(results, "ablation", results.sizes("ablation"), measured)
 
 
 def _bars(results: Results, group: str, sizes: list[Record], precisions: dict[str, str]) -> Figure | None:

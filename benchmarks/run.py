@@ -6,7 +6,7 @@ Appends one JSON line for each result and prints a table. A result that a float6
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import torch
 from cyclopts import App, Parameter
@@ -19,6 +19,7 @@ from benchmarks.session import RESULTS, Session
 from flashsae.bench.peers import LIBRARIES
 from flashsae.bench.setups import Shape, tiny
 from flashsae.bench.timing import free
+from flashsae.precision import Precision
 
 app = App(name="benchmarks.run", help=__doc__, version_flags=[])
 NAMED = list(dict.fromkeys(s.name for s in (*shapes.SIZES, shapes.LARGEST, *architectures.MEASURED_AT)))
@@ -53,6 +54,7 @@ def main(
     sizes: str = ",".join(NAMED),
     only: str = "",
     skip: str = "",
+    precision: str = "",
     out: Path | None = None,
     peers: bool = True,
     seconds: float = 0.3,
@@ -69,6 +71,8 @@ def main(
             (M and L), by comma.
         only: measure only cases in whose name this regular expression is found.
         skip: leave out those in whose name this one is found.
+        precision: measure only cases of these precisions, by comma. Whole steps in bf16-int8 and float32-int8 take
+            turns with those in bf16 and float32.
         out: file to append JSON lines to. Default: ops.jsonl and step.jsonl under benchmarks/results.
         peers: measure the peers that are installed.
         seconds: budget of one measurement, warm-up apart.
@@ -83,6 +87,11 @@ def main(
     torch.set_float32_matmul_precision("highest")
     for peer in (peer for peer in (*LIBRARIES, OPENAI) if peers and not peer.is_installed):
         print(f"{peer.name} is not installed and left out: {peer.install}")
+    precisions = precision.split(",") if precision else []
+    if unknown := set(precisions) - set(get_args(Precision)):
+        raise SystemExit(
+            f"precision: expected some of {','.join(get_args(Precision))}, got {','.join(sorted(unknown))}."
+        )
     chosen = {name: GROUPS[name] for name in GROUPS if "all" in groups or name.split()[0] in (groups or ("ops",))}
     for file in dict.fromkeys(group.file for group in chosen.values()):
         session = Session(device, seconds, out or RESULTS / file, only, skip)
@@ -91,13 +100,16 @@ def main(
             for name, group in chosen.items():
                 if group.file == file:
                     fitting = [shape for shape in group.sizes if shape.name in wanted or shape.name not in NAMED]
-                    run_group(session, name, _of(group, peers), [tiny(s) if small else s for s in fitting], gbs)
+                    run_group(
+                        session, name, _of(group, peers, precisions), [tiny(s) if small else s for s in fitting], gbs
+                    )
         finally:
             session.print_table()
 
 
-def _of(group: Group, peers: bool) -> Group:
-    return Group(group.file, group.sizes, tuple(case for case in group.cases if peers or case.peer is None))
+def _of(group: Group, peers: bool, precisions: list[str]) -> Group:
+    cases = (case for case in group.cases if peers or case.peer is None)
+    return Group(group.file, group.sizes, tuple(c for c in cases if not precisions or c.precision in precisions))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,10 @@ from flashsae.bench.problem import Problem
 
 DEAD_FRACTION = 0.05  # of latents, where AuxK is measured
 WITH_VARIANTS = "L"
+BF16_SCREENED, FLOAT32_SCREENED = f"{OURS}, bf16, int8 screen", f"{OURS}, float32, int8 screen"
 VARIANTS = {
+    BF16_SCREENED: Variant("bf16-int8"),
+    FLOAT32_SCREENED: Variant("float32-int8"),
     f"{OURS}, float32": Variant("float32"),
     f"{OURS}, tf32": Variant("tf32"),
     f"{OURS}, bf16 moments": Variant(moments="bf16"),
@@ -26,8 +29,10 @@ VARIANTS = {
 AT_XL = (PYTORCH.name, OPENAI.name)  # others need more memory there than there is
 
 
-def our_step(size: Size, variant: Variant, dead_fraction: float = 0.0, beside: str = "") -> Subject:
-    """Return our step by stage; beside it, in turn, that of an architecture."""
+def our_step(
+    size: Size, variant: Variant, dead_fraction: float = 0.0, beside: tuple[str, Variant] | None = None
+) -> Subject:
+    """Return our step by stage; beside it, in turn, another one of ours, by name."""
     size.forget()
     dead = round(dead_fraction * size.shape.d_sae)
     ceilings = size.ceilings(variant.precision)
@@ -50,8 +55,9 @@ def peer_case(peer: Peer, at: tuple[str, ...] | None = None, name: str = "") -> 
 
 def _variant(name: str, variant: Variant) -> Case:
     dead = DEAD_FRACTION if name.endswith("AuxK") else 0.0
-    build = partial(our_step, variant=variant, dead_fraction=dead)
-    return Case(name, variant.precision, build, (WITH_VARIANTS,), ours=OURS)
+    build = partial(our_step, variant=variant, dead_fraction=dead, beside=variant.unscreened)
+    at = None if name == BF16_SCREENED else (WITH_VARIANTS,)
+    return Case(name, variant.precision, build, at, ours=OURS)
 
 
 def _precise(precision: str) -> Peer:

@@ -26,6 +26,7 @@ from benchmarks import (
     plots_inference,
     plots_runs,
     plots_steps,
+    run,
 )
 from benchmarks.ablation import RUNGS
 from benchmarks.cases import Size
@@ -91,10 +92,13 @@ def test_the_wheel_changes_no_peer() -> None:
         assert not _changed_modules(path.read_text("utf-8")), path
 
 
-@pytest.mark.parametrize("name", [case.name for case in GROUPS["ops"].cases if case.peer is None])
+OPERATIONS = {f"{case.name} {case.precision}": case for case in GROUPS["ops"].cases if case.peer is None}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
 def test_every_operation_is_right(name: str) -> None:
     shape, device = next(shape for shape in GROUPS["ops"].sizes if shape.name == "S"), torch.device("cpu")
-    case = next(case for case in GROUPS["ops"].cases if case.name == name)
+    case = OPERATIONS[name]
     record = measure(lambda: case.build(Size(tiny(shape), device, 1e-9, {})), device, 1e-9)
     assert record["status"].startswith("ok"), record
 
@@ -120,6 +124,43 @@ def test_a_group_names_each_case_once_and_only_sizes_that_it_has(name: str) -> N
     assert {size for case in group.cases for size in case.at or ()} <= {shape.name for shape in group.sizes}
     for number, case in enumerate(group.cases):
         assert not case.ours or case.ours in {earlier.name for earlier in group.cases[:number]}
+
+
+def test_cases_are_chosen_by_their_precision(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"precision: expected some of float32,.*,float32-int8, got fp8\."):
+        run.main("step", precision="bf16,fp8", small=True)
+    run.main("step", sizes="S,L", precision="bf16-int8,float32-int8", small=True, seconds=1e-9, out=tmp_path / "a")
+    records = [json.loads(line) for line in (tmp_path / "a").read_text().splitlines()]
+    of_steps = [record for record in records if record["group"] == "step"]
+    assert [(record["name"], record["precision"], record["shape"]["name"]) for record in of_steps] == [
+        (f"{OURS}, bf16, int8 screen", "bf16-int8", "S"),
+        (f"{OURS}, bf16, int8 screen", "bf16-int8", "L"),
+        (f"{OURS}, float32, int8 screen", "float32-int8", "L"),
+    ]
+    assert all(record["status"] == "ok" for record in of_steps)
+    assert [record.keys() & {"ratio_to_bf16", "ratio_to_float32"} for record in of_steps] == [
+        {"ratio_to_bf16"}, {"ratio_to_bf16"}, {"ratio_to_float32"},
+    ]  # fmt: skip
+
+
+def test_a_screen_has_rows_of_its_own_in_the_tables() -> None:
+    about = {"gpu": "G", "torch": "2", "triton": "3", "flashsae": "0", "commit": "c", "date": "2026-01-01"}
+    shape = {"shape": asdict(tiny(SIZES[1])), "status": "ok", "peak_bytes": 1e9, "p10_ms": 1.0, "p90_ms": 9.0}
+    step = {"group": "step", **shape, **about}
+    found = [step | {"name": OURS, "precision": "bf16", "median_ms": 4.0}]
+    name = f"{OURS}, bf16, int8 screen"
+    assert name not in plots_steps.whole_table(Results(found))
+    found.append(step | {"name": name, "precision": "bf16-int8", "median_ms": 3.0})
+    assert f"| {name} | 3.00 (0.8×) | 1.00 |" in plots_steps.whole_table(Results(found))
+    rungs = [("dense PyTorch", "bf16", 16.0), ("+ CUDA graph", "bf16", 4.0), ("+ int8 screen", "bf16-int8", 3.2)]
+    records = [{**step, "group": "ablation", "name": n, "precision": p, "median_ms": ms} for n, p, ms in rungs]
+    table = plots_steps.ablation_table(Results(records))
+    assert "| + CUDA graph | 4.00 (4.00×) | 1.00 |\n| + int8 screen | 3.20 (5.00×) | 1.00 |" in table
+    assert "split weights" not in table
+    assert plots_steps.ablation_figure(Results(records)) is not None
+    operation = {"group": "ops", "name": "encode_topk", "median_ms": 2.0, "tflops": 900.0, "ratio_to_gemm": 0.7}
+    text = plots.stage_tables(Results([{**shape, **about, **operation, "precision": "bf16-int8"}]))
+    assert "| `encode_topk`, int8 screen | 2.00 | 1.00 – 9.00 | 900 TFLOP/s |  | 0.700× |" in text
 
 
 def _read(name: str) -> list[Record]:

@@ -282,7 +282,8 @@ def step(
         d_sae: Number of latents.
         k: Latents active for each token.
         batch_tokens: Tokens in a step.
-        precision: Of our products; others keep that of their own recipe, mostly bf16.
+        precision: Of our products, as of flashsae train; with an 8-bit screen our step without it is measured too.
+            Others keep that of their own recipe, mostly bf16.
         peers: Measure the libraries that are installed, beside dense PyTorch.
         seconds: Budget of each measurement, without building and warm-up.
         json: File for the results. Default: none is written.

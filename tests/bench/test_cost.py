@@ -14,6 +14,7 @@ from flashsae.bench.stages import ENCODE
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "step.jsonl"
 L = Shape("L", batch_tokens=8192, d_in=4096, d_sae=131072, k=64)
 BF16 = ("FlashSAE", "bf16")
+KINDS = ((1, "bfloat16"), (2, "int8"))
 
 
 def _measured() -> list[dict[str, Any]]:
@@ -47,6 +48,14 @@ def test_a_device_twice_as_fast_takes_half_the_time_but_for_launches() -> None:
     for name in set(slow) - {"index", "everything else"}:
         assert fast[name] == pytest.approx(slow[name] / 2)
     assert slow["everything else"] / 2 < fast["everything else"] < slow["everything else"]
+
+
+def test_a_screen_is_another_product_and_rows_that_are_gathered() -> None:
+    plain, screened = (predict_stages(L, Ceilings(4000, 9000, 700 * times, dtype)) for times, dtype in KINDS)
+    assert plain.keys() == screened.keys()
+    assert {name for name, ms in screened.items() if ms != plain[name]} == {ENCODE}
+    product = 2.0 * L.batch_tokens * L.d_in * L.d_sae / 1400e9
+    assert product < screened[ENCODE] < plain[ENCODE]
 
 
 def test_without_a_rate_of_gathers_rows_cost_what_a_copy_costs() -> None:

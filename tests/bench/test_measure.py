@@ -141,7 +141,10 @@ def test_a_loss_that_may_rise_must_change_and_stay_near() -> None:
         assert "expected less than 1.1 after 3 updates" in told(wrong)
 
 
-@pytest.mark.parametrize(("precision", "off"), [("bf16", 0.04), ("tf32", 0.005), ("float32", 0.0002)])
+@pytest.mark.parametrize(
+    ("precision", "off"),
+    [("bf16", 0.04), ("tf32", 0.005), ("float32", 0.0002), ("bf16-int8", 0.04), ("float32-int8", 0.0002)],
+)
 def test_each_precision_has_its_tolerance(precision: str, off: float) -> None:
     problem = make_problem(SHAPE, torch.float32, CPU)
     expected = dense_squared_error(problem) * (1 + off)
@@ -177,3 +180,18 @@ def test_what_a_step_was_built_from_does_not_count_as_its_memory(build: Callable
     del problem
     gc.collect()
     assert alive() is None
+
+
+def test_another_way_takes_turns_where_there_is_room_for_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    variant = Variant("bf16-int8")
+    record = measure_ours(variant, SHAPE, CPU, 0.01, beside=variant.unscreened)
+    assert record["status"] == "ok"
+    assert record["ratio_to_bf16"] == pytest.approx(record["median_ms"] / record["bf16_ms"], rel=20)  # timed once more
+
+    def no_room(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(measure, "_turns", no_room)
+    record = measure_ours(variant, SHAPE, CPU, 0.01, beside=variant.unscreened)
+    assert record["status"] == "ok"
+    assert not [name for name in record if name.endswith("bf16_ms") or name == "ratio_to_bf16"]

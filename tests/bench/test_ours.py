@@ -19,6 +19,7 @@ PROBLEM = make_problem(SHAPE, torch.float32, CPU)
     "variant",
     [
         *(Variant(), Variant("tf32"), Variant("float32"), Variant(moments="bf16"), Variant(clip_norm=1.0)),
+        *(Variant("bf16-int8"), Variant("float32-int8")),
         *(Variant(arch="batch_topk"), Variant("float32", arch="batch_topk"), Variant(arch=BatchTopKSettings(k=5))),
     ],
     ids=str,
@@ -29,7 +30,13 @@ def test_steps_start_from_the_problem_and_fall(variant: Variant) -> None:
     losses = [float(step.run(x)) for _ in range(4)]
     assert losses == sorted(losses, reverse=True)
     assert step.squared_error(losses[0], x) == pytest.approx(dense_squared_error(problem), rel=0.02)
-    assert (step.expected is not None) == (variant == Variant("float32"))
+    assert (step.expected is not None) == (variant in (Variant("float32"), Variant("float32-int8")))
+
+
+def test_a_screened_step_knows_the_one_without_its_screen() -> None:
+    assert Variant("bf16-int8", k_aux=7).unscreened == ("bf16", Variant("bf16", k_aux=7))
+    assert Variant("float32-int8").unscreened == ("float32", Variant("float32"))
+    assert all(Variant(name).unscreened is None for name in ("float32", "tf32", "bf16"))  # type: ignore[arg-type]
 
 
 def test_codes_above_a_threshold_have_room_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,6 +64,23 @@ def test_what_is_printed_is_also_in_the_file(
     assert all(record["status"] == "not installed" for record in others)
 
 
+@pytest.mark.parametrize(("precision", "operand"), [("bf16-int8", "bf16"), ("float32-int8", "float32")])
+def test_a_screen_stands_beside_the_step_without_it(
+    precision: str, operand: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "step.json"
+    code, output = _bench(capsys, *TINY, "--no-peers", "--precision", precision, "--json", path)
+    assert code == 0
+    result = json.loads(path.read_text())
+    assert [record["precision"] for record in result["steps"]] == [precision, operand, "bf16"]
+    assert result["ceilings"]["gemm_dtype"] == "int8"
+    ours, plain, _ = result["steps"]
+    assert ours["status"] == plain["status"] == "ok"
+    assert ours[f"ratio_to_{operand}"] > 0
+    for each in (precision, operand):
+        assert f"FlashSAE, {each} " in output
+
+
 def test_a_missing_library_says_how_to_install_it(capsys: pytest.CaptureFixture[str]) -> None:
     _, output = _bench(capsys, *TINY)
     assert "SAELens: not installed: pip install 'flashsae[peers]'" in output

@@ -7,13 +7,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flashsae.bench.setups import Shape
 from flashsae.bench.timing import float32_products, free, time_runs
 
 GEMM_OUT_BYTES = 2**31
-GEMM_DTYPES = {"bf16": torch.bfloat16, "tf32": torch.float32, "float32": torch.float16}  # of the product in encode_topk
+GEMM_DTYPES = {
+    "bf16": torch.bfloat16, "tf32": torch.float32, "float32": torch.float16,
+    "bf16-int8": torch.int8, "float32-int8": torch.int8,
+}  # fmt: skip
+"""Of the product in encode_topk."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,25 @@ def gemm_run(x: Tensor, W_enc_T: Tensor) -> tuple[Callable[[int], object], float
     return run, 2.0 * tokens * d_in * d_sae
 
 
+def int8_gemm_run(x: Tensor, W_enc_T: Tensor) -> tuple[Callable[[int], object], float]:
+    """Return the same of integers of 8 bits, whose sums are of 32.
+
+    The library wants more than 16 rows at a time, and multiples of 8: what is added to reach them is not counted.
+    """
+    (d_sae, d_in), tokens = W_enc_T.shape, len(x)
+    d_pad, n_pad = -d_in % 8, -d_sae % 8
+    parts = -(-tokens * (d_sae + n_pad) * 4 // GEMM_OUT_BYTES)
+    rows = max(32, -(-tokens // parts))
+    x, W = F.pad(x, (0, d_pad, 0, -tokens % rows)), F.pad(W_enc_T, (0, d_pad, 0, n_pad))
+    out = torch.empty(rows, len(W), dtype=torch.int32, device=x.device)
+
+    def run(i: int) -> None:
+        for chunk in torch.split(x, rows):
+            torch._int_mm(chunk, W.T, out=out)
+
+    return run, 2.0 * tokens * d_in * d_sae
+
+
 def measure_ceilings(shape: Shape, precision: str, device: torch.device, seconds: float) -> Ceilings:
     """Measure all of them, one after another."""
 
@@ -76,12 +100,17 @@ def measure_ceilings(shape: Shape, precision: str, device: torch.device, seconds
     copy, gather = rate(copy_run(device), 1e6), rate(gather_run(device), 1e6)
     free(device)
     dtype = GEMM_DTYPES[precision]
-    x = torch.randn(shape.batch_tokens, shape.d_in, dtype=dtype, device=device)
-    W_enc_T = torch.randn(shape.d_sae, shape.d_in, dtype=dtype, device=device)
+    x, W_enc_T = (_random((size, shape.d_in), dtype, device) for size in (shape.batch_tokens, shape.d_sae))
     with float32_products("tf32" if precision == "tf32" else None):
-        gemm = rate(gemm_run(x, W_enc_T), 1e9)
+        gemm = rate((int8_gemm_run if dtype == torch.int8 else gemm_run)(x, W_enc_T), 1e9)
     assert copy is not None
     assert gemm is not None
     del x, W_enc_T
     free(device)
     return Ceilings(copy, gather, gemm, str(dtype).removeprefix("torch."))
+
+
+def _random(size: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if dtype == torch.int8:
+        return torch.randint(-127, 128, size, dtype=dtype, device=device)
+    return torch.randn(size, dtype=dtype, device=device)

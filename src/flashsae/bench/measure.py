@@ -7,7 +7,8 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from flashsae.bench.setups import JUMPS, Shape, base_name
 from flashsae.bench.stages import profiled_steps, stage_records, stage_times, traced_stages
 from flashsae.bench.timing import captured, free, peak_bytes, time_runs
 from flashsae.errors import MissingExtraError
+from flashsae.precision import Precision, operand_of
 
 Record = dict[str, Any]
 OURS = "FlashSAE"
@@ -29,7 +31,8 @@ FEW_TOKENS = 2048  # of a check that does dense float32 steps
 RISE = 0.1  # of the loss where thresholds move at the rate of a library, which updates on one batch overshoot with
 LIKE = 0.5  # of a small change: half of what precisions make of it
 # half a unit in the last place of what a precision stores, twice over: of the inputs and of the result
-TOLERANCE = {"bf16": 2.0**-7, "fp16": 2.0**-7, "tf32": 2.0**-10, "float32": 2e-5}
+_OF_OPERANDS = {"bf16": 2.0**-7, "fp16": 2.0**-7, "tf32": 2.0**-10, "float32": 2e-5}
+TOLERANCE = {name: _OF_OPERANDS[operand_of(name)] for name in (*_OF_OPERANDS, *get_args(Precision))}
 OF_SQUARES = 4  # times that for a sum of squared errors, relative to the sum
 
 
@@ -107,11 +110,19 @@ def _measured(build: Callable[[], Subject], device: torch.device, seconds: float
             name = subject.reference[0]
             record[f"{name}_ms"] = beside[0].median_ms
             record[f"ratio_to_{name}"] = timed.median_ms / beside[0].median_ms
-        if subject.beside:
-            name, make = subject.beside
-            timed, other = time_runs([subject.run, make()], device, seconds)
-            record |= {f"{name}_ms": other.median_ms, f"ratio_to_{name}": timed.median_ms / other.median_ms}
-        return record | subject.figures(record)
+        return record | _beside(subject, device, seconds) | subject.figures(record)
+
+
+def _beside(subject: Subject, device: torch.device, seconds: float) -> Record:
+    """Time what takes turns with a subject; nothing where there is no room for both."""
+    if not subject.beside:
+        return {}
+    name, make = subject.beside
+    try:
+        timed, other = time_runs([subject.run, make()], device, seconds)
+    except torch.OutOfMemoryError:
+        return {}
+    return {f"{name}_ms": other.median_ms, f"ratio_to_{name}": timed.median_ms / other.median_ms}
 
 
 def _memory(subject: Subject, device: torch.device, before: int) -> Record:
@@ -193,7 +204,7 @@ class StepCase:
         arch: its architecture, by name or as settings.
         dead: latents that are never active.
         ceilings: measured on the device; with these, and on a GPU, the record of ours has "stages".
-        beside: the name of an architecture whose step by us takes turns with it.
+        beside: a name, and another way of ours to train, whose step takes turns with it.
     """
 
     precision: str
@@ -201,7 +212,7 @@ class StepCase:
     arch: object = "topk"
     dead: int = 0
     ceilings: Ceilings | None = None
-    beside: str = ""
+    beside: tuple[str, Variant] | None = None
 
     def subject(self, shape: Shape, device: torch.device) -> Subject:
         """Make the step of one size ready; all that it allocates counts as its memory, graphs and inputs included."""
@@ -211,7 +222,7 @@ class StepCase:
             checked = checked[:FEW_TOKENS]
             problem = replace(problem, xs=(checked,))
             change = expected_change(problem, step.lr)
-        expected = dense_squared_error(problem, "ieee" if self.precision == "float32" else "tf32")
+        expected = dense_squared_error(problem, "ieee" if operand_of(self.precision) == "float32" else "tf32")
 
         def run(i: int) -> Tensor:
             return step.run(xs[i % len(xs)])
@@ -231,13 +242,17 @@ class StepCase:
             is_of_others = step.lr is None and base_name(problem.arch_name) in JUMPS
             return check_step(step, checked, expected, self.precision, change, RISE if is_of_others else 0.0)
 
-        def other() -> Callable[[int], Tensor]:
-            problem = make_problem(shape, torch.float32, device, tied=True, arch=self.beside)
-            xs, step = problem.xs, build_ours(problem, Variant(arch=self.beside))
-            return lambda i: step.run(xs[i % len(xs)])
-
-        beside = (self.beside, other) if self.beside else None
+        beside = None
+        if self.beside is not None:
+            beside = self.beside[0], partial(_turns, self.beside[1], shape, device)
         return Subject(run, check, None, figures, step.settings, beside=beside)
+
+
+def _turns(variant: Variant, shape: Shape, device: torch.device) -> Callable[[int], Tensor]:
+    """Return a step of ours that takes turns with another."""
+    problem = make_problem(shape, torch.float32, device, tied=True, arch=variant.arch)
+    xs, step = problem.xs, build_ours(problem, variant)
+    return lambda i: step.run(xs[i % len(xs)])
 
 
 def _stage_times(step: OurStep, xs: tuple[Tensor, ...], step_ms: float) -> dict[str, float] | str:
@@ -259,9 +274,17 @@ def measure_ours(
     *,
     dead: int = 0,
     ceilings: Ceilings | None = None,
+    beside: tuple[str, Variant] | None = None,
 ) -> Record:
-    """Measure our step; with `ceilings`, and on a GPU, its record has "stages": see `stages.stage_records`."""
-    case = StepCase(variant.precision, lambda problem: build_ours(problem, variant), variant.arch, dead, ceilings)
+    """Measure our step; with `ceilings`, and on a GPU, its record has "stages": see `stages.stage_records`.
+
+    With `beside`, a name and another way to train, it has "<name>_ms" and "ratio_to_<name>" of a step that takes turns.
+    """
+
+    def build(problem: Problem) -> OurStep:
+        return build_ours(problem, variant)
+
+    case = StepCase(variant.precision, build, variant.arch, dead, ceilings, beside)
     return measure(lambda: case.subject(shape, device), device, seconds)
 
 

@@ -15,8 +15,8 @@ from flashsae.bench.problem import Problem, dense_code, residual_of
 from flashsae.bench.setups import SLOWER, Sites
 from flashsae.bench.timing import float32_products
 from flashsae.data.shuffle import Batches
-from flashsae.ops.validate import Precision
 from flashsae.optim import FactoredAdam
+from flashsae.precision import Precision, has_screen, operand_of
 from flashsae.sae.dead import DeadLatents
 from flashsae.sae.losses import token_variance
 from flashsae.sae.module import SAE
@@ -52,6 +52,12 @@ class Variant:
     clip_norm: float | None = None
     k_aux: int = 512
     arch: object = "topk"
+
+    @property
+    def unscreened(self) -> tuple[str, Variant] | None:
+        """The same without its 8-bit screen, behind the name of its precision; None where it has none."""
+        operand = operand_of(self.precision)
+        return (operand, replace(self, precision=operand)) if has_screen(self.precision) else None
 
 
 @dataclass(frozen=True)
@@ -164,9 +170,10 @@ def make_state(problem: Problem, config: TrainConfig, build_optimizer: BuildOpti
 
 
 def build_ours(problem: Problem, variant: Variant) -> OurStep:
-    """Make our step ready; plain float32 knows what its first update must give."""
+    """Make our step ready; plain float32, screened or not, knows what its first update must give."""
     config = make_config(problem, variant)
-    expected = expected_rows(problem, config.lr) if variant == Variant("float32") and not problem.dead else None
+    is_exact = variant in (Variant("float32"), Variant("float32-int8"))
+    expected = expected_rows(problem, config.lr) if is_exact and not problem.dead else None
     return OurStep(make_state(problem, config), config, problem.sites, expected)
 
 

@@ -22,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from flashsae.bench.ceilings import Ceilings
 from flashsae.bench.setups import Shape
+from flashsae.precision import is_rounded
 
 ENCODE = "encode + select"
 INDEX = "index"
@@ -219,7 +220,7 @@ def stage_records(times: dict[str, float], settings: Any, shape: Shape, ceilings
     weights = float(shape.d_sae * shape.d_in)
     moment_bytes = 2 if settings.moments == "bf16" else 4
     streamed = weights * (2 * 4 + 4 * moment_bytes)  # weights and two moments, each read and written
-    gathered = float(shape.batch_tokens * shape.k * shape.d_in) * (2 if settings.precision == "bf16" else 4)
+    gathered = float(shape.batch_tokens * shape.k * shape.d_in) * (2 if is_rounded(settings.precision) else 4)
     flops = 2.0 * shape.batch_tokens * weights
     work = {
         ENCODE: ("tflops", flops / 1e9, "gemm"),

@@ -3,7 +3,8 @@
 The JSON file holds what is printed: "shape", "precision", "facts" (hardware, versions, date), "ceilings" (as
 `flashsae.bench.ceilings.Ceilings`), "stages" (as `flashsae.bench.stages.stage_records`) and "steps": a record of each
 implementation with "name", "precision", "ratio_to_ours" where both were timed, and what
-`flashsae.bench.measure.measure` says of it.
+`flashsae.bench.measure.measure` says of it. With a precision that screens in 8 bits, our step without that is measured
+too, in turn with it ("ratio_to_bf16", or "ratio_to_float32") and by itself.
 """
 
 from __future__ import annotations
@@ -83,11 +84,16 @@ def bench_step(
     with console.status("ceilings of the device"):
         ceilings = measure_ceilings(shape, precision, device, seconds)
     with console.status(f"{OURS}, {precision}"):
-        ours = measure_ours(Variant(precision), shape, device, seconds, ceilings=ceilings)
+        variant = Variant(precision)
+        ours = measure_ours(variant, shape, device, seconds, ceilings=ceilings, beside=variant.unscreened)
     stages = ours.pop("stages", [])
     is_timed = ours["status"] == "ok"
     why = ours.pop("stages_why", "stages are read on a GPU only" if is_timed else "our step was not timed")
     steps = [{"name": OURS, "precision": precision, **ours}]
+    if variant.unscreened is not None:
+        with console.status(f"{OURS}, {variant.unscreened[0]}"):
+            record = measure_ours(variant.unscreened[1], shape, device, seconds)
+        steps.append({"name": OURS, "precision": variant.unscreened[0], **record})
     for peer in (PYTORCH, *(LIBRARIES if peers else ())):
         with console.status(peer.name):
             record = measure_peer(peer, shape, device, seconds)
