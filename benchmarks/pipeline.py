@@ -1,9 +1,10 @@
-"""Training from data, beside steps whose batch is on the device: `python -m benchmarks.pipeline cache auxk model`.
+"""Training from data, beside steps whose batches are on the device: `python -m benchmarks.pipeline cache auxk model`.
 
 `cache` writes a cache of random activations (which then lies in the page cache) and trains on it exactly as
 `flashsae train` does, in the steps of a long run in which no latent is dead yet; `auxk` in steps with dead latents.
 `model` trains on what a language model gives meanwhile. Each appends one JSON line with the tokens a second of both,
-and what a trace of some steps shows.
+and what a trace of some steps shows. The batches on the device are of the same data, and the SAE is the one that was
+trained, since what a step costs depends on how often its latents are active.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import json
 import tempfile
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass
-from itertools import chain, count
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import chain, count, cycle
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,6 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.reading import WARM_SECONDS
 from benchmarks.session import RESULTS, provenance
+from flashsae.data.acts import Batch
 from flashsae.data.cache import ActivationCache
 from flashsae.data.cache_index import TOKENS_FOLDER, CacheIndex, CacheSettings, Shard, shard_path
 from flashsae.data.language_model import LanguageModelSource
@@ -45,7 +48,8 @@ Source = RowSource | StreamSource
 Span = tuple[float, float]
 TRACED_STEPS = 10
 DRAWN_STEPS = 4
-NEVER_DEAD = 10_000_000  # tokens, more than any arm trains on; the default of long runs
+RESIDENT_BATCHES = 16  # that lie on the device
+NEVER_DEAD = 1_000_000_000  # tokens, more than any arm trains on
 DEAD_AFTER_STEPS = 12  # in the arm with AuxK
 REPEATED = 30  # times that an epoch reads the text of the arm with a model, so that it does not end all the time
 MERGED_MS = 0.02  # spans closer to each other than this are one when drawn
@@ -156,16 +160,15 @@ def read_trace(path: Path) -> dict[str, Any]:
     }
 
 
-def resident_rate(state: TrainState, x: torch.Tensor, config: TrainConfig, steps: int) -> float:
-    """Return tokens a second of steps whose batch is on the device."""
-    for _ in range(steps):
-        train_step(state, {"x": x}, config)
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(steps):
-        train_step(state, {"x": x}, config)
-    torch.cuda.synchronize()
-    return steps * len(x) / (time.perf_counter() - start)
+def resident_rate(state: TrainState, batches: Sequence[Batch], config: TrainConfig, steps: int) -> float:
+    """Return tokens a second of steps whose batches are on the device."""
+    start = 0.0
+    for is_measured in (False, True):
+        start = time.perf_counter()
+        for batch, _ in zip(cycle(batches), range(steps if is_measured else steps // 4)):
+            train_step(state, batch, config)
+        torch.cuda.synchronize()
+    return steps * config.batch_tokens / (time.perf_counter() - start)
 
 
 def source_rate(source: StreamSource, tokens: int) -> float:
@@ -183,18 +186,19 @@ def source_rate(source: StreamSource, tokens: int) -> float:
 
 
 def rates_beside_resident(name: str, source: Source, config: TrainConfig, trace: Path) -> dict[str, Any]:
-    """Train as `flashsae train` does; return the rate of the second half beside that of steps on a resident batch."""
+    """Train as `flashsae train` does; return the rate of the second half beside that of steps on resident batches."""
     (d_in,) = source.widths.values()
     settings, device = config.resolve(d_in), torch.device("cuda")
     batches = shuffled(source, settings.batch_tokens, seed=0, buffer_tokens=settings.shuffle_tokens)
     state = init_state(settings, batches, device)
-    x = torch.randn(settings.batch_tokens, d_in, device=device).bfloat16()
-    resident = resident_rate(state, x, settings, settings.steps // 4)
+    drawn = (batches.next_batch() for _ in range(RESIDENT_BATCHES))
+    resident_batches = [{site: acts.to(device, copy=True) for site, acts in batch.items()} for batch in drawn]
     alone = None if isinstance(source, RowSource) else source_rate(source, settings.steps * settings.batch_tokens // 4)
-    state.step = 0
     with tempfile.TemporaryDirectory() as folder:
         train(state, settings, callbacks=[JsonlLog(Path(folder)), Tracer(settings.steps // 4, trace)])
         lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    longer = replace(settings, tokens=2 * settings.tokens)
+    resident = resident_rate(state, resident_batches, longer, settings.steps // 3)
     rates = [json.loads(line)["tokens_per_second"] for line in lines][len(lines) // 2 :]
     rate = len(rates) / sum(1 / rate for rate in rates)
     shape = {"d_in": d_in, "d_sae": settings.d_sae, "k": settings.arch.k, "batch_tokens": settings.batch_tokens}
@@ -266,8 +270,8 @@ def main(
             file.write(json.dumps(record | provenance(torch.device("cuda"))) + "\n")
         alone = record["source_tokens_per_second"]
         Console().print(
-            f"{arm}: {record['tokens_per_second']:,.0f} tokens/s, {record['resident_tokens_per_second']:,.0f} from a "
-            f"batch on the device{'' if alone is None else f', {alone:,.0f} from the source alone'}: "
+            f"{arm}: {record['tokens_per_second']:,.0f} tokens/s, {record['resident_tokens_per_second']:,.0f} from "
+            f"batches on the device{'' if alone is None else f', {alone:,.0f} from the source alone'}: "
             f"{record['share']:.1%}; training stream busy {record['busy_share']:.1%} of the time, "
             f"fetching takes {record['fetch_ms']:.2f} ms a step, hidden {record['fetch_hidden_share'] or 0:.1%}"
         )

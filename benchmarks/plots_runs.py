@@ -98,11 +98,11 @@ def _last_pipelines(records: Sequence[Record]) -> dict[str, Record]:
 
 
 def pipeline_text(records: Sequence[Record]) -> str:
-    """Return how near training from data comes to steps on a batch that is there already."""
+    """Return how near training from data comes to steps on batches that are there already."""
     last = _last_pipelines(records)
     if not last:
         return ""
-    heads = ["activations from", "B", "d_in", "d_sae", "k", "tokens/s", "batch on the device", "source alone"]
+    heads = ["activations from", "B", "d_in", "d_sae", "k", "tokens/s", "batches on the device", "source alone"]
     heads += ["of the slower", "training stream busy", "fetching, ms a step", "of it hidden"]
     rows = []
     for name, r in last.items():
@@ -113,7 +113,7 @@ def pipeline_text(records: Sequence[Record]) -> str:
             "" if alone is None else f"{alone:,.0f}", f"{r['share']:.1%}",
             f"{r['busy_share']:.1%}", f"{r['fetch_ms']:.2f}", f"{r['fetch_hidden_share'] or 0:.0%}",
         ])  # fmt: skip
-    text = "`python -m benchmarks.pipeline`: `flashsae train` beside steps on one batch that stays on the device. "
+    text = "`python -m benchmarks.pipeline`: `flashsae train` beside steps on batches that stay on the device. "
     commits = ", ".join(dict.fromkeys(r["commit"] for r in last.values()))
     return (
         f"### Training from data\n\n{text}The last three columns are from a trace. Commit {commits}.\n\n"

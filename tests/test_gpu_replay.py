@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 
+from flashsae.backend import resolve_device
 from flashsae.lm.hooked import HookedModel
 from flashsae.lm.replay import Replays, ReplaysByStream
 
@@ -171,3 +174,82 @@ def test_positions_that_begin_again_are_replayed(tiny: ModuleType) -> None:
         assert is_close(found, expected, attention)
         assert is_close(found[:, 3:], alone, attention[:, 3:])
     assert len(replays._captured) == 3
+
+
+def test_a_model_on_the_device_that_is_found_is_replayed(tiny: ModuleType) -> None:
+    replays = replays_of(HookedModel(model_of(tiny), ("h.1",), device=resolve_device()))
+    replays(*inputs(0), whole)
+    assert replays.is_on
+    assert replays._captured
+
+
+class Masks(TorchFunctionMode):
+    """Notes which calls of attention in a capture have a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[bool] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is scaled_dot_product_attention and torch.cuda.is_current_stream_capturing():
+            given = dict(zip(("query", "key", "value", "attn_mask"), args)) | (kwargs or {})
+            self.seen.append(given.get("attn_mask") is not None)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "gpt_neox", "roberta"])
+def test_windows_without_padding_are_read_without_a_mask(tiny: ModuleType, family: str) -> None:
+    lm = tiny.MORE_FAMILIES.get(family, tiny.bert)().to("cuda", torch.bfloat16)
+    (first, *_) = [name for name, _ in lm.named_modules() if name.endswith(".1")]
+    model = HookedModel(lm, (first,))
+    replays = replays_of(model)
+    for padding in (0, 2):
+        for seed in range(3):
+            ids, attention = inputs(seed, padding=padding)
+            ids[:, 2] = replays._pad_token  # text may hold it, too
+            expected = model(ids.cuda(), attention.cuda(), whole)
+            with Masks() as masks:
+                found = replays(ids, attention, whole)
+            assert is_close(found[first], expected[first], attention)
+            assert all(mask == bool(padding) for mask in masks.seen)
+            assert bool(masks.seen) == (seed == 0)
+    assert replays.is_on
+    assert len(replays._captured) == 2
+
+
+class NeedsPadding(nn.Module):
+    """Has a mask only where there are tokens of padding, as a model that looks for them itself."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor, *args: Any, **settings: Any) -> Any:
+        ids, heads = self.ids, x.unsqueeze(1)
+        mask = (ids != 0)[:, None, None].expand(-1, 1, ids.shape[1], -1)
+        if not torch.cuda.is_current_stream_capturing() and bool(mask.all()):
+            mask = None
+        output = self.inner(x, *args, **settings)
+        first = output[0] if isinstance(output, tuple) else output
+        return first + scaled_dot_product_attention(heads, heads, heads, mask)[:, 0]
+
+
+def test_a_mask_that_ids_decide_is_kept(tiny: ModuleType) -> None:
+    lm = model_of(tiny, torch.float32)
+    layer = lm.h[0] = NeedsPadding(lm.h[0])
+    model = HookedModel(lm, ("h.0",))
+    embed = lm.wte.forward
+
+    def noting(ids: Tensor) -> Any:
+        layer.ids = ids
+        return embed(ids)
+
+    lm.wte.forward = noting
+    replays = replays_of(model)
+    for seed, token in ((0, 5), (1, 0)):
+        ids, attention = inputs(seed)
+        ids = ids.clamp(1)
+        ids[:, 2] = token
+        expected = model(ids.cuda(), attention.cuda(), whole)
+        assert is_close(replays(ids, attention, whole)["h.0"], expected["h.0"], attention)
+    assert replays.is_on

@@ -261,3 +261,10 @@ def test_inputs_that_are_no_activations_are_refused_in_one_sentence(
     with pytest.raises(ConfigError, match=message) as caught:
         read(tiny, family, hookpoint)
     assert "\n" not in str(caught.value)
+
+
+def test_a_device_without_a_number_is_the_one_that_the_weights_lie_on(tiny: ModuleType) -> None:
+    for device in (None, torch.device("cpu"), torch.device("cpu", 0)):
+        hooked = HookedModel(tiny.gpt2(), ("transformer.h.0",), device=device)
+        assert hooked.device == tiny.gpt2().device
+        assert hooked.is_plain

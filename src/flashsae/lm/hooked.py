@@ -48,7 +48,8 @@ class HookedModel:
         if outside:
             raise ConfigError(self._not_of_text(outside[0]))
         self._takes_ids = device_of(model, type(model).__name__)
-        self.device = device or self._takes_ids
+        # as tensors name it, for which "cuda" is one of several
+        self.device = torch.empty(0, dtype=torch.float32, device=device or self._takes_ids).device
         taken = inspect.signature(self._called.forward).parameters
         self._options: dict[str, Any] = {"use_cache": False} if "use_cache" in taken else {}
         # where it is [length, sequences, d], or [streams, sequences, length, d]; of as many, nobody could tell later

@@ -3,12 +3,14 @@
 A graph reads inputs of one shape, so that windows are padded to few shapes: with more positions, and with rows again.
 In a graph a model takes its kernels without a look at the mask, and libraries choose others than outside of one: what
 comes out differs by rounding. So a reading is replayed as a whole or not at all, which is decided by the model alone,
-and one that was interrupted goes on with the same bits.
+and one that was interrupted goes on with the same bits. Windows without padding have graphs of their own, in which
+attention has no mask either.
 """
 
 from __future__ import annotations
 
 import gc
+from contextlib import nullcontext
 from dataclasses import dataclass
 from threading import Lock
 
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from flashsae.backend import moved
+from flashsae.lm.attention import AttentionCalls
 from flashsae.lm.capture import Pick
 from flashsae.lm.hooked import HookedModel
 
@@ -58,7 +61,7 @@ class Replays:
     def __init__(self, model: HookedModel, forward_tokens: int, pad_token: int, context_length: int) -> None:
         self._model = model
         self._forward_tokens, self._pad_token, self._context_length = forward_tokens, pad_token, context_length
-        self._captured: dict[tuple[int, int], _Captured] = {}
+        self._captured: dict[tuple[int, int, bool], _Captured] = {}  # by the shape, and whether it has no padding
         self._room: dict[str, Tensor] = {}  # where all graphs write, by hookpoint
         self._turn = Lock()
         self.is_on = model.device.type == "cuda" and model.is_plain and is_small(model.reader)
@@ -80,8 +83,9 @@ class Replays:
                 moved(padded(each, rows, width, value), self._model.device)
                 for each, value in zip(given, (self._pad_token, 0, 0))
             )
+            is_full = width == length and bool(attention.all())
             with self._turn:
-                captured = self._captured.get((rows, width)) or self._capture(reads)
+                captured = self._captured.get((rows, width, is_full)) or self._capture(reads, is_full)
                 if captured is not None:
                     for place, each in zip(captured.reads, reads):
                         place.copy_(each)
@@ -100,9 +104,13 @@ class Replays:
         width = -(-length // step) * step
         return max(n, self._forward_tokens // (width - step + 1)), min(width, self._context_length)
 
-    def _capture(self, reads: tuple[Tensor, ...]) -> _Captured | None:
+    def _capture(self, given: tuple[Tensor, ...], is_full: bool) -> _Captured | None:
         """Capture a forward; where that cannot be done, as where the host looks at numbers, none is any more."""
-        seen = self._run(reads)  # compiles what is missing, which a capture must not
+        reads, attention = tuple(each.clone() for each in given), AttentionCalls()
+        if is_full:
+            reads[0][:, 1::_STEPS] = self._pad_token  # what a model leaves out for want of such ids is needed elsewhere
+        with attention.noted() if is_full else nullcontext():
+            seen = self._run(reads)  # compiles what is missing, which a capture must not
         for name, each in seen.items():
             room = self._room.get(name)
             if room is None or room.numel() < each.numel():  # graphs that are there go on writing the smaller one
@@ -114,7 +122,7 @@ class Replays:
         gc.disable()  # an older graph among the garbage would be destroyed, which no capture survives
         try:
             # not by torch.cuda.graph, which frees what is at hand, page-locked memory of other threads among it
-            with torch.cuda.stream(stream):
+            with torch.cuda.stream(stream), attention.again() if is_full else nullcontext():
                 graph.capture_begin(pool, "thread_local")
                 try:
                     acts = {name: self._put(name, each) for name, each in self._run(reads).items()}
@@ -133,7 +141,7 @@ class Replays:
         if not self.is_on:
             self._captured = {}
             return None
-        captured = self._captured[reads[0].shape[0], reads[0].shape[1]] = _Captured(graph, reads, acts)
+        captured = self._captured[reads[0].shape[0], reads[0].shape[1], is_full] = _Captured(graph, reads, acts)
         return captured
 
     def _put(self, name: str, acts: Tensor) -> Tensor:
