@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any
 
@@ -253,3 +254,24 @@ def test_a_mask_that_ids_decide_is_kept(tiny: ModuleType) -> None:
         expected = model(ids.cuda(), attention.cuda(), whole)
         assert is_close(replays(ids, attention, whole)["h.0"], expected["h.0"], attention)
     assert replays.is_on
+
+
+def test_another_thread_with_another_stream_reads_the_same_bits(tiny: ModuleType) -> None:
+    model = HookedModel(model_of(tiny), ("h.1",))
+    replays = ReplaysByStream(model, 32, 0, 16)
+    batches = [inputs(seed, (seed % 4 + 1, seed % 8 + 1), seed % 2) for seed in range(16)]
+
+    def read() -> list[Tensor]:
+        return [replays.here()(*batch, whole)["h.1"] for batch in batches]
+
+    def read_apart() -> list[Tensor]:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            found = read()
+            torch.cuda.current_stream().synchronize()
+            return found
+
+    replays.begin()
+    here = read()
+    with ThreadPoolExecutor(1) as pool:
+        apart = pool.submit(read_apart).result()
+    assert all(torch.equal(one, other) for one, other in zip(here, apart, strict=True))
