@@ -31,7 +31,8 @@ from flashsae.ops.dense.launch import launch_dense_code
 from flashsae.ops.encode.keys import Keys
 from flashsae.ops.encode.launch import launch_center, launch_encode_topk
 from flashsae.ops.encode.layout import Layout
-from flashsae.ops.encode.onesided import select_onesided
+from flashsae.ops.encode.onesided import OneSided
+from flashsae.ops.encode.product import Part, Screened
 from flashsae.ops.factors import RowGradient, SparseFactor
 from flashsae.ops.latent_rows.launch import launch_column_sums, launch_latent_rows, launch_latent_sums
 from flashsae.ops.select import launch as select
@@ -137,7 +138,7 @@ def launch_everything() -> None:
 
 
 def launch_onesided() -> None:
-    """Select from upper bounds, with operands of both kinds."""
+    """Select from what an 8-bit screen says, with operands of both kinds."""
     for n, k, scale, magnitude in (
         (24576, 32, False, False),
         (131072, 64, False, False),
@@ -148,9 +149,12 @@ def launch_onesided() -> None:
         for dtype in (BF16, F32):
             x, W, layout = torch.zeros(2, 16, dtype=dtype), torch.zeros(n, 16, dtype=dtype), Layout.of(n, k)
             keys = Keys(torch.zeros(n), torch.ones(n) if scale else None, magnitude)
-            upper, maxima = torch.zeros(2, n, dtype=BF16), torch.zeros(2, layout.groups, dtype=torch.int32)
-            out = torch.zeros(2, k), torch.zeros(2, k, dtype=torch.int64)
-            select_onesided(x, W, keys, layout, upper, maxima, out)
+            facts = torch.zeros(3, 2), torch.zeros(2, n), torch.zeros(2, layout.groups)
+            screened = Screened(torch.zeros(2, layout.groups, dtype=torch.int32), *facts)
+            out, counts = (torch.zeros(2, k), torch.zeros(2, k, dtype=torch.int64)), torch.zeros(2, dtype=torch.int32)
+            selection = OneSided(x, W, keys, layout, out, counts)
+            selection.add(Part(slice(0, 2), torch.zeros(2, n, dtype=BF16), None, screened))
+            selection.finish()
 
 
 def _rows(capacity: int) -> Pattern:

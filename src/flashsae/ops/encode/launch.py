@@ -15,7 +15,7 @@ from flashsae.ops.encode import certify_kernels, kernels
 from flashsae.ops.encode.keys import Keys
 from flashsae.ops.encode.layout import Layout as Layout
 from flashsae.ops.encode.layout import tile_and_warps
-from flashsae.ops.encode.onesided import select_onesided
+from flashsae.ops.encode.onesided import OneSided
 from flashsae.ops.encode.product import Memory, Part, Product
 from flashsae.ops.encode.redo import redo_rows
 from flashsae.ops.validate import packed, rows_contiguous
@@ -105,20 +105,18 @@ def launch_encode_topk(
         return acts, indices
     product = Product.of(x, W_enc_T, precision, memory, noise=noise)
     selection = _Selection(keys.packed(), Layout.of(n, k), n)
+    counts = torch.empty(B, dtype=torch.int32, device=device) if candidate_counts is None else candidate_counts
+    one_sided = OneSided(product.x, product.W, selection.keys, selection.layout, (acts, indices), counts)
     for part in product.parts():
         out = acts[part.tokens], indices[part.tokens]
-        if part.maxima is not None:
-            x_part = product.x[part.tokens]
-            counts = select_onesided(
-                x_part, product.W, selection.keys, selection.layout, part.products, part.maxima, out
-            )
-        elif part.bounds is not None:
-            counts = _select_certified(selection, product, part, out)
-        else:
+        if part.screened is not None:
+            one_sided.add(part)
+        elif part.bounds is None:
             _select(selection, part.products, out)
-            continue
-        if candidate_counts is not None:
-            candidate_counts[part.tokens] = counts
+        else:
+            _select_certified(selection, product, part, out, counts[part.tokens])
+    del part  # its memory is free for what follows
+    one_sided.finish()
     return acts, indices
 
 
@@ -172,8 +170,10 @@ def _select_by_groups(selection: _Selection, products: Tensor, out: tuple[Tensor
     )  # fmt: skip
 
 
-def _select_certified(selection: _Selection, product: Product, part: Part, out: tuple[Tensor, Tensor]) -> Tensor:
-    """Select among rescored candidates; return how many each token had."""
+def _select_certified(
+    selection: _Selection, product: Product, part: Part, out: tuple[Tensor, Tensor], counts: Tensor
+) -> None:
+    """Select among rescored candidates; write how many each token had to `counts`."""
     assert part.bounds is not None
     x, W_enc_T, products, (tokens, latents) = product.x[part.tokens], product.W, part.products, part.bounds
     by, magnitude = selection.by, selection.keys.magnitude
@@ -182,7 +182,6 @@ def _select_certified(selection: _Selection, product: Product, part: Part, out: 
     low, high = _group_max(selection, products, (latents, tokens))
     chosen = torch.empty(rows, capacity, dtype=torch.int32, device=x.device)
     candidates = torch.empty_like(chosen)
-    counts = torch.empty(rows, dtype=torch.int32, device=x.device)
     certify_kernels.encode_topk_candidates_kernel[(rows,)](
         products, *by, latents, tokens, low, high, chosen, candidates, counts,
         rows, n, k, layout.groups, products.stride(0),
@@ -195,4 +194,3 @@ def _select_certified(selection: _Selection, product: Product, part: Part, out: 
         CAPACITY=capacity, MAGNITUDE=magnitude, num_warps=4 if capacity <= 1024 else 8,
     )  # fmt: skip
     redo_rows(x, W_enc_T, selection.keys, k, counts, capacity, out)
-    return counts

@@ -1,24 +1,31 @@
-"""The exact k of each token from upper bounds of all keys: few latents are rescored.
+"""The exact k of each token from bounds of all keys, of which a miss by the upper ones alone would show.
 
 Keys are ordered by value, and of equal ones the lowest latent comes first; NaN is the largest key. Let e_j be the key
-of latent j and u_j >= e_j its bound. The k latents of the largest bounds, of equal ones the lowest, are rescored: F.
-Let τ be the smallest key in F, and i the last latent of F that has it.
+of latent j and u_j >= e_j its upper bound. *Any* k latents F are rescored, those of the largest centres. Let τ be the
+smallest key in F, and i the last latent of F that has it.
 
 *Which others may be selected.* All k of F come before a latent j outside of F if e_j < τ, or if e_j = τ and j > i: then
 j is not selected. So if j is, either e_j > τ, whence u_j > τ; or e_j = τ and j < i, whence u_j > τ, or u_j = τ and
-j < i. Those of which this holds of u_j, the extras, are rescored too. F and the extras hold the selection.
+j < i. Those of which this holds of u_j, the extras, are rescored too: F and the extras hold the selection.
 
-*If they are too many*, those of the largest bounds are rescored, of equal bounds the lowest latents. Let r be the
-largest bound among the rest, q the first latent of the rest that has it, τ' the k-th largest key of what was rescored
-and i' the last latent that is chosen with it. By the same argument none of the rest is selected unless r > τ', or
-r = τ' and q < i'. Only a row of which this holds is done as a whole.
+*What is listed before τ is known.* Bounds are there for some tokens at a time, while rescoring pays for many at once.
+So extras are listed by a guess τ° at τ, the smallest lower bound in F, and i° the last latent of F that has it: those
+with u_j > τ°, or u_j = τ° and j < i°. If they are too many, the largest bounds are listed, of equal ones the lowest
+latents. Either way no latent that is left out has a bound above some r, and none below some q has the bound r: τ° and
+i°, or what the first that does not fit has. Let τ' be the k-th largest key of all that was rescored, and i' the last
+latent that is chosen with it. By the argument above, with the k chosen for F, no latent left out is selected unless
+r > τ', or r = τ' and q < i'. Rows of which this holds are done as a whole. So nothing depends on the guess: lower
+bounds may be wrong, and latents without one are left out of it.
 
-So many latents whose bounds are one number and hold exactly (a token of zeros, weights of zeros, latents that are
-masked by a key of minus infinity) need no list: the first of them are in F or among the extras, and all others stand
-behind. A bound of infinity holds for NaN too, and counts as the largest key.
+*What takes no list.* However many latents have one and the same bound that holds exactly, as all of a token of zeros
+have where biases are equal, or all that a key of minus infinity masks: the first of them are in F, and all others stand
+behind. The keys of a token of zeros are those of its biases: these are read in place of bounds. A bound of infinity
+holds for NaN too, and counts as the largest key.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -28,68 +35,102 @@ from flashsae.ops.decode.launch import launch_dots
 from flashsae.ops.encode import onesided_kernels
 from flashsae.ops.encode.keys import Keys
 from flashsae.ops.encode.layout import Layout, tile_and_warps
+from flashsae.ops.encode.product import Part
 from flashsae.ops.encode.redo import redo_rows
 
-
-def most_extras(k: int) -> int:
-    """Return how many latents of a token are rescored at most, besides the first k."""
-    return int(max(256, 2 * triton.next_power_of_2(k)))
+ROUND = 8192
+"""Tokens whose lists are kept and finished at once, unless a part has more: about 8 KB each."""
 
 
-def select_onesided(
-    x: Tensor, W: Tensor, keys: Keys, layout: Layout, upper: Tensor, maxima: Tensor, out: tuple[Tensor, Tensor]
-) -> Tensor:
-    """Write the k latents of each row that have the largest keys, and their values, to `out`.
+@dataclass(frozen=True)
+class _Lists:
+    """What is open of some tokens, as `encode_topk_open_kernel` writes it."""
+
+    first: Tensor
+    items: Tensor
+    keys: Tensor
+    rest: Tensor
+
+    @classmethod
+    def of(cls, tokens: int, layout: Layout, device: torch.device) -> _Lists:
+        widths = layout.k, layout.capacity, layout.capacity, 2
+        return cls(*(torch.empty(tokens, width, dtype=torch.int32, device=device) for width in widths))
+
+    def part(self, start: int, stop: int) -> _Lists:
+        return _Lists(*(x[start:stop] for x in (self.first, self.items, self.keys, self.rest)))
+
+
+class OneSided:
+    """A selection by upper bounds of keys, of some tokens after others.
 
     Args:
-        x: [rows, d], bfloat16 or float32.
+        x: [B, d], bfloat16 or float32.
         W: [d_sae, d], of the dtype of x. Values are float32 dot products of both, plus the bias.
         keys: what latents are selected by, packed.
         layout: k, and how latents are grouped: by 32.
-        upper: [rows, d_sae or more], bfloat16: bounds of the keys, none of them NaN.
-        maxima: [rows, groups], int32: `_to_key` of the largest of these bounds of each group. Overwritten.
-        out: values [rows, k], float32, and latents [rows, k], int64, ascending.
-
-    Returns:
-        How many latents of each row were rescored, [rows], int32: all of them where the row was done as a whole.
+        out: values [B, k], float32, and latents [B, k], int64, ascending: written to.
+        counts: [B], int32: receives how many latents of each token were rescored, d_sae where it was done as a whole.
     """
-    rows, n, k, most = len(x), len(W), layout.k, most_extras(layout.k)
-    acts, indices = out
-    block_k = triton.next_power_of_2(k)
-    first = torch.empty(rows, k, dtype=torch.int32, device=x.device)
-    _first(layout, upper, maxima, n, (acts, first))
-    dots = launch_dots(x, first, W)
-    extras = torch.empty(rows, most, dtype=torch.int32, device=x.device)
-    merged = torch.empty(rows, k + most, dtype=torch.int32, device=x.device)
-    counts = torch.empty(rows, dtype=torch.int32, device=x.device)
-    rest = torch.empty(rows, 2, dtype=torch.int32, device=x.device)
-    onesided_kernels.encode_topk_extras_kernel[(rows,)](
-        upper, maxima, acts, first, dots, keys.b_enc, keys.scale, extras, merged, counts, rest,
-        n, k, layout.groups, upper.stride(0), most,
-        GROUP=layout.group, BLOCK_K=block_k, BLOCK_G=1024, PIECE=512 // layout.group, MAGNITUDE=keys.magnitude,
-        num_warps=1 if k <= 64 else 4,
-    )  # fmt: skip
-    extra_dots = launch_dots(x, extras, W, counts=counts)
-    block = triton.next_power_of_2(k + most)
-    onesided_kernels.encode_topk_merge_kernel[(rows,)](
-        dots, extra_dots, merged, counts, rest, keys.b_enc, keys.scale, acts, indices,
-        n, k, most, BLOCK=block, MAGNITUDE=keys.magnitude, num_warps=max(1, block // 256),
-    )  # fmt: skip
-    redo_rows(x, W, keys, k, counts, k + most, out)
-    return counts
 
+    def __init__(
+        self, x: Tensor, W: Tensor, keys: Keys, layout: Layout, out: tuple[Tensor, Tensor], counts: Tensor
+    ) -> None:
+        self.x, self.W, self.keys, self.layout, self.out, self.counts = x, W, keys, layout, out, counts
+        self._lists: _Lists | None = None
+        self._start = self._stop = 0
 
-def _first(layout: Layout, upper: Tensor, maxima: Tensor, n: int, out: tuple[Tensor, Tensor]) -> None:
-    """Write the k largest bounds of each row and their latents."""
-    rows, k = len(upper), layout.k
-    short = max(64, 2 * triton.next_power_of_2(k))
-    scratch = torch.empty(rows, 2, short, dtype=torch.int32, device=upper.device)
-    supers = None
-    if layout.super > 1:
-        supers = torch.empty(rows, layout.supers, dtype=torch.int32, device=upper.device)
-    tile, warps = tile_and_warps(k)
-    onesided_kernels.encode_topk_first_kernel[(rows,)](
-        upper, maxima, supers, scratch, *out, n, k, layout.groups, layout.supers, upper.stride(0),
-        GROUP=layout.group, SUPER=layout.super, BLOCK_S=layout.block_s, SHORT=short, TILE=tile,
-        PIECE=max(1, 1024 // layout.super), num_warps=warps,
-    )  # fmt: skip
+    def add(self, part: Part) -> None:
+        """List what is open of the tokens of a part, which come behind those of the last one."""
+        rows = part.tokens.stop - part.tokens.start
+        if self._lists is None or self._stop + rows - self._start > len(self._lists.first):
+            self.finish()
+            size = min(len(self.x) - self._start, max(ROUND, rows))
+            self._lists = _Lists.of(size, self.layout, self.x.device)
+        first = self._stop - self._start
+        self._list(part, self._lists.part(first, first + rows))
+        self._stop += rows
+
+    def _list(self, part: Part, lists: _Lists) -> None:
+        screened, layout, keys, n = part.screened, self.layout, self.keys, len(self.W)
+        assert screened is not None
+        rows, k = len(lists.first), layout.k
+        short = max(64, 2 * triton.next_power_of_2(k))
+        device = self.x.device
+        scratch = torch.empty(rows, 2, short, dtype=torch.int32, device=device)
+        supers = torch.empty(rows, layout.supers, dtype=torch.int32, device=device) if layout.super > 1 else None
+        tile, warps = tile_and_warps(k)
+        onesided_kernels.encode_topk_open_kernel[(rows,)](
+            part.products, screened.maxima, screened.of_tokens, screened.of_latents, screened.of_groups,
+            keys.b_enc, keys.scale, supers, scratch, self.out[0][part.tokens],
+            lists.first, lists.items, lists.keys, self.counts[part.tokens], lists.rest,
+            n, k, lists.items.shape[1] - k, layout.groups, layout.supers,
+            part.products.stride(0), screened.maxima.stride(0), screened.of_tokens.stride(0),
+            GROUP=layout.group, SUPER=layout.super, BLOCK_S=layout.block_s, SHORT=short, TILE=tile,
+            PIECE_S=1024 // layout.super, BLOCK_K=triton.next_power_of_2(k), BLOCK_G=1024, PIECE=512 // layout.group,
+            MAGNITUDE=keys.magnitude, num_warps=warps,
+        )  # fmt: skip
+
+    def finish(self) -> None:
+        """Rescore what is open of the tokens that were added, and select."""
+        rows, lists = self._stop - self._start, self._lists
+        if not rows or lists is None:
+            return
+        tokens = slice(self._start, self._stop)
+        lists, x, counts, k = lists.part(0, rows), self.x[tokens], self.counts[tokens], self.layout.k
+        out = self.out[0][tokens], self.out[1][tokens]
+        W, keys, n, most = self.W, self.keys, len(self.W), lists.items.shape[1] - k
+        dots = launch_dots(x, lists.first, W)
+        block = triton.next_power_of_2(k + most)
+        extras = torch.empty_like(lists.items)
+        extra_counts = torch.empty_like(counts)
+        onesided_kernels.encode_topk_extras_kernel[(rows,)](
+            lists.first, dots, lists.items, lists.keys, counts, keys.b_enc, keys.scale, extras, extra_counts, k, most,
+            BLOCK_K=triton.next_power_of_2(k), BLOCK=block, MAGNITUDE=keys.magnitude, num_warps=max(1, block // 256),
+        )  # fmt: skip
+        extra_dots = launch_dots(x, extras, W, counts=extra_counts)
+        onesided_kernels.encode_topk_merge_kernel[(rows,)](
+            dots, extra_dots, lists.items, lists.rest, counts, keys.b_enc, keys.scale, *out,
+            n, k, most, BLOCK=block, MAGNITUDE=keys.magnitude, num_warps=max(1, block // 256),
+        )  # fmt: skip
+        redo_rows(x, W, keys, k, counts, n - 1, out)
+        self._start = self._stop

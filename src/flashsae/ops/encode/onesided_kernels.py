@@ -1,4 +1,4 @@
-"""Triton kernels of the one-sided selection: what upper bounds leave over is rescored, and chosen from.
+"""Triton kernels of the one-sided selection: what a screen leaves open is rescored, and chosen from.
 
 That this is exact, ties included, is proved in `flashsae.ops.encode.onesided`.
 """
@@ -26,45 +26,43 @@ KEY_INFINITE = tl.constexpr(0x7F800000)
 
 
 @triton.jit
-def encode_topk_first_kernel(
-    upper_ptr,  # [rows, stride] bfloat16 upper bounds of keys
-    max_ptr,  # [rows, groups] keys of the largest of each group
-    super_ptr,  # [rows, supers] scratch; None if SUPER is 1
-    list_ptr,  # [rows, 2, SHORT] scratch
-    bounds_ptr,  # [rows, k] float32
-    first_ptr,  # [rows, k] int32, ascending
-    n, k, groups, supers, stride,
-    GROUP: tl.constexpr, SUPER: tl.constexpr, BLOCK_S: tl.constexpr, SHORT: tl.constexpr, TILE: tl.constexpr,
-    PIECE: tl.constexpr,
-):  # fmt: skip
-    """List the k latents of each row that have the largest upper bounds, the first of equal ones."""
-    row = tl.program_id(0).to(tl.int64)
-    max_row = max_ptr + row * groups
-    super_row = max_row
-    if SUPER > 1:
-        super_row = super_ptr + row * supers
-        for start in range(0, supers, PIECE):
-            place = start + tl.arange(0, PIECE)
-            member = place[:, None] * SUPER + tl.arange(0, SUPER)[None, :]
-            keys = tl.load(max_row + member, mask=member < groups, other=KEY_NONE)
-            tl.store(super_row + place, tl.max(keys, axis=1), mask=place < supers)
-        tl.debug_barrier()  # they were written by other threads
-    _select_row(
-        upper_ptr + row * stride, None, None, max_row, super_row, list_ptr + 2 * row * SHORT,
-        list_ptr + (2 * row + 1) * SHORT, bounds_ptr + row * k, first_ptr + row * k, n, k, groups, supers,
-        GROUP, SUPER, BLOCK_S, SHORT, TILE, False,
-    )  # fmt: skip
+def _error(centres, facts_ptr, width, place, inside, t, p, q):
+    """Return by how much keys may differ from the centres of some latents, or of groups of them.
+
+    Centres were rounded to nearest. What weighs nothing and has a centre of 0 is 0; else some of it may have been lost
+    among the smallest numbers.
+    """
+    scales = tl.load(facts_ptr + place, mask=inside, other=0.0)
+    norms = tl.load(facts_ptr + width + place, mask=inside, other=0.0)
+    spread = scales * p + norms * q
+    size = tl.abs(centres)
+    slack = size * 0.00396728515625 + tl.where(size + spread > 0.0, 2.4e-38, 0.0)
+    return tl.where(size < float("inf"), slack, 0.0) + t * spread
 
 
 @triton.jit
-def _unbounded(key):
-    """Return the key of an upper bound: what is bounded by infinity alone may be NaN, the largest key."""
-    return tl.where(key >= KEY_INFINITE, KEY_NAN, key)
+def _upper_keys(values):
+    """Return keys of upper bounds: what infinity alone bounds may be NaN, the largest key."""
+    keys = _to_key(values, KEY_NAN)
+    return tl.where(keys >= KEY_INFINITE, KEY_NAN, keys)
 
 
 @triton.jit
-def _bound_keys(bounds):
-    return _unbounded(_to_key(bounds.to(tl.float32), KEY_NAN))
+def _bounds_of(centres, latents, inside, source, MAGNITUDE: tl.constexpr):
+    """Return the keys of lower and upper bounds of keys. Those of a token of zeros are known: they are its biases'."""
+    _, column_ptr, bias_ptr, scale_ptr, n, t, p, q = source
+    if (p == 0.0) & (q == 0.0):
+        biases = tl.load(bias_ptr + latents, mask=inside, other=0.0).to(tl.float32)
+        low = _keys_of(biases, latents, inside, scale_ptr, MAGNITUDE)
+        high = tl.where(centres == float("inf"), KEY_NAN, low)
+    else:
+        error = _error(centres, column_ptr, n, latents, inside, t, p, q)
+        high = _upper_keys(centres + error)
+        lowest = centres - error
+        if MAGNITUDE:
+            lowest = tl.where(lowest < 0.0, 0.0, lowest)
+        low = _to_key(lowest, KEY_NONE)
+    return low, high
 
 
 @triton.jit
@@ -74,47 +72,92 @@ def _last_at(keys, latents, inside, key):
 
 
 @triton.jit
-def _listed(
-    list_row, start, n_groups, upper_row, n, tau, tau_last, least, least_last,
-    GROUP: tl.constexpr, PIECE: tl.constexpr,
-):  # fmt: skip
-    """Return the latents of PIECE groups of a list, their bounds, and which are of the first k and which are extras."""
-    slot = start + tl.arange(0, PIECE)
-    group = tl.load(list_row + slot, mask=slot < n_groups, other=0)
-    latents = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    inside = (slot < n_groups)[:, None] & (latents < n)
-    bounds = _bound_keys(tl.load(upper_row + latents, mask=inside, other=0.0))
-    of_first = inside & ((bounds > least) | ((bounds == least) & (latents <= least_last)))
-    extra = inside & (of_first == 0) & ((bounds > tau) | ((bounds == tau) & (latents < tau_last)))
-    return latents, bounds, of_first, extra
+def _supers(max_row, super_row, groups, supers, SUPER: tl.constexpr, PIECE: tl.constexpr):
+    """Write the largest of each SUPER maxima."""
+    for start in range(0, supers, PIECE):
+        place = start + tl.arange(0, PIECE)
+        member = place[:, None] * SUPER + tl.arange(0, SUPER)[None, :]
+        maxima = tl.load(max_row + member, mask=member < groups, other=KEY_NONE)
+        tl.store(super_row + place, tl.max(maxima, axis=1), mask=place < supers)
+    tl.debug_barrier()  # other threads read them
 
 
 @triton.jit
-def _list_groups(max_row, groups, tau, tau_last, least, least_last, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+def _limits(largest_row, first_row, k, source, BLOCK_K: tl.constexpr, MAGNITUDE: tl.constexpr):
+    """Return a guess at the smallest key of the first k, the last of them that may have it; the same of their centres.
+
+    Those of which nothing is known are left out of the guess.
+    """
+    slot = tl.arange(0, BLOCK_K)
+    inside = slot < k
+    first = tl.load(first_row + slot, mask=inside, other=0)
+    centres = tl.load(largest_row + slot, mask=inside, other=float("inf"))
+    keys = _to_key(centres, KEY_NAN)
+    least = tl.min(keys)
+    low, _ = _bounds_of(centres, first, inside, source, MAGNITUDE)
+    known = inside & (centres < float("inf")) & (low != KEY_NONE)
+    low = tl.where(known, low, KEY_NAN)
+    guess = tl.min(low)
+    guess_last = tl.max(tl.where(inside & ((low == guess) | (known == 0)), first, -1))
+    return guess, guess_last, least, _last_at(keys, first, inside, least)
+
+
+@triton.jit
+def _list_groups(max_row, groups, of_groups_ptr, source, limits, GROUP: tl.constexpr, BLOCK: tl.constexpr):
     """Replace the maxima of a row by a list of the groups that hold one of the first k or an extra; return how many.
 
     The list may lie where the maxima do: what is written stands before what is still to be read.
     """
+    guess, guess_last, least, least_last = limits
+    _, _, _, _, _, t, p, q = source
     found = 0
     for start in range(0, groups, BLOCK):
         group = start + tl.arange(0, BLOCK)
         inside = group < groups
-        keys = _unbounded(tl.load(max_row + group, mask=inside, other=KEY_NONE))
+        keys = tl.load(max_row + group, mask=inside, other=KEY_NONE)
+        largest = (keys ^ ((keys >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+        high = _upper_keys(largest + _error(largest, of_groups_ptr, groups, group, inside, t, p, q))
         of_first = (keys > least) | ((keys == least) & (group * GROUP <= least_last))
-        extra = (keys > tau) | ((keys == tau) & (group * GROUP < tau_last))
+        extra = (high > guess) | ((high == guess) & (group * GROUP < guess_last))
         wanted = inside & (of_first | extra)
         tl.store(max_row + found + tl.cumsum(wanted.to(tl.int32)) - 1, group, mask=wanted)
         found += tl.sum(wanted.to(tl.int32))
+    tl.debug_barrier()  # other threads read the list
     return found
 
 
 @triton.jit
+def _listed(
+    groups_row, start, n_groups, source, limits, GROUP: tl.constexpr, PIECE: tl.constexpr, MAGNITUDE: tl.constexpr
+):
+    """Return the latents of PIECE groups of a list, their bounds, and which are of the first k and which are extras."""
+    guess, guess_last, least, least_last = limits
+    centre_row, _, _, _, n, _, _, _ = source
+    slot = start + tl.arange(0, PIECE)
+    group = tl.load(groups_row + slot, mask=slot < n_groups, other=0)
+    latents = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    inside = (slot < n_groups)[:, None] & (latents < n)
+    centres = tl.load(centre_row + latents, mask=inside, other=0.0).to(tl.float32)
+    keys = _to_key(centres, KEY_NAN)
+    of_first = inside & ((keys > least) | ((keys == least) & (latents <= least_last)))
+    _, high = _bounds_of(centres, latents, inside, source, MAGNITUDE)
+    extra = inside & (of_first == 0) & ((high > guess) | ((high == guess) & (latents < guess_last)))
+    return latents, high, of_first, extra
+
+
+@triton.jit
+def _append_both(items_row, keys_row, found, latents, keys, of_first, extra, capacity):
+    """Append latents of the first k as they are and extras inverted, and the keys of their bounds."""
+    _append(keys_row, found, keys, of_first | extra, capacity)
+    return _append(items_row, found, tl.where(extra, ~latents, latents), of_first | extra, capacity)
+
+
+@triton.jit
 def _largest_extras(
-    list_row, n_groups, upper_row, n, tau, tau_last, least, least_last, most,
-    GROUP: tl.constexpr, PIECE: tl.constexpr,
-):  # fmt: skip
+    groups_row, n_groups, source, limits, most, GROUP: tl.constexpr, PIECE: tl.constexpr, MAGNITUDE: tl.constexpr
+):
     """Return the bound that the `most` largest extras reach, and how many may equal it; there are more than `most`."""
-    low = tau
+    low = limits[0]
     high = KEY_NAN
     room = most
     while low < high:
@@ -123,10 +166,10 @@ def _largest_extras(
         above = KEY_NAN
         below = KEY_NONE
         for start in range(0, n_groups, PIECE):
-            _, bounds, _, extra = _listed(
-                list_row, start, n_groups, upper_row, n, tau, tau_last, least, least_last, GROUP, PIECE
+            _latents, keys, _of_first, extra = _listed(
+                groups_row, start, n_groups, source, limits, GROUP, PIECE, MAGNITUDE
             )
-            part, part_above, part_below = _split(tl.where(extra, bounds, KEY_NONE), middle)
+            part, part_above, part_below = _split(tl.where(extra, keys, KEY_NONE), middle)
             count, above, below = count + part, tl.minimum(above, part_above), tl.maximum(below, part_below)
         room = tl.where(count < most, most - count, tl.where(count == most, most, room))
         high = tl.where(count > most, high, tl.where(count == most, above, below))
@@ -135,108 +178,150 @@ def _largest_extras(
 
 
 @triton.jit
-def encode_topk_extras_kernel(
-    upper_ptr,  # [rows, stride]
-    max_ptr,  # [rows, groups]; overwritten
-    bounds_ptr, first_ptr,  # [rows, k] of encode_topk_first_kernel
-    dots_ptr,  # [rows, k] float32 x · w of these
-    bias_ptr, scale_ptr,
-    extras_ptr,  # [rows, most] int32, ascending
-    merged_ptr,  # [rows, k + most] int32, ascending: a latent of the first k as it is, an extra inverted
-    counts_ptr,  # [rows] int32 extras
-    rest_ptr,  # [rows, 2] int32: the largest bound among extras that did not fit, and the first that has it
-    n, k, groups, stride, most,
-    GROUP: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_G: tl.constexpr, PIECE: tl.constexpr, MAGNITUDE: tl.constexpr,
+def _list_largest(
+    items_row, keys_row, groups_row, n_groups, source, limits, k, most, GROUP: tl.constexpr, PIECE: tl.constexpr,
+    MAGNITUDE: tl.constexpr,
 ):  # fmt: skip
-    """List the latents that may be selected in place of one of the first k, now that these have been rescored."""
-    row = tl.program_id(0).to(tl.int64)
-    slot = tl.arange(0, BLOCK_K)
-    inside = slot < k
-    first = tl.load(first_ptr + row * k + slot, mask=inside, other=0)
-    first_bounds = _bound_keys(tl.load(bounds_ptr + row * k + slot, mask=inside, other=0.0))
-    least = tl.min(tl.where(inside, first_bounds, KEY_NAN))
-    least_last = _last_at(first_bounds, first, inside, least)
-    values = tl.load(dots_ptr + row * k + slot, mask=inside, other=0.0)
-    values += tl.load(bias_ptr + first, mask=inside, other=0.0).to(tl.float32)
-    keys = _keys_of(values, first, inside, scale_ptr, MAGNITUDE)
-    tau = tl.min(tl.where(inside, keys, KEY_NAN))
-    tau_last = _last_at(keys, first, inside, tau)
-
-    list_row, upper_row = max_ptr + row * groups, upper_ptr + row * stride
-    extras_row, merged_row = extras_ptr + row * most, merged_ptr + row * (k + most)
-    n_groups = _list_groups(list_row, groups, tau, tau_last, least, least_last, GROUP, BLOCK_G)
-    tl.debug_barrier()  # the list was written by other threads
+    """List the first k and the `most` largest extras. Return the largest bound of the others, and who first has it."""
+    bound, room = _largest_extras(groups_row, n_groups, source, limits, most, GROUP, PIECE, MAGNITUDE)
+    tl.debug_barrier()  # the list is written again
+    n = source[4]
     found = 0
-    merged = 0
-    for start in range(0, n_groups, PIECE):
-        latents, _, of_first, extra = _listed(
-            list_row, start, n_groups, upper_row, n, tau, tau_last, least, least_last, GROUP, PIECE
-        )
-        found = _append(extras_row, found, latents, extra, most)
-        merged = _append(merged_row, merged, tl.where(extra, ~latents, latents), extra | of_first, k + most)
+    ties = 0
     rest = KEY_NONE
     rest_first = 0
-    if found > most:
-        limit, room = _largest_extras(
-            list_row, n_groups, upper_row, n, tau, tau_last, least, least_last, most, GROUP, PIECE
+    for start in range(0, n_groups, PIECE):
+        latents, keys, of_first, extra = _listed(groups_row, start, n_groups, source, limits, GROUP, PIECE, MAGNITUDE)
+        tied = (extra & (keys == bound)).to(tl.int32)
+        counts = tl.sum(tied, axis=1)
+        earlier = ties + (tl.cumsum(counts) - counts)[:, None] + tl.cumsum(tied, axis=1)
+        ties += tl.sum(counts)
+        fits = extra & ((keys > bound) | ((tied != 0) & (earlier <= room)))
+        found = _append_both(items_row, keys_row, found, latents, keys, of_first, fits, k + most)
+        over = tl.where(extra & (fits == 0), keys, KEY_NONE)
+        largest = tl.max(over)
+        rest_first = tl.where(largest > rest, tl.min(tl.where(over == largest, latents, n)), rest_first)
+        rest = tl.maximum(rest, largest)
+    return rest, rest_first
+
+
+@triton.jit
+def encode_topk_open_kernel(
+    centre_ptr,  # [rows, stride] bfloat16: keys, up to errors that the facts bound; infinity for NaN
+    max_ptr,  # [rows, max_stride] keys of the largest of each group; overwritten
+    of_tokens_ptr, of_latents_ptr, of_groups_ptr,  # [3, rows] t, p, q; [2, n] and [2, groups] S, A
+    bias_ptr, scale_ptr,
+    super_ptr,  # [rows, supers] scratch; None if SUPER is 1
+    list_ptr,  # [rows, 2, SHORT] scratch
+    largest_ptr,  # [rows, k] float32 scratch
+    first_ptr,  # [rows, k] int32: the latents of the k largest centres, ascending
+    items_ptr,  # [rows, k + most] int32, ascending: these as they are, extras inverted
+    keys_ptr,  # [rows, k + most] int32: of their upper bounds
+    counts_ptr,  # [rows] int32: how many they are
+    rest_ptr,  # [rows, 2] int32: all other latents have a smaller bound, or this one from this latent on
+    n, k, most, groups, supers, stride, max_stride, tokens_stride,
+    GROUP: tl.constexpr, SUPER: tl.constexpr, BLOCK_S: tl.constexpr, SHORT: tl.constexpr, TILE: tl.constexpr,
+    PIECE_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_G: tl.constexpr, PIECE: tl.constexpr, MAGNITUDE: tl.constexpr,
+):  # fmt: skip
+    """List what may be selected: the k largest centres, and what may displace one of them."""
+    row = tl.program_id(0).to(tl.int64)
+    centre_row, max_row = centre_ptr + row * stride, max_ptr + row * max_stride
+    first_row, largest_row = first_ptr + row * k, largest_ptr + row * k
+    super_row = max_row
+    if SUPER > 1:
+        super_row = super_ptr + row * supers
+        _supers(max_row, super_row, groups, supers, SUPER, PIECE_S)
+    _select_row(
+        centre_row, None, None, max_row, super_row, list_ptr + 2 * row * SHORT, list_ptr + (2 * row + 1) * SHORT,
+        largest_row, first_row, n, k, groups, supers, GROUP, SUPER, BLOCK_S, SHORT, TILE, False,
+    )  # fmt: skip
+    tl.debug_barrier()
+    t, p = tl.load(of_tokens_ptr + row), tl.load(of_tokens_ptr + tokens_stride + row)
+    q = tl.load(of_tokens_ptr + 2 * tokens_stride + row)
+    source = centre_row, of_latents_ptr, bias_ptr, scale_ptr, n, t, p, q
+    limits = _limits(largest_row, first_row, k, source, BLOCK_K, MAGNITUDE)
+    items_row, keys_row = items_ptr + row * (k + most), keys_ptr + row * (k + most)
+    n_groups = _list_groups(max_row, groups, of_groups_ptr, source, limits, GROUP, BLOCK_G)
+    found = 0
+    for start in range(0, n_groups, PIECE):
+        latents, keys, of_first, extra = _listed(max_row, start, n_groups, source, limits, GROUP, PIECE, MAGNITUDE)
+        found = _append_both(items_row, keys_row, found, latents, keys, of_first, extra, k + most)
+    rest, rest_first, _, _ = limits
+    if found > k + most:
+        rest, rest_first = _list_largest(
+            items_row, keys_row, max_row, n_groups, source, limits, k, most, GROUP, PIECE, MAGNITUDE
         )
-        tl.debug_barrier()  # lists are written again
-        found = 0
-        merged = 0
-        ties = 0
-        for start in range(0, n_groups, PIECE):
-            latents, bounds, of_first, extra = _listed(
-                list_row, start, n_groups, upper_row, n, tau, tau_last, least, least_last, GROUP, PIECE
-            )
-            tied = (extra & (bounds == limit)).to(tl.int32)
-            counts = tl.sum(tied, axis=1)
-            earlier = ties + (tl.cumsum(counts) - counts)[:, None] + tl.cumsum(tied, axis=1)
-            ties += tl.sum(counts)
-            fits = extra & ((bounds > limit) | ((tied != 0) & (earlier <= room)))
-            found = _append(extras_row, found, latents, fits, most)
-            merged = _append(merged_row, merged, tl.where(fits, ~latents, latents), fits | of_first, k + most)
-            over = tl.where(extra & (fits == 0), bounds, KEY_NONE)
-            largest = tl.max(over)
-            rest_first = tl.where(largest > rest, tl.min(tl.where(over == largest, latents, n)), rest_first)
-            rest = tl.maximum(rest, largest)
+        found = k + most
     tl.store(counts_ptr + row, found)
     tl.store(rest_ptr + 2 * row, rest)
     tl.store(rest_ptr + 2 * row + 1, rest_first)
 
 
 @triton.jit
+def encode_topk_extras_kernel(
+    first_ptr, dots_ptr,  # [rows, k] the first k and their x · w, float32
+    items_ptr, keys_ptr, counts_ptr,  # of encode_topk_open_kernel; what is not needed leaves items and counts
+    bias_ptr, scale_ptr,
+    extras_ptr,  # [rows, k + most] int32, ascending
+    extra_counts_ptr,  # [rows] int32
+    k, most,
+    BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, MAGNITUDE: tl.constexpr,
+):  # fmt: skip
+    """List what may still displace one of the first k, now that these have been rescored."""
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.arange(0, BLOCK_K)
+    inside = slot < k
+    first = tl.load(first_ptr + row * k + slot, mask=inside, other=0)
+    values = tl.load(dots_ptr + row * k + slot, mask=inside, other=0.0)
+    values += tl.load(bias_ptr + first, mask=inside, other=0.0).to(tl.float32)
+    keys = _keys_of(values, first, inside, scale_ptr, MAGNITUDE)
+    tau = tl.min(tl.where(inside, keys, KEY_NAN))
+    tau_last = _last_at(keys, first, inside, tau)
+
+    items_row = items_ptr + row * (k + most)
+    slots = tl.arange(0, BLOCK)
+    listed = slots < tl.load(counts_ptr + row)
+    items = tl.load(items_row + slots, mask=listed, other=0)
+    high = tl.load(keys_ptr + row * (k + most) + slots, mask=listed, other=KEY_NONE)
+    latents = tl.where(items < 0, ~items, items)
+    extra = listed & (items < 0) & ((high > tau) | ((high == tau) & (latents < tau_last)))
+    kept = (listed & (items >= 0)) | extra
+    tl.debug_barrier()  # all is read before it is written again
+    tl.store(items_row + tl.cumsum(kept.to(tl.int32)) - 1, items, mask=kept)
+    tl.store(extras_ptr + row * (k + most) + tl.cumsum(extra.to(tl.int32)) - 1, latents, mask=extra)
+    tl.store(extra_counts_ptr + row, tl.sum(extra.to(tl.int32)))
+    tl.store(counts_ptr + row, tl.sum(kept.to(tl.int32)))
+
+
+@triton.jit
 def encode_topk_merge_kernel(
     dots_ptr,  # [rows, k] of the first k
-    extra_dots_ptr,  # [rows, most]
-    merged_ptr, counts_ptr, rest_ptr,  # from encode_topk_extras_kernel; counts become those of all that was rescored
+    extra_dots_ptr,  # [rows, k + most]
+    items_ptr, rest_ptr, counts_ptr,  # from the kernels above; counts are set to d_sae where the rest still matters
     bias_ptr, scale_ptr,
     top_acts_ptr,  # [rows, k]
     top_indices_ptr,  # [rows, k]
     n, k, most,
     BLOCK: tl.constexpr, MAGNITUDE: tl.constexpr,
 ):  # fmt: skip
-    """Select among all that was rescored; count d_sae where what did not fit may be selected too."""
+    """Select among all that was rescored."""
     row = tl.program_id(0).to(tl.int64)
-    count = k + tl.load(counts_ptr + row)
+    count = tl.load(counts_ptr + row)
     slot = tl.arange(0, BLOCK)
     inside = slot < count
-    item = tl.load(merged_ptr + row * (k + most) + slot, mask=inside, other=0)
+    item = tl.load(items_ptr + row * (k + most) + slot, mask=inside, other=0)
     extra = item < 0
     latents = tl.where(extra, ~item, item)
     place = tl.cumsum(extra.to(tl.int32))
     place = tl.where(extra, place - 1, slot - place)
     values = tl.load(dots_ptr + row * k + place, mask=inside & (extra == 0), other=0.0)
-    others = tl.load(extra_dots_ptr + row * most + place, mask=inside & extra, other=0.0)
+    others = tl.load(extra_dots_ptr + row * (k + most) + place, mask=inside & extra, other=0.0)
     values = tl.where(extra, others, values) + tl.load(bias_ptr + latents, mask=inside, other=0.0).to(tl.float32)
     keys = _keys_of(values, latents, inside, scale_ptr, MAGNITUDE)
     tau = _kth_key(keys, k, tl.min(tl.where(inside, keys, KEY_NAN)))
     chosen, position = _choose(keys, k, tau)
     _write_chosen(chosen, position, latents, values, top_acts_ptr + row * k, top_indices_ptr + row * k)
+    tau = tl.min(tl.where(chosen, keys, KEY_NAN))
     rest = tl.load(rest_ptr + 2 * row)
-    if rest != KEY_NONE:
-        tau = tl.min(tl.where(chosen, keys, KEY_NAN))
-        again = (rest > tau) | (
-            (rest == tau) & (tl.load(rest_ptr + 2 * row + 1) < _last_at(keys, latents, chosen, tau))
-        )
-        count = tl.where(again, n, count)
-    tl.store(counts_ptr + row, count)
+    missed = (rest > tau) | ((rest == tau) & (tl.load(rest_ptr + 2 * row + 1) < _last_at(keys, latents, chosen, tau)))
+    tl.store(counts_ptr + row, tl.where(missed, n, count))

@@ -30,6 +30,25 @@ def dtype_of(precision: str) -> torch.dtype:
 
 
 @dataclass(frozen=True)
+class Screened:
+    """What an 8-bit product says of keys beside their centres, which are rounded to nearest; infinity stands for NaN.
+
+    A key differs from its centre by no more than 2^-8 of it, and t · (S · p + A · q). NaN there: it may be anything.
+
+    Args:
+        maxima: [tokens, groups of 32], int32: `_to_key` of the largest centre of each.
+        of_tokens: [3, tokens], float32: t, p and q. p = q = 0 of a token of zeros.
+        of_latents: [2, d_sae], float32: S and A.
+        of_groups: [2, groups], float32: the largest S and A of each.
+    """
+
+    maxima: Tensor
+    of_tokens: Tensor
+    of_latents: Tensor
+    of_groups: Tensor
+
+
+@dataclass(frozen=True)
 class Part:
     """Products of some tokens, whose memory is used again for the next.
 
@@ -37,13 +56,13 @@ class Part:
         tokens: which.
         products: [tokens, d_sae or more].
         bounds: what bounds the error, of tokens [3, tokens] and of latents [3, d_sae], float32, if certified.
-        maxima: [tokens, groups of 32], int32, if products are upper bounds of keys: the key of the largest of each.
+        screened: what bounds the error, if products are centres of keys, bfloat16.
     """
 
     tokens: slice
     products: Tensor
     bounds: tuple[Tensor, Tensor] | None
-    maxima: Tensor | None = None
+    screened: Screened | None = None
 
 
 @dataclass(frozen=True)
