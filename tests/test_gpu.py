@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -35,8 +35,8 @@ from flashsae.ops.adam_rows.reference import merge_halves
 from flashsae.ops.encode.keys import Keys
 from flashsae.ops.encode.launch import launch_encode_topk
 from flashsae.ops.factors import RowGradient, SparseFactor
-from flashsae.ops.validate import Precision
 from flashsae.optim import FactoredAdam
+from flashsae.precision import Precision, is_rounded
 from flashsae.testing import assert_as_accurate, integer_inputs
 from flashsae.train.graph import CapturedSteps
 from helpers.codes import index_of, topk_of
@@ -65,18 +65,21 @@ def to_device(inputs: Tensors) -> Tensors:
     return {name: tensor.to(DEVICE) for name, tensor in inputs.items()}
 
 
-MODES = [(F32, "float32"), (F32, "tf32"), (F32, "bf16"), (BF16, None)]
+MODES = [*((F32, precision) for precision in get_args(Precision)), (BF16, None)]
+MODE_NAMES = [*get_args(Precision), "bfloat16 tensors"]
+CAPTURED = ["float32", "bf16", "bf16-int8", "float32-int8"]
+SCREENED = [("bf16-int8", "float32"), ("float32-int8", "bf16")]
 SHAPES = [(0, 3, 5, 2), (1, 1, 1, 1), (37, 13, 101, 7), (130, 70, 600, 33), (64, 96, 2048, 1), (9, 768, 4096, 300)]
 
 
 @pytest.mark.parametrize("dense_above", ["1", "0"])
-@pytest.mark.parametrize(("dtype", "precision"), MODES, ids=["float32", "tf32", "bf16", "bfloat16 tensors"])
+@pytest.mark.parametrize(("dtype", "precision"), MODES, ids=MODE_NAMES)
 @pytest.mark.parametrize(("B", "d", "n", "k"), SHAPES)
 def test_t0_a_step_equals_that_of_the_cpu(
     B: int, d: int, n: int, k: int, dtype: torch.dtype, precision: Precision | None, dense_above: str,
     generator: torch.Generator, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    if dense_above == "0" and (dtype == BF16 or precision == "bf16"):
+    if dense_above == "0" and (dtype == BF16 or is_rounded(precision)):
         pytest.skip("dense products round the reconstruction once more")
     monkeypatch.setenv("FLASHSAE_DENSE_ABOVE", dense_above)
     inputs = step_inputs(B, d, n, generator, integer=True, dtype=dtype)
@@ -127,7 +130,7 @@ def test_t1_as_accurate_as_dense_autograd(dtype: torch.dtype, generator: torch.G
         assert_as_accurate(our[name], theirs[name], exact[name], name)
 
 
-@pytest.mark.parametrize("precision", ["float32", "tf32", "bf16"])
+@pytest.mark.parametrize("precision", get_args(Precision))
 def test_t3_two_steps_give_the_same_bits(precision: Precision, generator: torch.Generator) -> None:
     inputs = to_device(step_inputs(500, 200, 3000, generator, integer=False))
     first, second = (whole_step(inputs, 20, precision) for _ in range(2))
@@ -135,7 +138,7 @@ def test_t3_two_steps_give_the_same_bits(precision: Precision, generator: torch.
         assert torch.equal(first[name], second[name]), name
 
 
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("precision", CAPTURED)
 def test_a_captured_step_replays_as_an_eager_one(precision: Precision, generator: torch.Generator) -> None:
     inputs = to_device(step_inputs(100, 64, 2000, generator, integer=False))
     side = torch.cuda.Stream()
@@ -338,7 +341,9 @@ def test_latent_pass_over_rows_beyond_two_to_the_31_elements(generator: torch.Ge
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("precision", "moments"), [("float32", "float32"), ("bf16", "bf16"), ("tf32", "float32")])
+@pytest.mark.parametrize(
+    ("precision", "moments"), [("float32", "float32"), ("bf16", "bf16"), ("tf32", "float32"), *SCREENED]
+)
 def test_training_repeats_and_resumes_bit_for_bit(precision: Precision, moments: Any, tmp_path: Path) -> None:
     x = SuperpositionModel(64, 128, active=4.0).sample(8192, seed=1)
     parts = list(x.split(512))
@@ -417,7 +422,7 @@ def test_saes_of_several_sites_repeat_resume_and_train_as_on_the_cpu(
     assert ours == pytest.approx(theirs, rel=0.05)
 
 
-@pytest.mark.parametrize(("dtype", "precision"), MODES, ids=["float32", "tf32", "bf16", "bfloat16 tensors"])
+@pytest.mark.parametrize(("dtype", "precision"), MODES, ids=MODE_NAMES)
 @pytest.mark.parametrize("shape", [(0, 3, 5), (37, 13, 101), (130, 70, 64)])
 def test_t0_a_linear_map_equals_that_of_the_cpu(
     shape: tuple[int, int, int], dtype: torch.dtype, precision: Precision | None, generator: torch.Generator

@@ -21,6 +21,7 @@ SHARED: dict[str, Any] = {
 }  # fmt: skip
 SETTINGS: list[dict[str, Any]] = [
     {"k": 8, "precision": "bf16"},
+    {"k": 8, "precision": "bf16-int8"},
     {"k": 8, "precision": "bf16", "average_tokens": 512 * 10},
     {"k": 16, "seed": 3},
     {"arch": "batch_topk", "k": 8, "moments": "bf16"},

@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 import flashsae
 from flashsae import SAE, SAEConfig, TopKSettings, TrainConfig
 from flashsae import architecture as architectures
+from flashsae.architecture import Progress
 from flashsae.architectures.topk import ARCHITECTURE as TOPK
 from flashsae.data.shuffle import RowShuffle
 from flashsae.data.sources import ArraySource
@@ -62,6 +63,19 @@ def test_each_form_of_the_auxiliary_loss_is_as_accurate_as_dense_autograd(form: 
     exact, theirs = dense(torch.float64), dense(torch.float32)
     for name, result in ours().items():
         assert_as_accurate(result, theirs[name], exact[name], f"{form} {name}")
+
+
+def test_a_captured_step_reads_the_noise_of_its_step() -> None:
+    sae = SAE(SAEConfig(D, N, 8), device="cuda")
+    sae.precision = "bf16-int8"
+    sae.encode(X[:B].cuda())
+    graph, seen = torch.cuda.CUDAGraph(), torch.zeros((), dtype=torch.int64, device="cuda")
+    with torch.cuda.graph(graph):
+        seen.copy_(sae.memory(X)["noise"])
+    for step in (3, 8, 2**40):
+        sae.set_progress(Progress(step, 2**41))
+        graph.replay()
+        assert int(seen) == step
 
 
 @dataclass(frozen=True)
