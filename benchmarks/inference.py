@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import cyclopts
 import torch
@@ -30,13 +30,13 @@ from flashsae.bench.problem import Problem, make_problem
 from flashsae.bench.setups import Shape, threshold, tiny
 from flashsae.bench.timing import float32_products, free, peak_bytes, time_runs
 from flashsae.errors import require
-from flashsae.ops.validate import Precision
+from flashsae.precision import Precision, has_screen, is_rounded, operand_of
 
 Encode = Callable[[Tensor], Tensor]
 Arch = Literal["topk", "batch_topk", "jump_relu"]
 ARCHS: tuple[Arch, ...] = ("topk", "batch_topk", "jump_relu")
 SAELENS = next(peer for peer in LIBRARIES if peer.name == "SAELens")
-ENCODED_IN: tuple[Precision, ...] = ("float32", "tf32", "bf16")
+ENCODED_IN: tuple[Precision, ...] = get_args(Precision)
 CHECKED = 256  # tokens whose codes are compared, densely
 
 
@@ -70,7 +70,7 @@ class Encoder:
 
     def products(self) -> Any:
         """Return the context in which a library's products have the precision that is asked for."""
-        kind = {"float32": "ieee", "tf32": "tf32", "bf16": None}[self.precision]
+        kind = {"float32": "ieee", "tf32": "tf32", "bf16": None}[operand_of(self.precision)]
         return float32_products(kind) if self.name.startswith(SAELENS.name) else nullcontext()
 
 
@@ -115,7 +115,7 @@ def encoders(problem: Problem, peers: bool) -> list[Encoder]:
     found: list[Encoder] = []
     lens: dict[torch.dtype, Any] = {}
     for precision in ENCODED_IN:
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        dtype = torch.bfloat16 if is_rounded(precision) else torch.float32
         sae, x = our_sae(problem, dtype, precision), problem.xs[0].to(dtype)
 
         def to_dense(tokens: Tensor, sae: SAE = sae) -> Tensor:
@@ -125,7 +125,7 @@ def encoders(problem: Problem, peers: bool) -> list[Encoder]:
             Encoder(f"{OURS}, {precision}", precision, x, sae.encode, to_dense),
             Encoder(f"{OURS} to dense, {precision}", precision, x, to_dense, to_dense),
         ]
-        if peers:
+        if peers and not has_screen(precision):
             lens[dtype] = lens[dtype] if dtype in lens else lens_sae(problem, sae)
             found.append(Encoder(f"{SAELENS.name}, {precision}", precision, x, lens[dtype].encode, lens[dtype].encode))
     return sorted(found, key=lambda encoder: encoder.name.startswith(SAELENS.name))
@@ -207,7 +207,7 @@ def ratios(runs: Mapping[str, Record]) -> Record:
     """Return by precision how many times as long and as much memory as ours SAELens takes, where both were measured."""
     result: Record = {"times_as_long": {}, "share_of_memory": {}}
     for precision in ENCODED_IN:
-        ours, theirs = runs[f"{OURS}, {precision}"], runs.get(f"{SAELENS.name}, {precision}", {})
+        ours, theirs = (runs.get(f"{name}, {precision}", {}) for name in (OURS, SAELENS.name))
         if "median_ms" in ours and "median_ms" in theirs:
             result["times_as_long"][precision] = theirs["median_ms"] / ours["median_ms"]
             if theirs["peak_bytes"]:

@@ -297,7 +297,7 @@ def test_encoding_is_checked_timed_and_told_beside_a_peer(tmp_path: Path, monkey
     records = [json.loads(line) for line in out.read_text().splitlines()]
     assert [record["name"] for record in records] == ["topk", "batch_topk", "jump_relu"]
     for record in records:
-        assert len(record["runs"]) == 9
+        assert len(record["runs"]) == 13
         assert {run["status"] for run in record["runs"].values()} == {"ok"}
         assert record["runs"]["FlashSAE, float32"]["same_latents"] == 1.0
         assert record["times_as_long"].keys() == {"float32", "tf32", "bf16"}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from flashsae import BatchTopKSettings, TopKSettings, TrainConfig, architecture
 from flashsae.errors import ConfigError
 from flashsae.optim import default_lr
+from flashsae.precision import Precision
 
 
 @pytest.mark.parametrize(("d_in", "d_sae"), [(384, 4096), (768, 8192), (512, 4096), (4096, 32768), (1, 8)])
@@ -28,6 +30,11 @@ def test_what_is_given_is_kept() -> None:
     config = given.resolve(8)
     assert (config.d_sae, config.lr, config.warmup_steps, config.k_aux, config.dead_after_tokens) == (77, 1.0, 0, 2, 5)
     assert config.steps == 3
+
+
+def test_the_help_says_what_each_precision_is() -> None:
+    lines = (TrainConfig.__doc__ or "").partition("precision:")[2].partition("moments:")[0]
+    assert [word.rstrip(":") for word in lines.split() if word.endswith(":")] == list(get_args(Precision))
 
 
 @pytest.mark.parametrize(

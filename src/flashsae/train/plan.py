@@ -169,8 +169,8 @@ def _gpu_step(config: TrainConfig) -> int:
     rows = min(B, max(1, WORKSPACE_BYTES // (n * width)))
     workspace = rows * n * width * (1 + 1 / 16)
     rounded = 2 * n * d if operand == "float32" else 0  # weights in float16
-    if is_screened:  # where that pays: weights and the tokens of a workspace in int8, and facts of each row
-        rounded = max(rounded, (n + rows) * (-(-d // _SCREEN_BLOCK) * _SCREEN_BLOCK + _FACT_BYTES))
+    if is_screened:  # where that pays: rows in int8 of weights and of a workspace, and what each token may select
+        rounded = max(rounded, (n + rows) * (-(-d // _SCREEN_BLOCK) * _SCREEN_BLOCK + _FACT_BYTES) + _listed(B, k))
     workspace += rounded
     error = B * config.d_out * (2 if is_rounded(config.precision) else 4)
     levels = _levels(config)
@@ -185,6 +185,11 @@ def _active(config: TrainConfig) -> float:
     architecture = architecture_of(config.arch)
     most = 0 if architecture.most is None else architecture.most(config.arch)
     return max(architecture.l0(config.arch), most)
+
+
+def _listed(B: int, k: float) -> int:
+    """Return the memory of lists of latents that a screen leaves: number, bound, place and value of each."""
+    return 16 * min(B, 8192) * max(512, 4 * (1 << max(0, int(k) - 1).bit_length()))
 
 
 def _levels(config: TrainConfig) -> int:
