@@ -2,7 +2,7 @@
 
 Rows of W are asked for by many tokens, at random. Whole, they do not fit into the cache; what all tokens need of a few
 columns does, so it comes from memory once. Programs start in the order of their numbers, the first of the grid fastest:
-slices of columns are its last. Where rows are asked for seldom they are its first: a row then comes as a whole.
+slices of columns are its last.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def decode_dots_kernel(
     parts_ptr,  # [slices, as indices_ptr]
     k, d, row_stride, W_stride, part_stride,
     first_column,  # of the first slice
-    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, SELDOM: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """parts[s, b, j] = rows[b] · W[indices[b, j]] over the columns of slice s, accumulated in float32.
 
@@ -31,8 +31,6 @@ def decode_dots_kernel(
     at about the same time.
     """
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
-    if SELDOM:
-        row, part = part, row
     if starts_ptr is None:
         first, count = row * k, k
         if counts_ptr is not None:
@@ -66,14 +64,19 @@ def decode_dots_join_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Add up what slices gave, in their order. Places that are not used are left as they are."""
-    slot = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    wanted = slot < n
-    if starts_ptr is not None:
-        wanted = slot < tl.load(starts_ptr + B)
+    place = tl.program_id(0).to(tl.int64)
     if counts_ptr is not None:
-        row = slot // k
-        count = tl.load(counts_ptr + row, mask=wanted, other=0)
-        wanted = wanted & (count <= k) & (slot - row * k < count)
+        blocks = tl.cdiv(k, BLOCK)
+        row = place // blocks
+        slot = (place - row * blocks) * BLOCK + tl.arange(0, BLOCK)
+        count = tl.load(counts_ptr + row)
+        wanted = (slot < count) & (count <= k)
+        slot += row * k
+    else:
+        slot = place * BLOCK + tl.arange(0, BLOCK)
+        wanted = slot < n
+        if starts_ptr is not None:
+            wanted = slot < tl.load(starts_ptr + B)
     total = tl.load(dots_ptr + slot, mask=wanted & (before > 0), other=0.0)
     for _ in tl.range(0, slices, loop_unroll_factor=8):
         total += tl.load(parts_ptr + slot, mask=wanted, other=0.0)

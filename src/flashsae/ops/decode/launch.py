@@ -183,6 +183,9 @@ larger."""
 ENOUGH_PROGRAMS = 4096
 """Programs that keep a GPU busy; lists of tokens are cut where there are fewer."""
 
+JOIN = 128
+"""Dot products whose parts a program adds up."""
+
 
 def launch_dots(
     rows: Tensor, latents: Tensor, W: Tensor, *, starts: Tensor | None = None, counts: Tensor | None = None
@@ -211,16 +214,16 @@ def launch_dots(
     cuts = min(MOST_CUTS, triton.cdiv(len(W) * PIECE, NEAR))
     cuts = max(cuts, triton.cdiv(ENOUGH_PROGRAMS, B * slices))
     cuts = min(cuts, triton.cdiv(k or triton.cdiv(n, B), block_k))
-    seldom = 2 * n < len(W) and B < 2**16
+    joins = triton.cdiv(n, JOIN) if counts is None else B * triton.cdiv(latents.shape[1], JOIN)
     parts = dots if slices == 1 else torch.empty(at_once, n, dtype=torch.float32, device=W.device)
     for first in range(0, slices, at_once):
         some = min(at_once, slices - first)
-        dots_kernels.decode_dots_kernel[(some, cuts, B) if seldom else (B, cuts, some)](
+        dots_kernels.decode_dots_kernel[(B, cuts, some)](
             rows, latents, starts, counts, W, parts, k, d, rows.stride(0), W.stride(0), n, first * block_d,
-            BLOCK_K=block_k, BLOCK_D=block_d, SELDOM=seldom, num_warps=1,
+            BLOCK_K=block_k, BLOCK_D=block_d, num_warps=1,
         )  # fmt: skip
         if slices > 1:
-            dots_kernels.decode_dots_join_kernel[(triton.cdiv(n, 512),)](
-                parts, starts, counts, dots, B, k, n, some, first, BLOCK=512, num_warps=4
+            dots_kernels.decode_dots_join_kernel[(joins,)](
+                parts, starts, counts, dots, B, k, n, some, first, BLOCK=JOIN, num_warps=1
             )
     return dots
