@@ -214,7 +214,8 @@ def launch_dots(
     cuts = min(MOST_CUTS, triton.cdiv(len(W) * PIECE, NEAR))
     cuts = max(cuts, triton.cdiv(ENOUGH_PROGRAMS, B * slices))
     cuts = min(cuts, triton.cdiv(k or triton.cdiv(n, B), block_k))
-    joins = triton.cdiv(n, JOIN) if counts is None else B * triton.cdiv(latents.shape[1], JOIN)
+    join = JOIN if counts is None else 2 * JOIN  # much of a list may be empty
+    joins = triton.cdiv(n, join) if counts is None else B * triton.cdiv(latents.shape[1], join)
     parts = dots if slices == 1 else torch.empty(at_once, n, dtype=torch.float32, device=W.device)
     for first in range(0, slices, at_once):
         some = min(at_once, slices - first)
@@ -224,6 +225,6 @@ def launch_dots(
         )  # fmt: skip
         if slices > 1:
             dots_kernels.decode_dots_join_kernel[(joins,)](
-                parts, starts, counts, dots, B, k, n, some, first, BLOCK=JOIN, num_warps=1
+                parts, starts, counts, dots, B, k, n, some, first, BLOCK=join, num_warps=1
             )
     return dots

@@ -156,7 +156,7 @@ def _in_half(matrix: Tensor, *, is_token: bool) -> tuple[Tensor, Tensor]:
     rows, d = matrix.shape
     top_exponent = (15 - (d - 1).bit_length()) // 2  # then no product of two rows can overflow float16
     # a tensor core adds at least 8 products at a time and loses less than 2**-21 of the largest sum each time; the
-    # float32 rescoring adds d / 128 products in a row in each of its lanes, then the lanes in pairs
+    # float32 rescoring takes a product through d / 64 + 13 roundings of 2**-24 at most (launch_dots), less than allowed
     accumulation = d / 8 * 2.0**-21 + (d / 128 + 32) * 2.0**-23
     half = torch.empty_like(matrix, dtype=torch.float16)
     facts = torch.empty(3, rows, dtype=torch.float32, device=matrix.device)
