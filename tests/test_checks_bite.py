@@ -222,7 +222,7 @@ KERNEL_BUGS = {
         _step_is_right,
     ),
     "a bias forgotten": (
-        "encode", "kernels", "return values + tl.load(bias_ptr", "return values + 0 * tl.load(bias_ptr", _step_is_right,
+        "encode", "kernels", "values += tl.load(bias_ptr", "values += 0 * tl.load(bias_ptr", _step_is_right,
     ),
     "ties broken the other way": (
         "encode", "kernels", "tl.cumsum(tied.to(tl.int32)) <= room",
