@@ -71,7 +71,7 @@ def runs_kernels(device: torch.device) -> bool:
     if choice == "reference":
         return False
     if choice == "triton":
-        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        if device.type != "cuda" and not interprets_kernels():
             raise ConfigError(
                 f"FLASHSAE_BACKEND is triton, but the tensor is on {device}: move it to a CUDA device, or set "
                 "TRITON_INTERPRET=1 to run kernels (slowly) on the CPU."
@@ -80,6 +80,11 @@ def runs_kernels(device: torch.device) -> bool:
     if device.type == "cuda" and not _has_triton():
         log_once("triton is not installed: operations on CUDA tensors run as plain PyTorch, which is slower")
     return device.type == "cuda" and _has_triton()
+
+
+def interprets_kernels() -> bool:
+    """Return whether kernels run in Triton's interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _choice() -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from flashsae.ops import Pattern
 from flashsae.ops.adam_rows import AdamRule
@@ -28,11 +29,13 @@ from flashsae.ops.decode.launch import (
     launch_residual,
 )
 from flashsae.ops.dense.launch import launch_dense_code
+from flashsae.ops.encode import screen
 from flashsae.ops.encode.keys import Keys
 from flashsae.ops.encode.launch import launch_center, launch_encode_topk
 from flashsae.ops.encode.layout import Layout
 from flashsae.ops.encode.onesided import OneSided
-from flashsae.ops.encode.product import Part, Screened
+from flashsae.ops.encode.product import Part
+from flashsae.ops.encode.screen import Screened
 from flashsae.ops.factors import RowGradient, SparseFactor
 from flashsae.ops.latent_rows.launch import launch_column_sums, launch_latent_rows, launch_latent_sums
 from flashsae.ops.select import launch as select
@@ -66,6 +69,8 @@ class Launches(dict[tuple[Any, ...], tuple[JITFunction, ASTSource, dict[str, int
             if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
                 signature[parameter.name] = "constexpr"
                 constants[(place,)] = value
+            elif isinstance(value, TensorDescriptor):
+                signature[parameter.name] = f"tensordesc<{POINTERS[value.base.dtype][1:]}{value.block_shape}>"
             elif isinstance(value, Tensor):
                 signature[parameter.name] = POINTERS[value.dtype]
                 attributes[(place,)] = [["tt.divisibility", 16]]
@@ -198,6 +203,23 @@ def launch_latent_pass() -> None:
         one = torch.ones((), dtype=torch.float64)
         launch_adam_rows(weights, low, moments, gradient, (one, one, one.repeat(2)), AdamRule(unit_norm=unit_norm))
         launch_row_squares(weights, gradient, unit_norm)
+
+
+def launch_screens() -> None:
+    """Round and multiply matrices of every dtype and of few and many columns and tokens, for both kinds of result."""
+    for d, dtype, B, magnitude, scaled in (
+        (4096, BF16, 200, False, False),
+        (4096, F32, 200, True, True),
+        (768, BF16, 8, False, True),
+        (100, F32, 8, True, False),
+        (16384, F32, 200, False, False),
+    ):
+        x, W = torch.zeros(B, d, dtype=dtype), torch.zeros(320, d, dtype=dtype)
+        noise = torch.zeros((), dtype=torch.int64) if scaled else None
+        left, right = screen.rounded(x, noise, is_token=True), screen.rounded(W, noise, is_token=False)
+        screen.products(left, right, torch.zeros(B, 320, dtype=torch.float16))
+        keys = Keys(W.new_zeros(320), torch.ones(320) if scaled else None, magnitude)
+        screen.centres(left, right, keys, torch.zeros(B, 320, dtype=BF16), torch.zeros(B, 10, dtype=torch.int32))
 
 
 def launch_selections() -> None:

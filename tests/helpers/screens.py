@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashsae.ops.encode.keys import Keys
-from flashsae.ops.encode.product import Part, Screened
+from flashsae.ops.encode.product import Part
+from flashsae.ops.encode.screen import Screened
 
 GROUP = 32
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from flashsae.backend import log_once
 from flashsae.ops.decode.launch import launch_dots
 from flashsae.ops.dense.op import pre_acts
-from flashsae.ops.encode import certify_kernels, kernels
+from flashsae.ops.encode import certify_kernels, kernels, screen
 from flashsae.ops.encode.keys import Keys
 from flashsae.ops.encode.layout import Layout as Layout
 from flashsae.ops.encode.layout import tile_and_warps
@@ -103,8 +103,9 @@ def launch_encode_topk(
     indices = torch.empty(B, k, dtype=torch.int64, device=device)
     if B == 0:
         return acts, indices
-    product = Product.of(x, W_enc_T, precision, memory, noise=noise)
     selection = _Selection(keys.packed(), Layout.of(n, k), n)
+    by_groups = selection.keys if selection.layout.group == screen.GROUP else None
+    product = Product.of(x, W_enc_T, precision, memory, noise=noise, keys=by_groups)
     counts = torch.empty(B, dtype=torch.int32, device=device) if candidate_counts is None else candidate_counts
     one_sided = OneSided(product.x, product.W, selection.keys, selection.layout, (acts, indices), counts)
     for part in product.parts():

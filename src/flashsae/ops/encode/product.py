@@ -1,4 +1,4 @@
-"""The product that is screened: its parts, how it accumulates, its operands in float16 and what bounds their error."""
+"""The product that is screened: its parts, how it accumulates, its operands rounded and what bounds their error."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ import torch
 import triton
 from torch import Tensor
 
-from flashsae.ops.encode import certify_kernels
+from flashsae.backend import log_once
+from flashsae.ops.encode import certify_kernels, screen
+from flashsae.ops.encode.keys import Keys
+from flashsae.ops.encode.screen import Rounded, Screened
 from flashsae.ops.validate import packed
-from flashsae.precision import operand_of
+from flashsae.precision import has_screen, is_rounded, operand_of
 
 LARGEST_ROWS = 65535 * 16
 """Rows at once, at most: a grid has no more than 65535 programs in its second dimension, each with 16 rows."""
@@ -27,25 +30,6 @@ Memory = list[int]
 def dtype_of(precision: str) -> torch.dtype:
     """Return the dtype of the operands of the product that is screened, and of the product."""
     return {"bf16": torch.bfloat16, "tf32": torch.float32, "float32": torch.float16}[precision]
-
-
-@dataclass(frozen=True)
-class Screened:
-    """What an 8-bit product says of keys beside their centres, which are rounded to nearest; infinity stands for NaN.
-
-    A key differs from its centre by no more than 2^-8 of it, and t · (S · p + A · q). NaN there: it may be anything.
-
-    Args:
-        maxima: [tokens, groups of 32], int32: `_to_key` of the largest centre of each.
-        of_tokens: [3, tokens], float32: t, p and q. p = q = 0 of a token of zeros.
-        of_latents: [2, d_sae], float32: S and A.
-        of_groups: [2, groups], float32: the largest S and A of each.
-    """
-
-    maxima: Tensor
-    of_tokens: Tensor
-    of_latents: Tensor
-    of_groups: Tensor
 
 
 @dataclass(frozen=True)
@@ -75,6 +59,8 @@ class Product:
         precision: "bf16", "tf32" or "float32" (certified: operands are float16).
         rows: tokens at a time.
         latents: rows of weights that are rounded at a time: all of them once, or some of them again for every part.
+        screen: whether operands are rounded to int8, and what is certified are the products of x and W as they are.
+        keys: of a screen whose centres are wanted in place of products.
         noise: scalar, int64: seed of what an 8-bit screen is rounded with; None is 0.
     """
 
@@ -83,12 +69,14 @@ class Product:
     precision: str
     rows: int
     latents: int
+    screen: bool = False
+    keys: Keys | None = None
     noise: Tensor | None = None
 
     @classmethod
     def of(
         cls, x: Tensor, W_enc_T: Tensor, precision: str, memory: Memory, most_rows: int = LARGEST_ROWS,
-        noise: Tensor | None = None,
+        noise: Tensor | None = None, keys: Keys | None = None,
     ) -> Product:  # fmt: skip
         """Return the product of operands as they come, in parts that keep to a bound of memory.
 
@@ -99,49 +87,96 @@ class Product:
             memory: the bound.
             most_rows: tokens at a time, at most.
             noise: as of the product.
+            keys: packed, where the centres of a screen will do.
         """
+        (n, d), rounds = W_enc_T.shape, is_rounded(precision)
+        screened = has_screen(precision) and screen.pays(len(x), n, d)
+        if has_screen(precision) and not screened:
+            log_once(
+                f"{precision}: a product of {len(x)} tokens and {n} latents of {d} numbers is too small for a screen, "
+                f"and computed in {operand_of(precision)}"
+            )
         precision = operand_of(precision)
-        dtype, certified, (n, d) = dtype_of(precision), precision == "float32", W_enc_T.shape
-        x = packed(x.to(torch.float32 if certified else dtype))
-        W = packed(W_enc_T.to(torch.float32) if certified else W_enc_T)
-        fit = memory[0] // (_stride(n) * dtype.itemsize)
+        exact = screened or precision == "float32"
+        dtype = torch.int8 if screened else dtype_of(precision)
+        whole = torch.bfloat16 if rounds else torch.float32 if exact else dtype
+        keeps = (rounds and not screened) or not exact or (W_enc_T.dtype in (whole, torch.bfloat16) and screened)
+        x, W = packed(x.to(whole)), packed(W_enc_T if keeps else W_enc_T.to(whole))
+        fit = memory[0] // (_stride(n) * max(2, dtype.itemsize))
         at_once = memory[1] // (d * dtype.itemsize) // LEAST_LATENTS * LEAST_LATENTS
         latents = min(n, max(LEAST_LATENTS, at_once)) if memory[1] and W.dtype != dtype else n
-        return cls(x, W, precision, max(1, min(len(x), LARGEST_ROWS, most_rows, fit)), latents, noise)
+        rows = max(1, min(len(x), LARGEST_ROWS, most_rows, fit))
+        return cls(x, W, precision, rows, latents, screened, keys if screened else None, noise)
 
     @property
     def certified(self) -> bool:
         """Whether products only screen."""
-        return self.precision == "float32"
+        return self.screen or self.precision == "float32"
 
     def parts(self) -> Iterator[Part]:
         """Yield the products, part by part."""
-        (B, n), dtype, device = (len(self.x), len(self.W)), dtype_of(self.precision), self.x.device
+        (B, n), device = (len(self.x), len(self.W)), self.x.device
+        dtype = (torch.float16 if self.keys is None else torch.bfloat16) if self.screen else dtype_of(self.precision)
         raw = torch.empty(self.rows, _stride(n), dtype=dtype, device=device)
         of_latents = torch.empty(3, n, dtype=torch.float32, device=device) if self.certified else None
         blocks = [slice(first, min(first + self.latents, n)) for first in range(0, n, self.latents)]
         whole = self._rounded(blocks[0], of_latents) if len(blocks) == 1 else None
+        maxima = None
+        if self.keys is not None:
+            maxima = torch.empty(self.rows, triton.cdiv(n, screen.GROUP), dtype=torch.int32, device=device)
         for first in range(0, B, self.rows):
             tokens = slice(first, min(first + self.rows, B))
             products = raw[: tokens.stop - first]
             left, of_tokens = self._left(tokens)
             for block in blocks:
                 right = self._rounded(block, of_latents) if whole is None else whole
-                with products_in(self.precision):
-                    torch.mm(left, right.T, out=products[:, block])
+                self._multiply(left, right, products, maxima, block)
             del right
             if tokens.stop == B:
                 whole = None  # rounded weights make room for what follows
-            bounds = None if of_tokens is None or of_latents is None else (of_tokens, of_latents)
-            yield Part(tokens, products, bounds)
+            yield self._part(tokens, products, maxima, of_tokens, of_latents)
 
-    def _left(self, tokens: slice) -> tuple[Tensor, Tensor | None]:
+    def _multiply(
+        self, left: Tensor | Rounded, right: Tensor | Rounded, products: Tensor, maxima: Tensor | None, block: slice
+    ) -> None:
+        """Write the products with some rows of weights."""
+        out = products[:, block]
+        if isinstance(left, Tensor) or isinstance(right, Tensor):
+            with products_in(self.precision):
+                torch.mm(left, right.T, out=out)  # type: ignore[union-attr, arg-type]
+        elif self.keys is None or maxima is None:
+            screen.products(left, right, out)
+        else:
+            groups = slice(block.start // screen.GROUP, triton.cdiv(block.stop, screen.GROUP))
+            scale = None if self.keys.scale is None else self.keys.scale[block]
+            keys = Keys(self.keys.b_enc[block], scale, self.keys.magnitude)
+            screen.centres(left, right, keys, out, maxima[: len(products), groups])
+
+    def _part(
+        self, tokens: slice, products: Tensor, maxima: Tensor | None, of_tokens: Tensor | None,
+        of_latents: Tensor | None,
+    ) -> Part:  # fmt: skip
+        if of_tokens is None or of_latents is None:
+            return Part(tokens, products, None)
+        if self.keys is not None and maxima is not None:
+            errors = screen.errors_of(of_latents, self.keys.scale)
+            return Part(tokens, products, None, Screened(maxima[: len(products)], of_tokens[:3], *errors))
+        return Part(tokens, products, (of_tokens[-3:], of_latents))
+
+    def _left(self, tokens: slice) -> tuple[Tensor | Rounded, Tensor | None]:
+        if self.screen:
+            left = screen.rounded(self.x[tokens], self.noise, is_token=True, first=tokens.start)
+            return left, left.facts
         return _in_half(self.x[tokens], is_token=True) if self.certified else (self.x[tokens], None)
 
-    def _rounded(self, block: slice, of_latents: Tensor | None) -> Tensor:
+    def _rounded(self, block: slice, of_latents: Tensor | None) -> Tensor | Rounded:
         """Return some rows of weights in the dtype of the product, and note what bounds their error."""
         if of_latents is None:
             return self.W[block].to(dtype_of(self.precision))
+        if self.screen:
+            rows = screen.rounded(self.W[block], self.noise, is_token=False, first=block.start)
+            of_latents[:, block] = rows.facts
+            return rows
         half, facts = _in_half(self.W[block], is_token=False)
         of_latents[:, block] = facts
         return half

@@ -273,5 +273,6 @@ class _Redo:
         redo_kernels.select_redo_kernel[(triton.cdiv(B, 16),)](
             x, W, *operands.by, state, self.of.total, hist, counts, starts, latents, values,
             self.of.capacity, B, len(W), d, x.stride(0), W.stride(0),
-            MODE=mode, BLOCK_B=16, BLOCK_N=128, BLOCK_D=32, MAGNITUDE=operands.keys.magnitude, num_warps=4,
+            MODE=mode, BLOCK_B=16, BLOCK_N=128, BLOCK_D=32, MAGNITUDE=operands.keys.magnitude,
+            ROUNDED=x.dtype == torch.bfloat16 and not operands.certified, num_warps=4,
         )  # fmt: skip

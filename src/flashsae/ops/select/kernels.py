@@ -369,15 +369,15 @@ def _dots(tokens, latents, wanted, x_ptr, W_ptr, d, x_stride, W_stride, BLOCK: t
     for start in range(0, d, BLOCK_D):
         column = start + tl.arange(0, BLOCK_D)
         inside = wanted[:, None] & (column < d)[None, :]
-        x = tl.load(x_rows + column[None, :], mask=inside, other=0.0)
-        sums += tl.load(W_rows + column[None, :], mask=inside, other=0.0) * x
+        x = tl.load(x_rows + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        sums += tl.load(W_rows + column[None, :], mask=inside, other=0.0).to(tl.float32) * x
     return tl.sum(sums, axis=1)
 
 
 @triton.jit
 def select_rescore_kernel(
-    x_ptr,  # [B, d] float32
-    W_ptr,  # [n, d] float32
+    x_ptr,  # [B, d]
+    W_ptr,  # [n, d]
     bias_ptr, scale_ptr,
     latents_ptr,  # [capacity]
     tokens_ptr,  # [capacity]

@@ -30,9 +30,9 @@ def select_redo_kernel(
     values_ptr,  # [wanted] float32
     capacity, B, n, d, x_stride, W_stride,
     MODE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    MAGNITUDE: tl.constexpr,
+    MAGNITUDE: tl.constexpr, ROUNDED: tl.constexpr,
 ):  # fmt: skip
-    """Do one pass over all pre-activations of some tokens, in float32 (rounded as products of bfloat16 are)."""
+    """Do one pass over all pre-activations of some tokens, in float32, or rounded as products in bfloat16 are."""
     if tl.load(used_ptr) > capacity:
         row = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
         bound, shift = bound_of(state_ptr), shift_of(state_ptr)
@@ -62,7 +62,7 @@ def select_redo_kernel(
                     .to(tl.float32)
                 )
                 sums = tl.dot(x, W, sums, input_precision="ieee")
-            if x_ptr.dtype.element_ty == tl.bfloat16:
+            if ROUNDED:
                 sums = sums.to(tl.bfloat16).to(tl.float32)
             values = sums + tl.load(bias_ptr + latents, mask=latents < n, other=0.0).to(tl.float32)[None, :]
             scaled = values
