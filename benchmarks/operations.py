@@ -15,7 +15,7 @@ from flashsae.bench.ceilings import copy_run, gather_run, gemm_run
 from flashsae.bench.dense import backward
 from flashsae.bench.measure import TOLERANCE, Record, Subject
 from flashsae.errors import MissingExtraError
-from flashsae.ops.validate import Precision
+from flashsae.precision import Precision, has_screen, operand_of
 
 Figures = Callable[[Record], Record]
 BF16 = torch.bfloat16
@@ -181,7 +181,10 @@ def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def forward_backward(size: Size, dtype: torch.dtype, precision: Precision) -> Subject:
-    """Return the complete idiom: encode, decode with loss, backward; gradients in the dtype of the weights."""
+    """Return the complete idiom: encode, decode with loss, backward; gradients in the dtype of the weights.
+
+    With a screen it takes turns with the same without one.
+    """
     problem = size.problem(dtype)
     weights = tuple(weight.detach().requires_grad_() for weight in problem.weights)
     W_enc_T, b_enc, W_dec, b_dec = weights
@@ -206,7 +209,10 @@ def forward_backward(size: Size, dtype: torch.dtype, precision: Precision) -> Su
         return wrong + checks.check_gradients(problem, code.replace(code.acts.detach()), residual, grads, tolerance)
 
     flops = 2.0 * problem.shape.batch_tokens * problem.shape.d_in * (problem.shape.d_sae + 4 * problem.shape.k)
-    return Subject(run, check, (problem.xs[0], *weights), tflops(flops), capturable=True)
+    operand, reference = operand_of(precision), None
+    if has_screen(precision):
+        reference = operand, forward_backward(size, dtype, operand).run
+    return Subject(run, check, (problem.xs[0], *weights), tflops(flops), capturable=True, reference=reference)
 
 
 def dense_decode_and_grads(size: Size, dtype: torch.dtype, kind: str) -> Subject:

@@ -103,6 +103,16 @@ def test_every_operation_is_right(name: str) -> None:
     assert record["status"].startswith("ok"), record
 
 
+def test_both_passes_with_a_screen_take_turns_with_those_without() -> None:
+    cases = {(case.name, case.precision): case for case in GROUPS["paper"].cases}
+    for precision, is_beside in (("float32-int8", True), ("float32", False)):
+        case = cases["forward_backward", precision]
+        size = Size(Shape("x", 32, 12, 96, 4), torch.device("cpu"), 1e-9, {})
+        record = measure(lambda case=case, size=size: case.build(size), torch.device("cpu"), 1e-9)  # type: ignore[misc]
+        assert record["status"] == "ok", record
+        assert ("ratio_to_float32" in record) == is_beside
+
+
 STEPS = {case.name: case for case in GROUPS["architectures"].cases if case.peer is None}
 
 

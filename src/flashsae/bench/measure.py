@@ -122,6 +122,8 @@ def _beside(subject: Subject, device: torch.device, seconds: float) -> Record:
         timed, other = time_runs([subject.run, make()], device, seconds)
     except torch.OutOfMemoryError:
         return {}
+    finally:
+        free(device)
     return {f"{name}_ms": other.median_ms, f"ratio_to_{name}": timed.median_ms / other.median_ms}
 
 
