@@ -16,6 +16,7 @@ import cyclopts
 import torch
 from torch import Tensor
 
+from benchmarks.certified_cases import screened_at_any_size
 from benchmarks.session import RESULTS, provenance
 from flashsae import ops
 from flashsae.data.acts import only_site
@@ -97,7 +98,8 @@ def main(
     sample = torch.cat(batches[:8])
     scale = float((sample.shape[1] ** 0.5) / (4 * (sample - sample.mean(0)).square().sum(1).mean().sqrt()))
     config = SAEConfig(source.d_in, d_sae, k)
-    curves = {name: train(name, batches, scale, sample, config) for name in CURVES}
+    with screened_at_any_size():
+        curves = {name: train(name, batches, scale, sample, config) for name in CURVES}
     exact = curves["dense float64"]
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("a") as file:
