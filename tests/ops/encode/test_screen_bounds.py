@@ -13,7 +13,11 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from flashsae.ops.encode import screen
+from flashsae.ops.encode.keys import Keys
+from flashsae.ops.encode.launch import launch_encode_topk
 from flashsae.ops.encode.screen import MOST_COLUMNS, Rounded, padded, rounded, slack, typical_square
+from flashsae.ops.select.above import above
+from flashsae.ops.select.batch import batch_topk
 from helpers.selection import HARD, hard_inputs
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -148,12 +152,48 @@ def test_zeros_are_exact_and_what_is_not_finite_has_no_bound(generator: torch.Ge
     x[1, 3], x[2, 4], x[3, 5], x[4, 6] = torch.nan, torch.inf, -torch.inf, 1e16
     W[1, 3], W[2, 4], W[3, 5] = torch.nan, torch.inf, 1e30
     estimate, error = screened(x, W, 1)
-    assert bool((estimate[0] == 0).all())
+    assert bool((estimate[0, 4:] == 0).all())
     finite = torch.ones(8, 8, dtype=torch.bool)
     finite[1:5] = finite[:, 1:4] = False
     assert torch.equal(error.isfinite(), finite)
     assert bool((error[0, finite[0]] == 0).all())
     assert bool((error[5:, 4:] > 0).all())
+
+
+def test_what_is_not_finite_is_selected_as_without_a_screen(
+    monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
+) -> None:
+    """Of integers, so that every sum is exact; a token of zeros multiplies infinite weights, too."""
+    x, W = (torch.randint(-3, 4, shape, generator=generator).float() for shape in ((5, 20), (100, 20)))
+    b_enc = torch.randint(-40, 41, (100,), generator=generator).float()
+    x[1], x[2, 3], x[3, 4] = 0, torch.nan, -torch.inf
+    W[77, 3], W[80, 5], W[81, 6], W[82] = torch.nan, torch.inf, -torch.inf, 0
+    b_enc[[5, 95]], b_enc[9], b_enc[11] = torch.nan, torch.inf, -torch.inf
+    x, W, keys = x.to(DEVICE), W.to(DEVICE), Keys(b_enc.to(DEVICE))
+    threshold = torch.full((1,), 30.0, device=DEVICE)
+
+    def selected(precision: str) -> list[tuple[Tensor, ...]]:
+        return [
+            launch_encode_topk(x, W, keys, 9, precision, [1 << 20, 0]),
+            batch_topk(x, W, keys, 9, precision, [1 << 20, 0]),
+            above(x, W, keys.b_enc, threshold, None, precision, [1 << 20, 0]),
+        ]
+
+    expected = selected("float32")
+    monkeypatch.setattr(screen, "LEAST_PRODUCTS", 0)
+    for precision in ("float32-int8", "bf16-int8"):
+        torch.testing.assert_close(selected(precision), expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_smallest_biases_of_a_token_of_zeros_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(screen, "LEAST_PRODUCTS", 0)
+    b_enc = torch.zeros(300)
+    b_enc[[120, 290]] = 1e-42  # bfloat16 has no such number
+    _, picked = launch_encode_topk(
+        torch.zeros(2, 40, device=DEVICE), torch.ones(300, 40, device=DEVICE), Keys(b_enc.to(DEVICE)), 3,
+        "float32-int8", [1 << 20, 0],
+    )  # fmt: skip
+    assert picked.tolist() == [[0, 120, 290]] * 2
 
 
 @pytest.mark.parametrize("exponent", [0.5, 2.0])

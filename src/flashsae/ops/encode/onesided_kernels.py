@@ -110,13 +110,14 @@ def _list_groups(max_row, groups, of_groups_ptr, source, limits, GROUP: tl.const
     """
     guess, guess_last, least, least_last = limits
     _, _, _, _, _, t, p, q = source
+    known = tl.where((p == 0.0) & (q == 0.0), 2.4e-38, 0.0)  # a bias may be smaller than its centre can tell
     found = 0
     for start in range(0, groups, BLOCK):
         group = start + tl.arange(0, BLOCK)
         inside = group < groups
         keys = tl.load(max_row + group, mask=inside, other=KEY_NONE)
         largest = (keys ^ ((keys >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-        high = _upper_keys(largest + _error(largest, of_groups_ptr, groups, group, inside, t, p, q))
+        high = _upper_keys(largest + _error(largest, of_groups_ptr, groups, group, inside, t, p, q) + known)
         of_first = (keys > least) | ((keys == least) & (group * GROUP <= least_last))
         extra = (high > guess) | ((high == guess) & (group * GROUP < guess_last))
         wanted = inside & (of_first | extra)

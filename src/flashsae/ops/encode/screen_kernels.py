@@ -163,8 +163,8 @@ def screen_round_kernel(
             # squares below 1e-38 may be missing in the size of a row that is not rounded
             unit = tl.where(is_rounded, unit, size * 1.01 + tl.where(size < TINY, 1e-14, 0.0))
             bad = (size <= LARGEST) == 0
-            tl.store(to, tl.where(bad, 0.0, unit / shift), mask=there)
             unit = tl.where(bad, float("nan"), unit)
+            tl.store(to, unit / shift, mask=there)
             tl.store(to + n, unit, mask=there)
             tl.store(to + 2 * n, unit * (norm * norm), mask=there)
 
@@ -222,7 +222,10 @@ def screen_product_kernel(
             there = latent < n
             latent_unit = tl.load(latents_ptr + latent, mask=there, other=0.0)[None, :]
             bias = tl.load(bias_ptr + latent, mask=there, other=float("-inf")).to(tl.float32)[None, :]
-            bias = tl.where(bias != bias, float("inf"), bias)
+            # not even a token of zeros tells what a row that is not finite gives
+            bad = latent_unit != latent_unit
+            latent_unit = tl.where(bad, 0.0, latent_unit)
+            bias = tl.where((bias != bias) | bad, float("inf"), bias)
             centres = sums.to(tl.float32) * latent_unit * (unit * shift) + bias
             if MAGNITUDE:
                 centres = tl.where(there[None, :], tl.abs(centres), float("-inf"))
