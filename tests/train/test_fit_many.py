@@ -30,6 +30,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"arch": "jump_relu", "target_l0": 3, "d_sae": 24, "lr": 3e-3},
     {"k": 2, "precision": "bf16", "moments": "bf16", "clip_norm": 0.5},
     {"k": 2, "normalize_activations": "layer_norm", "seed": 5},
+    {"k": 3, "precision": "bf16-int8"},
 ]
 
 

@@ -24,7 +24,7 @@ def step_bytes(precision: Any, device: str = "cuda", d_in: int = D_IN) -> int:
 @pytest.mark.parametrize("d_in", [D_IN, 100])
 def test_a_screen_keeps_rows_of_8_bits_and_lists(d_in: int) -> None:
     padded, rows = -(-d_in // 128) * 128, WORKSPACE_BYTES // (2 * D_SAE)
-    screen = (D_SAE + rows) * (padded + 12) + 16 * B * 512
+    screen = D_SAE * (padded + 12) + rows * (padded + 24) + 16 * B * 512
     assert step_bytes("bf16-int8", d_in=d_in) == step_bytes("bf16", d_in=d_in) + screen
     copies = max(2 * D_SAE * d_in, screen) - 2 * D_SAE * d_in - 2 * B * d_in  # in its place, and no tokens of float16
     assert step_bytes("float32-int8", d_in=d_in) == step_bytes("float32", d_in=d_in) + copies

@@ -21,7 +21,7 @@ MOST_REPEATS = 100
 """A run that trains more often on each token warns: it learns these tokens, and not what others like them are."""
 
 _KEPT = ("weights", "moments of Adam", "averaged weights", "shuffle buffer")
-_SCREEN_BLOCK, _FACT_BYTES = 128, 12  # of a row in int8: it is padded to a multiple; three numbers are known of it
+_SCREEN_BLOCK = 128  # a row in int8 is padded to a multiple of it
 _CUBLAS_BYTES = 32 << 20  # workspace of its products
 _PROCESS_BYTES = 700 << 20  # Python, torch, transformers and a small model, in the memory of the host
 
@@ -170,7 +170,8 @@ def _gpu_step(config: TrainConfig) -> int:
     workspace = rows * n * width * (1 + 1 / 16)
     rounded = 2 * n * d if operand == "float32" else 0  # weights in float16
     if is_screened:  # where that pays: rows in int8 of weights and of a workspace, and what each token may select
-        rounded = max(rounded, (n + rows) * (-(-d // _SCREEN_BLOCK) * _SCREEN_BLOCK + _FACT_BYTES) + _listed(B, k))
+        padded = -(-d // _SCREEN_BLOCK) * _SCREEN_BLOCK
+        rounded = max(rounded, n * (padded + 12) + rows * (padded + 24) + _listed(B, k))  # and 3 or 6 facts of each
     workspace += rounded
     error = B * config.d_out * (2 if is_rounded(config.precision) else 4)
     levels = _levels(config)
