@@ -110,8 +110,8 @@ def test_shape_annotations_are_checked_in_tests() -> None:
 
 
 def _wrong_kernels(operation: str, name: str, right: str, wrong: str, folder: Path) -> tuple[ModuleType, ModuleType]:
-    """Return the launch module of an operation, and its kernels with a bug written into them."""
-    launch = importlib.import_module(f"flashsae.ops.{operation}.launch")
+    """Return what launches an operation, its `launch` unless another is named, and kernels with a bug in them."""
+    launch = importlib.import_module(f"flashsae.ops.{operation}{'' if '.' in operation else '.launch'}")
     source = Path(getattr(launch, name).__file__).read_text("utf-8")
     assert right in source, f"{operation}.{name} has changed: write this bug into it anew"
     path = folder / f"wrong_{name}.py"
@@ -161,6 +161,17 @@ def _selection_is_certified() -> None:
     W, bias = W[:1] + 1e-4 * W, torch.zeros(300)  # float16 cannot tell these apart, float32 can
     indices = encode_topk(x.to(DEVICE), W.to(DEVICE), bias.to(DEVICE), 12).top_indices
     assert selection_mistakes(x, W, bias, indices.cpu())[0] == 0
+
+
+def _selection_is_screened() -> None:
+    from flashsae.ops.encode import screen
+
+    x, W, bias = hard_inputs("normal", 6, 29, 200, torch.Generator().manual_seed(0))
+    W, bias = W[:1] + 1e-3 * W, torch.zeros(200)  # 8 bits cannot tell these apart, float32 can
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(screen, "LEAST_PRODUCTS", 0)
+        code = encode_topk(x.to(DEVICE), W.to(DEVICE), bias.to(DEVICE), 3, precision="float32-int8")
+    assert selection_mistakes(x, W, bias, code.top_indices.cpu())[0] == 0
 
 
 def _rows_are_right() -> None:
@@ -247,6 +258,10 @@ KERNEL_BUGS = {
         "encode", "certify_kernels", "low, high = _to_key(low, KEY_NONE + 1), _to_key(high, KEY_NAN)",
         "low, high = _to_key(0.5 * (low + high), KEY_NONE + 1), _to_key(0.5 * (low + high), KEY_NAN)",
         _selection_is_certified,
+    ),
+    "a screen of 8 bits without bounds": (
+        "encode.onesided", "onesided_kernels", "high = _upper_keys(centres + error)", "high = _upper_keys(centres)",
+        _selection_is_screened,
     ),
     "projection dropped": (
         "adam_rows", "kernels", "    if UNIT_NORM:\n        gradient -= tl.sum(gradient * weights) * weights",

@@ -18,7 +18,7 @@ from flashsae.ops.encode.launch import launch_encode_topk
 from flashsae.ops.encode.screen import MOST_COLUMNS, Rounded, padded, rounded, slack, typical_square
 from flashsae.ops.select.above import above
 from flashsae.ops.select.batch import batch_topk
-from helpers.selection import HARD, hard_inputs
+from helpers.selection import HARD, batch_mistakes, float32_errors, hard_inputs, is_picked, selection_mistakes
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # NumPy, in the interpreter
@@ -164,8 +164,8 @@ def test_what_is_not_finite_is_selected_as_without_a_screen(
     monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
 ) -> None:
     """Of integers, so that every sum is exact; a token of zeros multiplies infinite weights, too."""
-    x, W = (torch.randint(-3, 4, shape, generator=generator).float() for shape in ((5, 20), (100, 20)))
-    b_enc = torch.randint(-40, 41, (100,), generator=generator).float()
+    x, W = (torch.randint(-3, 4, shape, generator=generator).float() for shape in ((5, 20), (200, 20)))
+    b_enc = torch.randint(-40, 41, (200,), generator=generator).float()
     x[1], x[2, 3], x[3, 4] = 0, torch.nan, -torch.inf
     W[77, 3], W[80, 5], W[81, 6], W[82] = torch.nan, torch.inf, -torch.inf, 0
     b_enc[[5, 95]], b_enc[9], b_enc[11] = torch.nan, torch.inf, -torch.inf
@@ -174,8 +174,8 @@ def test_what_is_not_finite_is_selected_as_without_a_screen(
 
     def selected(precision: str) -> list[tuple[Tensor, ...]]:
         return [
-            launch_encode_topk(x, W, keys, 9, precision, [1 << 20, 0]),
-            batch_topk(x, W, keys, 9, precision, [1 << 20, 0]),
+            launch_encode_topk(x, W, keys, 3, precision, [1 << 20, 0]),
+            batch_topk(x, W, keys, 3, precision, [1 << 20, 0]),
             above(x, W, keys.b_enc, threshold, None, precision, [1 << 20, 0]),
         ]
 
@@ -220,3 +220,44 @@ def test_what_float32_changes_is_counted_with_room(D: int) -> None:
     needed = 2 * (adds + 2.0**-17) + (adds + 2.0**-17) ** 2 + (D / 128 + 32) * 2.0**-23
     # the estimate: three roundings, and two divisions that may be off by two units
     assert slack(D) > needed + 3 * 2.0**-24 + 2 * 2.0**-22
+
+
+@pytest.fixture
+def _screened_at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(screen, "LEAST_PRODUCTS", 0)
+
+
+@pytest.mark.usefixtures("_screened_at_any_size")
+@pytest.mark.parametrize("kind", [*HARD, "alike"])
+def test_t2_screened_float32_selects_as_float64_does(kind: str, generator: torch.Generator) -> None:
+    x, W, bias = hard_inputs(kind, 5, 29, 200, generator)
+    if kind == "alike":  # 8 bits cannot tell these apart, float32 can
+        W, bias = W[:1] + 1e-3 * W, torch.zeros(200)
+    inputs = x.to(DEVICE), W.to(DEVICE), Keys(bias.to(DEVICE))
+    _, indices = launch_encode_topk(*inputs, 3, "float32-int8", [2 * 200 * 3, 0])
+    assert selection_mistakes(x, W, bias, indices.cpu())[0] == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_screened_at_any_size")
+@pytest.mark.parametrize("kind", HARD)
+@pytest.mark.parametrize("precision", ["float32-int8", "bf16-int8"])
+def test_gpu_t2_every_selection_at_real_sizes(precision: str, kind: str, generator: torch.Generator) -> None:
+    """Of bf16 operands what is exact is what float64 makes of these: rounding them is no error."""
+    x, W, bias = (tensor.to(DEVICE) for tensor in hard_inputs(kind, 512, 768, 16384, generator))
+    if precision == "bf16-int8":
+        x, W = x.bfloat16().float(), W.bfloat16().float()
+    noise = torch.tensor(11, device=DEVICE)
+    acts, indices = launch_encode_topk(x, W, Keys(bias), 32, precision, [1 << 22, 0], noise=noise)
+    assert selection_mistakes(x, W, bias, indices)[0] == 0
+    pre_acts, error = float32_errors(x, W, bias)
+    assert bool(((acts.double() - pre_acts.gather(1, indices)).abs() <= 2 * error.gather(1, indices)).all())
+    again = launch_encode_topk(x, W, Keys(bias), 32, precision, [1 << 24, 0], noise=noise)
+    assert torch.equal(again[1], indices)
+    latents, starts, _ = batch_topk(x, W, Keys(bias), 32, precision, [1 << 22, 0], noise=noise)
+    assert batch_mistakes(x, W, bias, is_picked(latents, starts, 16384)) == 0
+    threshold = pre_acts.flatten().topk(512 * 32).values[-1:].float()
+    latents, starts, _, _ = above(x, W, bias, threshold, None, precision, [1 << 22, 0], noise=noise)
+    picked = is_picked(latents, starts, 16384)
+    assert not bool((picked & (pre_acts + error < threshold)).any())
+    assert not bool((~picked & (pre_acts - error > threshold)).any())
