@@ -21,6 +21,7 @@ from flashsae.ops.encode.kernels import (
     _write_groups,
     _write_selection,
 )
+from flashsae.ops.encode.redo_kernels import note_row
 
 
 @triton.jit
@@ -102,7 +103,8 @@ def encode_topk_candidates_kernel(
     high_ptr,  # [rows, groups]
     list_ptr,  # [rows, CAPACITY] scratch
     candidates_ptr,  # [rows, CAPACITY] int32, ascending
-    counts_ptr,  # [rows] int32; above CAPACITY: the list is incomplete, the row must be redone
+    counts_ptr,  # [rows] int32; above CAPACITY: the list is incomplete
+    todo_ptr,  # [1 + rows] int32: receives the rows that must be redone
     rows, n, k, groups, raw_stride,
     GROUP: tl.constexpr, BLOCK_G: tl.constexpr, CAPACITY: tl.constexpr, MAGNITUDE: tl.constexpr,
 ):  # fmt: skip
@@ -149,6 +151,8 @@ def encode_topk_candidates_kernel(
         tl.debug_barrier()  # every candidate is read before the list is written again
         tl.store(candidates_row + tl.cumsum(chosen.to(tl.int32)) - 1, latents, mask=chosen)
         found = tl.sum(chosen.to(tl.int32))
+    else:
+        note_row(todo_ptr, row)
     tl.store(counts_ptr + row, found)
 
 
@@ -175,53 +179,3 @@ def encode_topk_finish_kernel(
         keys = _keys_of(values, latents, inside, scale_ptr, MAGNITUDE)
         tau = _kth_key(keys, k, tl.min(tl.where(inside, keys, KEY_NAN)))
         _write_selection(keys, latents, values, k, tau, top_acts_ptr + row * k, top_indices_ptr + row * k)
-
-
-@triton.jit
-def encode_topk_redo_kernel(
-    x_ptr,  # [rows, d]
-    W_ptr,  # [n, d]
-    counts_ptr,  # [rows]
-    bias_ptr, scale_ptr,
-    values_ptr,  # [programs, n] scratch
-    keys_ptr,  # [programs, n] scratch
-    list_ptr,  # [programs, BLOCK_K] scratch
-    top_acts_ptr,  # [rows, k]
-    top_indices_ptr,  # [rows, k]
-    rows, n, d, k, x_stride, W_stride,
-    CAPACITY: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr,
-    MAGNITUDE: tl.constexpr,
-):  # fmt: skip
-    """Do whole rows in float32: those with more candidates than fit. Slow and rare."""
-    program = tl.program_id(0).to(tl.int64)
-    values_row, keys_row, list_row = values_ptr + program * n, keys_ptr + program * n, list_ptr + program * BLOCK_K
-    for step in range(0, rows - program, tl.num_programs(0)):
-        row = program + step
-        if tl.load(counts_ptr + row) > CAPACITY:
-            for start in range(0, n, BLOCK_N):
-                latents = start + tl.arange(0, BLOCK_N)
-                inside = latents < n
-                sums = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-                for at in range(0, d, BLOCK_D):
-                    column = at + tl.arange(0, BLOCK_D)
-                    x = tl.load(x_ptr + row * x_stride + column, mask=column < d, other=0.0)
-                    W = tl.load(
-                        W_ptr + latents.to(tl.int64)[:, None] * W_stride + column[None, :],
-                        mask=inside[:, None] & (column < d)[None, :],
-                        other=0.0,
-                    )
-                    sums += W.to(tl.float32) * x.to(tl.float32)[None, :]
-                values = tl.sum(sums, axis=1) + tl.load(bias_ptr + latents, mask=inside, other=0.0).to(tl.float32)
-                keys = _keys_of(values, latents, inside, scale_ptr, MAGNITUDE)
-                tl.store(values_row + latents, values, mask=inside)
-                tl.store(keys_row + latents, keys, mask=inside)
-            tl.debug_barrier()
-            tau, room = _kth_key_in_memory(keys_row, n, k, BLOCK_G)
-            _write_groups(keys_row, None, tau, room, list_row, n, BLOCK_K, BLOCK_G)
-            tl.debug_barrier()
-            slot = tl.arange(0, BLOCK_K)
-            latents = tl.load(list_row + slot, mask=slot < k, other=0)
-            values = tl.load(values_row + latents, mask=slot < k, other=0.0)
-            keys = tl.load(keys_row + latents, mask=slot < k, other=KEY_NONE)
-            _write_selection(keys, latents, values, k, tau, top_acts_ptr + row * k, top_indices_ptr + row * k)
-            tl.debug_barrier()  # scratch is used again

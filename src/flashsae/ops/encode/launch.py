@@ -17,7 +17,7 @@ from flashsae.ops.encode.layout import Layout as Layout
 from flashsae.ops.encode.layout import tile_and_warps
 from flashsae.ops.encode.onesided import OneSided
 from flashsae.ops.encode.product import Memory, Part, Product
-from flashsae.ops.encode.redo import redo_rows
+from flashsae.ops.encode.redo import no_rows, redo_rows
 from flashsae.ops.validate import packed, rows_contiguous
 
 LARGEST_K = 1024
@@ -182,9 +182,9 @@ def _select_certified(
     k, capacity = layout.k, layout.capacity
     low, high = _group_max(selection, products, (latents, tokens))
     chosen = torch.empty(rows, capacity, dtype=torch.int32, device=x.device)
-    candidates = torch.empty_like(chosen)
+    candidates, todo = torch.empty_like(chosen), no_rows(rows, x.device)
     certify_kernels.encode_topk_candidates_kernel[(rows,)](
-        products, *by, latents, tokens, low, high, chosen, candidates, counts,
+        products, *by, latents, tokens, low, high, chosen, candidates, counts, todo,
         rows, n, k, layout.groups, products.stride(0),
         GROUP=layout.group, BLOCK_G=layout.block_g, CAPACITY=capacity, MAGNITUDE=magnitude,
         num_warps=4 if capacity <= 1024 else 8,
@@ -194,4 +194,4 @@ def _select_certified(
         dots, candidates, counts, *by, *out, k,
         CAPACITY=capacity, MAGNITUDE=magnitude, num_warps=4 if capacity <= 1024 else 8,
     )  # fmt: skip
-    redo_rows(x, W_enc_T, selection.keys, k, counts, capacity, out)
+    redo_rows(x, W_enc_T, selection.keys, k, todo, out)

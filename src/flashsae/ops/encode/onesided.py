@@ -36,7 +36,7 @@ from flashsae.ops.encode import onesided_kernels
 from flashsae.ops.encode.keys import Keys
 from flashsae.ops.encode.layout import Layout, tile_and_warps
 from flashsae.ops.encode.product import Part
-from flashsae.ops.encode.redo import redo_rows
+from flashsae.ops.encode.redo import no_rows, redo_rows
 
 ROUND = 8192
 """Tokens whose lists are kept and finished at once, unless a part has more: about 8 KB each."""
@@ -99,6 +99,7 @@ class OneSided:
         scratch = torch.empty(rows, 2, short, dtype=torch.int32, device=device)
         supers = torch.empty(rows, layout.supers, dtype=torch.int32, device=device) if layout.super > 1 else None
         tile, warps = tile_and_warps(k)
+        block = min(1024, 2 * tile)  # more would take more registers, so that fewer programs fit
         onesided_kernels.encode_topk_open_kernel[(rows,)](
             part.products, screened.maxima, screened.of_tokens, screened.of_latents, screened.of_groups,
             keys.b_enc, keys.scale, supers, scratch, self.out[0][part.tokens],
@@ -106,8 +107,8 @@ class OneSided:
             n, k, lists.items.shape[1] - k, layout.groups, layout.supers,
             part.products.stride(0), screened.maxima.stride(0), screened.of_tokens.stride(0),
             GROUP=layout.group, SUPER=layout.super, BLOCK_S=layout.block_s, SHORT=short, TILE=tile,
-            PIECE_S=1024 // layout.super, BLOCK_K=triton.next_power_of_2(k), BLOCK_G=1024, PIECE=512 // layout.group,
-            MAGNITUDE=keys.magnitude, num_warps=warps,
+            PIECE_S=block // layout.super, BLOCK_K=triton.next_power_of_2(k), BLOCK_G=block,
+            PIECE=block // 2 // layout.group, MAGNITUDE=keys.magnitude, num_warps=warps,
         )  # fmt: skip
 
     def finish(self) -> None:
@@ -119,7 +120,7 @@ class OneSided:
         lists, x, counts, k = lists.part(0, rows), self.x[tokens], self.counts[tokens], self.layout.k
         out = self.out[0][tokens], self.out[1][tokens]
         W, keys, n, most = self.W, self.keys, len(self.W), lists.items.shape[1] - k
-        dots = launch_dots(x, lists.first, W)
+        dots, todo = launch_dots(x, lists.first, W), no_rows(rows, x.device)
         block = triton.next_power_of_2(k + most)
         extras = torch.empty_like(lists.items)
         extra_counts = torch.empty_like(counts)
@@ -129,8 +130,8 @@ class OneSided:
         )  # fmt: skip
         extra_dots = launch_dots(x, extras, W, counts=extra_counts)
         onesided_kernels.encode_topk_merge_kernel[(rows,)](
-            dots, extra_dots, lists.items, lists.rest, counts, keys.b_enc, keys.scale, *out,
+            dots, extra_dots, lists.items, lists.rest, counts, todo, keys.b_enc, keys.scale, *out,
             n, k, most, BLOCK=block, MAGNITUDE=keys.magnitude, num_warps=max(1, block // 256),
         )  # fmt: skip
-        redo_rows(x, W, keys, k, counts, n - 1, out)
+        redo_rows(x, W, keys, k, todo, out)
         self._start = self._stop

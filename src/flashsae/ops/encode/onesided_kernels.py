@@ -21,6 +21,7 @@ from flashsae.ops.encode.kernels import (
     _to_key,
     _write_chosen,
 )
+from flashsae.ops.encode.redo_kernels import note_row
 
 KEY_INFINITE = tl.constexpr(0x7F800000)
 
@@ -299,6 +300,7 @@ def encode_topk_merge_kernel(
     dots_ptr,  # [rows, k] of the first k
     extra_dots_ptr,  # [rows, k + most]
     items_ptr, rest_ptr, counts_ptr,  # from the kernels above; counts are set to d_sae where the rest still matters
+    todo_ptr,  # [1 + rows] int32: receives these rows
     bias_ptr, scale_ptr,
     top_acts_ptr,  # [rows, k]
     top_indices_ptr,  # [rows, k]
@@ -325,4 +327,6 @@ def encode_topk_merge_kernel(
     tau = tl.min(tl.where(chosen, keys, KEY_NAN))
     rest = tl.load(rest_ptr + 2 * row)
     missed = (rest > tau) | ((rest == tau) & (tl.load(rest_ptr + 2 * row + 1) < _last_at(keys, latents, chosen, tau)))
+    if missed:
+        note_row(todo_ptr, row)
     tl.store(counts_ptr + row, tl.where(missed, n, count))
