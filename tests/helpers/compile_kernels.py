@@ -152,7 +152,7 @@ def launch_onesided() -> None:
         (2048, 32, True, True),
     ):
         for dtype in (BF16, F32):
-            x, W, layout = torch.zeros(2, 16, dtype=dtype), torch.zeros(n, 16, dtype=dtype), Layout.of(n, k)
+            x, W, layout = torch.empty(2, 256, dtype=dtype), torch.empty(n, 256, dtype=dtype), Layout.of(n, k)
             keys = Keys(torch.zeros(n), torch.ones(n) if scale else None, magnitude)
             facts = torch.zeros(3, 2), torch.zeros(2, n), torch.zeros(2, layout.groups)
             screened = Screened(torch.zeros(2, layout.groups, dtype=torch.int32), *facts)

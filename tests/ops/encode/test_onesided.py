@@ -8,8 +8,9 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from flashsae.ops.encode import onesided
+from flashsae.ops.encode import onesided, screen
 from flashsae.ops.encode.keys import Keys
+from flashsae.ops.encode.launch import launch_encode_topk
 from flashsae.ops.encode.layout import Layout
 from flashsae.ops.encode.onesided import OneSided
 from flashsae.testing import integer_inputs, poison_empty
@@ -206,3 +207,29 @@ def test_t2_random_values_in_rounds(
     torch.testing.assert_close(acts, exact_pre_acts(x, W, keys).gather(1, indices).float())
     assert int(counts.min()) >= 8
     assert int(counts.max()) < 100
+
+
+@pytest.mark.filterwarnings("ignore:(All-NaN slice|overflow|invalid value) encountered")  # NumPy, in the interpreter
+@pytest.mark.parametrize(
+    ("scaled", "magnitude", "precision"), [(0, 0, "bf16-int8"), (1, 0, "float32-int8"), (1, 1, "bf16-int8")]
+)
+@pytest.mark.parametrize(("B", "d", "n", "k"), [(5, 3, 64, 1), (3, 130, 333, 5), (9, 40, 1089, 17)])
+def test_t0_behind_a_screen(
+    B: int, d: int, n: int, k: int, scaled: int, magnitude: int, precision: str, generator: torch.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(screen, "LEAST_PRODUCTS", 0)
+    x, W, bias = integers(B, d, n, generator)
+    x[0], W[n // 3], W[n // 2], x[-1, 0] = 0.0, 0.0, W[n // 3 - 1], 200.0
+    W[-1, 0], W[-2, -1], bias[1] = NAN, INF, -INF
+    scale = torch.randint(0, 4, (n,), generator=generator).float() if scaled else None
+    keys = Keys(bias, scale, bool(magnitude))
+    counts = torch.full((B,), -1, dtype=torch.int32, device=DEVICE)
+    on_device = Keys(bias.to(DEVICE), None if scale is None else scale.to(DEVICE), bool(magnitude))
+    with poison_empty():
+        code = launch_encode_topk(x.to(DEVICE), W.to(DEVICE), on_device, k, precision, [n * 8, 0], counts)
+    pre_acts = exact_pre_acts(x, W, keys)
+    values, expected = brute_force(pre_acts, keys.of(pre_acts), k)
+    assert torch.equal(code[1].cpu(), expected)
+    torch.testing.assert_close(code[0].cpu().double(), values, rtol=0, atol=0, equal_nan=True)
+    assert int(counts.min()) >= k

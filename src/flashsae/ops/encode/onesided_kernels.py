@@ -52,12 +52,13 @@ def _upper_keys(values):
 def _bounds_of(centres, latents, inside, source, MAGNITUDE: tl.constexpr):
     """Return the keys of lower and upper bounds of keys. Those of a token of zeros are known: they are its biases'."""
     _, column_ptr, bias_ptr, scale_ptr, n, t, p, q = source
+    error = _error(centres, column_ptr, n, latents, inside, t, p, q)
     if (p == 0.0) & (q == 0.0):
         biases = tl.load(bias_ptr + latents, mask=inside, other=0.0).to(tl.float32)
-        low = _keys_of(biases, latents, inside, scale_ptr, MAGNITUDE)
-        high = tl.where(centres == float("inf"), KEY_NAN, low)
+        keys = _keys_of(biases, latents, inside, scale_ptr, MAGNITUDE)
+        known = (error == error) & (centres < float("inf"))  # else weights that are not finite
+        low, high = tl.where(known, keys, KEY_NONE), tl.where(known, keys, KEY_NAN)
     else:
-        error = _error(centres, column_ptr, n, latents, inside, t, p, q)
         high = _upper_keys(centres + error)
         lowest = centres - error
         if MAGNITUDE:

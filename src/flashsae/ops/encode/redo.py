@@ -52,6 +52,5 @@ def redo_rows(x: Tensor, W: Tensor, keys: Keys, k: int, todo: Tensor, out: tuple
         BLOCK_K=block_k, STAGES=3, MAGNITUDE=keys.magnitude, num_warps=8,
     )  # fmt: skip
     redo_kernels.encode_topk_join_kernel[(min(programs, len(x)),)](
-        todo, *parts, best[ROWS], *out, n, k, SLOTS,
-        CHUNK=chunk, MOST=PIECES, BLOCK_K=block_k, BLOCK_G=2048, num_warps=8,
+        todo, *parts, best[ROWS], *out, k, SLOTS, MOST=PIECES, BLOCK_K=block_k, BLOCK_G=2048, num_warps=8
     )  # fmt: skip

@@ -129,8 +129,8 @@ def encode_topk_join_kernel(
     todo_ptr, found_latents_ptr, found_keys_ptr, found_values_ptr,  # of encode_topk_redo_kernel
     list_ptr,  # [programs, BLOCK_K] int32 scratch
     top_acts_ptr, top_indices_ptr,  # [rows, k]
-    n, k, slots,
-    CHUNK: tl.constexpr, MOST: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_G: tl.constexpr,
+    k, slots,
+    MOST: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     """Select among the best of all pieces of a row."""
     todo = tl.load(todo_ptr)
