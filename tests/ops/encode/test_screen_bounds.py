@@ -170,13 +170,15 @@ def test_what_is_not_finite_is_selected_as_without_a_screen(
     W[77, 3], W[80, 5], W[81, 6], W[82] = torch.nan, torch.inf, -torch.inf, 0
     b_enc[[5, 95]], b_enc[9], b_enc[11] = torch.nan, torch.inf, -torch.inf
     x, W, keys = x.to(DEVICE), W.to(DEVICE), Keys(b_enc.to(DEVICE))
+    finite = Keys(keys.b_enc.nan_to_num(1.0, 1.0, 1.0))  # nothing but weights tells
     threshold = torch.full((1,), 30.0, device=DEVICE)
 
     def selected(precision: str) -> list[tuple[Tensor, ...]]:
         return [
             launch_encode_topk(x, W, keys, 3, precision, [1 << 20, 0]),
-            batch_topk(x, W, keys, 3, precision, [1 << 20, 0]),
-            above(x, W, keys.b_enc, threshold, None, precision, [1 << 20, 0]),
+            launch_encode_topk(x[:3], W, finite, 3, precision, [1 << 20, 0]),
+            batch_topk(x[:3], W[:96], Keys(keys.b_enc[:96]), 3, precision, [1 << 20, 0]),
+            above(x[:3], W[:96], keys.b_enc[:96], threshold, None, precision, [1 << 20, 0]),
         ]
 
     expected = selected("float32")
