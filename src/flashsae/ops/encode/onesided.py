@@ -25,7 +25,7 @@ holds for NaN too, and counts as the largest key.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -39,7 +39,7 @@ from flashsae.ops.encode.product import Part
 from flashsae.ops.encode.redo import no_rows, redo_rows
 
 ROUND = 8192
-"""Tokens whose lists are kept and finished at once, unless a part has more: about 8 KB each."""
+"""Tokens whose lists are kept and finished at once, at most: about 8 KB each."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +81,20 @@ class OneSided:
 
     def add(self, part: Part) -> None:
         """List what is open of the tokens of a part, which come behind those of the last one."""
+        screened, tokens = part.screened, part.tokens
+        assert screened is not None
+        for start in range(tokens.start, tokens.stop, ROUND):
+            stop = min(start + ROUND, tokens.stop)
+            rows = slice(start - tokens.start, stop - tokens.start)
+            some = replace(screened, maxima=screened.maxima[rows], of_tokens=screened.of_tokens[:, rows])
+            self._add(Part(slice(start, stop), part.products[rows], None, some))
+
+    def _add(self, part: Part) -> None:
         rows = part.tokens.stop - part.tokens.start
-        if self._lists is None or self._stop + rows - self._start > len(self._lists.first):
+        if self._lists is None:
+            self._lists = _Lists.of(min(len(self.x), ROUND), self.layout, self.x.device)
+        elif self._stop + rows - self._start > len(self._lists.first):
             self.finish()
-            size = min(len(self.x) - self._start, max(ROUND, rows))
-            self._lists = _Lists.of(size, self.layout, self.x.device)
         first = self._stop - self._start
         self._list(part, self._lists.part(first, first + rows))
         self._stop += rows
