@@ -102,22 +102,29 @@ class OneSided:
     def _list(self, part: Part, lists: _Lists) -> None:
         screened, layout, keys, n = part.screened, self.layout, self.keys, len(self.W)
         assert screened is not None
-        rows, k = len(lists.first), layout.k
-        short = max(64, 2 * triton.next_power_of_2(k))
-        device = self.x.device
+        rows, k, device = len(lists.first), layout.k, self.x.device
+        short, (tile, warps) = max(64, 2 * triton.next_power_of_2(k)), tile_and_warps(k)
         scratch = torch.empty(rows, 2, short, dtype=torch.int32, device=device)
-        supers = torch.empty(rows, layout.supers, dtype=torch.int32, device=device) if layout.super > 1 else None
-        tile, warps = tile_and_warps(k)
-        block = min(1024, 2 * tile)  # more would take more registers, so that fewer programs fit
+        maxima, largest = screened.maxima, self.out[0][part.tokens]
+        supers = maxima
+        if layout.super > 1:
+            supers, block = torch.empty(rows, layout.supers, dtype=torch.int32, device=device), 4096 // layout.super
+            onesided_kernels.encode_topk_supers_kernel[(rows, triton.cdiv(layout.supers, block))](
+                maxima, supers, layout.groups, layout.supers, maxima.stride(0),
+                SUPER=layout.super, BLOCK=block, num_warps=4,
+            )  # fmt: skip
+        onesided_kernels.encode_topk_first_kernel[(rows,)](
+            part.products, maxima, supers, scratch, largest, lists.first,
+            n, k, layout.groups, layout.supers, part.products.stride(0), maxima.stride(0), supers.stride(0),
+            GROUP=layout.group, SUPER=layout.super, BLOCK_S=layout.block_s, SHORT=short, TILE=tile, num_warps=warps,
+        )  # fmt: skip
         onesided_kernels.encode_topk_open_kernel[(rows,)](
-            part.products, screened.maxima, screened.of_tokens, screened.of_latents, screened.of_groups,
-            keys.b_enc, keys.scale, supers, scratch, self.out[0][part.tokens],
-            lists.first, lists.items, lists.keys, self.counts[part.tokens], lists.rest,
-            n, k, lists.items.shape[1] - k, layout.groups, layout.supers,
-            part.products.stride(0), screened.maxima.stride(0), screened.of_tokens.stride(0),
-            GROUP=layout.group, SUPER=layout.super, BLOCK_S=layout.block_s, SHORT=short, TILE=tile,
-            PIECE_S=block // layout.super, BLOCK_K=triton.next_power_of_2(k), BLOCK_G=block,
-            PIECE=block // 2 // layout.group, MAGNITUDE=keys.magnitude, num_warps=warps,
+            part.products, maxima, screened.of_tokens, screened.of_latents, screened.of_groups,
+            keys.b_enc, keys.scale, largest, lists.first, lists.items, lists.keys, self.counts[part.tokens], lists.rest,
+            n, k, lists.items.shape[1] - k, layout.groups,
+            part.products.stride(0), maxima.stride(0), screened.of_tokens.stride(0),
+            GROUP=layout.group, BLOCK_K=triton.next_power_of_2(k), BLOCK_G=layout.block_g, PIECE=2048 // layout.group,
+            MAGNITUDE=keys.magnitude, num_warps=4,
         )  # fmt: skip
 
     def finish(self) -> None:

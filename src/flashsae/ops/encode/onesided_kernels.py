@@ -74,14 +74,33 @@ def _last_at(keys, latents, inside, key):
 
 
 @triton.jit
-def _supers(max_row, super_row, groups, supers, SUPER: tl.constexpr, PIECE: tl.constexpr):
+def encode_topk_first_kernel(
+    centre_ptr,  # [rows, stride] bfloat16: keys, up to errors that the facts bound; infinity for NaN
+    max_ptr,  # [rows, max_stride] keys of the largest of each group
+    super_ptr,  # [rows, supers] the largest of SUPER of these; the same if SUPER is 1
+    list_ptr,  # [rows, 2, SHORT] scratch
+    largest_ptr,  # [rows, k] float32
+    first_ptr,  # [rows, k] int32
+    n, k, groups, supers, stride, max_stride, super_stride,
+    GROUP: tl.constexpr, SUPER: tl.constexpr, BLOCK_S: tl.constexpr, SHORT: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Find the k largest centres and their latents, ascending."""
+    row = tl.program_id(0).to(tl.int64)
+    _select_row(
+        centre_ptr + row * stride, None, None, max_ptr + row * max_stride, super_ptr + row * super_stride,
+        list_ptr + 2 * row * SHORT, list_ptr + (2 * row + 1) * SHORT, largest_ptr + row * k, first_ptr + row * k,
+        n, k, groups, supers, GROUP, SUPER, BLOCK_S, SHORT, TILE, False,
+    )  # fmt: skip
+
+
+@triton.jit
+def encode_topk_supers_kernel(max_ptr, super_ptr, groups, supers, max_stride, SUPER: tl.constexpr, BLOCK: tl.constexpr):
     """Write the largest of each SUPER maxima."""
-    for start in range(0, supers, PIECE):
-        place = start + tl.arange(0, PIECE)
-        member = place[:, None] * SUPER + tl.arange(0, SUPER)[None, :]
-        maxima = tl.load(max_row + member, mask=member < groups, other=KEY_NONE)
-        tl.store(super_row + place, tl.max(maxima, axis=1), mask=place < supers)
-    tl.debug_barrier()  # other threads read them
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    member = place[:, None] * SUPER + tl.arange(0, SUPER)[None, :]
+    maxima = tl.load(max_ptr + row * max_stride + member, mask=member < groups, other=KEY_NONE)
+    tl.store(super_ptr + row * supers + place, tl.max(maxima, axis=1), mask=place < supers)
 
 
 @triton.jit
@@ -210,35 +229,22 @@ def _list_largest(
 
 @triton.jit
 def encode_topk_open_kernel(
-    centre_ptr,  # [rows, stride] bfloat16: keys, up to errors that the facts bound; infinity for NaN
-    max_ptr,  # [rows, max_stride] keys of the largest of each group; overwritten
+    centre_ptr,  # as in `encode_topk_first_kernel`
+    max_ptr,  # as there; overwritten
     of_tokens_ptr, of_latents_ptr, of_groups_ptr,  # [3, rows] t, p, q; [2, n] and [2, groups] S, A
     bias_ptr, scale_ptr,
-    super_ptr,  # [rows, supers] scratch; None if SUPER is 1
-    list_ptr,  # [rows, 2, SHORT] scratch
-    largest_ptr,  # [rows, k] float32 scratch
-    first_ptr,  # [rows, k] int32: the latents of the k largest centres, ascending
-    items_ptr,  # [rows, k + most] int32, ascending: these as they are, extras inverted
+    largest_ptr, first_ptr,  # from there
+    items_ptr,  # [rows, k + most] int32, ascending: the first k as they are, extras inverted
     keys_ptr,  # [rows, k + most] int32: of their upper bounds
     counts_ptr,  # [rows] int32: how many they are
     rest_ptr,  # [rows, 2] int32: all other latents have a smaller bound, or this one from this latent on
-    n, k, most, groups, supers, stride, max_stride, tokens_stride,
-    GROUP: tl.constexpr, SUPER: tl.constexpr, BLOCK_S: tl.constexpr, SHORT: tl.constexpr, TILE: tl.constexpr,
-    PIECE_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_G: tl.constexpr, PIECE: tl.constexpr, MAGNITUDE: tl.constexpr,
+    n, k, most, groups, stride, max_stride, tokens_stride,
+    GROUP: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_G: tl.constexpr, PIECE: tl.constexpr, MAGNITUDE: tl.constexpr,
 ):  # fmt: skip
-    """List what may be selected: the k largest centres, and what may displace one of them."""
+    """List what may be selected: the latents of the k largest centres, and what may displace one of them."""
     row = tl.program_id(0).to(tl.int64)
     centre_row, max_row = centre_ptr + row * stride, max_ptr + row * max_stride
     first_row, largest_row = first_ptr + row * k, largest_ptr + row * k
-    super_row = max_row
-    if SUPER > 1:
-        super_row = super_ptr + row * supers
-        _supers(max_row, super_row, groups, supers, SUPER, PIECE_S)
-    _select_row(
-        centre_row, None, None, max_row, super_row, list_ptr + 2 * row * SHORT, list_ptr + (2 * row + 1) * SHORT,
-        largest_row, first_row, n, k, groups, supers, GROUP, SUPER, BLOCK_S, SHORT, TILE, False,
-    )  # fmt: skip
-    tl.debug_barrier()
     t, p = tl.load(of_tokens_ptr + row), tl.load(of_tokens_ptr + tokens_stride + row)
     q = tl.load(of_tokens_ptr + 2 * tokens_stride + row)
     source = centre_row, of_latents_ptr, bias_ptr, scale_ptr, n, t, p, q
