@@ -55,6 +55,12 @@ def screen_of(x: Tensor, W: Tensor, keys: Keys, width: Tensor | float, generator
     return Screen.of(x, keys.of(exact_pre_acts(x, W, keys)), torch.ones(len(W)) * width, generator)
 
 
+@pytest.fixture(autouse=True)
+def _errors_as_wide_as_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let guesses allow for all of an error: those made here fill their bounds, while a screen's are a twelfth."""
+    monkeypatch.setattr(onesided, "SHARE", 1.0)
+
+
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let few extras fit."""
@@ -169,6 +175,20 @@ def test_t0_what_does_not_fit_is_ruled_out(generator: torch.Generator) -> None:
     screen.screened.maxima[lifted.unflatten(1, (-1, 32)).any(2)] = torch.tensor(990.0).view(torch.int32)
     counts = assert_exact(x, W, keys, 5, screen)
     assert counts[:2] == [5 + FEW] * 2
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+@pytest.mark.parametrize("magnitude", [False, True])
+def test_t0_a_guess_that_fails_costs_time_and_no_latent(
+    share: float, magnitude: bool, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onesided, "SHARE", share)
+    x, W, bias = integers(12, 6, 400, generator)
+    x[3] = 0.0
+    keys = Keys(bias, None, magnitude)
+    counts = assert_exact(x, W, keys, 5, screen_of(x, W, keys, 30.0, generator))
+    assert 400 in counts  # done as a whole
+    assert min(counts) < 400
 
 
 @pytest.mark.usefixtures("few")

@@ -9,13 +9,13 @@ j is not selected. So if j is, either e_j > τ, whence u_j > τ; or e_j = τ and
 j < i. Those of which this holds of u_j, the extras, are rescored too: F and the extras hold the selection.
 
 *What is listed before τ is known.* Bounds are there for some tokens at a time, while rescoring pays for many at once.
-So extras are listed by a guess τ° at τ, the smallest lower bound in F, and i° the last latent of F that has it: those
-with u_j > τ°, or u_j = τ° and j < i°. If they are too many, the largest bounds are listed, of equal ones the lowest
-latents. Either way no latent that is left out has a bound above some r, and none below some q has the bound r: τ° and
-i°, or what the first that does not fit has. Let τ' be the k-th largest key of all that was rescored, and i' the last
-latent that is chosen with it. By the argument above, with the k chosen for F, no latent left out is selected unless
-r > τ', or r = τ' and q < i'. Rows of which this holds are done as a whole. So nothing depends on the guess: lower
-bounds may be wrong, and latents without one are left out of it.
+So extras are listed by a guess τ° at τ, some way below the smallest centre in F, and i° the last latent of F that may
+have it: those with u_j > τ°, or u_j = τ° and j < i°. If they are too many, the largest bounds are listed, of equal ones
+the lowest latents. Either way no latent that is left out has a bound above some r, and none below some q has the bound
+r: τ° and i°, or what the first that does not fit has. Let τ' be the k-th largest key of all that was rescored, and i'
+the last latent that is chosen with it. By the argument above, with the k chosen for F, no latent left out is selected
+unless r > τ', or r = τ' and q < i'. Rows of which this holds are done as a whole. So nothing depends on the guess, and
+latents without a bound are left out of it.
 
 *What takes no list.* However many latents have one and the same bound that holds exactly, as all of a token of zeros
 have where biases are equal, or all that a key of minus infinity masks: the first of them are in F, and all others stand
@@ -37,6 +37,10 @@ from flashsae.ops.encode.keys import Keys
 from flashsae.ops.encode.layout import Layout, tile_and_warps
 from flashsae.ops.encode.product import Part
 from flashsae.ops.encode.redo import no_rows, redo_rows
+
+SHARE = 0.5
+"""Of the error, by which the smallest key of the first k is guessed to lie below its centre: some six of its standard
+deviations. Of more, lists were longer."""
 
 ROUND = 8192
 """Tokens whose lists are kept and finished at once, at most: about 8 KB each."""
@@ -124,7 +128,7 @@ class OneSided:
             n, k, lists.items.shape[1] - k, layout.groups,
             part.products.stride(0), maxima.stride(0), screened.of_tokens.stride(0),
             GROUP=layout.group, BLOCK_K=triton.next_power_of_2(k), BLOCK_G=layout.block_g, PIECE=2048 // layout.group,
-            MAGNITUDE=keys.magnitude, num_warps=4,
+            MAGNITUDE=keys.magnitude, SHARE=SHARE, num_warps=4,
         )  # fmt: skip
 
     def finish(self) -> None:

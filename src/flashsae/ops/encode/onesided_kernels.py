@@ -49,8 +49,11 @@ def _upper_keys(values):
 
 
 @triton.jit
-def _bounds_of(centres, latents, inside, source, MAGNITUDE: tl.constexpr):
-    """Return the keys of lower and upper bounds of keys. Those of a token of zeros are known: they are its biases'."""
+def _bounds_of(centres, latents, inside, source, MAGNITUDE: tl.constexpr, SHARE: tl.constexpr = 1.0):
+    """Return the keys of lower and upper bounds of keys, or with a SHARE of the error of what lies nearer.
+
+    Those of a token of zeros are known: they are its biases'.
+    """
     _, column_ptr, bias_ptr, scale_ptr, n, t, p, q = source
     error = _error(centres, column_ptr, n, latents, inside, t, p, q)
     if (p == 0.0) & (q == 0.0):
@@ -59,6 +62,7 @@ def _bounds_of(centres, latents, inside, source, MAGNITUDE: tl.constexpr):
         known = (error == error) & (centres < float("inf"))  # else weights that are not finite
         low, high = tl.where(known, keys, KEY_NONE), tl.where(known, keys, KEY_NAN)
     else:
+        error *= SHARE
         high = _upper_keys(centres + error)
         lowest = centres - error
         if MAGNITUDE:
@@ -104,10 +108,13 @@ def encode_topk_supers_kernel(max_ptr, super_ptr, groups, supers, max_stride, SU
 
 
 @triton.jit
-def _limits(largest_row, first_row, k, source, BLOCK_K: tl.constexpr, MAGNITUDE: tl.constexpr):
+def _limits(
+    largest_row, first_row, k, source, BLOCK_K: tl.constexpr, MAGNITUDE: tl.constexpr, SHARE: tl.constexpr
+):  # fmt: skip
     """Return a guess at the smallest key of the first k, the last of them that may have it; the same of their centres.
 
-    Those of which nothing is known are left out of the guess.
+    A guess too high makes a row be done as a whole, one too low a list long. Those of which nothing is known are left
+    out.
     """
     slot = tl.arange(0, BLOCK_K)
     inside = slot < k
@@ -115,7 +122,7 @@ def _limits(largest_row, first_row, k, source, BLOCK_K: tl.constexpr, MAGNITUDE:
     centres = tl.load(largest_row + slot, mask=inside, other=float("inf"))
     keys = _to_key(centres, KEY_NAN)
     least = tl.min(keys)
-    low, _ = _bounds_of(centres, first, inside, source, MAGNITUDE)
+    low, _ = _bounds_of(centres, first, inside, source, MAGNITUDE, SHARE)
     known = inside & (centres < float("inf")) & (low != KEY_NONE)
     low = tl.where(known, low, KEY_NAN)
     guess = tl.min(low)
@@ -240,6 +247,7 @@ def encode_topk_open_kernel(
     rest_ptr,  # [rows, 2] int32: all other latents have a smaller bound, or this one from this latent on
     n, k, most, groups, stride, max_stride, tokens_stride,
     GROUP: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_G: tl.constexpr, PIECE: tl.constexpr, MAGNITUDE: tl.constexpr,
+    SHARE: tl.constexpr,  # of the error, by which keys are guessed to lie below their centres
 ):  # fmt: skip
     """List what may be selected: the latents of the k largest centres, and what may displace one of them."""
     row = tl.program_id(0).to(tl.int64)
@@ -248,7 +256,7 @@ def encode_topk_open_kernel(
     t, p = tl.load(of_tokens_ptr + row), tl.load(of_tokens_ptr + tokens_stride + row)
     q = tl.load(of_tokens_ptr + 2 * tokens_stride + row)
     source = centre_row, of_latents_ptr, bias_ptr, scale_ptr, n, t, p, q
-    limits = _limits(largest_row, first_row, k, source, BLOCK_K, MAGNITUDE)
+    limits = _limits(largest_row, first_row, k, source, BLOCK_K, MAGNITUDE, SHARE)
     items_row, keys_row = items_ptr + row * (k + most), keys_ptr + row * (k + most)
     n_groups = _list_groups(max_row, groups, of_groups_ptr, source, limits, GROUP, BLOCK_G)
     found = 0
