@@ -191,14 +191,26 @@ def test_t0_a_guess_that_fails_costs_time_and_no_latent(
     assert min(counts) < 400
 
 
+@pytest.mark.parametrize("first", [0, 510])
 @pytest.mark.usefixtures("few")
-def test_t0_zeros_behind_latents_whose_bounds_mislead(generator: torch.Generator) -> None:
+def test_t0_zeros_beside_latents_whose_bounds_mislead(first: int, generator: torch.Generator) -> None:
     """Most weights are zero: τ is below 0 at first, and all of them would be candidates."""
     x, W, bias = torch.ones(2, 4), torch.zeros(520, 4), torch.zeros(520)
-    W[:10:2], W[1:10:2] = -1.0, 1.0
+    W[first : first + 10 : 2], W[first + 1 : first + 10 : 2] = -1.0, 1.0
     keys = Keys(bias)
     counts = assert_exact(x, W, keys, 8, screen_of(x, W, keys, torch.where(W[:, 0] == 0, 0.0, 9.0), generator))
     assert counts == [8 + FEW] * 2
+
+
+@pytest.mark.usefixtures("few")
+def test_t0_a_lower_latent_that_ties_does_not_fit(generator: torch.Generator) -> None:
+    """The first is 100, extras that just fit reach above 0, and of zeros before it none fits."""
+    x, W, bias, width = torch.ones(1, 1), torch.zeros(128, 1), torch.zeros(128), torch.zeros(128)
+    W[110:119], width[110:119], width[100] = -1.0, 2.0, 3.0
+    keys = Keys(bias)
+    screen = screen_of(x, W, keys, width, generator)
+    screen.centres[0, 110:119], screen.centres[0, 100], screen.screened.maxima[0, 3] = 0.5, 2.0, 0x40000000
+    assert assert_exact(x, W, keys, 1, screen) == [128]
 
 
 def test_t0_a_guess_that_is_too_high_is_found_out(generator: torch.Generator) -> None:
