@@ -191,6 +191,16 @@ def test_t0_a_guess_that_fails_costs_time_and_no_latent(
     assert min(counts) < 400
 
 
+def test_t0_a_centre_that_is_rounded_further_than_it_is_off(
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onesided, "SHARE", 0.5)
+    x, W, bias = torch.ones(1, 1), torch.ones(200, 1), torch.zeros(200)
+    bias[7] = 1027.5  # 1028.5 is 1032 in bfloat16
+    keys = Keys(bias)
+    assert assert_exact(x, W, keys, 1, screen_of(x, W, keys, 0.01, generator)) == [1]
+
+
 @pytest.mark.parametrize("first", [0, 510])
 @pytest.mark.usefixtures("few")
 def test_t0_zeros_beside_latents_whose_bounds_mislead(first: int, generator: torch.Generator) -> None:

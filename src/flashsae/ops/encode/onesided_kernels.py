@@ -27,18 +27,18 @@ KEY_INFINITE = tl.constexpr(0x7F800000)
 
 
 @triton.jit
-def _error(centres, facts_ptr, width, place, inside, t, p, q):
-    """Return by how much keys may differ from the centres of some latents, or of groups of them.
+def _error(centres, facts_ptr, width, place, inside, t, p, q, SHARE: tl.constexpr = 1.0):
+    """Return by how much keys may differ from the centres of some latents, or of groups of them, or a SHARE of that.
 
-    Centres were rounded to nearest. What weighs nothing and has a centre of 0 is 0; else some of it may have been lost
-    among the smallest numbers.
+    Centres were rounded to nearest, which a share says nothing of. What weighs nothing and has a centre of 0 is 0; else
+    some of it may have been lost among the smallest numbers.
     """
     scales = tl.load(facts_ptr + place, mask=inside, other=0.0)
     norms = tl.load(facts_ptr + width + place, mask=inside, other=0.0)
     spread = scales * p + norms * q
     size = tl.abs(centres)
     slack = size * 0.00396728515625 + tl.where(size + spread > 0.0, 2.4e-38, 0.0)
-    return tl.where(size < float("inf"), slack, 0.0) + t * spread
+    return tl.where(size < float("inf"), slack, 0.0) + SHARE * (t * spread)
 
 
 @triton.jit
@@ -55,14 +55,13 @@ def _bounds_of(centres, latents, inside, source, MAGNITUDE: tl.constexpr, SHARE:
     Those of a token of zeros are known: they are its biases'.
     """
     _, column_ptr, bias_ptr, scale_ptr, n, t, p, q = source
-    error = _error(centres, column_ptr, n, latents, inside, t, p, q)
+    error = _error(centres, column_ptr, n, latents, inside, t, p, q, SHARE)
     if (p == 0.0) & (q == 0.0):
         biases = tl.load(bias_ptr + latents, mask=inside, other=0.0).to(tl.float32)
         keys = _keys_of(biases, latents, inside, scale_ptr, MAGNITUDE)
         known = (error == error) & (centres < float("inf"))  # else weights that are not finite
         low, high = tl.where(known, keys, KEY_NONE), tl.where(known, keys, KEY_NAN)
     else:
-        error *= SHARE
         high = _upper_keys(centres + error)
         lowest = centres - error
         if MAGNITUDE:
