@@ -215,11 +215,11 @@ def test_other_batch_sizes_compile_nothing_anew(generator: torch.Generator) -> N
     from triton.runtime.jit import JITFunction
 
     from flashsae.ops.decode import kernels as decode_kernels
-    from flashsae.ops.encode import certify_kernels, kernels
+    from flashsae.ops.encode import certify_kernels, kernels, redo_kernels
     from flashsae.ops.latent_rows import kernels as rows_kernels
 
     def compiled() -> int:
-        modules = decode_kernels, certify_kernels, kernels, rows_kernels
+        modules = decode_kernels, certify_kernels, kernels, redo_kernels, rows_kernels
         found = {id(f): f for module in modules for f in vars(module).values() if isinstance(f, JITFunction)}
         return sum(len(cache[0]) for f in found.values() for cache in f.device_caches.values())
 
