@@ -52,6 +52,8 @@ POINTERS = {
     torch.int8: "*i8",
 }
 BF16, F32 = torch.bfloat16, torch.float32
+SHARED_BYTES = {"80": 163 << 10, "89": 99 << 10, "90": 227 << 10}
+"""Shared memory that a program may have."""
 
 
 class Launches(dict[tuple[Any, ...], tuple[JITFunction, ASTSource, dict[str, int]]]):
@@ -85,7 +87,7 @@ class Launches(dict[tuple[Any, ...], tuple[JITFunction, ASTSource, dict[str, int
             self[key] = kernel, ASTSource(kernel, signature, constants, attributes), options
 
 
-def launch_everything() -> None:
+def launch_everything(columns: int) -> None:
     """Call each launch with every kind of argument that changes what is compiled, at sizes that change it."""
     for n, k, scale, magnitude, precisions in (
         (24576, 32, False, False, ("bf16", "tf32", "float32")),
@@ -140,6 +142,7 @@ def launch_everything() -> None:
     launch_latent_pass()
     launch_selections()
     launch_onesided()
+    launch_screens(columns)
 
 
 def launch_onesided() -> None:
@@ -205,14 +208,14 @@ def launch_latent_pass() -> None:
         launch_row_squares(weights, gradient, unit_norm)
 
 
-def launch_screens() -> None:
+def launch_screens(columns: int) -> None:
     """Round and multiply matrices of every dtype and of few and many columns and tokens, for both kinds of result."""
     for d, dtype, B, magnitude, scaled in (
         (4096, BF16, 200, False, False),
         (4096, F32, 200, True, True),
         (768, BF16, 8, False, True),
         (100, F32, 8, True, False),
-        (16384, F32, 200, False, False),
+        (columns, F32, 200, False, False),
     ):
         x, W = torch.zeros(B, d, dtype=dtype), torch.zeros(320, d, dtype=dtype)
         noise = torch.zeros((), dtype=torch.int64) if scaled else None
@@ -239,24 +242,28 @@ def launch_selections() -> None:
                 select.above(x, W, W.new_zeros(n), threshold, 64, precision, [workspace_bytes, 0])
 
 
-def main(backend: str, arch: str, warp: int) -> None:
-    """Compile all variants; print how many. The first that fails raises."""
+def main(backend: str, arch: str, warp: int, only: str = "") -> None:
+    """Compile all variants, or those of kernels whose names begin so; print how many. The first that fails raises."""
     launches = Launches()
 
     def run(kernel: JITFunction, *args: Any, grid: object, warmup: bool, **kwargs: Any) -> None:
         launches.record(kernel, *args, **kwargs)
 
     JITFunction.run = run  # type: ignore[method-assign]
-    launch_everything()
+    room = SHARED_BYTES.get(arch, 1 << 20)
+    launch_everything(screen.MOST_COLUMNS if room >= screen.SHARED_BYTES else screen.MOST_COLUMNS // 2)
     target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, warp)
-    for kernel, source, options in launches.values():
+    wanted = [launch for launch in launches.values() if launch[0].fn.__name__.startswith(only)]
+    for kernel, source, options in wanted:
         try:
-            triton.compile(source, target, options)
+            shared = triton.compile(source, target, options).metadata.shared
         except Exception as error:
             raise SystemExit(f"{kernel.fn.__name__} {source.signature} {source.constants}: {error}") from error
-    names = sorted({kernel.fn.__name__ for kernel, *_ in launches.values()})
-    print(f"{len(launches)} variants of {len(names)} kernels compiled for {backend} {arch}: {' '.join(names)}")
+        if shared > room:
+            raise SystemExit(f"{kernel.fn.__name__} {source.constants}: {shared} bytes of shared memory of {room}")
+    names = sorted({kernel.fn.__name__ for kernel, *_ in wanted})
+    print(f"{len(wanted)} variants of {len(names)} kernels compiled for {backend} {arch}: {' '.join(names)}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), *sys.argv[4:])

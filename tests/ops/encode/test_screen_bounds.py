@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -208,6 +209,17 @@ def test_bounds_of_the_kernels_fail_no_more_often_than_they_may(
     share = torch.stack([(side * torch.stack(off) > 1).double().mean() for side in (1, -1)])
     assert float(share.max()) <= math.exp(-exponent)
     assert float(share.min()) > (0.02 if exponent == 0.5 else 0)  # there are some to be counted
+
+
+def test_rows_too_wide_for_the_shared_memory_of_a_card_are_not_screened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As compiled: tests/test_compile_kernels.py compares what kernels need with what cards have."""
+    card, B, n = SimpleNamespace(shared_memory_per_block_optin=227 << 10), 1 << 20, 1 << 20
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    assert screen.pays(B, n, MOST_COLUMNS, torch.device("cuda"))
+    assert not screen.pays(B, n, MOST_COLUMNS + 1, torch.device("cuda"))
+    card.shared_memory_per_block_optin = 99 << 10
+    assert screen.pays(B, n, MOST_COLUMNS // 2, torch.device("cuda"))
+    assert not screen.pays(B, n, MOST_COLUMNS // 2 + 1, torch.device("cuda"))
 
 
 def test_sums_of_the_widest_rows_fit_in_32_bits() -> None:

@@ -90,11 +90,11 @@ class Product:
             keys: packed, where the centres of a screen will do.
         """
         (n, d), rounds = W_enc_T.shape, is_rounded(precision)
-        screened = has_screen(precision) and screen.pays(len(x), n, d)
+        screened = has_screen(precision) and screen.pays(len(x), n, d, x.device)
         if has_screen(precision) and not screened:
             log_once(
-                f"{precision}: a product of {len(x)} tokens and {n} latents of {d} numbers is too small for a screen, "
-                f"and computed in {operand_of(precision)}"
+                f"{precision}: products that are too small for a screen, or of rows too wide for the device, are "
+                f"computed in {operand_of(precision)}"
             )
         precision = operand_of(precision)
         exact = screened or precision == "float32"

@@ -22,8 +22,11 @@ LOG_CHANCE = 50.0
 GROUP = 32
 """Latents whose largest centre is noted."""
 
-MOST_COLUMNS = 1 << 17
-"""Of a row; for more, sums of products of 8 bits might leave int32."""
+MOST_COLUMNS = 1 << 14
+"""Of a row, which a program rotates at once: more need more shared memory than any card has."""
+
+SHARED_BYTES = 160 << 10
+"""Shared memory that so many columns need; where there is less, as on sm_89, half as many are rounded."""
 
 _BLOCK: int = screen_kernels.BLOCK.value
 _OPERAND = tl.float32 if interprets_kernels() else tl.bfloat16  # which the interpreter cannot multiply
@@ -64,9 +67,16 @@ LEAST_PRODUCTS = 1 << 36
 """Of x and W, of numbers: a screen of fewer takes longer than what it spares, as measured (LOG.md)."""
 
 
-def pays(B: int, n: int, d: int) -> bool:
-    """Return whether a product is screened sooner than computed."""
-    return B * n * d >= LEAST_PRODUCTS and padded(d) <= MOST_COLUMNS
+def pays(B: int, n: int, d: int, device: torch.device | None = None) -> bool:
+    """Return whether a product is screened sooner than computed, on a device that has room for its rows."""
+    return B * n * d >= LEAST_PRODUCTS and padded(d) <= _most_columns(device)
+
+
+def _most_columns(device: torch.device | None) -> int:
+    if device is None or device.type != "cuda":
+        return MOST_COLUMNS
+    shared = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
+    return MOST_COLUMNS if shared >= SHARED_BYTES else MOST_COLUMNS // 2
 
 
 def padded(d: int) -> int:
