@@ -21,9 +21,10 @@ import cyclopts
 import torch
 from torch import Tensor
 
-from benchmarks.certified_cases import Selected, adversarial_cases, draw, screened_at_any_size, trained_case
+from benchmarks.certified_cases import Selected, adversarial_cases, draw, trained_case
 from benchmarks.certified_exact import AT_ONCE, Exact, broken_ties
 from benchmarks.session import RESULTS, provenance
+from flashsae.ops.encode import screen
 from flashsae.ops.encode.launch import Layout, launch_encode_topk
 from flashsae.ops.select.above import above
 from flashsae.ops.select.batch import batch_topk
@@ -136,7 +137,7 @@ def main(
             case, noise = make(), torch.tensor(number, device=device)
             for how in selects:
                 part = case if how == "topk" else replace(case, x=case.x[: AT_ONCE // len(case.W)])
-                with screened_at_any_size():
+                with screen.always():
                     found.setdefault((name, how), []).append(JUDGES[how](part, precision, noise))
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("a") as file:

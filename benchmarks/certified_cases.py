@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,21 +12,10 @@ from torch import Tensor
 from flashsae.data.acts import only_site
 from flashsae.data.cache import ActivationCache
 from flashsae.data.shuffle import RowShuffle
-from flashsae.ops.encode import screen
 from flashsae.ops.encode.keys import Keys
 from flashsae.sae.config import SAEConfig
 from flashsae.sae.module import SAE
 from flashsae.train import TrainConfig, init_state, train
-
-
-@contextmanager
-def screened_at_any_size() -> Iterator[None]:
-    """Have products screened that are too small for that to pay: what is judged is whether it is right."""
-    least, screen.LEAST_PRODUCTS = screen.LEAST_PRODUCTS, 0
-    try:
-        yield
-    finally:
-        screen.LEAST_PRODUCTS = least
 
 
 @dataclass(frozen=True)

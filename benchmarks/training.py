@@ -16,12 +16,12 @@ import cyclopts
 import torch
 from torch import Tensor
 
-from benchmarks.certified_cases import screened_at_any_size
 from benchmarks.session import RESULTS, provenance
 from flashsae import ops
 from flashsae.data.acts import only_site
 from flashsae.data.cache import ActivationCache
 from flashsae.data.shuffle import RowShuffle
+from flashsae.ops.encode import screen
 from flashsae.ops.validate import Precision
 from flashsae.optim import lr_factor
 from flashsae.sae.config import SAEConfig
@@ -98,7 +98,7 @@ def main(
     sample = torch.cat(batches[:8])
     scale = float((sample.shape[1] ** 0.5) / (4 * (sample - sample.mean(0)).square().sum(1).mean().sqrt()))
     config = SAEConfig(source.d_in, d_sae, k)
-    with screened_at_any_size():
+    with screen.always():
         curves = {name: train(name, batches, scale, sample, config) for name in CURVES}
     exact = curves["dense float64"]
     out.parent.mkdir(parents=True, exist_ok=True)

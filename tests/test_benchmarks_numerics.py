@@ -17,7 +17,6 @@ from benchmarks.certified_cases import Selected
 from benchmarks.certified_exact import Exact, broken_ties
 
 from flashsae.data.sources import ArraySource
-from flashsae.ops.encode import screen
 from flashsae.ops.encode.keys import Keys
 from flashsae.ops.select import reference
 from flashsae.testing import stable_topk
@@ -141,13 +140,6 @@ def test_an_sae_is_trained_to_judge_its_selection(monkeypatch: pytest.MonkeyPatc
     case = certified_cases.trained_case(Path(), 64, CPU, steps=2, tokens=2048)
     assert (case.x.shape, case.W.shape, case.k) == ((2048, 8), (64, 8), 32)
     assert not torch.equal(case.x[:1024], x)  # in another order, and centred
-
-
-def test_small_products_are_screened_to_be_judged() -> None:
-    assert not screen.pays(9, 300, 24)
-    with certified_cases.screened_at_any_size():
-        assert screen.pays(9, 300, 24)
-    assert not screen.pays(9, 300, 24)
 
 
 def test_trainings_are_compared_in_every_precision(

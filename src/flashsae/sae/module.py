@@ -166,7 +166,7 @@ class SAE(ParameterTable):
             ShapeError, DtypeError: x does not fit, or the architecture returns no code.
         """
         self._selection_scale = None
-        code = self.architecture.encode(self, self._flat(x))
+        code = self.architecture.encode(self, self.read(x))
         if not isinstance(code, ops.SparseCode):
             raise DtypeError(
                 f"encode of {self.architecture.title}: expected a SparseCode, as ops.encode_topk returns it, got "
@@ -204,7 +204,7 @@ class SAE(ParameterTable):
             raise ShapeError(f"like: expected the tokens of the code, {tokens}, got {list(like.shape)}.")
         x_hat = ops.decode(code, self.W_dec, self.b_dec if bias else None, precision=self.precision)
         if like is not None and self.architecture.direct is not None:
-            x_hat = (x_hat + self.architecture.direct(self, self._flat(like))).to(x_hat.dtype)
+            x_hat = (x_hat + self.architecture.direct(self, self.read(like))).to(x_hat.dtype)
         return self._as_they_come(x_hat.view(*code.shape, self.config.d_out), like)
 
     def decode_loss(
@@ -227,11 +227,12 @@ class SAE(ParameterTable):
         return self.decode(self.main_part(self.encode(x)), like=x)
 
     def _as_they_come(self, x_hat: Tensor, like: Tensor | None) -> Tensor:
-        """Undo what `_flat` does to tokens, of their reconstruction; nothing where `like` is None."""
+        """Undo what `read` does to tokens, of their reconstruction; nothing where `like` is None."""
         kind = self.config.normalize_activations
         return x_hat if like is None or kind not in BY_TOKEN else as_they_come(kind, x_hat, like, self._site_widths)
 
-    def _flat(self, x: Tensor) -> Tensor:
+    def read(self, x: Tensor) -> Tensor:
+        """Return tokens [..., d_in] as they are encoded: [B, d_in], in the dtype of the parameters, normalised."""
         check_tokens(x, self.config)
         is_fit = x.dtype == self.W_enc_T.dtype  # half-width tokens may meet half-width weights and whole biases
         dtype, tokens = x.dtype if is_fit else self.b_enc.dtype, x.reshape(-1, self.config.d_in)

@@ -18,6 +18,7 @@ from flashsae.metrics import table
 from flashsae.neutral import neutral
 from flashsae.optim import FactoredAdam
 from flashsae.places import load
+from flashsae.precision import has_screen, operand_of
 from flashsae.sae.centring import center_again, recentered
 from flashsae.sae.config import SAEConfig
 from flashsae.sae.dead import Bounds, DeadLatents
@@ -219,6 +220,7 @@ def to_checkpoint(state: TrainState, config: TrainConfig) -> Checkpoint:
             "config": as_json(config.flat()),
             "dead_bounds": bounds,
             "room": None if state.room is None else asdict(state.room),
+            "screens": has_screen(state.sae.precision),
         },
         tensors,
     )
@@ -237,6 +239,8 @@ class _Saved:
     scale: Positive | None = None
     """What version 4 wrote in the place of `scaling`."""
     start: str | None = None
+    screens: bool = True
+    """Whether the precision of the SAE has a screen, if that of the settings has one."""
 
 
 def restore(state: TrainState, checkpoint: Checkpoint, *, knows_start: bool = True) -> None:
@@ -254,6 +258,8 @@ def restore(state: TrainState, checkpoint: Checkpoint, *, knows_start: bool = Tr
     if knows_start and state.start != saved.start:
         raise CheckpointError(f"{where} is of a training that went on from another SAE. {_ADVICE}")
     state.batches.restore((saved.data, part_of(checkpoint, "data.")))
+    if has_screen(state.sae.precision) and not saved.screens:
+        state.sae.precision = operand_of(str(state.sae.precision))
     newer = {row.name for row in state.sae.architecture.parameters if not row.saved}  # than some checkpoints
     for name, parameter in state.sae.state_dict().items():
         if name not in newer or f"sae.{name}" in checkpoint.tensors:

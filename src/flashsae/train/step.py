@@ -18,6 +18,7 @@ from flashsae.train.config import TrainConfig
 from flashsae.train.graph import Parts
 from flashsae.train.resample import resample
 from flashsae.train.room import Room, read_number
+from flashsae.train.screening import look
 from flashsae.train.state import TrainState, progress_at
 
 
@@ -41,11 +42,12 @@ def train_step(state: TrainState, batch: Batch, config: TrainConfig) -> dict[str
     capacity = state.dead.capacity(state.step, tokens) if needs_dead else 0
     state.optimizer.param_groups[0]["lr"].fill_(learning_rate(state.step, config))  # that of all groups
     state.sae.set_progress(progress_at(state.step, config))
+    look(state, batch, config)
 
     def parts(batch: Batch) -> Generator[Any, None, None]:
         return _parts_of_step(state, batch, config, capacity)
 
-    kind = capacity, state.scaling, state.sae.width
+    kind = capacity, state.scaling, state.sae.width, state.sae.precision
     if state.room is None:
         metrics = state.captured(lambda batch: _whole(parts(batch)), batch, kind)
     else:

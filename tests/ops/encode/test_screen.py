@@ -24,7 +24,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def _every_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(screen, "LEAST_PRODUCTS", 0)
+    monkeypatch.setattr(screen, "pays", lambda *_, **__: True)
 
 
 def case(d: int, n: int, B: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -188,6 +188,15 @@ def test_parts_and_blocks_change_no_bit() -> None:
 
 def test_small_products_are_not_screened(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    assert not screen.pays(4096, 4096, 384)
-    assert screen.pays(8192, 131072, 4096)
-    assert not screen.pays(1 << 20, 1 << 20, 1 << 15), "so wide a row needs more shared memory than there is"
+    for B, n, d, k, in_bf16, in_float32 in (
+        (4096, 4096, 384, 32, False, False),
+        (4096, 16384, 4096, 128, False, False),
+        (4096, 65536, 2048, 64, False, True),
+        (8192, 131072, 4096, 64, True, True),
+        (8192, 131072, 4096, 2048, False, False),
+    ):
+        assert screen.pays(B, n, d, k, rounds=True) is in_bf16
+        assert screen.pays(B, n, d, k, rounds=False) is in_float32
+    assert not screen.pays(1 << 20, 1 << 20, 1 << 15, 8, rounds=True), (
+        "so wide a row needs more shared memory than there is"
+    )

@@ -183,13 +183,13 @@ def test_what_is_not_finite_is_selected_as_without_a_screen(
         ]
 
     expected = selected("float32")
-    monkeypatch.setattr(screen, "LEAST_PRODUCTS", 0)
+    monkeypatch.setattr(screen, "pays", lambda *_, **__: True)
     for precision in ("float32-int8", "bf16-int8"):
         torch.testing.assert_close(selected(precision), expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_the_smallest_biases_of_a_token_of_zeros_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(screen, "LEAST_PRODUCTS", 0)
+    monkeypatch.setattr(screen, "pays", lambda *_, **__: True)
     b_enc = torch.zeros(300)
     b_enc[[120, 290]] = 1e-42  # bfloat16 has no such number
     _, picked = launch_encode_topk(
@@ -215,11 +215,11 @@ def test_rows_too_wide_for_the_shared_memory_of_a_card_are_not_screened(monkeypa
     """As compiled: tests/test_compile_kernels.py compares what kernels need with what cards have."""
     card, B, n = SimpleNamespace(shared_memory_per_block_optin=227 << 10), 1 << 20, 1 << 20
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
-    assert screen.pays(B, n, MOST_COLUMNS, torch.device("cuda"))
-    assert not screen.pays(B, n, MOST_COLUMNS + 1, torch.device("cuda"))
+    assert screen.pays(B, n, MOST_COLUMNS, 8, rounds=True, device=torch.device("cuda"))
+    assert not screen.pays(B, n, MOST_COLUMNS + 1, 8, rounds=True, device=torch.device("cuda"))
     card.shared_memory_per_block_optin = 99 << 10
-    assert screen.pays(B, n, MOST_COLUMNS // 2, torch.device("cuda"))
-    assert not screen.pays(B, n, MOST_COLUMNS // 2 + 1, torch.device("cuda"))
+    assert screen.pays(B, n, MOST_COLUMNS // 2, 8, rounds=True, device=torch.device("cuda"))
+    assert not screen.pays(B, n, MOST_COLUMNS // 2 + 1, 8, rounds=True, device=torch.device("cuda"))
 
 
 def test_sums_of_the_widest_rows_fit_in_32_bits() -> None:
@@ -238,7 +238,7 @@ def test_what_float32_changes_is_counted_with_room(D: int) -> None:
 
 @pytest.fixture
 def _screened_at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(screen, "LEAST_PRODUCTS", 0)
+    monkeypatch.setattr(screen, "pays", lambda *_, **__: True)
 
 
 @pytest.mark.usefixtures("_screened_at_any_size")

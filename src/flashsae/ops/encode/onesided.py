@@ -127,8 +127,8 @@ class OneSided:
             keys.b_enc, keys.scale, largest, lists.first, lists.items, lists.keys, self.counts[part.tokens], lists.rest,
             n, k, lists.items.shape[1] - k, layout.groups,
             part.products.stride(0), maxima.stride(0), screened.of_tokens.stride(0),
-            GROUP=layout.group, BLOCK_K=triton.next_power_of_2(k), BLOCK_G=layout.block_g, PIECE=2048 // layout.group,
-            MAGNITUDE=keys.magnitude, SHARE=SHARE, num_warps=4,
+            GROUP=layout.group, BLOCK_K=triton.next_power_of_2(k), BLOCK_G=1024, PIECE=512 // layout.group,
+            MAGNITUDE=keys.magnitude, SHARE=SHARE, num_warps=2,
         )  # fmt: skip
 
     def finish(self) -> None:

@@ -76,7 +76,7 @@ class Product:
     @classmethod
     def of(
         cls, x: Tensor, W_enc_T: Tensor, precision: str, memory: Memory, most_rows: int = LARGEST_ROWS,
-        noise: Tensor | None = None, keys: Keys | None = None,
+        noise: Tensor | None = None, keys: Keys | None = None, k: int = 0,
     ) -> Product:  # fmt: skip
         """Return the product of operands as they come, in parts that keep to a bound of memory.
 
@@ -88,12 +88,13 @@ class Product:
             most_rows: tokens at a time, at most.
             noise: as of the product.
             keys: packed, where the centres of a screen will do.
+            k: latents of a token that are wanted, about.
         """
         (n, d), rounds = W_enc_T.shape, is_rounded(precision)
-        screened = has_screen(precision) and screen.pays(len(x), n, d, x.device)
+        screened = has_screen(precision) and screen.pays(len(x), n, d, k, rounds=rounds, device=x.device)
         if has_screen(precision) and not screened:
             log_once(
-                f"{precision}: products that are too small for a screen, or of rows too wide for the device, are "
+                f"{precision}: products that a screen would not hasten, and of rows too wide for the device, are "
                 f"computed in {operand_of(precision)}"
             )
         precision = operand_of(precision)

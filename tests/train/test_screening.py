@@ -1,0 +1,82 @@
+"""Trainings leave their screen where it leaves too much open, and take it up again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from flashsae.data.shuffle import RowShuffle
+from flashsae.data.sources import ArraySource
+from flashsae.train import TrainConfig, init_state, screening
+from flashsae.train.checkpoint import save_checkpoint
+from flashsae.train.state import TrainState, to_checkpoint
+from flashsae.train.step import train_step
+
+CPU = torch.device("cpu")
+
+
+def begin(precision: str, checkpoints: Path | None = None) -> tuple[TrainState, TrainConfig, dict[str, Tensor]]:
+    x = torch.randn(512, 16, generator=torch.Generator().manual_seed(0))
+    config = TrainConfig(d_sae=64, k=4, tokens=64 * 8, batch_tokens=64, precision=precision, seed=1).resolve(16)
+    state = init_state(config, RowShuffle(ArraySource(x), 64, seed=0), CPU, checkpoints)
+    return state, config, state.batches.next_batch()
+
+
+@pytest.fixture
+def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(screening, "use_kernels", lambda _: True)
+
+
+@pytest.mark.usefixtures("_kernels")
+@pytest.mark.parametrize(("precision", "operand", "most"), [("bf16-int8", "bf16", 16), ("float32-int8", "float32", 24)])
+def test_a_screen_that_leaves_too_much_open_is_left(
+    precision: str, operand: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, config, batch = begin(precision)
+    found = 0.0
+    monkeypatch.setattr(screening, "_open_latents", lambda sae, x, k: found)
+    for step, found, expected in (  # noqa: B020 - what the look finds
+        (0, most, precision), (64, most + 1, operand), (65, 0.0, operand), (128, 0.0, precision), (192, 99.0, operand)
+    ):  # fmt: skip
+        state.step = step
+        screening.look(state, batch, config)
+        assert state.sae.precision == expected, step
+
+
+def test_others_do_not_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(screening, "_open_latents", lambda *_: pytest.fail("looked"))
+    for precision in ("bf16", "float32", "bf16-int8"):  # the last without kernels
+        state, config, batch = begin(precision)
+        screening.look(state, batch, config)
+        assert state.sae.precision == precision
+
+
+@pytest.mark.usefixtures("_kernels")
+def test_latents_that_are_open_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    state, config, batch = begin("float32-int8")
+    sae = state.sae
+    (x,) = batch.values()
+    assert 4 <= screening._open_latents(sae, x[:8], 4) < 20
+    with torch.no_grad():  # all latents alike: any of them may be among the largest
+        sae.W_enc_T.copy_(sae.W_enc_T[:1].expand(64, -1))
+        sae.b_enc.zero_()
+    assert screening._open_latents(sae, x[:8], 4) > 50
+    screening.look(state, {site: acts[:8] for site, acts in batch.items()}, config)
+    assert sae.precision == "float32"
+
+
+def test_a_checkpoint_knows_whether_there_is_a_screen(tmp_path: Path) -> None:
+    state, config, _ = begin("bf16-int8")
+    state.sae.precision = "bf16"
+    save_checkpoint(tmp_path, to_checkpoint(state, config))
+    again, config, batch = begin("bf16-int8", tmp_path)
+    assert again.sae.precision == "bf16"
+    state.sae.precision = "bf16-int8"
+    train_step(state, batch, config)
+    save_checkpoint(tmp_path, to_checkpoint(state, config))
+    assert begin("bf16-int8", tmp_path)[0].sae.precision == "bf16-int8"
