@@ -132,9 +132,9 @@ class OurStep:
 def make_config(problem: Problem, variant: Variant) -> TrainConfig:
     """Return the settings of a training on such a problem, without warm-up of the learning rate.
 
-    With dead latents AuxK is on, and the learning rate a tenth; with codes above a threshold, or a
-    screen, a thousandth. That costs the same, and the dead stay dead, L0 as it is, and pre-activations as far from the
-    k-th, which one batch that is learnt by heart takes to 0, for as long as they are measured.
+    With dead latents AuxK is on, and the learning rate a tenth; with codes above a threshold it is a thousandth, with a
+    screen a hundredth. That costs the same, and for as long as they are measured the dead stay dead, L0 as it is, and
+    pre-activations as far from the k-th as they are before one batch is learnt by heart.
     """
     shape = problem.shape
     config = TrainConfig(
@@ -149,8 +149,8 @@ def make_config(problem: Problem, variant: Variant) -> TrainConfig:
         auxk_alpha=1 / 32 if problem.dead else 0.0,
         k_aux=max(1, min(variant.k_aux, problem.dead)),
     ).resolve(problem.sites.widths)
-    holds = architecture_of(config.arch).varies or has_screen(variant.precision)
-    slower = SLOWER if holds else 10 if problem.dead else 1
+    screened = 100 if has_screen(variant.precision) else 1
+    slower = SLOWER if architecture_of(config.arch).varies else max(screened, 10 if problem.dead else 1)
     return replace(config, lr=config.lr / slower)
 
 
