@@ -38,11 +38,14 @@ def test_a_screen_that_leaves_too_much_open_is_left(
     precision: str, operand: str, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state, config, batch = begin(precision)
-    found = 0.0
-    monkeypatch.setattr(screening, "_open_latents", lambda sae, x, k: found)
-    for step, found, expected in (  # noqa: B020 - what the look finds
-        (0, most, precision), (64, most + 1, operand), (65, 0.0, operand), (128, 0.0, precision), (192, 99.0, operand)
-    ):  # fmt: skip
+    for step, found, expected in (
+        (0, most, precision),
+        (64, most + 1, operand),
+        (65, 0, operand),
+        (128, 0, precision),
+        (192, 99, operand),
+    ):
+        monkeypatch.setattr(screening, "_open_latents", lambda *_, found=found: float(found))
         state.step = step
         screening.look(state, batch, config)
         assert state.sae.precision == expected, step

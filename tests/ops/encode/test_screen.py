@@ -197,6 +197,7 @@ def test_small_products_are_not_screened(monkeypatch: pytest.MonkeyPatch) -> Non
     ):
         assert screen.pays(B, n, d, k, rounds=True) is in_bf16
         assert screen.pays(B, n, d, k, rounds=False) is in_float32
+    assert not screen.pays(8192, 131072, 4096, None, rounds=False), "bounds on either side leave too much open"
     assert not screen.pays(1 << 20, 1 << 20, 1 << 15, 8, rounds=True), (
         "so wide a row needs more shared memory than there is"
     )

@@ -105,7 +105,7 @@ def launch_encode_topk(
         return acts, indices
     selection = _Selection(keys.packed(), Layout.of(n, k), n)
     by_groups = selection.keys if selection.layout.group == screen.GROUP else None
-    product = Product.of(x, W_enc_T, precision, memory, noise=noise, keys=by_groups, k=k)
+    product = Product.of(x, W_enc_T, precision, memory, noise=noise, keys=by_groups, k=None if by_groups is None else k)
     counts = torch.empty(B, dtype=torch.int32, device=device) if candidate_counts is None else candidate_counts
     one_sided = OneSided(product.x, product.W, selection.keys, selection.layout, (acts, indices), counts)
     for part in product.parts():

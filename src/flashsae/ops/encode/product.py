@@ -76,7 +76,7 @@ class Product:
     @classmethod
     def of(
         cls, x: Tensor, W_enc_T: Tensor, precision: str, memory: Memory, most_rows: int = LARGEST_ROWS,
-        noise: Tensor | None = None, keys: Keys | None = None, k: int = 0,
+        noise: Tensor | None = None, keys: Keys | None = None, k: int | None = None,
     ) -> Product:  # fmt: skip
         """Return the product of operands as they come, in parts that keep to a bound of memory.
 
@@ -88,7 +88,7 @@ class Product:
             most_rows: tokens at a time, at most.
             noise: as of the product.
             keys: packed, where the centres of a screen will do.
-            k: latents of a token that are wanted, about.
+            k: latents of a token that are wanted, where the centres will do.
         """
         (n, d), rounds = W_enc_T.shape, is_rounded(precision)
         screened = has_screen(precision) and screen.pays(len(x), n, d, k, rounds=rounds, device=x.device)

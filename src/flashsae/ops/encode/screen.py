@@ -79,14 +79,15 @@ def always() -> Iterator[None]:
         _ALWAYS.reset(token)
 
 
-def pays(B: int, n: int, d: int, k: int, *, rounds: bool, device: torch.device | None = None) -> bool:
+def pays(B: int, n: int, d: int, k: int | None, *, rounds: bool, device: torch.device | None = None) -> bool:
     """Return whether the k largest are found sooner through a screen, on a device that has room for its rows.
 
     By what was measured on one H100 (LOG.md), in nanoseconds: the product and the pass behind it that are spared,
     against rounding all weights, looking at what is open, and rescoring k latents a token more than without.
 
     Args:
-        B, n, d, k: tokens, latents, columns and latents a token.
+        B, n, d, k: tokens, latents, columns and latents a token. k is None where what is selected is not known by upper
+            bounds alone, as over a batch or above a threshold: bounds on either side leave too much open.
         rounds: whether operands are bfloat16.
         device: where; None for any.
     """
@@ -94,6 +95,8 @@ def pays(B: int, n: int, d: int, k: int, *, rounds: bool, device: torch.device |
         return False
     if _ALWAYS.get():
         return True
+    if k is None:
+        return False
     spared = B * n * (d * 1.0e-6 + (0.7e-3 if rounds else 2e-3))
     rescored = B * k * d * (8e-4 if rounds else 9e-4)
     return spared > rescored + B * 70 + n * d * 1e-3 + 1e5

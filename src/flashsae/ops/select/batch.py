@@ -125,7 +125,7 @@ def batch_topk(
     values = torch.empty(wanted, dtype=torch.float32, device=device)
     starts = (torch.empty if B else torch.zeros)(B + 1, dtype=torch.int32, device=device)
     if B:
-        operands = Operands.of(centred, W_enc_T, keys, precision, memory, noise, k)
+        operands = Operands.of(centred, W_enc_T, keys, precision, memory, noise)
         candidates = _List.of(operands, k)
         for number, part in enumerate(operands.product.parts()):
             _add_part(operands, candidates, number, part)

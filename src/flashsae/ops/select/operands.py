@@ -29,11 +29,11 @@ class Operands:
 
     @classmethod
     def of(
-        cls, x: Tensor, W: Tensor, keys: Keys, precision: str, memory: Memory, noise: Tensor | None = None, k: int = 64
+        cls, x: Tensor, W: Tensor, keys: Keys, precision: str, memory: Memory, noise: Tensor | None = None
     ) -> Operands:
-        """Return operands as kernels read them. Of k latents a token a screen leaves some four times as many open."""
+        """Return operands as kernels read them."""
         stride = int(triton.cdiv(len(W), 8) * 8)
-        return cls(Product.of(x, W, precision, memory, (2**31 - 1) // stride, noise, k=4 * k), keys.packed())
+        return cls(Product.of(x, W, precision, memory, (2**31 - 1) // stride, noise), keys.packed())
 
     @property
     def x(self) -> Tensor:
