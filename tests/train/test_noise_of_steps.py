@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flashsae
@@ -109,6 +110,14 @@ def test_it_goes_where_the_sae_goes() -> None:
     assert twin.noise is not sae.noise
     assert sae.to("meta").noise.device.type == "meta"  # type: ignore[union-attr]
     assert int(twin.rescaled(2.0).noise) == 5  # type: ignore[arg-type]
+
+
+def test_none_stays_that_was_made_where_tensors_hold_no_numbers() -> None:
+    sae, mode = sae_of(), FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        assert sae.encode(mode.from_tensor(X)).acts.shape == (200, 32)
+    assert type(sae.noise) is Tensor
+    assert torch.equal(sae.encode(X).acts, sae_of("bf16").encode(X).acts)
 
 
 def test_one_that_inference_made_can_be_changed_by_a_training() -> None:

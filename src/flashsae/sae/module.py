@@ -116,7 +116,10 @@ class SAE(ParameterTable):
             if torch.compiler.is_compiling():
                 return None  # nothing may be made there that stays
             with torch.inference_mode(False):
-                self._noise = torch.full((), self.progress.step, dtype=torch.int64, device=device)
+                made = torch.full((), self.progress.step, dtype=torch.int64, device=device)
+            if type(made) is not Tensor:
+                return made  # of who traces with tensors that hold no numbers, to be gone with them
+            self._noise = made
         return self._noise
 
     @property
