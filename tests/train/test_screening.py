@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ pytest.importorskip("triton")
 
 from flashsae.data.shuffle import RowShuffle
 from flashsae.data.sources import ArraySource
+from flashsae.ops.encode.screen import always
 from flashsae.train import TrainConfig, init_state, screening
 from flashsae.train.checkpoint import save_checkpoint
 from flashsae.train.state import TrainState, to_checkpoint
@@ -28,8 +30,10 @@ def begin(precision: str, checkpoints: Path | None = None) -> tuple[TrainState, 
 
 
 @pytest.fixture
-def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def _kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(screening, "use_kernels", lambda _: True)
+    with always():
+        yield
 
 
 @pytest.mark.usefixtures("_kernels")
@@ -57,6 +61,9 @@ def test_others_do_not_look(monkeypatch: pytest.MonkeyPatch) -> None:
         state, config, batch = begin(precision)
         screening.look(state, batch, config)
         assert state.sae.precision == precision
+    monkeypatch.setattr(screening, "use_kernels", lambda _: True)
+    screening.look(state, batch, config)  # kernels do not screen what is so small
+    assert state.sae.precision == "bf16-int8"
 
 
 @pytest.mark.usefixtures("_kernels")

@@ -147,8 +147,8 @@ class TrainConfig:
             tf32: operands are rounded to TF32. bf16: operands are rounded to bfloat16; weights are kept in two halves
             of 16 bits, and no bit of them is lost. bf16-int8: as bf16, and latents are chosen by float32 dot products,
             found by an 8-bit product with random rounding, which misses one in a million steps with a chance below a
-            millionth. float32-int8: the same of operands that are not rounded. Sizes at which an 8-bit product does not
-            pay run as bf16 and as float32.
+            millionth. float32-int8: the same of operands that are not rounded. Where an 8-bit product does not pay, at
+            small sizes and where latents are chosen over a batch or above a threshold, they run as bf16 and as float32.
         moments: float32, or bf16: half the memory of Adam's moments, rounded stochastically. Approximate.
         normalize_activations: How activations are scaled for the training: by a power_of_two, which rounds nothing (the
             deviation of a coordinate becomes about 1/4); to a mean_square of 1, each site for itself; none; or by

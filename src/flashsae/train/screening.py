@@ -47,8 +47,10 @@ def look(state: TrainState, batch: Batch, config: TrainConfig) -> None:
     sae = state.sae
     if not has_screen(config.precision) or state.step % PERIOD or not use_kernels(sae.W_enc_T):
         return
-    sae.precision = config.precision
     k = max(1, round(sae.architecture.l0(config.arch)))
+    if not _pays(sae, config, k):
+        return
+    sae.precision = config.precision
     x, _ = state.scaling(*join_sites(sae.architecture, {site: acts[:TOKENS] for site, acts in batch.items()}))
     mean = distributed.averaged(_open_latents(sae, x, k))
     if mean > k * (MOST_IN_BF16 if is_rounded(config.precision) else MOST_IN_FLOAT32):
@@ -57,6 +59,14 @@ def look(state: TrainState, batch: Batch, config: TrainConfig) -> None:
             f"{config.precision}: where many pre-activations lie close to the smallest that is selected, so that a "
             f"screen leaves most work to be done, steps run in {sae.precision}"
         )
+
+
+def _pays(sae: SAE, config: TrainConfig, k: int) -> bool:
+    """Tell whether there may be a screen at these sizes, which are the same wherever the training runs."""
+    from flashsae.ops.encode import screen
+
+    (n, d), rounds = sae.W_enc_T.shape, is_rounded(config.precision)
+    return screen.pays(config.batch_tokens, n, d, k, rounds=rounds, device=sae.W_enc_T.device)
 
 
 @torch.no_grad()

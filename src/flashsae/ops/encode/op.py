@@ -66,8 +66,8 @@ def encode_topk(
             about the price of a float16 product; "tf32", "bf16": operands rounded to that, accumulated in float32.
             "bf16-int8", "float32-int8": the selection and the values are those of float32 dot products of operands
             rounded to bfloat16, or as they are, found by an 8-bit product that misses a latent with a chance below 1e-6
-            in a million steps of 8192 tokens; small sizes run as "bf16" and "float32". None: "bf16" for bfloat16
-            weights, "float32" for the others. The CPU and float64 ignore it.
+            in a million steps of 8192 tokens; small sizes, and k above d_sae / 64, run as "bf16" and "float32". None:
+            "bf16" for bfloat16 weights, "float32" for the others. The CPU and float64 ignore it.
         workspace_bytes: bound on the pre-activations in memory at once; a single row may exceed it.
         weight_bytes: on a GPU, bound on the rounded weights in memory at once; some rows may exceed it. They are then
             rounded again for every workspace full of pre-activations. 0: all of them, rounded once.

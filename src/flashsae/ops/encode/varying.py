@@ -55,7 +55,8 @@ def encode_batch_topk(
     No nonlinearity is in it: `code.replace(code.acts.relu())` is the code of a BatchTopK SAE.
 
     Args:
-        x, W_enc_T, b_enc, b_dec, key_scale, magnitude, precision, workspace_bytes, noise: as in `encode_topk`.
+        x, W_enc_T, b_enc, b_dec, key_scale, magnitude, precision, workspace_bytes, noise: as in `encode_topk`; over a
+            batch "bf16-int8" runs as "bf16" and "float32-int8" as "float32".
         k: latents to keep for each token on average, 1 <= k <= d_sae.
     Returns:
         the code, of varying length: acts [B·k], float32 (float64 for float64), pre-activations of any sign. Every place
@@ -98,7 +99,8 @@ def encode_above(
         pre_acts = (x - b_dec) @ W_enc_T.T + b_enc;   acts = all pre_acts > threshold
 
     Args:
-        x, W_enc_T, b_enc, b_dec, precision, workspace_bytes, weight_bytes, noise: as in `encode_topk`.
+        x, W_enc_T, b_enc, b_dec, precision, workspace_bytes, weight_bytes, noise: as in `encode_topk`; above a
+            threshold "bf16-int8" runs as "bf16" and "float32-int8" as "float32".
         threshold: a number, a scalar tensor, or [d_sae], one for each latent. Receives no gradient here.
         capacity: how many entries there is room for. None: as many as there are, which the host waits for; a number: no
             wait, and `code.pattern.overflowed` tells whether they were more. Then the first of them in order are there,
