@@ -345,6 +345,7 @@ def select_append_kernel(
         tl.store(used_ptr + 1, place + total)
         tl.store(begins_ptr + first + row + 1, tl.minimum(place + total, capacity).to(tl.int32))
     listed = tl.where(total > 0, tl.load(counts_ptr + number), 0)
+    end = tl.minimum(place + total, capacity)
     for start in range(0, listed, TILE // GROUP):
         latents, keys, other, chosen = _tile_of_list(
             list_ptr, start, listed, low, raw_ptr, bias_ptr, scale_ptr, column_ptr, row_ptr, row, rows, n, raw_stride,
@@ -352,12 +353,22 @@ def select_append_kernel(
         )  # fmt: skip
         position = place + tl.cumsum(chosen.to(tl.int32)) - 1
         place += tl.sum(chosen.to(tl.int32))
-        chosen &= position < capacity
+        chosen &= position < end
         tl.store(keys_ptr + position, keys, mask=chosen)
         tl.store(values_ptr + position, other, mask=chosen)
         tl.store(latents_ptr + position, latents, mask=chosen)
         if tokens_ptr is not None:
             tl.store(tokens_ptr + position, tl.full([TILE], 0, tl.int32) + (first + row).to(tl.int32), mask=chosen)
+    # Compiled into another kernel, the same bounds may be rounded otherwise, so that one reaches the bound in only one of
+    # the two. Bounds are wider than that, so nothing is lost; a place that is left is one that is never selected.
+    for start in range(0, (end - place).to(tl.int32), TILE):
+        position = place + start + tl.arange(0, TILE)
+        left = position < end
+        tl.store(keys_ptr + position, tl.full([TILE], KEY_NONE, tl.int32), mask=left)
+        tl.store(values_ptr + position, tl.full([TILE], KEY_NONE, tl.int32).to(values_ptr.dtype.element_ty), mask=left)
+        tl.store(latents_ptr + position, tl.full([TILE], 0, tl.int32), mask=left)
+        if tokens_ptr is not None:
+            tl.store(tokens_ptr + position, tl.full([TILE], 0, tl.int32) + (first + row).to(tl.int32), mask=left)
 
 
 @triton.jit
