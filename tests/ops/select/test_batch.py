@@ -195,6 +195,46 @@ def test_t2_the_count_of_mistakes_can_fail(generator: torch.Generator) -> None:
     assert batch_mistakes(x, W, bias, picked) == 1
 
 
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("size", [1 << 12, ROOMY])
+def test_places_that_are_counted_and_not_taken_are_not_selected(
+    precision: str, size: int, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bound that is rounded otherwise in the kernel that counts may reach there, and not where it is written."""
+    x, W = integer_inputs(24, 7, generator=generator), integer_inputs(300, 7, generator=generator)
+    bias = integer_inputs(300, generator=generator)
+    expected = select(precision, x, W, bias, None, 5, size)
+    counts, left = batch.kernels.select_reach_kernel, 0
+
+    class Counting:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            def run(*args: object, SPAN: int, **tile: object) -> None:
+                nonlocal left
+                counts[grid](*args, SPAN=SPAN, **tile)
+                reach, sums = args[8], args[9]
+                assert isinstance(reach, Tensor)
+                assert isinstance(sums, Tensor)
+                more = torch.arange(len(reach), dtype=torch.int32, device=reach.device) % 3
+                reach += more
+                sums.index_add_(0, torch.arange(len(reach), device=reach.device) // SPAN, more.long())
+                left += int(more.sum())
+
+            return run
+
+    empty_list = batch._List.of
+
+    def list_of_garbage(*args: object) -> object:
+        result = empty_list(*args)  # type: ignore[arg-type]
+        for numbers in (result.keys, result.other, result.latents):
+            numbers.fill_(2**31 - 1)
+        return result
+
+    monkeypatch.setattr(batch._List, "of", list_of_garbage)
+    monkeypatch.setattr(batch.kernels, "select_reach_kernel", Counting())
+    assert_equal(select(precision, x, W, bias, None, 5, size), expected)
+    assert left
+
+
 def test_t3_two_runs_give_the_same_bits(generator: torch.Generator) -> None:
     inputs = hard_inputs("normal", 6, 20, 100, generator)
     for precision in ("bf16", "float32"):

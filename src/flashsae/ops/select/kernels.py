@@ -359,8 +359,8 @@ def select_append_kernel(
         tl.store(latents_ptr + position, latents, mask=chosen)
         if tokens_ptr is not None:
             tl.store(tokens_ptr + position, tl.full([TILE], 0, tl.int32) + (first + row).to(tl.int32), mask=chosen)
-    # Compiled into another kernel, the same bounds may be rounded otherwise, so that one reaches the bound in only one of
-    # the two. Bounds are wider than that, so nothing is lost; a place that is left is one that is never selected.
+    # In another kernel the same bounds may be rounded otherwise, so that one reaches the bound in only one of the two.
+    # Bounds are wider than that, so nothing is lost; a place that is left is one that is never selected.
     for start in range(0, (end - place).to(tl.int32), TILE):
         position = place + start + tl.arange(0, TILE)
         left = position < end
