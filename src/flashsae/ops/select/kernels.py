@@ -345,7 +345,7 @@ def select_append_kernel(
         tl.store(used_ptr + 1, place + total)
         tl.store(begins_ptr + first + row + 1, tl.minimum(place + total, capacity).to(tl.int32))
     listed = tl.where(total > 0, tl.load(counts_ptr + number), 0)
-    end = tl.minimum(place + total, capacity)
+    end, none = tl.minimum(place + total, capacity), tl.full([TILE], KEY_NONE, tl.int32)
     for start in range(0, listed, TILE // GROUP):
         latents, keys, other, chosen = _tile_of_list(
             list_ptr, start, listed, low, raw_ptr, bias_ptr, scale_ptr, column_ptr, row_ptr, row, rows, n, raw_stride,
@@ -358,17 +358,15 @@ def select_append_kernel(
         tl.store(values_ptr + position, other, mask=chosen)
         tl.store(latents_ptr + position, latents, mask=chosen)
         if tokens_ptr is not None:
-            tl.store(tokens_ptr + position, tl.full([TILE], 0, tl.int32) + (first + row).to(tl.int32), mask=chosen)
-    # In another kernel the same bounds may be rounded otherwise, so that one reaches the bound in only one of the two.
-    # Bounds are wider than that, so nothing is lost; a place that is left is one that is never selected.
+            tl.store(tokens_ptr + position, none * 0 + (first + row).to(tl.int32), mask=chosen)
+    # The kernel that counts may round bounds otherwise, by less than they are wide: places left are never selected.
     for start in range(0, (end - place).to(tl.int32), TILE):
         position = place + start + tl.arange(0, TILE)
-        left = position < end
-        tl.store(keys_ptr + position, tl.full([TILE], KEY_NONE, tl.int32), mask=left)
-        tl.store(values_ptr + position, tl.full([TILE], KEY_NONE, tl.int32).to(values_ptr.dtype.element_ty), mask=left)
-        tl.store(latents_ptr + position, tl.full([TILE], 0, tl.int32), mask=left)
+        tl.store(keys_ptr + position, none, mask=position < end)
+        tl.store(values_ptr + position, none.to(values_ptr.dtype.element_ty), mask=position < end)
+        tl.store(latents_ptr + position, none * 0, mask=position < end)
         if tokens_ptr is not None:
-            tl.store(tokens_ptr + position, tl.full([TILE], 0, tl.int32) + (first + row).to(tl.int32), mask=left)
+            tl.store(tokens_ptr + position, none * 0 + (first + row).to(tl.int32), mask=position < end)
 
 
 @triton.jit
