@@ -10,6 +10,7 @@ from flashsae.bench import ours
 from flashsae.bench.ours import Variant, build_ours, expected_rows, make_state
 from flashsae.bench.problem import dense_squared_error, make_problem
 from flashsae.bench.setups import Shape
+from flashsae.precision import has_screen
 
 CPU, SHAPE = torch.device("cpu"), Shape("x", 64, 12, 100, 5)
 PROBLEM = make_problem(SHAPE, torch.float32, CPU)
@@ -28,7 +29,10 @@ def test_steps_start_from_the_problem_and_fall(variant: Variant) -> None:
     problem = make_problem(SHAPE, torch.float32, CPU, arch=variant.arch)
     step, x = build_ours(problem, variant), problem.xs[0]
     losses = [float(step.run(x)) for _ in range(4)]
-    assert losses == sorted(losses, reverse=True)
+    if has_screen(variant.precision):  # a hundredth of the learning rate: little more than bf16 rounds
+        assert losses == pytest.approx([losses[0]] * 4, rel=0.05)
+    else:
+        assert losses == sorted(losses, reverse=True)
     assert step.squared_error(losses[0], x) == pytest.approx(dense_squared_error(problem), rel=0.02)
     assert (step.expected is not None) == (variant in (Variant("float32"), Variant("float32-int8")))
 

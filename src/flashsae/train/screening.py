@@ -72,16 +72,11 @@ def _pays(sae: SAE, config: TrainConfig, k: int) -> bool:
 @torch.no_grad()
 def _open_latents(sae: SAE, x: Tensor, k: int) -> float:
     """Return how many latents of a token are rescored behind a screen, on average; all of one that is done anew."""
-    from flashsae.ops.encode import screen
-    from flashsae.ops.encode.launch import launch_encode_topk
+    from flashsae.ops.encode.launch import count_open
 
-    architecture, precision, b_pre = sae.architecture, str(sae.precision), sae.b_pre
+    architecture, b_pre, k = sae.architecture, sae.b_pre, min(k, sae.config.d_sae)
     scale = None if architecture.selects_by is None else architecture.selects_by(sae)
     keys, x = Keys.marked(sae.b_enc, scale, architecture.signed), sae.read(x)
-    counts = torch.full((len(x),), k, dtype=torch.int32, device=x.device)
-    with screen.always():
-        launch_encode_topk(
-            x if b_pre is None else x - b_pre, sae.W_enc_T, keys, min(k, sae.config.d_sae), precision, MEMORY, counts,
-            noise=sae.noise,
-        )  # fmt: skip
+    centred = x if b_pre is None else x - b_pre
+    counts = count_open(centred, sae.W_enc_T, keys, k, str(sae.precision), MEMORY, sae.noise)
     return float(counts.double().mean())

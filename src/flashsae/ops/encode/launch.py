@@ -121,6 +121,23 @@ def launch_encode_topk(
     return acts, indices
 
 
+def count_open(
+    x: Tensor, W_enc_T: Tensor, keys: Keys, k: int, precision: str, memory: Memory, noise: Tensor | None
+) -> Tensor:
+    """Return how many latents of each token are rescored behind a screen, d_sae of one that is done as a whole.
+
+    Args:
+        x, W_enc_T, keys, k, memory, noise: as in `launch_encode_topk`.
+        precision: one with a screen, which is there whether it pays or not.
+    Returns:
+        [B], int32; k of each where no device could have a screen for such rows.
+    """
+    counts = torch.full((len(x),), k, dtype=torch.int32, device=x.device)
+    with screen.always():
+        launch_encode_topk(x, W_enc_T, keys, k, precision, memory, counts, noise)
+    return counts
+
+
 def _group_max(selection: _Selection, products: Tensor, facts: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
     """Return the largest keys of groups and supers; certified: of lower and of upper bounds of groups."""
     layout, device = selection.layout, products.device
