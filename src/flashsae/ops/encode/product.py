@@ -98,11 +98,13 @@ class Product:
                 f"computed in {operand_of(precision)}"
             )
         precision = operand_of(precision)
-        exact = screened or precision == "float32"
         dtype = torch.int8 if screened else dtype_of(precision)
-        whole = torch.bfloat16 if rounds else torch.float32 if exact else dtype
-        keeps = (rounds and not screened) or not exact or (W_enc_T.dtype in (whole, torch.bfloat16) and screened)
-        x, W = packed(x.to(whole)), packed(W_enc_T if keeps else W_enc_T.to(whole))
+        certified = screened or precision == "float32"
+        whole = torch.float32 if certified and not rounds else dtype_of(precision)
+        x = packed(x.to(whole))
+        # what is certified is rescored from weights as they are: kernels read bfloat16 as well as float32
+        as_they_are = not certified or (screened and W_enc_T.dtype == torch.bfloat16)
+        W = packed(W_enc_T if as_they_are else W_enc_T.to(whole))
         fit = memory[0] // (_stride(n) * max(2, dtype.itemsize))
         at_once = memory[1] // (d * dtype.itemsize) // LEAST_LATENTS * LEAST_LATENTS
         latents = min(n, max(LEAST_LATENTS, at_once)) if memory[1] and W.dtype != dtype else n

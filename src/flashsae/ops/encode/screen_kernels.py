@@ -8,6 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from flashsae.ops.adam_rows.kernels import _mixed
 from flashsae.ops.encode.kernels import KEY_NAN, _to_key
 
 BLOCK = tl.constexpr(128)
@@ -20,14 +21,6 @@ error, or if they are too large without a bound."""
 
 MAGIC = tl.constexpr(12582912.0)
 """1.5 · 2**23: added to a small float32 number, it leaves the nearest integer in the lowest bits."""
-
-
-@triton.jit
-def _mixed(bits):
-    """Return 32 bits in which each depends on all of the argument (the finaliser of MurmurHash3)."""
-    bits = (bits ^ (bits >> 16)) * 0x85EBCA6B
-    bits = (bits ^ (bits >> 13)) * 0xC2B2AE35
-    return bits ^ (bits >> 16)
 
 
 @triton.jit
