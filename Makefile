@@ -27,7 +27,7 @@ test-interop: $(INTEROP)/.peers
 
 # links, commands and code of the README and of docs/
 docs: $(VENV)/.dev
-	$(BIN)/python -m pytest -q tests/docs tests/test_arguments.py -k "docs or documents"
+	$(BIN)/python -m pytest -q tests/docs tests/cli/test_arguments.py -k "docs or documents"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -144,7 +144,7 @@ def test_the_table_says_what_a_parameter_is() -> None:
         assert torch.equal(getattr(rescaled, row.name), getattr(sae, row.name) / 4.0**row.power)
 
 
-LEARNS_NO_NAME = ("train", "optim", "evaluate", "report", "logs", "run.py", "start.py", "cli.py", "commands.py")
+LEARNS_NO_NAME = ("train", "optim", "evaluate", "report", "logs", "run", "cli/program.py", "cli/commands.py")
 
 
 @pytest.mark.parametrize("place", LEARNS_NO_NAME)

@@ -23,8 +23,8 @@ from flashsae.architecture import (
     composed_settings,
     settings_of,
 )
+from flashsae.cli.options import _help
 from flashsae.errors import ConfigError
-from flashsae.options import _help
 from flashsae.sae import SAE, SAEConfig
 from flashsae.settings.kinds import PositiveFloat
 

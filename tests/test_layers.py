@@ -25,8 +25,8 @@ data
 logs
 train
 evaluate report neuronpedia bench
-exporting parts publish planning start describe caching converting ending rounds run pace
-options several arguments asked sharing commands cli __main__
+run publish
+cli __main__
 """.split()  # noqa: SIM905 - reads as the layers that it lists
 
 

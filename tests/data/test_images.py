@@ -23,7 +23,7 @@ from flashsae.data.images import ImageSource, Pictures
 from flashsae.data.open import cache_activations
 from flashsae.errors import ConfigError, DataError
 from flashsae.report.snippet_file import read_snippets
-from flashsae.run import draw_report
+from flashsae.run.execute import draw_report
 from flashsae.settings.reading import ReadingConfig
 from helpers.tiny_vision import write_model, write_photos
 

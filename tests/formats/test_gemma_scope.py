@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 import flashsae
-from flashsae.converting import Conversion, convert
+from flashsae.cli.converting import Conversion, convert
 from flashsae.errors import CheckpointError, ConfigError
 from flashsae.formats.gemma_scope import FORMAT
 from flashsae.formats.registry import recognised

@@ -13,7 +13,7 @@ from flashsae.errors import CheckpointError, MissingExtraError
 from flashsae.metrics import METRICS
 from flashsae.report.render import _own, render_report
 from flashsae.report.snippets import LatentSnippets, Snippet, Snippets, write_snippets
-from flashsae.run import draw_report
+from flashsae.run.execute import draw_report
 from helpers.page import Page
 
 

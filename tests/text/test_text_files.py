@@ -11,8 +11,8 @@ import pytest
 from flashsae import SAE, SAEConfig
 from flashsae.data.cache_index import CacheIndex
 from flashsae.errors import ConfigError, DataError
+from flashsae.run.start import new_run
 from flashsae.settings import RunConfig
-from flashsae.start import new_run
 from flashsae.text.open import open_text
 
 

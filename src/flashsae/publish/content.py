@@ -12,9 +12,9 @@ from flashsae.documents import load_json
 from flashsae.errors import CheckpointError, ConfigError
 from flashsae.formats.native import Description, read_description
 from flashsae.logs.jsonl import LOG_FILE, read_log
-from flashsae.parts import part_folders
 from flashsae.publish.cleaning import cleaned
 from flashsae.report.evaluation_file import read_evaluation
+from flashsae.run.parts import part_folders
 from flashsae.settings.run import CONFIG_FILE, load_settings
 from flashsae.train.failure import failure_in
 

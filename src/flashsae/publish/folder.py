@@ -23,7 +23,6 @@ from typing import Any
 from flashsae import files
 from flashsae.documents import SEAL, load_json, sealed
 from flashsae.errors import ConfigError
-from flashsae.exporting import by_hookpoint, with_density, write_several
 from flashsae.formats.content import Content
 from flashsae.formats.native import FORMAT as OURS
 from flashsae.formats.registry import format_named
@@ -43,6 +42,7 @@ from flashsae.publish.pictures import alone
 from flashsae.report.comparison import Compared, comparing_plots
 from flashsae.report.plots import Plot, training_plots
 from flashsae.report.render import dictionary_plots, read_arrays
+from flashsae.run.exporting import by_hookpoint, with_density, write_several
 from flashsae.sae.stored import config_from, write
 from flashsae.settings.run import CONFIG_FILE
 from flashsae.settings.toml import sealed_toml

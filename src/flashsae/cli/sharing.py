@@ -34,8 +34,8 @@ def convert(
         overwrite: Replace the folder, if it holds nothing that is not written again.
         revision: Branch, tag or commit on the hub. Default: its main branch.
     """
-    from flashsae.converting import Conversion
-    from flashsae.converting import convert as write_as
+    from flashsae.cli.converting import Conversion
+    from flashsae.cli.converting import convert as write_as
 
     write_as(Conversion(src, dst, to, format, lossy, overwrite, revision), Console())
 

@@ -13,13 +13,13 @@ from cyclopts.argument import Argument, ArgumentCollection
 from cyclopts.exceptions import UnknownOptionError
 
 from flashsae.architecture import Architecture, architecture_named
+from flashsae.cli.options import declared_by
+from flashsae.cli.several import WEIGHTED, architectures_in, read_sweep, values_of
 from flashsae.errors import ConfigError
-from flashsae.options import declared_by
 from flashsae.settings.kinds import check, expand, parse, unwrap
 from flashsae.settings.reading import TABLES
 from flashsae.settings.toml import read_toml
 from flashsae.settings.training import DEFAULT_ARCH, architectures_with
-from flashsae.several import WEIGHTED, architectures_in, read_sweep, values_of
 
 _ALONE = {
     "resume": ({"plan", "extend"}, "a run is resumed with the settings that it has"),

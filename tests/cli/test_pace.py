@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flashsae.cli import main
-from flashsae.pace import LEAST_TOKENS, affordable_tokens, paced, training_rate
+from flashsae.cli.pace import LEAST_TOKENS, affordable_tokens, paced, training_rate
 from flashsae.settings.run import RunConfig
 from flashsae.train import TrainConfig
 
@@ -25,7 +25,7 @@ def test_the_rate_is_that_of_whole_steps() -> None:
 
 
 def test_only_a_cpu_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flashsae.pace.training_rate", lambda config, d_in: 12_000)
+    monkeypatch.setattr("flashsae.cli.pace.training_rate", lambda config, d_in: 12_000)
     config = RunConfig(train=TrainConfig(device="cpu"))
     slower, why = paced(config)
     assert (slower.activations, slower.train.tokens) == (config.activations, 1_000_000)
@@ -33,7 +33,7 @@ def test_only_a_cpu_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         "Training on 1,000,000 tokens instead of 1,500,000, to end within a few minutes: this machine"
     )
     assert "12,000 tokens a second. --tokens 1500000 trains on all." in why
-    monkeypatch.setattr("flashsae.pace.resolve_device", lambda device: torch.device("meta"))
+    monkeypatch.setattr("flashsae.cli.pace.resolve_device", lambda device: torch.device("meta"))
     assert paced(config) == (config, "")
 
 
@@ -55,12 +55,12 @@ def test_only_the_demo_chooses_its_tokens_and_keeps_them(
     Path("demo.toml").write_text("tokens = 1_500_000", "utf-8")
     trained = []
     monkeypatch.setattr(
-        "flashsae.run.execute",
+        "flashsae.run.execute.execute",
         lambda run, console: trained.append(RunConfig.from_toml(run / "config.toml").train.tokens),
     )
-    monkeypatch.setattr("flashsae.pace.training_rate", lambda config, d_in: 12_000)
+    monkeypatch.setattr("flashsae.cli.pace.training_rate", lambda config, d_in: 12_000)
     _train(*settings, "--run", "run")
-    monkeypatch.setattr("flashsae.pace.training_rate", lambda config, d_in: 1)
+    monkeypatch.setattr("flashsae.cli.pace.training_rate", lambda config, d_in: 1)
     _train("--resume", "run")
     assert trained == [tokens, tokens]
 

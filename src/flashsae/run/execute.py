@@ -31,14 +31,20 @@ from flashsae.data.images import Pictures
 from flashsae.data.prepared import Activations, Prepared
 from flashsae.data.sources import Chunk, RowSource
 from flashsae.data.split import Split
-from flashsae.ending import SAE_FOLDER, add_metrics, figures_of, is_done, metadata_of
 from flashsae.errors import ConfigError, DivergedError
 from flashsae.evaluate import evaluate_together, held_out_batches
-from flashsae.exporting import check_held, export_one, export_set, is_exported_alone
 from flashsae.formats.registry import format_named
 from flashsae.logs.progress import StageBar
 from flashsae.metrics import is_dead as dead_mask
-from flashsae.parts import (
+from flashsae.report.comparison import comparison_table, render_comparison
+from flashsae.report.evaluation_file import RunEvaluation, write_evaluation
+from flashsae.report.latents import Described, describe_latents
+from flashsae.report.render import render_report
+from flashsae.report.summary import result_lines
+from flashsae.report.tokens import token_text
+from flashsae.run.ending import SAE_FOLDER, add_metrics, figures_of, is_done, metadata_of
+from flashsae.run.exporting import check_held, export_one, export_set, is_exported_alone
+from flashsae.run.parts import (
     CHECKPOINTS,
     Part,
     begun_apart,
@@ -49,18 +55,12 @@ from flashsae.parts import (
     settled,
     write_parts,
 )
-from flashsae.planning import plan_table, table
-from flashsae.report.comparison import comparison_table, render_comparison
-from flashsae.report.evaluation_file import RunEvaluation, write_evaluation
-from flashsae.report.latents import Described, describe_latents
-from flashsae.report.render import render_report
-from flashsae.report.summary import result_lines
-from flashsae.report.tokens import token_text
-from flashsae.rounds import Trained, train_alone, train_side_by_side
+from flashsae.run.planning import plan_table, table
+from flashsae.run.rounds import Trained, train_alone, train_side_by_side
+from flashsae.run.start import check, check_rows, check_whole, prepare, saved_config
+from flashsae.run.start import new_run as new_run
 from flashsae.sae.module import SAE
 from flashsae.settings.run import CONFIG_FILE, RunConfig, load_settings
-from flashsae.start import check, check_rows, check_whole, prepare, saved_config
-from flashsae.start import new_run as new_run
 from flashsae.train.checkpoint import list_checkpoints, load_checkpoint
 from flashsae.train.failure import failure_in
 

@@ -14,12 +14,12 @@ from flashsae.data.prepared import Prepared, with_hookpoint
 from flashsae.data.shuffle import shuffled
 from flashsae.data.sources import RowSource, Source
 from flashsae.errors import ConfigError, DataError, StorageError, require
-from flashsae.exporting import check_names
 from flashsae.lm.place import model_place
 from flashsae.logs.jsonl import LOG_FILE
 from flashsae.logs.trackers import check_logger
-from flashsae.parts import CHECKPOINTS, asked_of, most_tokens, part_folders, planned_saes
 from flashsae.report.evaluation_file import read_evaluation
+from flashsae.run.exporting import check_names
+from flashsae.run.parts import CHECKPOINTS, asked_of, most_tokens, part_folders, planned_saes
 from flashsae.settings.reading import MINILM
 from flashsae.settings.run import CONFIG_FILE, RunConfig
 from flashsae.train.checkpoint import list_checkpoints, step_of

@@ -31,12 +31,12 @@ from flashsae.report import plots
 from flashsae.report.evaluation_file import read_evaluation
 from flashsae.report.render import render_report
 from flashsae.report.snippet_file import read_snippets, write_snippets
-from flashsae.run import execute, new_run, show_plan
+from flashsae.run.execute import execute, new_run, show_plan
+from flashsae.run.start import saved_config
 from flashsae.sae.module import SAE
 from flashsae.settings import ActivationsConfig, RunConfig
 from flashsae.settings.run import load_settings
 from flashsae.settings.toml import SEAL as TOML_SEAL
-from flashsae.start import saved_config
 from flashsae.train import TrainConfig, train
 from flashsae.train.state import init_state
 
@@ -74,7 +74,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = new_run(config, home / "run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "flashsae.rounds.train",
+            "flashsae.run.rounds.train",
             lambda *args, callbacks, **others: train(*args, callbacks=[*callbacks, StopAt20()], **others),
         )
         with pytest.raises(KeyboardInterrupt):
@@ -136,7 +136,7 @@ def test_a_run_over_several_hookpoints_goes_on_with_its_cache_alone(
         trained.append([training.checkpoints.parent.name for training in trainings])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("flashsae.rounds.train_together", stop)
+    monkeypatch.setattr("flashsae.run.rounds.train_together", stop)
     home = tmp_path / "home"
     home.mkdir()
     monkeypatch.chdir(home)
@@ -325,7 +325,9 @@ def test_any_change_of_the_settings_is_resumed_with_or_refused(run: Path, monkey
     def stop(*args: object) -> None:
         raise InterruptedError
 
-    monkeypatch.setattr("flashsae.run._evaluate", stop)  # what comes then reads few of the settings, and takes long
+    monkeypatch.setattr(
+        "flashsae.run.execute._evaluate", stop
+    )  # what comes then reads few of the settings, and takes long
     path = run / "config.toml"
     first_line = path.read_text().partition("\n")[0]
 

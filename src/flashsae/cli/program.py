@@ -62,8 +62,8 @@ def _call(words: Sequence[str]) -> None:
     from cyclopts import CycloptsError, UnusedCliTokensError
     from cyclopts.exceptions import UnknownOptionError
 
-    from flashsae.arguments import unknown_option
-    from flashsae.commands import run
+    from flashsae.cli.arguments import unknown_option
+    from flashsae.cli.commands import run
 
     try:
         run(words)

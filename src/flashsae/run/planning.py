@@ -18,7 +18,7 @@ from flashsae.data.shuffle import buffer_size
 from flashsae.data.sources import RowSource
 from flashsae.errors import ConfigError
 from flashsae.metrics import METRICS
-from flashsae.parts import Planned, planned_saes, rounds_of
+from flashsae.run.parts import Planned, planned_saes, rounds_of
 from flashsae.settings.run import RunConfig
 from flashsae.train.config import TrainConfig
 from flashsae.train.plan import Plan, at_once, check_memory, make_plan, plan_together, repeats_warning

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from flashsae import start
 from flashsae.cli import main
+from flashsae.cli.several import kinds_of, read_sweep, several_in, values_of
 from flashsae.errors import ConfigError
+from flashsae.run import start
 from flashsae.settings import ActivationsConfig, TrainConfig
 from flashsae.settings.run import RunConfig
-from flashsae.several import kinds_of, read_sweep, several_in, values_of
 
 KINDS = kinds_of(["topk", "jump_relu"])
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from flashsae import start
 from flashsae.errors import ConfigError
+from flashsae.run import start
 from flashsae.settings import ActivationsConfig, RunConfig
 from flashsae.train import TrainConfig
 

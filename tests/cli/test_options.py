@@ -9,7 +9,7 @@ import pytest
 
 from flashsae.architecture import architecture_named
 from flashsae.cli import main
-from flashsae.options import _help, _with_defaults
+from flashsae.cli.options import _help, _with_defaults
 from flashsae.settings.training import TrainConfig
 
 

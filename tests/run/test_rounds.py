@@ -16,11 +16,11 @@ from rich.console import Console
 from torch import Tensor
 
 import flashsae
-from flashsae import start
 from flashsae.cli import main
 from flashsae.data import language_model
 from flashsae.errors import ConfigError
-from flashsae.run import draw_report, execute, new_run, show_plan
+from flashsae.run import start
+from flashsae.run.execute import draw_report, execute, new_run, show_plan
 from flashsae.settings import ActivationsConfig, RunConfig
 from flashsae.settings.run import CONFIG_FILE
 from flashsae.train import TrainConfig

@@ -17,7 +17,7 @@ from flashsae.data.cache_summary import CacheSummary, SiteSummary
 from flashsae.files import write_atomic
 from flashsae.metrics import OUTLIER_NORM_RATIO
 from flashsae.metrics.numbers import count, percent, real
-from flashsae.planning import table
+from flashsae.run.planning import table
 from flashsae.settings.kinds import expand
 
 _SINK = 5.0

@@ -26,7 +26,7 @@ from flashsae.documents import load_tensors
 from flashsae.errors import ConfigError
 from flashsae.report.snippet_file import read_snippets
 from flashsae.report.summary import final_figures
-from flashsae.run import execute, new_run, show_plan
+from flashsae.run.execute import execute, new_run, show_plan
 from flashsae.settings import RunConfig
 from flashsae.text.open import open_text
 from flashsae.train import TrainConfig
@@ -224,7 +224,7 @@ def test_the_language_model_is_let_go_before_training(
         raise InterruptedError(f"{[model() for model in models]}")
 
     monkeypatch.setattr("flashsae.data.open.LanguageModelSource", Watched)
-    monkeypatch.setattr("flashsae.rounds.train", no_training)
+    monkeypatch.setattr("flashsae.run.rounds.train", no_training)
     train = TrainConfig(d_sae=64, k=4, tokens=2048, batch_tokens=256, device="cpu")
     activations = ActivationsConfig("minilm", str(text), hookpoint="encoder.layer.0", context_length=64, held_out=0.3)
     run = new_run(RunConfig(activations, train, report=False), tmp_path / "run")

@@ -9,11 +9,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from flashsae.backend import resolve_device
+from flashsae.cli.describe import described, write_described
 from flashsae.data.cache_index import verify_cache
 from flashsae.data.cache_merge import merge_caches
 from flashsae.data.cache_summary import summarise
 from flashsae.data.open import cache_activations
-from flashsae.describe import described, write_described
 from flashsae.errors import ConfigError
 from flashsae.logs.progress import StageBar
 from flashsae.settings.reading import ReadingConfig

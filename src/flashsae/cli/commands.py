@@ -10,17 +10,17 @@ from cyclopts import App, Group, Parameter
 from rich.console import Console
 
 from flashsae import __version__
-from flashsae.arguments import Given, architectures_asked, joined, one_by_one, with_mixtures
-from flashsae.asked import AskedTraining, check_starts
+from flashsae.cli.arguments import Given, architectures_asked, joined, one_by_one, with_mixtures
+from flashsae.cli.asked import AskedTraining, check_starts
+from flashsae.cli.options import taking_settings_of
+from flashsae.cli.several import kinds_of, several_in
+from flashsae.cli.sharing import COMMANDS
 from flashsae.errors import ConfigError, DataError, FlashSAEError
-from flashsae.options import taking_settings_of
 from flashsae.precision import Precision
 from flashsae.settings.kinds import PositiveFloat, PositiveInt, expand
 from flashsae.settings.reading import ActivationsConfig, ReadingConfig
 from flashsae.settings.run import RunConfig
 from flashsae.settings.training import TrainConfig
-from flashsae.several import kinds_of, several_in
-from flashsae.sharing import COMMANDS
 
 
 def _examples(*lines: str) -> str:
@@ -105,8 +105,8 @@ def train(
         plan: Check all that can be known before the text is read, and print what the run will do, how much memory it
             needs and for what; then stop.
     """
-    from flashsae import start
-    from flashsae.run import show_plan
+    from flashsae.run import start
+    from flashsae.run.execute import show_plan
 
     console = Console()
     if resume is None:
@@ -125,7 +125,7 @@ def train(
         check_starts(config)
     folder = start.place_of(config, run) if resume is None else resume
     if resume is None and _is_demo(config):
-        from flashsae.pace import paced
+        from flashsae.cli.pace import paced
 
         config, why = paced(config)
         if why:
@@ -142,8 +142,8 @@ def train(
 
 def _execute(folder: Path, console: Console, *, is_new: bool) -> None:
     """Do a run, and say how to go on with it if it stops."""
-    from flashsae import start
-    from flashsae.run import execute
+    from flashsae.run import start
+    from flashsae.run.execute import execute
 
     try:
         failed = execute(folder, console)
@@ -210,7 +210,7 @@ def cache(
         describe: Write nothing; tell what is in the cache in this folder, and what its activations look like.
         json: File for what --describe tells. Default: none is written.
     """
-    from flashsae.caching import CacheTask, work_on_cache
+    from flashsae.cli.caching import CacheTask, work_on_cache
 
     task = CacheTask(out, max_tokens, device, merge, verify, describe, json)
     task.check()
@@ -224,7 +224,7 @@ def report(run: Path) -> None:
     Args:
         run: Folder of the run.
     """
-    from flashsae.run import draw_report
+    from flashsae.run.execute import draw_report
 
     console = Console()
     for path in draw_report(run, console):

@@ -3,7 +3,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from flashsae.ending import begins_with_bos
+from flashsae.run.ending import begins_with_bos
 from flashsae.settings.reading import ReadingConfig
 from helpers import tiny_models as tiny
 

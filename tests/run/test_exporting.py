@@ -13,15 +13,16 @@ import torch
 from rich.console import Console
 
 import flashsae
-from flashsae import SAE, SAEConfig, start
-from flashsae import run as run_module
+from flashsae import SAE, SAEConfig
+from flashsae.cli.several import read_sweep
 from flashsae.errors import ConfigError, StorageError
-from flashsae.exporting import check_held, export_set, write_several
 from flashsae.formats.registry import format_named
-from flashsae.run import execute, new_run
+from flashsae.run import execute as run_module
+from flashsae.run import start
+from flashsae.run.execute import execute, new_run
+from flashsae.run.exporting import check_held, export_set, write_several
 from flashsae.settings import ActivationsConfig, RunConfig
 from flashsae.settings.run import CONFIG_FILE
-from flashsae.several import read_sweep
 from flashsae.train import TrainConfig
 from helpers.quick_runs import quick_runs
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from flashsae.architecture import architecture_of
+from flashsae.cli.several import Sweep, check_effect, read_sweep
 from flashsae.errors import ConfigError
 from flashsae.settings.run import RunConfig
 from flashsae.settings.sweep import HOOKPOINT, common, grid
 from flashsae.settings.training import DEFAULT_ARCH, TrainConfig
-from flashsae.several import Sweep, check_effect, read_sweep
 
 
 @dataclass(frozen=True)

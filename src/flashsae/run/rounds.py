@@ -16,16 +16,16 @@ from flashsae.data.acts import Batch
 from flashsae.data.shuffle import OnFill, shuffled
 from flashsae.data.sources import Source
 from flashsae.data.together import Together
-from flashsae.ending import is_done, save
 from flashsae.errors import FlashSAEError
 from flashsae.evaluate import evaluate, held_out_batches
 from flashsae.logs.callback import Callback, Warn, WarnOfOne
 from flashsae.logs.jsonl import JsonlLog
 from flashsae.logs.progress import ProgressBar, filling
 from flashsae.logs.trackers import build_logger
-from flashsae.parts import Part
+from flashsae.run.ending import is_done, save
+from flashsae.run.parts import Part
+from flashsae.run.start import nothing_held_out
 from flashsae.sae.module import SAE
-from flashsae.start import nothing_held_out
 from flashsae.train.following import Training
 from flashsae.train.loop import train, train_together
 from flashsae.train.place import Place

@@ -6,7 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from flashsae import exporting
 from flashsae.architecture import architecture_of
 from flashsae.data.images import Pictures
 from flashsae.data.language_model import dtype_of_model
@@ -16,8 +15,9 @@ from flashsae.formats import native
 from flashsae.lm.framing import framing_of
 from flashsae.logs.jsonl import LOG_FILE, read_log
 from flashsae.metrics.numbers import real
-from flashsae.parts import Part, Planned
 from flashsae.report.evaluation_file import RunEvaluation, read_evaluation
+from flashsae.run import exporting
+from flashsae.run.parts import Part, Planned
 from flashsae.sae.module import SAE
 from flashsae.settings.kinds import as_json
 

@@ -12,12 +12,13 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import pytest
 import tomli_w
 
-from flashsae import TopKSettings, architecture, backend, caching, commands, converting, sharing, start
-from flashsae import run as runs
+from flashsae import TopKSettings, architecture, backend
 from flashsae.bench import step as bench_step
-from flashsae.cli import main
+from flashsae.cli import caching, commands, converting, main, sharing
 from flashsae.errors import ConfigError
 from flashsae.formats.registry import format_named
+from flashsae.run import execute as runs
+from flashsae.run import start
 from flashsae.settings import ActivationsConfig, ReadingConfig, RunConfig, TrainConfig
 from flashsae.settings.kinds import (
     Joined,
@@ -39,7 +40,7 @@ del TRAIN["sae"], TRAIN["extended"]  # what only runs write
 CACHE = declared_types(ReadingConfig) | {
     name: kind
     for name, kind in get_type_hints(commands.cache, include_extras=True).items()
-    if name not in ("reading", "return", "json")  # json stands beside describe: tests/test_caching.py
+    if name not in ("reading", "return", "json")  # json stands beside describe: tests/cli/test_caching.py
 }
 STEP = {
     name: kind for name, kind in get_type_hints(commands.step, include_extras=True).items() if name not in ("return",)
@@ -211,7 +212,7 @@ def test_every_setting_of_the_wrong_kind_is_refused_by_name_and_file(
     assert not arrived
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 

@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from flashsae import places
-from flashsae.exporting import set_names, with_density, write_several
 from flashsae.formats.content import Content
 from flashsae.formats.registry import format_named
 from flashsae.places import Found, find
+from flashsae.run.exporting import set_names, with_density, write_several
 from flashsae.sae.stored import check_written, config_from, folder_of, values_from, write
 
 
