@@ -49,9 +49,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _architectures_of_others_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let no test find what another one registered."""
-    from flashsae import architecture
+    from flashsae.architecture import description
 
-    monkeypatch.setattr(architecture, "_REGISTERED", dict(architecture._REGISTERED))
+    monkeypatch.setattr(description, "_REGISTERED", dict(description._REGISTERED))
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ pytest.importorskip("triton")
 
 import flashsae
 from flashsae import SAE, SAEConfig, TopKSettings, TrainConfig
-from flashsae import architecture as architectures
 from flashsae.architecture import Progress
+from flashsae.architecture import description as architectures
 from flashsae.architectures.topk import ARCHITECTURE as TOPK
 from flashsae.data.shuffle import RowShuffle
 from flashsae.data.sources import ArraySource

@@ -13,7 +13,7 @@ import pytest
 SRC = Path(__file__).parents[1] / "src" / "flashsae"
 
 ORDER = """
-errors natural precision architecture_parts architecture_sites architecture_check architecture held_l0 settings presets
+errors natural precision architecture settings presets
 schema files documents hub_files hub fingerprint shapes backend neutral profiling distributed
 ops
 metrics

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashsae import Term, architecture
-from flashsae.architecture import architecture_named
+from flashsae import Term
+from flashsae.architecture import architecture_named, description
 from flashsae.errors import ConfigError
 from flashsae.testing import (
     ORACLES,
@@ -154,7 +154,7 @@ def test_terms_are_weighted_by_their_settings(generator: torch.Generator, monkey
     listed = replace(architecture_named("topk"), terms=(*architecture_named("topk").terms, size))
     terms = {**oracle("topk").terms, "size": lambda step: step.latent_acts.abs().mean() * step.settings.ramp}
     monkeypatch.setitem(ORACLES, "topk", replace(oracle("topk"), terms=terms))
-    monkeypatch.setitem(architecture._REGISTERED, "topk", listed)
+    monkeypatch.setitem(description._REGISTERED, "topk", listed)
     trainer = DenseTrainer(params, 1e-2, 5.0, k=3)
     expected = trainer.fvu(x, trainer.encode(x)) + 3 * 0.5 * trainer.encode(x).abs().mean()
     torch.testing.assert_close(trainer.step(x, ramp=0.5), expected.detach())

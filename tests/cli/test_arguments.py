@@ -390,7 +390,7 @@ class GateSettings:
 
 @pytest.fixture
 def gates(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flashsae.architecture._REGISTERED", dict(architecture._REGISTERED))
+    monkeypatch.setattr(architecture.description, "_REGISTERED", dict(architecture.description._REGISTERED))
     architecture.register(replace(architecture.architecture_named("topk"), name="gates", settings=GateSettings))
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import flashsae
-from flashsae import architecture
+from flashsae.architecture import description
 from flashsae.cli import main
 from flashsae.data.cache_writer import write_cache
 from flashsae.data.synthetic import SuperpositionModel
@@ -34,7 +34,7 @@ def _registered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     folder = tmp_path_factory.mktemp("of_a_user")
     (folder / "balanced_topk.py").write_text(DEFINED, "utf-8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(architecture, "_REGISTERED", dict(architecture._REGISTERED))
+        patch.setattr(description, "_REGISTERED", dict(description._REGISTERED))
         patch.syspath_prepend(folder)
         import_module("balanced_topk")
         yield
@@ -129,7 +129,7 @@ def test_the_code_of_the_page_fits_resumes_saves_loads_and_evaluates(
 
 def test_where_it_is_not_registered_a_saved_sae_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flashsae.fit(X, **SMALL).save(tmp_path / "sae")
-    monkeypatch.delitem(architecture._REGISTERED, "balanced_topk")
+    monkeypatch.delitem(description._REGISTERED, "balanced_topk")
     with pytest.raises(CheckpointError, match=r"balanced_topk.*registered"):
         flashsae.SAE.load(tmp_path / "sae")
 

@@ -209,7 +209,7 @@ TRANSCODER = Architecture(
 def test_an_sae_that_writes_elsewhere_is_measured_on_what_it_writes(
     generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(flashsae.architecture, "_REGISTERED", {})
+    monkeypatch.setattr(flashsae.architecture.description, "_REGISTERED", {})
     register(TRANSCODER)
     sae = SAE(SAEConfig(6, 20, arch=TranscoderSettings(), d_out=4))
     before, after = torch.randn(101, 6, generator=generator), torch.randn(101, 4, generator=generator)

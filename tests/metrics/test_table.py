@@ -113,6 +113,6 @@ def test_the_documentation_of_the_files_names_every_key() -> None:
 def test_a_training_with_such_a_term_is_refused_before_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
     topk = architecture_named("topk")
     wrong = replace(topk, terms=(*topk.terms, Term("step", "", "", lambda step: None)))
-    monkeypatch.setitem(flashsae.architecture._REGISTERED, "topk", wrong)
+    monkeypatch.setitem(flashsae.architecture.description._REGISTERED, "topk", wrong)
     with pytest.raises(ConfigError, match="term step: expected a name"):
         flashsae.fit(torch.randn(64, 6), d_sae=24, k=2, config=flashsae.TrainConfig(batch_tokens=32), progress=False)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 import flashsae
 from flashsae import SAE, BatchTopKSettings, Parameter, SAEConfig
-from flashsae import architecture as architectures
 from flashsae.architecture import AUTOENCODER
+from flashsae.architecture import description as architectures
 from flashsae.architectures.batch_topk import ARCHITECTURE as BATCH_TOPK
 from flashsae.errors import ConfigError, ShapeError
 from flashsae.sae.units import layer_norm

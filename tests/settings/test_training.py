@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from flashsae import BatchTopKSettings, TopKSettings, TrainConfig, architecture
+from flashsae import BatchTopKSettings, TopKSettings, TrainConfig
+from flashsae.architecture import description
 from flashsae.errors import ConfigError
 from flashsae.optim import default_lr
 from flashsae.precision import Precision
@@ -148,13 +149,13 @@ def test_an_architecture_or_setting_that_there_is_not_is_refused(settings: dict[
 
 
 def test_an_architecture_has_defaults_of_its_own_for_what_is_left_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(architecture, "_REGISTERED", dict(architecture._REGISTERED))
+    monkeypatch.setattr(description, "_REGISTERED", dict(description._REGISTERED))
     defaults = {
         "lr": lambda config: 1e-3 / config.d_sae, "betas": (0.0, 0.9), "eps": 1e-8, "warmup_steps": 3, "k_aux": 7,
         "warmup": "cosine", "warmup_start": 0.1, "decay_fraction": 0.0, "auxk_alpha": 0.0, "dead_after_tokens": 9,
     }  # fmt: skip
-    topk = architecture.architecture_named("topk")
-    architecture.register(replace(topk, name="slow", settings=Slow, defaults=defaults))
+    topk = description.architecture_named("topk")
+    description.register(replace(topk, name="slow", settings=Slow, defaults=defaults))
     config = TrainConfig(32, arch="slow", tokens=100, batch_tokens=10).resolve(8)
     for name, default in defaults.items():
         assert getattr(config, name) == (1e-3 / 32 if name == "lr" else default), name
@@ -164,20 +165,20 @@ def test_an_architecture_has_defaults_of_its_own_for_what_is_left_open(monkeypat
     plain = TrainConfig(32, tokens=100, batch_tokens=10).resolve(8)
     assert (plain.betas, plain.eps, plain.decay_fraction) == ((0.9, 0.999), 6.25e-10, 0.2)
     assert (plain.auxk_alpha, plain.warmup, plain.warmup_start) == (1 / 32, "linear", 0.0)
-    architecture.register(replace(topk, name="slow", settings=Slow, defaults={"seed": 3}))
+    description.register(replace(topk, name="slow", settings=Slow, defaults={"seed": 3}))
     with pytest.raises(ConfigError, match="seed: expected defaults of settings that may be left open, and this is"):
         TrainConfig(32, arch="slow").resolve(8)
 
 
 def test_a_weight_that_is_left_open_is_filled_in_before_it_is_used() -> None:
-    (auxk,) = [term for term in architecture.architecture_named("topk").terms if term.name == "auxk_loss"]
+    (auxk,) = [term for term in description.architecture_named("topk").terms if term.name == "auxk_loss"]
     with pytest.raises(ConfigError, match=r"auxk_alpha: it is left open here; config\.resolve\(d_in\) gives"):
         auxk.weight_in(TopKSettings(), TrainConfig())
     assert auxk.weight_in(TopKSettings(), TrainConfig().resolve(8)) == 1 / 32
 
 
 def test_an_architecture_has_settings_of_other_names_than_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(architecture, "_REGISTERED", dict(architecture._REGISTERED))
-    architecture.register(replace(architecture.architecture_named("topk"), name="greedy", settings=Greedy))
+    monkeypatch.setattr(description, "_REGISTERED", dict(description._REGISTERED))
+    description.register(replace(description.architecture_named("topk"), name="greedy", settings=Greedy))
     with pytest.raises(ConfigError, match="tokens: expected settings of greedy to have names of their own"):
         TrainConfig(arch=Greedy())

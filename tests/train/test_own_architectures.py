@@ -13,8 +13,8 @@ import torch
 
 import flashsae
 from flashsae import SAE, SAEConfig, Term, TrainConfig
-from flashsae import architecture as architectures
 from flashsae.architecture import AUTOENCODER, RECONSTRUCTION
+from flashsae.architecture import description as architectures
 from flashsae.architectures.topk import ARCHITECTURE as TOPK
 from flashsae.data.synthetic import SuperpositionModel
 from flashsae.errors import ConfigError, DtypeError, FlashSAEWarning, ShapeError

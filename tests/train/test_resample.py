@@ -15,8 +15,8 @@ from torch import Tensor
 
 import flashsae
 from flashsae import TopKSettings, TrainConfig
-from flashsae import architecture as architectures
 from flashsae.architecture import Parameter
+from flashsae.architecture import description as architectures
 from flashsae.architectures.topk import ARCHITECTURE as TOPK
 from flashsae.data.shuffle import RowShuffle
 from flashsae.data.sources import ArraySource

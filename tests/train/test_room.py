@@ -12,8 +12,8 @@ from torch import Tensor
 
 import flashsae
 from flashsae import SAE, TrainConfig, ops
-from flashsae import architecture as architectures
 from flashsae.architecture import RECONSTRUCTION, Progress, Term, architecture_named, architecture_names
+from flashsae.architecture import description as architectures
 from flashsae.architectures.topk import ARCHITECTURE as TOPK
 from flashsae.data.shuffle import RowShuffle
 from flashsae.data.sources import ArraySource

@@ -11,8 +11,8 @@ from torch import Tensor
 
 import flashsae
 from flashsae import SAE, TrainConfig
-from flashsae import architecture as architectures
 from flashsae.architecture import architecture_named, architecture_names
+from flashsae.architecture import description as architectures
 from flashsae.architectures.topk import ARCHITECTURE as TOPK
 from flashsae.architectures.topk import TopKSettings
 from flashsae.data.shuffle import RowShuffle

@@ -31,7 +31,7 @@ lr times itself at each step, too slow for a small one (SAELens and dictionary_l
 from falling below 0, and is divided as a bias is where activations come in another unit.
 
 The target. Once the penalty quadratic has risen, `threshold_control` and `multiplier_gain` bring L0 to the target and
-hold it there, by what `flashsae.held_l0` explains.
+hold it there, by what `flashsae.architecture.held_l0` explains.
 
 Start. Without an initial threshold all begin where target_l0 latents of a token of the sample exceed it, so that codes
 are sparse from the first step. Recipes that begin with 0.001 begin with about half of the latents of a token.
@@ -43,8 +43,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import flashsae
-from flashsae import held_l0
-from flashsae.architecture import AUTOENCODER, AUXK, RECONSTRUCTION, Architecture, Parameter, Progress, Term
+from flashsae.architecture import AUTOENCODER, AUXK, RECONSTRUCTION, Architecture, Parameter, Progress, Term, held_l0
 from flashsae.settings.kinds import AtMost, Fraction, NonNegativeFloat, PositiveFloat, check_fields
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flashsae.architecture_sites import shown_by_site
+from flashsae.architecture.sites import shown_by_site
 from flashsae.data.acts import Batch, X, acts_by_site, as_acts, batch_acts, iterate, only_site
 from flashsae.data.split import Split, split_mask
 from flashsae.errors import DataError, DtypeError, ShapeError

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashsae import ops
-from flashsae.architecture_sites import read_and_written
+from flashsae.architecture.sites import read_and_written
 from flashsae.data.acts import Acts, Batch, X, acts_by_site, batch_acts, check_finite, iterate
 from flashsae.data.sources import RowSource, Source
 from flashsae.errors import ConfigError, DataError, DtypeError, FlashSAEWarning

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flashsae.architecture import Architecture, architecture_named
-from flashsae.architecture_sites import width_told
+from flashsae.architecture.sites import width_told
 from flashsae.documents import SEAL, load_json, load_tensors
 from flashsae.errors import CheckpointError, ConfigError, require
 from flashsae.files import write_atomic

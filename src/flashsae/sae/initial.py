@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashsae.architecture import Parameter
-from flashsae.architecture_check import UNIT_ROWS
+from flashsae.architecture.check import UNIT_ROWS
 from flashsae.errors import ConfigError
 from flashsae.ops.register import isolated
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flashsae.architecture import NESTED, RECONSTRUCTION, Architecture
-from flashsae.architecture_sites import shown_by_site
+from flashsae.architecture.sites import shown_by_site
 from flashsae.errors import ConfigError, ShapeError
 from flashsae.ops import DecodeLoss, SparseCode, decode_loss
 from flashsae.profiling import part

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from flashsae.architecture import Architecture, architecture_named, architecture_names, architecture_of, settings_of
-from flashsae.architecture_sites import width_told
+from flashsae.architecture.sites import width_told
 from flashsae.errors import ConfigError
 from flashsae.precision import Precision
 from flashsae.settings.kinds import (

@@ -9,7 +9,7 @@ from math import prod
 import torch
 
 from flashsae.architecture import architecture_of
-from flashsae.architecture_parts import Progress
+from flashsae.architecture.parts import Progress
 from flashsae.backend import memory_bytes
 from flashsae.errors import ConfigError
 from flashsae.ops.encode.reference import WORKSPACE_BYTES

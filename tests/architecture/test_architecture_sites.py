@@ -11,7 +11,7 @@ import torch
 import flashsae
 from flashsae import SAE, SAEConfig
 from flashsae.architecture import architecture_named, settings_of
-from flashsae.architecture_sites import read_and_written, shown_by_site, width_told
+from flashsae.architecture.sites import read_and_written, shown_by_site, width_told
 from flashsae.errors import ConfigError, FlashSAEError
 from flashsae.settings.training import TrainConfig
 

@@ -9,8 +9,15 @@ from types import ModuleType
 
 import pytest
 
-from flashsae import TrainConfig, architecture
-from flashsae.architecture import Architecture, Parameter, architecture_named, architecture_names, architecture_of
+from flashsae import TrainConfig
+from flashsae.architecture import (
+    Architecture,
+    Parameter,
+    architecture_named,
+    architecture_names,
+    architecture_of,
+    description,
+)
 from flashsae.errors import ConfigError
 
 
@@ -38,8 +45,8 @@ def package(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         EntryPoint("other", "a_package:OTHER", "flashsae.architectures"),
         EntryPoint("gone", "a_package.gone:MADE", "flashsae.architectures"),
     ]
-    monkeypatch.setattr(architecture, "entry_points", lambda group: entries if group == entries[0].group else [])
-    monkeypatch.setattr(architecture, "_REGISTERED", dict(architecture._REGISTERED))
+    monkeypatch.setattr(description, "entry_points", lambda group: entries if group == entries[0].group else [])
+    monkeypatch.setattr(description, "_REGISTERED", dict(description._REGISTERED))
     return module
 
 
@@ -73,7 +80,7 @@ def test_settings_of_no_architecture_load_no_package() -> None:
 
 
 def test_our_own_are_found_without_looking_at_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(architecture, "entry_points", lambda group: pytest.fail("looked for packages"))
+    monkeypatch.setattr(description, "entry_points", lambda group: pytest.fail("looked for packages"))
     assert isinstance(architecture_named("batch_topk"), Architecture)
     assert architecture_of(TrainConfig().arch).name == "topk"
 
@@ -82,4 +89,4 @@ def test_two_parameters_of_one_name_are_refused_however_they_differ() -> None:
     topk = architecture_named("topk")
     twice = replace(topk, parameters=(*topk.parameters, Parameter("b_dec", (), "another one", trained=False)))
     with pytest.raises(ConfigError, match="parameters of topk: expected each name once, got b_dec again"):
-        architecture.register(twice)
+        description.register(twice)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from flashsae.errors import ConfigError
 
 if TYPE_CHECKING:
-    from flashsae.architecture import Architecture
+    from flashsae.architecture.description import Architecture
 
 _EXAMPLES = ("layer 3", "layer 6")
 """Names of sites, for architectures that take any."""

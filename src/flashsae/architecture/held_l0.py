@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from flashsae.architecture import Parameter, Progress
+from flashsae.architecture.parts import Parameter, Progress
 
 if TYPE_CHECKING:
     from torch import Tensor

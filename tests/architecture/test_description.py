@@ -14,8 +14,8 @@ import torch
 
 import flashsae
 from flashsae import SAE, Architecture, BatchTopKSettings, Parameter, SAEConfig, TopKSettings
-from flashsae import architecture as architectures
 from flashsae.architecture import AUTOENCODER, RECONSTRUCTION, architecture_named, architecture_of, settings_of
+from flashsae.architecture import description as architectures
 from flashsae.errors import ConfigError, DtypeError
 from flashsae.sae import Step
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from flashsae.errors import ConfigError
 
 if TYPE_CHECKING:
-    from flashsae.architecture import Architecture, Parameter
+    from flashsae.architecture.description import Architecture
+    from flashsae.architecture.parts import Parameter
 
 SIZES = ("d_in", "d_out", "d_sae")
 UNIT_ROWS = "unit_rows"

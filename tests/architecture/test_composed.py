@@ -12,7 +12,6 @@ import pytest
 import torch
 
 import flashsae
-from flashsae import architecture
 from flashsae.architecture import (
     Architecture,
     Progress,
@@ -21,6 +20,7 @@ from flashsae.architecture import (
     architecture_of,
     composed_name,
     composed_settings,
+    description,
     settings_of,
 )
 from flashsae.cli.options import _help
@@ -50,8 +50,8 @@ def louder(monkeypatch: pytest.MonkeyPatch) -> None:
     module = ModuleType("flashsae.architectures.louder")
     module.BASE, module.compose = "topk", _compose  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    ours = architecture._ours()
-    monkeypatch.setattr(architecture, "_ours", lambda: [*ours, "louder"])
+    ours = description._ours()
+    monkeypatch.setattr(description, "_ours", lambda: [*ours, "louder"])
 
 
 def test_a_composed_architecture_is_found_by_both_its_names() -> None:

@@ -7,25 +7,16 @@ entry point "flashsae.architectures" of a package (docs/adding-an-architecture.m
 
 from __future__ import annotations
 
-import inspect
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, make_dataclass
+from dataclasses import dataclass, field, fields
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from textwrap import dedent, indent
 from typing import TYPE_CHECKING, Any
 
-from flashsae.architecture_check import check_architecture
-from flashsae.architecture_parts import AUTOENCODER as AUTOENCODER
-from flashsae.architecture_parts import AUXK as AUXK
-from flashsae.architecture_parts import NESTED as NESTED
-from flashsae.architecture_parts import RECONSTRUCTION as RECONSTRUCTION
-from flashsae.architecture_parts import X_MEAN as X_MEAN
-from flashsae.architecture_parts import Parameter as Parameter
-from flashsae.architecture_parts import Progress as Progress
-from flashsae.architecture_parts import Term as Term
-from flashsae.architecture_sites import read_and_written
+from flashsae.architecture.check import check_architecture
+from flashsae.architecture.parts import Parameter, Progress, Term
+from flashsae.architecture.sites import read_and_written
 from flashsae.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -140,7 +131,7 @@ class Architecture:
         return read_and_written(self, batch)
 
 
-_OURS = _ENTRY_POINTS = "flashsae.architectures"
+OURS = _ENTRY_POINTS = "flashsae.architectures"
 _REGISTERED: dict[str, Architecture] = {}
 _COMPOSED: dict[tuple[str, int], tuple[Architecture, Architecture]] = {}
 """What was made of which architecture, so that there is one class of settings of each."""
@@ -189,7 +180,7 @@ def architecture_names(*, installed: bool = True) -> list[str]:
 
 def _own(name: str, base: str | None = None) -> Architecture:
     """Return one of ours: what its file defines, or composes of another architecture."""
-    module = import_module(f"{_OURS}.{name}")
+    module = import_module(f"{OURS}.{name}")
     compose = getattr(module, "compose", None)
     if compose is None:
         if base is not None:
@@ -201,41 +192,8 @@ def _own(name: str, base: str | None = None) -> Architecture:
     return _COMPOSED[name, id(inner)][1]
 
 
-def composed_name(outer: str, base: Architecture, default: str) -> str:
-    """Return the name of an architecture that is made of another one: `transcoder`, or `transcoder:jump_relu`."""
-    return outer if base.name == default else f"{outer}:{base.name}"
-
-
-def composed_settings(name: str, base: type, doc: str = "", **added: tuple[Any, Any]) -> type:
-    """Return the settings of an architecture that is made of another one: those of that one, and its own behind them.
-
-    Args:
-        name: of the architecture, `outer` or `outer:base`.
-        base: the settings class of the other one.
-        doc: lines about its own settings, as under "Args:".
-        added: types and defaults of its own settings, by name.
-    """
-    outer, _, inner = name.partition(":")
-    title = "".join(word.capitalize() for word in outer.split("_"))
-    own = [(each, kind, field(default=default)) for each, (kind, default) in added.items()]
-    made = make_dataclass(f"{title}{base.__name__ if inner else 'Settings'}", own, bases=(base,), frozen=True)
-    made.__module__ = f"{_OURS}.{outer}"
-    made.__doc__ = f"{inspect.getdoc(base) or 'Settings.'}".rstrip() + f"\n{indent(dedent(doc).strip(), '    ')}\n"
-
-    def reduced(settings: Any) -> tuple[Any, ...]:
-        return _settings_again, (name, {each.name: getattr(settings, each.name) for each in fields(settings)})
-
-    made.__reduce__ = reduced  # type: ignore[assignment, method-assign]
-    made.composed_name = name  # type: ignore[attr-defined]
-    return made
-
-
-def _settings_again(name: str, values: dict[str, Any]) -> Any:
-    return settings_of(name, **values)
-
-
 def _ours() -> list[str]:
-    return [module.name for module in pkgutil.iter_modules(import_module(_OURS).__path__)]
+    return [module.name for module in pkgutil.iter_modules(import_module(OURS).__path__)]
 
 
 def _installed(package: str = "") -> dict[str, EntryPoint]:

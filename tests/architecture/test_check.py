@@ -10,8 +10,8 @@ import pytest
 
 import flashsae
 from flashsae import SAE, Architecture, Parameter, SAEConfig, Term, TrainConfig
-from flashsae import architecture as architectures
 from flashsae.architecture import AUTOENCODER, RECONSTRUCTION
+from flashsae.architecture import description as architectures
 from flashsae.architectures.topk import ARCHITECTURE as TOPK
 from flashsae.errors import ConfigError
 
