@@ -14,11 +14,11 @@ SRC = Path(__file__).parents[1] / "src" / "flashsae"
 
 ORDER = """
 errors natural precision architecture settings presets
-schema files documents hub_files hub fingerprint shapes backend neutral profiling distributed
+schema files documents fingerprint shapes backend neutral profiling distributed
 ops
 metrics
 formats sae architectures optim testing
-places sae_bench
+places
 text lm
 hooks
 data

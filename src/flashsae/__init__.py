@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from flashsae.architecture import Architecture, Parameter, Term, register
     from flashsae.data.from_model import activations
     from flashsae.evaluate.heldout import evaluate
+    from flashsae.evaluate.sae_bench import saebench
     from flashsae.hooks import ablate, clamp, hook, scale, steer
     from flashsae.ops import SparseCode
-    from flashsae.places import load
+    from flashsae.places.finding import load
     from flashsae.sae import SAE, SAEConfig
-    from flashsae.sae_bench import saebench
     from flashsae.settings.training import TrainConfig
     from flashsae.train.fit import fit
     from flashsae.train.fit_many import fit_many
@@ -69,9 +69,9 @@ _HOMES = {
     "fit": "train.fit",
     "fit_many": "train.fit_many",
     "hook": "hooks",
-    "load": "places",
+    "load": "places.finding",
     "load_checkpoint": "train.load",
-    "saebench": "sae_bench",
+    "saebench": "evaluate.sae_bench",
     "scale": "hooks",
     "steer": "hooks",
     "train": "train.from_model",

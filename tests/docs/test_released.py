@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import flashsae
-from flashsae.places import find
+from flashsae.places.finding import find
 from helpers import hub as stand_in
 from helpers.hub import Hub
 from helpers.pages import ROOT, code_blocks

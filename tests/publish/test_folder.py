@@ -14,8 +14,8 @@ import flashsae
 from flashsae.architecture import settings_of
 from flashsae.errors import CheckpointError, ConfigError
 from flashsae.files import sha256
-from flashsae.hub import Place
-from flashsae.places import find
+from flashsae.places.finding import find
+from flashsae.places.hub import Place
 from flashsae.publish.folder import Asked, make_folder
 from flashsae.settings.run import RunConfig, load_settings
 from flashsae.train.failure import write_failure
@@ -68,7 +68,9 @@ def test_the_folder_of_a_run(finished: Path, tmp_path: Path) -> None:
 def test_the_code_of_the_card_loads_the_sae(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     card = made(finished, tmp_path / "out")
     (snippet,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    monkeypatch.setattr("flashsae.places.fetched", lambda uri, *_, **__: {"hf://me/saes": tmp_path / "out"}[uri])
+    monkeypatch.setattr(
+        "flashsae.places.finding.fetched", lambda uri, *_, **__: {"hf://me/saes": tmp_path / "out"}[uri]
+    )
     names: dict[str, Any] = {"x": torch.randn(4, runs.D_IN)}
     exec(snippet, names)
     expected = flashsae.SAE.load(finished / "sae")(names["x"])

@@ -13,7 +13,7 @@ import torch
 import flashsae
 from flashsae.cli import main
 from flashsae.errors import CheckpointError
-from flashsae.hub import Place
+from flashsae.places.hub import Place
 from flashsae.publish.push import outdated, push
 from helpers import hub as stand_in
 from helpers import published as runs

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from flashsae.hub import Place
+from flashsae.places.hub import Place
 from flashsae.publish.ways import LIBRARIES, ways
 
 

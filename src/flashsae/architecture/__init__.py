@@ -1,6 +1,5 @@
 """What an SAE architecture is, and how one is found by its name; docs/adding-an-architecture.md."""
 
-from flashsae.architecture.composed import _settings_again as _settings_again  # where pickles find it
 from flashsae.architecture.composed import composed_name, composed_settings
 from flashsae.architecture.description import (
     Architecture,

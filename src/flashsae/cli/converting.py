@@ -9,10 +9,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from flashsae import places
 from flashsae.formats.content import Content
 from flashsae.formats.registry import format_named
-from flashsae.places import Found, find
+from flashsae.places import finding
+from flashsae.places.finding import Found, find
 from flashsae.run.exporting import set_names, with_density, write_several
 from flashsae.sae.stored import check_written, config_from, folder_of, values_from, write
 
@@ -84,7 +84,7 @@ def read(found: Found) -> Content:
     Raises:
         CheckpointError: it is damaged, or there is no such architecture here.
     """
-    path, content = found[1], places.read(found)
+    path, content = found[1], finding.read(found)
     config = config_from(content, path)
     values = values_from(content, config, path)
     saved = {row.name: values[row.name] for row in config.architecture.parameters if row.saved}

@@ -27,7 +27,7 @@ from flashsae.neuronpedia.records import (
     UploadFeature,
 )
 from flashsae.neuronpedia.source import NamedSource, read_run
-from flashsae.places import find, only
+from flashsae.places.finding import find, only
 from flashsae.report.snippet_file import LatentSnippets, Snippet, Snippets
 
 Kind = Literal["upload", "bulk"]

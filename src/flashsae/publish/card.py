@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flashsae.errors import require
-from flashsae.hub import Place
+from flashsae.places.hub import Place
 from flashsae.publish.content import Published
 from flashsae.publish.markdown import Raw, code, template
 from flashsae.publish.tables import all_settings, definitions, figures, lead, title, which

@@ -12,8 +12,8 @@ from rich.console import Console
 
 from flashsae import files
 from flashsae.errors import ConfigError
-from flashsae.hub import SCHEME, Place, place_of
 from flashsae.metrics.numbers import compact
+from flashsae.places.hub import SCHEME, Place, place_of
 from flashsae.publish.content import Published
 from flashsae.publish.folder import Asked, make_folder
 from flashsae.publish.push import push

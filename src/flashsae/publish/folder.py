@@ -26,9 +26,9 @@ from flashsae.errors import ConfigError
 from flashsae.formats.content import Content
 from flashsae.formats.native import FORMAT as OURS
 from flashsae.formats.registry import format_named
-from flashsae.hub import Place
 from flashsae.logs.jsonl import LOG_FILE, read_log
 from flashsae.metrics import table
+from flashsae.places.hub import Place
 from flashsae.publish.card import Card
 from flashsae.publish.content import (
     EVALUATION_FILE,

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from flashsae.errors import CheckpointError, ConfigError, require
-from flashsae.hub import LOG_IN, Place, has_own_token, hub_errors, names_of
+from flashsae.places.hub import LOG_IN, Place, has_own_token, hub_errors, names_of
 from flashsae.publish.content import EVALUATION_FILE, SAE_FILE, WEIGHTS_FILE
 from flashsae.publish.folder import CARD_FILE, PICTURES
 from flashsae.publish.ways import LIBRARIES

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from flashsae.hub import Place
+from flashsae.places.hub import Place
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 from flashsae.architecture import Architecture, Parameter, architecture_named, architecture_of, settings_of
 from flashsae.errors import CheckpointError, ConfigError
 from flashsae.formats.native import FORMAT as OURS
-from flashsae.places import find, only
+from flashsae.places.finding import find, only
 from flashsae.sae.b_dec import architecture_with
 from flashsae.sae.config import SAEConfig
 from flashsae.sae.module import SAE

@@ -17,7 +17,7 @@ from flashsae.errors import CheckpointError, ConfigError
 from flashsae.metrics import table
 from flashsae.neutral import neutral
 from flashsae.optim import FactoredAdam
-from flashsae.places import load
+from flashsae.places.finding import load
 from flashsae.precision import has_screen, operand_of
 from flashsae.sae.centring import center_again, recentered
 from flashsae.sae.config import SAEConfig

@@ -13,7 +13,7 @@ import pytest
 
 import flashsae
 from flashsae.errors import CheckpointError, ConfigError, MissingExtraError, StorageError
-from flashsae.hub import Place, fetched, place_of
+from flashsae.places.hub import Place, fetched, place_of
 from helpers import hub as stand_in
 from helpers.hub import READER, WRITER, Hub
 
@@ -283,7 +283,7 @@ def test_two_revisions_contradict_each_other() -> None:
 def test_a_process_of_its_own_takes_the_hub_from_its_environment(hub: Hub, tmp_path: Path) -> None:
     hub.put("me/sae", SAE, private=True)
     told = os.environ | stand_in.environment(hub, tmp_path / "elsewhere", READER)
-    code = "from flashsae.hub import fetched; print(fetched('hf://me/sae'))"
+    code = "from flashsae.places.hub import fetched; print(fetched('hf://me/sae'))"
     done = subprocess.run([sys.executable, "-c", code], env=told, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert Path(done.stdout.strip()).is_relative_to(tmp_path / "elsewhere" / "hub")

@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from flashsae.errors import CheckpointError, ConfigError, FlashSAEError, StorageError, first_line, require
-from flashsae.hub_files import is_inside, wanted_files
+from flashsae.places.hub_files import is_inside, wanted_files
 
 SCHEME = "hf://"
 _EXPECTED = "expected hf://USER/NAME, then @REVISION and /PATH if need be, such as hf://me/my-saes@v1.0/h.6"

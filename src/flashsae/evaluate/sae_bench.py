@@ -22,7 +22,7 @@ from flashsae.errors import ConfigError
 from flashsae.formats.folds import are_one, norms
 from flashsae.formats.hook_names import hook_name_of, layer_of, model_name_of
 from flashsae.formats.selection import split
-from flashsae.places import find, only
+from flashsae.places.finding import find, only
 from flashsae.sae.centring import recentered
 from flashsae.sae.module import SAE
 from flashsae.sae.saved import sae_of

@@ -18,7 +18,7 @@ from flashsae.formats.content import Content, Format
 from flashsae.formats.native import FORMAT as OURS
 from flashsae.formats.native import is_sae
 from flashsae.formats.registry import format_named, formats, recognised
-from flashsae.hub import SCHEME, fetched
+from flashsae.places.hub import SCHEME, fetched
 from flashsae.sae.module import SAE
 from flashsae.sae.saved import sae_of
 from flashsae.sae.stored import check_numbers
