@@ -80,6 +80,18 @@ def test_atomic_directory_overwrites_only_when_asked(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
+def test_a_folder_that_another_process_made_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    def save() -> None:
+        with files.atomic_directory(tmp_path / "saved") as ours:
+            (ours / "ours").touch()
+            (tmp_path / "saved").mkdir()
+            (tmp_path / "saved" / "theirs").touch()
+
+    with pytest.raises(StorageError, match="exists already and is not overwritten"):
+        save()
+    assert kill.contents(tmp_path) == {"saved": None, "saved/theirs": b""}
+
+
 def test_only_one_process_works_in_a_folder(tmp_path: Path) -> None:
     with files.only_one(tmp_path):
         with pytest.raises(StorageError, match="another process works in"), files.only_one(tmp_path):

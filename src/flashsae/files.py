@@ -124,8 +124,9 @@ def atomic_directory(
     with storage_errors(path):
         path = _behind_link(path)
         settle(path)
+        exists = StorageError(f"{path} exists already and is not overwritten; {advice}")
         if path.exists() and not (overwrite and path.is_dir()):
-            raise StorageError(f"{path} exists already and is not overwritten; {advice}")
+            raise exists
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = _aside(path, "partial")
         aside.mkdir()
@@ -136,6 +137,8 @@ def atomic_directory(
                     if file.is_dir() or file.stat().st_nlink == 1:  # a link is to what was flushed where it was written
                         _fsync(file)
                 _fsync(aside)
+                if path.exists() and not overwrite:  # another process was faster
+                    raise exists
                 _swap(aside, path)
             except BaseException:
                 shutil.rmtree(aside, ignore_errors=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from flashsae.errors import ConfigError
+from flashsae.errors import ConfigError, StorageError
 from flashsae.run import start
 from flashsae.settings import ActivationsConfig, RunConfig
 from flashsae.train import TrainConfig
@@ -25,6 +25,26 @@ def test_runs_are_named_after_model_and_hookpoint_and_numbered(tmp_path: Path, m
     assert place() == "runs/minilm-encoder.layer.2-2"
     with pytest.raises(ConfigError, match="hookpoint: expected a module path of owner/name"):
         place(model="owner/name")
+
+
+def test_a_run_whose_name_another_one_takes_meanwhile_gets_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    theirs = Path("runs/minilm-encoder.layer.2")
+
+    def slow(config: RunConfig) -> str:
+        if not theirs.exists():
+            theirs.mkdir(parents=True)
+            (theirs / "config.toml").write_text("theirs")
+        return ""
+
+    monkeypatch.setattr(RunConfig, "to_toml", slow)
+    assert start.new_run(RunConfig()) == Path("runs/minilm-encoder.layer.2-2")
+    assert (theirs / "config.toml").read_text() == "theirs"
+    theirs = Path("asked")
+    with pytest.raises(StorageError, match="asked exists already"):
+        start.new_run(RunConfig(), theirs)
 
 
 def test_a_run_that_holds_nothing_is_discarded_with_the_folder_made_for_it(

@@ -134,7 +134,7 @@ def train(
         show_plan(config, folder, console)
         return
     if resume is None:
-        start.new_run(config, folder)
+        folder = start.new_run(config, run)
     elif extend is not None:
         start.write_extended(config, folder)
     _execute(folder, console, is_new=resume is None)

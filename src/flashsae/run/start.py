@@ -112,10 +112,15 @@ def new_run(config: RunConfig, run: Path | None = None) -> Path:
     Raises:
         StorageError: the folder exists or cannot be made.
     """
-    run = place_of(config, run)
-    with files.atomic_directory(run) as folder:
-        (folder / CONFIG_FILE).write_text(config.to_toml(), "utf-8")
-    return run
+    place = place_of(config, run)
+    try:
+        with files.atomic_directory(place) as folder:
+            (folder / CONFIG_FILE).write_text(config.to_toml(), "utf-8")
+    except StorageError:
+        if run is not None or not place.exists():
+            raise
+        return new_run(config)  # another process took the name meanwhile
+    return place
 
 
 def check_whole(run: Path) -> None:
