@@ -60,6 +60,8 @@ def test_an_empty_name_is_refused(asked: str) -> None:
         ({"input_ids": [3, 4], "attention_mask": None}, None, Tokens([3, 4])),
         ({"input_ids": [0, 3, 4], "attention_mask": [0, 1, 1], "m": [1, 1, 0]}, "input_ids,m", Tokens([3, 4], [1, 0])),
         ({"input_ids": [3, 4, 5], "labels": [-100, 4, 5]}, "input_ids,labels", Tokens([3, 4, 5], [0, 1, 1])),
+        ({"input_ids": [0, 4, 5], "labels": [0, 4, 5]}, "input_ids,labels", Tokens([0, 4, 5], [1, 1, 1])),
+        ({"input_ids": [0, 1, 1], "mask": [0, 1, 1]}, "input_ids,mask", Tokens([0, 1, 1], [0, 1, 1])),
         ({"ids": [3]}, "ids", Tokens([3])),
         ({"messages": [USER, MODEL]}, None, Chat([USER, MODEL])),
         ({"messages": [{**USER, "tool_calls": None}]}, None, Chat([USER])),

@@ -122,6 +122,8 @@ def test_an_endless_generator_is_read_as_far_as_it_is_used() -> None:
         (datasets.Dataset.from_dict({"input_ids": [[1, 2]]}).with_format("torch"), None, [Tokens([1, 2])]),
         ([Tokens([1], [True]), "text", Chat(CHAT)], None, [Tokens([1], [True]), "text", Chat(CHAT)]),
         ([CHAT], None, [Chat(CHAT)]),
+        ([[], [1, 2], [3]], None, [Tokens([1, 2]), Tokens([3])]),
+        ([torch.tensor([1, 2]), torch.tensor([])], None, [Tokens([1, 2])]),
         ([{"input_ids": [1, 0], "attention_mask": [1, 0]}], None, [Tokens([1])]),
         (datasets.Dataset.from_dict({"input_ids": [[1, 2], [3]]}), None, [Tokens([1, 2]), Tokens([3])]),
         (datasets.Dataset.from_dict({"messages": [CHAT]}).to_iterable_dataset(), None, [Chat(CHAT)]),
@@ -139,6 +141,13 @@ def test_the_columns_that_are_taken_stand_in_the_name() -> None:
     rows = datasets.Dataset.from_dict({"input_ids": [[1]], "id": [3]})
     assert open_text(rows).name == "a data set of 1 rows (column 'input_ids')"
     assert open_text(rows.to_iterable_dataset()).name == "a streamed data set (column 'input_ids')"
+
+
+def test_a_function_that_does_not_begin_anew_is_refused() -> None:
+    once, other, numbers = iter(TEXTS), iter(TEXTS), iter(range(100))
+    for function in (lambda: once, lambda: (text for text in other), lambda: iter([str(next(numbers))])):
+        with pytest.raises(DataError, match=r"^a stream of documents begins with another document .* a new iterator"):
+            open_text(function)
 
 
 def fails_at_two() -> Iterator[str]:

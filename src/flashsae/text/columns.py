@@ -118,7 +118,9 @@ def _tokens(values: Sequence[Any], padding: Any) -> Tokens:
         raise DataError("expected token ids and at most one mask beside them.")
     if len(values) == 2:
         mask = np.asarray(values[1])
-        is_labels = mask.dtype.kind == "i" and bool((mask == _NO_LABEL).any())
+        is_labels = mask.dtype.kind == "i" and (
+            bool((mask == _NO_LABEL).any()) or (bool((mask > 1).any()) and np.array_equal(mask, tokens.ids))
+        )
         tokens = Tokens(tokens.ids, mask != _NO_LABEL if is_labels else mask)
     if padding is None:
         return tokens

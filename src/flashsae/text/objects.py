@@ -154,14 +154,31 @@ def _repeatable(texts: Any, what: str, column: str | None, begin: Callable[[int]
     if columns is None and column is not None:
         AskedText(column=column).refuse("this text", "column")
 
+    told = None if first is None else packed(_content(first, 0, columns))
+
     def contents(start: int) -> Iterator[Content]:
-        return (_content(text, i, columns) for i, text in enumerate(_guarded(begin(start), what, start), start))
+        place = start
+        for text in _guarded(begin(start), what, start):
+            content = _content(text, place, columns)
+            if place == 0 and packed(content) != told:
+                raise _another(what)
+            yield content
+            place += 1
+        if place == 0 and told is not None:
+            raise _another(what)
 
     def identify() -> str:
         return text_digest([what, _digest(islice(contents(0), _TOLD))])
 
     name = f"{what} ({columns})" if columns is not None else what
     return TextDataset(name, lambda start: enumerate(contents(start), start), identify)
+
+
+def _another(what: str) -> DataError:
+    return DataError(
+        f"{what} begins with another document when it is read again. A function has to return a new iterator over the "
+        "same documents, in the same order, each time; what can be read but once, give as it is."
+    )
 
 
 def _once(texts: Iterator[Any], asked: AskedText) -> TextDataset:
@@ -215,7 +232,9 @@ def _content(text: Any, place: int, columns: Columns | None) -> Content:
     try:
         if columns is not None:
             return columns.content(text, f"text: index {place}")
-        if isinstance(text, list | tuple | np.ndarray) and len(text) and isinstance(text[0], int | np.integer):
+        if isinstance(text, list | tuple | np.ndarray) and (
+            len(text) == 0 or isinstance(text[0], int | np.integer)  # no token is a document without a word
+        ):
             return Tokens(text)
         if isinstance(text, list | tuple) and len(text) and isinstance(text[0], Mapping):
             return chat_of(text)
