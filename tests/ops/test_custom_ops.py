@@ -153,6 +153,20 @@ def test_the_operator_keeps_its_promises(name: str, device: str) -> None:
         assert set(results.values()) == {"SUCCESS"}
 
 
+@pytest.mark.parametrize("name", OPERATORS)
+def test_where_no_gradient_comes_from_above_none_goes_on(name: str, device: str) -> None:
+    undefined = torch._C._functions.UndefinedGrad()  # type: ignore[attr-defined]  # as gradcheck has it
+    for operands in _operands(name, device):
+        outputs = getattr(torch.ops.flashsae, name)(*operands)
+        outputs = [outputs] if isinstance(outputs, Tensor) else outputs
+        outputs = [output for output in outputs if output.requires_grad]
+        wanted = [operand for operand in operands if isinstance(operand, Tensor) and operand.requires_grad]
+        if outputs:
+            upstream = [torch.ones_like(output) for output in outputs]
+            found = torch.autograd.grad([undefined(o) for o in outputs], wanted, upstream, allow_unused=True)
+            assert not any(grad is not None and grad.any() for grad in found)
+
+
 def _step(x: Tensor, W_enc_T: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor) -> tuple[Tensor, ...]:
     code = encode_topk(x, W_enc_T, b_enc, 3, b_dec=b_dec)
     code = code.replace(code.acts.relu())

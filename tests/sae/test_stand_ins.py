@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import AbstractContextManager, nullcontext
 
 import pytest
@@ -57,6 +58,30 @@ def test_a_compiled_sae_gives_the_same(arch: str, generator: torch.Generator) ->
     sae, x = sae_of(arch), torch.randn(5, 6, generator=generator)
     compiled = torch.compile(sae, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), sae(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # the compiler hides it from others
+@pytest.mark.parametrize("training", [False, True])
+def test_a_graph_that_breaks_at_an_operator_leaves_it_as_it_is(training: bool, generator: torch.Generator) -> None:
+    torch._dynamo.reset()
+    sae, x = sae_of("jump_relu").train(training), torch.randn(5, 6, generator=generator)
+    compiled = torch.compile(sae, backend="aot_eager")  # what it cannot trace it warns of
+    torch.testing.assert_close(compiled(x), sae(x))
+    compiled(x).square().sum().backward()
+    (expected,) = torch.autograd.grad(sae(x).square().sum(), sae.W_enc_T)
+    torch.testing.assert_close(sae.W_enc_T.grad, expected)
+
+
+def test_nothing_stays_that_stood_in_for_numbers(generator: torch.Generator) -> None:
+    sae, x = sae_of("crosscoder"), torch.randn(5, 6, generator=generator)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        sae.train()(mode.from_tensor(x))
+    torch.export.export(sae.eval(), (x,))  # which warns of what stays
+    kept = [value for value in vars(copy.deepcopy(sae)).values() if isinstance(value, Tensor)]
+    assert not [value for value in kept if type(value) is not Tensor]
+    assert sae.selection_scale is not None
+    assert type(sae.selection_scale) is Tensor
 
 
 @pytest.mark.parametrize("arch", ["abs_topk", "gated"])

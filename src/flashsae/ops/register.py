@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C._dynamo import eval_frame
 
 from flashsae.errors import GradientError
 
@@ -67,7 +68,7 @@ def differentiate(name: str, backward: Callable[..., Any], save: Callable[..., N
         marked = iter(_Once.apply(name, len(found), *found, *ctx.origins, *upstream))  # type: ignore[no-untyped-call]
         return tuple(next(marked) if isinstance(value, Tensor) else value for value in result)
 
-    torch.library.register_autograd(f"flashsae::{name}", once, setup_context=setup, lib=_LIBRARY)
+    torch.library.register_autograd(f"flashsae::{name}", _untraced(once), setup_context=setup, lib=_LIBRARY)
 
 
 def _leaves(grads: tuple[Any, ...]) -> Iterator[Any]:
@@ -113,7 +114,18 @@ def isolated(function: Function) -> Function:
                 stack.enter_context(guard)
             return function(*args, **settings)
 
-    return alone  # type: ignore[return-value]
+    return _untraced(alone)  # type: ignore[return-value]
+
+
+def _untraced(function: Function) -> Function:
+    """Have torch.compile run a function as it is, and all that it calls, where it meets it outside of a graph.
+
+    A graph ends at an operator whose results have sizes that depend on data: this is then called as ever, and what it
+    does would be traced. `torch.compiler.disable` says the same, and imports the compiler.
+    """
+    skip = eval_frame._FrameAction.SKIP
+    eval_frame.set_code_exec_strategy(function.__code__, eval_frame._FrameExecStrategy(skip, skip))
+    return function
 
 
 def _guards(args: tuple[Any, ...]) -> list[AbstractContextManager[Any]]:

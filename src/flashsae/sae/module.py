@@ -145,7 +145,10 @@ class SAE(ParameterTable):
         """
         if self._selection_scale is None and self.architecture.selects_by is not None:
             with torch.no_grad():
-                self._selection_scale = self.architecture.selects_by(self)
+                made = self.architecture.selects_by(self)
+            if torch.compiler.is_compiling() or type(made) is not Tensor:
+                return made  # of who traces, to be gone with it
+            self._selection_scale = made
         return self._selection_scale
 
     def extra_repr(self) -> str:

@@ -132,8 +132,10 @@ def _save_levels(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     ctx.dtypes = None if b_dec is None else b_dec.dtype, target.dtype
 
 
-def _levels_backward(ctx: Any, grad_errors: Tensor, *_others: Tensor) -> tuple[Tensor | list[None] | None, ...]:
+def _levels_backward(ctx: Any, grad_errors: Tensor | None, *_others: Tensor) -> tuple[Tensor | list[None] | None, ...]:
     acts, W_dec, total, sums, grad_acts, token_weights, *lists = ctx.saved_tensors
+    if grad_errors is None:  # nothing came from above
+        return None, [None] * len(lists), None, None, None, None, None, None
     needs_acts, _, needs_W_dec, needs_b_dec, needs_target, *_ = ctx.needs_input_grad
     bias_dtype, target_dtype = ctx.dtypes
     slope = -2 * grad_errors  # of the error of each token by its residuals, without these

@@ -169,8 +169,10 @@ def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
     ctx.dtypes = None if b_dec is None else b_dec.dtype, target.dtype
 
 
-def _loss_backward(ctx: Any, grad_errors: Tensor, *_others: Tensor) -> tuple[Tensor | list[None] | None, ...]:
+def _loss_backward(ctx: Any, grad_errors: Tensor | None, *_others: Tensor) -> tuple[Tensor | list[None] | None, ...]:
     acts, W_dec, residual, grad_acts, token_weights, wide_target, b_dec, *tensors = ctx.saved_tensors
+    if grad_errors is None:  # nothing came from above
+        return None, [None] * len(tensors), None, None, None, None, None
     needs_acts, _, needs_W_dec, needs_b_dec, needs_target, *_ = ctx.needs_input_grad
     bias_dtype, target_dtype = ctx.dtypes
     pattern = pattern_of(ctx, tensors, W_dec.shape[0], acts)
