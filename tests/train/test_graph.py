@@ -31,6 +31,7 @@ class Recorder:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.events: list[Any] = []
         self.is_capturing = False
+        self.streams: list[tuple[torch.device, int]] = []  # on which was captured: device and priority
         recorder = self
 
         class Graph:
@@ -47,8 +48,11 @@ class Recorder:
                 recorder.events.append(f"replay {self.name}")
 
         @contextmanager
-        def graph(graph: Graph, pool: str | None = None, capture_error_mode: str = "") -> Generator[None, None, None]:
+        def graph(
+            graph: Graph, pool: str | None = None, stream: Any = None, capture_error_mode: str = ""
+        ) -> Generator[None, None, None]:
             assert capture_error_mode == "thread_local"
+            recorder.streams.append(stream)
             recorder.events.append(f"capture {graph.name} in {pool}")
             recorder.is_capturing = True
             yield
@@ -56,6 +60,7 @@ class Recorder:
 
         monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
         monkeypatch.setattr(torch.cuda, "graph", graph)
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: (device, priority))
 
     def step(self, batch: Any) -> Generator[Any, None, None]:
         how = "captured" if self.is_capturing else "eager"
@@ -103,6 +108,7 @@ def test_a_step_that_is_looked_into_is_two_graphs_in_one_pool(monkeypatch: pytes
     assert run(12, "b") is None  # found out between the two captures
     assert recorder.happened() == ["capture 3 in None", "encode captured", "replay 3", "look"]
     assert run(6, "b") == 6  # from the start
+    assert set(recorder.streams) == {(torch.device("cuda"), -1)}  # a step goes before what is read beside it
     assert recorder.happened() == ["encode eager", "look", "rest eager", "closed"]
 
 

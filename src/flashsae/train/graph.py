@@ -33,6 +33,7 @@ class CapturedSteps:
         self._graphs: list[torch.cuda.CUDAGraph] = []
         self._batch: Batch = {}
         self._results: list[Any] = []  # of each part: what it yielded
+        self._stream: torch.cuda.Stream | None = None  # on which graphs are captured
         self.capturing = Lock()
         """Held while a step is captured: no other thread may then draw random numbers on the device."""
 
@@ -103,10 +104,18 @@ class CapturedSteps:
         return cast("Metrics", self._results[-1])
 
     def _capture(self, parts: Generator[Any, None, None], *, is_last: bool) -> None:
-        """Capture the next part, in the memory of the one before it."""
+        """Capture the next part, in the memory of the one before it.
+
+        A kernel in a graph has the priority of the stream on which it was captured. Those of a step go before those of
+        a model that is read meanwhile: many of them are small, and each would wait until a large one has room for it.
+        """
         graph = torch.cuda.CUDAGraph()
         pool = self._graphs[0].pool() if self._graphs else None
-        with self.capturing, _garbage_kept(), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        device = next(iter(self._batch.values())).device
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+        capture = torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local")
+        with self.capturing, _garbage_kept(), capture:
             self._results.append(next(parts))
             if is_last:
                 parts.close()  # what it holds is given back to the pool of the graphs
