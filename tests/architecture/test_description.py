@@ -69,7 +69,9 @@ def test_a_copy_is_itself_whatever_has_its_name_by_now(one: Architecture) -> Non
 
 
 def test_what_is_no_architecture_is_one_sentence() -> None:
-    with pytest.raises(ConfigError, match=r"arch: expected one of .*topk.*, got 'top-k'\. One of your own"):
+    with pytest.raises(
+        ConfigError, match=r"arch: expected one of .*topk.*, got 'top-k'\. Did you mean topk\? One of your own"
+    ):
         architecture_named("top-k")
     with pytest.raises(ConfigError, match="arch: expected settings of an architecture, such as TopKSettings"):
         SAEConfig(3, 5, arch=OneSettings())

@@ -173,13 +173,17 @@ def test_figures_stand_in_the_record_and_references_take_turns() -> None:
     "build", [dense_pytorch, partial(build_ours, variant=Variant()), partial(build_ours, variant=Variant("float32"))]
 )
 def test_what_a_step_was_built_from_does_not_count_as_its_memory(build: Callable[[Problem], WholeStep]) -> None:
-    problem = make_problem(SHAPE, torch.float32, CPU)
-    alive = weakref.ref(problem)
-    step = build(problem)
-    step.run(problem.xs[0])
-    del problem
+    alive: list[weakref.ref[Problem]] = []
+
+    def known(problem: Problem) -> WholeStep:
+        alive.append(weakref.ref(problem))
+        return build(problem)
+
+    subject = measure.StepCase("float32", known).subject(SHAPE, CPU)
+    subject.run(0)
     gc.collect()
-    assert alive() is None
+    assert subject.check is not None
+    assert [problem() for problem in alive] == [None]
 
 
 def test_another_way_takes_turns_where_there_is_room_for_both(monkeypatch: pytest.MonkeyPatch) -> None:

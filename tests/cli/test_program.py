@@ -54,6 +54,11 @@ def _train(text: Path, run: Path, *more: str | Path) -> tuple[str | Path, ...]:
         (["--held-out", "0.0001"], "is too small: no document fell to the held-out part"),
         (["--hookpoint", "encoder.layr.2"], "Near: encoder.layer.2"),
         (["--hookpoint", "encoder.layer.77"], "no module 'encoder.layer.77'"),
+        (
+            ["--hookpoint", "pooler"],
+            "for one sequence of 256 tokens, one row for the sequence, as a pooler has; choose",
+        ),
+        (["--arch", "jumprelu"], "got 'jumprelu'. Did you mean jump_relu? One of your own"),
         (["--context-length", "0"], "context_length: expected a positive number, got 0."),
         (
             ["--context-length", "9999"],
@@ -251,6 +256,26 @@ def test_a_cache_of_several_hookpoints_trains_all_and_names_the_run(
 
 def test_a_help_behind_no_command_hides_no_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert _error(capsys, "eval", "--help") == _error(capsys, "eval")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["convert", "a", "b"], "--to is missing; see flashsae convert --help."),
+        (["convert", "a", "--to", "saelens"], "DST is missing; see flashsae convert --help."),
+        (["convert", "a", "b", "--to"], "--to has no value; see flashsae convert --help."),
+        (["report"], "RUN is missing; see flashsae report --help."),
+        (["bench", "step", "--k"], "--k has no value; see flashsae bench step --help."),
+        (
+            ["convert", "a", "b", "--to", "sae_lens"],
+            "llamascopium, saelens, sparsify, got 'sae_lens'. Did you mean saelens?",
+        ),
+    ],
+)
+def test_what_is_missing_is_named(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    told = _error(capsys, *words)
+    assert told.endswith(message)
+    assert "gemma_scope" not in told  # which is only read
 
 
 def test_verify_names_what_is_no_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

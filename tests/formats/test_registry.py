@@ -27,7 +27,9 @@ def test_every_file_of_the_room_with_a_format_is_found_by_itself() -> None:
 
 def test_a_name_that_no_format_has_is_one_sentence() -> None:
     assert registry.format_named("flashsae") is native.FORMAT
-    with pytest.raises(ConfigError, match=r"^format: expected one of flashsae.*, got 'sealens'\.$"):
+    with pytest.raises(
+        ConfigError, match=r"^format: expected one of flashsae.*, got 'sealens'\. Did you mean saelens\?$"
+    ):
         registry.format_named("sealens")
 
 

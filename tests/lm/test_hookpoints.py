@@ -27,6 +27,15 @@ def test_an_unknown_hookpoint_names_near_ones(tiny: ModuleType, pattern: str) ->
     assert ("h.1.mlp" in str(caught.value)) == (pattern == "h.1.mpl")
 
 
+@pytest.mark.parametrize("name", ["blocks.2.hook_resid_post", "blocks.2.attn.hook_z", "blocks.2.hook_resid_pre"])
+def test_a_name_of_transformer_lens_is_told_apart(tiny: ModuleType, name: str) -> None:
+    told = rf"got '{name}', a name of TransformerLens\. What block 2 gives is h\.2, and what it is given h\.2:in\."
+    with pytest.raises(ConfigError, match=told):
+        resolve_hookpoints(tiny.gpt2().base_model, [name])
+    with pytest.raises(ConfigError, match=r"no module 'blocks\.7\.hook_resid_post'\. Near: .* h\.0 to h\.2\."):
+        resolve_hookpoints(tiny.gpt2().base_model, ["blocks.7.hook_resid_post"])
+
+
 def test_inputs_and_outputs_are_told_apart(tiny: ModuleType) -> None:
     model = tiny.gpt2(layers=11).base_model
     assert resolve_hookpoints(model, ["h.*:in"]) == tuple(f"h.{i}:in" for i in range(11))

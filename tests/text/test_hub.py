@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -62,6 +63,30 @@ def test_what_the_hub_refuses_is_one_sentence_with_the_name(hub: FakeHub) -> Non
     hub.fail_at = 2
     with pytest.raises(DataError, match="at row 2: connection lost"):
         list(open_text("owner/data").documents())
+
+
+@pytest.mark.parametrize("name", ["text", "csv", "json", "parquet", "imagefolder"])
+def test_a_reader_of_the_library_is_no_data_set(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would read whatever lies in the working folder."""
+    (tmp_path / "notes.txt").write_text("of something else")
+    (tmp_path / "texts").mkdir()
+    monkeypatch.chdir(tmp_path)
+    hint = r" Did you mean texts\?" if name == "text" else ""
+    with pytest.raises(DataError, match=rf"text '{name}': no such file or folder, .* or OWNER/{name}\.{hint}$"):
+        open_text(name)
+
+
+def test_a_name_that_nearly_lies_here_is_asked_for(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my-notes").mkdir()
+    (tmp_path / "my-notes.jsonl").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"the connection\. Did you mean my-notes\?$"):
+        open_text("my-note")
+    for wrong in ("my_notes.jsonl", tmp_path / "my-notes.json"):
+        with pytest.raises(DataError, match=r"no such file.* Did you mean my-notes\.jsonl\?$"):
+            open_text(wrong)
 
 
 def test_the_revision_of_a_hub_data_set_is_part_of_its_fingerprint(hub: FakeHub) -> None:

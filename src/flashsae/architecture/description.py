@@ -18,6 +18,7 @@ from flashsae.architecture.check import check_architecture
 from flashsae.architecture.parts import Parameter, Progress, Term
 from flashsae.architecture.sites import read_and_written
 from flashsae.errors import ConfigError
+from flashsae.natural import did_you_mean
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -217,9 +218,9 @@ def architecture_named(name: str) -> Architecture:
     entry = _installed().get(name)
     if entry is None:
         raise ConfigError(
-            f"arch: expected one of {', '.join(architecture_names())}, got {name!r}. One of your own has to be "
-            f"registered first: import the module that calls flashsae.register, or install it with an entry point "
-            f"{_ENTRY_POINTS}."
+            f"arch: expected one of {', '.join(architecture_names())}, got {name!r}."
+            f"{did_you_mean(name, architecture_names())} One of your own has to be registered first: import the module "
+            f"that calls flashsae.register, or install it with an entry point {_ENTRY_POINTS}."
         )
     found = _load(entry)
     if not isinstance(found, Architecture) or found.name != name:

@@ -220,7 +220,8 @@ class StepCase:
         """Make the step of one size ready; all that it allocates counts as its memory, graphs and inputs included."""
         problem = make_problem(shape, torch.float32, device, tied=True, dead=self.dead, arch=self.arch)
         xs, step, checked, change = problem.xs, self.build(problem), problem.xs[0], None
-        if step.lr is not None and base_name(problem.arch_name) in JUMPS:
+        jumps = base_name(problem.arch_name) in JUMPS
+        if step.lr is not None and jumps:
             checked = checked[:FEW_TOKENS]
             problem = replace(problem, xs=(checked,))
             change = expected_change(problem, step.lr)
@@ -241,8 +242,8 @@ class StepCase:
             return rate | {"stages": stage_records(times, step.config, shape, self.ceilings)}
 
         def check() -> str:
-            is_of_others = step.lr is None and base_name(problem.arch_name) in JUMPS
-            return check_step(step, checked, expected, self.precision, change, RISE if is_of_others else 0.0)
+            rise = RISE if step.lr is None and jumps else 0.0  # the problem is not kept: its weights would be memory
+            return check_step(step, checked, expected, self.precision, change, rise)
 
         beside = None
         if self.beside is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from flashsae.architecture import Architecture, architecture_named
 from flashsae.cli.options import declared_by
 from flashsae.cli.several import WEIGHTED, architectures_in, read_sweep, values_of
 from flashsae.errors import ConfigError
+from flashsae.natural import did_you_mean
 from flashsae.settings.kinds import check, expand, parse, unwrap
 from flashsae.settings.reading import TABLES
 from flashsae.settings.toml import read_toml
@@ -86,8 +86,7 @@ class Given:
         for key, value in held.items():
             name = key.replace("-", "_")
             if name not in leaves:
-                near = difflib.get_close_matches(name, leaves, n=1)
-                hint = f" Did you mean {near[0]}?" if near else f" flashsae {command} --help names all that there are."
+                hint = did_you_mean(name, leaves, 0.6) or f" flashsae {command} --help names all that there are."
                 hint = (command == "train" and _of_another(name, arch)) or hint
                 raise ConfigError(f"{file}: there is no setting {key!r} of flashsae {command}.{hint}")
             if name in given:

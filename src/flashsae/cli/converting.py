@@ -36,7 +36,7 @@ def convert(asked: Conversion, console: Console) -> None:
     Raises:
         FlashSAEError: the source holds no SAE, the other format cannot hold it, or there is something already.
     """
-    form = format_named(asked.to)
+    form = format_named(asked.to, written=True)
     check_written(form)
     directory = folder_of(asked.dst, "dst")
     found = find(asked.src, format=asked.format, revision=asked.revision, several=True)

@@ -60,7 +60,7 @@ def _stopped_by_signals() -> Iterator[Callable[[], bool]]:
 
 def _call(words: Sequence[str]) -> None:
     from cyclopts import CycloptsError, UnusedCliTokensError
-    from cyclopts.exceptions import UnknownOptionError
+    from cyclopts.exceptions import MissingArgumentError, UnknownOptionError
 
     from flashsae.cli.arguments import unknown_option
     from flashsae.cli.commands import run
@@ -74,6 +74,11 @@ def _call(words: Sequence[str]) -> None:
     except UnknownOptionError as error:
         _end(f"flashsae: {unknown_option(error, words)}", 2)
     except CycloptsError as error:
+        if type(error) is MissingArgumentError and error.argument is not None:
+            name = error.argument.name
+            name = name if error.argument.index is None else name.removeprefix("--").upper()  # as the usage calls it
+            what = f"{error.keyword} has no value" if error.keyword else f"{name} is missing"
+            _end(f"flashsae: {what}; see flashsae {' '.join(error.command_chain or ())} --help.", 2)
         _end(f"flashsae: {' '.join(str(error).split())}", 2)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from flashsae.errors import CheckpointError, ConfigError, FlashSAEError
 from flashsae.formats.content import Format
+from flashsae.natural import did_you_mean
 
 _ROOM = "flashsae.formats"
 
@@ -22,14 +23,18 @@ def formats() -> dict[str, Format]:
     return dict(sorted(by_name.items(), key=lambda item: (item[0] != "flashsae", item[0])))
 
 
-def format_named(name: str) -> Format:
+def format_named(name: str, *, written: bool = False) -> Format:
     """Return a format by name.
 
+    Args:
+        name: as in `formats`.
+        written: it is to be written; those that are only read are not told of then.
     Raises:
         ConfigError: there is none of this name.
     """
     if name not in formats():
-        raise ConfigError(f"format: expected one of {', '.join(formats())}, got {name!r}.")
+        known = [each for each, form in formats().items() if form.write is not None or not written]
+        raise ConfigError(f"format: expected one of {', '.join(known)}, got {name!r}.{did_you_mean(name, known)}")
     return formats()[name]
 
 

@@ -123,8 +123,18 @@ def _fits(name: list[str], parts: list[str]) -> bool:
     return len(name) == len(parts) and all(map(fnmatchcase, name, parts))
 
 
+_OF_TRANSFORMER_LENS = re.compile(r"blocks\.(\d+)\.(?:\w+\.)*hook_")
+
+
 def _unknown_hookpoint(path: str, modules: Sequence[str]) -> ConfigError:
     layers = in_order(name for name in modules if re.fullmatch(r"\D+\.\d+", name))
     span = f" Its layers are {layers[0]} to {layers[-1]}." if layers else ""
+    found = _OF_TRANSFORMER_LENS.match(path)
+    block = next((layer for layer in layers if found and layer.endswith(f".{found[1]}")), None)
+    if block is not None:
+        return ConfigError(
+            f"hookpoint: expected a module path of the model, got {path!r}, a name of TransformerLens. What block "
+            f"{path.split('.')[1]} gives is {block}, and what it is given {block}{INPUT}."
+        )
     near = ", ".join(difflib.get_close_matches(path, modules, n=3, cutoff=0.5)) or ", ".join(modules[:3])
     return ConfigError(f"hookpoint: the model has no module {path!r}. Near: {near}.{span}")

@@ -143,8 +143,11 @@ def _check_output(model: HookedModel, hookpoint: str, output: Tensor, batch: Tok
             f"sequence, as of positions; choose {advice}."
         )
     one = [1, *shape[1:]] if shape[:1] == [2] else shape
-    listed = len(shape) == 2 or _of_experts(hookpoint)
-    why = ", as a router and experts have, which see the tokens of all sequences in one list" if listed else ""
+    why = ""
+    if _of_experts(hookpoint) or (len(shape) == 2 and len(output) != len(ids)):
+        why = ", as a router and experts have, which see the tokens of all sequences in one list"
+    elif len(shape) == 2:
+        why = ", one row for the sequence, as a pooler has"
     raise ConfigError(
         f"hookpoint: expected an {side} of shape [sequences, length, d], got {one} of {output.dtype} from "
         f"{hookpoint} for one sequence of {length} tokens{why}; choose {_around(model, hookpoint, batch) or advice}."

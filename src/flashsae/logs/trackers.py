@@ -10,6 +10,7 @@ from typing import Any
 from flashsae import files
 from flashsae.errors import ConfigError, require
 from flashsae.logs.callback import Callback
+from flashsae.natural import did_you_mean
 
 
 class TensorBoardLog(Callback):
@@ -65,7 +66,7 @@ LOGGERS = ("tensorboard", "wandb")
 def check_logger(name: str) -> None:
     """Raise ConfigError or MissingExtraError where `build_logger` would."""
     if name not in LOGGERS:
-        raise ConfigError(f"logger: expected one of {', '.join(LOGGERS)}, got {name!r}.")
+        raise ConfigError(f"logger: expected one of {', '.join(LOGGERS)}, got {name!r}.{did_you_mean(name, LOGGERS)}")
     require(name, name)
 
 

@@ -125,7 +125,7 @@ def _write_others(
     """Write SAEs in other formats; return their names by SAE, and sentences on those that cannot hold one."""
     written: dict[str, list[str]] = {sae.name: [] for sae in saes}
     left_out: dict[str, str] = {}
-    forms = [format_named(name) for name in dict.fromkeys(_BY_DEFAULT if asked is None else asked)]
+    forms = [format_named(name, written=True) for name in dict.fromkeys(_BY_DEFAULT if asked is None else asked)]
     for sae in saes:
         for form in forms:
             if form is OURS or (form.is_whole and len(saes) > 1):
@@ -143,7 +143,7 @@ def _write_others(
 
 def _write_sets(saes: Sequence[Published], folder: Path, asked: Sequence[str]) -> list[str]:
     """Write the SAEs of a run in formats that have all of a model in one folder; return their names."""
-    forms = [format_named(name) for name in dict.fromkeys(asked)]
+    forms = [format_named(name, written=True) for name in dict.fromkeys(asked)]
     whole = [form for form in forms if form.is_whole and len(saes) > 1]
     contents = by_hookpoint({sae.name: _content(sae) for sae in saes}) if whole else {}
     for form in whole:

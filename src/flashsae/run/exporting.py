@@ -33,7 +33,7 @@ def check_names(names: Iterable[str]) -> None:
     """Raise ConfigError unless all are formats that can be written."""
     for name in names:
         try:
-            check_written(format_named(name))
+            check_written(format_named(name, written=True))
         except ConfigError as error:
             raise ConfigError(str(error).replace("format:", "export:", 1)) from error
 

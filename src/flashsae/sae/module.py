@@ -355,7 +355,7 @@ class SAE(ParameterTable):
             StorageError: the folder exists, holds other files too, or cannot be written.
         """
         content = content_from(self.config, self.saved_state(), metadata or {}, extras or {})
-        return write(content, directory, format_named(format), lossy=lossy, overwrite=overwrite)
+        return write(content, directory, format_named(format, written=True), lossy=lossy, overwrite=overwrite)
 
     def saved_state(self) -> dict[str, Tensor]:
         """Return what a file holds of it, by name: all parameters but those that only a training needs."""

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from flashsae.errors import ConfigError
+from flashsae.natural import did_you_mean
 
 _LARGEST_INT = 2**63 - 1
 _OPEN = object()
@@ -166,7 +167,8 @@ def check(name: str, value: Any, annotation: Any) -> Any:
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from error
     except (TypeError, ValueError, OverflowError):
-        raise ConfigError(f"{name}: expected {_words(kind)}, got {_shown(value)}.") from None
+        near = did_you_mean(value, get_args(kind)) if get_origin(kind) is Literal else ""
+        raise ConfigError(f"{name}: expected {_words(kind)}, got {_shown(value)}.{near}") from None
     for limit in limits:
         if not limit.holds(meant):
             raise ConfigError(f"{name}: expected {limit.words}, got {_shown(value)}.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 from flashsae.architecture import Architecture, architecture_named, architecture_names, architecture_of, settings_of
 from flashsae.architecture.sites import width_told
 from flashsae.errors import ConfigError
+from flashsae.natural import did_you_mean
 from flashsae.precision import Precision
 from flashsae.settings.kinds import (
     ABOVE_ZERO,
@@ -82,9 +82,9 @@ def check_known(names: Iterable[str], architecture: Architecture, beside: Iterab
     for name in names:
         if name not in own:
             known = [*own, *beside, *(each.name for each in fields(TrainConfig))]
-            near = difflib.get_close_matches(name, known, n=1)
+            near = did_you_mean(name, known, 0.6)
             others = [] if near else architectures_with(name)
-            hint = f" Did you mean {near[0]}?" if near else f' arch="{others[0]}" has.' if others else ""
+            hint = f' arch="{others[0]}" has.' if others else near
             has = "" if why else f"; it has {', '.join(own) or 'none'}"
             raise ConfigError(f"{name}: {architecture.name}{why} has no such setting{has}.{hint}")
 

@@ -12,6 +12,7 @@ from flashsae.text.asked import OF_TOKENS, AskedText
 from flashsae.text.columns import Columns
 from flashsae.text.dataset import Rows, TextDataset
 from flashsae.text.objects import of_table
+from flashsae.text.text_files import near_path
 
 
 def open_hub(dataset: str, asked: AskedText) -> TextDataset:
@@ -25,6 +26,12 @@ def open_hub(dataset: str, asked: AskedText) -> TextDataset:
     """
     asked.refuse("a data set of the hub", *OF_TOKENS)
     datasets = require("datasets", "hf")
+    readers = getattr(getattr(datasets, "packaged_modules", None), "_PACKAGED_DATASETS_MODULES", ())
+    if dataset in readers:  # of the library: of this name alone it would read whatever lies in the working folder
+        raise DataError(
+            f"text {dataset!r}: no such file or folder, and on the hub a name has its owner before it; expected a "
+            f"path, or OWNER/{dataset}.{near_path(dataset)}"
+        )
     split = asked.split or "train"
     how: dict[str, Any] = {} if asked.revision is None else {"revision": asked.revision}
     if str(getattr(datasets, "__version__", "")).startswith("3."):
@@ -65,7 +72,7 @@ def _refusals(dataset: str, name: str, number: Callable[[], int]) -> Iterator[No
     except Exception as error:
         raise DataError(
             f"{dataset!r} is no file here, and the Hugging Face hub does not give {name} at row {number()}: "
-            f"{first_line(error)} Check the name, the subset, the split and the connection."
+            f"{first_line(error)} Check the name, the subset, the split and the connection.{near_path(dataset)}"
         ) from error
 
 

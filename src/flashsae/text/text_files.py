@@ -7,9 +7,12 @@ import glob
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 
 from flashsae.errors import ConfigError, DataError
+from flashsae.natural import did_you_mean
 from flashsae.settings.run import CONFIG_FILE
 from flashsae.settings.toml import SEAL
 from flashsae.text.readers import KINDS
@@ -50,8 +53,21 @@ def find_files(path: Path, *, tokens: bool = False) -> list[Path]:
     files = (of_tokens or of_text) if tokens else (of_text or of_tokens)
     if not files:
         what = f"it holds no file ending in {_known()}" if path.is_dir() else "no such file, folder or match"
-        raise DataError(f"text {str(path)!r}: {what}. Check the path (relative paths start at {Path.cwd()}).")
+        near = near_path(path)
+        raise DataError(f"text {str(path)!r}: {what}. Check the path (relative paths start at {Path.cwd()}).{near}")
     return _checked(files)
+
+
+def near_path(path: str | Path) -> str:
+    """Return the sentence that asks for what lies in the same folder under nearly the same name; "" for none."""
+    path = Path(path)
+    with suppress(OSError, ValueError):
+        beside = [each.name for each in islice(path.parent.iterdir(), _LOOKED_AT) if not each.name.startswith(".")]
+        return did_you_mean(path.name, [name for name in beside if name != path.name])
+    return ""
+
+
+_LOOKED_AT = 10_000  # names in a folder
 
 
 def _once(files: list[Path]) -> list[Path]:
