@@ -33,7 +33,7 @@ from flashsae.data.cache_index import TOKENS_FOLDER, CacheIndex, CacheSettings, 
 from flashsae.data.language_model import LanguageModelSource
 from flashsae.data.shuffle import shuffled
 from flashsae.data.sources import RowSource, StreamSource
-from flashsae.documents import crc32
+from flashsae.files.documents import crc32
 from flashsae.logs.callback import Callback
 from flashsae.logs.jsonl import JsonlLog
 from flashsae.settings.reading import ReadingConfig

@@ -14,7 +14,7 @@ SRC = Path(__file__).parents[1] / "src" / "flashsae"
 
 ORDER = """
 errors natural precision architecture settings presets
-schema files documents fingerprint shapes backend neutral profiling distributed
+files shapes backend neutral profiling distributed
 ops
 metrics
 formats sae architectures optim testing

@@ -10,8 +10,8 @@ import torch
 import flashsae
 from flashsae import SAE, SAEConfig
 from flashsae.cli import main
-from flashsae.documents import save_tensors_atomic
 from flashsae.errors import CheckpointError, ConfigError
+from flashsae.files.documents import save_tensors_atomic
 from flashsae.formats.registry import formats
 from flashsae.sae import load_extras
 from flashsae.sae.saved import content_of
@@ -57,7 +57,7 @@ def test_what_is_known_of_latents_in_a_run_goes_along(saved: Path, tmp_path: Pat
     with pytest.raises(SystemExit):
         main(["convert", str(saved), str(tmp_path / "out"), "--to", "flashsae"])
     density = load_extras(tmp_path / "out")["latent_density"]
-    assert torch.equal(density, flashsae.documents.load_tensors(saved / "latents.safetensors")["latent_density"])
+    assert torch.equal(density, flashsae.files.documents.load_tensors(saved / "latents.safetensors")["latent_density"])
     with pytest.raises(SystemExit):
         main(["convert", str(saved / "sae"), str(tmp_path / "again"), "--to", "flashsae"])
     assert torch.equal(load_extras(tmp_path / "again")["latent_density"], density)

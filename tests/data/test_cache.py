@@ -22,8 +22,8 @@ from flashsae.data.language_model import LanguageModelSource
 from flashsae.data.shuffle import RowShuffle
 from flashsae.data.sources import RowSource
 from flashsae.data.split import Split, split_mask
-from flashsae.documents import crc32, sealed
 from flashsae.errors import CheckpointError, ConfigError, DataError, FlashSAEError
+from flashsae.files.documents import crc32, sealed
 from flashsae.text.open import open_text
 
 

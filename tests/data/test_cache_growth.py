@@ -20,8 +20,8 @@ from flashsae.data.cache_index import CacheIndex, verify_cache
 from flashsae.data.cache_writer import write_cache
 from flashsae.data.language_model import LanguageModelSource
 from flashsae.data.shuffle import RowShuffle
-from flashsae.documents import sealed
 from flashsae.errors import CheckpointError, DataError
+from flashsae.files.documents import sealed
 from flashsae.text.open import open_text
 from helpers import kill
 
@@ -204,7 +204,7 @@ def test_processes_train_from_a_cache_while_another_extends_it(
 def test_reading_locks_and_changes_nothing_on_the_disk(
     source: LanguageModelSource, at_once: dict[int | None, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from flashsae.files import only_one
+    from flashsae.files.atomic import only_one
 
     cache = put(tmp_path / "cache", at_once[130])
     with kill.killed(tmp_path, 0, monkeypatch):  # any change would raise

@@ -17,8 +17,8 @@ from flashsae.data.cache import ActivationCache
 from flashsae.data.cache_index import CacheIndex, verify_cache
 from flashsae.data.cache_merge import merge_caches
 from flashsae.data.cache_writer import write_cache
-from flashsae.documents import sealed
 from flashsae.errors import CheckpointError, ConfigError, DataError, StorageError
+from flashsae.files.documents import sealed
 from flashsae.text.open import open_text
 from helpers import kill
 

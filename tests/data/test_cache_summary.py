@@ -18,8 +18,8 @@ from flashsae.data.cache_index import CacheIndex, Rounding, Shard, shard_path
 from flashsae.data.cache_summary import summarise
 from flashsae.data.cache_writer import write_cache
 from flashsae.data.language_model import LanguageModelSource
-from flashsae.documents import crc32
 from flashsae.errors import CheckpointError
+from flashsae.files.documents import crc32
 from flashsae.metrics import FVU
 
 D = 96

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 
-from flashsae import files
 from flashsae.data import existing
 from flashsae.data.cache import ActivationCache
 from flashsae.data.cache_index import CacheIndex, verify_cache
@@ -25,6 +24,7 @@ from flashsae.data.language_model import LanguageModelSource
 from flashsae.data.shuffle import RowShuffle
 from flashsae.data.stored import Compression
 from flashsae.errors import CheckpointError, ConfigError, DataError, MissingExtraError, StorageError
+from flashsae.files import atomic
 from flashsae.metrics import FVU
 from flashsae.text.open import open_text
 from helpers import kill
@@ -127,7 +127,7 @@ def test_a_full_disk_is_a_storage_error_and_the_cache_goes_on(
             raise OSError(28, "No space left on device")
         replace(aside, path)
 
-    monkeypatch.setattr(files.os, "replace", refuse)
+    monkeypatch.setattr(atomic.os, "replace", refuse)
     with pytest.raises(StorageError, match=r"could not write .*00001\.safetensors: No space left on device"):
         write_cache(tmp_path / "cache", cache_source, shard_rows=tiny.SHARD_ROWS)
     monkeypatch.undo()

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from flashsae import SAE, BatchTopKSettings, SAEConfig
-from flashsae.documents import sealed
 from flashsae.errors import CheckpointError, ConfigError, DtypeError, FlashSAEError, ShapeError, StorageError
+from flashsae.files.documents import sealed
 from flashsae.sae import load_extras
 from helpers import kill
 

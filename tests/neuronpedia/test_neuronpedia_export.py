@@ -15,6 +15,7 @@ import torch
 import flashsae
 from flashsae.cli import main
 from flashsae.errors import CheckpointError, ConfigError, StorageError
+from flashsae.files.schema import parse
 from flashsae.neuronpedia import Asked, export
 from flashsae.neuronpedia.logits import ends_of
 from flashsae.neuronpedia.records import (
@@ -27,7 +28,6 @@ from flashsae.neuronpedia.records import (
     UploadBatch,
 )
 from flashsae.report.snippet_file import LatentSnippets, Picture, Snippet, Snippets, write_snippets
-from flashsae.schema import parse
 from flashsae.settings.reading import ActivationsConfig
 from flashsae.settings.run import RunConfig
 from flashsae.settings.training import TrainConfig

@@ -13,7 +13,7 @@ import yaml
 import flashsae
 from flashsae.architecture import settings_of
 from flashsae.errors import CheckpointError, ConfigError
-from flashsae.files import sha256
+from flashsae.files.reading import sha256
 from flashsae.places.finding import find
 from flashsae.places.hub import Place
 from flashsae.publish.folder import Asked, make_folder

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from flashsae.documents import write_document
 from flashsae.errors import CheckpointError
+from flashsae.files.documents import write_document
 from flashsae.report.snippet_file import LatentSnippets, Snippet, Snippets, read_snippets, write_snippets
 
 FOUND = Snippets(

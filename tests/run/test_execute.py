@@ -22,8 +22,8 @@ import flashsae
 from flashsae.data.cache import ActivationCache
 from flashsae.data.language_model import LanguageModelSource
 from flashsae.data.open import ActivationsConfig
-from flashsae.documents import load_tensors
 from flashsae.errors import ConfigError
+from flashsae.files.documents import load_tensors
 from flashsae.report.snippet_file import read_snippets
 from flashsae.report.summary import final_figures
 from flashsae.run.execute import execute, new_run, show_plan

@@ -18,12 +18,13 @@ import tomli_w
 import torch
 from rich.console import Console
 
-from flashsae import TopKSettings, files
+from flashsae import TopKSettings
 from flashsae.architecture import architecture_named, architecture_names
 from flashsae.data.cache import ActivationCache
 from flashsae.data.shuffle import shuffled
-from flashsae.documents import SEAL, load_tensors, sealed
 from flashsae.errors import FlashSAEError
+from flashsae.files.documents import SEAL, load_tensors, sealed
+from flashsae.files.reading import sha256
 from flashsae.logs.callback import Callback
 from flashsae.logs.jsonl import make_line, read_log
 from flashsae.metrics import METRICS, table
@@ -310,7 +311,7 @@ def test_any_change_of_a_checkpoint_is_resumed_or_refused(run: Path) -> None:
 
     def write_state(edited: Any, is_sealed: bool) -> None:
         (folder / "state.json").write_text(json.dumps(edited))
-        sums = {**manifest["sha256"], "state.json": files.sha256(folder / "state.json")}
+        sums = {**manifest["sha256"], "state.json": sha256(folder / "state.json")}
         write_manifest({**manifest, "sha256": sums} if is_sealed else manifest, is_sealed)
 
     before = (folder / "manifest.json").read_bytes()

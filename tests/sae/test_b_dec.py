@@ -13,8 +13,8 @@ from torch import Tensor
 import flashsae
 from flashsae import SAE, SAEConfig
 from flashsae.architecture import architecture_named, architecture_names, architecture_of
-from flashsae.documents import sealed
 from flashsae.errors import CheckpointError, ConfigError
+from flashsae.files.documents import sealed
 from flashsae.train.state import INIT_TOKENS
 
 SUBTRACTING = [name for name in architecture_names(installed=False) if architecture_named(name).subtracts_b_dec]

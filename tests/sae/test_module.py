@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from flashsae import SAE, SAEConfig, SparseCode, ops
-from flashsae.documents import sealed
 from flashsae.errors import CheckpointError, ConfigError, DtypeError, ShapeError, StorageError
+from flashsae.files.documents import sealed
 from flashsae.ops.validate import Precision
 
 

@@ -11,8 +11,8 @@ import torch
 import flashsae
 from flashsae import SAE, BatchTopKSettings, SAEConfig
 from flashsae.architecture import architecture_names, settings_of
-from flashsae.documents import sealed
 from flashsae.errors import CheckpointError, ConfigError, DtypeError, ShapeError
+from flashsae.files.documents import sealed
 from flashsae.formats import native
 from flashsae.formats.content import Content
 from flashsae.sae.saved import content_of, sae_of

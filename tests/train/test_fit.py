@@ -24,7 +24,7 @@ from flashsae.errors import (
     FlashSAEWarning,
     StorageError,
 )
-from flashsae.files import only_one
+from flashsae.files.atomic import only_one
 from flashsae.metrics import direction_recovery
 from flashsae.train import plan
 from flashsae.train.plan import repeats_warning

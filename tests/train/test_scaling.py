@@ -18,9 +18,9 @@ from flashsae.architectures.topk import TopKSettings
 from flashsae.data.shuffle import RowShuffle
 from flashsae.data.sources import ArraySource
 from flashsae.data.synthetic import SuperpositionModel
-from flashsae.documents import sealed
 from flashsae.errors import ConfigError, DataError, FlashSAEError, FlashSAEWarning
-from flashsae.files import sha256
+from flashsae.files.documents import sealed
+from flashsae.files.reading import sha256
 from flashsae.sae.units import layer_norm
 from flashsae.train import TrainState, init_state, train, train_step
 from flashsae.train.checkpoint import list_checkpoints

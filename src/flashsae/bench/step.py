@@ -17,7 +17,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from flashsae import files
 from flashsae.bench.ceilings import Ceilings, measure_ceilings
 from flashsae.bench.measure import OURS, Record, measure_ours, measure_peer
 from flashsae.bench.ours import Variant
@@ -25,6 +24,7 @@ from flashsae.bench.peers import LIBRARIES, PYTORCH
 from flashsae.bench.setups import Shape, tiny
 from flashsae.bench.timing import facts
 from flashsae.errors import ConfigError, StorageError
+from flashsae.files import atomic
 from flashsae.ops.validate import Precision, check_k
 
 FORMAT = "flashsae.bench.step"
@@ -77,7 +77,7 @@ def bench_step(
     if path is not None:  # before minutes of measuring
         if path.is_dir():
             raise StorageError(f"{path} is a folder; give the name of a file for the results.")
-        with files.storage_errors(path):
+        with atomic.storage_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
     shape = tiny(shape) if is_tiny else shape
     _print(console, _size_text(shape))
@@ -104,7 +104,7 @@ def bench_step(
         described = {"shape": asdict(shape), "precision": precision, "tiny": is_tiny, "facts": about}
         head = {"format": FORMAT, "format_version": FORMAT_VERSION, **described}
         result = {**head, "ceilings": asdict(ceilings), "stages": stages, "steps": steps}
-        files.write_atomic(path, json.dumps(result, indent=2) + "\n")
+        atomic.write_atomic(path, json.dumps(result, indent=2) + "\n")
     if stages:
         _print(console, stage_table(stages, ceilings), HOW_STAGES, "")
     else:

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from flashsae.data.acts_shape import OUTLIER_DIMENSION_RATIO, Shape
 from flashsae.data.cache_summary import CacheSummary, SiteSummary
-from flashsae.files import write_atomic
+from flashsae.files.atomic import write_atomic
 from flashsae.metrics import OUTLIER_NORM_RATIO
 from flashsae.metrics.numbers import count, percent, real
 from flashsae.run.planning import table

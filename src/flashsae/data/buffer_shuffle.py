@@ -14,7 +14,7 @@ from flashsae.data.acts import Batch, check_finite
 from flashsae.data.batches import ADVICE, PLACE, OnFill, State, check_identity, generator_of
 from flashsae.data.sources import Chunk, Cursor, StreamSource, identity_of
 from flashsae.errors import CheckpointError, ConfigError, DataEndedError, DataError
-from flashsae.schema import Count, parse
+from flashsae.files.schema import Count, parse
 
 
 def buffer_size(buffer_tokens: int, batch_tokens: int, tokens: int | None) -> int:

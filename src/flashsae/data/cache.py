@@ -36,7 +36,7 @@ from flashsae.data.split import Split, split_mask
 from flashsae.data.stored import StoredRows
 from flashsae.data.window import RowWindows
 from flashsae.errors import CheckpointError, ConfigError, DataError
-from flashsae.fingerprint import text_digest
+from flashsae.files.fingerprint import text_digest
 from flashsae.lm.hookpoints import OUTPUT
 from flashsae.lm.place import needs_code, not_loaded, quiet_transformers
 from flashsae.settings.kinds import expand

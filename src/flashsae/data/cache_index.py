@@ -14,11 +14,11 @@ from torch import Tensor
 
 from flashsae.data.mapped import MappedTensors
 from flashsae.data.stored import Compression, Layout, StoredDtype
-from flashsae.documents import Checksum, crc32, load_document, write_document
 from flashsae.errors import CheckpointError
-from flashsae.files import refusal
+from flashsae.files.documents import Checksum, crc32, load_document, write_document
+from flashsae.files.reading import refusal
+from flashsae.files.schema import Count, Finite, Pattern, Range, Size, Text, parse
 from flashsae.lm.hookpoints import folder_of
-from flashsae.schema import Count, Finite, Pattern, Range, Size, Text, parse
 
 INDEX_FILE = "index.json"
 TOKENS_FOLDER, TOKENIZER_FOLDER = "tokens", "tokenizer"

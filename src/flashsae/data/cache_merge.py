@@ -27,10 +27,10 @@ from flashsae.data.cache_index import (
 from flashsae.data.cache_writer import changes
 from flashsae.data.images import IMAGES
 from flashsae.data.stored import StoredRows
-from flashsae.documents import crc32
 from flashsae.errors import CheckpointError, ConfigError, DataError
-from flashsae.files import atomic_directory
-from flashsae.fingerprint import text_digest
+from flashsae.files.atomic import atomic_directory
+from flashsae.files.documents import crc32
+from flashsae.files.fingerprint import text_digest
 from flashsae.lm.hookpoints import folder_of
 from flashsae.settings.kinds import expand
 from flashsae.text.mixture import names_of_parts

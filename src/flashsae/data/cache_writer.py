@@ -25,9 +25,9 @@ from flashsae.data.language_model import LanguageModelSource
 from flashsae.data.shard_writer import ShardWriter
 from flashsae.data.stored import Compression, Layout, StoredDtype
 from flashsae.errors import CheckpointError, ConfigError, DataError, require
-from flashsae.files import atomic_directory, clear_leftovers, only_one, storage_errors
+from flashsae.files.atomic import atomic_directory, clear_leftovers, only_one, storage_errors
+from flashsae.files.schema import parse
 from flashsae.lm.hookpoints import folder_of
-from flashsae.schema import parse
 from flashsae.settings.kinds import expand
 from flashsae.settings.reading import defaults_of_later
 

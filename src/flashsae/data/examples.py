@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from flashsae.data.sources import Cursor
 from flashsae.errors import ConfigError, DataError, DtypeError, ShapeError
-from flashsae.fingerprint import tensors_digest
+from flashsae.files.fingerprint import tensors_digest
 
 KEEP = "keep"
 """The entry of a batch that says which positions make rows; the model does not see it."""

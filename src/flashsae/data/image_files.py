@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from flashsae.errors import DataError, require
-from flashsae.fingerprint import files_digest, text_digest
+from flashsae.files.fingerprint import files_digest, text_digest
 from flashsae.settings.kinds import expand
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})

@@ -21,7 +21,7 @@ from flashsae.data.inputs import InputSource
 from flashsae.data.language_model import dtype_of_model
 from flashsae.data.sources import Cursor
 from flashsae.errors import CheckpointError, ConfigError, DataError
-from flashsae.fingerprint import text_digest
+from flashsae.files.fingerprint import text_digest
 from flashsae.lm.hookpoints import patterns_in
 from flashsae.lm.loading import Loading, load_image_model
 from flashsae.lm.options import LoadOptions, quantized_warning

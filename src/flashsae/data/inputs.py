@@ -19,7 +19,7 @@ from flashsae.data.forwards import Launched, Launches
 from flashsae.data.sources import Chunk, Cursor
 from flashsae.data.split import HeldOut, Split
 from flashsae.errors import ConfigError, DataError, FlashSAEError, ShapeError
-from flashsae.fingerprint import tensors_digest, text_digest
+from flashsae.files.fingerprint import tensors_digest, text_digest
 from flashsae.lm.capture import DidNotRunError, Pick, captured, inference
 from flashsae.lm.hookpoints import IMAGE_PATHS, in_names_of_now, module_of, patterns_in, resolve_hookpoints
 from flashsae.lm.look import never_finite, traced

@@ -24,7 +24,7 @@ from flashsae.data.forwards import Forwards, Launched
 from flashsae.data.sources import Chunk, Cursor
 from flashsae.data.split import HeldOut, Split
 from flashsae.errors import ConfigError
-from flashsae.fingerprint import text_digest
+from flashsae.files.fingerprint import text_digest
 from flashsae.lm.apart import WindowsApart
 from flashsae.lm.hooked import HookedModel
 from flashsae.lm.hookpoints import patterns_in, resolve_hookpoints

@@ -28,7 +28,7 @@ from flashsae.data.images import IMAGES, ImageSource, Pictures
 from flashsae.data.language_model import LanguageModelSource, dtype_of_model
 from flashsae.data.prepared import Activations, AskedSites, Prepared, Progress, arranged, asking
 from flashsae.data.split import check_splits
-from flashsae.fingerprint import text_digest
+from flashsae.files.fingerprint import text_digest
 from flashsae.lm.options import LoadOptions, quantized_sentence
 from flashsae.lm.tally import inputs_in_words
 from flashsae.lm.weights import model_fingerprint

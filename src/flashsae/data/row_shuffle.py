@@ -12,7 +12,7 @@ from flashsae.data.acts import Batch, is_finite, what_is_not_finite
 from flashsae.data.batches import ADVICE, PLACE, OnFill, State, check_identity, generator_of
 from flashsae.data.sources import RowSource, announce, identity_of
 from flashsae.errors import CheckpointError, DataError
-from flashsae.schema import Count, parse
+from flashsae.files.schema import Count, parse
 
 WINDOW_ROWS = 1 << 18
 """Rows that are permuted together, unless another number is asked for."""

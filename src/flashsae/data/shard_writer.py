@@ -21,7 +21,7 @@ from flashsae.data.cache_index import TOKENS_FOLDER, CacheIndex, Mark, Rounding,
 from flashsae.data.sources import Chunk, Cursor
 from flashsae.data.stored import ACTIVATIONS
 from flashsae.errors import DataError
-from flashsae.files import write_atomic
+from flashsae.files.atomic import write_atomic
 
 _ROWS_AT_ONCE = 4096
 _THREADS = 6

@@ -19,7 +19,7 @@ from flashsae.architecture.sites import shown_by_site
 from flashsae.data.acts import Batch, X, acts_by_site, as_acts, batch_acts, iterate, only_site
 from flashsae.data.split import Split, split_mask
 from flashsae.errors import DataError, DtypeError, ShapeError
-from flashsae.fingerprint import rows_digest, tensors_digest
+from flashsae.files.fingerprint import rows_digest, tensors_digest
 from flashsae.settings.reading import check_held_out
 
 Cursor: TypeAlias = dict[str, int]

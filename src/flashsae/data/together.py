@@ -12,7 +12,7 @@ from flashsae.data.shuffle import shuffled
 from flashsae.data.sources import RowSource, Source
 from flashsae.data.tee import Tee
 from flashsae.errors import CheckpointError
-from flashsae.schema import parse
+from flashsae.files.schema import parse
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashsae import files
-from flashsae.documents import load_tensors, load_yaml, write_yaml
 from flashsae.errors import CheckpointError, ConfigError
+from flashsae.files import atomic
+from flashsae.files.documents import load_tensors, load_yaml, write_yaml
+from flashsae.files.schema import Size, Text, parse
 from flashsae.formats.checks import (
     INSTEAD,
     check_tensors,
@@ -41,7 +42,6 @@ from flashsae.formats.content import Content, Format, kept_of
 from flashsae.formats.folds import subtracting
 from flashsae.formats.hook_names import model_name_of, model_of
 from flashsae.formats.selection import joined, selection_of, settings_of_reading
-from flashsae.schema import Size, Text, parse
 
 _CONFIG = "config.yaml"
 _LAYER = re.compile(r"layer_(0|[1-9]\d{0,8})\.safetensors")
@@ -228,7 +228,7 @@ def write_set(folder: Path, contents: Mapping[str, Content], lossy: bool = False
         raise ConfigError(f"{NAME}: expected one size for all layers, got {told}: train them alike.")
     write_yaml(folder / _CONFIG, _config_of(ordered))
     for number, content in enumerate(ordered):
-        files.save_tensors(folder / f"layer_{number}.safetensors", _tensors_of(content))
+        atomic.save_tensors(folder / f"layer_{number}.safetensors", _tensors_of(content))
     return []
 
 

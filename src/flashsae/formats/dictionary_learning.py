@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashsae import files
-from flashsae.documents import load_pickle
 from flashsae.errors import CheckpointError, ConfigError, FlashSAEWarning
+from flashsae.files import atomic
+from flashsae.files.documents import load_pickle
 from flashsae.formats import dictionary_learning_config as layout
 from flashsae.formats.checks import (
     active,
@@ -219,7 +219,7 @@ def write(folder: Path, content: Content, lossy: bool) -> list[str]:
         "dict_size": content.d_sae,
         **{name: content.settings[name] for name in ("k", "target_l0") if name in content.settings},
     }
-    with files.storage_errors(folder / layout.CONFIG):
+    with atomic.storage_errors(folder / layout.CONFIG):
         text = json.dumps(layout.written(content.metadata, of_sae), indent=4)
         (folder / layout.CONFIG).write_text(text + "\n", "utf-8")
     return told
@@ -263,7 +263,7 @@ def _numbers(content: Content, kind: _Kind, state: Mapping[str, Tensor]) -> dict
 
 
 def _save(path: Path, state: Mapping[str, Tensor]) -> None:
-    with files.storage_errors(path), open(path, "wb") as file:
+    with atomic.storage_errors(path), open(path, "wb") as file:
         torch.save(dict(state), file)
 
 
@@ -275,7 +275,7 @@ def write_set(folder: Path, contents: Mapping[str, Content], lossy: bool) -> lis
         name = layout.submodule_of(hookpoint, model if isinstance(model, str) else None)
         submodule = folder / folder_name(name)
         place = next(place for i in count() if not (place := submodule / f"trainer_{i}").exists())
-        with files.storage_errors(place):
+        with atomic.storage_errors(place):
             place.mkdir(parents=True)
         told += [f"{hookpoint}: {each}" for each in write(place, content, lossy)]
     return told

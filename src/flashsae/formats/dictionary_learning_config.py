@@ -14,13 +14,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from flashsae.documents import load_json
 from flashsae.errors import CheckpointError
+from flashsae.files.documents import load_json
+from flashsae.files.schema import Finite, Size, parse
 from flashsae.formats.checks import glimpse, without_nan
 from flashsae.formats.content import kept_of
 from flashsae.formats.hook_names import hook_name_of, hookpoint_of, is_hookpoint, layer_of
 from flashsae.natural import in_order
-from flashsae.schema import Finite, Size, parse
 
 NAME = "dictionary_learning"
 CONFIG, WEIGHTS = "config.json", "ae.pt"

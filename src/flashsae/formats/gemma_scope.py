@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flashsae.documents import check_file
 from flashsae.errors import CheckpointError
-from flashsae.files import refusal
+from flashsae.files.documents import check_file
+from flashsae.files.reading import refusal
 from flashsae.formats.checks import check_alone, check_finite, check_tensors, of_one_dtype, sizes
 from flashsae.formats.content import Content, Format
 from flashsae.formats.hook_names import hookpoint_of

@@ -16,8 +16,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from flashsae.documents import load_json, load_tensors
 from flashsae.errors import CheckpointError
+from flashsae.files.documents import load_json, load_tensors
+from flashsae.files.schema import Range, parse
 from flashsae.formats.checks import check_alone, check_finite, check_tensors, of_one_dtype, sizes
 from flashsae.formats.content import Content, Format
 from flashsae.formats.released import (
@@ -27,7 +28,6 @@ from flashsae.formats.released import (
     number_in,
     place_of,
 )
-from flashsae.schema import Range, parse
 
 _CONFIG, _FILE = "config.json", "params.safetensors"
 _ADVICE = "Fetch it again."

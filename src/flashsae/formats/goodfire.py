@@ -15,8 +15,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from flashsae.documents import load_pickle
 from flashsae.errors import CheckpointError
+from flashsae.files.documents import load_pickle
 from flashsae.formats.checks import check_finite, check_tensors, of_one_dtype, sizes
 from flashsae.formats.content import Content, Format
 from flashsae.formats.hook_names import hookpoint_of, model_of

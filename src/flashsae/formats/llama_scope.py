@@ -23,15 +23,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from flashsae.documents import load_json, load_tensors
 from flashsae.errors import CheckpointError
+from flashsae.files.documents import load_json, load_tensors
+from flashsae.files.schema import Finite, Positive, Size, parse
 from flashsae.formats.checks import check_finite, check_tensors, of_one_dtype, sizes
 from flashsae.formats.content import Content, Format
 from flashsae.formats.folds import divided, norms, scaled
 from flashsae.formats.hook_names import hookpoints_of
 from flashsae.formats.released import hooks_for_others, jump_relu, known, place_of
 from flashsae.formats.selection import joined
-from flashsae.schema import Finite, Positive, Size, parse
 
 _CONFIG, _WEIGHTS = "hyperparams.json", "checkpoints/final.safetensors"
 _MODEL_FILE = "lm_config.json"

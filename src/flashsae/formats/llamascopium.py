@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashsae.documents import load_pickle, load_tensors
 from flashsae.errors import CheckpointError, FlashSAEWarning
+from flashsae.files.documents import load_pickle, load_tensors
 from flashsae.formats.checks import check_tensors, check_threshold, glimpse, widest
 from flashsae.formats.content import Content, Format
 from flashsae.formats.folds import common_norms, inverse_of, norms, scaled

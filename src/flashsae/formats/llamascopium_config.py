@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from flashsae.documents import load_json
 from flashsae.errors import CheckpointError
+from flashsae.files.documents import load_json
+from flashsae.files.schema import Count, Finite, Positive, Size, Text, parse
 from flashsae.formats.hook_names import hookpoints_of
-from flashsae.schema import Count, Finite, Positive, Size, Text, parse
 
 NAME = "llamascopium"
 CONFIG, WEIGHTS = "config.json", "sae_weights.safetensors"

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashsae import files
 from flashsae.errors import ConfigError
+from flashsae.files import atomic
 from flashsae.formats.checks import INSTEAD, refuse_normalization, refuse_unset, refuse_widths
 from flashsae.formats.content import Content, kept_of, plain_metadata
 from flashsae.formats.folds import common_norms, site_norms, subtracting
@@ -64,7 +64,7 @@ def write(folder: Path, content: Content, lossy: bool = False) -> list[str]:
         **hooks,
         "metadata": plain_metadata({name: value for name, value in content.metadata.items() if name != NAME}),
     }
-    files.save_tensors(folder / WEIGHTS, weights)
+    atomic.save_tensors(folder / WEIGHTS, weights)
     (folder / CONFIG).write_text(json.dumps(config, indent=4) + "\n", "utf-8")
     return []
 

@@ -18,12 +18,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from flashsae import files
 from flashsae.architecture import Parameter, architecture_named
-from flashsae.documents import load_document, load_json, load_tensors, sealed
 from flashsae.errors import CheckpointError, ConfigError, StorageError
+from flashsae.files import atomic
+from flashsae.files.documents import load_document, load_json, load_tensors, sealed
+from flashsae.files.reading import check_sha256, sha256
+from flashsae.files.schema import Name, Size
 from flashsae.formats.content import Content, Format, plain_metadata
-from flashsae.schema import Name, Size
 
 KIND = "flashsae.sae"
 _VERSIONS = {"none": 2, "layer_norm": 3, "token_norm": 4}
@@ -114,8 +115,8 @@ def write(folder: Path, content: Content, lossy: bool = False) -> list[str]:
     named = {
         f"{_EXTRA}{name}": tensor.detach().clone() for name, tensor in content.extras.items()
     }  # no two share memory
-    files.save_tensors(folder / _WEIGHTS_FILE, {**content.tensors, **named})
-    description["sha256"] = files.sha256(folder / _WEIGHTS_FILE)
+    atomic.save_tensors(folder / _WEIGHTS_FILE, {**content.tensors, **named})
+    description["sha256"] = sha256(folder / _WEIGHTS_FILE)
     (folder / _CONFIG_FILE).write_text(json.dumps(sealed(description), indent=2) + "\n", "utf-8")
     return []
 
@@ -133,7 +134,7 @@ def add_metadata(folder: Path, more: Mapping[str, Any]) -> None:
     read_description(folder)
     content = load_json(folder / _CONFIG_FILE, _ADVICE)
     content["metadata"] = {**content["metadata"], **plain_metadata(more)}
-    files.write_atomic(folder / _CONFIG_FILE, json.dumps(sealed(content), indent=2) + "\n")
+    atomic.write_atomic(folder / _CONFIG_FILE, json.dumps(sealed(content), indent=2) + "\n")
 
 
 def detects(path: Path) -> bool:
@@ -159,7 +160,7 @@ def read(folder: Path) -> Content:
         CheckpointError: the folder holds no FlashSAE SAE, a damaged one, or one of a newer format.
     """
     description = read_description(folder)
-    files.check_sha256(folder / _WEIGHTS_FILE, description.sha256, _CONFIG_FILE, _ADVICE)
+    check_sha256(folder / _WEIGHTS_FILE, description.sha256, _CONFIG_FILE, _ADVICE)
     found = load_tensors(folder / _WEIGHTS_FILE)
     tensors = {name: tensor for name, tensor in found.items() if not name.startswith(_EXTRA)}
     try:
@@ -212,7 +213,7 @@ def read_description(folder: Path) -> Description:
     path = folder / _CONFIG_FILE
     if not folder.exists():
         with suppress(StorageError):
-            files.settle(folder)  # a kill may have caught it while it was replaced
+            atomic.settle(folder)  # a kill may have caught it while it was replaced
     if not path.exists() and (folder / "manifest.json").exists():
         raise CheckpointError(f"{folder} is a checkpoint of a training: flashsae.load_checkpoint reads it as an SAE.")
     if not path.exists():

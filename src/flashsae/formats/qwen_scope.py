@@ -17,13 +17,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from flashsae.documents import load_json, load_pickle
 from flashsae.errors import CheckpointError
+from flashsae.files.documents import load_json, load_pickle
+from flashsae.files.schema import Size, parse
 from flashsae.formats.checks import check_finite, check_tensors, of_one_dtype, sizes
 from flashsae.formats.content import Content, Format
 from flashsae.formats.released import known, number_in, place_of
 from flashsae.natural import in_order
-from flashsae.schema import Size, parse
 
 _FILE = r"layer(\d+)\.sae\.pt"
 _CONFIG = "config.json"

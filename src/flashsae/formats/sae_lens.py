@@ -22,8 +22,8 @@ from typing import Any
 
 from torch import Tensor
 
-from flashsae import files
 from flashsae.errors import ConfigError
+from flashsae.files import atomic
 from flashsae.formats.content import Content, Format, kept_of, plain_metadata
 from flashsae.formats.sae_lens_config import CONFIG_FILE
 from flashsae.formats.sae_lens_metadata import KEPT, NORMALIZED, RESHAPED, SCALED, reshaped_for, theirs_of
@@ -109,11 +109,11 @@ def write(folder: Path, content: Content, lossy: bool = False) -> list[str]:
             f"SAELens cannot hold all of this SAE: {'; '.join(given_up)}. --lossy, or lossy=True, writes it so."
         )
     text = json.dumps(plain_metadata(_config(content, form, selection.k)), indent=2)
-    files.save_tensors(folder / WEIGHTS_FILE, tensors)
+    atomic.save_tensors(folder / WEIGHTS_FILE, tensors)
     if DENSITY in content.extras:
         density = content.extras[DENSITY].double()
-        files.save_tensors(folder / SPARSITY_FILE, {SPARSITY: (density + FLOOR).log10().float()})
-    with files.storage_errors(folder):
+        atomic.save_tensors(folder / SPARSITY_FILE, {SPARSITY: (density + FLOOR).log10().float()})
+    with atomic.storage_errors(folder):
         (folder / CONFIG_FILE).write_text(f"{text}\n", "utf-8")
     return [f"{sentence[0].upper()}{sentence[1:]}." for sentence in given_up]
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from flashsae.documents import load_json
 from flashsae.errors import CheckpointError
-from flashsae.schema import Positive, Range, Size, parse
+from flashsae.files.documents import load_json
+from flashsae.files.schema import Positive, Range, Size, parse
 
 CONFIG_FILE = "cfg.json"
 ADVICE = "Fetch or save it again."

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from flashsae.architecture import architecture_named, settings_of
-from flashsae.documents import load_json, load_tensors
 from flashsae.errors import CheckpointError, FlashSAEError, FlashSAEWarning
+from flashsae.files.documents import load_json, load_tensors
 from flashsae.formats.checks import check_tensors
 from flashsae.formats.content import Content, kept_of
 from flashsae.formats.folds import divided, norms, scaled

@@ -18,9 +18,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from flashsae import files
-from flashsae.documents import load_json, load_tensors
 from flashsae.errors import CheckpointError, ConfigError
+from flashsae.files import atomic
+from flashsae.files.documents import load_json, load_tensors
+from flashsae.files.schema import Count, Size, parse
 from flashsae.formats.checks import (
     active,
     check_alone,
@@ -38,7 +39,6 @@ from flashsae.formats.folds import scaled, subtracting
 from flashsae.formats.hook_names import is_hookpoint
 from flashsae.formats.selection import joined, l0_of, selection_of, split
 from flashsae.natural import in_order
-from flashsae.schema import Count, Size, parse
 
 CONFIG, WEIGHTS, RUN = "cfg.json", "sae.safetensors", "config.json"
 _NAME = "sparsify"
@@ -171,7 +171,7 @@ def write(folder: Path, content: Content, lossy: bool) -> list[str]:
     folded = subtracting(as_topk, not outer)
     names = {"W_enc_T": "encoder.weight", "b_enc": "encoder.bias"}
     kept = ("W_enc_T", "b_enc", "W_dec", "b_dec", *(("W_skip",) if outer == "skip_transcoder" else ()))
-    files.save_tensors(folder / WEIGHTS, {names.get(name, name): folded.tensors[name] for name in kept})
+    atomic.save_tensors(folder / WEIGHTS, {names.get(name, name): folded.tensors[name] for name in kept})
     theirs = kept_of(content.metadata, _NAME)
     config = _Config(
         d_in=content.d_in,
@@ -201,7 +201,7 @@ def _run(content: Content, settings: Mapping[str, Any], rest: Mapping[str, Any])
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    with files.storage_errors(path):
+    with atomic.storage_errors(path):
         path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
 
 
@@ -210,7 +210,7 @@ def write_set(folder: Path, contents: Mapping[str, Content], lossy: bool) -> lis
     told = []
     for hookpoint, content in contents.items():
         name = folder_name(hookpoint)
-        with files.storage_errors(folder / name):
+        with atomic.storage_errors(folder / name):
             (folder / name).mkdir(parents=True)
         told += [f"{hookpoint}: {each}" for each in write(folder / name, content, lossy)]
     return told

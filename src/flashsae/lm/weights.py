@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from flashsae.errors import ConfigError
-from flashsae.fingerprint import files_digest, tensors_digest, text_digest
+from flashsae.files.fingerprint import files_digest, tensors_digest, text_digest
 from flashsae.lm.adapters import base_and_adapter, revision_of
 from flashsae.lm.loading import Loading
 from flashsae.lm.options import PLAIN, LoadOptions

@@ -15,12 +15,12 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, TextIO
 
-from flashsae import files
-from flashsae.documents import SEAL
 from flashsae.errors import CheckpointError
-from flashsae.files import refusal
+from flashsae.files import atomic
+from flashsae.files.documents import SEAL
+from flashsae.files.reading import refusal
+from flashsae.files.schema import LARGEST, parse
 from flashsae.logs.callback import Callback
-from flashsae.schema import LARGEST, parse
 
 LOG_FILE = "metrics.jsonl"
 _ADVICE = "Put a copy of the file back, or train again."
@@ -107,22 +107,22 @@ class JsonlLog(Callback):
         for record in kept:
             line, self._checksum = make_line(record, self._checksum)
             text += line + "\n"
-        files.write_atomic(self._path, text)
-        with files.storage_errors(self._path):
+        atomic.write_atomic(self._path, text)
+        with atomic.storage_errors(self._path):
             self._file = self._path.open("a", encoding="utf-8", newline="\n")
 
     def on_log(self, record: Mapping[str, float]) -> None:
         """Write a line, at once."""
         if self._file is not None:
             line, self._checksum = make_line(record, self._checksum)
-            with files.storage_errors(self._path):
+            with atomic.storage_errors(self._path):
                 self._file.write(line + "\n")
                 self._file.flush()
 
     def on_checkpoint(self, step: int) -> None:
         """Flush the lines to the disk, so that no checkpoint is ahead of its log."""
         if self._file is not None:
-            with files.storage_errors(self._path):
+            with atomic.storage_errors(self._path):
                 os.fsync(self._file.fileno())
 
     def close(self) -> None:

@@ -7,8 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from flashsae import files
 from flashsae.errors import ConfigError, require
+from flashsae.files import atomic
 from flashsae.logs.callback import Callback
 from flashsae.natural import did_you_mean
 
@@ -24,12 +24,12 @@ class TensorBoardLog(Callback):
         """Open the log; what a killed run wrote behind the checkpoint is hidden."""
         from torch.utils.tensorboard import SummaryWriter
 
-        with files.storage_errors(self._folder):
+        with atomic.storage_errors(self._folder):
             self._writer = SummaryWriter(str(self._folder), purge_step=step + 1)
 
     def on_log(self, record: Mapping[str, float]) -> None:
         """Write a scalar for each entry."""
-        with files.storage_errors(self._folder):
+        with atomic.storage_errors(self._folder):
             for name, value in record.items():
                 if name != "step":
                     self._writer.add_scalar(name, value, int(record["step"]))

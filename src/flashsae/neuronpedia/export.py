@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flashsae.errors import CheckpointError, ConfigError
-from flashsae.files import atomic_directory
+from flashsae.files.atomic import atomic_directory
 from flashsae.neuronpedia.logits import Ends, ends_of, no_ends
 from flashsae.neuronpedia.records import (
     MOST_FEATURES,

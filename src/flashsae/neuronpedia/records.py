@@ -1,4 +1,4 @@
-"""What Neuronpedia reads, field by field: `flashsae.schema.parse` checks a file against it.
+"""What Neuronpedia reads, field by field: `flashsae.files.schema.parse` checks a file against it.
 
 Source: the client neuronpedia 1.2.1, np_feature.py, np_activation.py and requests/feature_request.py; the rows of its
 database as its own exports write them, and as apps/webapp/lib/db/import.ts reads them.
@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from flashsae.schema import Count, Finite, Fraction, Pattern, Size
+from flashsae.files.schema import Count, Finite, Fraction, Pattern, Size
 
 MOST_FEATURES = 128
 """In a request to feature/upload-batch."""

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from flashsae import files
 from flashsae.backend import resolve_device
 from flashsae.errors import CheckpointError, ConfigError, StorageError
+from flashsae.files import atomic
 from flashsae.formats.content import Content, Format
 from flashsae.formats.native import FORMAT as OURS
 from flashsae.formats.native import is_sae
@@ -105,7 +105,7 @@ def find(
     form = None if format is None else format_named(format)
     if not path.exists():
         with suppress(StorageError):
-            files.settle(path)  # a kill may have caught it while it was replaced
+            atomic.settle(path)  # a kill may have caught it while it was replaced
     if not path.exists():
         return {"": _part(path, form)}
     return (_of_run(path) if form in (None, OURS) else {}) or _in(path, form)

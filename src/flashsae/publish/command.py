@@ -10,8 +10,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from flashsae import files
 from flashsae.errors import ConfigError
+from flashsae.files import atomic
 from flashsae.metrics.numbers import compact
 from flashsae.places.hub import SCHEME, Place, place_of
 from flashsae.publish.content import Published
@@ -77,11 +77,11 @@ def push_run(run: Path, pushing: Pushing, console: Console) -> None:
     place, asked = pushing.place(), pushing.asked()
     if pushing.to_folder is not None:
         folder = expand(pushing.to_folder, "to_folder")
-        with files.atomic_directory(folder) as aside:
+        with atomic.atomic_directory(folder) as aside:
             _tell(*make_folder(run, aside, place, asked), console)
         console.print(f"written: {folder.resolve()}; its README.md is the card", highlight=False, soft_wrap=True)
         return
-    with tempfile.TemporaryDirectory(prefix="flashsae-push-") as made, files.storage_errors(Path(made)):
+    with tempfile.TemporaryDirectory(prefix="flashsae-push-") as made, atomic.storage_errors(Path(made)):
         folder = Path(made)
         saes, remarks = make_folder(run, folder, place, asked, _linked)
         _tell(saes, remarks, console)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from flashsae.architecture import Architecture, architecture_named
-from flashsae.documents import load_json
 from flashsae.errors import CheckpointError, ConfigError
+from flashsae.files.documents import load_json
 from flashsae.formats.native import Description, read_description
 from flashsae.logs.jsonl import LOG_FILE, read_log
 from flashsae.publish.cleaning import cleaned

@@ -20,9 +20,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from flashsae import files
-from flashsae.documents import SEAL, load_json, sealed
 from flashsae.errors import ConfigError
+from flashsae.files.documents import SEAL, load_json, sealed
+from flashsae.files.reading import check_sha256
 from flashsae.formats.content import Content
 from flashsae.formats.native import FORMAT as OURS
 from flashsae.formats.registry import format_named
@@ -105,7 +105,7 @@ def make_folder(
 def _write_ours(sae: Published, folder: Path, put: Callable[[Path, Path], Any]) -> None:
     """Write an SAE in our format, to the same bytes but for what others should not see, and what its run says."""
     weights = sae.folder / WEIGHTS_FILE
-    files.check_sha256(weights, sae.description.sha256, SAE_FILE, "Put a copy of it back.")
+    check_sha256(weights, sae.description.sha256, SAE_FILE, "Put a copy of it back.")
     put(weights.resolve(), folder / WEIGHTS_FILE)
     content = load_json(sae.folder / SAE_FILE)
     if content.get("metadata", {}) == sae.description.metadata:

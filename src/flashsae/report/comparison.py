@@ -15,7 +15,7 @@ from rich.table import Table
 
 from flashsae.architecture import architecture_named
 from flashsae.errors import ConfigError, require
-from flashsae.files import write_atomic
+from flashsae.files.atomic import write_atomic
 from flashsae.metrics import METRICS
 from flashsae.metrics.numbers import percent, real
 from flashsae.metrics.table import of_evaluation

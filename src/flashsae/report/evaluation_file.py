@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from flashsae.documents import load_document, write_document
+from flashsae.files.documents import load_document, write_document
+from flashsae.files.schema import Range
 from flashsae.metrics.numbers import real
-from flashsae.schema import Range
 
 Number = Annotated[float, Range(0)]
 

@@ -14,8 +14,8 @@ from flashsae.data.acts import Batch
 from flashsae.data.images import Pictures
 from flashsae.data.sources import Chunk
 from flashsae.data.split import Split
-from flashsae.documents import save_tensors_atomic
 from flashsae.evaluate import inference, latent_geometry
+from flashsae.files.documents import save_tensors_atomic
 from flashsae.metrics import LatentActivity
 from flashsae.ops.code import SparseCode
 from flashsae.report.snippets import Encode, collect_for_all, write_snippets

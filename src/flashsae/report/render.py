@@ -15,9 +15,9 @@ from typing import Any
 
 from flashsae.architecture import Architecture, architecture_named
 from flashsae.architecture.sites import width_told
-from flashsae.documents import SEAL, load_json, load_tensors
 from flashsae.errors import CheckpointError, ConfigError, require
-from flashsae.files import write_atomic
+from flashsae.files.atomic import write_atomic
+from flashsae.files.documents import SEAL, load_json, load_tensors
 from flashsae.logs.jsonl import read_log
 from flashsae.metrics import METRICS, Metric, table
 from flashsae.metrics.numbers import compact, count, duration, real

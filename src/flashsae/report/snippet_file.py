@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from flashsae.data.split import Split
-from flashsae.documents import load_document, write_document
 from flashsae.errors import CheckpointError
-from flashsae.schema import Count, Finite, Fraction, Pattern, Size
+from flashsae.files.documents import load_document, write_document
+from flashsae.files.schema import Count, Finite, Fraction, Pattern, Size
 
 FORMAT = 1
 Base64 = Annotated[str, Pattern(r"[A-Za-z0-9+/]*={0,2}", "base64")]

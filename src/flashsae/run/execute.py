@@ -24,7 +24,6 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from flashsae import files
 from flashsae.backend import resolve_device
 from flashsae.data.cache import ActivationCache
 from flashsae.data.images import Pictures
@@ -33,6 +32,7 @@ from flashsae.data.sources import Chunk, RowSource
 from flashsae.data.split import Split
 from flashsae.errors import ConfigError, DivergedError
 from flashsae.evaluate import evaluate_together, held_out_batches
+from flashsae.files import atomic
 from flashsae.formats.registry import format_named
 from flashsae.logs.progress import StageBar
 from flashsae.metrics import is_dead as dead_mask
@@ -82,8 +82,8 @@ def execute(run: Path, console: Console) -> dict[str, str]:
     config = saved_config(run)
     check_whole(run)
     check(config)
-    with files.only_one(run):
-        files.clear_leftovers(run)
+    with atomic.only_one(run):
+        atomic.clear_leftovers(run)
         rounds = _rounds(run, config, console)
         several = sum(map(len, rounds)) > 1
         for number, parts in enumerate(rounds, 1):
@@ -150,7 +150,7 @@ def _rounds(run: Path, config: RunConfig, console: Console) -> list[list[Part]]:
     check_held(config.export, {one.name: (one.train, metadata_of(one)) for one in planned})
     activations = _compute(prepared, config, console)
     if len(planned) > 1:
-        files.write_atomic(run / CONFIG_FILE, settled(config, prepared).to_toml())
+        atomic.write_atomic(run / CONFIG_FILE, settled(config, prepared).to_toml())
     for warning in activations.warnings:
         console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True)
     del prepared  # with it goes a language model whose activations are cached
@@ -195,7 +195,7 @@ def _finish(parts: Sequence[Part], trained: Sequence[Trained], console: Console)
     if not to_do:
         return
     for each in to_do:
-        with files.storage_errors(each.part.folder):
+        with atomic.storage_errors(each.part.folder):
             (each.part.folder / "report.html").unlink(missing_ok=True)  # of fewer tokens, where the run was extended
     found, config = _evaluate(to_do, console), parts[0].config
     if config.report:

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from flashsae import files
-from flashsae.documents import load_tensors
 from flashsae.errors import ConfigError
+from flashsae.files import atomic
+from flashsae.files.documents import load_tensors
 from flashsae.formats import native
 from flashsae.formats.checks import folder_name
 from flashsae.formats.content import Content, Format
@@ -173,7 +173,7 @@ def write_several(
     is_there = overwrite and directory.exists()
     for content in contents.values():
         check_numbers(content, form)
-    with files.atomic_directory(directory, overwrite=overwrite, advice=OVERWRITE) as folder:
+    with atomic.atomic_directory(directory, overwrite=overwrite, advice=OVERWRITE) as folder:
         if form.write_set is not None:
             told = form.write_set(folder, contents, lossy)
         else:

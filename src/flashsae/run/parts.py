@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
-from flashsae import files
 from flashsae.architecture import architecture_of
 from flashsae.data.prepared import Activations, AskedSites, Prepared
 from flashsae.data.sources import Source
 from flashsae.errors import ConfigError, FlashSAEError
+from flashsae.files import atomic
 from flashsae.lm.hookpoints import folder_of
 from flashsae.natural import in_order
 from flashsae.settings.run import CONFIG_FILE, RunConfig
@@ -179,9 +179,9 @@ def write_parts(run: Path, planned: Sequence[Planned], activations: Activations)
     for one in planned:
         folder = run / one.name if one.name else run
         if not folder.exists():
-            with files.atomic_directory(folder) as made:
+            with atomic.atomic_directory(folder) as made:
                 (made / CONFIG_FILE).write_text(one.config.to_toml(), "utf-8")
         elif not (folder / CONFIG_FILE).exists() or (folder / CONFIG_FILE).read_text("utf-8") != one.config.to_toml():
-            files.write_atomic(folder / CONFIG_FILE, one.config.to_toml())
+            atomic.write_atomic(folder / CONFIG_FILE, one.config.to_toml())
         parts.append(Part(one, folder, activations))
     return parts

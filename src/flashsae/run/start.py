@@ -7,13 +7,13 @@ from dataclasses import replace
 from itertools import chain, count
 from pathlib import Path
 
-from flashsae import files
 from flashsae.backend import check_single_process, check_variables, resolve_device
 from flashsae.data.open import prepare_activations, run_name
 from flashsae.data.prepared import Prepared, with_hookpoint
 from flashsae.data.shuffle import shuffled
 from flashsae.data.sources import RowSource, Source
 from flashsae.errors import ConfigError, DataError, StorageError, require
+from flashsae.files import atomic
 from flashsae.lm.place import model_place
 from flashsae.logs.jsonl import LOG_FILE
 from flashsae.logs.trackers import check_logger
@@ -71,7 +71,7 @@ def place_of(config: RunConfig, run: Path | None = None) -> Path:
         name = _name(config)
         names = (name + suffix for suffix in chain([""], (f"-{n}" for n in count(2))))
         run = next(path for path in map(RUNS.joinpath, names) if not path.exists())
-    with files.storage_errors(run):
+    with atomic.storage_errors(run):
         try:
             is_folder = run.is_dir() if run.lstat() else False
         except (FileNotFoundError, NotADirectoryError):
@@ -114,7 +114,7 @@ def new_run(config: RunConfig, run: Path | None = None) -> Path:
     """
     place = place_of(config, run)
     try:
-        with files.atomic_directory(place) as folder:
+        with atomic.atomic_directory(place) as folder:
             (folder / CONFIG_FILE).write_text(config.to_toml(), "utf-8")
     except StorageError:
         if run is not None or not place.exists():
@@ -180,13 +180,13 @@ def write_extended(config: RunConfig, run: Path) -> None:
     Raises:
         StorageError: the file system refused, or another process works on the run.
     """
-    with files.only_one(run):
-        files.write_atomic(run / CONFIG_FILE, config.to_toml())
+    with atomic.only_one(run):
+        atomic.write_atomic(run / CONFIG_FILE, config.to_toml())
 
 
 def discard_if_empty(run: Path) -> bool:
     """Remove a run that failed before anything but its settings was written; return whether it was so."""
-    if not files.discard(run, {CONFIG_FILE}):
+    if not atomic.discard(run, {CONFIG_FILE}):
         return False
     if run.parent == RUNS and not any(RUNS.iterdir()):
         RUNS.rmdir()

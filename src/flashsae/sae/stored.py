@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashsae import files
 from flashsae.architecture import settings_of
 from flashsae.errors import CheckpointError, ConfigError, DtypeError, FlashSAEError, StorageError
+from flashsae.files import atomic
 from flashsae.formats import native
 from flashsae.formats.content import Content, Format, Write, plain_metadata
 from flashsae.formats.registry import formats
@@ -82,7 +82,7 @@ def write(content: Content, directory: str | Path, form: Format, *, lossy: bool,
     if is_there and not form.detects(path):
         raise StorageError(f"{path} holds no {form.title} SAE and is not replaced; choose another folder.")
     check_numbers(content, form)
-    with files.atomic_directory(path, overwrite=overwrite, advice=OVERWRITE) as folder:
+    with atomic.atomic_directory(path, overwrite=overwrite, advice=OVERWRITE) as folder:
         given_up = check_written(form)(folder, content, lossy)
         if is_there:
             check_replaceable(path, folder)
@@ -134,7 +134,7 @@ def check_written(form: Format) -> Write:
 
 def check_replaceable(directory: Path, by: Path) -> None:
     """Raise StorageError if a folder holds what somebody would miss who has the folder that takes its place."""
-    with files.storage_errors(directory):
+    with atomic.storage_errors(directory):
         there, ours = ({path.relative_to(each) for path in each.rglob("*")} for each in (directory, by))
     foreign = sorted(str(path) for path in there - ours if path.name not in _OF_SYSTEMS)
     if foreign:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
-from flashsae.fingerprint import text_digest
+from flashsae.files.fingerprint import text_digest
 from flashsae.text.content import Chat, Content, encodable, is_blank
 
 Rows: TypeAlias = Iterator[tuple[int, Content]]

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from flashsae.errors import DataError, FlashSAEError, first_line, require
-from flashsae.fingerprint import text_digest
+from flashsae.files.fingerprint import text_digest
 from flashsae.text.asked import OF_TOKENS, AskedText
 from flashsae.text.columns import Columns
 from flashsae.text.dataset import Rows, TextDataset

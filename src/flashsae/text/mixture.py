@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flashsae.errors import ConfigError
-from flashsae.fingerprint import text_digest
+from flashsae.files.fingerprint import text_digest
 from flashsae.text.dataset import Rows, TextDataset
 
 _NAMED = "a mixture by characters of"

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from flashsae.errors import ConfigError, DataError, FlashSAEError, first_line
-from flashsae.fingerprint import digest, text_digest
+from flashsae.files.fingerprint import digest, text_digest
 from flashsae.text.asked import ALL, AskedText
 from flashsae.text.columns import Columns, chat_of
 from flashsae.text.content import Chat, Content, Tokens

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from flashsae.errors import ConfigError, DataError
-from flashsae.fingerprint import files_digest, text_digest
+from flashsae.files.fingerprint import files_digest, text_digest
 from flashsae.settings.kinds import expand
 from flashsae.settings.reading import PYTHON_DOCS
 from flashsae.text.asked import ALL, OF_HUB, OF_TOKENS, AskedText

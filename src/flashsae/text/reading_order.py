@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 import torch
 
-from flashsae.fingerprint import text_digest
+from flashsae.files.fingerprint import text_digest
 from flashsae.text.content import Block, Content
 
 _Placed: TypeAlias = tuple[int, int, Content]

@@ -18,7 +18,7 @@ from flashsae.data.from_model import ModelActivations
 from flashsae.data.shuffle import buffer_size
 from flashsae.data.sources import ArraySource, IterableSource, RowSource, Source
 from flashsae.errors import CheckpointError, ConfigError, FlashSAEWarning, StorageError
-from flashsae.files import clear_leftovers, discard, only_one, storage_errors
+from flashsae.files.atomic import clear_leftovers, discard, only_one, storage_errors
 from flashsae.logs.jsonl import LOG_FILE
 from flashsae.settings.kinds import check, expand
 from flashsae.train.config import TrainConfig

@@ -10,10 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
-from flashsae import files
-from flashsae.documents import load_document, load_json, load_tensors, sealed
 from flashsae.errors import CheckpointError
-from flashsae.schema import Count
+from flashsae.files import atomic
+from flashsae.files.documents import load_document, load_json, load_tensors, sealed
+from flashsae.files.reading import check_sha256, sha256
+from flashsae.files.schema import Count
 
 FORMAT = "flashsae.checkpoint"
 FORMAT_VERSION = 5
@@ -59,17 +60,17 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint) -> Path:
     """
     path = directory / f"step-{checkpoint.step:08d}"
     if directory.is_dir():
-        files.clear_leftovers(directory)
+        atomic.clear_leftovers(directory)
     for old in [other for other in list_checkpoints(directory) if other != path][: 1 - KEPT]:
         shutil.rmtree(old, ignore_errors=True)
-    with files.atomic_directory(path, overwrite=True) as folder:
-        files.save_tensors(folder / _TENSORS, checkpoint.tensors)
+    with atomic.atomic_directory(path, overwrite=True) as folder:
+        atomic.save_tensors(folder / _TENSORS, checkpoint.tensors)
         (folder / _STATE).write_text(json.dumps(checkpoint.state), "utf-8")
         manifest = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "step": checkpoint.step,
-            "sha256": {name: files.sha256(folder / name) for name in (_TENSORS, _STATE)},
+            "sha256": {name: sha256(folder / name) for name in (_TENSORS, _STATE)},
         }
         (folder / _MANIFEST).write_text(json.dumps(sealed(manifest), indent=2) + "\n", "utf-8")
     return path
@@ -104,6 +105,6 @@ def load_checkpoint(path: Path) -> Checkpoint:
             f"step-{manifest.step:08d} back, or remove it."
         )
     for name in (_TENSORS, _STATE):
-        files.check_sha256(path / name, manifest.sha256.get(name), _MANIFEST, advice)
+        check_sha256(path / name, manifest.sha256.get(name), _MANIFEST, advice)
     state = load_document(path / _STATE, dict[str, Any], advice=advice)
     return Checkpoint(manifest.step, state, load_tensors(path / _TENSORS))

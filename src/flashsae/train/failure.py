@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from flashsae.documents import load_document, write_document
+from flashsae.files.documents import load_document, write_document
 
 FAILED_FILE = "failed.json"
 

@@ -20,7 +20,7 @@ from flashsae.data.batches import OnFill
 from flashsae.data.sources import Source
 from flashsae.data.together import Together
 from flashsae.errors import ConfigError, DivergedError, FlashSAEError
-from flashsae.files import storage_errors
+from flashsae.files.atomic import storage_errors
 from flashsae.logs.callback import Callback, WarnOfOne
 from flashsae.logs.jsonl import JsonlLog
 from flashsae.logs.progress import ProgressBar, filling

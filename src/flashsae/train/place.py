@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flashsae import files
 from flashsae.data.batches import Batches
 from flashsae.errors import CheckpointError
-from flashsae.schema import parse
+from flashsae.files import atomic
+from flashsae.files.schema import parse
 from flashsae.train.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint, step_of
 
 _ADVICE = "Resume with the settings and the data of the run, or start a new one."
@@ -85,6 +85,6 @@ class Place:
         for folder in (*self._saes, self._folder):
             for path in list_checkpoints(folder):
                 if step_of(path) > step:
-                    with files.storage_errors(path):
+                    with atomic.storage_errors(path):
                         shutil.rmtree(path)
         return step

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flashsae.files.schema import Positive, Size
 from flashsae.sae.module import SAE
 from flashsae.sae.units import Units, normalized
-from flashsae.schema import Positive, Size
 from flashsae.settings.normalization import LAYER_NORM, TOKEN_NORM
 
 

@@ -14,6 +14,7 @@ from flashsae.architecture import Progress, architecture_of
 from flashsae.data.acts import only_site
 from flashsae.data.shuffle import Batches, OnFill
 from flashsae.errors import CheckpointError, ConfigError
+from flashsae.files.schema import Positive, parse
 from flashsae.metrics import table
 from flashsae.neutral import neutral
 from flashsae.optim import FactoredAdam
@@ -27,7 +28,6 @@ from flashsae.sae.losses import fvu_weights
 from flashsae.sae.module import SAE
 from flashsae.sae.step import join_sites
 from flashsae.sae.stored import unsaved_values
-from flashsae.schema import Positive, parse
 from flashsae.settings.kinds import as_json
 from flashsae.settings.training import BOTH
 from flashsae.train.average import Average, average_of, averaged

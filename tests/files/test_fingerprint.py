@@ -10,9 +10,9 @@ from types import ModuleType
 import pytest
 import torch
 
-from flashsae import fingerprint
 from flashsae.errors import ConfigError, DataError
-from flashsae.fingerprint import files_digest, rows_digest, tensors_digest
+from flashsae.files import fingerprint
+from flashsae.files.fingerprint import files_digest, rows_digest, tensors_digest
 from flashsae.lm.weights import loaded_fingerprint, model_fingerprint
 from flashsae.text.dataset import TextDataset
 from flashsae.text.open import open_text

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import pytest
 
 from flashsae.errors import CheckpointError
-from flashsae.schema import Count, Finite, Name, Size, Text, parse
+from flashsae.files.schema import Count, Finite, Name, Size, Text, parse
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from flashsae import documents
 from flashsae.errors import CheckpointError
+from flashsae.files import documents
 
 
 def test_a_document_gives_back_what_was_written(tmp_path: Path) -> None:

@@ -23,8 +23,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from flashsae.errors import CheckpointError, require
-from flashsae.files import refusal, write_atomic
-from flashsae.schema import Range, parse
+from flashsae.files.atomic import write_atomic
+from flashsae.files.reading import refusal
+from flashsae.files.schema import Range, parse
 
 T = TypeVar("T")
 Checksum = Annotated[int, Range(0, 2**32 - 1)]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flashsae.errors import DataError
-from flashsae.files import sha256
+from flashsae.files.reading import sha256
 
 _REMEMBERED_BYTES = 1 << 24
 """A file of this size takes longer to hash than the clock of a file system takes to tick, so its time of change can be
