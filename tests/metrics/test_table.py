@@ -79,9 +79,11 @@ def test_no_title_label_or_caption_is_spelt_a_second_time() -> None:
 def test_a_term_says_itself_what_it_is() -> None:
     penalty = Term("penalty", "λ Σ|acts|", "How large activations are.", lambda step: None, weight=0.25)
     row = table([penalty])["penalty"]
-    assert (row.label, row.title, row.formula, row.axis) == ("penalty", "penalty", "λ Σ|acts|", "linear")
+    assert (row.label, row.title, row.formula, row.axis) == ("penalty", "Penalty", "λ Σ|acts|", "linear")
     assert row.caption == "How large activations are. Its weight in the loss is 0.25."
     assert "penalty" not in METRICS
+    titles = [row.title for row in table(architecture_named("jump_relu").terms).values() if row.name not in METRICS]
+    assert {"Quadratic penalty", "L0 penalty", "AuxK loss"} < set(titles)
 
 
 @pytest.mark.parametrize("name", ["step", "tokens", "loss", "l0", "held_out_fvu"])

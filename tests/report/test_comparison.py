@@ -38,6 +38,7 @@ def test_a_row_for_each_with_what_differs_and_a_link_to_its_report(page: Any, tm
     assert [head for head in ("arch", "k", "lr", "held-out FVU", "L0") if f">{head}</th>" in heads] == [
         "arch", "k", "lr", "held-out FVU", "L0",
     ]  # fmt: skip
+    assert '<th scope="col">arch</th><th scope="col" class="number">k</th>' in heads  # as the cells below stand
     assert ">d_sae</th>" not in heads
     assert "<td>64</td>" in text.partition('id="settings"')[2]
     assert 'data-key="0.125">0.1250</td>' in text

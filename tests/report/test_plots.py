@@ -9,6 +9,7 @@ import pytest
 from flashsae.architecture import Term
 from flashsae.errors import MissingExtraError
 from flashsae.metrics import METRICS, table
+from flashsae.report.drawing import number
 from flashsae.report.plots import Plot, latent_map, latent_plots, training_plots
 
 pytest.importorskip("matplotlib")
@@ -196,7 +197,7 @@ def test_a_term_of_the_loss_is_drawn_with_what_its_architecture_says_of_it() -> 
     logged = [line | {"penalty": 100.0 - line["step"], "<i>'\"": 1.0} for line in metrics()]
     plots = training_plots(logged, EVALUATION, {}, table([term]))
     plot = by_name(plots, "penalty")
-    assert plot.title == "penalty"
+    assert plot.title == "Penalty"
     assert plot.caption == (
         "How large activations are. Its weight in the loss is l1_coefficient. 100 at step 0, 5 at step 95."
     )
@@ -282,3 +283,19 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingExtraError, match=r"flashsae\[report\]"):
         latent_plots(arrays())
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.0005, "0.0005"),
+        (0.003, "0.003"),
+        (0.00005, "5·10⁻⁵"),
+        (1e-6, "10⁻⁶"),
+        (0, "0"),
+        (12_000, "12k"),
+        (1e13, "10¹³"),
+    ],
+)
+def test_numbers_of_an_axis_are_written_alike(value: float, text: str) -> None:
+    assert number(value) == text

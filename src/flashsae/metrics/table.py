@@ -240,8 +240,17 @@ def table(terms: Iterable[Term] = ()) -> dict[str, Metric]:
             raise ConfigError(f"term {term.name}: expected a name that no metric has. Give it one of its own.")
         else:
             caption = f"{term.caption} Its weight in the loss is {getattr(term.weight, '__name__', term.weight)}."
-            rows[term.name] = replace(bare(term.name), caption=caption, formula=term.formula)
+            rows[term.name] = replace(bare(term.name), title=_spoken(term.name), caption=caption, formula=term.formula)
     return rows
+
+
+_CAPITALS = {"auxk": "AuxK", "fvu": "FVU", "l0": "L0"}
+
+
+def _spoken(name: str) -> str:
+    """Return a name as a title: auxk_loss is AuxK loss."""
+    words = " ".join(_CAPITALS.get(word, word) for word in name.split("_"))
+    return words[:1].upper() + words[1:]
 
 
 def bare(name: str) -> Metric:

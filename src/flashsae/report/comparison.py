@@ -124,14 +124,17 @@ def _context(run: Path, saes: Sequence[Compared]) -> dict[str, Any]:
     differ = differing(saes)
     models = {str(sae.settings.get("model", "")) for sae in saes} - {""}
     plots = comparing_plots(saes)
+    rows = [_row(sae, differ) for sae in saes]
     return {
         "title": setting_text(models.pop()) if len(models) == 1 else "Sparse autoencoders",
         "count": len(saes),
         "failed": [{"name": sae.folder.name, "why": printable(sae.failure)} for sae in saes if sae.failure is not None],
         "plots": [{"name": p.name, "title": p.title, "caption": p.caption, "svg": markup(p.svg)} for p in plots],
-        "columns": [*differ, *(of_evaluation(name).label for name in _FIGURES)],
-        "numeric_from": len(differ),
-        "rows": [_row(sae, differ) for sae in saes],
+        "columns": [
+            {"text": text, "is_number": any(row["cells"][number]["is_number"] for row in rows)}
+            for number, text in enumerate([*differ, *(of_evaluation(name).label for name in _FIGURES)])
+        ],
+        "rows": rows,
         "captions": [(METRICS[name].label, METRICS[name].caption) for name in ("fvu", "l0", "dead_latents")],
         "shared": shared_settings(saes),
         "style": markup(style),

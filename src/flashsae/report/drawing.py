@@ -265,7 +265,7 @@ def _digits(low: float, high: float) -> int:
 def number(value: float, digits: int = 3) -> str:
     """Write a number as on an axis: 12k, 3.5M, 0.05, 5·10⁻⁵. An axis far from 0 needs more digits."""
     size = abs(value)
-    if size >= 1e12 or 0 < size < 1e-3:
+    if size >= 1e12 or 0 < size < 1e-4:
         mantissa, decade = f"{value:.1e}".split("e")
         mantissa = mantissa.removesuffix(".0")
         return ("" if mantissa == "1" else f"{mantissa}·") + "10" + str(int(decade)).translate(_SUPERSCRIPT)
