@@ -356,6 +356,34 @@ def test_the_file_may_lie_in_the_home_folder(
     assert "expected a path whose user exists" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "cache gpt2 x.txt --hookpoint h.0 --out hf://me/x",
+        "cache --merge a b --out hf://me/x",
+        "cache --describe a --json hf://me/x",
+        "train --run hf://me/x",
+        "train --activations hf://me/x --plan",
+        "train gpt2 x.txt --hookpoint h.0 --activations hf://me/x",
+        "train --resume hf://me/x",
+        "report hf://me/x",
+        "convert a hf://me/x --to saelens",
+        "push a --to-folder hf://me/x",
+        "neuronpedia a hf://me/x --set mine",
+        "bench step --tiny --json hf://me/x",
+    ],
+)
+def test_no_folder_is_called_like_an_address(
+    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert _main(*words.split()) == 1
+    told = capsys.readouterr().err
+    assert "expected a path on this machine, got 'hf:/" in told
+    assert told.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_verification_takes_no_setting_that_it_would_ignore(capsys: pytest.CaptureFixture[str]) -> None:
     for words in (["--device", "auto"], ["--out", "acts"], ["minilm"]):
         assert _main("cache", *words, "--verify", "acts") == 1

@@ -15,6 +15,7 @@ from flashsae.files.documents import save_tensors_atomic
 from flashsae.formats.registry import formats
 from flashsae.sae import load_extras
 from flashsae.sae.saved import content_of
+from flashsae.train.failure import write_failure
 from helpers import hub as stand_in
 from helpers import kill
 
@@ -63,6 +64,26 @@ def test_what_is_known_of_latents_in_a_run_goes_along(saved: Path, tmp_path: Pat
     assert torch.equal(load_extras(tmp_path / "again")["latent_density"], density)
 
 
+def test_what_a_run_has_no_sae_of_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    for name in ("done", "dead", "late", "open"):
+        (run / name).mkdir(parents=True)
+        (run / name / "config.toml").write_text("")
+    for name in ("done", "late"):
+        SAE(SAEConfig(4, 8, 2)).save(run / name / "sae", metadata=METADATA)
+    for name in ("dead", "late"):
+        write_failure(run / name, "the loss is not finite [nan].")
+    with pytest.raises(SystemExit) as stopped:
+        main(["convert", str(run), str(tmp_path / "out"), "--to", "flashsae"])
+    told = said(capsys)
+    assert stopped.value.code == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["done", "late"]
+    assert "note: dead is left out: its training failed: the loss is not finite [nan]." in told
+    assert "note: late is of before its training went on and failed: the loss is not finite [nan]." in told
+    assert "note: open is left out: it has no SAE so far" in told
+    assert told.count("note:") == 3
+
+
 def refused(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
     with pytest.raises(SystemExit) as stopped:
         main(["convert", *map(str, words)])
@@ -96,10 +117,11 @@ def test_nothing_is_written_over_and_every_refusal_is_a_sentence(
         with pytest.raises(SystemExit) as stopped:
             main(["convert", str(saved), str(out), "--to", "flashsae", *flags])
         assert stopped.value.code == 0
-    assert "dst: expected a folder on this machine, got hf:/me/saes; flashsae push RUN USER/NAME --format" in refused(
-        capsys, saved, "hf://me/saes", "--to", "saelens"
+    assert (
+        "dst: expected a path on this machine, got 'hf://me/saes'. From the hub flashsae convert fetches SAEs, flashsae"
+        in refused(capsys, saved, "hf://me/saes", "--to", "saelens")
     )
-    with pytest.raises(ConfigError, match=r"^directory: expected a folder on this machine, got hf://me/saes; "):
+    with pytest.raises(ConfigError, match=r"^directory: expected a path on this machine, got 'hf://me/saes'\. "):
         flashsae.load(saved).save("hf://me/saes")
     assert "expected nothing beside a place on this machine" in refused(
         capsys, saved, tmp_path / "x", "--to", "flashsae", "--revision", "main"

@@ -71,3 +71,16 @@ def test_what_does_not_is_refused_by_name(name: str, value: object, message: str
 def test_the_home_of_somebody_who_is_not_there_is_refused() -> None:
     with pytest.raises(ConfigError, match="a path whose user exists"):
         expand("~nobody-of-this-name/x")
+
+
+@pytest.mark.parametrize(
+    "address", ["hf://me/x", "hf:/me/x", Path("hf://me/x"), "https://x.org/a", "s3://a/b", "file:///x"]
+)
+def test_an_address_is_no_path(address: str | Path) -> None:
+    with pytest.raises(ConfigError, match=r"^run: expected a path on this machine, got '[a-z3]+:/.*'\. From the hub"):
+        expand(address, "run")
+
+
+@pytest.mark.parametrize("path", ["C:/x", "a:b/c", "x/hf:/y", "h.6:in", "/hf:/x"])
+def test_other_colons_are_of_a_path(path: str) -> None:
+    assert expand(path) == Path(path)

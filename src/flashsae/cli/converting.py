@@ -13,8 +13,12 @@ from flashsae.formats.content import Content
 from flashsae.formats.registry import format_named
 from flashsae.places import finding
 from flashsae.places.finding import Found, find
+from flashsae.places.hub import SCHEME
 from flashsae.run.exporting import set_names, with_density, write_several
-from flashsae.sae.stored import check_written, config_from, folder_of, values_from, write
+from flashsae.run.parts import part_folders
+from flashsae.sae.stored import check_written, config_from, values_from, write
+from flashsae.settings.kinds import expand
+from flashsae.train.failure import failure_in
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,9 @@ def convert(asked: Conversion, console: Console) -> None:
     """
     form = format_named(asked.to, written=True)
     check_written(form)
-    directory = folder_of(asked.dst, "dst")
+    directory = expand(asked.dst, "dst")
     found = find(asked.src, format=asked.format, revision=asked.revision, several=True)
+    left = left_out(asked.src, found)
     how = {"lossy": asked.lossy, "overwrite": asked.overwrite}
     lines, metadata = {}, {}
     if list(found) == [""]:
@@ -58,8 +63,32 @@ def convert(asked: Conversion, console: Console) -> None:
         _say(console, line)
     sources = ", ".join(dict.fromkeys(each.title for each, _ in found.values()))
     _say(console, f"{sources} -> {form.title}: {directory}")
-    for sentence in told:
-        console.print(f"[yellow]given up:[/] {escape(sentence)}", highlight=False, soft_wrap=True)
+    for mark, sentences in (("given up", told), ("note", left)):
+        for sentence in sentences:
+            console.print(f"[yellow]{mark}:[/] {escape(sentence)}", highlight=False, soft_wrap=True)
+
+
+def left_out(src: str, found: Mapping[str, Found]) -> list[str]:
+    """Return sentences on what is not among the SAEs of a run, or not as it was asked for, because its training failed.
+
+    Args:
+        src: the folder of the run, or any other place.
+        found: the SAEs there, by name.
+    Raises:
+        CheckpointError: a file that says why one failed is damaged.
+    """
+    if src.startswith(SCHEME):
+        return []
+    told = []
+    for folder in part_folders(expand(src, "src")):
+        name, why = folder.name, failure_in(folder)
+        if name not in found:
+            told.append(
+                f"{name} is left out: {'it has no SAE so far' if why is None else f'its training failed: {why}'}"
+            )
+        elif why is not None:
+            told.append(f"{name} is of before its training went on and failed: {why}")
+    return told
 
 
 class _AsTheyAreRead(Mapping[str, Content]):

@@ -104,7 +104,7 @@ def neuronpedia(
 
     given = {} if creator_id is None else {"creator_id": creator_id}
     asked = Asked(set_name, model_id, layer, kind, logits, creator, **given)
-    folder = export(expand(run, "run"), expand(out, "out"), asked)
+    folder = export(run, out, asked)
     Console().print(str(folder.resolve()), highlight=False, soft_wrap=True)
 
 

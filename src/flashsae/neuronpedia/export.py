@@ -29,6 +29,7 @@ from flashsae.neuronpedia.records import (
 from flashsae.neuronpedia.source import NamedSource, read_run
 from flashsae.places.finding import find, only
 from flashsae.report.snippet_file import LatentSnippets, Snippet, Snippets
+from flashsae.settings.kinds import expand
 
 Kind = Literal["upload", "bulk"]
 CREATOR_ID = "clkht01d40000jv08hvalcvly"
@@ -69,10 +70,12 @@ def export(run: Path, out: Path, asked: Asked) -> Path:
     Returns:
         the folder that was made.
     Raises:
-        ConfigError: the run read no texts or has several SAEs, a name cannot be one there, or there are no logits.
+        ConfigError: the run read no texts or has several SAEs, a name cannot be one there, there are no logits, or
+            a path is none of this machine.
         CheckpointError: it has not finished, or a file of it is damaged.
         StorageError: the folder exists or cannot be made.
     """
+    run, out = expand(run, "run"), expand(out, "out")
     settings, snippets = read_run(run)
     source = NamedSource.of(settings, asked.set_name, asked.model_id, asked.layer)
     ends = _ends(run, settings, snippets) if asked.logits else no_ends(len(snippets.latents))

@@ -77,7 +77,7 @@ def write(content: Content, directory: str | Path, form: Format, *, lossy: bool,
     check("overwrite", overwrite, bool)
     check("lossy", lossy, bool)
     check_written(form)
-    path = folder_of(directory, "directory")
+    path = expand(directory, "directory")
     is_there = overwrite and path.exists()
     if is_there and not form.detects(path):
         raise StorageError(f"{path} holds no {form.title} SAE and is not replaced; choose another folder.")
@@ -87,22 +87,6 @@ def write(content: Content, directory: str | Path, form: Format, *, lossy: bool,
         if is_there:
             check_replaceable(path, folder)
     return given_up
-
-
-def folder_of(directory: str | Path, name: str) -> Path:
-    """Return a folder to write to; raise ConfigError where none on this machine is meant.
-
-    Args:
-        directory: it.
-        name: of the argument, for messages.
-    """
-    path = expand(directory, name)
-    if path.parts[:1] == ("hf:",):
-        raise ConfigError(
-            f"{name}: expected a folder on this machine, got {directory}; flashsae push RUN USER/NAME --format NAME "
-            "writes to the hub."
-        )
-    return path
 
 
 def check_numbers(content: Content, form: Format, path: Path | None = None) -> None:

@@ -12,6 +12,7 @@ import math
 import numbers
 import operator
 import os
+import re
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -266,6 +267,13 @@ def _path(value: Any, kind: Any) -> Path:
     return expand(_str(value, kind))
 
 
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:[/\\]")
+"""How hf://, https:// and s3:// begin, also behind `Path`, which drops a slash; C:/ is a drive of Windows."""
+_OF_THE_HUB = (
+    "From the hub flashsae convert fetches SAEs, flashsae push writes them there, and texts are named USER/NAME."
+)
+
+
 def expand(path: str | os.PathLike[str], name: str = "") -> Path:
     """Return a path with ~ put as the home folder: the one way in for the paths of people.
 
@@ -273,7 +281,8 @@ def expand(path: str | os.PathLike[str], name: str = "") -> Path:
         path: of something that need not exist.
         name: of the argument, for messages.
     Raises:
-        ConfigError: it is no path, of a user that there is not, or none that the file system lets one look for.
+        ConfigError: it is no path, of a user that there is not, none that the file system lets one look for, or an
+            address such as hf://USER/NAME, which would make a folder called hf: here.
     """
     start = f"{name}: " if name else ""
     try:
@@ -287,6 +296,8 @@ def expand(path: str | os.PathLike[str], name: str = "") -> Path:
         raise ConfigError(f"{start}expected a path whose user exists, got {_shown(path)}.") from error
     except (TypeError, ValueError) as error:  # of what cannot be a name: a NUL, half of a surrogate pair
         raise ConfigError(f"{start}expected a path, got {_shown(path)}.") from error
+    if _ADDRESS.match(str(found)):
+        raise ConfigError(f"{start}expected a path on this machine, got {_shown(path)}. {_OF_THE_HUB}")
     return found
 
 

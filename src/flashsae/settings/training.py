@@ -245,10 +245,6 @@ class TrainConfig:
         if self.init_from is not None:
             if self.init == "data":
                 raise ConfigError(BOTH)
-            if self.init_from.parts[0] == "hf:":
-                raise ConfigError(
-                    "init_from: expected a folder on this machine; fetch it with flashsae convert hf://... FOLDER."
-                )
             object.__setattr__(self, "init_from", self.init_from.absolute())  # to be found from wherever it is resumed
         if self._ends != sorted(set(self._ends)):
             raise ConfigError(
