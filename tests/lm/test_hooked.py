@@ -165,7 +165,7 @@ def test_a_model_that_pads_its_input_is_refused(tiny: ModuleType) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_give_no_finite_numbers_are_refused_at_the_first_look(tiny: ModuleType, value: float) -> None:
-    for name in ("wte.weight", "h.1.mlp.c_proj.weight"):
+    for name in ("wte.weight", "h.1.mlp.c_proj.weight", "h.1.mlp.c_proj.bias"):
         model = tiny.gpt2()
         with torch.no_grad():
             model.base_model.get_parameter(name)[:] = value

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import ModuleType
 
 import pytest
+import torch
 
 from flashsae.errors import ConfigError
 from flashsae.lm.hookpoints import folder_of, match_hookpoints, module_of, patterns_in, resolve_hookpoints
@@ -18,6 +19,14 @@ def test_wildcards_stay_within_a_level_and_sort_numbers_as_numbers(tiny: ModuleT
     assert resolve_hookpoints(model, ["transformer.h.3"]) == ("h.3",)
     assert match_hookpoints("h.*", ["h.10", "h.9", "h.9.mlp", "g.1"]) == ["h.9", "h.10"]
     assert match_hookpoints("x.*", ["h.10"]) == []
+
+
+@pytest.mark.parametrize("wrapper", ["base_model.model.", "_orig_mod.", "module._orig_mod.", ""])
+def test_paths_as_a_wrapped_model_prints_them_are_known(tiny: ModuleType, wrapper: str) -> None:
+    model = tiny.gpt2().base_model
+    assert resolve_hookpoints(model, [f"{wrapper}transformer.h.1", f"{wrapper}h.2.mlp:in"]) == ("h.1", "h.2.mlp:in")
+    own = torch.nn.ModuleDict({"module": torch.nn.ModuleDict({"h": torch.nn.Identity()}), "h": torch.nn.Identity()})
+    assert resolve_hookpoints(own, ["module.h"]) == ("module.h",)
 
 
 @pytest.mark.parametrize("pattern", ["h.7", "layers.*", "h.1.mpl", "nothing"])

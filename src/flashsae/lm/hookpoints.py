@@ -70,6 +70,8 @@ TEXT_PATHS = ("language_model", "text_model", "text_encoder", "encoder", "decode
 """What the part of a model that reads text is called, where a path may leave that out."""
 IMAGE_PATHS = ("vision_model", "vision_tower")
 """The same of images."""
+_WRAPPERS = re.compile(r"^((_orig_mod|module|base_model\.model)\.)+")
+"""What torch.compile, DataParallel and peft put in front of the paths of what they wrap."""
 
 
 def resolve_hookpoints(model: nn.Module, patterns: Sequence[str], parts: Iterable[str] = ()) -> tuple[str, ...]:
@@ -79,7 +81,7 @@ def resolve_hookpoints(model: nn.Module, patterns: Sequence[str], parts: Iterabl
         model: the base model.
         patterns: module paths, for the output of the module; with ``:in`` behind, for its input. ``*``, ``?`` and
             ``[...]`` do not match dots; of ``{1,3}`` each has to be there. The name of the base model in its parent
-            (``model.``, ``transformer.``) may stand in front.
+            (``model.``, ``transformer.``) may stand in front, and those of wrappers before it.
         parts: paths that may be left out in front, of what reads text inside the model.
     Raises:
         ConfigError: a pattern matches nothing; names what comes close.
@@ -91,7 +93,7 @@ def resolve_hookpoints(model: nn.Module, patterns: Sequence[str], parts: Iterabl
     for pattern in patterns:
         of_pattern: list[str] = []
         for choice in alternatives(pattern):
-            short = choice.removeprefix(prefix)
+            short = _WRAPPERS.sub("", choice).removeprefix(prefix)
             ways = (choice, short, *(f"{part}.{short}" for part in parts))
             matches = next(filter(None, (match_hookpoints(way, names) for way in ways)), [])
             if not matches:

@@ -138,6 +138,8 @@ def _check_output(model: HookedModel, hookpoint: str, output: Tensor, batch: Tok
     if _is_of_tokens(output, ids):
         if len(output) == 2 and (torch.equal(ids[0], ids[1]) or not torch.equal(output[0], output[1])):
             return
+        if not bool(output.isfinite().all()):  # Inf everywhere tells nothing of what it depends on
+            return
         raise ConfigError(
             f"hookpoint: expected an {side} that depends on the tokens, got from {hookpoint} the same for every "
             f"sequence, as of positions; choose {advice}."
