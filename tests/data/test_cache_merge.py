@@ -163,7 +163,9 @@ def test_what_is_no_complete_cache_or_given_twice_is_refused(
         write_cache(tmp_path / "part", tiny.source(tiny.CACHED), shard_rows=30, on_progress=stop)
     with pytest.raises(CheckpointError, match=r"part is not complete \(\d+ rows so far\): finish it"):
         merge_caches([parts[0], tmp_path / "part"], out)
-    with pytest.raises(CheckpointError, match=r"nowhere/index\.json: there is no such file"):
+    with pytest.raises(
+        CheckpointError, match=r"nowhere holds no index\.json\. Name a folder that flashsae cache wrote"
+    ):
         merge_caches([parts[0], tmp_path / "nowhere"], out)
     with pytest.raises(ConfigError, match=r"merge: expected two or more caches, got 1: --merge A B --out C"):
         merge_caches(parts[:1], out)

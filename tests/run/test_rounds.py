@@ -198,6 +198,8 @@ def test_a_run_that_has_ended_is_extended(home: Path, cached: Path) -> None:
     with pytest.raises(ConfigError, match=r"^extend: expected a run that has ended, and .* has done 0 of 8 steps\."):
         start.extended(start.saved_config(run), run, 64)
     execute(run, QUIET)
+    with pytest.raises(ConfigError, match=r"^extend: expected at least 1 tokens, which make another step, got 0\."):
+        start.extended(start.saved_config(run), run, 0)
     before = (run / CONFIG_FILE).read_bytes()
     start.write_extended(start.extended(start.saved_config(run), run, 64), run)
     with pytest.raises(ConfigError, match=r"not begun with what it was extended by\. Finish it first: flashsae train"):

@@ -20,6 +20,7 @@ from flashsae.data.cache_index import (
     TextPart,
     check_shard,
     check_tokenizer,
+    index_in,
     load_tokens,
     shard_path,
     texts_of,
@@ -68,7 +69,7 @@ def merge_caches(
         DataError: parts differ in the model or in how it read, or hold the same text.
         StorageError: `out` exists, or the file system refused.
     """
-    parts = [_Part(place, CacheIndex.read(place)) for place in _checked(places)]
+    parts = [_Part(place, index_in(place)) for place in _checked(places)]
     for part in parts:
         if part.index.settings.get("reads") == IMAGES:
             raise DataError(

@@ -151,6 +151,9 @@ def extended(config: RunConfig, run: Path, tokens: int) -> RunConfig:
                 f"{run}."
             )
     train = config.train
+    least = train.steps * train.batch_tokens - train.tokens + 1  # the last batch of the run may not have been whole
+    if tokens < least:
+        raise ConfigError(f"extend: expected at least {least} tokens, which make another step, got {tokens}.")
     more = replace(train, tokens=train.tokens + tokens, extended=(*train.extended, train.tokens))
     saes = tuple(
         {**each, "tokens": each["tokens"] + tokens, "extended": [*each.get("extended", ()), each["tokens"]]}
