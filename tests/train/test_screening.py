@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from flashsae.architecture import Progress
 from flashsae.data.shuffle import RowShuffle
 from flashsae.data.sources import ArraySource
+from flashsae.ops.encode import screen
 from flashsae.ops.encode.screen import always
 from flashsae.train import TrainConfig, init_state, screening
 from flashsae.train.checkpoint import save_checkpoint
@@ -22,9 +25,13 @@ from flashsae.train.step import train_step
 CPU = torch.device("cpu")
 
 
-def begin(precision: str, checkpoints: Path | None = None) -> tuple[TrainState, TrainConfig, dict[str, Tensor]]:
+def begin(
+    precision: str, checkpoints: Path | None = None, **arch: Any
+) -> tuple[TrainState, TrainConfig, dict[str, Tensor]]:
     x = torch.randn(512, 16, generator=torch.Generator().manual_seed(0))
-    config = TrainConfig(d_sae=64, k=4, tokens=64 * 8, batch_tokens=64, precision=precision, seed=1).resolve(16)
+    config = TrainConfig(
+        d_sae=64, tokens=64 * 8, batch_tokens=64, precision=precision, seed=1, **(arch or {"k": 4})
+    ).resolve(16)
     state = init_state(config, RowShuffle(ArraySource(x), 64, seed=0), CPU, checkpoints)
     return state, config, state.batches.next_batch()
 
@@ -64,6 +71,49 @@ def test_others_do_not_look(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(screening, "use_kernels", lambda _: True)
     screening.look(state, batch, config)  # kernels do not screen what is so small
     assert state.sae.precision == "bf16-int8"
+
+
+@pytest.mark.usefixtures("_kernels")
+@pytest.mark.parametrize("arch", ["batch_topk", "jump_relu", "relu", "gated", "matryoshka:batch_topk"])
+def test_what_is_selected_over_a_batch_or_above_a_threshold_is_not_looked_at(
+    arch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(screening, "_open_latents", lambda *_: pytest.fail("looked"))
+    state, config, batch = begin("bf16-int8", arch=arch)
+    screening.look(state, batch, config)
+    assert state.sae.precision == "bf16-int8"
+
+
+def test_many_latents_of_a_token_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(screening, "use_kernels", lambda _: True)
+    monkeypatch.setattr(screen, "pays", lambda B, n, d, k, **_: k is not None)
+    looked: list[int] = []
+    monkeypatch.setattr(screening, "_open_latents", lambda sae, x, k: looked.append(k) or 0.0)
+    for k in (1, 2):  # of 64 latents one is what upper bounds tell
+        state, config, batch = begin("bf16-int8", k=k)
+        screening.look(state, batch, config)
+    assert looked == [1]
+
+
+@pytest.mark.parametrize(
+    ("arch", "now", "expected"),
+    [
+        ({"k": 4}, 0.5, 4),
+        ({"k": 4, "k_start": 16}, 0.0, 16),
+        ({"k": 4, "k_start": 16}, 0.9, 4),
+        ({"k": 16, "k_start": 4}, 0.0, 4),
+        ({"k": 4, "multi_topk": 0.1}, 0.0, 16),
+        ({"k": 4, "k_start": 8, "multi_topk": 0.1}, 0.9, 16),
+        ({"k": 32, "multi_topk": 0.1}, 0.0, 64),
+    ],
+)
+def test_as_many_are_asked_for_as_are_selected_at_a_step(arch: dict[str, Any], now: float, expected: int) -> None:
+    state, _, batch = begin("float32", **arch)
+    sae = state.sae
+    sae.set_progress(Progress(round(now * 10), 10))
+    assert screening.selected(sae) == expected
+    code = sae.encode(*batch.values())
+    assert code.pattern.latents.shape[1] == expected
 
 
 @pytest.mark.usefixtures("_kernels")

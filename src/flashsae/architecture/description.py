@@ -42,7 +42,8 @@ class Architecture:
             `sae.training` where training and inference differ.
         terms: of the loss. The first is the reconstruction, relative to the variance.
         l0: expected number of active latents a token, of the settings; for the plan.
-        most: latents that are selected for each token at most, of the settings; None where there is no such number.
+        most: latents that are selected for each token at most, of the settings; None where there is no such number, as
+            over a batch or above a threshold, which are never screened in 8 bits.
         reads: sites that go in, in this order; () for all sites of a batch, two or more, which are written too. Its
             settings then have `sites` and `widths`, which training fills in with their names and widths.
         writes: sites that are reconstructed. An autoencoder writes what it reads.
