@@ -449,7 +449,7 @@ def test_the_settings_of_an_architecture_arrive_from_flags_and_from_a_file(arriv
         (["--arch"], "", "--arch"),
         ([], 'arch = "gate"', "got 'gate'."),
         ([], "arch = 3", "got '3'."),
-        ([], 'arch = "gates"\nk = 3', "no setting 'k' of flashsae train. gates has no such setting; --arch topk has."),
+        ([], 'arch = "gates"\nk = 3', "no setting 'k' of flashsae train. gates has no setting k; --arch topk has."),
         (["--arch", "gates"], "width = 2.5", "my.toml: width: expected a whole number"),
     ],
 )

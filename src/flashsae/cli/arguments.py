@@ -15,7 +15,7 @@ from flashsae.architecture import Architecture, architecture_named
 from flashsae.cli.options import declared_by
 from flashsae.cli.several import WEIGHTED, architectures_in, read_sweep, values_of
 from flashsae.errors import ConfigError
-from flashsae.natural import did_you_mean
+from flashsae.settings.elsewhere import near_setting, our_name
 from flashsae.settings.kinds import check, expand, parse, unwrap
 from flashsae.settings.reading import TABLES
 from flashsae.settings.toml import read_toml
@@ -86,8 +86,8 @@ class Given:
         for key, value in held.items():
             name = key.replace("-", "_")
             if name not in leaves:
-                hint = did_you_mean(name, leaves, 0.6) or f" flashsae {command} --help names all that there are."
-                hint = (command == "train" and _of_another(name, arch)) or hint
+                hint = near_setting(name, leaves) or f" flashsae {command} --help names all that there are."
+                hint = (command == "train" and _of_another(our_name(name), arch)) or hint
                 raise ConfigError(f"{file}: there is no setting {key!r} of flashsae {command}.{hint}")
             if name in given:
                 raise ConfigError(f"{file}: {name} stands there twice.")
@@ -143,15 +143,20 @@ def architectures_asked(words: Sequence[str]) -> list[Architecture]:
 
 def unknown_option(error: UnknownOptionError, words: Sequence[str]) -> str:
     """Return a sentence on an option that there is not, with who has it where it is of another architecture."""
-    name = (error.token.keyword or "").lstrip("-").replace("-", "_")
-    whose = _of_another(name, architectures_asked(words)[0].name) if "train" in words else ""
-    return f"Unknown option: {error.token.keyword}.{whose}" if whose else " ".join(str(error).split())
+    option = (error.token.keyword or error.token.value).partition("=")[0]
+    name = option.lstrip("-").replace("-", "_")
+    known = {each.lstrip("-").replace("-", "_") for argument in error.argument_collection for each in argument.names}
+    ours = our_name(name, known)
+    if ours != name and ours in known:
+        return f"Unknown option: {option}. Did you mean --{ours.replace('_', '-')}?"
+    whose = _of_another(ours, architectures_asked(words)[0].name) if "train" in words else ""
+    return f"Unknown option: {option}.{whose}" if whose else " ".join(str(error).split())
 
 
 def _of_another(setting: str, arch: str) -> str:
     """Return a sentence on a setting that another architecture has, not this one, or ""."""
     others = architectures_with(setting)
-    return f" {arch} has no such setting; --arch {others[0]} has." if others else ""
+    return f" {arch} has no setting {setting}; --arch {others[0]} has." if others else ""
 
 
 def _asked(words: Sequence[str], name: str) -> str | None:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 from flashsae.architecture import Architecture, architecture_named, architecture_names, architecture_of, settings_of
 from flashsae.architecture.sites import width_told
 from flashsae.errors import ConfigError
-from flashsae.natural import did_you_mean
 from flashsae.precision import Precision
+from flashsae.settings.elsewhere import near_setting, our_name
 from flashsae.settings.kinds import (
     ABOVE_ZERO,
     DECAY,
@@ -82,9 +82,10 @@ def check_known(names: Iterable[str], architecture: Architecture, beside: Iterab
     for name in names:
         if name not in own:
             known = [*own, *beside, *(each.name for each in fields(TrainConfig))]
-            near = did_you_mean(name, known, 0.6)
-            others = [] if near else architectures_with(name)
-            hint = f' arch="{others[0]}" has.' if others else near
+            near = near_setting(name, known)
+            others = [] if near else architectures_with(our_name(name))
+            what = "" if our_name(name) == name else f" {our_name(name)}"
+            hint = f' arch="{others[0]}" has{what}.' if others else near
             has = "" if why else f"; it has {', '.join(own) or 'none'}"
             raise ConfigError(f"{name}: {architecture.name}{why} has no such setting{has}.{hint}")
 
