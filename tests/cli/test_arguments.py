@@ -525,8 +525,8 @@ def test_hookpoints_may_be_repeated(given: list[str], meant: str, arrived: Arriv
 def test_texts_may_be_repeated_or_a_list_in_a_file(arrived: Arrived, tmp_path: Path) -> None:
     assert _main("train", "--dataset", "a@0.7", "--k", "3", "--dataset=b@0.3") == 0
     assert arrived["dataset"] == "a@0.7, b@0.3"
-    assert _main("train", "gpt2", "a@0.7", "owner/b@.3", "c@1", "--hookpoint", "h.1") == 0
-    assert (arrived["model"], arrived["dataset"]) == ("gpt2", "a@0.7, owner/b@.3, c@1")
+    assert _main("train", "gpt2", "a@0.7", "owner/b@.3e0", "c@1e-3", "--hookpoint", "h.1") == 0
+    assert (arrived["model"], arrived["dataset"]) == ("gpt2", "a@0.7, owner/b@.3e0, c@1e-3")
     assert _main("train", "--dataset", "a@0.7", "b@0.3", "--k", "3") == 0
     assert arrived["dataset"] == "a@0.7, b@0.3"
     assert (

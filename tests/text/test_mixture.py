@@ -127,6 +127,13 @@ def test_fingerprints_tell_weights_and_parts_apart(folder: Path) -> None:
     assert len(others | same) == 4
 
 
+def test_the_same_documents_twice_are_refused(folder: Path) -> None:
+    (folder / "other.jsonl").write_bytes((folder / "a.jsonl").read_bytes())
+    for name in ("a.jsonl, c.txt, a.jsonl@2", "a.jsonl, ./a.jsonl", "a.jsonl@1, other.jsonl@2"):
+        with pytest.raises(DataError, match=r"^dataset: .* the same documents as .*a\.jsonl .* both parts of .* split"):
+            assert open_text(name).fingerprint
+
+
 def test_settings_hold_for_the_parts_that_have_such_a_thing(folder: Path) -> None:
     assert set(open_text("a.jsonl, c.txt", column="x").documents()) == {"a", "c0", "c1"}
     with pytest.raises(ConfigError, match="text_dtype: expected nothing beside these texts"):

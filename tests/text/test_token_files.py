@@ -47,6 +47,8 @@ def test_separators_are_found_wherever_they_stand(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("flashsae.text.token_files._SCAN", 3)
     np.save(tmp_path / "x.npy", np.array([EOS, EOS, 1, EOS, EOS, EOS, 2, 3, 4, 5], np.uint16))
     assert documents(tmp_path / "x.npy", separator=EOS) == [[1], [2, 3, 4, 5]]
+    np.save(tmp_path / "y.npy", np.array([1, 2], np.uint16))
+    assert documents(tmp_path / "[xy].npy", separator=EOS) == [[1], [2, 3, 4, 5], [1, 2]]
 
 
 def test_without_separators_there_are_pieces(tmp_path: Path) -> None:
@@ -159,6 +161,7 @@ class Bomb:
         ("x.bin", b"1234", {}, "text_dtype: .* does not say how its tokens are stored; give --text-dtype uint16"),
         ("x.bin", b"123", {"dtype": "uint16"}, "holds 3 bytes, which are no whole number of uint16"),
         ("x.bin", b"", {"dtype": "uint16"}, "is empty"),
+        ("x.bin", b"1234", {"dtype": "uint16", "separator": 7}, r"text_separator: .*x\.bin holds no token 7\. Give"),
         (
             "x.bin",
             b"1234",
