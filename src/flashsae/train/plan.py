@@ -161,7 +161,7 @@ def _gpu_step(config: TrainConfig) -> int:
     That is either while the last rows of pre-activations are searched, or, with float32 weights, somewhat later.
     """
     n, d, B, k = config.d_sae, config.d_in, config.batch_tokens, _active(config)
-    operand, is_screened = operand_of(config.precision), has_screen(config.precision)
+    operand, is_screened = operand_of(config.precision), _is_screened(config)
     width = 4 if operand == "tf32" else 2
     centred = width if operand != "float32" else 4 if is_screened else 6
     tokens = B * d * (2 + 4 + centred)  # as they come, whole, centred
@@ -186,6 +186,11 @@ def _active(config: TrainConfig) -> float:
     architecture = architecture_of(config.arch)
     most = 0 if architecture.most is None else architecture.most(config.arch)
     return max(architecture.l0(config.arch), most)
+
+
+def _is_screened(config: TrainConfig) -> bool:
+    """Tell whether there may be a screen: what is selected over a batch, or above a threshold, has none."""
+    return has_screen(config.precision) and architecture_of(config.arch).most is not None
 
 
 def _listed(B: int, k: float) -> int:

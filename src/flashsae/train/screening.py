@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flashsae import distributed
+from flashsae.architecture import Progress
 from flashsae.backend import log_once, use_kernels
 from flashsae.data.acts import Batch
 from flashsae.ops.encode.keys import Keys
@@ -47,8 +48,8 @@ def look(state: TrainState, batch: Batch, config: TrainConfig) -> None:
     sae = state.sae
     if not has_screen(config.precision) or state.step % PERIOD or not use_kernels(sae.W_enc_T):
         return
-    k = max(1, round(sae.architecture.l0(config.arch)))
-    if not _pays(sae, config, k):
+    k = selected(sae)
+    if k is None or not _pays(sae, config, k):
         return
     sae.precision = config.precision
     x, _ = state.scaling(*join_sites(sae.architecture, {site: acts[:TOKENS] for site, acts in batch.items()}))
@@ -61,12 +62,28 @@ def look(state: TrainState, batch: Batch, config: TrainConfig) -> None:
         )
 
 
+def selected(sae: SAE) -> int | None:
+    """Return how many latents are selected for each token at the step that an SAE is at.
+
+    None where no number is: a selection over a batch, or above a threshold, is never screened.
+    """
+    architecture, arch = sae.architecture, sae.config.arch
+    if architecture.most is None:
+        return None
+    most = max(1, architecture.most(arch))
+    if architecture.width is not None and sae.width is not None:
+        widest = max(architecture.width(arch, progress) for progress in (Progress(0, 1), Progress.end()))
+        most = max(1, most * sae.width // max(1, widest))
+    return min(most, sae.config.d_sae)
+
+
 def _pays(sae: SAE, config: TrainConfig, k: int) -> bool:
     """Tell whether there may be a screen at these sizes, which are the same wherever the training runs."""
-    from flashsae.ops.encode import screen
+    from flashsae.ops.encode import launch, screen
 
     (n, d), rounds = sae.W_enc_T.shape, is_rounded(config.precision)
-    return screen.pays(config.batch_tokens, n, d, k, rounds=rounds, device=sae.W_enc_T.device)
+    known = launch.screened_k(n, k)
+    return screen.pays(config.batch_tokens, n, d, known, rounds=rounds, device=sae.W_enc_T.device)
 
 
 @torch.no_grad()
@@ -74,7 +91,7 @@ def _open_latents(sae: SAE, x: Tensor, k: int) -> float:
     """Return how many latents of a token are rescored behind a screen, on average; all of one that is done anew."""
     from flashsae.ops.encode.launch import count_open
 
-    architecture, b_pre, k = sae.architecture, sae.b_pre, min(k, sae.config.d_sae)
+    architecture, b_pre = sae.architecture, sae.b_pre
     scale = None if architecture.selects_by is None else architecture.selects_by(sae)
     keys, x = Keys.marked(sae.b_enc, scale, architecture.signed), sae.read(x)
     centred = x if b_pre is None else x - b_pre

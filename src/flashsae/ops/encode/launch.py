@@ -76,6 +76,11 @@ def _sorted_topk(
     return acts, indices
 
 
+def screened_k(n: int, k: int) -> int | None:
+    """Return k where upper bounds of groups alone tell the k largest of n latents, as a screen wants it, else None."""
+    return k if k <= LARGEST_K and Layout.of(n, k).group == screen.GROUP else None
+
+
 def launch_encode_topk(
     x: Tensor,
     W_enc_T: Tensor,
@@ -104,8 +109,9 @@ def launch_encode_topk(
     if B == 0:
         return acts, indices
     selection = _Selection(keys.packed(), Layout.of(n, k), n)
-    by_groups = selection.keys if selection.layout.group == screen.GROUP else None
-    product = Product.of(x, W_enc_T, precision, memory, noise=noise, keys=by_groups, k=None if by_groups is None else k)
+    known = screened_k(n, k)
+    by_groups = None if known is None else selection.keys
+    product = Product.of(x, W_enc_T, precision, memory, noise=noise, keys=by_groups, k=known)
     counts = torch.empty(B, dtype=torch.int32, device=device) if candidate_counts is None else candidate_counts
     one_sided = OneSided(product.x, product.W, selection.keys, selection.layout, (acts, indices), counts)
     for part in product.parts():
