@@ -17,7 +17,7 @@ from flashsae.settings.sweep import HOOKPOINT, SHARED, Several
 from flashsae.settings.toml import read_toml
 from flashsae.settings.training import DEFAULT_ARCH, TrainConfig
 
-WEIGHTED = re.compile(r"^(?!-).+@(\d+\.?\d*|\.\d+)$")
+WEIGHTED = re.compile(r"^(?!-).+@(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$")
 """A text with its weight in a mixture, such as A@0.7."""
 _SAES = "sae"
 

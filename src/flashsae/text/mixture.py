@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from flashsae.errors import ConfigError
+from flashsae.errors import ConfigError, DataError
 from flashsae.files.fingerprint import text_digest
 from flashsae.text.dataset import Rows, TextDataset
 
@@ -55,7 +55,15 @@ def mixed(parts: Sequence[tuple[TextDataset, float]]) -> TextDataset:
     name = f"{_NAMED} " + " and ".join(f"{s} {text.name}" for s, text in zip(shares, texts))
 
     def identify() -> str:
-        return text_digest(["mixture", *(f"{w / total!r} {text.fingerprint}" for w, text in zip(weights, texts))])
+        found: dict[str, str] = {}
+        for text in texts:
+            if text.fingerprint in found:
+                raise DataError(
+                    f"dataset: {text.name} holds the same documents as {found[text.fingerprint]}, which would be in "
+                    "both parts of the held-out split. Name it once, with the sum of their weights."
+                )
+            found[text.fingerprint] = text.name
+        return text_digest(["mixture", *(f"{w / total!r} {told}" for w, told in zip(weights, found))])
 
     return Mixture(
         name,

@@ -30,7 +30,7 @@ from flashsae.text.streams import is_compressed, kind_of
 from flashsae.text.text_files import ALL_KINDS, files_of_split, find_files
 from flashsae.text.token_files import TOKEN_KINDS, TokenFiles, open_tokens
 
-_WEIGHTED = re.compile(r"(?P<name>.+?)@(?P<weight>\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)")
+_WEIGHTED = re.compile(r"(?P<name>.+?)@(?P<weight>(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)")
 _BETWEEN = re.compile(r",\s*(?![^\[\]]*\])")
 """A comma that is not one of the characters that a pattern lists in brackets."""
 
@@ -184,6 +184,11 @@ def _text_reader(files: Sequence[Path], asked: AskedText) -> _Reader:
 def _token_reader(files: Sequence[Path], asked: AskedText) -> _Reader:
     tokens = [open_tokens(file, asked.dtype, asked.separator) for file in files]
     kinds = ", ".join(dict.fromkeys(str(each.ids.dtype) for each in tokens))
+    if asked.separator is not None and all(each.is_uncut for each in tokens):
+        raise DataError(
+            f"text_separator: {files[0]} holds no token {asked.separator}. Give the id that stands between its "
+            "documents, mostly EOS, or leave the setting out."
+        )
     between = "" if asked.separator is None else f" between {asked.separator}"
     joined = TokenFiles(tuple(tokens))
     return f", tokens of {kinds}{between}", joined.read, lambda: joined

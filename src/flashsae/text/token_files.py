@@ -53,6 +53,11 @@ class TokenFile:
     def __len__(self) -> int:
         return len(self.starts)
 
+    @property
+    def is_uncut(self) -> bool:
+        """Whether all tokens are one document."""
+        return len(self) == 1 and int(self.ends[0] - self.starts[0]) == len(self.ids)
+
     def __getitem__(self, place: int) -> Tokens:
         try:
             return Tokens(self.ids[int(self.starts[place]) : int(self.ends[place])])
