@@ -242,6 +242,7 @@ def test_every_command_in_help_and_documents_is_one(
         assert _main(*words, "--help") == 0
         examples = capsys.readouterr().out.partition("Examples:")[2]
         assert _commands(examples), f"flashsae {' '.join(words)} --help shows no example"
+        assert all(len(line.strip()) <= 78 for line in examples.splitlines())  # else they are wrapped on most screens
         found += _commands(examples)
     for command in found:
         words = [word for word in shlex.split(command.partition("   ")[0]) if word != "..."]

@@ -34,9 +34,9 @@ app = App(
     suppress_keyboard_interrupt=False,
     default_parameter=Parameter(negative_iterable=()),
     help_epilogue=_examples(
-        "flashsae train                     a first SAE in a few minutes, with the extra demo: no GPU, no download",
-        "flashsae train --help              every setting, its meaning and its default",
-        "flashsae train --config my.toml    settings from a file",
+        "flashsae train                    a first SAE in minutes, with the extra demo",
+        "flashsae train --help             every setting, its meaning and its default",
+        "flashsae train --config my.toml   settings from a file",
     ),
 )
 app.meta.group_parameters = Group("Everywhere")
@@ -57,9 +57,9 @@ Reading = Annotated[ReadingConfig, Parameter(name="*", group="Activations")]
         "flashsae train --plan",
         "flashsae train gpt2 my-text.jsonl --hookpoint h.6 --d-sae 16384",
         "flashsae train --activations acts --hookpoint h.6 --run runs/wider",
-        "flashsae train --d-sae 2048 4096 --lr 1e-3 3e-4        four SAEs from one reading",
-        "flashsae train --sweep sweep.toml                      the same, and others, from a file",
-        "flashsae train --export saelens,sparsify               the SAE for other libraries, too",
+        "flashsae train --d-sae 2048 4096 --lr 1e-3 3e-4   four SAEs from one reading",
+        "flashsae train --sweep sweep.toml                 the same from a file",
+        "flashsae train --export saelens,sparsify          for other libraries, too",
         "flashsae train --resume runs/wider",
         "flashsae train --resume runs/wider --extend 1_000_000",
     )

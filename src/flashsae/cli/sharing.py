@@ -114,14 +114,14 @@ COMMANDS: dict[Callable[..., Any], tuple[str, ...]] = {
         "flashsae convert hf://me/saes/h.6 mine --to flashsae",
     ),
     push: (
-        "flashsae push runs/gpt2-h.6 me/gpt2-saes --to-folder look    the folder and its card, pushed nowhere",
+        "flashsae push runs/gpt2-h.6 me/gpt2-saes --to-folder look   pushed nowhere",
         "flashsae push runs/gpt2-h.6 me/gpt2-saes --license mit",
         "flashsae push runs/gpt2-h.6 me/saes --path-in-repo h.6 --format sparsify",
         "flashsae push runs/gpt2-h.6 me/gpt2-saes --private --revision second-try",
     ),
     neuronpedia: (
         "flashsae neuronpedia runs/gpt2-h.6 upload --set res-16k-mine",
-        "flashsae neuronpedia runs/gpt2-h.6 exports --set res-16k-mine --kind bulk --logits",
+        "flashsae neuronpedia runs/h.6 all --set res-16k-mine --kind bulk --logits",
     ),
 }
 """With lines of how each is used."""
