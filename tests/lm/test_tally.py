@@ -52,11 +52,11 @@ def test_every_token_without_a_row_has_one_reason(
 def test_shares_in_words() -> None:
     left_out = {"special tokens": 100, "overlap": 0, "masked": 1, "skip_first": 99, "exclude_ids": 0}
     assert str(Tally(1200, 10_000, left_out, 2500)) == (
-        "of the tokens read 2.0% make no row: special tokens 1.0%, masked less than 0.1%, skip_first 1.0%; 20.0% of "
-        "the forwards is padding (by 1,200 documents)"
+        "of the tokens read 2.0% are left out: special tokens 1.0%, masked less than 0.1%, skip_first 1.0%; 20.0% of "
+        "the forwards is padding (by the first 1,200 documents)"
     )
     assert str(Tally(1, 0, dict.fromkeys(left_out, 0), 0)) == (
-        "of the tokens read each makes a row; 0.0% of the forwards is padding (by 1 documents)"
+        "of the tokens read none is left out; 0.0% of the forwards is padding (by the first document)"
     )
 
 

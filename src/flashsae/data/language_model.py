@@ -45,7 +45,8 @@ from flashsae.text.whole import check_any_order, shuffled
 _BLOCK_CHARACTERS_PER_TOKEN = 32
 """A block holds about eight forwards: enough windows for batches of like length, little to lose in a kill."""
 
-_TALLIED_DOCUMENTS, _TALLIED_SECONDS = 200, 1.0
+_TALLIED_DOCUMENTS, _TALLIED_SECONDS = 5000, 1.0
+"""At most, of a block: inputs of fewer documents than a block has share batches with others of less like length."""
 
 _MOST_PROCESSES, _CORES_A_PROCESS = 6, 2.5
 """That cut windows for a GPU. A core turns text into less than half a million tokens a second, a GPU reads millions."""

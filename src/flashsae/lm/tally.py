@@ -32,9 +32,10 @@ class Tally:
         """Say which share of what is read makes no row, and why."""
         total = sum(self.left_out.values())
         shares = [f"{reason} {_share(n, self.tokens)}" for reason, n in self.left_out.items() if n]
-        no_row = f"{_share(total, self.tokens)} make no row: {', '.join(shares)}" if shares else "each makes a row"
+        no_row = f"{_share(total, self.tokens)} are left out: {', '.join(shares)}" if shares else "none is left out"
         padding = _share(self.padding, self.padding + self.tokens)
-        return f"of the tokens read {no_row}; {padding} of the forwards is padding (by {self.documents:,} documents)"
+        seen = f"by the first {self.documents:,} documents" if self.documents > 1 else "by the first document"
+        return f"of the tokens read {no_row}; {padding} of the forwards is padding ({seen})"
 
 
 def _share(n: int, of: int) -> str:
