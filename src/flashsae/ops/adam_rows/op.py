@@ -63,6 +63,8 @@ def adam_rows(
         _check_contiguous(name, moment)
         if moment.dtype not in dtypes:
             raise DtypeError(f"{name}: expected {' or '.join(map(str, dtypes))}, got {moment.dtype}.")
+    if not weights.numel():
+        return
     if _fits_kernels(weights, rule.unit_norm):
         from flashsae.ops.adam_rows.launch import launch_adam_rows
 
@@ -122,11 +124,13 @@ def row_squares(weights: Tensor, gradient: RowGradient, unit_norm: bool, *, low:
     Source: ours, docs/methodology.md#clipping.
     """
     _check(weights, low, gradient)
-    if use_kernels(weights):
+    if use_kernels(weights) and weights.numel():
         from flashsae.ops.adam_rows.launch import launch_row_squares
 
         return launch_row_squares(weights, gradient, unit_norm)
-    squares = weights.new_empty(len(weights), dtype=compute_dtype(weights.dtype))
+    squares = weights.new_zeros(len(weights), dtype=compute_dtype(weights.dtype))
+    if not weights.numel():
+        return squares
     for start, stop in _parts(weights):
         rows = weights[start:stop]
         whole = rows.to(squares.dtype) if low is None else reference.merge_halves(rows, low[start:stop])

@@ -16,7 +16,9 @@ def decode(acts: CodeActs, pattern: Pattern, W_dec: Weights, b_dec: InputBias | 
     dtype = compute_dtype(acts.dtype, W_dec.dtype)
     if pattern.B == 0:
         return W_dec.new_zeros(0, W_dec.shape[1], dtype=dtype)
-    if pattern.starts is None:
+    if pattern.k == 0:  # which embedding_bag refuses
+        x_hat = W_dec.new_zeros(pattern.B, W_dec.shape[1], dtype=dtype)
+    elif pattern.starts is None:
         acts, latents = packed(acts.to(dtype), pattern.latents)
         x_hat = F.embedding_bag(latents, W_dec.to(dtype), mode="sum", per_sample_weights=acts)
     else:

@@ -123,6 +123,8 @@ def check_encoder(
             f"{list(W_enc_T.shape)}. Transpose it: W_enc_T.T.contiguous()."
         )
     check_shape("x", x, ("B", d_in))
+    if not (d_sae and d_in):
+        raise ShapeError(f"d_sae and d_in: expected at least 1, got {d_sae} and {d_in}.")
     check_shape("b_enc", b_enc, (d_sae,))
     check_float("x", x)
     check_float("W_enc_T", W_enc_T, x, "x", or_dtype=torch.bfloat16)

@@ -31,7 +31,7 @@ def launch_latent_rows(index: LatentIndex, coeffs: Tensor, rows: Tensor, dtype: 
     index, coeffs, rows = packed_index(index), packed(coeffs), rows_contiguous(rows)
     d = rows.shape[1]
     out = torch.empty(index.d_sae, d, dtype=dtype, device=rows.device)
-    if index.entries.numel() == 0:
+    if index.entries.numel() == 0 or d == 0:
         return out.zero_()
     partial = launch_partial(index, coeffs, rows)
     block_d, block_n = min(512, triton.next_power_of_2(d)), 8
@@ -68,7 +68,7 @@ def launch_column_sums(coeffs: Tensor, rows: Tensor, dtype: torch.dtype) -> Tens
     while True:
         pieces = triton.cdiv(n, run)
         out = torch.empty(max(1, pieces), d, dtype=torch.float32 if pieces > 1 else dtype, device=rows.device)
-        if n == 0:
+        if n == 0 or d == 0:
             return out.zero_()[0]
         kernels.latent_rows_column_kernel[(pieces, triton.cdiv(d, tile["BLOCK_D"]))](
             weights, rows, out, n, d, rows.stride(0), RUN=run, **tile, num_warps=4
