@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 
 from flashsae.ops.encode.kernels import _bounds, _pre_acts
-from flashsae.ops.select.kernels import _dots, _lower, _upper
+from flashsae.ops.select.kernels import _lower, _upper
+from flashsae.ops.select.list_kernels import _dots
 
 BITS = tl.constexpr(32)
 TILE_WORDS = tl.constexpr(32)

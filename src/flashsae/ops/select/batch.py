@@ -14,7 +14,7 @@ from flashsae.ops.encode import kernels as encode_kernels
 from flashsae.ops.encode.keys import Keys
 from flashsae.ops.encode.launch import Layout
 from flashsae.ops.encode.product import Memory, Part
-from flashsae.ops.select import kernels, redo_kernels
+from flashsae.ops.select import kernels, list_kernels, redo_kernels
 from flashsae.ops.select.operands import PROGRAMS, Operands, bounds_of, rescore
 
 FINE = 13
@@ -226,14 +226,14 @@ def _choose(operands: Operands, of: _List, out: tuple[Tensor, Tensor, Tensor]) -
     redo = _Redo(operands, of, out)
     redo.find_bound()
     counts = torch.empty(2, B, dtype=torch.int64, device=device)
-    kernels.select_count_kernel[(B,)](
+    list_kernels.select_count_kernel[(B,)](
         of.keys, of.begins, of.state, of.total, counts, of.capacity, B, BLOCK=128, num_warps=1
     )
     redo.run(redo_kernels.COUNT.value, of.state, counts)
-    kernels.select_starts_kernel[(1,)](
+    list_kernels.select_starts_kernel[(1,)](
         counts, of.state, starts, B, of.wanted, BLOCK=min(8192, max(32, triton.next_power_of_2(B))), num_warps=16
     )
-    kernels.select_write_kernel[(B,)](
+    list_kernels.select_write_kernel[(B,)](
         of.keys, entry_values, of.latents, of.begins, of.state, of.total, counts, starts, latents, values,
         of.capacity, B, BLOCK=128, num_warps=1,
     )  # fmt: skip

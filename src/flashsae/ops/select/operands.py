@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flashsae.ops.encode.keys import Keys
 from flashsae.ops.encode.product import Memory, Part, Product
-from flashsae.ops.select import kernels
+from flashsae.ops.select import list_kernels
 
 PROGRAMS = 1024
 """Programs that share a list whose length only the device knows, at most."""
@@ -89,7 +89,7 @@ def rescore(
     high, state, keys = candidates or (None, None, None)
     capacity, d = len(values), operands.x.shape[1]
     if capacity:
-        kernels.select_rescore_kernel[(min(8 * PROGRAMS, triton.cdiv(capacity, 16)),)](
+        list_kernels.select_rescore_kernel[(min(8 * PROGRAMS, triton.cdiv(capacity, 16)),)](
             operands.x, operands.W, *operands.by, latents, tokens, high, state, used, keys,
             values, capacity, d, operands.x.stride(0), operands.W.stride(0),
             BLOCK=16, BLOCK_D=min(128, triton.next_power_of_2(d)), MAGNITUDE=operands.keys.magnitude, num_warps=2,
