@@ -18,7 +18,7 @@ files shapes backend neutral profiling distributed
 ops
 metrics
 formats sae architectures optim testing
-places
+places sae_bench
 text lm
 hooks
 data

@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from flashsae.architecture import Architecture, Parameter, Term, register
     from flashsae.data.from_model import activations
     from flashsae.evaluate.heldout import evaluate
-    from flashsae.evaluate.sae_bench import saebench
     from flashsae.hooks import ablate, clamp, hook, scale, steer
     from flashsae.ops import SparseCode
     from flashsae.places.finding import load
     from flashsae.sae import SAE, SAEConfig
+    from flashsae.sae_bench import saebench
     from flashsae.settings.training import TrainConfig
     from flashsae.train.fit import fit
     from flashsae.train.fit_many import fit_many
@@ -71,7 +71,7 @@ _HOMES = {
     "hook": "hooks",
     "load": "places.finding",
     "load_checkpoint": "train.load",
-    "saebench": "evaluate.sae_bench",
+    "saebench": "sae_bench",
     "scale": "hooks",
     "steer": "hooks",
     "train": "train.from_model",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import flashsae
 from flashsae.architecture import settings_of
 from flashsae.errors import CheckpointError, ConfigError
-from flashsae.evaluate.sae_bench import BenchSAE
+from flashsae.sae_bench import BenchSAE
 
 D_IN, D_SAE = 12, 40
 ARCHS = ("topk", "hierarchical_topk", "abs_topk", "batch_topk", "matryoshka", "jump_relu", "relu", "gated")
