@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -66,6 +67,29 @@ def test_it_ends_with_the_bytes_of_one_written_at_once(
         write_cache(step_by_step, source, shard_rows=SHARD_ROWS, max_tokens=size)
     assert kill.contents(step_by_step) == at_once[None]
     assert verify_cache(step_by_step)
+
+
+def test_what_a_norm_filter_drops_is_not_taken_for_the_end_of_the_text(
+    tiny: ModuleType, source: LanguageModelSource, tmp_path: Path
+) -> None:
+    """A block that is cut has then less than was asked for: the next one is read in its place, if there is one."""
+    filtered = tiny.source(replace(source.config, max_norm_ratio=1.05, forward_tokens=16), source.text)
+    write_cache(tmp_path / "all", filtered, shard_rows=SHARD_ROWS)
+    rows = CacheIndex.read(tmp_path / "all").rows
+    step_by_step = tmp_path / "steps"
+    for size in (30, 90, rows - 9, rows, None):
+        once = tmp_path / f"{size} at once"
+        write_cache(once, filtered, shard_rows=SHARD_ROWS, max_tokens=size)
+
+        def stop(n_rows: int, size: int | None = size) -> None:
+            if n_rows > (size or rows) - 9:
+                raise KeyboardInterrupt
+
+        with suppress(KeyboardInterrupt):
+            write_cache(step_by_step, filtered, shard_rows=SHARD_ROWS, max_tokens=size, on_progress=stop)
+        write_cache(step_by_step, filtered, shard_rows=SHARD_ROWS, max_tokens=size)
+        assert kill.contents(step_by_step) == kill.contents(once), size
+    assert kill.contents(step_by_step) == kill.contents(tmp_path / "all")
 
 
 def test_what_lies_before_the_cut_is_not_read_again(

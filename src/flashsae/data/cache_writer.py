@@ -22,7 +22,7 @@ from flashsae.data.cache_index import (
 )
 from flashsae.data.images import IMAGES, ImageSource
 from flashsae.data.language_model import LanguageModelSource
-from flashsae.data.shard_writer import ShardWriter
+from flashsae.data.shard_writer import ShardWriter, may_be_cut
 from flashsae.data.stored import Compression, Layout, StoredDtype
 from flashsae.errors import CheckpointError, ConfigError, DataError, require
 from flashsae.files.atomic import atomic_directory, clear_leftovers, only_one, storage_errors
@@ -224,7 +224,7 @@ def _extended(index: CacheIndex, settings: dict[str, Any]) -> CacheIndex:
     """
     marks = index.marks or []
     longer = replace(index, settings=settings, marks=None if settings["max_tokens"] is None else marks[:1])
-    if index.complete and index.rows < index.settings["max_tokens"]:  # the text ended before
+    if index.complete and not may_be_cut(index):  # the text ended before
         return longer
     first = marks[0]
     return replace(longer, shards=index.shards[: first.shards], cursor=first.cursor or None, complete=False)

@@ -90,7 +90,7 @@ class _Writing:
     Args:
         shard: what the index will say of it.
         cursor: of the source, behind it.
-        block_begin: rows before the block of documents that its last chunk is of.
+        block_begin: rows before the block of documents that its last chunk is of, or before the first that may be cut.
         is_full: it is not the rest at the end.
     """
 
@@ -119,7 +119,8 @@ class ShardWriter:
         self._shard_rows = shard_rows
         self._layouts = {name: index.layout(name) for name in index.settings["hookpoints"]}
         self._cursor: Cursor = index.cursor or {}
-        self._block_begin = 0
+        self._is_cut = may_be_cut(index)
+        self._block_begin = index.marks[0].rows if index.marks and self._is_cut else 0
         self._pool = ThreadPoolExecutor(_THREADS, "flashsae-shards")
         row_bytes = sum(layout.row_bytes for layout in self._layouts.values())
         least, most = _SHARDS_BEHIND
@@ -158,9 +159,11 @@ class ShardWriter:
         n_rows = len(chunk.group)
         self._gathering.chunks.append((stored, replace(chunk, acts={})))
         self._gathering.rows += n_rows
-        # behind a block of documents both numbers are the same, so this is where the block of this chunk begins
-        self._block_begin = self._cursor.get("rows_before", 0)
+        if not self._is_cut:
+            # behind a block of documents both numbers are the same, so this is where the block of this chunk begins
+            self._block_begin = self._cursor.get("rows_before", 0)
         self._cursor = cursor
+        self._is_cut = self._is_cut or may_be_cut(self._index, cursor)
         if self._gathering.rows >= self._shard_rows:
             self._write(is_full=True)
         self._collect(self._most_behind)
@@ -226,7 +229,7 @@ class ShardWriter:
                 self._written = time.monotonic()
 
     def _useful_marks(self, block_begin: int) -> list[Mark]:
-        """Return the marks from the last one on that lies before the block of the last chunk."""
+        """Return the marks from the last one on that lies before a block of documents."""
         marks = self._index.marks or []
         before = [mark for mark in marks if mark.rows <= block_begin]
         return [*before[-1:], *marks[len(before) :]]
@@ -257,6 +260,20 @@ class ShardWriter:
             self._index.marks = self._useful_marks(self._block_begin)[:1]
         self._index.complete = True
         self._index.write(self._directory)
+
+
+def may_be_cut(index: CacheIndex, cursor: Cursor | None = None) -> bool:
+    """Tell whether a block of documents up to a place may have been cut, so that a longer cache has more of it.
+
+    A block is cut before a norm filter drops some of its tokens, and the next ones are read in their place. So what
+    counts is how many tokens there were with those that were dropped.
+
+    Args:
+        index: of a cache.
+        cursor: the place; None is where the cache ends.
+    """
+    limit, place = index.settings.get("max_tokens"), cursor or index.cursor or {}
+    return limit is not None and place.get("rows", 0) + place.get("dropped", 0) >= limit
 
 
 def _arrived(on_the_way: _OnTheWay) -> Tensor:
