@@ -130,7 +130,6 @@ def test_other_saes_than_those_of_the_run_are_not_resumed_and_lose_nothing(
         go([{"k": 2}, {"k": 3}, {"k": 4}], resume=True)
     with pytest.raises(StorageError, match="exists already and is not overwritten"):
         go([{"k": 2}, {"k": 3}], resume=False)
-    shutil.rmtree(tmp_path / "run" / "k4")
     assert kill.contents(tmp_path / "run") == before
     whole = flashsae.fit_many(X, [{"k": 2}, {"k": 3}], config=SMALL, progress=False)
     (newest,) = list((tmp_path / "run" / "k3" / "checkpoints").glob("step-*8"))
@@ -138,6 +137,18 @@ def test_other_saes_than_those_of_the_run_are_not_resumed_and_lose_nothing(
     resumed = go([{"k": 3}, {"k": 2}], resume=True)  # their order does not matter
     assert _same(resumed[1], whole[0])
     assert _same(resumed[0], whole[1])
+
+
+def test_runs_of_one_and_of_several_are_not_taken_for_each_other(tmp_path: Path) -> None:
+    flashsae.fit(X, k=2, config=SMALL, run=tmp_path / "one", progress=False)
+    several = [{"k": 2}, {"k": 3}]
+    flashsae.fit_many(X, several, config=SMALL, run=tmp_path / "several", progress=False)
+    with pytest.raises(CheckpointError, match=r"one was begun with one SAE alone, and is asked to go on with k2, k3\."):
+        flashsae.fit_many(X, several, config=SMALL, run=tmp_path / "one", resume=True, progress=False)
+    with pytest.raises(CheckpointError, match=r"is of several SAEs, which go on together: resume with what began them"):
+        flashsae.fit(X, k=2, config=SMALL, run=tmp_path / "several", resume=True, progress=False)
+    with pytest.raises(CheckpointError, match=r"is of one of several SAEs, which .* Resume the run of all of them"):
+        flashsae.fit(X, k=2, config=SMALL, run=tmp_path / "several" / "k2", resume=True, progress=False)
 
 
 @pytest.mark.parametrize("gone", ["checkpoints", "k2/checkpoints"])

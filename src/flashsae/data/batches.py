@@ -49,6 +49,11 @@ class Batches(Protocol):
 
 def check_identity(name: str, now: dict[str, Any], place: dict[str, Any]) -> None:
     """Raise CheckpointError naming what of a source is not as it was when the state was taken."""
+    if not place:
+        raise CheckpointError(
+            "the checkpoint is of one of several SAEs, which go on together from one place in the data. Resume the run "
+            "of all of them, in the folder around it."
+        )
     saved = place.get("source")
     if not isinstance(saved, dict):  # which is told of where all of the place is checked
         return

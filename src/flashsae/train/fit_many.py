@@ -285,12 +285,12 @@ def _place(batches: Together, folders: Mapping[str, Path], failed: Collection[st
     """Return what saves the place in the data of SAEs that have folders, gone on to the newest step of all."""
     if not folders:
         return None
-    for folder in folders.values():
-        with storage_errors(folder):
-            folder.mkdir(exist_ok=True)
     run = next(iter(folders.values())).parent
     place = Place(run / CHECKPOINTS, batches, {name: each / CHECKPOINTS for name, each in folders.items()}, failed)
     place.resume()
+    for folder in folders.values():  # not before it is known that they are those of the run
+        with storage_errors(folder):
+            folder.mkdir(exist_ok=True)
     return place
 
 

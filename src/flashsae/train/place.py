@@ -68,6 +68,11 @@ class Place:
         step = max(steps, default=0)
         for path in found[-1:] if not step else [path for path in found if step_of(path) == step]:
             checkpoint = load_checkpoint(path)
+            if "saes" not in checkpoint.state and "config" in checkpoint.state:
+                raise CheckpointError(
+                    f"{self._folder.parent} was begun with one SAE alone, and is asked to go on with "
+                    f"{', '.join(self._names)}. {_ADVICE}"
+                )
             saved = parse(_Saved, checkpoint.state, f"the checkpoint of step {checkpoint.step}", _ADVICE)
             if saved.saes != self._names:
                 raise CheckpointError(

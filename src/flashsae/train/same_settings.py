@@ -17,6 +17,11 @@ FREE_TO_CHANGE = ("device", "log_every_steps", "evaluate_every_steps", "checkpoi
 
 def check_settings(config: TrainConfig, checkpoint: Checkpoint) -> None:
     """Raise CheckpointError if a checkpoint was written with other settings; names each with both values."""
+    if "config" not in checkpoint.state and "saes" in checkpoint.state:
+        raise CheckpointError(
+            f"the checkpoint of step {checkpoint.step} is of several SAEs, which go on together: resume with what "
+            "began them, fit_many with all their settings, or flashsae train --resume."
+        )
     saved = checkpoint.state.get("config")
     saved = saved if isinstance(saved, dict) else {}
     # what it says nothing of was written by a version that had no such setting
