@@ -147,6 +147,34 @@ def test_sizes_that_8_bits_cannot_take(scale: float) -> None:
         assert bool(bound.isnan().any()) == (scale > 1e13)
 
 
+def test_a_scale_that_makes_an_error_vanish_bounds_it_all_the_same() -> None:
+    g = torch.Generator().manual_seed(0)
+    x, W, b = torch.randn(8, 128, generator=g) * 1e14, torch.randn(40, 128, generator=g) * 1e-15, torch.zeros(40)
+    scale = torch.full((40,), 1e-32)
+    scale[5] = 0
+    left, right = both(x, W)
+    out, maxima = torch.empty(8, 40, dtype=torch.bfloat16), torch.empty(8, 2, dtype=torch.int32)
+    screen.centres(left, right, Keys(b, scale), out, maxima)
+    of_latents, of_groups = screen.errors_of(right.facts, scale)
+    unit, p, q = left.facts[:3].double().unsqueeze(2).unbind(0)
+    error = unit * (of_latents[0].double() * p + of_latents[1].double() * q) + out.double().abs() * 2**-8
+    off = (out.double() - (x.double() @ W.double().T) * scale.double()).abs()
+    assert float(off.max()) > 1e-35, "no number that is too small"
+    assert bool((off <= error).all())
+    assert not bool(error[:, 5].any()), "what weighs nothing is known"
+    assert bool((of_groups[:, 0] >= of_latents.amax(1)).all())
+
+
+@pytest.mark.parametrize("magnitude", [False, True])
+def test_certified_keys_that_vanish_in_the_unit_of_a_token_are_selected_all_the_same(magnitude: bool) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, W = torch.randn(3, 32, generator=g) * 1e14, torch.randn(520, 32, generator=g) * 1e-15
+    keys = Keys(torch.zeros(520), 1e-32 + torch.rand(520, generator=g) * 1e-33, magnitude)
+    exact = keys.of(x.double() @ W.double().T)
+    _, latents = launch_encode_topk(x, W, keys, 4, "float32", MEMORY)
+    assert torch.equal(latents, exact.topk(4).indices.sort().values)
+
+
 @pytest.mark.parametrize("precision", ["float32-int8", "bf16-int8"])
 @pytest.mark.parametrize("magnitude", [False, True])
 def test_selections_through_the_screen_are_those_of_the_operands(precision: str, magnitude: bool) -> None:

@@ -158,8 +158,11 @@ def _magnitudes(low, high):
 
 @triton.jit
 def _scaled(low, high, scale):
-    """Multiply bounds by a scale of at least 0, rounding outwards."""
-    return low * scale - tl.abs(low * scale) * 2.4e-7, high * scale + tl.abs(high * scale) * 2.4e-7
+    """Multiply bounds by a scale of at least 0, rounding outwards: among the smallest numbers by as much as is lost."""
+    lost = tl.where(scale > 0.0, 1.2e-38, 0.0)
+    down = tl.abs(low * scale) * 2.4e-7 + tl.where(low != 0.0, lost, 0.0)
+    up = tl.abs(high * scale) * 2.4e-7 + tl.where(high != 0.0, lost, 0.0)
+    return low * scale - down, high * scale + up
 
 
 @triton.jit

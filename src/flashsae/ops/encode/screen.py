@@ -190,7 +190,12 @@ def centres(x: Rounded, W: Rounded, keys: Keys, out: Tensor, maxima: Tensor) -> 
 
 def errors_of(facts: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the facts of latents and of groups that `Screened` has, from those of rounded rows of weights."""
-    latents = facts[1:] if scale is None else facts[1:] * scale
+    latents = facts[1:]
+    if scale is not None:
+        latents, least = latents * scale, torch.finfo(torch.float32).tiny
+        latents = torch.where(
+            (latents < least) & (scale > 0), least, latents
+        )  # what vanishes bounds an error all the same
     more = -latents.shape[1] % GROUP
     return latents, F.pad(latents, (0, more)).view(2, -1, GROUP).amax(2)
 
