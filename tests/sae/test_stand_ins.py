@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from flashsae import SAE, ops
 from flashsae.architecture import settings_of
@@ -71,6 +72,15 @@ def test_a_graph_that_breaks_at_an_operator_leaves_it_as_it_is(training: bool, g
     compiled(x).square().sum().backward()
     (expected,) = torch.autograd.grad(sae(x).square().sum(), sae.W_enc_T)
     torch.testing.assert_close(sae.W_enc_T.grad, expected)
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+@pytest.mark.parametrize("arch", ["topk", "batch_topk"])
+def test_a_graph_of_operators_gives_the_same(arch: str, mode: str, generator: torch.Generator) -> None:
+    sae, x = sae_of(arch), torch.randn(5, 6, generator=generator)
+    graph = make_fx(lambda x: sae(x), tracing_mode=mode, _allow_non_fake_inputs=True)(x)  # noqa: PLW0108 - no module
+    other: Tensor = torch.randn(5, 6, generator=generator)
+    torch.testing.assert_close(graph(other), sae(other))
 
 
 def test_nothing_stays_that_stood_in_for_numbers(generator: torch.Generator) -> None:

@@ -160,8 +160,12 @@ def check_indices(name: str, indices: Tensor, size: int, *, lowest: int = 0) -> 
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Tell whether there are numbers in memory: not while tracing, where tensors are stand-ins."""
-    return not torch.compiler.is_compiling() and type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+    """Tell whether there are numbers in memory to be looked at: not while tracing, where tensors are stand-ins."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None  # of make_fx
+    )
 
 
 def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
