@@ -109,3 +109,16 @@ def test_the_help_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None
     shown = capsys.readouterr().out
     for words in ("--normalize-activations", "power_of_two", "mean_square", "layer_norm", "--init-from", "--init"):
         assert words in shown
+
+
+def test_a_stop_before_the_training_says_that_the_same_command_goes_on(
+    acts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(folder: Path, console: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flashsae.run.execute.execute", stopped)
+    run, hookpoint = tmp_path / "run", "encoder.layer.0"
+    assert _main("train", "--activations", acts, "--hookpoint", hookpoint, "--run", run, *SIZES) == 130
+    assert "\nStopped. The training had not begun; the same command goes on.\n" in capsys.readouterr().out
+    assert not run.exists()

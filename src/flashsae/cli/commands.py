@@ -148,12 +148,14 @@ def _execute(folder: Path, console: Console, *, is_new: bool) -> None:
     try:
         failed = execute(folder, console)
     except BaseException as error:
-        if is_new and start.discard_if_empty(folder):
-            raise
+        is_gone = is_new and start.discard_if_empty(folder)
         how = f"flashsae train --resume {folder}"
         if isinstance(error, KeyboardInterrupt):
-            console.print(f"\nStopped. Go on with: {how}", highlight=False, soft_wrap=True)
+            way = "The training had not begun; the same command goes on." if is_gone else f"Go on with: {how}"
+            console.print(f"\nStopped. {way}", highlight=False, soft_wrap=True)
             raise SystemExit(130) from None
+        if is_gone:
+            raise
         if isinstance(error, FlashSAEError):
             raise type(error)(f"{error}\nThe run is in {folder}; go on with: {how}") from error
         console.print(f"\nThe run is in {folder}; go on with: {how}", highlight=False, soft_wrap=True)
