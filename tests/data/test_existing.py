@@ -7,21 +7,9 @@ import pytest
 
 from flashsae.data.cache import ActivationCache
 from flashsae.data.cache_writer import write_cache
-from flashsae.data.existing import held_hookpoints, moved_place, stored_in_words, to_be_stored_in_words
+from flashsae.data.existing import held_hookpoints, stored_in_words, to_be_stored_in_words
 from flashsae.data.language_model import LanguageModelSource
-from flashsae.errors import CheckpointError
 from flashsae.settings.reading import ReadingConfig
-
-
-def test_activations_that_were_moved_together_with_their_run_are_found(copy: Path, tmp_path: Path) -> None:
-    there = tmp_path / "new" / "runs" / "activations" / "acts"
-    there.parent.mkdir(parents=True)
-    copy.rename(there)
-    folder = tmp_path / "new" / "runs" / "activations"
-    assert moved_place(there, folder) == there
-    assert moved_place(Path("/old/project/runs/activations/acts"), folder) == there
-    with pytest.raises(CheckpointError, match=r"neither in /old/other nor where a move of both would have put them"):
-        moved_place(Path("/old/other"), folder)
 
 
 @pytest.mark.parametrize("prefix", ["transformer", "model", "bert", "gpt_neox"])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flashsae.data.cache import VERIFIED_BYTES, ActivationCache
-from flashsae.data.cache_index import INDEX_FILE, CacheIndex, has_index
+from flashsae.data.cache_index import INDEX_FILE, CacheIndex
 from flashsae.data.cache_writer import DTYPE_NAMES, changes, extends
 from flashsae.data.image_files import ImageFolder, find_images
 from flashsae.data.row_shuffle import WINDOW_ROWS
@@ -59,7 +59,7 @@ def is_complete_cache(config: ActivationsConfig) -> bool:
         return True
     if not {"model", "dataset"} & given(config).keys():
         if is_there:
-            raise _not_complete(place, CacheIndex.read(place))
+            raise not_complete(place, CacheIndex.read(place))
         raise ConfigError(
             f"activations: there is no cache at {place}. Check the path; to write a cache there, name the model and "
             f"the text too: flashsae train MODEL TEXT --hookpoint PATH --activations {place}."
@@ -75,10 +75,11 @@ def check_unfinished(place: Path, wanted: dict[str, Any]) -> None:
     differences = changes({name: index.settings[name] for name in wanted if name in index.settings}, wanted)
     is_longer = "max_tokens" in wanted and extends(index, wanted)
     if differences and index.shards and not is_longer:  # without shards it is written anew
-        raise _not_complete(place, index, f": {'; '.join(differences)}")
+        raise not_complete(place, index, f": {'; '.join(differences)}")
 
 
-def _not_complete(place: Path, index: CacheIndex, differences: str = "") -> CheckpointError:
+def not_complete(place: Path, index: CacheIndex, differences: str = "") -> CheckpointError:
+    """Return the error on a cache that is not complete, and has these differences to what is asked for."""
     return CheckpointError(
         f"the cache {place} is not complete ({index.rows:,} rows so far): finish it with flashsae cache MODEL TEXT "
         f"--hookpoint PATH --out {place}, or give the settings that it was begun with{differences}."
@@ -96,25 +97,6 @@ def is_cache(place: Path) -> bool:
             f"{place} holds other files and no {INDEX_FILE}: it is no activation cache. Choose a new folder."
         )
     return False
-
-
-def moved_place(place: Path, folder: Path) -> Path:
-    """Return where the activations of a run lie now, which may have been moved together with it; its caches: `folder`.
-
-    Raises:
-        CheckpointError: neither where they were nor where that would have put them.
-    """
-    if has_index(place):
-        return place
-    for ancestor in folder.resolve().parents:
-        for first in range(1, len(place.parts)):
-            moved = ancestor.joinpath(*place.parts[first:])
-            if has_index(moved):
-                return moved
-    raise CheckpointError(
-        f"the activations of this run are neither in {place} nor where a move of both would have put them: put that "
-        "folder back, or start a new run."
-    )
 
 
 def check_asked(config: ActivationsConfig, place: Path) -> ActivationsConfig:

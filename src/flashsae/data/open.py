@@ -17,7 +17,6 @@ from flashsae.data.existing import (
     check_unfinished,
     is_cache,
     is_complete_cache,
-    moved_place,
     open_configured_text,
     rounding_warning,
     stored_in_words,
@@ -26,6 +25,7 @@ from flashsae.data.existing import (
 from flashsae.data.image_files import ImageFolder
 from flashsae.data.images import IMAGES, ImageSource, Pictures
 from flashsae.data.language_model import LanguageModelSource, dtype_of_model
+from flashsae.data.moved import moved_place
 from flashsae.data.prepared import Activations, AskedSites, Prepared, Progress, arranged, asking
 from flashsae.data.split import check_splits
 from flashsae.files.fingerprint import text_digest
@@ -65,7 +65,7 @@ def prepare_activations(
     config = asking(config, asked)
     named = config.activations
     if named is not None and is_checked:
-        named = moved_place(named, folder)
+        named = moved_place(config, named, folder)
         config = replace(config, activations=named)
     if named is not None and is_complete_cache(config):
         return _cached(config if is_checked else check_asked(config, named), named, asked)
