@@ -122,3 +122,19 @@ def test_a_stop_before_the_training_says_that_the_same_command_goes_on(
     assert _main("train", "--activations", acts, "--hookpoint", hookpoint, "--run", run, *SIZES) == 130
     assert "\nStopped. The training had not begun; the same command goes on.\n" in capsys.readouterr().out
     assert not run.exists()
+
+
+def test_a_run_that_has_ended_says_that_nothing_is_left(
+    acts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = "Nothing is left to train: --extend TOKENS goes on from the end of this run."
+    run = tmp_path / "run"
+    _train(acts, run, "--tokens", "128", "--batch-tokens", "64", "--no-report", "--d-sae", "16", "--k", "2")
+    assert told not in capsys.readouterr().out
+    assert _main("train", "--resume", run) == 0
+    assert told in capsys.readouterr().out
+    assert _main("train", "--resume", run, "--extend", "128") == 0
+    assert told not in capsys.readouterr().out
+    (run / "evaluation.json").unlink()
+    assert _main("train", "--resume", run) == 0
+    assert told not in capsys.readouterr().out

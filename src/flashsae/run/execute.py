@@ -57,7 +57,7 @@ from flashsae.run.parts import (
 )
 from flashsae.run.planning import plan_table, table
 from flashsae.run.rounds import Trained, train_alone, train_side_by_side
-from flashsae.run.start import check, check_rows, check_whole, prepare, saved_config
+from flashsae.run.start import check, check_rows, check_whole, has_ended, prepare, saved_config
 from flashsae.run.start import new_run as new_run
 from flashsae.sae.module import SAE
 from flashsae.settings.run import CONFIG_FILE, RunConfig, load_settings
@@ -84,7 +84,12 @@ def execute(run: Path, console: Console) -> dict[str, str]:
     check(config)
     with atomic.only_one(run):
         atomic.clear_leftovers(run)
+        is_over = has_ended(config, run)
         rounds = _rounds(run, config, console)
+        if is_over:
+            console.print(
+                "Nothing is left to train: --extend TOKENS goes on from the end of this run.", highlight=False
+            )
         several = sum(map(len, rounds)) > 1
         for number, parts in enumerate(rounds, 1):
             if len(rounds) > 1:

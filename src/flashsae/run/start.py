@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import replace
 from itertools import chain, count
 from pathlib import Path
@@ -12,7 +13,7 @@ from flashsae.data.open import prepare_activations, run_name
 from flashsae.data.prepared import Prepared, with_hookpoint
 from flashsae.data.shuffle import shuffled
 from flashsae.data.sources import RowSource, Source
-from flashsae.errors import ConfigError, DataError, StorageError, require
+from flashsae.errors import ConfigError, DataError, FlashSAEError, StorageError, require
 from flashsae.files import atomic
 from flashsae.lm.place import model_place
 from flashsae.logs.jsonl import LOG_FILE
@@ -162,6 +163,15 @@ def extended(config: RunConfig, run: Path, tokens: int) -> RunConfig:
         for each in config.sae
     )
     return replace(config, train=more, sae=saes)
+
+
+def has_ended(config: RunConfig, run: Path) -> bool:
+    """Tell whether all SAEs of a run are trained and measured; no where something of it is damaged."""
+    with suppress(FlashSAEError):
+        folders = part_folders(run) or [run]
+        times = len(config.train.extended)
+        return all(failure_in(each) is None and _left_to_do(each, times) is None for each in folders)
+    return False
 
 
 def _left_to_do(folder: Path, times: int) -> str | None:
