@@ -359,7 +359,11 @@ def _raised(error: BaseException) -> Callable[[object], None]:
     ("error", "code", "message"),
     [
         (KeyboardInterrupt(), 130, "\nStopped.\n"),
-        (PermissionError(13, "Permission denied", "acts"), 1, "flashsae: acts: Permission denied.\n"),
+        (
+            PermissionError(13, "Permission denied", "acts"),
+            1,
+            "flashsae: acts: Permission denied. Check its permissions, or name another.\n",
+        ),
         (OSError(28, "No space left on device"), 1, "cannot be written: No space left on device.\n"),
         (MemoryError(), 1, "flashsae: there is not enough memory (MemoryError). Take a smaller"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried"), 1, "not enough memory (CUDA out of memory. Tried)."),

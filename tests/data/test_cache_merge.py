@@ -114,6 +114,28 @@ def test_where_there_are_no_links_it_holds_copies_that_were_checked(
     assert not (tmp_path / "out").exists()
 
 
+def test_parts_that_may_not_be_written_to_are_merged_and_what_comes_out_may(
+    parts: tuple[Path, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed = [Path(shutil.copytree(part, tmp_path / part.name)) for part in parts]
+    for path in (path for part in closed for path in (part, *part.rglob("*"))):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    opened = os.open
+
+    def as_for_others_than_root(path: Any, flags: int, *mode: Any) -> int:
+        is_forbidden = flags & os.O_RDWR and os.path.exists(path) and not os.stat(path).st_mode & 0o200
+        if is_forbidden:
+            raise PermissionError(13, "Permission denied", path)
+        return opened(path, flags, *mode)
+
+    monkeypatch.setattr(os, "open", as_for_others_than_root)
+    merge_caches(closed, tmp_path / "out")
+    for path in (tmp_path / "out" / "tokenizer", *(tmp_path / "out" / "tokenizer").rglob("*")):
+        assert path.stat().st_mode & 0o200
+    for path in (path for part in closed for path in (part, *part.rglob("*"))):
+        path.chmod(0o755)  # so that the folder of the test can be removed
+
+
 def test_a_kill_leaves_nothing_or_all(parts: tuple[Path, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     moments = kill.survive_every_kill(
         tmp_path, monkeypatch, work=lambda root: (root / "c").exists() or merge_caches(parts[:2], root / "c")

@@ -92,7 +92,8 @@ def _tell(error: BaseException) -> None:
     if isinstance(error, OSError) and error.strerror is not None:
         _let_go_of_output()
         what = f"{error.filename}: " if error.filename else "what it has to say cannot be written: "
-        _end(f"flashsae: {what}{error.strerror}.", 1)
+        advice = " Check its permissions, or name another." if isinstance(error, PermissionError) else ""
+        _end(f"flashsae: {what}{error.strerror}.{advice}", 1)
     if _is_out_of_memory(error):
         advice = "Take a smaller --batch-tokens or --d-sae, or --moments bf16; --plan says what a run needs."
         _end(f"flashsae: there is not enough memory ({_first_line(error)}). {advice}", 1)

@@ -84,7 +84,7 @@ def merge_caches(
         for kind in (TOKENS_FOLDER, *settings["hookpoints"]):
             (aside / folder_of(kind)).mkdir()
         check_tokenizer(parts[0].place, parts[0].index)
-        shutil.copytree(parts[0].place / TOKENIZER_FOLDER, aside / TOKENIZER_FOLDER)
+        _copy(parts[0].place / TOKENIZER_FOLDER, aside / TOKENIZER_FOLDER)
         for part, first in zip(parts, firsts):
             for number in range(len(part.index.shards)):
                 shards.append(_add(part, number, first, aside, len(shards)))
@@ -95,6 +95,14 @@ def merge_caches(
         merged = CacheIndex(settings, shards, None, True, parts[0].index.tokenizer)
         merged.write(aside)
     return merged.rows
+
+
+def _copy(folder: Path, to: Path) -> None:
+    """Copy a folder, which may be on a disk that cannot be written to, without what it forbids."""
+    to.mkdir()
+    for path in sorted(folder.rglob("*")):
+        there = to / path.relative_to(folder)
+        there.mkdir() if path.is_dir() else shutil.copyfile(path, there)
 
 
 def _checked(places: Sequence[str | Path]) -> list[Path]:

@@ -63,7 +63,8 @@ def _fsync(path: Path) -> None:
     is_folder = path.is_dir()
     if is_folder and os.name == "nt":
         return  # Windows opens no folders, and writes their entries through
-    descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
+    # a copy of a file that may not be written to is none that may be; Windows flushes what is open for writing alone
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
