@@ -144,7 +144,7 @@ class TrainConfig:
             again over warmup_steps and falls to 0 in the last decay_fraction of the steps up to the next end; with a
             decay_fraction of 0 it stays. What an architecture has scheduled stays at its end. Default: none.
         batch_tokens: Tokens in a step; no more than tokens.
-        precision: Of products on a GPU; a CPU does not look at it. float32: the latents chosen are certified to be
+        precision: Of products on a GPU; it changes nothing on a CPU. float32: the latents chosen are certified to be
             those of float32 arithmetic. bf16, for large trainings, which take two thirds of the time: operands are
             rounded to bfloat16; weights are kept in two halves of 16 bits, and no bit of them is lost. float32-int8
             and bf16-int8, for a hundred thousand latents and more of width 4096: the same operands and float32 sums,
