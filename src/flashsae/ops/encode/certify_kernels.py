@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from flashsae.ops.encode.kernels import (
+    KEY_INF,
     KEY_NAN,
     KEY_NONE,
     _bounds,
@@ -164,10 +165,14 @@ def encode_topk_finish_kernel(
     bias_ptr, scale_ptr,
     top_acts_ptr,  # [rows, k]
     top_indices_ptr,  # [rows, k]
-    k,
+    todo_ptr,  # as in encode_topk_candidates_kernel
+    n, k,
     CAPACITY: tl.constexpr, MAGNITUDE: tl.constexpr,
 ):  # fmt: skip
-    """Select among rescored candidates."""
+    """Select among rescored candidates.
+
+    Where the k-th key overflows, latents that bounds told from it by their real size tie with it: such a row is redone.
+    """
     row = tl.program_id(0).to(tl.int64)
     count = tl.load(counts_ptr + row)
     if count <= CAPACITY:
@@ -179,3 +184,6 @@ def encode_topk_finish_kernel(
         keys = _keys_of(values, latents, inside, scale_ptr, MAGNITUDE)
         tau = _kth_key(keys, k, tl.min(tl.where(inside, keys, KEY_NAN)))
         _write_selection(keys, latents, values, k, tau, top_acts_ptr + row * k, top_indices_ptr + row * k)
+        overflows = (tau == KEY_INF) | (tau == ~KEY_INF)
+        if overflows & (count < n):
+            note_row(todo_ptr, row)

@@ -13,6 +13,7 @@ import triton.language as tl
 
 KEY_NONE = tl.constexpr(-(2**31))  # padding: below every latent
 KEY_NAN = tl.constexpr(2**31 - 1)
+KEY_INF = tl.constexpr(0x7F800000)
 
 
 @triton.jit

@@ -214,7 +214,7 @@ def _select_certified(
     )  # fmt: skip
     dots = launch_dots(x, candidates, W_enc_T, counts=counts)
     certify_kernels.encode_topk_finish_kernel[(rows,)](
-        dots, candidates, counts, *by, *out, k,
+        dots, candidates, counts, *by, *out, todo, n, k,
         CAPACITY=capacity, MAGNITUDE=magnitude, num_warps=4 if capacity <= 1024 else 8,
     )  # fmt: skip
     redo_rows(x, W_enc_T, selection.keys, k, todo, out)

@@ -50,7 +50,8 @@ def select_topk(pre_acts: LatentActs, k: int) -> TopIndices:
     values, indices = _largest(pre_acts, min(k + 1, n))
     indices = indices[:, :k].clone()
     if k < n:
-        tied = (values[:, k - 1] == values[:, k]).nonzero()[:, 0]
+        kth, next_one = values[:, k - 1], values[:, k]
+        tied = ((kth == next_one) | next_one.isnan()).nonzero()[:, 0]  # topk ranks NaN first: the k-th is one, too
         if len(tied):
             indices[tied] = _lowest_of_ties(pre_acts[tied], values[tied, k - 1 : k], k)
     return indices.sort(dim=1).values
@@ -74,8 +75,9 @@ def _largest(keys: LatentActs, m: int) -> tuple[TopActs, TopIndices]:
 
 
 def _lowest_of_ties(pre_acts: LatentActs, kth: Float[Tensor, "B 1"], k: int) -> TopIndices:
-    above = (pre_acts > kth) | pre_acts.isnan()  # topk ranks NaN first
-    equal = pre_acts == kth
+    is_nan, nan_is_kth = pre_acts.isnan(), kth.isnan()
+    above = torch.where(nan_is_kth, False, (pre_acts > kth) | is_nan)
+    equal = torch.where(nan_is_kth, is_nan, pre_acts == kth)
     room = k - above.sum(1, keepdim=True)
     chosen = above | (equal & (equal.cumsum(1, dtype=torch.int32) <= room))
     return chosen.nonzero()[:, 1].view(len(pre_acts), k)
