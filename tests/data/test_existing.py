@@ -17,6 +17,7 @@ def test_the_name_of_the_base_model_may_stand_before_a_hookpoint(prefix: str) ->
     held = ["h.0", "h.1", "h.10"]
     assert held_hookpoints(f"{prefix}.h.1", held) == ["h.1"]
     assert held_hookpoints(f"{prefix}.h.*", held) == held
+    assert held_hookpoints(f"base_model.model.{prefix}.h.1", held) == ["h.1"]  # as peft prints it
     assert held_hookpoints(f"{prefix}.h.1", [f"{prefix}.h.1", "h.1"]) == [f"{prefix}.h.1"]
 
 

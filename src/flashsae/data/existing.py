@@ -20,6 +20,7 @@ from flashsae.lm.hookpoints import (
     alternatives,
     in_names_of_now,
     match_hookpoints,
+    without_wrappers,
 )
 from flashsae.lm.loading import reads_images
 from flashsae.lm.options import LoadOptions
@@ -173,8 +174,9 @@ def held_hookpoints(pattern: str, held: Sequence[str]) -> list[str]:
     """Return which of the hookpoints that are there a pattern stands for; what is not among them, as it is named."""
     found: list[str] = []
     for choice in alternatives(pattern):
-        prefix, _, without_prefix = choice.partition(".")
-        short = without_prefix if prefix in BASE_MODEL_PREFIXES else choice
+        inner = without_wrappers(choice)
+        prefix, _, without_prefix = inner.partition(".")
+        short = without_prefix if prefix in BASE_MODEL_PREFIXES else inner
         inside = (f"{part}.{short}" for part in (*TEXT_PATHS, *IMAGE_PATHS))
         ways = (choice, short, *inside, in_names_of_now(choice), in_names_of_now(short))
         matches = next(filter(None, (match_hookpoints(way, held) for way in ways)), [])

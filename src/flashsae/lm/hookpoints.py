@@ -74,6 +74,11 @@ _WRAPPERS = re.compile(r"^((_orig_mod|module|base_model\.model)\.)+")
 """What torch.compile, DataParallel and peft put in front of the paths of what they wrap."""
 
 
+def without_wrappers(path: str) -> str:
+    """Return a module path without what wrappers of a model put in front of it."""
+    return _WRAPPERS.sub("", path)
+
+
 def resolve_hookpoints(model: nn.Module, patterns: Sequence[str], parts: Iterable[str] = ()) -> tuple[str, ...]:
     """Return the hookpoints that the patterns stand for, each once, 2 before 10.
 
@@ -93,7 +98,7 @@ def resolve_hookpoints(model: nn.Module, patterns: Sequence[str], parts: Iterabl
     for pattern in patterns:
         of_pattern: list[str] = []
         for choice in alternatives(pattern):
-            short = _WRAPPERS.sub("", choice).removeprefix(prefix)
+            short = without_wrappers(choice).removeprefix(prefix)
             ways = (choice, short, *(f"{part}.{short}" for part in parts))
             matches = next(filter(None, (match_hookpoints(way, names) for way in ways)), [])
             if not matches:
