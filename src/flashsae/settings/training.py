@@ -144,14 +144,14 @@ class TrainConfig:
             again over warmup_steps and falls to 0 in the last decay_fraction of the steps up to the next end; with a
             decay_fraction of 0 it stays. What an architecture has scheduled stays at its end. Default: none.
         batch_tokens: Tokens in a step; no more than tokens.
-        precision: Of products on a GPU; it changes nothing on a CPU. float32: the latents chosen are certified to be
-            those of float32 arithmetic. bf16, for large trainings, which take two thirds of the time: operands are
-            rounded to bfloat16; weights are kept in two halves of 16 bits, and no bit of them is lost. float32-int8
-            and bf16-int8, for a hundred thousand latents and more of width 4096: the same operands and float32 sums,
-            but what could be chosen is found by an 8-bit product with random rounding. The chance that a million steps
-            miss one latent is below a millionth. Where that does not pay, at small sizes and where latents are chosen
-            over a batch or above a threshold, they run as float32 and bf16. tf32: operands are rounded to TF32; to
-            compare with.
+        precision: Of products on a GPU; on a CPU those of bf16 round the weights of the decoder and the others nothing.
+            float32: the latents chosen are certified to be those of float32 arithmetic. bf16, for large trainings,
+            which take two thirds of the time: operands are rounded to bfloat16; weights are kept in two halves of 16
+            bits, and no bit of them is lost. float32-int8 and bf16-int8, for a hundred thousand latents and more of
+            width 4096: the same operands and float32 sums, but what could be chosen is found by an 8-bit product with
+            random rounding. The chance that a million steps miss one latent is below a millionth. Where that does not
+            pay, at small sizes and where latents are chosen over a batch or above a threshold, they run as float32 and
+            bf16. tf32: operands are rounded to TF32; to compare with.
         moments: float32, or bf16: half the memory of Adam's moments, rounded stochastically. Approximate.
         normalize_activations: How activations are scaled for the training: by a power_of_two, which rounds nothing (the
             deviation of a coordinate becomes about 1/4); to a mean_square of 1, each site for itself; none; or by
