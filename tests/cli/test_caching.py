@@ -7,16 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from flashsae.cli import main
 from flashsae.data.cache import ActivationCache
-
-
-def _main(*arguments: str | Path) -> int:
-    try:
-        main(list(map(str, arguments)))
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
+from helpers.command_line import run_main
 
 
 @pytest.fixture(scope="module")
@@ -27,18 +19,18 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text = folder / f"{name}[" / "odd].txt"  # which is no markup
         text.parent.mkdir()
         text.write_text("\n\n".join(f"Paragraph {i} of {name} says that the cat sat on mat {i}." for i in range(20)))
-        assert _main("cache", "minilm", text, "--hookpoint", "encoder.layer.0", "--out", folder / name) == 0
+        assert run_main("cache", "minilm", text, "--hookpoint", "encoder.layer.0", "--out", folder / name) == 0
     return folder
 
 
 def test_caches_are_merged_and_described(caches: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     merged, file = tmp_path / "merged", tmp_path / "described.json"
-    assert _main("cache", "--merge", caches / "a", caches / "b", "--out", merged) == 0
+    assert run_main("cache", "--merge", caches / "a", caches / "b", "--out", merged) == 0
     assert f"Train on them: flashsae train --activations {merged}" in capsys.readouterr().out
     both = sum(ActivationCache(caches / name).n_rows for name in ("a", "b"))
     assert ActivationCache(merged).n_rows == both
-    assert _main("cache", "--verify", merged) == 0
-    assert _main("cache", "--describe", merged, "--json", file) == 0
+    assert run_main("cache", "--verify", merged) == 0
+    assert run_main("cache", "--describe", merged, "--json", file) == 0
     told = capsys.readouterr().out
     for words in (
         f"{both:,} tokens of 40 documents", "minilm", "a[/odd].txt", "encoder.layer.0, 384 dimensions", "bfloat16",
@@ -54,9 +46,9 @@ def test_a_cache_is_extended_by_the_same_command(caches: Path, tmp_path: Path) -
     text = caches / "a[" / "odd].txt"
     words = ("cache", "minilm", text, "--hookpoint", "encoder.layer.0", "--out", tmp_path / "acts")
     for tokens in ("50", "100"):
-        assert _main(*words, "--max-tokens", tokens) == 0
+        assert run_main(*words, "--max-tokens", tokens) == 0
         assert ActivationCache(tmp_path / "acts").n_rows == int(tokens)
-    assert _main(*words) == 0
+    assert run_main(*words) == 0
     assert ActivationCache(tmp_path / "acts").n_rows == ActivationCache(caches / "a").n_rows
 
 
@@ -64,7 +56,7 @@ def test_numbers_that_are_not_finite_are_null_in_json(
     caches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("flashsae.data.cache_index.CacheIndex.rounded_away", lambda index, name: float("inf"))
-    assert _main("cache", "--describe", caches / "a", "--json", tmp_path / "x.json") == 0
+    assert run_main("cache", "--describe", caches / "a", "--json", tmp_path / "x.json") == 0
     told = json.loads((tmp_path / "x.json").read_text(), parse_constant=pytest.fail)
     assert told["sites"][0]["rounds_away"]["bfloat16"] is None
 
@@ -84,5 +76,5 @@ def test_what_cannot_be_is_one_sentence(
     words: list[str], message: str, caches: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(caches)
-    assert _main("cache", *words) == 1
+    assert run_main("cache", *words) == 1
     assert message in capsys.readouterr().err

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from flashsae import SAE
-from flashsae.cli import main
 from flashsae.settings.run import RunConfig
 from flashsae.train.checkpoint import list_checkpoints
+from helpers.command_line import run_main
 
 FEW = ("--tokens", "512", "--batch-tokens", "64", "--no-report", "--checkpoint-every-steps", "5")
 SIZES = (*FEW, "--d-sae", "64", "--k", "4")
@@ -25,20 +25,12 @@ def acts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cache")
     text = folder / "text.txt"
     text.write_text("\n\n".join(f"Paragraph number {i} says that the cat sat on mat {i}." for i in range(60)))
-    _main("cache", "minilm", text, "--hookpoint", "encoder.layer.[01]", "--out", folder / "acts")
+    run_main("cache", "minilm", text, "--hookpoint", "encoder.layer.[01]", "--out", folder / "acts")
     return folder / "acts"
 
 
-def _main(*arguments: str | Path) -> int:
-    try:
-        main(list(map(str, arguments)))
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
-
-
 def _train(acts: Path, run: Path, *more: str | Path, hookpoint: str = "encoder.layer.0") -> None:
-    assert _main("train", "--activations", acts, "--hookpoint", hookpoint, "--run", run, *more) == 0
+    assert run_main("train", "--activations", acts, "--hookpoint", hookpoint, "--run", run, *more) == 0
 
 
 def _weights(run: Path) -> dict[str, torch.Tensor]:
@@ -64,7 +56,7 @@ def test_a_scaled_run_is_measured_and_resumed(arch: str, kind: str, acts: Path, 
     assert fvu < 1.1  # of activations as they come
     shutil.rmtree(list_checkpoints(run / "checkpoints")[-1])
     shutil.rmtree(run / "sae")
-    assert _main("train", "--resume", run) == 0
+    assert run_main("train", "--resume", run) == 0
     assert _same(_weights(run), whole)
 
 
@@ -81,7 +73,7 @@ def test_a_run_goes_on_from_a_saved_sae_with_its_settings(
     shutil.rmtree(list_checkpoints(second / "checkpoints")[-1])
     shutil.rmtree(second / "sae")
     shutil.rmtree(first)
-    assert _main("train", "--resume", second) == 0
+    assert run_main("train", "--resume", second) == 0
     assert _same(_weights(second), whole)
     third: tuple[str | Path, ...] = ("train", "--activations", acts, "--run", tmp_path / "third", *FEW)
     for more, message in (
@@ -91,7 +83,7 @@ def test_a_run_goes_on_from_a_saved_sae_with_its_settings(
         ((), "holds no SAE: there is no such file or folder"),
     ):
         capsys.readouterr()
-        assert _main(*third, *more, "--init-from", second if more else tmp_path / "none", "--plan") != 0
+        assert run_main(*third, *more, "--init-from", second if more else tmp_path / "none", "--plan") != 0
         assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
@@ -105,7 +97,7 @@ def test_each_of_several_hookpoints_goes_on_from_its_own(acts: Path, tmp_path: P
 
 
 def test_the_help_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
-    assert _main("train", "--help") == 0
+    assert run_main("train", "--help") == 0
     shown = capsys.readouterr().out
     for words in ("--normalize-activations", "power_of_two", "mean_square", "layer_norm", "--init-from", "--init"):
         assert words in shown
@@ -119,7 +111,7 @@ def test_a_stop_before_the_training_says_that_the_same_command_goes_on(
 
     monkeypatch.setattr("flashsae.run.execute.execute", stopped)
     run, hookpoint = tmp_path / "run", "encoder.layer.0"
-    assert _main("train", "--activations", acts, "--hookpoint", hookpoint, "--run", run, *SIZES) == 130
+    assert run_main("train", "--activations", acts, "--hookpoint", hookpoint, "--run", run, *SIZES) == 130
     assert "\nStopped. The training had not begun; the same command goes on.\n" in capsys.readouterr().out
     assert not run.exists()
 
@@ -131,10 +123,10 @@ def test_a_run_that_has_ended_says_that_nothing_is_left(
     run = tmp_path / "run"
     _train(acts, run, "--tokens", "128", "--batch-tokens", "64", "--no-report", "--d-sae", "16", "--k", "2")
     assert told not in capsys.readouterr().out
-    assert _main("train", "--resume", run) == 0
+    assert run_main("train", "--resume", run) == 0
     assert told in capsys.readouterr().out
-    assert _main("train", "--resume", run, "--extend", "128") == 0
+    assert run_main("train", "--resume", run, "--extend", "128") == 0
     assert told not in capsys.readouterr().out
     (run / "evaluation.json").unlink()
-    assert _main("train", "--resume", run) == 0
+    assert run_main("train", "--resume", run) == 0
     assert told not in capsys.readouterr().out

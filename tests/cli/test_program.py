@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import flashsae
-from flashsae.cli import main
+from helpers.command_line import run_main
 
 
 @pytest.fixture
@@ -23,16 +23,8 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
-def _main(*arguments: str | Path) -> int:
-    try:
-        main(list(map(str, arguments)))
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
-
-
 def _error(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
-    assert _main(*arguments) not in (0, None)
+    assert run_main(*arguments) not in (0, None)
     captured = capsys.readouterr()
     assert "Traceback" not in captured.err + captured.out
     return " ".join((captured.err + captured.out).replace("│", " ").split())
@@ -102,7 +94,7 @@ def test_a_stream_fills_its_buffer_with_what_is_trained_on_and_shows_it(
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     more = ("--stream", "--d-sae", "64", "--k", "4", "--context-length", "32", "--held-out", "0.3")
-    _main(*_train(text, tmp_path / "run", *more))
+    run_main(*_train(text, tmp_path / "run", *more))
     output = " ".join(capsys.readouterr().out.split())
     shown = ("shuffle buffer 512 tokens,", "shuffle buffer: ", "shuffle buffer: 512 of 512", "training: 8 of 8 steps")
     assert all(words in output for words in shown), output
@@ -201,7 +193,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_way_out_is_named(
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    assert _main(*_train(text, run)) == 0
+    assert run_main(*_train(text, run)) == 0
     capsys.readouterr()
     (checkpoint,) = (run / "checkpoints").iterdir()
     tensors = checkpoint / "tensors.safetensors"
@@ -212,12 +204,12 @@ def test_a_damaged_checkpoint_is_refused_and_the_way_out_is_named(
     for file in checkpoint.iterdir():
         file.unlink()
     checkpoint.rmdir()
-    assert _main("train", "--resume", run) == 0
+    assert run_main("train", "--resume", run) == 0
 
 
 def test_a_cache_that_does_not_match_is_refused(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cache = tmp_path / "acts"
-    assert _main("cache", "minilm", text, "--hookpoint", "encoder.layer.0", "--out", cache) == 0
+    assert run_main("cache", "minilm", text, "--hookpoint", "encoder.layer.0", "--out", cache) == 0
     printed = capsys.readouterr().out
     assert "inputs: 256 tokens, documents apart, [CLS] at each, [SEP] behind each; of the tokens read " in printed
     assert f"flashsae train --activations {cache}" in printed
@@ -232,7 +224,7 @@ def test_a_cache_that_does_not_match_is_refused(text: Path, tmp_path: Path, caps
     assert "expected no --activations beside --stream" in message
     message = _error(capsys, "train", "--stream", "--cache-dtype", "bf16", "--run", tmp_path / "c", "--plan")
     assert "expected no --cache-dtype beside --stream" in message
-    assert _main("train", *common, "--run", tmp_path / "d") == 0  # all from the cache
+    assert run_main("train", *common, "--run", tmp_path / "d") == 0  # all from the cache
     description = json.loads((tmp_path / "d" / "sae" / "flashsae.json").read_text())
     assert description["metadata"]["hookpoint"] == "encoder.layer.0"
 
@@ -242,17 +234,17 @@ def test_a_cache_of_several_hookpoints_trains_all_and_names_the_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     # the name of the base model in its parent may stand in front of a hookpoint
-    assert _main("cache", "minilm", text, "--hookpoint", "bert.encoder.layer.[01]", "--out", "acts") == 0
+    assert run_main("cache", "minilm", text, "--hookpoint", "bert.encoder.layer.[01]", "--out", "acts") == 0
     sizes = ("--tokens", "512", "--batch-tokens", "64", "--d-sae", "64", "--k", "4")
     common = ("train", "--activations", "acts", *sizes, "--no-report")
     capsys.readouterr()
-    assert _main(*common, "--plan") == 0
+    assert run_main(*common, "--plan") == 0
     shown = capsys.readouterr().out
     assert "minilm at encoder.layer.0, encoder.layer.1, d_in 384" in shown
     assert "encoder.layer.1: TopK, d_sae 64, k 4" in shown
-    assert _main(*common) == 0
+    assert run_main(*common) == 0
     assert {path.name for path in Path("runs/minilm-all").iterdir()} >= {"encoder.layer.0", "encoder.layer.1"}
-    assert _main(*common, "--hookpoint", "bert.encoder.layer.1") == 0
+    assert run_main(*common, "--hookpoint", "bert.encoder.layer.1") == 0
     assert (Path("runs/minilm-bert.encoder.layer.1") / "sae").exists()
 
 
@@ -311,7 +303,7 @@ def test_a_missing_extra_is_named_before_anything_is_done(
 def test_settings_from_a_file(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "my.toml"
     config.write_text('k = 5\nd_sae = 96\nhookpoint = "encoder.layer.0"\n')
-    assert _main(*_train(text, tmp_path / "run", "--config", config, "--k", "6")) == 0
+    assert run_main(*_train(text, tmp_path / "run", "--config", config, "--k", "6")) == 0
     saved = (tmp_path / "run" / "config.toml").read_text()
     assert "d_sae = 96" in saved
     assert "k = 6" in saved  # a flag beats the file
@@ -330,7 +322,7 @@ def test_the_package_is_the_command() -> None:
 
 
 def test_doctor_tells_versions_devices_and_backends(capsys: pytest.CaptureFixture[str]) -> None:
-    assert _main("doctor") == 0
+    assert run_main("doctor") == 0
     output = capsys.readouterr().out
     for words in ("flashsae", "torch", "cpu", "backend triton: does not work", "backend reference: works"):
         assert words in output
@@ -376,7 +368,7 @@ def test_what_goes_wrong_outside_of_the_code_is_one_sentence(
 ) -> None:
     monkeypatch.setattr("flashsae.cli.commands.run", _raised(error))
     monkeypatch.setattr("flashsae.cli.program._let_go_of_output", lambda: None)
-    assert _main() == code
+    assert run_main() == code
     told = capsys.readouterr().err
     assert message in told
     assert told.strip().count("\n") == 0
@@ -386,7 +378,7 @@ def test_what_goes_wrong_outside_of_the_code_is_one_sentence(
 def test_a_fault_of_the_code_stays_a_traceback(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flashsae.cli.commands.run", _raised(error))
     with pytest.raises(type(error)):
-        _main()
+        run_main()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -401,7 +393,7 @@ def test_a_signal_stops_also_where_a_library_makes_an_error_of_it(
 
     monkeypatch.setattr("flashsae.cli.commands.run", run)
     before = signal.getsignal(number)
-    assert _main() == 130
+    assert run_main() == 130
     assert capsys.readouterr().err == "\nStopped.\n"
     assert signal.getsignal(number) is before
 
